@@ -1,0 +1,31 @@
+"""Plan-driven medical volumetric segmentation: nnU-Net's pipeline, RFMedSAM 2's refinement. Research use only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Grid", "Plan", "Predictor", "RfMedSamError", "Volume", "__version__"]
+
+if TYPE_CHECKING:
+    from rfmedsam2.errors import RfMedSamError
+    from rfmedsam2.geometry import Grid, Volume
+    from rfmedsam2.pipeline.predict import Predictor
+    from rfmedsam2.records.plan import Plan
+
+_HOMES = {
+    "RfMedSamError": "rfmedsam2.errors",
+    "Grid": "rfmedsam2.geometry",
+    "Volume": "rfmedsam2.geometry",
+    "Predictor": "rfmedsam2.pipeline.predict",
+    "Plan": "rfmedsam2.records.plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load public names when they are first used, so that importing the package does nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

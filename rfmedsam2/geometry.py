@@ -1,0 +1,138 @@
+"""Grids: how voxels lie in the world.
+
+A `Grid` ties array indices (z, y, x) to millimetres in LPS world coordinates (DICOM and ITK: +x left, +y posterior,
++z superior). It holds no voxels; a `Volume` is an array with its grid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rfmedsam2.errors import GeometryError
+
+Triple = tuple[float, float, float]
+Shape = tuple[int, int, int]
+Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""Half-open index ranges ((z0, z1), (y0, y1), (x0, x1))."""
+
+IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A regular voxel lattice.
+
+    Attributes:
+        shape_zyx: number of voxels along the array axes z, y, x.
+        spacing_zyx_mm: distance of voxel centres along the array axes, mm, all positive.
+        origin_xyz_mm: LPS world position of the centre of voxel (0, 0, 0).
+        direction: 3x3 matrix, row major; column j is the LPS unit vector of index axis j in the order x, y, z
+            (as in ITK's direction cosines).
+    """
+
+    shape_zyx: Shape
+    spacing_zyx_mm: Triple
+    origin_xyz_mm: Triple = (0.0, 0.0, 0.0)
+    direction: tuple[Triple, Triple, Triple] = IDENTITY
+
+    def __post_init__(self) -> None:
+        if any(n < 1 for n in self.shape_zyx):
+            raise GeometryError("A grid has no voxels", expected="at least one voxel an axis", found=self.shape_zyx)
+        if not all(math.isfinite(s) and s > 0 for s in self.spacing_zyx_mm):
+            raise GeometryError(
+                "A voxel spacing is not positive", expected="three spacings above 0 mm", found=self.spacing_zyx_mm
+            )
+        if not np.all(np.isfinite(self.direction)) or not np.all(np.isfinite(self.origin_xyz_mm)):
+            raise GeometryError("A grid's origin or direction is not finite", found=(self.origin_xyz_mm, self.direction))
+
+    @property
+    def affine_lps(self) -> np.ndarray:
+        """4x4 matrix, index (x, y, z) -> LPS mm."""
+        affine = np.eye(4)
+        affine[:3, :3] = np.asarray(self.direction) * np.asarray(self.spacing_zyx_mm[::-1])[None]
+        affine[:3, 3] = self.origin_xyz_mm
+        return affine
+
+    @classmethod
+    def from_affine_lps(cls, affine: np.ndarray, shape_zyx: Shape) -> Grid:
+        """The grid of a 4x4 matrix that maps index (x, y, z) to LPS mm."""
+        matrix = np.asarray(affine, dtype=float)[:3, :3]
+        spacing = np.linalg.norm(matrix, axis=0)
+        if not np.all(spacing > 0):
+            raise GeometryError("An affine has a zero column", expected="three index axes", found=matrix.tolist())
+        direction = matrix / spacing
+        return cls(
+            shape_zyx=_triple_int(shape_zyx),
+            spacing_zyx_mm=_triple(spacing[::-1]),
+            origin_xyz_mm=_triple(np.asarray(affine, dtype=float)[:3, 3]),
+            direction=(_triple(direction[0]), _triple(direction[1]), _triple(direction[2])),
+        )
+
+    @property
+    def skew_degrees(self) -> float:
+        """Largest deviation from 90 degrees between any two index axes; 0 for an orthonormal direction."""
+        gram = np.asarray(self.direction).T @ np.asarray(self.direction)
+        cosines = np.abs(gram[np.triu_indices(3, 1)])
+        return float(np.degrees(np.arcsin(np.clip(cosines.max(), 0, 1))))
+
+    def orthonormalised(self) -> Grid:
+        """The grid with the nearest orthonormal direction (polar decomposition)."""
+        u, _, vt = np.linalg.svd(np.asarray(self.direction))
+        direction = u @ vt
+        return replace(self, direction=(_triple(direction[0]), _triple(direction[1]), _triple(direction[2])))
+
+    def cropped(self, box: Box) -> Grid:
+        """The grid of `array[z0:z1, y0:y1, x0:x1]`."""
+        start_xyz = np.array([box[2][0], box[1][0], box[0][0], 1.0])
+        origin = (self.affine_lps @ start_xyz)[:3]
+        shape = _triple_int([stop - start for start, stop in box])
+        return replace(self, shape_zyx=shape, origin_xyz_mm=_triple(origin))
+
+    def mismatch(self, other: Grid, *, tolerance_mm: float = 1e-2, tolerance_degrees: float = 0.1) -> str | None:
+        """None when both grids are the same within tolerance, else a phrase that says how they differ."""
+        if self.shape_zyx != other.shape_zyx:
+            return f"shape {self.shape_zyx} against {other.shape_zyx} (z, y, x)"
+        spacing = np.abs(np.subtract(self.spacing_zyx_mm, other.spacing_zyx_mm)) * np.asarray(self.shape_zyx)
+        if spacing.max() > max(tolerance_mm, 1e-3 * max(self.spacing_zyx_mm)) * 10:
+            return f"spacing {_short(self.spacing_zyx_mm)} against {_short(other.spacing_zyx_mm)} mm (z, y, x)"
+        cosines = np.einsum("ij,ij->j", np.asarray(self.direction), np.asarray(other.direction))
+        angle = float(np.degrees(np.arccos(np.clip(cosines.min(), -1, 1))))
+        if angle > tolerance_degrees:
+            return f"directions differ by {angle:.2f} degrees"
+        shift = float(np.linalg.norm(np.subtract(self.origin_xyz_mm, other.origin_xyz_mm)))
+        if shift > max(tolerance_mm, 1e-2 * min(self.spacing_zyx_mm)):
+            return f"origins differ by {shift:.3f} mm"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """An array with axes (channel, z, y, x) and the grid of its last three axes."""
+
+    array: np.ndarray
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        if self.array.ndim != 4 or self.array.shape[1:] != self.grid.shape_zyx:
+            raise GeometryError(
+                "A volume's array does not fit its grid",
+                expected=f"(channels, {', '.join(map(str, self.grid.shape_zyx))})",
+                found=self.array.shape,
+            )
+
+
+def _triple(values: object) -> Triple:
+    a, b, c = np.asarray(values, dtype=float).tolist()
+    return (a, b, c)
+
+
+def _triple_int(values: object) -> Shape:
+    a, b, c = np.asarray(values).astype(int).tolist()
+    return (a, b, c)
+
+
+def _short(values: Triple) -> str:
+    return "(" + ", ".join(f"{v:.4g}" for v in values) + ")"

@@ -1,0 +1,1 @@
+"""Network + array -> prediction: sliding window, volumes, export by slab."""

@@ -1,0 +1,1 @@
+"""One verb, one public function each: what the commands do."""

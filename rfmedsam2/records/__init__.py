@@ -1,0 +1,1 @@
+"""What lies on disk: frozen, validated records. Importing this package loads neither torch nor numpy code of ours."""

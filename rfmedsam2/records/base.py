@@ -1,0 +1,72 @@
+"""What all records share: frozen, strict, readable JSON, all faults listed at once."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
+
+from rfmedsam2.errors import RecordError
+
+
+class Record(BaseModel):
+    """A frozen, validated piece of what lies on disk. Unknown fields are faults, not ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @classmethod
+    def parse(cls, data: object, *, where: object = None) -> Self:
+        """Validate plain data (from JSON).
+
+        Raises:
+            RecordError: names every faulty field with what it holds and what it should.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            faults = "; ".join(_fault(e) for e in error.errors(include_url=False))
+            raise RecordError(
+                f"{cls.__name__} has {error.error_count()} fault(s) ({faults})",
+                where=where,
+                remedy="Correct the fields named, or make the file anew with the command that wrote it",
+            ) from None
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: object = None) -> Self:
+        """Parse JSON text; a syntax error is reported with its line."""
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RecordError(
+                f"{cls.__name__} is not valid JSON ({error})", where=where, remedy="Mend the file or make it anew"
+            ) from None
+        return cls.parse(data, where=where)
+
+    def to_json(self) -> str:
+        """Readable JSON: one field a line, lists of numbers or words on one line."""
+        return dump_json(self.model_dump(mode="json"))
+
+
+def dump_json(value: object, indent: int = 0) -> str:
+    """JSON text with short lists of scalars (also nested ones) kept on one line."""
+    pad, inner = " " * indent, " " * (indent + 2)
+    if isinstance(value, dict) and value:
+        body = ",\n".join(f"{inner}{json.dumps(str(k))}: {dump_json(v, indent + 2)}" for k, v in value.items())
+        return "{\n" + body + "\n" + pad + "}"
+    if isinstance(value, list | tuple) and value and not _flat(value):
+        return "[\n" + ",\n".join(inner + dump_json(v, indent + 2) for v in value) + "\n" + pad + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _flat(values: list[Any] | tuple[Any, ...]) -> bool:
+    if any(isinstance(v, dict) for v in values):
+        return False
+    return all(not isinstance(v, list | tuple) or _flat(v) for v in values) and len(json.dumps(values)) <= 110
+
+
+def _fault(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"]) or "the whole"
+    found = repr(error.get("input"))
+    return f"{place}: {error['msg']}, found {found if len(found) < 80 else found[:77] + '...'}"

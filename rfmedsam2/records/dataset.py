@@ -1,0 +1,114 @@
+"""nnU-Net v2's `dataset.json`, and the labels that it declares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from typing_extensions import Self
+
+from rfmedsam2.records.base import Record
+
+
+class LabelSet(Record):
+    """What the values of a label map mean.
+
+    Two ways of learning follow from it: mutually exclusive classes (softmax, arg-max) or, with regions (a name that
+    stands for several values), overlapping regions (one sigmoid each), painted in `regions_class_order`.
+    """
+
+    names: dict[str, int | tuple[int, ...]]
+    """Name -> value, or -> the values of a region. Contains "background": 0; never the ignore label."""
+    regions_class_order: tuple[int, ...] | None = None
+    """For regions: the value painted for each foreground region, in painting order."""
+    ignore: int | None = None
+    """Value of voxels without annotation; excluded from losses and metrics."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.names.get("background") not in (0, (0,)):
+            raise ValueError('labels must contain "background": 0')
+        if self.has_regions:
+            if self.regions_class_order is None:
+                raise ValueError("region labels need regions_class_order")
+            if len(self.regions_class_order) != len(self.foreground):
+                raise ValueError("regions_class_order must name one value for each foreground region")
+        if self.ignore is not None and self.ignore in self.values:
+            raise ValueError("the ignore label must differ from every other label value")
+        return self
+
+    @property
+    def has_regions(self) -> bool:
+        """True when a foreground name stands for several values: learned with sigmoids."""
+        return any(isinstance(v, tuple) and len(v) > 1 for n, v in self.names.items() if n != "background")
+
+    @property
+    def foreground(self) -> dict[str, tuple[int, ...]]:
+        """Foreground name -> the label values it covers (one value unless it is a region), in declared order."""
+        return {n: v if isinstance(v, tuple) else (v,) for n, v in self.names.items() if n != "background"}
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """All declared values with background 0, without the ignore label, ascending."""
+        return tuple(sorted({0, *(x for v in self.foreground.values() for x in v)}))
+
+    @property
+    def allowed_values(self) -> tuple[int, ...]:
+        """Every value that a label file may hold: `values` and the ignore label."""
+        return self.values if self.ignore is None else (*self.values, self.ignore)
+
+    @property
+    def num_outputs(self) -> int:
+        """Output channels of a network: regions, or classes with background."""
+        return len(self.foreground) if self.has_regions else len(self.values)
+
+    @classmethod
+    def from_dataset_json(cls, labels: dict[str, Any], regions_class_order: Any = None) -> LabelSet:
+        """Split nnU-Net's `labels` into names and the ignore label."""
+        names = {n: tuple(v) if isinstance(v, list | tuple) else v for n, v in labels.items() if n != "ignore"}
+        ignore = labels.get("ignore")
+        if isinstance(ignore, list | tuple):
+            ignore = ignore[0] if len(ignore) == 1 else ignore
+        return cls.model_validate({"names": names, "regions_class_order": regions_class_order, "ignore": ignore})
+
+
+class DatasetJson(Record):
+    """The fields of nnU-Net v2's `dataset.json` that matter here; further fields are kept as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    channel_names: dict[str, str]
+    labels: dict[str, int | tuple[int, ...]]
+    file_ending: str
+    numTraining: int | None = None  # noqa: N815 - nnU-Net's spelling
+    name: str | None = None
+    regions_class_order: tuple[int, ...] | None = None
+    overwrite_image_reader_writer: str | None = None
+    dataset: dict[str, dict[str, Any]] | None = None
+    groups: dict[str, str] | None = Field(default=None)
+    """Ours: case id -> patient (or any group) that must stay on one side of a split."""
+
+    @field_validator("file_ending")
+    @classmethod
+    def _dotted(cls, value: str) -> str:
+        if not value.startswith("."):
+            raise ValueError('file_ending must begin with a dot, for instance ".nii.gz"')
+        return value
+
+    @model_validator(mode="after")
+    def _labels_are_sound(self) -> Self:
+        _ = self.label_set
+        numbers = sorted(int(k) if k.isdigit() else -1 for k in self.channel_names)
+        if numbers != list(range(len(numbers))):
+            raise ValueError(f"channel_names must be numbered 0, 1, ..., found {list(self.channel_names)}")
+        return self
+
+    @property
+    def label_set(self) -> LabelSet:
+        """The labels as a `LabelSet`."""
+        return LabelSet.from_dataset_json(dict(self.labels), self.regions_class_order)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Channel names in channel order."""
+        return tuple(self.channel_names[str(i)] for i in range(len(self.channel_names)))

@@ -1,0 +1,293 @@
+"""The plan: one readable file that says everything about preparing data, the network, training and predicting.
+
+Every figure that a user may want to change is a field here. Tuples over axes follow the planned axis order
+(`transpose_forward` applied to z, y, x), lengths are mm. Defaults of training and augmentation are those of RFMedSAM 2
+(seed paper, appendix G) and, where it is silent, nnU-Net's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from rfmedsam2.records.base import Record
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.fingerprint import IntensityStatistics
+
+Positive = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Normalisation(Record):
+    """How one channel's intensities are scaled (nnU-Net's schemes by their meaning)."""
+
+    kind: Literal["ct", "zscore", "rescale_0_1", "rgb_0_1", "none"]
+    use_mask: bool = False
+    """zscore only: statistics over the non-zero region, outside stays 0."""
+
+
+class Resampling(Record):
+    """Orders of interpolation; separate z (order_z between slices) where spacing is anisotropic beyond the threshold."""
+
+    order_image: Literal[0, 1, 3] = 3
+    order_label: Literal[0, 1] = 1
+    order_logits: Literal[0, 1] = 1
+    order_z: Literal[0, 1] = 0
+    anisotropy_threshold: Positive = 3.0
+
+
+class Sampling(Record):
+    """Where training patches are taken."""
+
+    oversample_foreground: Probability = 0.33
+    """Share of a batch's samples that must hold a voxel of a random foreground class."""
+
+
+class Augmentation(Record):
+    """Random changes of training patches; probabilities per sample. Kinds and defaults are nnU-Net's list."""
+
+    rotation_degrees: tuple[float, float] | Literal["nnunet"] = "nnunet"
+    """Range about each axis; "nnunet": +-30 (3D), +-180 in plane for strongly anisotropic or flat patches."""
+    rotation_probability: Probability = 0.2
+    scale: tuple[Positive, Positive] = (0.7, 1.4)
+    scale_probability: Probability = 0.2
+    noise_probability: Probability = 0.1
+    noise_variance: tuple[float, float] = (0.0, 0.1)
+    blur_probability: Probability = 0.2
+    blur_sigma: tuple[Positive, Positive] = (0.5, 1.0)
+    brightness_probability: Probability = 0.15
+    brightness: tuple[Positive, Positive] = (0.75, 1.25)
+    contrast_probability: Probability = 0.15
+    contrast: tuple[Positive, Positive] = (0.75, 1.25)
+    low_resolution_probability: Probability = 0.25
+    low_resolution: tuple[Positive, Positive] = (0.5, 1.0)
+    gamma_inverted_probability: Probability = 0.1
+    gamma_probability: Probability = 0.3
+    gamma: tuple[Positive, Positive] = (0.7, 1.5)
+    mirror_axes: tuple[int, ...] = (0, 1, 2)
+    """Axes of the patch that are flipped with probability 0.5 each; also used by test-time mirroring."""
+
+
+class UNetConfig(Record):
+    """A U-Net of dynamic-network-architectures: plain or residual encoder, instance norm, leaky ReLU."""
+
+    kind: Literal["unet"] = "unet"
+    block: Literal["plain", "residual"] = "plain"
+    features: tuple[Count, ...]
+    """Channels per resolution stage, highest resolution first."""
+    kernel_sizes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
+    """Stride of each stage's first convolution; the first stage's is 1."""
+    encoder_blocks: tuple[Count, ...]
+    """Convolutions (plain) or residual blocks per stage."""
+    decoder_blocks: tuple[Count, ...]
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        stages = len(self.features)
+        lengths = {
+            "kernel_sizes": (len(self.kernel_sizes), stages),
+            "strides": (len(self.strides), stages),
+            "encoder_blocks": (len(self.encoder_blocks), stages),
+            "decoder_blocks": (len(self.decoder_blocks), stages - 1),
+        }
+        wrong = [f"{name} has {n} entries, not {m}" for name, (n, m) in lengths.items() if n != m]
+        if wrong:
+            raise ValueError(f"{stages} stages, but " + ", ".join(wrong))
+        return self
+
+    @property
+    def dimensions(self) -> int:
+        """2 or 3."""
+        return len(self.strides[0])
+
+
+ModelConfig = UNetConfig
+"""Union of all model records, told apart by `kind`."""
+
+
+class SegmentationLoss(Record):
+    """Cross-entropy + Dice (nnU-Net's; binary cross-entropy for regions), summed over deep supervision levels."""
+
+    cross_entropy: float = 1.0
+    dice: float = 1.0
+    batch_dice: bool = True
+    dice_smooth: float = 1e-5
+    deep_supervision: bool = True
+    """Level weights halve per level and sum to 1 (appendix G, eq. 2); the lowest level gets none, as in nnU-Net."""
+
+
+class Sgd(Record):
+    """Stochastic gradient descent."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: float = 0.99
+    nesterov: bool = True
+
+
+class AdamW(Record):
+    """Adam with decoupled weight decay."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class PolySchedule(Record):
+    """lr = lr0 * (1 - t/T) ** power, t in epochs (appendix G, eq. 1) or iterations."""
+
+    kind: Literal["poly"] = "poly"
+    power: Positive = 0.9
+    per: Literal["epoch", "iteration"] = "epoch"
+
+
+class WarmupPolySchedule(Record):
+    """Linear warm-up from `start_factor`, then poly per iteration over the rest."""
+
+    kind: Literal["warmup_poly"] = "warmup_poly"
+    warmup_iterations: int = 1500
+    start_factor: float = 0.01
+    power: Positive = 0.9
+
+
+class StepSchedule(Record):
+    """Multiply by `gamma` when each epoch of `milestones` begins."""
+
+    kind: Literal["step"] = "step"
+    milestones: tuple[int, ...] = (10,)
+    gamma: Positive = 0.1
+
+
+class TrainConfig(Record):
+    """Everything that the engine needs to know to train; nothing about the model."""
+
+    epochs: Count = 1000
+    iterations_per_epoch: Count = 250
+    learning_rate: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 3e-5
+    optimizer: Annotated[Sgd | AdamW, Field(discriminator="kind")] = Sgd()
+    schedule: Annotated[PolySchedule | WarmupPolySchedule | StepSchedule, Field(discriminator="kind")] = PolySchedule()
+    accumulation: Count = 1
+    """Micro-batches per optimizer step."""
+    clip_norm: Positive | None = 12.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp16 on a GPU, fp32 on CPU and MPS."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on CUDA if a probe succeeds."""
+    seed: int = 0
+    deterministic: bool = False
+    checkpoint_minutes: Positive = 10.0
+    validate_every_epochs: Count = 1
+    workers: int | None = None
+    """Data loading processes; None: from the machine, 0: in this process."""
+    worker_timeout_seconds: Positive = 300.0
+
+    @property
+    def iterations(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.epochs * self.iterations_per_epoch
+
+
+class Validation(Record):
+    """What is validated while training, and after it."""
+
+    cases_while_training: int = 0
+    """Full volumes predicted at each validation (0: patches only, nnU-Net's pseudo Dice)."""
+    patches_while_training: Count = 50
+
+
+class Inference(Record):
+    """Sliding-window prediction."""
+
+    step_size: Annotated[float, Field(gt=0, le=1)] = 0.5
+    mirror: bool = True
+    """Average over all flips of the augmentation's mirror axes."""
+    tile_batch: Count = 1
+
+
+class Stage(Record):
+    """One configuration of a plan: 2d, 3d_fullres, 3d_lowres ..."""
+
+    spacing_mm: tuple[Positive, Positive, Positive]
+    median_shape: tuple[int, int, int]
+    """Median shape of the training cases at this spacing."""
+    patch_size: tuple[Count, ...]
+    """Two entries for a 2D stage (slices along the first planned axis), else three."""
+    batch_size: Count
+    normalisation: tuple[Normalisation, ...]
+    """One per channel."""
+    resampling: Resampling = Resampling()
+    sampling: Sampling = Sampling()
+    augmentation: Augmentation = Augmentation()
+    model: ModelConfig
+    loss: SegmentationLoss = SegmentationLoss()
+    train: TrainConfig = TrainConfig()
+    validation: Validation = Validation()
+    inference: Inference = Inference()
+    starts_from: str | None = None
+    """Name of the stage whose result this one builds on."""
+
+    @property
+    def is_2d(self) -> bool:
+        """True for a stage that sees single slices."""
+        return len(self.patch_size) == 2
+
+    @model_validator(mode="after")
+    def _patch_fits_network(self) -> Self:
+        if len(self.patch_size) != self.model.dimensions:
+            raise ValueError(f"patch {self.patch_size} against a {self.model.dimensions}D network")
+        for axis, size in enumerate(self.patch_size):
+            step = 1
+            for stride in self.model.strides:
+                step *= stride[axis]
+            if size % step:
+                raise ValueError(f"patch axis {axis} is {size}, not a multiple of the network's total stride {step}")
+        return self
+
+
+class Plan(Record):
+    """The plan of one dataset: what `rfmed_plan_and_preprocess` decides and every other command follows."""
+
+    format: Literal[1] = 1
+    name: str
+    """Name of the plan (file name without .json): rfmed, rfmed_cpu, nnunet ..."""
+    dataset: str
+    """Folder name of the dataset, for instance Dataset004_Hippocampus."""
+    fingerprint: str
+    """Digest of the fingerprint that it was made from."""
+    channels: tuple[str, ...]
+    labels: LabelSet
+    file_ending: str
+    reorient: Literal["RAS"] | None = None
+    """Turn images to this orientation when reading (nnU-Net's ...WithReorient readers); undone when writing."""
+    transpose_forward: tuple[int, int, int] = (0, 1, 2)
+    """Planned axis i is axis transpose_forward[i] of the file's z, y, x."""
+    intensities: tuple[IntensityStatistics, ...]
+    stages: dict[str, Stage]
+
+    @property
+    def transpose_backward(self) -> tuple[int, int, int]:
+        """Inverse of `transpose_forward`."""
+        a, b, c = (self.transpose_forward.index(i) for i in range(3))
+        return (a, b, c)
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> Self:
+        for name, stage in self.stages.items():
+            if len(stage.normalisation) != len(self.channels):
+                raise ValueError(f"stage {name} normalises {len(stage.normalisation)} of {len(self.channels)} channels")
+        if len(self.intensities) != len(self.channels):
+            raise ValueError(f"intensities of {len(self.intensities)} of {len(self.channels)} channels")
+        if sorted(self.transpose_forward) != [0, 1, 2]:
+            raise ValueError(f"transpose_forward {self.transpose_forward} is no order of the three axes")
+        return self
+
+
+class Split(Record):
+    """One fold: who trains, who validates (nnU-Net's splits_final.json entry)."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]

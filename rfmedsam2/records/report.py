@@ -1,0 +1,57 @@
+"""What an evaluation found: metrics per case and class, with the rules they were computed by."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rfmedsam2.records.base import Record
+
+
+class ClassMetrics(Record):
+    """One class (or region) in one case. None: undefined (both masks empty, or a distance to an empty mask)."""
+
+    dsc: float | None
+    iou: float | None
+    nsd: float | None
+    hd95_mm: float | None
+    volume_error_ml: float
+    """Predicted minus reference volume."""
+    relative_volume_error: float | None
+    """(predicted - reference) / reference; None without reference voxels."""
+    reference_ml: float
+    predicted_ml: float
+
+
+class CaseMetrics(Record):
+    """All classes of one case."""
+
+    id: str
+    reference: str
+    prediction: str
+    classes: dict[str, ClassMetrics]
+
+
+class Interval(Record):
+    """A mean over cases with its bootstrap confidence interval."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    cases: int
+    """Cases with a defined value."""
+
+
+class Evaluation(Record):
+    """The file metrics.json."""
+
+    format: Literal[1] = 1
+    nsd_tolerance_mm: float
+    empty_policy: str
+    """In words: how cases without reference or prediction are scored."""
+    confidence: float
+    bootstrap_samples: int
+    cases: tuple[CaseMetrics, ...]
+    classes: dict[str, dict[str, Interval]]
+    """Class -> metric -> mean over cases."""
+    mean: dict[str, Interval]
+    """Metric -> mean over cases of each case's mean over classes."""

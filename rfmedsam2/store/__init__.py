@@ -1,0 +1,1 @@
+"""Bytes <-> arrays: images, raw datasets, preprocessed cases, run folders, atomic writes."""

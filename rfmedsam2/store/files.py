@@ -1,0 +1,92 @@
+"""Files that are written whole or not at all, and records in them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from rfmedsam2.errors import RecordError, StoreError
+from rfmedsam2.records.base import Record
+
+R = TypeVar("R", bound=Record)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it replaces `path`, on any error nothing is left.
+
+    The temporary name keeps all suffixes of `path`, so that writers which choose a format by suffix work.
+
+    Raises:
+        StoreError: the folder cannot be written or the disk is full.
+    """
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="-" + path.name, dir=path.parent)
+        os.close(handle)
+    temporary = Path(name)
+    try:
+        with writing_to(path):
+            yield temporary
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            # mkstemp makes files private; give them the permissions that open() would have
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write `path` into sentences."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        remedies = {
+            errno.ENOSPC: ("The disk is full", "Free space on that disk, then run the same command again"),
+            errno.EDQUOT: ("The disk quota is used up", "Free space in your quota, then run the same command again"),
+            errno.EACCES: ("The folder cannot be written", "Choose another place or ask for write permission"),
+            errno.EPERM: ("The folder cannot be written", "Choose another place or ask for write permission"),
+            errno.EROFS: ("The file system is read-only", "Choose another place"),
+            errno.ENOTDIR: ("A file stands where a folder is needed", "Move that file or choose another place"),
+        }
+        if error.errno not in remedies:
+            raise
+        what, remedy = remedies[error.errno]
+        raise StoreError(what, where=path, remedy=remedy) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, UTF-8."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as readable JSON, atomically."""
+    write_text(path, record.to_json() + "\n")
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    """Read a record; all faults are reported at once.
+
+    Raises:
+        RecordError: the file is missing, not JSON, or not such a record.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise RecordError(f"There is no {kind.__name__} file", where=path) from None
+    except OSError as error:
+        raise RecordError(f"The {kind.__name__} file cannot be read ({error.strerror})", where=path) from error
+    return kind.from_json(text, where=path)

@@ -1,0 +1,93 @@
+"""Where things lie: root / raw | preprocessed | results, and the folders below them.
+
+root/raw/Dataset004_Hippocampus/                        nnU-Net's raw layout
+root/preprocessed/Dataset004_Hippocampus/
+    dataset.json  dataset_fingerprint.json  rfmed.json  splits_final.json  rfmed_3d_fullres/CASE.b2nd ...
+root/results/Dataset004_Hippocampus/rfmed__3d_fullres/
+    fold_0/  checkpoint_final.safetensors  metrics.jsonl  validation/ ...
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from rfmedsam2.errors import UsageError
+
+DATASET_FOLDER = re.compile(r"Dataset(\d{3,})_(.+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The three folders that all commands share."""
+
+    raw: Path
+    preprocessed: Path
+    results: Path
+
+    @classmethod
+    def under(cls, root: Path) -> Layout:
+        """raw, preprocessed and results below one root."""
+        return cls(raw=root / "raw", preprocessed=root / "preprocessed", results=root / "results")
+
+    def dataset_name(self, wanted: str) -> str:
+        """The folder name (Dataset004_Hippocampus) for an id ("4"), a short name ("Hippocampus") or the full name.
+
+        Looked up in raw, preprocessed and results, in this order of authority.
+
+        Raises:
+            UsageError: none or several fit; lists what there is.
+        """
+        known = self.known_datasets()
+        exact = [name for name in known if name == wanted]
+        fits = exact or [name for name in known if _fits(name, wanted)]
+        if len(fits) == 1:
+            return fits[0]
+        raise UsageError(
+            "Several datasets fit" if fits else "No such dataset",
+            where=wanted,
+            expected=f"one of {', '.join(known) or 'nothing: no dataset was found'}",
+            found=", ".join(fits) or None,
+            remedy=f"Datasets are folders like Dataset217_BTCV in {self.raw}; another place is chosen with --root",
+        )
+
+    def known_datasets(self) -> list[str]:
+        """All dataset folder names in raw, preprocessed or results, sorted."""
+        names: set[str] = set()
+        for folder in (self.raw, self.preprocessed, self.results):
+            if folder.is_dir():
+                names |= {p.name for p in folder.iterdir() if p.is_dir() and DATASET_FOLDER.fullmatch(p.name)}
+        return sorted(names)
+
+    def plan_file(self, dataset: str, plan: str) -> Path:
+        """The JSON file of a plan."""
+        return self.preprocessed / dataset / f"{plan}.json"
+
+    def splits_file(self, dataset: str) -> Path:
+        """nnU-Net's splits_final.json."""
+        return self.preprocessed / dataset / "splits_final.json"
+
+    def fingerprint_file(self, dataset: str) -> Path:
+        """The dataset fingerprint."""
+        return self.preprocessed / dataset / "dataset_fingerprint.json"
+
+    def cases_folder(self, dataset: str, plan: str, stage: str) -> Path:
+        """Preprocessed cases of one stage."""
+        return self.preprocessed / dataset / f"{plan}_{stage}"
+
+    def model_folder(self, dataset: str, plan: str, stage: str) -> Path:
+        """Trained folds of one stage."""
+        return self.results / dataset / f"{plan}__{stage}"
+
+    def fold_folder(self, dataset: str, plan: str, stage: str, fold: str) -> Path:
+        """One trained fold: a number, "all", or the name of a split."""
+        return self.model_folder(dataset, plan, stage) / f"fold_{fold}"
+
+
+def _fits(folder: str, wanted: str) -> bool:
+    match = DATASET_FOLDER.fullmatch(folder)
+    if match is None:
+        return False
+    number, name = match.groups()
+    return name == wanted or name.lower() == wanted.lower() or (wanted.isdigit() and int(wanted) == int(number))
