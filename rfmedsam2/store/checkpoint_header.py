@@ -1,0 +1,130 @@
+"""The header of a checkpoint file, read without torch: what the file says about itself.
+
+A checkpoint is one safetensors file (8 bytes of header length, a JSON header, tensor bytes). Nothing in it can
+execute. Its metadata hold our record, the training state and the digest of all that is not weights.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rfmedsam2.errors import CheckpointError, RecordError
+from rfmedsam2.records.checkpoint import CheckpointRecord
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors format."""
+REMEDY = "Use a checkpoint (.safetensors) that rfmed_train wrote, or import a model archive with rfmed_import_model"
+DISGUISES = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes (.pth, .pt): these can execute code and are never opened"),
+    (b"\x80", "a Python pickle: these can execute code and are never opened"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"version https://git-lfs", "a git-lfs pointer: the file itself was not downloaded"),
+    (b"<", "an HTML or XML page: probably an error page of the download"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointHeader:
+    """What stands before the tensor bytes."""
+
+    record: CheckpointRecord
+    state: dict[str, Any]
+    rest_sha256: str
+    """Over the state and every tensor that is not a weight."""
+    tensors: tuple[str, ...]
+    """Names, each with its group: model/..., optimizer/..., random/..."""
+
+
+def read_header(path: Path) -> CheckpointHeader:
+    """Read and check the header; the file's length must be what the header says, tensor bytes are not read.
+
+    Raises:
+        CheckpointError: missing, truncated, foreign, a pickle or zip under a false name, or of an unknown format.
+    """
+    header = _json_header(path)
+    metadata = header.pop("__metadata__", None)
+    wanted = ("record", "state", "rest_sha256")
+    if not isinstance(metadata, dict) or not all(isinstance(metadata.get(k), str) for k in wanted):
+        raise CheckpointError(
+            "This safetensors file is not a checkpoint of this package",
+            where=path,
+            expected="a header with record and state",
+            found=f"{len(header)} tensors without them",
+            remedy=REMEDY,
+        )
+    try:
+        record = CheckpointRecord.from_json(metadata["record"], where=path)
+        state = json.loads(metadata["state"])
+    except RecordError as error:
+        raise CheckpointError(f"The checkpoint's record cannot be used ({error})", where=path) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"The checkpoint's training state is damaged ({error})", where=path) from None
+    if not isinstance(state, dict):
+        raise CheckpointError("The checkpoint's training state is damaged", where=path, found=type(state).__name__)
+    return CheckpointHeader(record=record, state=state, rest_sha256=metadata["rest_sha256"], tensors=tuple(header))
+
+
+def read_record_of(path: Path) -> CheckpointRecord:
+    """The record of a checkpoint, from its header alone (milliseconds, no torch).
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
+    return read_header(path).record
+
+
+def _json_header(path: Path) -> dict[str, Any]:
+    """The JSON header as a dict; checks the prefix, the JSON and the file's length."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            start = stream.read(32)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 9 else -1
+            plausible = start[8:9] == b"{" and 2 <= length <= MAX_HEADER_BYTES
+            if not plausible:
+                raise _not_safetensors(path, start, size)
+            if 8 + length > size:
+                raise _truncated(path, f"at least {8 + length} bytes", size)
+            stream.seek(8)
+            text = stream.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(
+            "There is no such checkpoint", where=path, remedy="Train first, or check the path"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint cannot be read ({error.strerror})", where=path) from error
+    try:
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + length + max([int(end) for end in ends], default=0)
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(
+            "The header of this checkpoint is damaged", where=path, found=type(error).__name__, remedy=REMEDY
+        ) from None
+    if size != expected:
+        raise _truncated(path, f"{expected} bytes", size)
+    return header
+
+
+def _truncated(path: Path, expected: str, size: int) -> CheckpointError:
+    return CheckpointError(
+        "The checkpoint is truncated or was changed",
+        where=path,
+        expected=expected,
+        found=f"{size} bytes",
+        remedy="Copy it again, or use another checkpoint of the same folder",
+    )
+
+
+def _not_safetensors(path: Path, start: bytes, size: int) -> CheckpointError:
+    found = next((what for prefix, what in DISGUISES if start.startswith(prefix)), f"{size} bytes of something else")
+    if size == 0:
+        found = "an empty file"
+    return CheckpointError(
+        "This is not a checkpoint", where=path, expected="a safetensors file", found=found, remedy=REMEDY
+    )

@@ -1,0 +1,169 @@
+"""Checkpoint files: weights with their record and, while training, optimizer and random state.
+
+One safetensors file each: tensors "model/NAME", "optimizer/...", "random/..."; metadata "record" (CheckpointRecord),
+"state" (plain JSON) and "rest_sha256". Nothing is unpickled, everything is checked against digests when read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rfmedsam2.errors import CheckpointError
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.store.checkpoint_header import CheckpointHeader, read_header, read_record_of
+from rfmedsam2.store.files import atomic, writing_to
+
+__all__ = ["read_all", "read_record_of", "read_weights", "weights_sha256", "write_checkpoint"]
+
+MODEL = "model/"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The format's names; the order is that of the bytes in the file, so that every tensor starts aligned."""
+
+
+def write_checkpoint(
+    path: Path, record: CheckpointRecord, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+) -> CheckpointRecord:
+    """Write a checkpoint whole or not at all, on disk when this returns.
+
+    Tensors may lie on any device, share memory or be strided; one at a time is copied to the CPU.
+
+    Args:
+        path: the file, .safetensors.
+        record: `weights_sha256` is filled in here.
+        tensors: names with group, "model/encoder.weight".
+        state: what JSON can hold.
+
+    Returns:
+        The record as written.
+
+    Raises:
+        CheckpointError: a tensor of a kind that the format does not know.
+        StoreError: the folder cannot be written, the disk is full.
+    """
+    weights = {name.removeprefix(MODEL): t for name, t in tensors.items() if name.startswith(MODEL)}
+    record = record.model_copy(update={"weights_sha256": weights_sha256(weights)})
+    state_text = json.dumps(dict(state))
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": "pt",
+            "record": json.dumps(record.model_dump(mode="json")),
+            "state": state_text,
+            "rest_sha256": _rest_sha256(state_text, tensors),
+        }
+    }
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _dtype(name, tensor), "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as temporary, writing_to(path), temporary.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            stream.write(_bytes(tensors[name]))
+    return record
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors by their state-dict names, on the CPU; nothing else is read.
+
+    Raises:
+        CheckpointError: see `read_record_of`; or the weights are not those that the record names.
+    """
+    return _read_weights(path, read_header(path))
+
+
+def read_all(path: Path) -> tuple[CheckpointRecord, dict[str, torch.Tensor], dict[str, Any]]:
+    """Record, all tensors (names with their group) and state, all checked.
+
+    Raises:
+        CheckpointError: as `read_weights`, and for optimizer or random state that was changed.
+    """
+    header = read_header(path)
+    tensors = {MODEL + name: tensor for name, tensor in _read_weights(path, header).items()}
+    tensors |= _read_tensors(path, [name for name in header.tensors if not name.startswith(MODEL)])
+    if _rest_sha256(json.dumps(header.state), tensors) != header.rest_sha256:
+        raise _changed(path, "training state")
+    return header.record, tensors, header.state
+
+
+def weights_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, kinds, shapes and bytes: the identity of a model, whatever device it is on."""
+    return _sha256("", state_dict)
+
+
+def _read_weights(path: Path, header: CheckpointHeader) -> dict[str, torch.Tensor]:
+    names = [name for name in header.tensors if name.startswith(MODEL)]
+    weights = {name.removeprefix(MODEL): tensor for name, tensor in _read_tensors(path, names).items()}
+    if weights_sha256(weights) != header.record.weights_sha256:
+        raise _changed(path, "weights")
+    return weights
+
+
+def _read_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as stream:
+            return {name: stream.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"The checkpoint's tensors cannot be read ({error})", where=path) from None
+
+
+def _changed(path: Path, part: str) -> CheckpointError:
+    return CheckpointError(
+        f"The {part} in this checkpoint do not match its digest: the file was damaged or changed",
+        where=path,
+        remedy="Copy it again, or use another checkpoint of the same folder",
+    )
+
+
+def _rest_sha256(state_text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    return _sha256(state_text, {name: t for name, t in tensors.items() if not name.startswith(MODEL)})
+
+
+def _sha256(prefix: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(prefix.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, _dtype(name, tensor), list(tensor.shape)]).encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _dtype(name: str, tensor: object) -> str:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+        found = f"{tensor.dtype} {tensor.layout}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise CheckpointError(
+            "A checkpoint cannot hold this value",
+            where=name,
+            expected="a dense tensor of a plain number type",
+            found=found,
+        )
+    return DTYPES[tensor.dtype]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes in row-major order; a view where it lies contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
