@@ -1,0 +1,141 @@
+"""Losses of volumetric segmentation: cross-entropy + Dice, with regions, ignore label and deep supervision.
+
+Equal to nnU-Net's DC_and_CE_loss / DC_and_BCE_loss (a parity test holds this). Logits are (B, K, ...spatial); targets
+are label maps (B, ...spatial) of integers, so that no one-hot copy of the target travels from the loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor, distributed
+
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.plan import SegmentationLoss
+
+
+def memberships(target: Tensor, labels: LabelSet) -> Tensor:
+    """(B, ...) label values -> (B, K, ...) bool: which outputs each voxel belongs to.
+
+    Classes: K counts background, exactly one is true. Regions: one channel a region, which may overlap.
+    """
+    if labels.has_regions:
+        lookup = torch.zeros(max(labels.allowed_values) + 1, len(labels.foreground), dtype=torch.bool)
+        for channel, values in enumerate(labels.foreground.values()):
+            lookup[list(values), channel] = True
+        return lookup.to(target.device)[target.long()].movedim(-1, 1)
+    values = torch.tensor(labels.values, device=target.device, dtype=target.dtype)
+    return target[:, None] == values.view(1, -1, *[1] * (target.ndim - 1))
+
+
+def soft_dice(probabilities: Tensor, members: Tensor, *, mask: Tensor | None, batch_dice: bool, smooth: float) -> Tensor:
+    """Mean soft Dice coefficient over channels (and samples unless `batch_dice`).
+
+    Args:
+        probabilities: (B, K, ...).
+        members: (B, K, ...) of 0 and 1.
+        mask: (B, 1, ...) voxels that count, or None for all.
+        batch_dice: sum over the batch (and over ranks) before dividing, as one large patch.
+        smooth: added to numerator and denominator.
+    """
+    axes = tuple(range(2, probabilities.ndim))
+    if mask is not None:
+        probabilities, members = probabilities * mask, members * mask
+    overlap = (probabilities * members).sum(axes, dtype=torch.float32)
+    predicted = probabilities.sum(axes, dtype=torch.float32)
+    reference = members.sum(axes, dtype=torch.float32)
+    if batch_dice:
+        overlap, predicted, reference = (_over_ranks(t.sum(0)) for t in (overlap, predicted, reference))
+    return ((2 * overlap + smooth) / (predicted + reference + smooth).clamp_min(1e-8)).mean()
+
+
+def segmentation_loss(logits: Tensor, target: Tensor, labels: LabelSet, config: SegmentationLoss) -> Tensor:
+    """Cross-entropy + (1 - Dice) style loss of one resolution: `ce * CE - dice * Dice`, as nnU-Net counts it.
+
+    Args:
+        logits: (B, K, ...).
+        target: (B, ...) integer label values, possibly with `labels.ignore`.
+        labels: which values are which outputs.
+        config: weights and Dice variant.
+    """
+    mask = None if labels.ignore is None else target != labels.ignore
+    clean = target if mask is None else torch.where(mask, target, 0)
+    members = memberships(clean, labels)
+    mask = None if mask is None else mask[:, None]
+    if labels.has_regions:
+        entropy = _mean_over(F.binary_cross_entropy_with_logits(logits, members.to(logits.dtype), reduction="none"), mask)
+        dice = soft_dice(
+            logits.sigmoid(), members, mask=mask, batch_dice=config.batch_dice, smooth=config.dice_smooth
+        )
+    else:
+        index = members.to(torch.uint8).argmax(1)
+        entropy = _mean_over(F.cross_entropy(logits, index, reduction="none")[:, None], mask)
+        dice = soft_dice(
+            logits.softmax(1)[:, 1:], members[:, 1:], mask=mask, batch_dice=config.batch_dice, smooth=config.dice_smooth
+        )
+    return config.cross_entropy * entropy - config.dice * dice
+
+
+def deep_supervision_weights(levels: int) -> list[float]:
+    """Weights halve per level and sum to 1 (seed 004, eq. 2); the lowest level of several gets 0, as in nnU-Net."""
+    weights = [0.5**level for level in range(levels)]
+    if levels > 1:
+        weights[-1] = 0.0
+    total = sum(weights)
+    return [w / total for w in weights]
+
+
+def deep_supervision_loss(
+    outputs: Sequence[Tensor], target: Tensor, labels: LabelSet, config: SegmentationLoss
+) -> Tensor:
+    """Weighted sum of `segmentation_loss` over resolutions, highest first; the target is sampled down to each.
+
+    Levels of weight 0 still take part with a zero gradient, so that distributed training sees every parameter used.
+    """
+    total = logits_sum = None
+    for weight, logits in zip(deep_supervision_weights(len(outputs)), outputs, strict=True):
+        if weight == 0:
+            logits_sum = 0 * logits.float().sum()
+            continue
+        level = weight * segmentation_loss(logits.float(), shrink_labels(target, logits.shape[2:]), labels, config)
+        total = level if total is None else total + level
+    assert total is not None
+    return total if logits_sum is None else total + logits_sum
+
+
+def shrink_labels(target: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, ...) labels sampled to `shape` by the nearest-exact rule that nnU-Net's deep supervision transform uses."""
+    if tuple(target.shape[1:]) == tuple(shape):
+        return target
+    return F.interpolate(target[:, None].float(), tuple(shape), mode="nearest-exact")[:, 0].to(target.dtype)
+
+
+def _mean_over(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over voxels that count; with a mask, channels are summed, which is how nnU-Net weighs regions then."""
+    if mask is None:
+        return values.mean()
+    return (values * mask).sum() / mask.sum().clamp_min(1)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is all-reduced too."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:  # noqa: ARG004
+        total = value.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:  # noqa: ARG004
+        total = gradients[0].clone()
+        distributed.all_reduce(total)
+        return total
+
+
+def _over_ranks(value: Tensor) -> Tensor:
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return value
+    return _SumOverRanks.apply(value)  # type: ignore[return-value]

@@ -1,0 +1,81 @@
+"""Our losses against nnU-Net's on the same logits and targets: classes, ignore label, regions, deep supervision."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+from rfmedsam2.losses import deep_supervision_loss, deep_supervision_weights, memberships, segmentation_loss
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.plan import SegmentationLoss
+
+CLASSES = LabelSet(names={"background": 0, "a": 1, "b": 2})
+IGNORING = LabelSet(names={"background": 0, "a": 1, "b": 2}, ignore=3)
+REGIONS = LabelSet(names={"background": 0, "whole": (1, 2, 3), "core": (2, 3), "tip": 3}, regions_class_order=(1, 2, 3))
+REGIONS_IGNORING = REGIONS.model_copy(update={"ignore": 4})
+
+
+def logits_and_target(labels: LabelSet, shape=(2, 6, 8, 10)):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(shape[0], labels.num_outputs, *shape[1:], generator=generator, requires_grad=True)
+    values = torch.tensor(labels.allowed_values)
+    target = values[torch.randint(len(values), shape, generator=generator)].to(torch.int16)
+    return logits, target
+
+
+def reference(labels: LabelSet, batch_dice: bool):
+    dice = {"batch_dice": batch_dice, "smooth": 1e-5, "do_bg": labels.has_regions, "ddp": False}
+    if labels.has_regions:
+        return DC_and_BCE_loss({}, dice, use_ignore_label=labels.ignore is not None)
+    return DC_and_CE_loss(dice, {}, ignore_label=labels.ignore, dice_class=MemoryEfficientSoftDiceLoss)
+
+
+def nnunet_target(target: torch.Tensor, labels: LabelSet) -> torch.Tensor:
+    if not labels.has_regions:
+        return target[:, None].float()
+    channels = [torch.isin(target, torch.tensor(v, dtype=target.dtype)) for v in labels.foreground.values()]
+    if labels.ignore is not None:
+        channels.append(target == labels.ignore)
+    return torch.stack(channels, 1).float()
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("labels", [CLASSES, IGNORING, REGIONS, REGIONS_IGNORING])
+def test_value_and_gradient_equal_nnunets(labels, batch_dice):
+    logits, target = logits_and_target(labels)
+    ours = segmentation_loss(logits, target, labels, SegmentationLoss(batch_dice=batch_dice))
+    (gradient,) = torch.autograd.grad(ours, logits)
+    theirs = reference(labels, batch_dice)(logits, nnunet_target(target, labels))
+    (expected,) = torch.autograd.grad(theirs, logits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_deep_supervision_equals_nnunets():
+    outputs = [torch.randn(2, 3, 16 // 2**i, 8 // 2**i, 8 // 2**i) for i in range(3)]
+    target = torch.randint(0, 3, (2, 16, 8, 8), dtype=torch.int16)
+    ours = deep_supervision_loss(outputs, target, CLASSES, SegmentationLoss(batch_dice=False))
+    weights = np.array([1, 0.5, 0]) / 1.5
+    levels = [torch.nn.functional.interpolate(target[:, None].float(), o.shape[2:], mode="nearest-exact") for o in outputs]
+    theirs = DeepSupervisionWrapper(reference(CLASSES, False), weights)(outputs, levels)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_level_weights_halve_and_sum_to_one():
+    assert deep_supervision_weights(4) == pytest.approx([4 / 7, 2 / 7, 1 / 7, 0])
+    assert deep_supervision_weights(1) == [1.0]
+
+
+def test_all_voxels_ignored_gives_a_finite_loss():
+    logits = torch.randn(1, 3, 4, 4, 4)
+    target = torch.full((1, 4, 4, 4), 3, dtype=torch.int16)
+    assert torch.isfinite(segmentation_loss(logits, target, IGNORING, SegmentationLoss()))
+
+
+def test_memberships_of_nested_regions():
+    members = memberships(torch.tensor([[0, 1, 2, 3]]), REGIONS)[0]
+    assert members.int().tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
