@@ -51,8 +51,10 @@ def soft_dice(probabilities: Tensor, members: Tensor, *, mask: Tensor | None, ba
     return ((2 * overlap + smooth) / (predicted + reference + smooth).clamp_min(1e-8)).mean()
 
 
-def segmentation_loss(logits: Tensor, target: Tensor, labels: LabelSet, config: SegmentationLoss) -> Tensor:
-    """Cross-entropy + (1 - Dice) style loss of one resolution: `ce * CE - dice * Dice`, as nnU-Net counts it.
+def segmentation_losses(
+    logits: Tensor, target: Tensor, labels: LabelSet, config: SegmentationLoss
+) -> dict[str, Tensor]:
+    """The weighted parts of one resolution's loss: `cross_entropy` and `dice` (minus the coefficient, as in nnU-Net).
 
     Args:
         logits: (B, K, ...).
@@ -65,17 +67,15 @@ def segmentation_loss(logits: Tensor, target: Tensor, labels: LabelSet, config: 
     members = memberships(clean, labels)
     mask = None if mask is None else mask[:, None]
     if labels.has_regions:
-        entropy = _mean_over(F.binary_cross_entropy_with_logits(logits, members.to(logits.dtype), reduction="none"), mask)
-        dice = soft_dice(
-            logits.sigmoid(), members, mask=mask, batch_dice=config.batch_dice, smooth=config.dice_smooth
-        )
+        entropies = F.binary_cross_entropy_with_logits(logits, members.to(logits.dtype), reduction="none")
+        probabilities = logits.sigmoid()
     else:
-        index = members.to(torch.uint8).argmax(1)
-        entropy = _mean_over(F.cross_entropy(logits, index, reduction="none")[:, None], mask)
-        dice = soft_dice(
-            logits.softmax(1)[:, 1:], members[:, 1:], mask=mask, batch_dice=config.batch_dice, smooth=config.dice_smooth
-        )
-    return config.cross_entropy * entropy - config.dice * dice
+        entropies = F.cross_entropy(logits, members.to(torch.uint8).argmax(1), reduction="none")[:, None]
+        probabilities, members = logits.softmax(1)[:, 1:], members[:, 1:]
+    overlap = soft_dice(
+        probabilities, members, mask=mask, batch_dice=config.batch_dice, smooth=config.dice_smooth
+    )
+    return {"cross_entropy": config.cross_entropy * _mean_over(entropies, mask), "dice": -config.dice * overlap}
 
 
 def deep_supervision_weights(levels: int) -> list[float]:
@@ -87,22 +87,22 @@ def deep_supervision_weights(levels: int) -> list[float]:
     return [w / total for w in weights]
 
 
-def deep_supervision_loss(
+def deep_supervision_losses(
     outputs: Sequence[Tensor], target: Tensor, labels: LabelSet, config: SegmentationLoss
-) -> Tensor:
-    """Weighted sum of `segmentation_loss` over resolutions, highest first; the target is sampled down to each.
+) -> dict[str, Tensor]:
+    """Weighted sums of `segmentation_losses` over resolutions, highest first; the target is sampled down to each.
 
     Levels of weight 0 still take part with a zero gradient, so that distributed training sees every parameter used.
     """
-    total = logits_sum = None
+    total: dict[str, Tensor] = {}
     for weight, logits in zip(deep_supervision_weights(len(outputs)), outputs, strict=True):
         if weight == 0:
-            logits_sum = 0 * logits.float().sum()
+            total["cross_entropy"] = total["cross_entropy"] + 0 * logits.float().sum()
             continue
-        level = weight * segmentation_loss(logits.float(), shrink_labels(target, logits.shape[2:]), labels, config)
-        total = level if total is None else total + level
-    assert total is not None
-    return total if logits_sum is None else total + logits_sum
+        parts = segmentation_losses(logits.float(), shrink_labels(target, logits.shape[2:]), labels, config)
+        for name, part in parts.items():
+            total[name] = weight * part + total.get(name, 0)
+    return total
 
 
 def shrink_labels(target: Tensor, shape: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-from rfmedsam2.losses import deep_supervision_loss, deep_supervision_weights, memberships, segmentation_loss
+from rfmedsam2.losses import deep_supervision_losses, deep_supervision_weights, memberships, segmentation_losses
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import SegmentationLoss
 
@@ -47,7 +47,7 @@ def nnunet_target(target: torch.Tensor, labels: LabelSet) -> torch.Tensor:
 @pytest.mark.parametrize("labels", [CLASSES, IGNORING, REGIONS, REGIONS_IGNORING])
 def test_value_and_gradient_equal_nnunets(labels, batch_dice):
     logits, target = logits_and_target(labels)
-    ours = segmentation_loss(logits, target, labels, SegmentationLoss(batch_dice=batch_dice))
+    ours = sum(segmentation_losses(logits, target, labels, SegmentationLoss(batch_dice=batch_dice)).values())
     (gradient,) = torch.autograd.grad(ours, logits)
     theirs = reference(labels, batch_dice)(logits, nnunet_target(target, labels))
     (expected,) = torch.autograd.grad(theirs, logits)
@@ -58,7 +58,7 @@ def test_value_and_gradient_equal_nnunets(labels, batch_dice):
 def test_deep_supervision_equals_nnunets():
     outputs = [torch.randn(2, 3, 16 // 2**i, 8 // 2**i, 8 // 2**i) for i in range(3)]
     target = torch.randint(0, 3, (2, 16, 8, 8), dtype=torch.int16)
-    ours = deep_supervision_loss(outputs, target, CLASSES, SegmentationLoss(batch_dice=False))
+    ours = sum(deep_supervision_losses(outputs, target, CLASSES, SegmentationLoss(batch_dice=False)).values())
     weights = np.array([1, 0.5, 0]) / 1.5
     levels = [torch.nn.functional.interpolate(target[:, None].float(), o.shape[2:], mode="nearest-exact") for o in outputs]
     theirs = DeepSupervisionWrapper(reference(CLASSES, False), weights)(outputs, levels)
@@ -73,7 +73,8 @@ def test_level_weights_halve_and_sum_to_one():
 def test_all_voxels_ignored_gives_a_finite_loss():
     logits = torch.randn(1, 3, 4, 4, 4)
     target = torch.full((1, 4, 4, 4), 3, dtype=torch.int16)
-    assert torch.isfinite(segmentation_loss(logits, target, IGNORING, SegmentationLoss()))
+    parts = segmentation_losses(logits, target, IGNORING, SegmentationLoss())
+    assert all(torch.isfinite(part) for part in parts.values())
 
 
 def test_memberships_of_nested_regions():

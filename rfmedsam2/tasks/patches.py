@@ -1,0 +1,178 @@
+"""Training patches from preprocessed cases: which case, which place, with or without random change.
+
+Patch choice follows nnU-Net: the last third of a batch is forced to hold a voxel of a random foreground class; regions
+that reach beyond the volume are padded (image 0, label -1 "outside").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rfmedsam2.errors import RfMedSamError, StoreError
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.plan import Stage
+from rfmedsam2.store.cases import CaseStore, StoredCase
+from rfmedsam2.transforms.augment import OUTSIDE, plain_transforms, read_size, training_transforms
+
+ANNOTATED = -1
+"""Key of a stored case's sampled voxels that carry any annotation (only with an ignore label)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchBatch:
+    """One batch: image (B, C, ...) float32, target (B, ...) int16 label values, the cases they come from."""
+
+    image: Tensor
+    target: Tensor
+    ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> PatchBatch:
+        """The batch on another device."""
+        return replace(
+            self, image=self.image.to(device, non_blocking=True), target=self.target.to(device, non_blocking=True)
+        )
+
+
+class PatchSource:
+    """Batch number i as a function of (seed, rank, i) alone.
+
+    Args:
+        store: preprocessed cases of the stage.
+        ids: cases to draw from, with replacement.
+        stage: patch and batch size, oversampling, augmentation.
+        labels: for the ignore label (then every patch holds annotated voxels).
+        augment: random changes, or only crops for validation.
+        seed: of the whole training.
+        rank: of this process, and
+        ranks: their number; batch_size is per process.
+    """
+
+    def __init__(
+        self,
+        store: CaseStore,
+        ids: Sequence[str],
+        stage: Stage,
+        *,
+        labels: LabelSet,
+        augment: bool,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self._store, self._ids, self._stage, self._labels = store, tuple(ids), stage, labels
+        self._seed, self._rank, self._ranks = seed, rank, ranks
+        self._cases: dict[str, StoredCase] = {}
+        self._final = stage.patch_size
+        self._read = read_size(stage.augmentation, self._final) if augment else tuple(self._final)
+        if augment:
+            self._transforms = training_transforms(stage.augmentation, self._final, stage.normalisation)
+        else:
+            self._transforms = plain_transforms(stage.normalisation)
+
+    def cases(self, step: int) -> tuple[str, ...]:
+        """Ids of the cases of batch `step`, without reading anything."""
+        return self._drawn(self._generator(step))
+
+    def batch(self, step: int) -> PatchBatch:
+        """Read, crop and change the samples of batch `step`.
+
+        The places are drawn from (seed, rank, step); the random changes from the global generators, which the caller
+        has seeded.
+        """
+        generator = self._generator(step)
+        ids = self._drawn(generator)
+        samples = [self._sample(name, slot, generator) for slot, name in enumerate(ids)]
+        return PatchBatch(
+            image=torch.stack([image for image, _ in samples]),
+            target=torch.stack([label for _, label in samples]),
+            ids=ids,
+        )
+
+    def _generator(self, step: int) -> np.random.Generator:
+        return np.random.default_rng((self._seed, self._rank, step))
+
+    def _drawn(self, generator: np.random.Generator) -> tuple[str, ...]:
+        picks = generator.integers(len(self._ids), size=self._stage.batch_size)
+        return tuple(self._ids[i] for i in picks)
+
+    def _open(self, name: str) -> StoredCase:
+        if name not in self._cases:
+            self._cases[name] = self._store.open(name)
+        return self._cases[name]
+
+    def _sample(self, name: str, slot: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+        try:
+            case = self._open(name)
+            box = self._box(case, self._forced(slot), generator)
+            image, label = read_padded(case, box)
+        except RfMedSamError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            raise StoreError(
+                f"A preprocessed case cannot be read ({error})",
+                where=name,
+                remedy="Run rfmed_plan_and_preprocess again: it rebuilds broken cases",
+            ) from error
+        if self._stage.is_2d:
+            image, label = image[:, 0], label[0]
+        changed = self._transforms(
+            image=torch.from_numpy(np.ascontiguousarray(image)),
+            segmentation=torch.from_numpy(np.ascontiguousarray(label))[None],
+        )
+        return changed["image"], changed["segmentation"][0]
+
+    def _forced(self, slot: int) -> bool:
+        """nnU-Net's rule over the batch of all ranks: its last share of samples must hold foreground."""
+        total = self._stage.batch_size * self._ranks
+        return self._rank * self._stage.batch_size + slot >= round(
+            total * (1 - self._stage.sampling.oversample_foreground)
+        )
+
+    def _box(self, case: StoredCase, forced: bool, generator: np.random.Generator) -> tuple[tuple[int, int], ...]:
+        """Half-open ranges, possibly beyond the volume, of the region to read."""
+        read = (1, *self._read) if self._stage.is_2d else self._read
+        final = (1, *self._final) if self._stage.is_2d else self._final
+        # padding, so that final patches also cover the border; more where the volume is smaller than the region
+        margin = [max(r - f, r - n) for r, f, n in zip(read, final, case.shape, strict=True)]
+        low = np.array([-m // 2 for m in margin])
+        high = np.array([n + m // 2 + m % 2 - r for n, m, r in zip(case.shape, margin, read, strict=True)])
+        centre = self._centre(case, forced, generator)
+        if centre is None:
+            start = generator.integers(low, high + 1)
+        else:
+            start = np.maximum(low, centre - np.array(read) // 2)
+        return tuple((int(s), int(s) + r) for s, r in zip(start, read, strict=True))
+
+    def _centre(self, case: StoredCase, forced: bool, generator: np.random.Generator) -> np.ndarray | None:
+        """A voxel that the patch must hold, or None for anywhere."""
+        places = {key: voxels for key, voxels in case.foreground.items() if len(voxels)}
+        annotated = places.pop(ANNOTATED, None)
+        if forced and places:
+            keys = list(places)
+            voxels = places[keys[int(generator.integers(len(keys)))]]
+        elif self._labels.ignore is not None and annotated is not None:
+            voxels = annotated
+        else:
+            return None
+        flat = int(voxels[int(generator.integers(len(voxels)))])
+        return np.array(np.unravel_index(flat, case.shape))
+
+
+def read_padded(case: StoredCase, box: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The part of `box` inside the volume, padded to the whole box: image with 0, label with OUTSIDE.
+
+    Returns:
+        image (C, *box) float32 and label (*box) int16.
+    """
+    inside = tuple((max(0, a), min(n, b)) for (a, b), n in zip(box, case.shape, strict=True))
+    sides = [(i - a, b - j) for (a, b), (i, j) in zip(box, inside, strict=True)]
+    image, label = case.image_patch(inside), case.label_patch(inside)
+    if any(before or after for before, after in sides):
+        image = np.pad(image, [(0, 0), *sides])
+        label = np.pad(label, sides, constant_values=OUTSIDE)
+    return image, label

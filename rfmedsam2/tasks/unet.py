@@ -1,0 +1,154 @@
+"""Training a U-Net on volumes: Step 0 of RFMedSAM 2, which is also a plain nnU-Net.
+
+Cross-entropy + Dice with deep supervision; validated on patches (nnU-Net's pseudo Dice) and, where the plan asks, on
+whole volumes by sliding window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rfmedsam2 import models
+from rfmedsam2.engine.loader import batches
+from rfmedsam2.engine.optimizers import build_optimizer
+from rfmedsam2.engine.runtime import Runtime
+from rfmedsam2.inference.sliding_window import predict_logits
+from rfmedsam2.losses import deep_supervision_losses, memberships
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.plan import Plan, Split, Stage
+from rfmedsam2.store.cases import CaseStore
+from rfmedsam2.tasks.patches import PatchBatch, PatchSource
+
+
+class UNetTask:
+    """The engine's Task for a U-Net.
+
+    Args:
+        plan: the plan.
+        stage_name: which stage of it.
+        store: that stage's preprocessed cases.
+        split: who trains and who validates.
+        runtime: device and ranks.
+    """
+
+    def __init__(self, plan: Plan, stage_name: str, *, store: CaseStore, split: Split, runtime: Runtime) -> None:
+        self.plan, self.stage = plan, plan.stages[stage_name]
+        self._runtime, self._store, self._split = runtime, store, split
+        torch.manual_seed(self.stage.train.seed)  # the same first weights on every rank
+        self.model: nn.Module = models.build(
+            self.stage.model, channels=len(plan.channels), outputs=plan.labels.num_outputs
+        ).to(runtime.device)
+        self._training = self._source(split.train, augment=True)
+        self._validation = self._source(split.val, augment=False)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """All parameters learn at one rate."""
+        return build_optimizer(self.model.parameters(), self.stage.train)
+
+    def batches(self, start: int) -> Iterator[PatchBatch]:
+        """Training batches from number `start` on."""
+        train = self.stage.train
+        return batches(
+            self._training.batch,
+            start,
+            train.iterations * train.accumulation,
+            workers=train.workers,
+            seed=train.seed + self._runtime.rank,
+            timeout_seconds=train.worker_timeout_seconds,
+            describe=lambda step: ", ".join(self._training.cases(step)),
+        )
+
+    def loss(self, batch: PatchBatch) -> dict[str, Tensor]:
+        """Cross-entropy and Dice of all supervised resolutions."""
+        batch = batch.to(self._runtime.device)
+        outputs = self.model(batch.image)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        return deep_supervision_losses(outputs, batch.target, self.plan.labels, self.stage.loss)
+
+    def validate(self) -> dict[str, float]:
+        """Dice per foreground class over validation patches or volumes; `score` is their mean."""
+        supervised, self.model.deep_supervision = self.model.deep_supervision, False  # type: ignore[assignment]
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                counts = self._volume_counts() if self.stage.validation.cases_while_training else self._patch_counts()
+        finally:
+            self.model.deep_supervision = supervised  # type: ignore[assignment]
+            self.model.train()
+        return scores_of(counts, self.plan.labels)
+
+    def _source(self, ids: Sequence[str], *, augment: bool) -> PatchSource:
+        return PatchSource(
+            self._store,
+            ids,
+            self.stage,
+            labels=self.plan.labels,
+            augment=augment,
+            seed=self.stage.train.seed + (0 if augment else 1),
+            rank=self._runtime.rank if augment else 0,
+            ranks=self._runtime.world_size if augment else 1,
+        )
+
+    def _patch_counts(self) -> np.ndarray:
+        total = np.zeros((len(self.plan.labels.foreground), 3))
+        for step in range(self.stage.validation.patches_while_training):
+            batch = self._validation.batch(step).to(self._runtime.device)
+            with self._runtime.autocast():
+                logits = self.model(batch.image)
+            total += overlap_counts(logits, batch.target, self.plan.labels)
+        return total
+
+    def _volume_counts(self) -> np.ndarray:
+        total = np.zeros((len(self.plan.labels.foreground), 3))
+        for name in self._split.val[: self.stage.validation.cases_while_training]:
+            case = self._store.open(name)
+            whole = tuple((0, n) for n in case.shape)
+            logits = predict_logits(
+                [self.model],
+                case.image_patch(whole),
+                patch_size=self.stage.patch_size,
+                inference=self.stage.inference,
+                mirror_axes=self.stage.augmentation.mirror_axes,
+                device=self._runtime.device,
+                outputs=self.plan.labels.num_outputs,
+            )
+            target = torch.from_numpy(np.maximum(case.label_patch(whole), 0))[None]
+            total += overlap_counts(torch.as_tensor(logits)[None], target, self.plan.labels)
+        return total
+
+
+def overlap_counts(logits: Tensor, target: Tensor, labels: LabelSet) -> np.ndarray:
+    """True positives, false positives and false negatives of each foreground class: (classes, 3).
+
+    Args:
+        logits: (B, K, ...).
+        target: (B, ...) label values; ignored voxels count nowhere.
+        labels: which outputs are which.
+    """
+    members = memberships(target, labels)
+    if labels.has_regions:
+        predicted = logits > 0
+    else:
+        index = logits.argmax(1, keepdim=True)
+        predicted = torch.zeros_like(members).scatter_(1, index, True)[:, 1:]
+        members = members[:, 1:]
+    if labels.ignore is not None:
+        known = (target != labels.ignore)[:, None]
+        predicted, members = predicted & known, members & known
+    axes = (0, *range(2, logits.ndim))
+    both = (predicted & members).sum(axes)
+    return torch.stack([both, predicted.sum(axes) - both, members.sum(axes) - both], 1).double().cpu().numpy()
+
+
+def scores_of(counts: np.ndarray, labels: LabelSet) -> dict[str, float]:
+    """Dice by class name and their mean as `score`; a class that occurs nowhere is left out."""
+    scores: dict[str, float] = {}
+    for name, (both, wrong, missed) in zip(labels.foreground, counts, strict=True):
+        if both + wrong + missed > 0:
+            scores[f"dsc/{name}"] = float(2 * both / (2 * both + wrong + missed))
+    scores["score"] = float(np.mean(list(scores.values()))) if scores else 0.0
+    return scores

@@ -1,0 +1,180 @@
+"""Random changes of training patches: nnU-Net's list, run by batchgeneratorsv2, every figure from the plan.
+
+Randomness comes from numpy's and torch's global generators, because batchgeneratorsv2 draws from them; the engine's
+loader seeds both per batch, so that a batch is a function of its number alone. For the same reason the blur's timing
+based choice of algorithm (`benchmark`) stays off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from batchgenerators.augmentations.utils import rotate_coords_2d, rotate_coords_3d
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+from batchgeneratorsv2.transforms.intensity.contrast import BGContrast, ContrastTransform
+from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
+from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
+
+from rfmedsam2.records.plan import Augmentation, Normalisation
+
+OUTSIDE = -1
+"""Label of voxels beyond the volume's border or outside the non-zero region while a patch is being changed."""
+_ANISOTROPIC_PATCH = 3.0
+"""A 3D patch whose longest edge is over 3 times its first is rotated in plane only (nnU-Net's dummy 2D)."""
+_READ_SCALE = 0.85
+"""nnU-Net reads patches 1/0.85 larger than needed, so that rotated corners hold data."""
+
+
+def in_plane_only(patch_size: Sequence[int]) -> bool:
+    """True for 3D patches that are so flat that only their slices are rotated and scaled."""
+    return len(patch_size) == 3 and max(patch_size) / patch_size[0] > _ANISOTROPIC_PATCH
+
+
+def rotation_range(config: Augmentation, patch_size: Sequence[int]) -> tuple[float, float]:
+    """Range of rotation angles in radians; nnU-Net's choice by patch shape unless the plan gives degrees."""
+    if config.rotation_degrees != "nnunet":
+        low, high = config.rotation_degrees
+        return float(np.radians(low)), float(np.radians(high))
+    if len(patch_size) == 2:
+        limit = 15.0 if max(patch_size) / min(patch_size) > 1.5 else 180.0
+    else:
+        limit = 180.0 if in_plane_only(patch_size) else 30.0
+    return -float(np.radians(limit)), float(np.radians(limit))
+
+
+def read_size(config: Augmentation, patch_size: Sequence[int]) -> tuple[int, ...]:
+    """Size of the region to read so that a rotated, shrunk patch is still filled (nnU-Net's initial patch size).
+
+    Equals the patch where neither rotation nor scaling can happen.
+    """
+    if config.rotation_probability == 0 and config.scale_probability == 0:
+        return tuple(patch_size)
+    angle = min(np.pi / 2, max(abs(a) for a in rotation_range(config, patch_size)))
+    edges = np.array(patch_size, dtype=float)
+    if len(patch_size) == 3:
+        turned = [rotate_coords_3d(edges, *np.eye(3)[axis] * angle) for axis in range(3)]
+    else:
+        turned = [rotate_coords_2d(edges, angle)]
+    reach = np.max(np.abs([*turned, edges]), axis=0)
+    size = (reach / _READ_SCALE).astype(int).tolist()
+    if in_plane_only(patch_size):
+        size[0] = patch_size[0]
+    return tuple(size)
+
+
+def training_transforms(
+    config: Augmentation, patch_size: Sequence[int], normalisation: Sequence[Normalisation]
+) -> BasicTransform:
+    """nnU-Net's training transforms with the plan's figures.
+
+    The result is called with `image` (C, *read_size) float32 and `segmentation` (1, *read_size) int16 tensors and
+    returns a dict with both at `patch_size`; label -1 (outside) has become 0.
+    """
+    flat = in_plane_only(patch_size)
+    steps: list[BasicTransform] = [Convert3DTo2DTransform()] if flat else []
+    steps.append(_spatial(config, tuple(patch_size[1:]) if flat else tuple(patch_size), patch_size))
+    if flat:
+        steps.append(Convert2DTo3DTransform())
+    steps += _intensity(config, low_resolution_ignores=(0,) if flat else None)
+    if config.mirror_axes:
+        steps.append(MirrorTransform(allowed_axes=tuple(a for a in config.mirror_axes if a < len(patch_size))))
+    return ComposeTransforms([*steps, *_closing(normalisation)])
+
+
+def plain_transforms(normalisation: Sequence[Normalisation]) -> BasicTransform:
+    """What validation patches get: outside removed, nothing random."""
+    return ComposeTransforms(_closing(normalisation))
+
+
+def _spatial(config: Augmentation, target: tuple[int, ...], patch_size: Sequence[int]) -> BasicTransform:
+    return SpatialTransform(
+        target,
+        patch_center_dist_from_border=0,
+        random_crop=False,
+        p_elastic_deform=0,
+        p_rotation=config.rotation_probability,
+        rotation=rotation_range(config, patch_size),
+        p_scaling=config.scale_probability,
+        scaling=config.scale,
+        p_synchronize_scaling_across_axes=1,
+        bg_style_seg_sampling=False,
+        border_mode_seg="constant",
+        padding_value_seg=OUTSIDE,
+    )
+
+
+def _intensity(config: Augmentation, *, low_resolution_ignores: tuple[int, ...] | None) -> list[BasicTransform]:
+    def gamma(inverted: bool) -> BasicTransform:
+        return GammaTransform(
+            gamma=BGContrast(config.gamma),
+            p_invert_image=int(inverted),
+            synchronize_channels=False,
+            p_per_channel=1,
+            p_retain_stats=1,
+        )
+
+    choices = [
+        (
+            GaussianNoiseTransform(noise_variance=config.noise_variance, p_per_channel=1, synchronize_channels=True),
+            config.noise_probability,
+        ),
+        (
+            GaussianBlurTransform(
+                blur_sigma=config.blur_sigma,
+                synchronize_channels=False,
+                synchronize_axes=False,
+                p_per_channel=0.5,
+                benchmark=False,
+            ),
+            config.blur_probability,
+        ),
+        (
+            MultiplicativeBrightnessTransform(
+                multiplier_range=BGContrast(config.brightness), synchronize_channels=False, p_per_channel=1
+            ),
+            config.brightness_probability,
+        ),
+        (
+            ContrastTransform(
+                contrast_range=BGContrast(config.contrast),
+                preserve_range=True,
+                synchronize_channels=False,
+                p_per_channel=1,
+            ),
+            config.contrast_probability,
+        ),
+        (
+            SimulateLowResolutionTransform(
+                scale=config.low_resolution,
+                synchronize_channels=False,
+                synchronize_axes=True,
+                ignore_axes=low_resolution_ignores,
+                allowed_channels=None,
+                p_per_channel=0.5,
+            ),
+            config.low_resolution_probability,
+        ),
+        (gamma(True), config.gamma_inverted_probability),
+        (gamma(False), config.gamma_probability),
+    ]
+    return [RandomTransform(change, apply_probability=p) for change, p in choices if p > 0]
+
+
+def _closing(normalisation: Sequence[Normalisation]) -> list[BasicTransform]:
+    masked = [channel for channel, scheme in enumerate(normalisation) if scheme.use_mask]
+    steps: list[BasicTransform] = []
+    if masked:
+        steps.append(MaskImageTransform(apply_to_channels=masked, channel_idx_in_seg=0, set_outside_to=0))
+    steps.append(RemoveLabelTransform(OUTSIDE, 0))
+    return steps
