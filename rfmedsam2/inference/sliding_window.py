@@ -1,0 +1,394 @@
+"""Sliding-window prediction: image in, finished slabs of logits out.
+
+Tiles, Gaussian and averaging are nnU-Net's. Sums are kept in a ring of planes as deep as one patch, and planes leave it
+as soon as no later tile can touch them, so that the logits of a whole volume never exist: memory is
+O(outputs * patch_a * b * c), whatever the length of the scan.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter1d
+from torch import Tensor, nn
+
+from rfmedsam2.errors import PlanError, RfMedSamError
+from rfmedsam2.records.plan import Inference
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Tracker = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Wraps an iterable for progress display: (items, description, total) -> the same items."""
+
+EMPTY_LOGIT = 10.0
+"""Logit given to background (and its negative to everything else) where `skip_empty` left out every tile."""
+EMPTY_RANGE = 1e-3
+"""A tile is empty when no channel's normalised intensities vary by more than this."""
+SLICES_AT_ONCE = 8
+"""Fewest slices that a 2D network sees in one forward pass."""
+
+
+def untracked(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:  # noqa: ARG001 - a `Tracker`
+    """Show no progress."""
+    return items
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slab:
+    """Finished planes along the first planned axis.
+
+    Attributes:
+        start: index of the first plane.
+        logits: float32 (K, planes, b, c) on the device of the networks; averaged over tiles, flips and networks.
+    """
+
+    start: int
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How tiles are run; none of it is a property of the model.
+
+    Attributes:
+        precision: of the networks on CUDA; auto is bf16 where the GPU has it, else fp16. CPU and MPS run fp32.
+        skip_empty: leave out tiles in which every channel is constant (range <= `EMPTY_RANGE` after normalisation, as
+            air is in a clipped CT). A voxel that no other tile covers becomes background: `EMPTY_LOGIT` for class 0 and
+            -`EMPTY_LOGIT` for the others (for all, with regions). A voxel covered by other tiles is their average.
+        track: shows the progress over rows of tiles.
+    """
+
+    precision: Precision = "auto"
+    skip_empty: bool = False
+    track: Tracker = untracked
+
+
+def tile_starts(image_size: Sequence[int], patch_size: Sequence[int], step_size: float) -> list[list[int]]:
+    """First index of every tile along each axis: evenly spread, at most `step_size` patches apart, ends included.
+
+    Args:
+        image_size: voxels an axis, each at least the patch's.
+        patch_size: voxels an axis.
+        step_size: share of the patch, above 0 up to 1.
+
+    Raises:
+        PlanError: an image axis is shorter than the patch's, or the step size is out of range.
+    """
+    if not 0 < step_size <= 1:
+        raise PlanError("A sliding-window step size is out of range", expected="above 0, at most 1", found=step_size)
+    if len(image_size) != len(patch_size) or any(n < p for n, p in zip(image_size, patch_size, strict=True)):
+        raise PlanError("An image is smaller than the patch", expected=tuple(patch_size), found=tuple(image_size))
+    starts = []
+    for size, patch in zip(image_size, patch_size, strict=True):
+        count = math.ceil((size - patch) / (patch * step_size)) + 1
+        spread = (size - patch) / (count - 1) if count > 1 else 0.0
+        starts.append([round(spread * i) for i in range(count)])
+    return starts
+
+
+def gaussian_weights(patch_size: Sequence[int], *, sigma_scale: float = 1 / 8) -> Tensor:
+    """Weigh the voxels of a tile: a Gaussian about the centre, sigma = patch * `sigma_scale`, maximum 1.
+
+    Voxels that the truncated Gaussian leaves at 0 get its smallest positive value, so that no division by 0 follows.
+
+    Returns:
+        float32 tensor of the patch's shape.
+    """
+    weights = np.ones((), dtype=np.float64)
+    for size in patch_size:
+        line = np.zeros(size)
+        line[size // 2] = 1
+        line = gaussian_filter1d(line, size * sigma_scale, mode="constant", cval=0)
+        weights = np.multiply.outer(weights, line / line.max())
+    tensor = torch.from_numpy(weights).to(torch.float32)
+    positive = tensor > 0
+    return torch.where(positive, tensor, tensor[positive].min())
+
+
+def predict_slabs(
+    networks: Sequence[nn.Module],
+    image: np.ndarray | Tensor,
+    *,
+    patch_size: Sequence[int],
+    inference: Inference,
+    mirror_axes: Sequence[int],
+    device: torch.device | str,
+    outputs: int,
+    execution: Execution | None = None,
+) -> Iterator[Slab]:
+    """Predict a prepared image slab by slab, first planned axis ascending, without gaps or overlaps.
+
+    Args:
+        networks: equal models (folds) on `device`, in eval mode, each giving (n, K, *patch) logits; averaged.
+        image: float32 (C, a, b, c), planned axes; padded with 0 about its centre where smaller than the patch.
+        patch_size: three entries, or two for a 2D network that sees slices along the first axis.
+        inference: step size, mirroring, tiles per forward pass.
+        mirror_axes: axes of the patch that are flipped if `inference.mirror`; all combinations are averaged.
+        device: where tiles are run and sums are kept; the image stays where it is.
+        outputs: K, channels of the logits.
+        execution: precision, skipping and progress.
+
+    Raises:
+        PlanError: patch, mirror axes or image do not fit each other.
+        RfMedSamError: the networks give values that are not finite, or too little device memory.
+    """
+    execution = execution or Execution()
+    tensor = torch.from_numpy(image) if isinstance(image, np.ndarray) else image
+    _check(networks, tensor, patch_size, mirror_axes)
+    place = torch.device(device)
+    axes = tuple(mirror_axes) if inference.mirror else ()
+    ensemble = _Ensemble(networks, flips=_flips(axes), device=place, precision=execution.precision)
+    padded, lows = _padded(tensor, patch_size)
+    rows = _rows(padded, patch_size, inference)
+    ring = _Ring(outputs, rows[0].depth, (padded.shape[2], padded.shape[3]), place)
+    weights = gaussian_weights(patch_size).to(place)
+    stops = [row.start for row in rows[1:]] + [padded.shape[1]]
+    a, b, c = tensor.shape[1:]
+    for row, stop in zip(execution.track(rows, "tiles", len(rows)), stops, strict=True):
+        for tiles, corners in _batches(padded, row, skip_empty=execution.skip_empty):
+            _accumulate(ring, ensemble(tiles), weights, row, corners)
+        logits = ring.finish(row.start, stop)
+        first, last = max(row.start, lows[0]), min(stop, lows[0] + a)
+        if last > first:
+            window = logits[:, first - row.start : last - row.start, lows[1] : lows[1] + b, lows[2] : lows[2] + c]
+            yield Slab(start=first - lows[0], logits=_finite(window))
+
+
+def predict_logits(
+    networks: Sequence[nn.Module],
+    image: np.ndarray | Tensor,
+    *,
+    patch_size: Sequence[int],
+    inference: Inference,
+    mirror_axes: Sequence[int],
+    device: torch.device | str,
+    outputs: int,
+    execution: Execution | None = None,
+) -> Tensor:
+    """All slabs of `predict_slabs` (same arguments and errors) joined: float32 (K, a, b, c)."""
+    slabs = predict_slabs(
+        networks,
+        image,
+        patch_size=patch_size,
+        inference=inference,
+        mirror_axes=mirror_axes,
+        device=device,
+        outputs=outputs,
+        execution=execution,
+    )
+    return torch.cat([slab.logits for slab in slabs], dim=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """Tiles that share their planes: one row of 3D tiles, or a pack of slices for a 2D network."""
+
+    start: int
+    depth: int
+    corners: tuple[tuple[int, int], ...]
+    patch: tuple[int, int]
+    flat: bool
+    batch: int
+
+
+def _rows(image: Tensor, patch_size: Sequence[int], inference: Inference) -> list[_Row]:
+    planes = image.shape[1]
+    if len(patch_size) == 3:
+        a, b, c = tile_starts(image.shape[1:], patch_size, inference.step_size)
+        starts, depths, batch = a, [patch_size[0]] * len(a), inference.tile_batch
+    else:
+        b, c = tile_starts(image.shape[2:], patch_size, inference.step_size)
+        pack = max(inference.tile_batch, SLICES_AT_ONCE)
+        starts = list(range(0, planes, pack))
+        depths, batch = [min(pack, planes - start) for start in starts], 1
+    corners = tuple(itertools.product(b, c))
+    patch = (patch_size[-2], patch_size[-1])
+    return [
+        _Row(start=start, depth=depth, corners=corners, patch=patch, flat=len(patch_size) == 2, batch=batch)
+        for start, depth in zip(starts, depths, strict=True)
+    ]
+
+
+def _batches(image: Tensor, row: _Row, *, skip_empty: bool) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+    """Batches of a row's tiles: (n, C, a, b, c) and their corners, or the slices (n, C, b, c) of one corner."""
+    tiles: list[Tensor] = []
+    corners: list[tuple[int, int]] = []
+    for y, x in row.corners:
+        tile = image[:, row.start : row.start + row.depth, y : y + row.patch[0], x : x + row.patch[1]]
+        if not (skip_empty and _is_empty(tile)):
+            tiles.append(tile)
+            corners.append((y, x))
+        if tiles and (len(tiles) == row.batch or (y, x) == row.corners[-1]):
+            yield (tiles[0].transpose(0, 1) if row.flat else torch.stack(tiles)), corners
+            tiles, corners = [], []
+
+
+def _is_empty(tile: Tensor) -> bool:
+    low, high = torch.aminmax(tile.flatten(1), dim=1)
+    return bool(((high - low) <= EMPTY_RANGE).all())
+
+
+@torch.inference_mode()
+def _accumulate(
+    ring: _Ring, predictions: Tensor, weights: Tensor, row: _Row, corners: Sequence[tuple[int, int]]
+) -> None:
+    stacked = predictions.transpose(0, 1)[None] if row.flat else predictions
+    for prediction, corner in zip(stacked, corners, strict=True):
+        ring.add(prediction, weights, (row.start, *corner))
+
+
+class _Ring:
+    """Weighted sums of the planes that a later tile may still touch; plane p lies at p modulo the depth."""
+
+    def __init__(self, outputs: int, depth: int, plane: tuple[int, int], device: torch.device) -> None:
+        self.depth = depth
+        self.sums = torch.zeros((outputs, depth, *plane), device=device)
+        self.weights = torch.zeros((depth, *plane), device=device)
+
+    def _pieces(self, start: int, count: int) -> Iterator[tuple[slice, slice]]:
+        """Where planes [start, start + count) lie: ring slices with the matching slices of the planes."""
+        done = 0
+        while done < count:
+            place = (start + done) % self.depth
+            length = min(count - done, self.depth - place)
+            yield slice(place, place + length), slice(done, done + length)
+            done += length
+
+    def add(self, prediction: Tensor, weights: Tensor, at: tuple[int, int, int]) -> None:
+        """Add a tile's prediction (K, d, b, c), weighted by (d, b, c) or (b, c), with its first voxel `at`."""
+        z, y, x = at
+        rows, columns = slice(y, y + prediction.shape[2]), slice(x, x + prediction.shape[3])
+        for here, there in self._pieces(z, prediction.shape[1]):
+            weight = weights[there] if weights.ndim == 3 else weights
+            self.sums[:, here, rows, columns].addcmul_(prediction[:, there], weight)
+            self.weights[here, rows, columns] += weight
+
+    def finish(self, start: int, stop: int) -> Tensor:
+        """Average planes [start, stop): float32 (K, stop - start, b, c); their places are emptied."""
+        logits = torch.empty((self.sums.shape[0], stop - start, *self.sums.shape[2:]), device=self.sums.device)
+        for here, there in self._pieces(start, stop - start):
+            weights = self.weights[here]
+            untouched = weights == 0
+            if untouched.any():
+                self.sums[:, here].masked_fill_(untouched, -EMPTY_LOGIT)
+                if self.sums.shape[0] > 1:
+                    self.sums[0, here].masked_fill_(untouched, EMPTY_LOGIT)
+                weights.masked_fill_(untouched, 1)
+            torch.div(self.sums[:, here], weights, out=logits[:, there])
+            self.sums[:, here].zero_()
+            weights.zero_()
+        return logits
+
+
+class _Ensemble:
+    """Mean logits of several networks over all flips; halves what it runs at once when device memory ends."""
+
+    def __init__(
+        self, networks: Sequence[nn.Module], *, flips: list[tuple[int, ...]], device: torch.device, precision: Precision
+    ) -> None:
+        self.networks = networks
+        self.flips = flips
+        self.device = device
+        self.precision: Precision = precision
+        # on CPU and MPS a larger batch gains nothing and costs memory; on CUDA all flips run as one batch
+        self.limit = 1 << 30 if device.type == "cuda" else 0
+
+    @torch.inference_mode()
+    def __call__(self, tiles: Tensor) -> Tensor:
+        """(n, C, *patch) on any device -> float32 (n, K, *patch) on the ensemble's device."""
+        tiles = tiles.to(self.device, dtype=torch.float32)
+        if 0 < self.limit < len(tiles):
+            half = len(tiles) // 2
+            return torch.cat([self(tiles[:half]), self(tiles[half:])])
+        result = self._mean(tiles)
+        if result is not None:
+            return result
+        limit = min(self.limit, len(tiles) * len(self.flips)) // 2
+        if limit < 1:
+            raise RfMedSamError(
+                "The device has too little memory for one tile",
+                where=self.device,
+                found=f"a tile of {tuple(tiles.shape[2:])} voxels",
+                remedy="Free the device, predict with --device cpu, or use a plan with a smaller patch",
+            )
+        self.limit = limit
+        torch.cuda.empty_cache()
+        return self(tiles)
+
+    def _mean(self, tiles: Tensor) -> Tensor | None:
+        """None where memory ended."""
+        at_once = max(1, self.limit // len(tiles))
+        total: Tensor | None = None
+        try:
+            for network in self.networks:
+                for i in range(0, len(self.flips), at_once):
+                    part = self._sum(network, tiles, self.flips[i : i + at_once])
+                    total = part if total is None else total.add_(part)
+        except torch.OutOfMemoryError:
+            return None
+        assert total is not None
+        return total.div_(len(self.networks) * len(self.flips))
+
+    def _sum(self, network: nn.Module, tiles: Tensor, flips: list[tuple[int, ...]]) -> Tensor:
+        inputs = torch.cat([tiles.flip(axes) for axes in flips]) if len(flips) > 1 else tiles.flip(flips[0])
+        with _autocast(self.device, self.precision):
+            results = network(inputs)
+        parts = results.split(len(tiles))
+        total = parts[0].flip(flips[0]).float()
+        for axes, part in zip(flips[1:], parts[1:], strict=True):
+            total += part.flip(axes)
+        return total
+
+
+def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    if device.type != "cuda" or precision == "fp32":
+        return nullcontext()
+    half = precision == "fp16" or (precision == "auto" and not torch.cuda.is_bf16_supported())
+    return torch.autocast("cuda", dtype=torch.float16 if half else torch.bfloat16)
+
+
+def _flips(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """All combinations of axes of a (n, C, *patch) tensor, none first."""
+    return [tuple(2 + a for a in chosen) for n in range(len(axes) + 1) for chosen in itertools.combinations(axes, n)]
+
+
+def _padded(image: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, tuple[int, int, int]]:
+    """Put 0 about the image until no axis is shorter than the patch; also how many voxels came before each axis."""
+    wanted = (1,) * (3 - len(patch_size)) + tuple(patch_size)
+    missing = [max(0, p - n) for n, p in zip(image.shape[1:], wanted, strict=True)]
+    lows = [m // 2 for m in missing]
+    if any(missing):
+        pads = [x for low, m in zip(reversed(lows), reversed(missing), strict=True) for x in (low, m - low)]
+        image = nn.functional.pad(image, pads)
+    return image, (lows[0], lows[1], lows[2])
+
+
+def _check(networks: Sequence[nn.Module], image: Tensor, patch_size: Sequence[int], mirror_axes: Sequence[int]) -> None:
+    if not networks:
+        raise PlanError("There is no network to predict with")
+    if image.ndim != 4:
+        raise PlanError("An image has the wrong number of axes", expected="(C, a, b, c)", found=tuple(image.shape))
+    if len(patch_size) not in (2, 3):
+        raise PlanError("A patch has two or three axes", found=tuple(patch_size))
+    if any(not 0 <= axis < len(patch_size) for axis in mirror_axes) or len(set(mirror_axes)) != len(mirror_axes):
+        raise PlanError(
+            "Mirror axes do not fit the patch",
+            expected=f"different numbers below {len(patch_size)}",
+            found=tuple(mirror_axes),
+        )
+
+
+def _finite(logits: Tensor) -> Tensor:
+    # one sum is much cheaper than a mask and keeps every NaN and infinity
+    if not torch.isfinite(logits.sum()):
+        raise RfMedSamError(
+            "The network gives values that are not finite",
+            remedy="Predict with precision fp32; if that does not help, the weights or the image hold NaN",
+        )
+    return logits
