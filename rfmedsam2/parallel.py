@@ -1,0 +1,92 @@
+"""Work over many cases on this machine: threads, since reading, packing and our kernels release the interpreter lock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Protocol, TypeVar
+
+from rfmedsam2.errors import RfMedSamError, WorkerError
+
+C = TypeVar("C")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Track(Protocol):
+    """Shows progress: passes `items` through; called with a description and the total number."""
+
+    def __call__(self, items: Iterable[T], description: str, total: int, /) -> Iterable[T]: ...  # noqa: D102
+
+
+def silent(items: Iterable[T], description: str, total: int, /) -> Iterable[T]:  # noqa: ARG001
+    """Show nothing."""
+    return items
+
+
+def map_cases(
+    function: Callable[[C], R],
+    cases: Sequence[C],
+    *,
+    workers: int,
+    name: Callable[[C], str],
+    track: Track = silent,
+    description: str = "",
+) -> Iterator[R]:
+    """Apply `function` to every case; results come in the order of the cases.
+
+    At most `workers` cases are worked on at once, and at most as many more wait as results. After the first error no
+    further case is begun; those under way are let to end.
+
+    Args:
+        function: one case -> result; runs in a thread.
+        cases: what to work on.
+        workers: threads; 0 or 1: in the calling thread.
+        name: what an error calls the case.
+        track: progress display.
+        description: what the progress display says.
+
+    Raises:
+        RfMedSamError: as raised by `function`.
+        WorkerError: any other exception, with the name of the case.
+    """
+    results = _in_turn(function, cases, name) if workers <= 1 else _threaded(function, cases, workers, name)
+    yield from track(results, description, len(cases))
+
+
+def _in_turn(function: Callable[[C], R], cases: Sequence[C], name: Callable[[C], str]) -> Iterator[R]:
+    for case in cases:
+        yield _named(function, case, name)
+
+
+def _threaded(
+    function: Callable[[C], R], cases: Sequence[C], workers: int, name: Callable[[C], str]
+) -> Iterator[R]:
+    waiting: deque[Future[R]] = deque()
+    remaining = iter(cases)
+    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="case")
+    try:
+        for case in islice(remaining, 2 * workers):
+            waiting.append(pool.submit(_named, function, case, name))
+        while waiting:
+            result = waiting.popleft().result()
+            for case in islice(remaining, 1):
+                waiting.append(pool.submit(_named, function, case, name))
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _named(function: Callable[[C], R], case: C, name: Callable[[C], str]) -> R:
+    try:
+        return function(case)
+    except RfMedSamError:
+        raise
+    except MemoryError as error:
+        raise WorkerError(
+            "Memory ran out", where=name(case), remedy="Run again with fewer workers; finished cases are kept"
+        ) from error
+    except Exception as error:
+        raise WorkerError(f"A case failed ({type(error).__name__}: {error})", where=name(case)) from error

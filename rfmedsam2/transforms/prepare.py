@@ -1,0 +1,190 @@
+"""From a volume as read to what a network sees: transpose, crop to non-zero, normalise, resample (nnU-Net's order).
+
+`Restore` holds what is needed to put a prediction back on the source grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rfmedsam2.errors import PlanError
+from rfmedsam2.geometry import Box, Grid, Shape, Triple, Volume
+from rfmedsam2.records.case import CaseGeometry
+from rfmedsam2.records.plan import Plan, Stage
+from rfmedsam2.transforms.crop import nonzero_box, outside_mask
+from rfmedsam2.transforms.normalise import normalise
+from rfmedsam2.transforms.resample import planned_shape, resample_image, resample_label, separate_axis
+
+OUTSIDE_LABEL = -1
+"""Marks background outside the non-zero region while labels are resampled (it votes apart from background)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore:
+    """The way back. Undo in this order: resample to `shape_cropped`, transpose back, put into `box`.
+
+    Attributes:
+        source_grid: grid of the volume that was prepared.
+        box: crop in source axes z, y, x, half-open.
+        transpose_forward: planned axis i is source axis transpose_forward[i].
+        shape_cropped: planned axes, before resampling.
+        shape_planned: planned axes, after resampling.
+        spacing_source: mm, planned axes.
+        spacing_planned: mm, planned axes.
+    """
+
+    source_grid: Grid
+    box: Box
+    transpose_forward: Shape
+    shape_cropped: Shape
+    shape_planned: Shape
+    spacing_source: Triple
+    spacing_planned: Triple
+
+    def to_record(self) -> CaseGeometry:
+        """As it is stored with a preprocessed case."""
+        grid = self.source_grid
+        return CaseGeometry(
+            shape_zyx=grid.shape_zyx,
+            spacing_zyx_mm=grid.spacing_zyx_mm,
+            origin_xyz_mm=grid.origin_xyz_mm,
+            direction=grid.direction,
+            box_zyx=self.box,
+            transpose_forward=self.transpose_forward,
+            shape_cropped=self.shape_cropped,
+            shape_planned=self.shape_planned,
+            spacing_source=self.spacing_source,
+            spacing_planned=self.spacing_planned,
+        )
+
+    @classmethod
+    def from_record(cls, record: CaseGeometry) -> Restore:
+        """Back from a stored case."""
+        grid = Grid(
+            shape_zyx=record.shape_zyx,
+            spacing_zyx_mm=record.spacing_zyx_mm,
+            origin_xyz_mm=record.origin_xyz_mm,
+            direction=record.direction,
+        )
+        return cls(
+            source_grid=grid,
+            box=record.box_zyx,
+            transpose_forward=record.transpose_forward,
+            shape_cropped=record.shape_cropped,
+            shape_planned=record.shape_planned,
+            spacing_source=record.spacing_source,
+            spacing_planned=record.spacing_planned,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A volume in planned axes and spacing.
+
+    Attributes:
+        image: (C, a, b, c) float32, contiguous.
+        label: (a, b, c) int16 without the outside marker (background instead), or None.
+        restore: how to go back.
+    """
+
+    image: np.ndarray
+    label: np.ndarray | None
+    restore: Restore
+
+
+def prepare(
+    volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None = None, threads: int = 1
+) -> Prepared:
+    """Prepare one volume for a stage of a plan; the input arrays are left as they are.
+
+    Args:
+        volume: (C, Z, Y, X); already turned to `plan.reorient` if the plan asks for it.
+        plan: the plan.
+        stage: name of one of its stages.
+        label: (Z, Y, X) or (1, Z, Y, X) integer label map on the same grid.
+        threads: planes resampled at once.
+
+    Raises:
+        PlanError: no such stage, or another number of channels than planned.
+        ImageError: values that the planned normalisation does not allow.
+    """
+    config = _stage(plan, stage)
+    if volume.array.shape[0] != len(plan.channels):
+        raise PlanError(
+            "The number of channels is not the planned one",
+            expected=f"{len(plan.channels)} ({', '.join(plan.channels)})",
+            found=volume.array.shape[0],
+        )
+    box = nonzero_box(volume.array)
+    restore = _restore(volume.grid, box, plan, config)
+    # crop and transpose commute; views only, the one copy is the conversion to float32
+    cropped = _planned_view(volume.array, restore)
+    marks = None if label is None else _planned_view(label.reshape((1, *volume.grid.shape_zyx)), restore)[0]
+    resampled = restore.shape_planned != restore.shape_cropped
+    masked = any(n.kind == "zscore" and n.use_mask for n in config.normalisation)
+    outside = outside_mask(cropped) if masked or (resampled and marks is not None) else None
+    if marks is not None:
+        marks = np.array(marks, dtype=np.int16, order="C")
+        if outside is not None:
+            np.copyto(marks, np.int16(OUTSIDE_LABEL), where=outside & (marks == 0))
+    image = _normalised(cropped, plan, config, outside=outside, marks=marks)
+    axis = separate_axis(restore.spacing_source, restore.spacing_planned, config.resampling.anisotropy_threshold)
+    how = config.resampling
+    image = resample_image(
+        image, restore.shape_planned, separate=axis, order=how.order_image, order_z=how.order_z, threads=threads
+    )
+    if marks is not None:
+        marks = resample_label(
+            marks, restore.shape_planned, separate=axis, order=how.order_label, order_z=how.order_z, threads=threads
+        )
+        np.maximum(marks, 0, out=marks)
+    return Prepared(image=image, label=marks, restore=restore)
+
+
+def target_spacing(stage: Stage, spacing_source: Sequence[float]) -> Triple:
+    """Spacing in planned axes after preparation; a 2D stage leaves the distance between slices as it is."""
+    a, b, c = stage.spacing_mm
+    return (spacing_source[0], b, c) if stage.is_2d else (a, b, c)
+
+
+def _stage(plan: Plan, name: str) -> Stage:
+    if name not in plan.stages:
+        raise PlanError("The plan has no such stage", where=name, expected=f"one of {', '.join(plan.stages)}")
+    return plan.stages[name]
+
+
+def _restore(grid: Grid, box: Box, plan: Plan, stage: Stage) -> Restore:
+    order = plan.transpose_forward
+    a, b, c = (box[axis][1] - box[axis][0] for axis in order)
+    spacing = (grid.spacing_zyx_mm[order[0]], grid.spacing_zyx_mm[order[1]], grid.spacing_zyx_mm[order[2]])
+    target = target_spacing(stage, spacing)
+    return Restore(
+        source_grid=grid,
+        box=box,
+        transpose_forward=order,
+        shape_cropped=(a, b, c),
+        shape_planned=planned_shape((a, b, c), spacing, target),
+        spacing_source=spacing,
+        spacing_planned=target,
+    )
+
+
+def _planned_view(array: np.ndarray, restore: Restore) -> np.ndarray:
+    cropped = array[(slice(None), *(slice(*limits) for limits in restore.box))]
+    return cropped.transpose(0, *(axis + 1 for axis in restore.transpose_forward))
+
+
+def _normalised(
+    cropped: np.ndarray, plan: Plan, stage: Stage, *, outside: np.ndarray | None, marks: np.ndarray | None
+) -> np.ndarray:
+    image = np.array(cropped, dtype=np.float32, order="C")
+    inside = None
+    if outside is not None:
+        # labelled voxels count as inside even where the image is zero
+        inside = ~outside if marks is None else marks >= 0
+    for channel, how, statistics in zip(image, stage.normalisation, plan.intensities, strict=True):
+        normalise(channel, how, statistics, inside=inside)
+    return image
