@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -284,7 +285,7 @@ def _surfaces(masks: _Masks, box: np.ndarray, spacing_zyx_mm: Triple) -> Surface
     if masks.ignore is not None and masks.ignore < len(kept):
         kept[masks.ignore] = 0
     spacing = np.asarray(spacing_zyx_mm, dtype=np.float64)
-    area_of_code = create_table_neighbour_code_to_surface_area(spacing)
+    area_of_code = _areas(tuple(float(s) for s in spacing_zyx_mm))
     codes = [np.empty(tuple(box[3:] - box[:3] + 2), np.uint8) for _ in range(2)]
     _encode(masks.reference, masks.reference, member, kept, box, codes[0])
     _encode(masks.prediction, masks.reference, member, kept, box, codes[1])
@@ -299,6 +300,12 @@ def _surfaces(masks: _Masks, box: np.ndarray, spacing_zyx_mm: Triple) -> Surface
         areas_reference=areas[0],
         areas_prediction=areas[1],
     )
+
+
+@lru_cache(maxsize=64)
+def _areas(spacing_zyx_mm: tuple[float, ...]) -> np.ndarray:
+    """Area (mm^2) of each of the 256 neighbour codes; kept, as making the table takes longer than a small class."""
+    return create_table_neighbour_code_to_surface_area(spacing_zyx_mm)
 
 
 def _kernel(function: F) -> F:
