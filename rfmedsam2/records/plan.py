@@ -161,6 +161,15 @@ class StepSchedule(Record):
     gamma: Positive = 0.1
 
 
+class OneCycleSchedule(Record):
+    """One cycle per iteration: cosine up to the full rate over `warmup_share` of the steps, cosine down after."""
+
+    kind: Literal["one_cycle"] = "one_cycle"
+    warmup_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    start_factor: Positive = 0.04
+    end_factor: Annotated[float, Field(ge=0)] = 4e-6
+
+
 class TrainConfig(Record):
     """Everything that the engine needs to know to train; nothing about the model."""
 
@@ -169,7 +178,9 @@ class TrainConfig(Record):
     learning_rate: Positive = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 3e-5
     optimizer: Annotated[Sgd | AdamW, Field(discriminator="kind")] = Sgd()
-    schedule: Annotated[PolySchedule | WarmupPolySchedule | StepSchedule, Field(discriminator="kind")] = PolySchedule()
+    schedule: Annotated[
+        PolySchedule | WarmupPolySchedule | StepSchedule | OneCycleSchedule, Field(discriminator="kind")
+    ] = PolySchedule()
     accumulation: Count = 1
     """Micro-batches per optimizer step."""
     clip_norm: Positive | None = 12.0

@@ -70,7 +70,7 @@ def read_header(path: Path) -> CheckpointHeader:
 
 
 def read_record_of(path: Path) -> CheckpointRecord:
-    """The record of a checkpoint, from its header alone (milliseconds, no torch).
+    """Read the record of a checkpoint, from its header alone (milliseconds, no torch).
 
     Raises:
         CheckpointError: as `read_header`.
@@ -79,7 +79,7 @@ def read_record_of(path: Path) -> CheckpointRecord:
 
 
 def _json_header(path: Path) -> dict[str, Any]:
-    """The JSON header as a dict; checks the prefix, the JSON and the file's length."""
+    """Read the JSON header as a dict; checks the prefix, the JSON and the file's length."""
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:

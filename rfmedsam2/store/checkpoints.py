@@ -87,7 +87,7 @@ def write_checkpoint(
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors by their state-dict names, on the CPU; nothing else is read.
+    """Read the model's tensors by their state-dict names, to the CPU; nothing else is read.
 
     Raises:
         CheckpointError: see `read_record_of`; or the weights are not those that the record names.
@@ -164,6 +164,6 @@ def _dtype(name: str, tensor: object) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's bytes in row-major order; a view where it lies contiguous on the CPU."""
+    """Give the tensor's bytes in row-major order; a view where it lies contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -1,0 +1,90 @@
+"""Learning-rate schedules as pure functions of the step, and the optimizers that a plan can name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from typing_extensions import assert_never
+
+from rfmedsam2.records.plan import (
+    AdamW,
+    OneCycleSchedule,
+    PolySchedule,
+    Sgd,
+    StepSchedule,
+    TrainConfig,
+    WarmupPolySchedule,
+)
+
+
+def learning_rate_factor(config: TrainConfig, step: int) -> float:
+    """Give what the learning rate is multiplied by at optimizer step `step` (0 <= step < config.iterations).
+
+    Poly: RFMedSAM 2, appendix G, eq. 1. One-cycle: Smith and Topin 2018, with cosines as in torch's OneCycleLR.
+    """
+    schedule = config.schedule
+    epoch = step // config.iterations_per_epoch
+    match schedule:
+        case PolySchedule(per="epoch"):
+            return _poly(epoch, config.epochs, schedule.power)
+        case PolySchedule():
+            return _poly(step, config.iterations, schedule.power)
+        case WarmupPolySchedule():
+            warmup = schedule.warmup_iterations
+            if step < warmup:
+                return schedule.start_factor + (1 - schedule.start_factor) * step / warmup
+            return _poly(step - warmup, config.iterations - warmup, schedule.power)
+        case StepSchedule():
+            return schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
+        case OneCycleSchedule():
+            return _one_cycle(schedule, step, config.iterations)
+        case _:
+            assert_never(schedule)
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
+    """Set every group's rate to its initial one times `factor`; gives the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+def make_optimizer(parameters: Iterable[torch.Tensor] | Iterable[dict[str, Any]], config: TrainConfig) -> Optimizer:
+    """Build the optimizer that the plan names over the parameters that learn.
+
+    Args:
+        parameters: tensors, or groups as torch takes them ("params", optionally "lr", "weight_decay"); tensors that
+            need no gradient are left out.
+        config: kind, learning rate and weight decay.
+    """
+    groups = [p if isinstance(p, dict) else {"params": [p]} for p in parameters]
+    if all(len(g) == 1 for g in groups):
+        groups = [{"params": [p for g in groups for p in g["params"]]}]
+    groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
+    rate, decay = config.learning_rate, config.weight_decay
+    match config.optimizer:
+        case Sgd(momentum=momentum, nesterov=nesterov):
+            return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=decay)
+        case AdamW(betas=betas, eps=eps):
+            return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, weight_decay=decay)
+        case _:
+            assert_never(config.optimizer)
+
+
+def _poly(done: int, total: int, power: float) -> float:
+    return max(0.0, 1 - done / max(total, 1)) ** power
+
+
+def _one_cycle(schedule: OneCycleSchedule, step: int, total: int) -> float:
+    peak = max(1.0, schedule.warmup_share * total - 1)
+    if step <= peak:
+        return _cosine(schedule.start_factor, 1.0, step / peak)
+    return _cosine(1.0, schedule.end_factor, (step - peak) / max(1.0, total - 1 - peak))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
