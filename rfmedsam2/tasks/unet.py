@@ -141,7 +141,11 @@ def overlap_counts(logits: Tensor, target: Tensor, labels: LabelSet) -> np.ndarr
         predicted, members = predicted & known, members & known
     axes = (0, *range(2, logits.ndim))
     both = (predicted & members).sum(axes)
-    return torch.stack([both, predicted.sum(axes) - both, members.sum(axes) - both], 1).double().cpu().numpy()
+    counts = torch.stack([both, predicted.sum(axes) - both, members.sum(axes) - both], 1).double().cpu().numpy()
+    if labels.has_regions:
+        return counts
+    # channels follow ascending values, names may be declared in any order
+    return counts[[labels.values.index(values[0]) - 1 for values in labels.foreground.values()]]
 
 
 def scores_of(counts: np.ndarray, labels: LabelSet) -> dict[str, float]:
