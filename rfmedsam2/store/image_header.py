@@ -1,0 +1,174 @@
+"""What an image file says beside its voxels, and the rules that every format shares.
+
+`ImageHeader` keeps enough to write a label map with exactly the geometry of its source. Directions whose axes are not
+perpendicular are repaired here when the deviation is small, and refused when it is not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rfmedsam2.errors import GeometryError, ImageError
+from rfmedsam2.geometry import Grid
+
+MAX_SKEW_DEGREES = 1.0
+"""Axes further than this from 90 degrees are refused.
+
+Rounded quaternions and affines with few digits give hundredths of a degree; a tilted gantry gives 5 to 30. At one
+degree treating the axes as perpendicular is wrong by at most 1.8 % of any length, far below what augmentation does to
+training patches. Written labels keep the source's own axes, so that they fit their image to the last digit.
+"""
+
+FLAT_SPACING_MM = 999.0
+"""Spacing of the missing axis of a picture without spacing (nnU-Net's convention for 2D)."""
+
+Format = Literal["nifti", "itk", "mgz", "dicom", "picture"]
+
+
+class TruncatedImageError(ImageError):
+    """A file that ends early, or whose compressed stream is damaged."""
+
+
+class ChangedWhileReadingError(ImageError):
+    """A file that another program wrote to while it was read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NiftiGeometry:
+    """The header block of a NIfTI file: affine, qform and sform with codes, pixdim and units survive as they were.
+
+    Attributes:
+        block: the 348 (NIfTI-1) or 540 (NIfTI-2) header bytes, little endian.
+        sform_code: 0 when the file has no sform.
+        qform_code: 0 when the file has no qform.
+        forms_differ_mm: largest distance between where sform and qform put a corner voxel; 0 unless both are there.
+    """
+
+    block: bytes
+    sform_code: int
+    qform_code: int
+    forms_differ_mm: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageHeader:
+    """What is known of an image without its voxels.
+
+    Attributes:
+        grid: the voxel lattice with perpendicular axes.
+        source_grid: the lattice as the file has it; differs from `grid` only when axes were repaired.
+        channels: number of channels in the file.
+        dtype: NumPy name of the type that reading gives.
+        format: family of the file; decides how geometry is written back.
+        skew_degrees: how far the file's axes were from perpendicular.
+        flat: the file has two axes only; z was added.
+        nifti: header of a NIfTI source.
+    """
+
+    grid: Grid
+    source_grid: Grid
+    channels: int
+    dtype: str
+    format: Format
+    skew_degrees: float = 0.0
+    flat: bool = False
+    nifti: NiftiGeometry | None = None
+
+
+def repaired(grid: Grid, *, where: object) -> tuple[Grid, float]:
+    """The grid with perpendicular axes, and by how many degrees they were not.
+
+    Raises:
+        GeometryError: the deviation is above `MAX_SKEW_DEGREES`, or axes coincide.
+    """
+    if abs(np.linalg.det(np.asarray(grid.direction))) < 1e-3:
+        raise GeometryError(
+            "Two index axes of the image point the same way",
+            where=where,
+            expected="three different directions",
+            found=np.round(grid.direction, 4).tolist(),
+            remedy="Convert the file again from its source",
+        )
+    skew = grid.skew_degrees
+    if skew > MAX_SKEW_DEGREES:
+        raise GeometryError(
+            "The image axes are not perpendicular",
+            where=where,
+            expected=f"at most {MAX_SKEW_DEGREES:g} degree from 90 (less is repaired)",
+            found=f"{skew:.2f} degrees of skew",
+            remedy="Resample the image to an orthogonal grid first (a tilted CT gantry gives such files)",
+        )
+    # below a thousandth of a degree it is rounding; such directions stay as they are, so that grids compare equal
+    return (grid.orthonormalised() if skew > 1e-3 else grid), skew
+
+
+def checked_spacing(spacing: Sequence[float], *, where: object) -> tuple[float, float, float]:
+    """Three positive, finite spacings in mm (any axis order).
+
+    Raises:
+        GeometryError: one of them is zero, negative or not a number.
+    """
+    a, b, c = (float(s) for s in spacing)
+    if not all(np.isfinite(s) and s > 0 for s in (a, b, c)):
+        raise GeometryError(
+            "The voxel spacing is not positive",
+            where=where,
+            expected="three spacings above 0 mm",
+            found=(a, b, c),
+            remedy="Correct the header (pixdim, ElementSpacing, space directions), or convert the file again",
+        )
+    return (a, b, c)
+
+
+def displacement_mm(one: Grid, other: Grid) -> float:
+    """Largest distance between where the two grids put the same corner voxel, mm. Shapes are taken from `one`."""
+    sizes = np.asarray(one.shape_zyx[::-1]) - 1
+    corners = np.array(np.meshgrid(*([0, n] for n in sizes))).reshape(3, -1)
+    indices = np.vstack([corners, np.ones(corners.shape[1])])
+    return float(np.linalg.norm(((one.affine_lps - other.affine_lps) @ indices)[:3], axis=0).max())
+
+
+def disagreement(one: Grid, other: Grid) -> tuple[str, bool] | None:
+    """None when grids agree; else a phrase, and whether it is harmless: same shape, no voxel half a voxel away."""
+    phrase = one.mismatch(other)
+    if phrase is None:
+        return None
+    harmless = one.shape_zyx == other.shape_zyx and displacement_mm(one, other) < 0.5 * min(one.spacing_zyx_mm)
+    return phrase, harmless
+
+
+@contextmanager
+def unchanged(paths: Sequence[Path]) -> Iterator[None]:
+    """Raise when size or modification time of a file differ after the block from before.
+
+    Raises:
+        ImageError: a file cannot be reached.
+        ChangedWhileReadingError: a file was written to.
+    """
+    before = [_state(path) for path in paths]
+    yield
+    for path, old in zip(paths, before, strict=True):
+        if _state(path) != old:
+            raise ChangedWhileReadingError(
+                "The file changed while it was read",
+                where=path,
+                expected="a file that no other program writes to",
+                remedy="Wait until copying or converting has ended, then run the same command again",
+            )
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)  # noqa: PTH116 - one call a file, measured on folders of slices
+    except FileNotFoundError:
+        raise ImageError("There is no such file", where=path) from None
+    except OSError as error:
+        raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from error
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,228 @@
+"""Image and label files of every format: one read gives voxels and header, one write restores the geometry.
+
+NIfTI (.nii, .nii.gz), NRRD, MHA, MHD, MGZ, pictures and DICOM series folders. Arrays are (C,Z,Y,X); integer types stay
+as they are, everything else is float32. Spacings and arrays equal those of nnU-Net's SimpleITKIO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rfmedsam2.errors import GeometryError, ImageError, UsageError
+from rfmedsam2.geometry import Volume
+from rfmedsam2.store.dicom import dicom_files, is_dicom_file, read_dicom, read_dicom_header
+from rfmedsam2.store.files import atomic, writing_to
+from rfmedsam2.store.image_header import (
+    MAX_SKEW_DEGREES,
+    ChangedWhileReadingError,
+    ImageHeader,
+    NiftiGeometry,
+    TruncatedImageError,
+    disagreement,
+    displacement_mm,
+    unchanged,
+)
+from rfmedsam2.store.itk import PICTURE_ENDINGS, read_itk, read_itk_header, write_itk_label, write_mhd_label
+from rfmedsam2.store.mgz import read_mgz, read_mgz_header, write_mgz_label
+from rfmedsam2.store.nifti import read_nifti, read_nifti_header, write_nifti_label
+from rfmedsam2.store.orientation import Orientation, reoriented
+
+__all__ = [
+    "IMAGE_ENDINGS",
+    "MAX_SKEW_DEGREES",
+    "ChangedWhileReadingError",
+    "ImageHeader",
+    "NiftiGeometry",
+    "Orientation",
+    "TruncatedImageError",
+    "disagreement",
+    "displacement_mm",
+    "image_ending",
+    "read_channels",
+    "read_header",
+    "read_image",
+    "read_label",
+    "reoriented",
+    "write_label",
+]
+
+_NIFTI = (".nii.gz", ".nii")
+_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+_MGZ = (".mgz", ".mgh")
+IMAGE_ENDINGS = (*_NIFTI, *_ITK, *_MGZ, *PICTURE_ENDINGS, ".dcm")
+"""Endings of files that can be read; a folder of DICOM files is read too, whatever they are called."""
+
+_INTEGER_TOLERANCE = 1e-3  # labels that went through a scaled float file
+
+
+def image_ending(path: Path) -> str | None:
+    """The image ending of a file name as it is written there, None for other files."""
+    lower = path.name.lower()
+    return next((path.name[-len(e) :] for e in IMAGE_ENDINGS if lower.endswith(e)), None)
+
+
+def read_header(path: Path) -> ImageHeader:
+    """What an image file or DICOM folder says about itself; no voxels are read.
+
+    Raises:
+        ImageError: missing, unreadable or of an unknown format.
+        GeometryError: impossible spacing or direction.
+    """
+    ending = _known_ending(path)
+    if ending == ".dcm":
+        return read_dicom_header(path)
+    if ending in _NIFTI:
+        return read_nifti_header(path)
+    return read_mgz_header(path) if ending in _MGZ else read_itk_header(path)
+
+
+def read_image(path: Path) -> tuple[Volume, ImageHeader]:
+    """The volume (C,Z,Y,X) and header of one file of any format, or of a folder with one DICOM series.
+
+    Raises:
+        ImageError: missing, unreadable, of an unknown format.
+        TruncatedImageError, ChangedWhileReadingError: kinds of ImageError.
+        GeometryError: impossible spacing or direction, missing slices, tilted gantry.
+    """
+    ending = _known_ending(path)
+    with unchanged(dicom_files(path) if path.is_dir() else [path]):
+        if ending == ".dcm":
+            array, header = read_dicom(path)
+        elif ending in _NIFTI:
+            array, header = read_nifti(path)
+        elif ending in _MGZ:
+            array, header = read_mgz(path)
+        else:
+            array, header = read_itk(path)
+    return Volume(array=array, grid=header.grid), header
+
+
+def read_channels(paths: Sequence[Path]) -> tuple[Volume, ImageHeader]:
+    """All channels of a case, from one file each or from one file with several; the header is the first file's.
+
+    Origins and directions may differ by less than half a voxel at the corners (the first file's hold).
+
+    Raises:
+        ImageError: a file cannot be read.
+        GeometryError: grids differ; says which files and how.
+    """
+    if not paths:
+        raise ImageError("No image files were given", expected="one file for each channel, or one with all")
+    first, header = read_image(paths[0])
+    if len(paths) == 1:
+        return first, header
+    volumes = [first]
+    for path in paths[1:]:
+        volume, _ = read_image(path)
+        differ = disagreement(first.grid, volume.grid)
+        if differ is not None and not differ[1]:
+            raise GeometryError(
+                "The channels of a case do not lie on one grid",
+                where=path,
+                expected=f"the grid of {paths[0].name}",
+                found=differ[0],
+                remedy="Resample the channels to one grid first",
+            )
+        volumes.append(volume)
+    return Volume(array=np.concatenate([v.array for v in volumes]), grid=first.grid), header
+
+
+def read_label(path: Path) -> tuple[Volume, ImageHeader]:
+    """A label map (1,Z,Y,X) in the smallest unsigned integer type that holds its values.
+
+    Raises:
+        ImageError: several channels, values that are not whole, negative or above 65535.
+    """
+    volume, header = read_image(path)
+    if volume.array.shape[0] != 1:
+        raise ImageError("A label file has several channels", where=path, expected=1, found=volume.array.shape[0])
+    return Volume(array=as_labels(volume.array, where=path), grid=volume.grid), header
+
+
+def as_labels(array: np.ndarray, *, where: object) -> np.ndarray:
+    """The array in the smallest of uint8 and uint16 that holds its values.
+
+    Raises:
+        ImageError: not whole numbers from 0 to 65535.
+    """
+    with np.errstate(invalid="ignore"):
+        low, high = array.min(), array.max()
+    if not (np.isfinite(low) and np.isfinite(high) and low > -0.5 and high <= np.iinfo(np.uint16).max):
+        raise ImageError(
+            "A label map holds values that are no labels",
+            where=where,
+            expected="whole numbers from 0 to 65535",
+            found=f"values from {low} to {high}",
+            remedy="Store the label map as unsigned integers",
+        )
+    kind = np.uint8 if high < np.iinfo(np.uint8).max + 0.5 else np.uint16
+    if array.dtype.kind in "iu":
+        return array.astype(kind, copy=False)
+    labels = np.rint(array).astype(kind)
+    away = np.abs(array - labels)
+    if away.max() > _INTEGER_TOLERANCE:
+        raise ImageError(
+            "A label map holds values that are not whole",
+            where=where,
+            expected="integers",
+            found=f"{int((away > _INTEGER_TOLERANCE).sum())} such voxels, for instance {array.flat[away.argmax()]:.6g}",
+            remedy="Resample label maps with nearest neighbour, and store them as integers",
+        )
+    return labels
+
+
+def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
+    """Write a label map (Z,Y,X) with exactly the geometry of `header`, whole or not at all; format by ending.
+
+    uint8, or uint16 for values above 255; no scaling. A NIfTI source keeps its affine, qform and sform with codes,
+    pixdim and units; a DICOM source gives the series' geometry.
+
+    Raises:
+        GeometryError: the shape is not the header's.
+        UsageError: an ending that cannot be written.
+        StoreError: the folder cannot be written, the disk is full.
+    """
+    ending = (image_ending(path) or "").lower()
+    if labels_zyx.shape != header.grid.shape_zyx:
+        raise GeometryError(
+            "The labels do not fit their image",
+            where=path,
+            expected=f"{header.grid.shape_zyx} (z, y, x)",
+            found=labels_zyx.shape,
+        )
+    labels = as_labels(labels_zyx, where=path)
+    if ending == ".mhd":
+        with writing_to(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_mhd_label(path, labels, header)
+        return
+    write = {
+        **dict.fromkeys(_NIFTI, write_nifti_label),
+        **dict.fromkeys((".nrrd", ".mha", *PICTURE_ENDINGS), write_itk_label),
+        **dict.fromkeys(_MGZ, write_mgz_label),
+    }.get(ending)
+    if write is None:
+        raise UsageError(
+            "Label maps cannot be written in this format",
+            where=path,
+            expected="a file name ending in .nii.gz, .nii, .nrrd, .mha, .mhd or .mgz",
+        )
+    with atomic(path) as temporary:
+        write(temporary, labels, header)
+
+
+def _known_ending(path: Path) -> str:
+    """The format's ending in lower case, ".dcm" for all DICOM."""
+    if not path.exists():
+        raise ImageError("There is no such file", where=path)
+    ending = image_ending(path) if path.is_file() else None
+    if path.is_dir() or ending == ".dcm" or (ending is None and is_dicom_file(path)):
+        return ".dcm"
+    if ending is None:
+        raise ImageError(
+            "The file has no known image ending", where=path, expected=f"one of {' '.join(IMAGE_ENDINGS)}, or DICOM"
+        )
+    return ending.lower()
