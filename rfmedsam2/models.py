@@ -1,0 +1,62 @@
+"""Networks from records: a plan's model record -> network; a checkpoint -> network ready to predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from typing_extensions import assert_never
+
+from rfmedsam2.errors import CheckpointError
+from rfmedsam2.nn.unet import UNet
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.plan import ModelConfig
+from rfmedsam2.store.checkpoints import read_record_of, read_weights
+
+
+def build(config: ModelConfig, *, channels: int, outputs: int) -> nn.Module:
+    """The network of a model record, freshly initialised from torch's current random state.
+
+    Args:
+        config: any model record.
+        channels: input channels.
+        outputs: output channels (`LabelSet.num_outputs`).
+
+    Returns:
+        A module whose attribute `deep_supervision` (at first False) may be set: `forward` gives logits
+        (B, outputs, *patch), or with deep supervision a list of them, highest resolution first.
+    """
+    match config.kind:
+        case "unet":
+            return UNet(config, channels=channels, outputs=outputs)
+        case _:
+            assert_never(config.kind)
+
+
+def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tuple[CheckpointRecord, nn.Module]:
+    """The network of a checkpoint, in evaluation mode on `device`, with deep supervision off.
+
+    Raises:
+        CheckpointError: unreadable, damaged, or weights that are not those of its plan's network.
+    """
+    record = read_record_of(checkpoint)
+    stage = record.plan.stages.get(record.stage)
+    if stage is None:
+        raise CheckpointError(
+            "The checkpoint's stage is not in its plan",
+            where=checkpoint,
+            expected=f"one of {', '.join(record.plan.stages)}",
+            found=record.stage,
+        )
+    with torch.device("meta"):  # shapes only: the weights below take the place of an initialisation
+        network = build(stage.model, channels=len(record.plan.channels), outputs=record.plan.labels.num_outputs)
+    try:
+        network.load_state_dict(read_weights(checkpoint), assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The checkpoint's weights do not fit the network of its plan ({' '.join(str(error).split())[:300]})",
+            where=checkpoint,
+            remedy="Train again, or take the checkpoint that belongs to this plan",
+        ) from None
+    return record, network.eval().to(device)

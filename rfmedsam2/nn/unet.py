@@ -1,0 +1,114 @@
+"""The U-Net: dynamic-network-architectures' plain or residual encoder and decoder, as nnU-Net trains them.
+
+Built from a `UNetConfig`: instance norm (affine, eps 1e-5), leaky ReLU, convolutions with bias, nnU-Net's He
+initialisation. Parameter names are a subset of nnU-Net's: what the library registers twice is kept once, so that a
+state dict holds every tensor exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from torch import nn
+from typing_extensions import assert_never
+
+from rfmedsam2.errors import CheckpointError
+from rfmedsam2.records.plan import UNetConfig
+
+CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
+class UNet(nn.Module):
+    """A U-Net of two or three dimensions.
+
+    Args:
+        config: topology and blocks.
+        channels: input channels.
+        outputs: output channels.
+
+    Shapes:
+        input (B, channels, *patch) with every axis a multiple of the total stride; output logits
+        (B, outputs, *patch), or with `deep_supervision` a list of them, highest resolution first, one per decoder
+        level.
+    """
+
+    def __init__(self, config: UNetConfig, *, channels: int, outputs: int) -> None:
+        super().__init__()
+        network = _library_network(config, channels, outputs)
+        network.apply(network.initialize)
+        self.encoder = network.encoder
+        self.decoder = network.decoder
+        _keep_modules_once(self)
+
+    @property
+    def deep_supervision(self) -> bool:
+        """Whether `forward` gives one tensor per decoder level; may be set at any time."""
+        return bool(self.decoder.deep_supervision)
+
+    @deep_supervision.setter
+    def deep_supervision(self, wanted: bool) -> None:
+        self.decoder.deep_supervision = wanted
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Logits; see the class."""
+        return self.decoder(self.encoder(x))
+
+
+def load_nnunet_weights(network: UNet, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load the state dict of nnU-Net's own network of the same architecture; its second names are ignored.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    own = network.state_dict()
+    missing = [name for name in own if name not in weights]
+    shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if missing or shapes:
+        raise CheckpointError(
+            "The weights are of another network",
+            expected=f"{len(own)} tensors of this architecture",
+            found=f"{len(missing)} missing, {len(shapes)} of another shape, first {(missing + shapes)[0]}",
+            remedy="Use the plans.json that these weights were trained with",
+        )
+    network.load_state_dict({name: weights[name] for name in own})
+
+
+def _library_network(config: UNetConfig, channels: int, outputs: int) -> PlainConvUNet | ResidualEncoderUNet:
+    shared = {
+        "input_channels": channels,
+        "n_stages": len(config.features),
+        "features_per_stage": config.features,
+        "conv_op": CONVOLUTIONS[config.dimensions],
+        "kernel_sizes": config.kernel_sizes,
+        "strides": config.strides,
+        "num_classes": outputs,
+        "n_conv_per_stage_decoder": config.decoder_blocks,
+        "conv_bias": True,
+        "norm_op": NORMS[config.dimensions],
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": nn.LeakyReLU,
+        "nonlin_kwargs": {"inplace": True},
+        "deep_supervision": False,
+    }
+    match config.block:
+        case "plain":
+            return PlainConvUNet(n_conv_per_stage=config.encoder_blocks, **shared)
+        case "residual":
+            return ResidualEncoderUNet(n_blocks_per_stage=config.encoder_blocks, **shared)
+        case _:
+            assert_never(config.block)
+
+
+def _keep_modules_once(network: UNet) -> None:
+    """Unregister second names: the decoder's copy of the encoder, and each block's parts beside its `all_modules`.
+
+    The library runs `all_modules` and never the second names; left in, every tensor would be saved twice or more.
+    """
+    del network.decoder.encoder
+    for module in list(network.modules()):
+        if "all_modules" in module._modules:
+            for name in [n for n in module._modules if n != "all_modules"]:
+                delattr(module, name)

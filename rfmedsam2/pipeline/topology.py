@@ -1,0 +1,187 @@
+"""Patch size and U-Net topology from spacing, shape and memory: nnU-Net 2.8's rules, without building networks.
+
+nnU-Net finds a patch by building network after network and asking each for the size of its feature maps. The size
+follows from strides, features and block counts alone, so here it is a sum. All tuples follow the planned axis order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rfmedsam2.errors import PlanError
+from rfmedsam2.records.plan import UNetConfig
+
+MIN_EDGE = 4
+"""Smallest edge of the bottleneck's feature maps, voxels."""
+MIN_BATCH = 2
+MAX_SHARE_OF_DATASET = 0.05
+"""A batch covers at most this share of the training set's voxels (but never fewer than MIN_BATCH samples)."""
+
+ENCODER_BLOCKS = {"plain": (2,) * 14, "residual": (1, 3, 4, *(6,) * 11)}
+DECODER_BLOCKS = {"plain": 2, "residual": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """Where a U-Net pools and how large its kernels are; `patch_size` is padded to what the pooling divides."""
+
+    patch_size: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    kernel_sizes: tuple[tuple[int, ...], ...]
+
+    @property
+    def divisor(self) -> tuple[int, ...]:
+        """Total stride per axis."""
+        return tuple(math.prod(axis) for axis in zip(*self.strides, strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Width:
+    """How wide and of which blocks a network is built: features double per stage from `base` up to `maximum`."""
+
+    base: int = 32
+    maximum: int = 320
+    block: Literal["plain", "residual"] = "plain"
+
+    def network(self, topology: Topology) -> UNetConfig:
+        """The network record of a topology."""
+        stages = len(topology.strides)
+        return UNetConfig.model_validate(
+            {
+                "block": self.block,
+                "features": tuple(min(self.maximum, self.base * 2**i) for i in range(stages)),
+                "kernel_sizes": topology.kernel_sizes,
+                "strides": topology.strides,
+                "encoder_blocks": ENCODER_BLOCKS[self.block][:stages],
+                "decoder_blocks": (DECODER_BLOCKS[self.block],) * (stages - 1),
+            }
+        )
+
+
+def topology_of(spacing_mm: Sequence[float], patch_size: Sequence[float]) -> Topology:
+    """nnU-Net's pooling rule (`get_pool_and_conv_props`).
+
+    An axis is pooled while it keeps MIN_EDGE voxels and its spacing is within a factor 2 of the finest poolable one;
+    its kernel grows from 1 to 3 once its spacing is within a factor 2 of the finest of all.
+
+    Args:
+        spacing_mm: two or three spacings.
+        patch_size: wanted patch; need not be whole (a median shape may be).
+    """
+    axes = range(len(spacing_mm))
+    spacing, size = [float(s) for s in spacing_mm], [float(n) for n in patch_size]
+    kernel = [1] * len(spacing)
+    strides, kernels = [tuple(kernel)], []
+    while True:
+        pooled = _poolable(spacing, size)
+        if not pooled:
+            break
+        kernel = [3 if k == 3 or spacing[i] / min(spacing) < 2 else 1 for i, k in enumerate(kernel)]
+        for i in pooled:
+            spacing[i] *= 2
+            size[i] = math.ceil(size[i] / 2)
+        strides.append(tuple(2 if i in pooled else 1 for i in axes))
+        kernels.append(tuple(kernel))
+    kernels.append((3,) * len(spacing))
+    divisor = [math.prod(stride[i] for stride in strides) for i in axes]
+    padded = tuple(math.ceil(patch_size[i] / divisor[i]) * divisor[i] for i in axes)
+    return Topology(patch_size=padded, strides=tuple(strides), kernel_sizes=tuple(kernels))
+
+
+def _poolable(spacing: list[float], size: list[float]) -> list[int]:
+    large = [i for i, n in enumerate(size) if n >= 2 * MIN_EDGE]
+    if not large:
+        return []
+    finest = min(spacing[i] for i in large)
+    valid = [i for i in large if spacing[i] / finest < 2]
+    # a lone axis is pooled only if it stays clearly above the smallest edge
+    return [] if len(valid) == 1 and size[valid[0]] < 3 * MIN_EDGE else valid
+
+
+def feature_map_size(config: UNetConfig, patch_size: Sequence[int], *, outputs: int) -> int:
+    """Values in all convolution outputs of one sample (dynamic-network-architectures' `compute_conv_feature_map_size`).
+
+    Args:
+        config: the network.
+        patch_size: two or three voxel counts.
+        outputs: channels of the network's output; without deep supervision.
+    """
+    sizes, size = [], tuple(patch_size)
+    for stride in config.strides:
+        size = tuple(n // s for n, s in zip(size, stride, strict=True))
+        sizes.append(size)
+    voxels = [math.prod(size) for size in sizes]
+    if config.block == "plain":
+        total = sum(n * f * v for n, f, v in zip(config.encoder_blocks, config.features, voxels, strict=True))
+    else:
+        total = _residual_encoder_size(config, tuple(patch_size), sizes)
+    # the decoder's level i works at the resolution of encoder stage i: its blocks and one transposed convolution
+    lowest_first = zip(config.decoder_blocks, config.features[-2::-1], voxels[-2::-1], strict=True)
+    total += sum((n + 1) * f * v for n, f, v in lowest_first)
+    return total + outputs * voxels[0]
+
+
+def _residual_encoder_size(config: UNetConfig, patch_size: tuple[int, ...], sizes: list[tuple[int, ...]]) -> int:
+    total = config.features[0] * math.prod(patch_size)  # stem
+    before, features_before = patch_size, config.features[0]
+    for blocks, features, size in zip(config.encoder_blocks, config.features, sizes, strict=True):
+        projects = features != features_before or size != before
+        total += features * math.prod(size) * (2 * blocks + int(projects))
+        before, features_before = size, features
+    return total
+
+
+def isotropic_start(spacing_mm: Sequence[float]) -> tuple[int, ...]:
+    """nnU-Net's first guess of a patch: about a cube (square) in mm with the voxels of 256^3 (2048^2)."""
+    inverse = 1 / np.asarray(spacing_mm, dtype=float)
+    voxels = 256**3 if len(inverse) == 3 else 2048**2
+    return tuple(round(float(n)) for n in inverse * (voxels / np.prod(inverse)) ** (1 / len(inverse)))
+
+
+def fitted_topology(
+    spacing_mm: Sequence[float],
+    median_shape: Sequence[float],
+    *,
+    start: Sequence[int],
+    fits: Callable[[Topology], bool],
+) -> Topology:
+    """The topology of the largest patch that `fits`, beginning with `start` clipped to the median shape.
+
+    As in nnU-Net, the axis that is largest against the median shape shrinks first, by one step of its divisor.
+
+    Raises:
+        PlanError: not even the smallest patch fits.
+    """
+    topology = topology_of(spacing_mm, np.minimum(start, median_shape).tolist())
+    while not fits(topology):
+        patch, divisor = list(topology.patch_size), topology.divisor
+        axis = int(np.argsort([n / m for n, m in zip(patch, median_shape, strict=True)])[-1])
+        if patch[axis] <= divisor[axis]:
+            raise PlanError(
+                "No patch is small enough for the memory budget",
+                expected="at least one voxel per bottleneck cell",
+                found=f"patch {tuple(patch)} at spacing {tuple(spacing_mm)} mm",
+                remedy="Choose a preset with more memory, or fewer classes or features",
+            )
+        # the divisor may be smaller for the smaller patch; taking the old one would skip valid sizes
+        smaller = [n - divisor[i] if i == axis else n for i, n in enumerate(patch)]
+        patch[axis] -= topology_of(spacing_mm, smaller).divisor[axis]
+        topology = topology_of(spacing_mm, patch)
+    return topology
+
+
+def batch_that_fits(by_memory: float, *, patch_voxels: int, dataset_voxels: float) -> int:
+    """nnU-Net's batch size: what memory allows, at most 5 % of the dataset's voxels, at least 2.
+
+    Args:
+        by_memory: samples that fit into memory.
+        patch_voxels: voxels of one sample.
+        dataset_voxels: voxels of all training cases at the planned spacing.
+    """
+    by_dataset = round(dataset_voxels * MAX_SHARE_OF_DATASET / patch_voxels)
+    return max(min(round(by_memory), by_dataset), MIN_BATCH)
