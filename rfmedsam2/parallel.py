@@ -1,4 +1,4 @@
-"""Work over many cases on this machine: threads, since reading, packing and our kernels release the interpreter lock."""
+"""Work over many cases on this machine, in threads: reading, packing and our kernels release the interpreter lock."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def _in_turn(function: Callable[[C], R], cases: Sequence[C], name: Callable[[C],
         yield _named(function, case, name)
 
 
-def _threaded(
-    function: Callable[[C], R], cases: Sequence[C], workers: int, name: Callable[[C], str]
-) -> Iterator[R]:
+def _threaded(function: Callable[[C], R], cases: Sequence[C], workers: int, name: Callable[[C], str]) -> Iterator[R]:
     waiting: deque[Future[R]] = deque()
     remaining = iter(cases)
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="case")

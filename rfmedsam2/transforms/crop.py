@@ -56,7 +56,7 @@ _ZERO, _OUTSIDE = 1, 2
 
 
 @nb.njit(nogil=True, cache=True)
-def _flood(state):  # noqa: ANN001, ANN202
+def _flood(state):
     """Turn every 1 that is face-connected with the surface into a 2, in place."""
     depth, height, width = state.shape
     flat = state.reshape(-1)
@@ -89,7 +89,7 @@ def _flood(state):  # noqa: ANN001, ANN202
 
 
 @nb.njit(nogil=True, cache=True)
-def _push(stack, top, item):  # noqa: ANN001, ANN202
+def _push(stack, top, item):
     if top == stack.size:
         larger = np.empty(2 * stack.size, np.int64)
         larger[: stack.size] = stack

@@ -70,9 +70,7 @@ def _zscore(channel: np.ndarray, inside: np.ndarray | None) -> None:
     if count == 0:
         return
     mean = sum(float(np.sum(plane, dtype=np.float64, where=here)) for plane, here in planes()) / count
-    squares = sum(
-        float(np.sum(np.square(plane - mean, dtype=np.float64), where=here)) for plane, here in planes()
-    )
+    squares = sum(float(np.sum(np.square(plane - mean, dtype=np.float64), where=here)) for plane, here in planes())
     std = max(float(np.sqrt(squares / count)), EPSILON)
     for plane, here in planes():
         np.subtract(plane, mean, out=plane, where=here)

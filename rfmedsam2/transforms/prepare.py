@@ -95,9 +95,7 @@ class Prepared:
     restore: Restore
 
 
-def prepare(
-    volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None = None, threads: int = 1
-) -> Prepared:
+def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None = None, threads: int = 1) -> Prepared:
     """Prepare one volume for a stage of a plan; the input arrays are left as they are.
 
     Args:

@@ -26,14 +26,12 @@ _UNBOUNDED = (np.float32(-np.inf), np.float32(np.inf))
 
 def planned_shape(shape: Sequence[int], spacing_old: Sequence[float], spacing_new: Sequence[float]) -> Shape:
     """Voxels along three axes after changing the spacing: round(old / new * n), at least 1, halves to even."""
-    a, b, c = (
-        max(1, round(old / new * n)) for n, old, new in zip(shape, spacing_old, spacing_new, strict=True)
-    )
+    a, b, c = (max(1, round(old / new * n)) for n, old, new in zip(shape, spacing_old, spacing_new, strict=True))
     return (a, b, c)
 
 
 def separate_axis(spacing_old: Sequence[float], spacing_new: Sequence[float], threshold: float = 3.0) -> int | None:
-    """The axis that is resampled on its own, or None for true 3D resampling.
+    """Choose the axis that is resampled on its own, or None for true 3D resampling.
 
     It is the coarse axis of the old spacing if its largest spacing exceeds the smallest by more than `threshold`, else
     that of the new spacing by the same rule. Two equally coarse axes give None (as nnU-Net decides).
@@ -163,9 +161,7 @@ def _cubic(n_in: int, n_out: int) -> Taps:
     place = positions(n_in, n_out)
     below = np.floor(place)
     t = place - below
-    weight = np.stack(
-        [(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1
-    )
+    weight = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1)
     return (below - 1 + kernels.MARGIN).astype(np.int32), (weight / 6).astype(np.float32)
 
 
@@ -191,7 +187,7 @@ Pass = Callable[[np.ndarray, np.ndarray], None]
 
 
 def _axis_pass(n_in: int, n_out: int, *, order: int, rows: bool, bounds: tuple[np.float32, np.float32]) -> Pass:
-    """A function (source, target) that resamples a plane along one of its axes."""
+    """Make a function (source, target) that resamples a plane along one of its axes."""
     if order == 0:
         index = nearest_index(n_in, n_out)
         return lambda source, target: np.copyto(target, np.take(source, index, axis=1 if rows else 0))

@@ -26,7 +26,7 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
 @nb.njit(nogil=True, cache=True, fastmath=_FAST)
-def cubic_rows(source, target, start, weight, low, high):  # noqa: ANN001, ANN201, D417
+def cubic_rows(source, target, start, weight, low, high):  # noqa: D417
     """Resample along axis 1: `source` (n, m) float32 -> `target` (n, k), values clipped to [low, high].
 
     Args:
@@ -64,7 +64,7 @@ def cubic_rows(source, target, start, weight, low, high):  # noqa: ANN001, ANN20
 
 
 @nb.njit(nogil=True, cache=True, fastmath=_FAST)
-def cubic_columns(source, target, start, weight, low, high):  # noqa: ANN001, ANN201
+def cubic_columns(source, target, start, weight, low, high):
     """Resample along axis 0: `source` (n, m) float32 -> `target` (k, m); arguments as for `cubic_rows`."""
     height, width = source.shape
     lines = np.empty((height + 2 * MARGIN, width), np.float32)
@@ -99,7 +99,7 @@ def cubic_columns(source, target, start, weight, low, high):  # noqa: ANN001, AN
 
 
 @nb.njit(nogil=True, cache=True, fastmath=_FAST)
-def linear_rows(source, target, index, weight):  # noqa: ANN001, ANN201
+def linear_rows(source, target, index, weight):
     """Blend neighbours along axis 1: target[:, j] = (1 - w) source[:, i] + w source[:, i + 1], i = index[j]."""
     last = source.shape[1] - 1
     for i in range(source.shape[0]):
@@ -110,7 +110,7 @@ def linear_rows(source, target, index, weight):  # noqa: ANN001, ANN201
 
 
 @nb.njit(nogil=True, cache=True, fastmath=_FAST)
-def linear_columns(source, target, index, weight):  # noqa: ANN001, ANN201
+def linear_columns(source, target, index, weight):
     """Blend neighbours along axis 0; arguments as for `linear_rows`."""
     last = source.shape[0] - 1
     for i in range(target.shape[0]):
@@ -120,8 +120,8 @@ def linear_columns(source, target, index, weight):  # noqa: ANN001, ANN201
 
 
 @nb.njit(nogil=True, cache=True, inline="always")
-def _elect(labels, votes, count, nearest):  # noqa: ANN001, ANN202
-    """The label with most votes; a tie goes to `nearest` if it is among the tied, else to the smallest label.
+def _elect(labels, votes, count, nearest):
+    """Find the label with most votes; a tie goes to `nearest` if it is among the tied, else to the smallest label.
 
     The votes of one label are added in the order of its voters: ties are decided by exact equality, so the order of
     summation is part of the definition.
@@ -141,13 +141,11 @@ def _elect(labels, votes, count, nearest):  # noqa: ANN001, ANN202
 
 
 @nb.njit(nogil=True, cache=True)
-def vote_plane(source, target, taps_y, taps_x, nearest_y, nearest_x):  # noqa: ANN001, ANN201
+def vote_plane(source, target, taps_y, taps_x, nearest_y, nearest_x):
     """Label map (h, w) -> (k, l): each voxel takes the label with the largest bilinear share of its 4 neighbours.
 
-    Args:
-        taps_y: pair of index (k,) int32 and the two weights (k, 2) float64.
-        taps_x: the same along axis 1.
-        nearest_y: (k,) int32, the nearest source row; `nearest_x` likewise.
+    `taps_y` is a pair of index (k,) int32 and the two weights (k, 2) float64, `taps_x` the same along axis 1;
+    `nearest_y` (k,) and `nearest_x` (l,) are the nearest source rows and columns, int32.
     """
     index_y, weight_y = taps_y
     index_x, weight_x = taps_x
@@ -170,14 +168,11 @@ def vote_plane(source, target, taps_y, taps_x, nearest_y, nearest_x):  # noqa: A
 
 
 @nb.njit(nogil=True, cache=True)
-def vote_between(planes, target, weight_z, taps_y, taps_x, nearest):  # noqa: ANN001, ANN201
+def vote_between(planes, target, weight_z, taps_y, taps_x, nearest):
     """One output plane of a trilinear vote: the 8 neighbours lie in two source planes.
 
-    Args:
-        planes: (upper, lower), each (h, w).
-        weight_z: (2,) float64, weights of the two planes.
-        taps_y: as in `vote_plane`; `taps_x` too.
-        nearest: (plane (h, w), nearest_y, nearest_x) of the nearest source plane.
+    `planes` are (near, far), each (h, w), with the two weights `weight_z` float64; taps as in `vote_plane`; `nearest`
+    is (the nearest source plane (h, w), nearest_y, nearest_x).
     """
     front, back = planes
     index_y, weight_y = taps_y

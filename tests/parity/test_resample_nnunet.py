@@ -25,8 +25,8 @@ SHAPES = [
 
 def image(shape: tuple[int, ...], channels: int = 2) -> np.ndarray:
     """Noise and structure in normalised units."""
-    rng = np.random.default_rng(0)
-    fields = np.stack([gaussian_filter(rng.normal(size=shape), 1) * 3 + rng.normal(size=shape) for _ in range(channels)])
+    smooth, rough = np.random.default_rng(0).normal(size=(2, channels, *shape))
+    fields = gaussian_filter(smooth, (0, 1, 1, 1)) * 3 + rough
     return (fields / fields.std()).astype(np.float32)
 
 
