@@ -55,3 +55,5 @@ class Evaluation(Record):
     """Class -> metric -> mean over cases."""
     mean: dict[str, Interval]
     """Metric -> mean over cases of each case's mean over classes."""
+    warnings: tuple[str, ...] = ()
+    """What was left out, for instance predictions without reference."""
