@@ -1,0 +1,97 @@
+"""Compiled inner loops of exporting: one plane of low-resolution logits -> one plane of labels.
+
+Interpolation and decision are fused, so that resampled logits never exist. Where all sources of a target voxel agree
+on the winner it is the winner there too: linear weights are not negative and sum to 1. That shortcut is exact and
+takes most voxels of a segmentation. The kernels release the interpreter lock and use one thread each.
+
+All of them take logits (K, planes, b, c) float32, contiguous, the plane's index, a table of label values by winner,
+and the taps (index, weight) of both target axes: source index and index + 1, weight of the latter.
+"""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+
+
+@nb.njit(nogil=True, cache=True)
+def paint_classes(logits, plane, table, rows, columns, out):
+    """Write the label of the largest interpolated logit into `out` (B, C); the first of equals wins."""
+    classes = logits.shape[0]
+    winner = _largest(logits, plane)
+    for i in range(out.shape[0]):
+        p = rows[0][i]
+        u = rows[1][i]
+        below = p + 1 if u > 0 else p
+        for j in range(out.shape[1]):
+            q = columns[0][j]
+            v = columns[1][j]
+            right = q + 1 if v > 0 else q
+            label = winner[p, q]
+            if winner[p, right] != label or winner[below, q] != label or winner[below, right] != label:
+                best = np.float32(-np.inf)
+                for c in range(classes):
+                    source = logits[c, plane]
+                    upper = source[p, q] + v * (source[p, right] - source[p, q])
+                    lower = source[below, q] + v * (source[below, right] - source[below, q])
+                    value = upper + u * (lower - upper)
+                    if value > best:
+                        best = value
+                        label = c
+            out[i, j] = table[label]
+
+
+@nb.njit(nogil=True, cache=True)
+def paint_regions(logits, plane, table, rows, columns, out):
+    """Write the value of the last region whose interpolated logit is above 0 into `out` (B, C); table[0] for none."""
+    regions = logits.shape[0]
+    winner = _last_positive(logits, plane)
+    for i in range(out.shape[0]):
+        p = rows[0][i]
+        u = rows[1][i]
+        below = p + 1 if u > 0 else p
+        for j in range(out.shape[1]):
+            q = columns[0][j]
+            v = columns[1][j]
+            right = q + 1 if v > 0 else q
+            label = winner[p, q]
+            if winner[p, right] != label or winner[below, q] != label or winner[below, right] != label:
+                label = 0
+                for c in range(regions - 1, -1, -1):
+                    source = logits[c, plane]
+                    upper = source[p, q] + v * (source[p, right] - source[p, q])
+                    lower = source[below, q] + v * (source[below, right] - source[below, q])
+                    if upper + u * (lower - upper) > 0:
+                        label = c + 1
+                        break
+            out[i, j] = table[label]
+
+
+@nb.njit(nogil=True, cache=True)
+def _largest(logits, plane):
+    height, width = logits.shape[2], logits.shape[3]
+    winner = np.zeros((height, width), np.int32)
+    best = np.empty(width, np.float32)
+    for i in range(height):
+        best[:] = logits[0, plane, i]
+        here = winner[i]
+        for c in range(1, logits.shape[0]):
+            values = logits[c, plane, i]
+            for j in range(width):
+                larger = values[j] > best[j]
+                here[j] = c if larger else here[j]
+                best[j] = values[j] if larger else best[j]
+    return winner
+
+
+@nb.njit(nogil=True, cache=True)
+def _last_positive(logits, plane):
+    height, width = logits.shape[2], logits.shape[3]
+    winner = np.zeros((height, width), np.int32)
+    for i in range(height):
+        here = winner[i]
+        for c in range(logits.shape[0]):
+            values = logits[c, plane, i]
+            for j in range(width):
+                here[j] = c + 1 if values[j] > 0 else here[j]
+    return winner

@@ -1,0 +1,97 @@
+"""Class probabilities written to a chunked file while a volume is being exported."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import blosc2
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.store.files import atomic, writing_to
+from rfmedsam2.transforms.prepare import Restore
+
+CHUNK_PLANES = 8
+CHUNK_EDGE = 256
+
+
+class ProbabilityFile:
+    """A blosc2 array (K, Z, Y, X) float16 in the source grid, filled plane by plane along the first planned axis.
+
+    Outside the crop, background is 1 (with regions: everything is 0). The file appears when the context ends without
+    an error; at most `CHUNK_PLANES` planes are held.
+    """
+
+    def __init__(self, path: Path, restore: Restore, labels: LabelSet) -> None:
+        self.path = path
+        self.box = restore.box
+        self.forward = restore.transpose_forward
+        self.shape = restore.source_grid.shape_zyx
+        self.outputs = labels.num_outputs
+        self.regions = labels.has_regions
+        self.axis = self.forward[0]
+        self.next = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        chunk = [min(n, CHUNK_EDGE) for n in self.shape]
+        chunk[self.axis] = min(self.shape[self.axis], CHUNK_PLANES)
+        self._stack.enter_context(writing_to(self.path))
+        temporary = self._stack.enter_context(atomic(self.path))
+        self.array = blosc2.empty(
+            (self.outputs, *self.shape),
+            dtype=np.dtype(np.float16),
+            urlpath=str(temporary),
+            mode="w",
+            chunks=(1, *chunk),
+            cparams={"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE]},
+        )
+        self._begin()
+        self._skip_to(self.box[self.axis][0])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._skip_to(self.shape[self.axis])
+        del self.array
+        self._stack.__exit__(kind, error, trace)
+
+    def add(self, count: int, logits: Tensor) -> None:
+        """Append `count` equal planes of the crop: logits (K, B, C) in planned axes."""
+        values = torch.sigmoid(logits) if self.regions else torch.softmax(logits, dim=0)
+        plane = values.to(torch.float16).cpu().numpy()
+        b, c = self.forward[1:]
+        if b > c:
+            plane = plane.transpose(0, 2, 1)
+        rows, columns = (slice(*self.box[axis]) for axis in range(3) if axis != self.axis)
+        for _ in range(count):
+            self.buffer[self.next - self.start][:, rows, columns] = plane
+            self._advance()
+
+    def _skip_to(self, plane: int) -> None:
+        while self.next < plane:
+            self._advance()
+
+    def _advance(self) -> None:
+        self.next += 1
+        if self.next - self.start == CHUNK_PLANES or self.next == self.shape[self.axis]:
+            planes = np.moveaxis(self.buffer[: self.next - self.start], 0, 1 + self.axis)
+            place = [slice(None)] * 4
+            place[1 + self.axis] = slice(self.start, self.next)
+            self.array[tuple(place)] = np.ascontiguousarray(planes)  # pyright: ignore[reportArgumentType] - its stub knows integers only
+            self._begin()
+
+    def _begin(self) -> None:
+        """Start a fresh buffer (planes, K, rows, columns), the last two in the order of the source axes."""
+        rows, columns = (n for axis, n in enumerate(self.shape) if axis != self.axis)
+        self.start = self.next
+        self.buffer = np.zeros((CHUNK_PLANES, self.outputs, rows, columns), np.float16)
+        if not self.regions:
+            self.buffer[:, 0] = 1
