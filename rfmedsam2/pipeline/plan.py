@@ -290,7 +290,9 @@ def _size(
     if dataset_voxels is None:
         dataset_voxels = float(np.prod(survey.median_shape)) * survey.cases
     batch_size = sizing.batch_size or batch_that_fits(
-        samples(topology), patch_voxels=math.prod(topology.patch_size), dataset_voxels=dataset_voxels
+        samples(topology),
+        patch_voxels=math.prod(topology.patch_size),
+        allowed_voxels=dataset_voxels * sizing.max_dataset_share,
     )
     return _Sized(topology=topology, sizing=sizing, batch_size=batch_size)
 

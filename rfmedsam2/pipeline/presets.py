@@ -36,8 +36,10 @@ class Sizing:
     """The patch shrinks until this many samples fit."""
     max_batch_voxels: int | None = None
     """Most voxels of a whole batch; bounds computing time where memory does not. None: no such limit."""
+    max_dataset_share: float = 0.05
+    """A batch covers at most this share of the training set's voxels (but always two samples)."""
     batch_size: int | None = None
-    """Fixed batch size; None: what the limits above leave, at most 5 % of the dataset."""
+    """Fixed batch size; None: what the limits above leave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +70,15 @@ def _nnunet(plan_name: str, volume: Sizing, slice_: Sizing) -> Figures:
 def _resenc(size: str, budget_3d: float, budget_2d: float) -> Figures:
     return _nnunet(
         f"nnunet_resenc_{size}",
-        Sizing(width=Width(block="residual"), feature_budget=budget_3d),
+        Sizing(width=Width(block="residual"), feature_budget=budget_3d, max_dataset_share=1.0),
         # nnU-Net's residual planners shrink the 2d patch until twelve samples fit, the plain one until two fit
-        Sizing(width=Width(maximum=512, block="residual"), feature_budget=budget_2d, budget_batch=12, least_batch=12),
+        Sizing(
+            width=Width(maximum=512, block="residual"),
+            feature_budget=budget_2d,
+            budget_batch=12,
+            least_batch=12,
+            max_dataset_share=1.0,
+        ),
     )
 
 

@@ -19,8 +19,6 @@ from rfmedsam2.records.plan import UNetConfig
 MIN_EDGE = 4
 """Smallest edge of the bottleneck's feature maps, voxels."""
 MIN_BATCH = 2
-MAX_SHARE_OF_DATASET = 0.05
-"""A batch covers at most this share of the training set's voxels (but never fewer than MIN_BATCH samples)."""
 
 ENCODER_BLOCKS = {"plain": (2,) * 14, "residual": (1, 3, 4, *(6,) * 11)}
 DECODER_BLOCKS = {"plain": 2, "residual": 1}
@@ -175,13 +173,13 @@ def fitted_topology(
     return topology
 
 
-def batch_that_fits(by_memory: float, *, patch_voxels: int, dataset_voxels: float) -> int:
-    """nnU-Net's batch size: what memory allows, at most 5 % of the dataset's voxels, at least 2.
+def batch_that_fits(by_memory: float, *, patch_voxels: int, allowed_voxels: float) -> int:
+    """nnU-Net's batch size: what memory and a share of the dataset allow, at least 2.
 
     Args:
         by_memory: samples that fit into memory.
         patch_voxels: voxels of one sample.
-        dataset_voxels: voxels of all training cases at the planned spacing.
+        allowed_voxels: most voxels of a batch, a share of all voxels of the dataset.
     """
-    by_dataset = round(dataset_voxels * MAX_SHARE_OF_DATASET / patch_voxels)
+    by_dataset = round(allowed_voxels / patch_voxels)
     return max(min(round(by_memory), by_dataset), MIN_BATCH)
