@@ -1,0 +1,213 @@
+"""Preprocessing: every training case is read once, prepared for every stage and stored.
+
+Finished cases are skipped; a case whose files are broken, or whose source files or plan have changed, is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import psutil
+
+from rfmedsam2.errors import DatasetError, PlanError, RfMedSamError, StoreError
+from rfmedsam2.parallel import Track, map_cases, silent
+from rfmedsam2.pipeline.source import CaseSource, Decoded, files_digest
+from rfmedsam2.records.plan import Plan
+from rfmedsam2.store.cases import CaseStore
+from rfmedsam2.store.images import read_header
+from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.raw import Case, RawDataset
+from rfmedsam2.transforms.foreground import sample_foreground
+from rfmedsam2.transforms.prepare import Prepared, prepare
+
+MEMORY_SHARE = 0.6
+"""Part of the free memory that the workers may fill."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessSummary:
+    """What was done; a case counts once for each stage.
+
+    Attributes:
+        done: stored for the first time.
+        skipped: were finished already.
+        rebuilt: stored anew because they were broken, or their source or the plan had changed.
+        seconds: wall time.
+        bytes: written.
+    """
+
+    done: int
+    skipped: int
+    rebuilt: int
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    done: int = 0
+    skipped: int = 0
+    rebuilt: int = 0
+    bytes: int = 0
+    fault: str | None = None
+
+
+def preprocess(
+    dataset: RawDataset | CaseSource,
+    plan: Plan,
+    stages: Sequence[str],
+    layout: Layout,
+    *,
+    workers: int = 2,
+    track: Track = silent,
+) -> PreprocessSummary:
+    """Prepare and store all training cases for some stages of a plan.
+
+    Args:
+        dataset: a dataset, or the source that the fingerprint was taken with (what it kept is not read again).
+        plan: how.
+        stages: names of the plan's stages.
+        layout: where cases are stored.
+        workers: cases worked on at once; fewer if memory does not suffice for as many.
+        track: progress display.
+
+    Raises:
+        PlanError: a stage that the plan does not have.
+        DatasetError: cases that cannot be prepared; all of them are named, the others are done.
+        StoreError: the disk is full or a folder cannot be written; finished cases are kept.
+    """
+    begun = time.monotonic()
+    source = dataset if isinstance(dataset, CaseSource) else CaseSource(dataset)
+    stores = _stores(plan, stages, layout, source.dataset.name)
+    cases = source.dataset.training
+    workers = affordable_workers(cases, plan, stages, workers)
+    threads = max(1, workers // max(1, len(cases)))
+
+    def work(case: Case) -> _Outcome:
+        try:
+            return _preprocess_case(case, source, plan, stores, threads=threads)
+        except StoreError:
+            raise
+        except RfMedSamError as error:
+            return _Outcome(fault=f"{case.id}: {error}")
+
+    outcomes = list(
+        map_cases(work, cases, workers=workers, name=lambda case: case.id, track=track, description="Preprocessing")
+    )
+    _raise_faults(outcomes, len(cases))
+    return PreprocessSummary(
+        done=sum(o.done for o in outcomes),
+        skipped=sum(o.skipped for o in outcomes),
+        rebuilt=sum(o.rebuilt for o in outcomes),
+        seconds=time.monotonic() - begun,
+        bytes=sum(o.bytes for o in outcomes),
+    )
+
+
+def affordable_workers(cases: Sequence[Case], plan: Plan, stages: Sequence[str], wanted: int) -> int:
+    """At most `wanted`, and no more than the free memory can hold at the size of the largest case; at least 1."""
+    if wanted <= 1:
+        return 1
+    free = MEMORY_SHARE * psutil.virtual_memory().available
+    return max(1, min(wanted, int(free // max(_working_bytes(cases, plan, stages), 1))))
+
+
+def case_digest(case: Case, plan: Plan, stage: str) -> str:
+    """SHA-256 over the case's files (name, size, time) and all that shapes its arrays: the stored case's identity."""
+    return hashlib.sha256(f"{files_digest(case)}\n{_recipe(plan, stage)}".encode()).hexdigest()
+
+
+def _recipe(plan: Plan, stage: str) -> str:
+    """Write down what decides how a stage's arrays come out; stages of equal recipe share the work."""
+    config = plan.stages[stage]
+    parts = {
+        "spacing": config.spacing_mm,
+        "slices": config.is_2d,
+        "normalisation": [n.model_dump(mode="json") for n in config.normalisation],
+        "resampling": config.resampling.model_dump(mode="json"),
+        "transpose": plan.transpose_forward,
+        "reorient": plan.reorient,
+        "intensities": [i.model_dump(mode="json") for i in plan.intensities],
+        "labels": plan.labels.model_dump(mode="json"),
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def _stores(plan: Plan, stages: Sequence[str], layout: Layout, dataset: str) -> dict[str, CaseStore]:
+    missing = [stage for stage in stages if stage not in plan.stages]
+    if missing:
+        raise PlanError(
+            "The plan has no such stage", where=", ".join(missing), expected=f"one of {', '.join(plan.stages)}"
+        )
+    return {
+        stage: CaseStore(layout.cases_folder(dataset, plan.name, stage), plan.stages[stage].patch_size)
+        for stage in stages
+    }
+
+
+def _preprocess_case(
+    case: Case, source: CaseSource, plan: Plan, stores: Mapping[str, CaseStore], *, threads: int
+) -> _Outcome:
+    digests = {stage: case_digest(case, plan, stage) for stage in stores}
+    due = [stage for stage, store in stores.items() if not store.is_complete(case.id, digests[stage])]
+    rebuilt = sum(stores[stage].begun(case.id) for stage in due)
+    outcome = _Outcome(done=len(due) - rebuilt, skipped=len(stores) - len(due), rebuilt=rebuilt)
+    if not due:
+        return outcome
+    decoded = source.read(case)
+    written = 0
+    by_recipe: dict[str, list[str]] = {}
+    for stage in due:
+        by_recipe.setdefault(_recipe(plan, stage), []).append(stage)
+    for same in by_recipe.values():
+        prepared = _prepared(decoded, plan, same[0], threads)
+        for stage in same:
+            written += _store(stores[stage], case.id, prepared, plan, digests[stage])
+    return replace(outcome, bytes=written)
+
+
+def _prepared(decoded: Decoded, plan: Plan, stage: str, threads: int) -> Prepared:
+    return prepare(decoded.volume, plan, stage, label=decoded.label, threads=threads)
+
+
+def _store(store: CaseStore, name: str, prepared: Prepared, plan: Plan, digest: str) -> int:
+    assert prepared.label is not None
+    places = sample_foreground(prepared.label, plan.labels)
+    return store.write(
+        name,
+        prepared.image,
+        prepared.label,
+        geometry=prepared.restore.to_record(),
+        foreground=[(f.key, f.voxels, f.index) for f in places],
+        source=digest,
+    )
+
+
+def _working_bytes(cases: Sequence[Case], plan: Plan, stages: Sequence[str]) -> int:
+    """Of the largest case: as read, normalised, resampled and packed."""
+    largest = 0
+    for case in cases:
+        try:
+            grid = read_header(case.images[0]).grid
+        except RfMedSamError:
+            continue  # reported when its turn comes
+        voxels = int(np.prod(grid.shape_zyx))
+        volume = voxels * float(np.prod(grid.spacing_zyx_mm))
+        after = max(volume / float(np.prod(plan.stages[stage].spacing_mm)) for stage in stages)
+        each = len(plan.channels) * (4 * voxels + 4 * voxels + 6 * after) + 4 * voxels + 4 * after
+        largest = max(largest, int(each))
+    return largest
+
+
+def _raise_faults(outcomes: Iterable[_Outcome], total: int) -> None:
+    faults = [o.fault for o in outcomes if o.fault is not None]
+    if faults:
+        raise DatasetError(
+            f"{len(faults)} of {total} cases could not be prepared; the others are done. " + " | ".join(faults),
+            remedy="Correct these cases, then run the same command again",
+        )
