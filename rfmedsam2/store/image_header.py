@@ -40,6 +40,10 @@ class ChangedWhileReadingError(ImageError):
     """A file that another program wrote to while it was read."""
 
 
+class NotLabelsError(ImageError):
+    """A label map whose values are not whole numbers from 0 to 65535."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NiftiGeometry:
     """The header block of a NIfTI file: affine, qform and sform with codes, pixdim and units survive as they were.

@@ -20,6 +20,7 @@ from rfmedsam2.store.image_header import (
     ChangedWhileReadingError,
     ImageHeader,
     NiftiGeometry,
+    NotLabelsError,
     TruncatedImageError,
     disagreement,
     displacement_mm,
@@ -36,8 +37,10 @@ __all__ = [
     "ChangedWhileReadingError",
     "ImageHeader",
     "NiftiGeometry",
+    "NotLabelsError",
     "Orientation",
     "TruncatedImageError",
+    "as_labels",
     "disagreement",
     "displacement_mm",
     "image_ending",
@@ -46,6 +49,7 @@ __all__ = [
     "read_image",
     "read_label",
     "reoriented",
+    "with_channel",
     "write_label",
 ]
 
@@ -114,10 +118,12 @@ def read_channels(paths: Sequence[Path]) -> tuple[Volume, ImageHeader]:
     first, header = read_image(paths[0])
     if len(paths) == 1:
         return first, header
-    volumes = [first]
-    for path in paths[1:]:
+    grid = first.grid
+    stack = with_channel(None, first.array, index=0, count=len(paths), where=paths[0])
+    del first
+    for index, path in enumerate(paths[1:], start=1):
         volume, _ = read_image(path)
-        differ = disagreement(first.grid, volume.grid)
+        differ = disagreement(grid, volume.grid)
         if differ is not None and not differ[1]:
             raise GeometryError(
                 "The channels of a case do not lie on one grid",
@@ -126,8 +132,33 @@ def read_channels(paths: Sequence[Path]) -> tuple[Volume, ImageHeader]:
                 found=differ[0],
                 remedy="Resample the channels to one grid first",
             )
-        volumes.append(volume)
-    return Volume(array=np.concatenate([v.array for v in volumes]), grid=first.grid), header
+        stack = with_channel(stack, volume.array, index=index, count=len(paths), where=path)
+    return Volume(array=stack, grid=header.grid), header
+
+
+def with_channel(stack: np.ndarray | None, array: np.ndarray, *, index: int, count: int, where: object) -> np.ndarray:
+    """The stack (count,Z,Y,X) with `array` (1,Z,Y,X) as channel `index`; made at the first call.
+
+    Only one channel exists twice at a time. Types that differ become their common one, float32 at most.
+
+    Raises:
+        ImageError: the array has several channels.
+    """
+    if array.shape[0] != 1:
+        raise ImageError(
+            "A file of a case with one file for each channel has several channels",
+            where=where,
+            expected=1,
+            found=array.shape[0],
+            remedy="Give either one file for each channel, or one file with all of them",
+        )
+    if stack is None:
+        stack = np.empty((count, *array.shape[1:]), dtype=array.dtype)
+    if stack.dtype != array.dtype:
+        common = np.result_type(stack, array)
+        stack = stack.astype(np.float32 if common.kind == "f" else common, copy=False)
+    stack[index] = array[0]
+    return stack
 
 
 def read_label(path: Path) -> tuple[Volume, ImageHeader]:
@@ -146,12 +177,12 @@ def as_labels(array: np.ndarray, *, where: object) -> np.ndarray:
     """The array in the smallest of uint8 and uint16 that holds its values.
 
     Raises:
-        ImageError: not whole numbers from 0 to 65535.
+        NotLabelsError: not whole numbers from 0 to 65535.
     """
     with np.errstate(invalid="ignore"):
         low, high = array.min(), array.max()
     if not (np.isfinite(low) and np.isfinite(high) and low > -0.5 and high <= np.iinfo(np.uint16).max):
-        raise ImageError(
+        raise NotLabelsError(
             "A label map holds values that are no labels",
             where=where,
             expected="whole numbers from 0 to 65535",
@@ -164,7 +195,7 @@ def as_labels(array: np.ndarray, *, where: object) -> np.ndarray:
     labels = np.rint(array).astype(kind)
     away = np.abs(array - labels)
     if away.max() > _INTEGER_TOLERANCE:
-        raise ImageError(
+        raise NotLabelsError(
             "A label map holds values that are not whole",
             where=where,
             expected="integers",

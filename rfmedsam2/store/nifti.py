@@ -222,7 +222,7 @@ def _source_grid(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int])
 
 
 def _zooms(raw: Nifti1Header) -> list[float]:
-    """pixdim along x, y, z, mm."""
+    """Spacing by pixdim along x, y, z, mm."""
     zooms = [float(s) for s in raw["pixdim"][1:4]]
     if len(raw.get_data_shape()) == 2:
         # a flat image: the missing axis gets a spacing far above the others, so that it counts as the coarse one

@@ -1,0 +1,221 @@
+"""Which files make a case: nnU-Net's channel suffixes, files without them, DICOM folders; faults of the layout.
+
+CASE_0000.nii.gz, CASE_0001.nii.gz ... are the channels of CASE. A file without suffix is a case of its own, with one
+channel or with all of them inside.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rfmedsam2.records.base import Record
+from rfmedsam2.store.dicom import is_dicom_folder
+from rfmedsam2.store.images import image_ending
+
+FaultKind = Literal[
+    "unreadable",
+    "truncated",
+    "changed-while-reading",
+    "bad-geometry",
+    "skewed-axes",
+    "forms-differ",
+    "shape-mismatch",
+    "affine-mismatch",
+    "not-finite",
+    "constant-image",
+    "missing-channel",
+    "extra-channel",
+    "undeclared-label",
+    "not-a-label",
+    "empty-label",
+    "missing-label",
+    "missing-image",
+    "duplicate-id",
+    "wrong-suffix",
+    "case-count",
+    "split-overlap",
+    "split-unknown",
+]
+
+_SUFFIXED = re.compile(r"(.+)_(\d{4})")
+
+
+class Fault(Record):
+    """One thing that is wrong with a dataset."""
+
+    case: str
+    """Case id, or "" for the dataset as a whole."""
+    file: str
+    kind: FaultKind
+    severity: Literal["error", "warning"]
+    message: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One case: its image files in channel order (or one file or DICOM folder with all channels) and its label.
+
+    Attributes:
+        id: name without channel suffix and ending.
+        images: image files or DICOM folders.
+        label: label file; None for cases to predict.
+        group: patient (or any group) that stays on one side of a split.
+    """
+
+    id: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+    group: str | None = None
+
+
+def entries_of(folder: Path, ending: str | None) -> list[Path]:
+    """Files of a folder with this ending (None: any image ending), and folders that hold a DICOM series, sorted."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if is_dicom_folder(path):
+                found.append(path)
+        elif path.name.endswith(ending) if ending else image_ending(path):
+            found.append(path)
+    return found
+
+
+def stem_of(path: Path, ending: str | None) -> str:
+    """The name without its ending; a folder's whole name."""
+    if path.is_dir():
+        return path.name
+    written = ending if ending and path.name.endswith(ending) else image_ending(path)
+    return path.name[: -len(written)] if written else path.stem
+
+
+def grouped(
+    paths: Iterable[Path], *, channels: int, ending: str | None, known_ids: Collection[str] = ()
+) -> dict[str, dict[int | None, list[Path]]]:
+    """Case id -> channel number (None: a file without suffix) -> files; more than one file is a duplicate.
+
+    A number counts as a channel suffix unless that cannot be: the whole name is the id of a label, or numbers go
+    beyond the channels and no label has the name before the number.
+    """
+    by_stem: dict[str, list[Path]] = {}
+    for path in paths:
+        by_stem.setdefault(stem_of(path, ending), []).append(path)
+    numbers: dict[str, set[int]] = {}
+    for stem in by_stem:
+        if match := _SUFFIXED.fullmatch(stem):
+            numbers.setdefault(match[1], set()).add(int(match[2]))
+    groups: dict[str, dict[int | None, list[Path]]] = {}
+    for stem, files in by_stem.items():
+        match = _SUFFIXED.fullmatch(stem)
+        is_channel = match is not None and _is_channel(stem, match[1], numbers[match[1]], channels, known_ids)
+        case, channel = (match[1], int(match[2])) if match and is_channel else (stem, None)
+        groups.setdefault(case, {}).setdefault(channel, []).extend(files)
+    return dict(sorted(groups.items()))
+
+
+def _is_channel(stem: str, prefix: str, numbers: set[int], channels: int, known_ids: Collection[str]) -> bool:
+    if prefix in known_ids:
+        return True
+    return stem not in known_ids and max(numbers) < channels
+
+
+def case_of(
+    case: str, files: Mapping[int | None, Sequence[Path]], *, channels: Sequence[str]
+) -> tuple[tuple[Path, ...], list[Fault]]:
+    """Image files of one case in channel order, and what is wrong with them by name alone."""
+    faults = []
+    every = [path for paths in files.values() for path in paths]
+    if (None in files and len(every) > 1) or any(len(paths) > 1 for paths in files.values()):
+        faults.append(
+            Fault(
+                case=case,
+                file=str(every[1]),
+                kind="duplicate-id",
+                severity="error",
+                message=f"Several files are the same image: {_names(every)}",
+                remedy="Keep one of them",
+            )
+        )
+    if None in files:
+        return (files[None][0],), faults
+    numbers = sorted(n for n in files if n is not None)
+    lacking = [n for n in range(len(channels)) if n not in files]
+    if lacking:
+        names = ", ".join(f"_{n:04d} ({channels[n]})" for n in lacking)
+        faults.append(
+            Fault(
+                case=case,
+                file=str(every[0]),
+                kind="missing-channel",
+                severity="error",
+                message=f"{len(lacking)} of {len(channels)} channels missing: {names}; found {_names(every)}",
+                remedy="Add the missing files or remove the case",
+            )
+        )
+    extra = [n for n in numbers if n >= len(channels)]
+    if extra:
+        faults.append(
+            Fault(
+                case=case,
+                file=str(files[extra[0]][0]),
+                kind="extra-channel",
+                severity="error",
+                message=f"Channels beyond the {len(channels)} declared: {', '.join(f'_{n:04d}' for n in extra)}",
+                remedy="Declare them in channel_names or remove the files",
+            )
+        )
+    return tuple(files[n][0] for n in numbers if n < len(channels)), faults
+
+
+def case_clashes(ids: Iterable[str]) -> list[Fault]:
+    """Ids that differ only in letter case: one and the same on many file systems."""
+    by_lower: dict[str, list[str]] = {}
+    for case in ids:
+        by_lower.setdefault(case.lower(), []).append(case)
+    return [
+        Fault(
+            case=same[0],
+            file="",
+            kind="duplicate-id",
+            severity="error",
+            message=f"Case ids that differ only in letter case: {', '.join(same)}",
+            remedy="Rename all but one",
+        )
+        for same in by_lower.values()
+        if len(same) > 1
+    ]
+
+
+def what_is_in(folder: Path) -> str:
+    """A phrase for error messages: how many files of which endings a folder holds, with an example."""
+    if not folder.is_dir():
+        return "no such folder"
+    entries = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    files = [p for p in entries if not p.is_dir()]
+    folders = [p for p in entries if p.is_dir()]
+    endings = Counter(image_ending(p) or "".join(p.suffixes[-1:]) or "no ending" for p in files)
+    parts = [f"{n} {ending}" for ending, n in endings.most_common(4)]
+    if folders:
+        parts.append(f"{len(folders)} folder(s) such as {min(p.name for p in folders)}")
+    example = f", for instance {min(p.name for p in files)}" if files else ""
+    return (", ".join(parts) + example) if parts else "an empty folder"
+
+
+def nearest(name: str, folder: Path) -> str | None:
+    """The entry of a folder whose name is closest to `name`, None when none is near."""
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.6)
+    return next((n for n in names if close and n.lower() == close[0]), None)
+
+
+def _names(paths: Sequence[Path]) -> str:
+    shown = ", ".join(p.name for p in paths[:6])
+    return shown if len(paths) <= 6 else f"{shown} and {len(paths) - 6} more"

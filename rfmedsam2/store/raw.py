@@ -1,0 +1,324 @@
+"""Raw datasets in nnU-Net v2's layout, unchanged: dataset.json, imagesTr, labelsTr, imagesTs, or explicit file lists.
+
+`open_dataset` looks at names only. What makes a dataset unusable as a whole is an error; what is wrong with single
+cases is kept in `RawDataset.faults`, so that verification can report everything in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rfmedsam2.errors import DatasetError, ImageError
+from rfmedsam2.geometry import Volume
+from rfmedsam2.records.dataset import DatasetJson
+from rfmedsam2.store.case_files import (
+    Case,
+    Fault,
+    case_clashes,
+    case_of,
+    entries_of,
+    grouped,
+    nearest,
+    stem_of,
+    what_is_in,
+)
+from rfmedsam2.store.files import read_record
+from rfmedsam2.store.images import IMAGE_ENDINGS, ImageHeader, read_channels
+from rfmedsam2.store.inputs import find_cases
+
+__all__ = ["Case", "Fault", "RawDataset", "find_cases", "open_dataset", "read_case", "require_no_errors"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawDataset:
+    """A dataset as it lies in the raw folder.
+
+    Attributes:
+        name: folder name, for instance Dataset004_Hippocampus.
+        folder: where it lies.
+        json: its dataset.json.
+        training: cases with labels, sorted by id (a case with a fault may lack files).
+        test: cases of imagesTs, without labels.
+        faults: what is wrong by names alone.
+    """
+
+    name: str
+    folder: Path
+    json: DatasetJson
+    training: tuple[Case, ...]
+    test: tuple[Case, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def reorient(self) -> Literal["RAS"] | None:
+        """How volumes are turned when read: RAS for nnU-Net's ...WithReorient readers, else not at all."""
+        return "RAS" if (self.json.overwrite_image_reader_writer or "").endswith("WithReorient") else None
+
+
+def open_dataset(folder: Path) -> RawDataset:
+    """Discover the training and test cases of a raw dataset; no image is read.
+
+    Raises:
+        DatasetError: no such folder, no dataset.json, no training cases; says what was found and expected.
+        RecordError: dataset.json has faults, all listed.
+    """
+    json = _dataset_json(folder)
+    if json.dataset is not None:
+        training, faults = _listed(folder, json)
+    else:
+        training, faults = _discovered(folder, json)
+    if not training:
+        raise _no_cases(folder, json)
+    faults += case_clashes(case.id for case in training)
+    if json.numTraining is not None and json.numTraining != len(training):
+        faults.append(
+            Fault(
+                case="",
+                file=str(folder / "dataset.json"),
+                kind="case-count",
+                severity="warning",
+                message=f"numTraining is {json.numTraining}, but there are {len(training)} training cases",
+                remedy="Correct numTraining, or add the missing cases",
+            )
+        )
+    test, test_faults = _test_cases(folder, json)
+    return RawDataset(
+        name=folder.resolve().name,
+        folder=folder,
+        json=json,
+        training=tuple(training),
+        test=tuple(test),
+        faults=tuple(faults + test_faults),
+    )
+
+
+def read_case(case: Case, *, channels: int) -> tuple[Volume, ImageHeader]:
+    """The image of a case with all its channels (C,Z,Y,X).
+
+    Raises:
+        ImageError: a file cannot be read, or the number of channels is another.
+        GeometryError: grids of channels differ, impossible geometry.
+    """
+    volume, header = read_channels(case.images)
+    if volume.array.shape[0] != channels:
+        raise ImageError(
+            f"Case {case.id} has another number of channels than the dataset",
+            where=", ".join(str(p) for p in case.images),
+            expected=f"{channels} channel(s)",
+            found=volume.array.shape[0],
+            remedy="Give one file for each channel (CASE_0000, CASE_0001 ...) or one file with all of them",
+        )
+    return volume, header
+
+
+def require_no_errors(faults: Sequence[Fault], *, where: object) -> None:
+    """Raise when any fault is an error.
+
+    Raises:
+        DatasetError: lists every error, one a line.
+    """
+    errors = [fault for fault in faults if fault.severity == "error"]
+    if errors:
+        lines = "\n".join(f"  {fault.case or '(dataset)'}: {fault.message}. {fault.remedy}" for fault in errors)
+        raise DatasetError(
+            f"The dataset has {len(errors)} fault(s)",
+            where=where,
+            found=f"\n{lines}\n",
+            remedy="Correct or remove these cases, then run the same command again",
+        )
+
+
+def _dataset_json(folder: Path) -> DatasetJson:
+    if not folder.is_dir():
+        close = nearest(folder.name, folder.parent)
+        raise DatasetError(
+            "There is no such dataset folder", where=folder, remedy=f"Did you mean {close}" if close else None
+        )
+    path = folder / "dataset.json"
+    if not path.is_file():
+        close = nearest("dataset.json", folder)
+        raise DatasetError(
+            "The dataset has no dataset.json",
+            where=folder,
+            expected='a file dataset.json with "channel_names", "labels", "numTraining" and "file_ending"',
+            found=what_is_in(folder),
+            remedy=f"Rename {close} to dataset.json" if close else "Write one, as nnU-Net v2 describes it",
+        )
+    return read_record(path, DatasetJson)
+
+
+def _discovered(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault]]:
+    ending = json.file_ending
+    # labels of a DICOM dataset cannot be .dcm themselves
+    label_ending = None if ending == ".dcm" else ending
+    label_files = [p for p in entries_of(folder / "labelsTr", label_ending) if not p.is_dir()]
+    labels: dict[str, list[Path]] = {}
+    for path in label_files:
+        labels.setdefault(stem_of(path, label_ending), []).append(path)
+    images = entries_of(folder / "imagesTr", ending)
+    groups = grouped(images, channels=len(json.channels), ending=ending, known_ids=labels)
+    cases, faults = [], _wrong_endings(folder, json, {*groups})
+    for case, files in groups.items():
+        paths, found = case_of(case, files, channels=json.channels)
+        label = labels.pop(case, None)
+        faults += found + _label_faults(folder, json, case, label, next(iter(files.values()))[0])
+        cases.append(
+            Case(id=case, images=paths, label=label[0] if label else None, group=(json.groups or {}).get(case))
+        )
+    faults += [
+        Fault(
+            case=case,
+            file=str(paths[0]),
+            kind="missing-image",
+            severity="error",
+            message=f"Label without image: {paths[0].name}",
+            remedy=f"Add {case}_0000{ending} to imagesTr, or remove the label",
+        )
+        for case, paths in labels.items()
+    ]
+    # a folder of labels alone is no dataset, and neither is one of images alone
+    return ([] if label_files == [] else cases), faults
+
+
+def _label_faults(folder: Path, json: DatasetJson, case: str, label: Sequence[Path] | None, image: Path) -> list[Fault]:
+    if label is None:
+        return [
+            Fault(
+                case=case,
+                file=str(image),
+                kind="missing-label",
+                severity="error",
+                message="Image without label",
+                remedy=f"Add {folder / 'labelsTr' / (case + json.file_ending)}, or move the image to imagesTs",
+            )
+        ]
+    if len(label) == 1:
+        return []
+    return [
+        Fault(
+            case=case,
+            file=str(label[1]),
+            kind="duplicate-id",
+            severity="error",
+            message=f"Several labels for one case: {', '.join(p.name for p in label)}",
+            remedy="Keep one of them",
+        )
+    ]
+
+
+def _wrong_endings(folder: Path, json: DatasetJson, ids: set[str]) -> list[Fault]:
+    """Images and labels with another ending than file_ending: no reader of the layout would see them."""
+    faults = []
+    for name in ("imagesTr", "labelsTr"):
+        for path in entries_of(folder / name, None):
+            if path.is_dir() or path.name.endswith(json.file_ending):
+                continue
+            if json.file_ending == ".dcm" and name == "labelsTr":
+                continue
+            stem = stem_of(path, None)
+            case = next((i for i in (stem, stem[:-5]) if i in ids), None)
+            faults.append(
+                Fault(
+                    case=case or stem,
+                    file=str(path),
+                    kind="wrong-suffix" if case is None else "duplicate-id",
+                    severity="error",
+                    message=f"{path.name} does not end in {json.file_ending}, which dataset.json names"
+                    if case is None
+                    else f"{name}/{path.name} and the file ending in {json.file_ending} have one case id",
+                    remedy="Convert the file, or remove it",
+                )
+            )
+    return faults
+
+
+def _listed(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault]]:
+    """Cases of dataset.json's "dataset": id -> {"images": [...], "label": ...}; relative paths start at the folder."""
+    cases, faults = [], []
+    for case, entry in sorted((json.dataset or {}).items()):
+        images, label = _entry(folder, case, entry)
+        count = len(json.channels)
+        if len(images) not in (1, count):
+            faults.append(
+                Fault(
+                    case=case,
+                    file=str(images[0]) if images else str(folder / "dataset.json"),
+                    kind="missing-channel" if len(images) < count else "extra-channel",
+                    severity="error",
+                    message=f"{len(images)} image file(s) listed for {count} channel(s)",
+                    remedy="List one file for each channel, or one file with all of them",
+                )
+            )
+        if label is None:
+            faults += _label_faults(folder, json, case, None, images[0] if images else folder)
+        faults += [
+            Fault(
+                case=case,
+                file=str(path),
+                kind="missing-image" if path != label else "missing-label",
+                severity="error",
+                message=f"A file that dataset.json lists is not there: {path}",
+                remedy="Correct the path, which is absolute or starts at the dataset's folder",
+            )
+            for path in (*images, *([label] if label else []))
+            if not path.exists()
+        ]
+        cases.append(Case(id=case, images=images, label=label, group=(json.groups or {}).get(case)))
+    return cases, faults
+
+
+def _entry(folder: Path, case: str, entry: Mapping[str, Any]) -> tuple[tuple[Path, ...], Path | None]:
+    images, label = entry.get("images"), entry.get("label")
+    images = [images] if isinstance(images, str) else images
+    understood = label is None or isinstance(label, str)
+    if not (understood and isinstance(images, list) and all(isinstance(i, str) for i in images)):
+        raise DatasetError(
+            f'The entry of case {case} in "dataset" cannot be understood',
+            where=folder / "dataset.json",
+            expected='{"images": ["path", ...], "label": "path"}',
+            found=dict(entry),
+        )
+    return tuple(folder / i for i in images), (folder / label if label else None)
+
+
+def _test_cases(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault]]:
+    entries = entries_of(folder / "imagesTs", json.file_ending)
+    cases, faults = [], []
+    for case, files in grouped(entries, channels=len(json.channels), ending=json.file_ending).items():
+        paths, found = case_of(case, files, channels=json.channels)
+        cases.append(Case(id=case, images=paths, group=(json.groups or {}).get(case)))
+        faults += found
+    return cases, faults
+
+
+def _no_cases(folder: Path, json: DatasetJson) -> DatasetError:
+    images, labels = folder / "imagesTr", folder / "labelsTr"
+    expected = f"imagesTr/CASE_0000{json.file_ending} and labelsTr/CASE{json.file_ending}"
+    if len(json.channels) > 1:
+        expected = f"imagesTr/CASE_0000{json.file_ending} to _{len(json.channels) - 1:04d} for {json.channels}, " + (
+            f"and labelsTr/CASE{json.file_ending}"
+        )
+    if json.dataset is not None:
+        expected = 'at least one case in "dataset" of dataset.json'
+    return DatasetError(
+        "The dataset has no training cases",
+        where=folder,
+        expected=expected,
+        found=f"in imagesTr: {what_is_in(images)}; in labelsTr: {what_is_in(labels)}",
+        remedy=_hint(folder, json),
+    )
+
+
+def _hint(folder: Path, json: DatasetJson) -> str:
+    for name in ("imagesTr", "labelsTr"):
+        if not (folder / name).is_dir():
+            close = nearest(name, folder)
+            return f"Rename {close} to {name}" if close else f"Make the folder {name}"
+        others = [p for p in entries_of(folder / name, None) if not p.name.endswith(json.file_ending)]
+        if others and not entries_of(folder / name, json.file_ending):
+            ending = next((e for e in IMAGE_ENDINGS if others[0].name.lower().endswith(e)), others[0].suffix)
+            return f'Set "file_ending" in dataset.json to "{ending}", if that is the format of images and labels'
+    return "Check that names and file_ending fit each other"
