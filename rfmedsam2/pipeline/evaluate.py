@@ -21,7 +21,7 @@ from rfmedsam2.parallel import Track, map_cases, silent
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation, Interval
 from rfmedsam2.store.files import atomic, write_record
-from rfmedsam2.store.images import IMAGE_ENDINGS, read_label
+from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending, read_label
 
 logger = logging.getLogger(__name__)
 
@@ -272,11 +272,7 @@ def _label_files(folder: Path, faults: list[str]) -> dict[str, Path]:
 
 def _id_of(path: Path) -> str:
     """File name without an image ending; the whole name if it has none."""
-    lower = path.name.lower()
-    for ending in sorted(IMAGE_ENDINGS, key=len, reverse=True):
-        if lower.endswith(ending) and len(lower) > len(ending):
-            return path.name[: -len(ending)]
-    return path.name
+    return path.name.removesuffix(image_ending(path) or "")
 
 
 def _number(value: float | None) -> float:
