@@ -222,8 +222,12 @@ def settle_splits(
     return splits
 
 
-def read_splits(path: Path, ids: Sequence[str]) -> list[Split]:
+def read_splits(path: Path, ids: Sequence[str] | None = None) -> list[Split]:
     """Read and check nnU-Net's splits_final.json.
+
+    Args:
+        path: the file.
+        ids: of the training cases; None: the file is not compared with the dataset.
 
     Raises:
         RecordError: missing or not such a file.
@@ -239,28 +243,38 @@ def read_splits(path: Path, ids: Sequence[str]) -> list[Split]:
     return splits
 
 
-def split_of(fold: str, layout: Layout, dataset: str, ids: Sequence[str]) -> Split:
+def read_named_splits(path: Path, ids: Sequence[str] | None = None) -> dict[str, Split]:
+    """Read and check splits_named.json; arguments and errors as in `read_splits`."""
+    data = _load(path)
+    if not isinstance(data, dict):
+        raise RecordError("A file of named splits holds no names", where=path, remedy="Delete it and plan again")
+    named = {str(name): Split.parse(split, where=f"{path}, {name}") for name, split in data.items()}
+    _check(named, ids, path)
+    return named
+
+
+def fold_split(layout: Layout, dataset: str, fold: str, *, ids: Sequence[str] | None = None) -> Split:
     """The split of a fold: a number, "all" (train and validate on everything) or a name.
+
+    Args:
+        layout: where the splits lie.
+        dataset: folder name.
+        fold: what the user named.
+        ids: of the training cases; None: all that the numbered folds name.
 
     Raises:
         UsageError: no such fold; lists those there are.
         RecordError: the file of splits is missing or broken.
         DatasetError: the splits do not fit the cases.
     """
-    if fold == "all":
-        return Split(train=tuple(sorted(ids)), val=tuple(sorted(ids)))
     path = layout.splits_file(dataset)
     folds = {str(number): split for number, split in enumerate(read_splits(path, ids))}
+    if fold == "all":
+        everything = sorted(ids if ids is not None else {c for s in folds.values() for c in (*s.train, *s.val)})
+        return Split(train=tuple(everything), val=tuple(everything))
     named_path = path.with_name(NAMED_FILE)
     if named_path.is_file():
-        data = _load(named_path)
-        if not isinstance(data, dict):
-            raise RecordError(
-                "A file of named splits holds no names", where=named_path, remedy="Delete it and plan again"
-            )
-        named = {str(n): Split.parse(s, where=f"{named_path}, {n}") for n, s in data.items()}
-        _check(named, ids, named_path)
-        folds |= named
+        folds |= read_named_splits(named_path, ids)
     if fold not in folds:
         raise UsageError("No such fold", where=fold, expected=f"one of {', '.join([*folds, 'all'])}")
     return folds[fold]
@@ -288,10 +302,10 @@ def _same(one: Sequence[Split], other: Sequence[Split]) -> bool:
     return plain(one) == plain(other)
 
 
-def _check(splits: Mapping[str, Split], ids: Sequence[str], where: Path) -> None:
-    known, faults = set(ids), []
+def _check(splits: Mapping[str, Split], ids: Sequence[str] | None, where: Path) -> None:
+    faults = []
     for name, split in splits.items():
-        unknown = sorted({*split.train, *split.val} - known)
+        unknown = [] if ids is None else sorted({*split.train, *split.val} - set(ids))
         both = sorted(set(split.train) & set(split.val))
         twice = sorted(c for side in (split.train, split.val) for c, n in Counter(side).items() if n > 1)
         if unknown:
@@ -306,7 +320,7 @@ def _check(splits: Mapping[str, Split], ids: Sequence[str], where: Path) -> None
         raise DatasetError(
             "The splits do not fit the dataset",
             where=where,
-            expected=f"ids of the {len(known)} training cases, each on one side",
+            expected="ids of training cases, each on one side",
             found="; ".join(faults),
             remedy="Correct the file, or delete it to have five folds made anew",
         )
