@@ -1,0 +1,280 @@
+"""What this machine offers and what it lacks: versions, devices, memory, disks, limits, folders, with remedies.
+
+Made to work where something is broken: a missing or damaged package is a line of the report, never an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import rfmedsam2
+from rfmedsam2.store.layout import Layout
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "scipy",
+    "numba",
+    "blosc2",
+    "nibabel",
+    "SimpleITK",
+    "pydicom",
+    "pydantic",
+    "safetensors",
+    "dynamic-network-architectures",
+    "batchgenerators",
+    "batchgeneratorsv2",
+    "connected-components-3d",
+)
+OPTIONAL_PACKAGES = ("nnunetv2", "monai", "sam2", "segment-anything", "tensorboard", "surface-distance")
+
+_GIB = 2**30
+# below these, users of comparable pipelines report killed workers, full disks and "too many open files"
+_LOW_RAM_GIB = 8.0
+_LOW_DISK_GIB = 20.0
+_LOW_SHM_GIB = 1.0
+_LOW_OPEN_FILES = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A place where networks run. Memory in GiB, None where it cannot be told."""
+
+    kind: str
+    name: str
+    memory_gib: float | None = None
+    free_gib: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    """One of raw, preprocessed, results: where it is, whether it can be written, free space in GiB."""
+
+    name: str
+    path: Path
+    exists: bool
+    writable: bool
+    free_gib: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """Something that will make trouble, and what to do about it."""
+
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorReport:
+    """All that was found. Sizes in GiB; None: not there, or cannot be told.
+
+    Attributes:
+        package: version of this package.
+        python: version of Python; `executable` is its path.
+        system: operating system and processor.
+        packages: name -> version of what is needed.
+        optional_packages: name -> version of what may be there.
+        devices: processor first, then accelerators.
+        ram_gib, ram_free_gib: memory of the machine (or of its container), and what is left of it.
+        shm_gib: free shared memory (/dev/shm), by which data loading processes hand over batches.
+        open_files: soft and hard limit of open files.
+        compiler: C++ compiler that torch.compile would find.
+        folders: raw, preprocessed, results.
+        folders_from: what chose the folders.
+        warnings: with remedies.
+    """
+
+    package: str
+    python: str
+    executable: str
+    system: str
+    packages: dict[str, str | None]
+    optional_packages: dict[str, str | None]
+    devices: tuple[Device, ...]
+    ram_gib: float
+    ram_free_gib: float
+    shm_gib: float | None
+    open_files: tuple[int, int] | None
+    compiler: str | None
+    folders: tuple[Folder, ...]
+    folders_from: str
+    warnings: tuple[Advice, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        content = asdict(self)
+        for folder in content["folders"]:
+            folder["path"] = str(folder["path"])
+        return content
+
+
+def doctor(layout: Layout | None = None, *, folders_from: str = "the default") -> DoctorReport:
+    """Look at this machine.
+
+    Args:
+        layout: the folders that the commands would use; None: below ./rfmed_data.
+        folders_from: what chose them, in words: a flag, a variable, the default.
+    """
+    chosen = layout or Layout.under(Path("rfmed_data"))
+    devices, trouble = _devices()
+    memory = psutil.virtual_memory()
+    limit = _container_limit_gib()
+    total = memory.total / _GIB
+    facts: dict[str, Any] = {
+        "packages": {name: _version(name) for name in PACKAGES},
+        "optional_packages": {name: _version(name) for name in OPTIONAL_PACKAGES},
+        "devices": devices,
+        "ram_gib": round(min(total, limit or total), 1),
+        "ram_free_gib": round(min(memory.available / _GIB, limit or total), 1),
+        "shm_gib": _free_gib(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None,  # noqa: S108 - only looked at
+        "open_files": _open_file_limits(),
+        "compiler": _compiler(),
+        "folders": tuple(_folder(name, getattr(chosen, name)) for name in ("raw", "preprocessed", "results")),
+    }
+    return DoctorReport(
+        package=rfmedsam2.__version__,
+        python=platform.python_version(),
+        executable=sys.executable,
+        system=f"{platform.platform()} {platform.machine()}",
+        folders_from=folders_from,
+        warnings=(*trouble, *_warnings(facts)),
+        **facts,
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> tuple[tuple[Device, ...], list[Advice]]:
+    """Processor and accelerators; what keeps torch from working becomes a warning."""
+    devices = [Device(kind="cpu", name=f"{_usable_cores()} cores, {_processor()}")]
+    try:
+        # by name, at run time: where torch is missing or damaged, that is what the report is for
+        torch: Any = importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        remedy = "Install PyTorch again (pip install --force-reinstall torch)"
+        return tuple(devices), [Advice(message=f"PyTorch cannot be loaded: {error}", remedy=remedy)]
+    trouble: list[Advice] = []
+    try:
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            name = torch.cuda.get_device_name(index)
+            devices.append(
+                Device(
+                    kind=f"cuda:{index}", name=name, memory_gib=round(total / _GIB, 1), free_gib=round(free / _GIB, 1)
+                )
+            )
+    except RuntimeError as error:
+        trouble.append(
+            Advice(message=f"A CUDA device cannot be used: {error}", remedy="Check the driver with nvidia-smi")
+        )
+    if torch.backends.mps.is_available():
+        devices.append(Device(kind="mps", name="Apple GPU (shares the machine's memory)"))
+    return tuple(devices), trouble
+
+
+def _usable_cores() -> int:
+    # a container or scheduler may grant fewer than there are
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _container_limit_gib() -> float | None:
+    """Memory that the control group grants (Docker, Slurm), None where there is no limit."""
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            granted = int(Path(name).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        return granted / _GIB
+    return None
+
+
+def _open_file_limits() -> tuple[int, int] | None:
+    return None if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def _compiler() -> str | None:
+    return next((path for name in ("g++", "c++", "clang++", "cl") if (path := shutil.which(name))), None)
+
+
+def _folder(name: str, path: Path) -> Folder:
+    """Judged by the nearest folder that is there, since commands make what is missing."""
+    nearest = next((p for p in (path, *path.absolute().parents) if p.exists()), Path())
+    return Folder(
+        name=name,
+        path=path.absolute(),
+        exists=path.is_dir(),
+        writable=nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+        free_gib=_free_gib(nearest),
+    )
+
+
+def _free_gib(path: Path) -> float | None:
+    try:
+        return round(shutil.disk_usage(path).free / _GIB, 1)
+    except OSError:
+        return None
+
+
+def _warnings(facts: dict[str, Any]) -> Iterator[Advice]:
+    missing = [name for name, version in facts["packages"].items() if version is None]
+    if missing:
+        remedy = f"pip install {' '.join(missing)}"
+        yield Advice(message=f"Needed packages are not installed: {', '.join(missing)}", remedy=remedy)
+    if all(device.kind == "cpu" for device in facts["devices"]):
+        remedy = "Plan with --preset cpu; on a machine with an NVIDIA GPU, install PyTorch for its CUDA version"
+        yield Advice(message="There is no GPU: training and predicting run on the processor", remedy=remedy)
+    elif facts["compiler"] is None:
+        remedy = "Install one (Debian: apt install build-essential), or train with compile off"
+        yield Advice(message="torch.compile finds no C++ compiler and will not be used", remedy=remedy)
+    yield from _memory_warnings(facts)
+    for folder in facts["folders"]:
+        if not folder.writable:
+            remedy = "Choose another place with --root, or ask for write permission"
+            yield Advice(message=f"The {folder.name} folder cannot be written: {folder.path}", remedy=remedy)
+    if any(folder.free_gib is not None and folder.free_gib < _LOW_DISK_GIB for folder in facts["folders"]):
+        free = min(folder.free_gib for folder in facts["folders"] if folder.free_gib is not None)
+        remedy = "Free space, or choose another disk with --root: preprocessed data can take tens of GiB"
+        yield Advice(message=f"Only {free:g} GiB of disk are free", remedy=remedy)
+
+
+def _memory_warnings(facts: dict[str, Any]) -> Iterator[Advice]:
+    if facts["ram_free_gib"] < _LOW_RAM_GIB:
+        remedy = "Close other programs, or run with fewer workers"
+        yield Advice(message=f"Only {facts['ram_free_gib']:g} GiB of memory are free", remedy=remedy)
+    if facts["shm_gib"] is not None and facts["shm_gib"] < _LOW_SHM_GIB:
+        remedy = "Start the container with --shm-size=8g or --ipc=host, or train with 0 workers"
+        yield Advice(message=f"Shared memory (/dev/shm) has only {facts['shm_gib']:g} GiB left", remedy=remedy)
+    if facts["open_files"] is not None and 0 <= facts["open_files"][0] < _LOW_OPEN_FILES:
+        remedy = f"Raise the limit first: ulimit -n {max(4096, _LOW_OPEN_FILES)}"
+        yield Advice(message=f"Only {facts['open_files'][0]} files may be open at once", remedy=remedy)

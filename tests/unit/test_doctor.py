@@ -1,0 +1,126 @@
+"""The doctor tells what is there, warns of what is lacking, and never fails."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import rfmedsam2
+from rfmedsam2.pipeline import doctor as module
+from rfmedsam2.pipeline.doctor import doctor
+from rfmedsam2.store.layout import Layout
+
+
+def messages(report: module.DoctorReport) -> str:
+    return "\n".join(advice.message for advice in report.warnings)
+
+
+def test_the_report_is_complete_json(tmp_path: Path) -> None:
+    report = doctor(Layout.under(tmp_path), folders_from="--root")
+    content = json.loads(json.dumps(report.as_json()))
+    assert content["package"] == rfmedsam2.__version__
+    assert content["packages"]["torch"]
+    assert content["devices"][0]["kind"] == "cpu"
+    assert content["ram_gib"] >= content["ram_free_gib"] > 0
+    assert content["folders_from"] == "--root"
+    assert [folder["name"] for folder in content["folders"]] == ["raw", "preprocessed", "results"]
+
+
+def test_folders_that_commands_would_make_count_as_writable(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    raw, preprocessed, _ = doctor(Layout.under(tmp_path)).folders
+    assert (raw.exists, raw.writable) == (True, True)
+    assert (preprocessed.exists, preprocessed.writable) == (False, True)
+    assert raw.free_gib is not None
+    assert not (tmp_path / "preprocessed").exists()
+
+
+def test_a_file_in_the_way_of_a_folder_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "root").write_text("")
+    assert "raw folder cannot be written" in messages(doctor(Layout.under(tmp_path / "root")))
+
+
+@pytest.mark.skipif(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0), reason="permissions do not bind")
+def test_an_unwritable_folder_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir(mode=0o500)
+    assert "raw folder cannot be written" in messages(doctor(Layout.under(tmp_path)))
+
+
+def test_without_a_layout_the_default_is_shown() -> None:
+    assert doctor().folders[0].path == Path("rfmed_data/raw").absolute()
+
+
+def test_a_missing_package_is_a_warning_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "PACKAGES", (*module.PACKAGES, "no-such-package-anywhere"))
+    report = doctor(Layout.under(tmp_path))
+    assert report.packages["no-such-package-anywhere"] is None
+    assert any(advice.remedy == "pip install no-such-package-anywhere" for advice in report.warnings)
+
+
+@pytest.mark.parametrize("error", [ImportError("no torch"), OSError("libcudart.so.12: cannot open")])
+def test_a_broken_torch_is_a_warning(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    report = doctor(Layout.under(tmp_path))
+    assert [device.kind for device in report.devices] == ["cpu"]
+    assert str(error) in messages(report)
+
+
+class _Cuda:
+    """A torch that has one GPU."""
+
+    broken = False
+
+    def __init__(self) -> None:
+        self.cuda = self
+        self.backends = self
+        self.mps = self
+
+    def is_available(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 1
+
+    def get_device_name(self, index: int) -> str:
+        return "Some GPU"
+
+    def mem_get_info(self, index: int) -> tuple[int, int]:
+        if self.broken:
+            raise RuntimeError("CUDA driver is too old")
+        return 20 * 2**30, 24 * 2**30
+
+
+def test_a_gpu_is_listed_with_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib, "import_module", lambda name: _Cuda())
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    report = doctor(Layout.under(tmp_path))
+    gpu = report.devices[1]
+    assert (gpu.kind, gpu.name, gpu.memory_gib, gpu.free_gib) == ("cuda:0", "Some GPU", 24, 20)
+    assert "no GPU" not in messages(report)
+    assert "no C++ compiler" in messages(report)
+
+
+def test_a_gpu_that_cannot_be_used_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch = _Cuda()
+    torch.broken = True
+    monkeypatch.setattr(importlib, "import_module", lambda name: torch)
+    assert "driver is too old" in messages(doctor(Layout.under(tmp_path)))
+
+
+def test_low_limits_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "_open_file_limits", lambda: (256, 4096))
+    monkeypatch.setattr(module, "_free_gib", lambda path: 0.1)
+    monkeypatch.setattr(module, "_container_limit_gib", lambda: 2.0)
+    report = doctor(Layout.under(tmp_path))
+    text = messages(report)
+    assert report.ram_gib == 2.0
+    for words in ("256 files", "0.1 GiB of disk", "2 GiB of memory", "/dev/shm"):
+        assert words in text
+    assert all(advice.remedy for advice in report.warnings)
