@@ -32,7 +32,11 @@ def changed(plan: Plan, assignments: Sequence[str], name: str) -> Plan:
         path, equals, text = assignment.partition("=")
         if not equals or not path.strip():
             raise UsageError("A change has no value", where=assignment, expected="stage.field=value")
-        _assign(data, path.strip().split("."), _value(text.strip()), assignment)
+        keys = path.strip().split(".")
+        _assign(data, keys, _value(text.strip()), assignment)
+        if keys[-1] == "kind":
+            # the next assignment may name a field of the new kind: fill in its defaults
+            data = Plan.parse(data, where=assignment).model_dump(mode="json")
     data["name"] = name
     return Plan.parse(data, where=f"plan {name}")
 
@@ -95,7 +99,9 @@ def _child(holder: Any, key: str, above: list[str], assignment: str) -> Any:
         return holder[int(key)]
     if isinstance(holder, dict) and key in holder:
         return holder[key]
-    valid = [str(k) for k in holder] if isinstance(holder, dict) else [str(i) for i in range(len(holder or ()))]
+    valid = [str(k) for k in holder] if isinstance(holder, dict) else []
+    if isinstance(holder, list):
+        valid = [str(i) for i in range(len(holder))]
     if not above and isinstance(holder, dict):
         valid = [*holder["stages"], *valid]
     near = difflib.get_close_matches(key, valid, n=1)

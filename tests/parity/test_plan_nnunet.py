@@ -28,15 +28,44 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans  # 
 
 NAME = "Dataset777_Synthetic"
 CASES = {
-    "small isotropic MR": dict(shape=(36, 50, 35), spacing=(1, 1, 1), cases=260, channels=["MR"], classes=2),
-    "anisotropic CT": dict(shape=(100, 512, 512), spacing=(3, 0.76, 0.76), cases=30, channels=["CT"], classes=13),
-    "large CT": dict(shape=(480, 512, 512), spacing=(1, 0.8, 0.8), cases=131, channels=["CT"], classes=2),
-    "four-channel MR": dict(
-        shape=(140, 170, 138), spacing=(1, 1, 1), cases=40, channels=["T1", "T1ce", "T2", "FLAIR"], classes=3, crop=0.4
-    ),
-    "thick sagittal slices": dict(shape=(320, 320, 15), spacing=(0.6, 0.6, 3.6), cases=48, channels=["T2"], classes=2),
-    "very thick slices": dict(shape=(10, 256, 216), spacing=(10, 1.5, 1.5), cases=100, channels=["MR"], classes=3),
-    "pictures": dict(shape=(1, 600, 500), spacing=(999, 1, 1), cases=50, channels=["rgb_to_0_1"] * 3, classes=1),
+    "small isotropic MR": {"shape": (36, 50, 35), "spacing": (1, 1, 1), "cases": 260, "channels": ["MR"], "classes": 2},
+    "anisotropic CT": {
+        "shape": (100, 512, 512),
+        "spacing": (3, 0.76, 0.76),
+        "cases": 30,
+        "channels": ["CT"],
+        "classes": 13,
+    },
+    "large CT": {"shape": (480, 512, 512), "spacing": (1, 0.8, 0.8), "cases": 131, "channels": ["CT"], "classes": 2},
+    "four-channel MR": {
+        "shape": (140, 170, 138),
+        "spacing": (1, 1, 1),
+        "cases": 40,
+        "channels": ["T1", "T1ce", "T2", "FLAIR"],
+        "classes": 3,
+        "crop": 0.4,
+    },
+    "thick sagittal slices": {
+        "shape": (320, 320, 15),
+        "spacing": (0.6, 0.6, 3.6),
+        "cases": 48,
+        "channels": ["T2"],
+        "classes": 2,
+    },
+    "very thick slices": {
+        "shape": (10, 256, 216),
+        "spacing": (10, 1.5, 1.5),
+        "cases": 100,
+        "channels": ["MR"],
+        "classes": 3,
+    },
+    "pictures": {
+        "shape": (1, 600, 500),
+        "spacing": (999, 1, 1),
+        "cases": 50,
+        "channels": ["rgb_to_0_1"] * 3,
+        "classes": 1,
+    },
 }
 
 

@@ -1,0 +1,138 @@
+"""Records: all faults at once, readable JSON, consistency rules."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rfmedsam2.errors import RecordError
+from rfmedsam2.records.base import dump_json
+from rfmedsam2.records.dataset import DatasetJson, LabelSet
+from rfmedsam2.records.plan import (
+    AdamW,
+    Normalisation,
+    Sgd,
+    Stage,
+    StepSchedule,
+    TrainConfig,
+    UNetConfig,
+    WarmupPolySchedule,
+)
+
+NETWORK = UNetConfig(
+    features=(8, 16),
+    kernel_sizes=((3, 3, 3), (3, 3, 3)),
+    strides=((1, 1, 1), (1, 2, 2)),
+    encoder_blocks=(2, 2),
+    decoder_blocks=(2,),
+)
+
+
+def test_all_faults_are_listed_with_what_was_found():
+    with pytest.raises(RecordError) as caught:
+        TrainConfig.parse({"epochs": 0, "learning_rate": "fast", "epoch": 3}, where="plan.json")
+    message = str(caught.value)
+    assert "3 fault(s)" in message
+    assert "plan.json" in message
+    for part in ("epochs: ", "found 0", "learning_rate: ", "'fast'", "epoch: "):
+        assert part in message
+
+
+def test_a_syntax_error_names_its_line():
+    with pytest.raises(RecordError, match="line 2"):
+        TrainConfig.from_json('{"epochs": 3,\n oops}')
+
+
+def test_json_keeps_short_lists_on_one_line_and_reads_back():
+    value = {"a": [1, 2, 3], "b": [[1, 2], [3, 4]], "c": [{"d": None}], "e": {}, "f": list(range(200))}
+    text = dump_json(value)
+    assert '"a": [1, 2, 3]' in text
+    assert '"b": [[1, 2], [3, 4]]' in text
+    assert json.loads(text) == value
+
+
+def test_records_are_told_apart_by_kind():
+    config = TrainConfig.parse({"optimizer": {"kind": "adamw"}, "schedule": {"kind": "step", "milestones": [3, 5]}})
+    assert config.optimizer == AdamW()
+    assert config.schedule == StepSchedule(milestones=(3, 5))
+    assert TrainConfig().optimizer == Sgd()
+    assert TrainConfig.parse({"schedule": {"kind": "warmup_poly"}}).schedule == WarmupPolySchedule()
+    with pytest.raises(RecordError, match="adamw"):
+        TrainConfig.parse({"optimizer": {"kind": "lion"}})
+
+
+def test_records_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        TrainConfig().epochs = 3  # type: ignore[misc]
+
+
+def test_a_network_of_uneven_lists_is_refused():
+    with pytest.raises(RecordError, match=r"2 stages, but decoder_blocks has 2 entries, not 1"):
+        UNetConfig.parse(NETWORK.model_dump() | {"decoder_blocks": (2, 2)})
+
+
+@pytest.mark.parametrize(("patch", "message"), [((8, 9, 8), "axis 1 is 9"), ((8, 8), "against a 3D network")])
+def test_a_patch_that_the_network_cannot_take_is_refused(patch, message):
+    plain = {
+        "spacing_mm": (1, 1, 1),
+        "median_shape": (8, 8, 8),
+        "patch_size": patch,
+        "batch_size": 2,
+        "normalisation": (Normalisation(kind="ct"),),
+        "model": NETWORK,
+    }
+    with pytest.raises(RecordError, match=message):
+        Stage.parse(plain)
+    assert Stage.parse(plain | {"patch_size": (3, 8, 8)}).is_2d is False
+
+
+def test_plain_labels_count_background_as_an_output():
+    labels = LabelSet.from_dataset_json({"background": 0, "a": 1, "b": 2, "ignore": 3})
+    assert (labels.num_outputs, labels.values, labels.ignore) == (3, (0, 1, 2), 3)
+    assert labels.allowed_values == (0, 1, 2, 3)
+    assert not labels.has_regions
+
+
+def test_regions_are_outputs_of_their_own():
+    labels = LabelSet.from_dataset_json({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "e": 3}, [1, 2, 3])
+    assert labels.has_regions
+    assert labels.num_outputs == 3
+    assert labels.foreground == {"whole": (1, 2, 3), "core": (2, 3), "e": (3,)}
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "message"),
+    [
+        ({"a": 1}, None, "background"),
+        ({"background": 0, "whole": [1, 2], "core": [2]}, None, "regions_class_order"),
+        ({"background": 0, "whole": [1, 2], "core": [2]}, [1], "one value for each"),
+        ({"background": 0, "a": 1, "ignore": 1}, None, "ignore label must differ"),
+    ],
+)
+def test_inconsistent_labels_are_refused(labels, order, message):
+    plain = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz", "regions_class_order": order}
+    with pytest.raises(RecordError, match=message):
+        DatasetJson.parse(plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"file_ending": "nii.gz"}, "begin with a dot"), ({"channel_names": {"1": "CT"}}, "numbered 0, 1")],
+)
+def test_a_faulty_dataset_json_is_refused(change, message):
+    plain = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
+    with pytest.raises(RecordError, match=message):
+        DatasetJson.parse(plain | change)
+
+
+def test_further_fields_of_dataset_json_are_kept():
+    plain = {"channel_names": {"0": "CT"}, "labels": {"background": 0}, "file_ending": ".nii.gz", "licence": "CC"}
+    assert DatasetJson.parse(plain).model_extra == {"licence": "CC"}
+
+
+def test_records_load_no_torch():
+    code = "import sys, rfmedsam2.records.checkpoint, rfmedsam2.records.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
