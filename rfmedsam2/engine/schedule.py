@@ -1,20 +1,15 @@
-"""Learning-rate schedules as pure functions of the step, and the optimizers that a plan can name."""
+"""Learning-rate schedules as pure functions of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from typing_extensions import assert_never
 
 from rfmedsam2.records.plan import (
-    AdamW,
     OneCycleSchedule,
     PolySchedule,
-    Sgd,
     StepSchedule,
     TrainConfig,
     WarmupPolySchedule,
@@ -51,28 +46,6 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     return optimizer.param_groups[0]["lr"]
-
-
-def make_optimizer(parameters: Iterable[torch.Tensor] | Iterable[dict[str, Any]], config: TrainConfig) -> Optimizer:
-    """Build the optimizer that the plan names over the parameters that learn.
-
-    Args:
-        parameters: tensors, or groups as torch takes them ("params", optionally "lr", "weight_decay"); tensors that
-            need no gradient are left out.
-        config: kind, learning rate and weight decay.
-    """
-    groups = [p if isinstance(p, dict) else {"params": [p]} for p in parameters]
-    if all(len(g) == 1 for g in groups):
-        groups = [{"params": [p for g in groups for p in g["params"]]}]
-    groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
-    rate, decay = config.learning_rate, config.weight_decay
-    match config.optimizer:
-        case Sgd(momentum=momentum, nesterov=nesterov):
-            return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=decay)
-        case AdamW(betas=betas, eps=eps):
-            return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, weight_decay=decay)
-        case _:
-            assert_never(config.optimizer)
 
 
 def _poly(done: int, total: int, power: float) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rfmedsam2.engine.schedule import learning_rate_factor, make_optimizer, set_learning_rate
+from rfmedsam2.engine.optimizers import build_optimizer
+from rfmedsam2.engine.schedule import learning_rate_factor, set_learning_rate
 from rfmedsam2.records.plan import (
     AdamW,
     OneCycleSchedule,
@@ -79,7 +80,7 @@ def test_groups_keep_their_own_rates_and_frozen_weights_are_left_out():
     a, b, frozen = (torch.nn.Parameter(torch.zeros(1)) for _ in range(3))
     frozen.requires_grad = False
     groups = [{"params": [a, frozen]}, {"params": [b], "lr": 1e-4}]
-    optimizer = make_optimizer(groups, TrainConfig(learning_rate=1e-2, optimizer=AdamW()))
+    optimizer = build_optimizer(groups, TrainConfig(learning_rate=1e-2, optimizer=AdamW()))
     for _ in range(2):
         assert set_learning_rate(optimizer, 0.5) == 0.5e-2
     assert [g["lr"] for g in optimizer.param_groups] == [0.5e-2, 0.5e-4]
@@ -88,7 +89,7 @@ def test_groups_keep_their_own_rates_and_frozen_weights_are_left_out():
 
 
 def test_the_default_optimizer_is_the_papers():
-    optimizer = make_optimizer(torch.nn.Linear(2, 2).parameters(), TrainConfig())
+    optimizer = build_optimizer(torch.nn.Linear(2, 2).parameters(), TrainConfig())
     group = optimizer.param_groups[0]
     assert isinstance(optimizer, torch.optim.SGD)
     assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (1e-3, 0.99, True, 3e-5)

@@ -1,0 +1,205 @@
+"""What a training saves and how it comes back: weights, optimizer, loss scale, the generators of every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rfmedsam2.errors import CheckpointError
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.plan import TrainConfig
+from rfmedsam2.store.checkpoints import read_all, write_checkpoint
+
+LATEST, BEST, FINAL = (f"checkpoint_{name}.safetensors" for name in ("latest", "best", "final"))
+
+CHANGEABLE = {"epochs", "compile", "checkpoint_minutes", "validate_every_epochs", "workers", "worker_timeout_seconds"}
+"""Fields of TrainConfig that may change on resume; `epochs` changes the schedule, the others no result."""
+
+STAGE_CHANGEABLE = {"train", "validation", "inference"}
+"""Fields of a Stage that may change; `train` is compared by itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """The parts of a training that hold state."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """How far a training is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    validated: int = 0
+    """Step of the last validation."""
+    best: float | None = None
+    scores: dict[str, float] | None = None
+    """Of the last validation."""
+    seconds: float = 0.0
+    """Time spent in steps and validations over all runs."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the fields as plain data."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def save_training(
+    path: Path,
+    record: CheckpointRecord,
+    trained: Trained,
+    *,
+    config: TrainConfig,
+    position: Position,
+    generators: Sequence[Mapping[str, Tensor]],
+) -> None:
+    """Write everything that going on exactly needs; `generators` are those of every rank."""
+    optimizer, plain = _optimizer_state(trained.optimizer)
+    random = {f"random/{rank}/{name}": t for rank, state in enumerate(generators) for name, t in state.items()}
+    state = {
+        "position": position.as_json(),
+        "config": config.model_dump(mode="json"),
+        "scaler": trained.scaler.state_dict(),
+        "optimizer": plain,
+        "ranks": len(generators),
+    }
+    write_checkpoint(path, record, _weights(trained.model) | optimizer | random, state)
+
+
+def save_model(path: Path, record: CheckpointRecord, model: nn.Module) -> None:
+    """Write the weights alone: enough to predict, not to go on."""
+    write_checkpoint(path, record, _weights(model), {})
+
+
+def load_training(
+    path: Path, expected: Callable[[int, dict[str, float]], CheckpointRecord], trained: Trained, config: TrainConfig
+) -> tuple[Position, TrainConfig, list[dict[str, Tensor]]]:
+    """Put a saved training back into `trained`.
+
+    Args:
+        path: written by `save_training`.
+        expected: makes the record of this training, to compare with.
+        trained: of the same model and optimizer; changed in place.
+        config: of this run.
+
+    Returns:
+        How far it was, the configuration that it was saved with, and the generators of each rank.
+
+    Raises:
+        CheckpointError: damaged, of another plan, stage, fold or configuration, or of weights alone.
+    """
+    record, tensors, state = read_all(path)
+    if "position" not in state:
+        raise CheckpointError(
+            "This checkpoint holds weights alone, training cannot go on from it", where=path, remedy="Train anew"
+        )
+    saved_config = TrainConfig.parse(state["config"], where=path)
+    position = Position(**state["position"])
+    _refuse_another(path, record, expected(record.step, record.scores), _config_changes(saved_config, config))
+    load_weights(path, trained.model, _group(tensors, "model/"))
+    _load_optimizer(path, trained.optimizer, _group(tensors, "optimizer/"), state["optimizer"])
+    if state["scaler"] and trained.scaler.is_enabled():
+        trained.scaler.load_state_dict(state["scaler"])
+    return position, saved_config, [_group(tensors, f"random/{rank}/") for rank in range(state["ranks"])]
+
+
+def load_weights(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a model of the same names and shapes.
+
+    Raises:
+        CheckpointError: names or shapes differ; says which.
+    """
+    own = model.state_dict()
+    faults = [f"{n} is missing" for n in own.keys() - weights.keys()]
+    faults += [f"{n} is not in this model" for n in weights.keys() - own.keys()]
+    faults += [
+        f"{n} has shape {tuple(weights[n].shape)}, not {tuple(own[n].shape)}"
+        for n in own.keys() & weights.keys()
+        if weights[n].shape != own[n].shape
+    ]
+    if faults:
+        raise CheckpointError(
+            f"The weights do not fit this model ({len(faults)} differences)",
+            where=path,
+            found="; ".join(sorted(faults)[:5]),
+            remedy="Use the plan that the checkpoint was trained with",
+        )
+    model.load_state_dict(dict(weights))
+
+
+def differences(saved: object, now: object, place: str = "") -> list[str]:
+    """Name the fields in which two plain JSON values differ, each with both values."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        found: list[str] = []
+        for key in sorted(saved.keys() | now.keys()):
+            found += differences(saved.get(key), now.get(key), f"{place}.{key}" if place else str(key))
+        return found
+    return [] if saved == now else [f"{place} was {saved!r:.60}, is {now!r:.60}"]
+
+
+def _refuse_another(path: Path, saved: CheckpointRecord, now: CheckpointRecord, config_changes: list[str]) -> None:
+    faults = differences(_identity(saved), _identity(now)) + config_changes
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise CheckpointError(
+            "The checkpoint is of another training",
+            where=path,
+            found="; ".join(faults[:5]) + more,
+            remedy="Give the same plan and flags as before, or start afresh in another folder",
+        )
+
+
+def _identity(record: CheckpointRecord) -> dict[str, Any]:
+    """Plain data that must be equal for two trainings to be the same; the training figures are compared apart."""
+    plan = record.plan.model_dump(mode="json")
+    stages = plan.pop("stages")
+    stage = {k: v for k, v in stages[record.stage].items() if k not in STAGE_CHANGEABLE}
+    return {"stage": record.stage, "fold": record.fold, "plan": plan, f"plan.stages.{record.stage}": stage}
+
+
+def _config_changes(saved: TrainConfig, now: TrainConfig) -> list[str]:
+    old, new = saved.model_dump(mode="json", exclude=CHANGEABLE), now.model_dump(mode="json", exclude=CHANGEABLE)
+    return differences(old, new, "train")
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by "optimizer/INDEX/NAME", and the rest as plain JSON."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        values[str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+        tensors |= {f"optimizer/{index}/{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
+    return tensors, {"values": values, "groups": [len(group["params"]) for group in state["param_groups"]]}
+
+
+def _load_optimizer(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: dict[str, Any]) -> None:
+    """Moments come from the file; rates and other figures are those of this run's optimizer."""
+    fresh = optimizer.state_dict()
+    groups = [len(group["params"]) for group in fresh["param_groups"]]
+    if groups != plain["groups"]:
+        raise CheckpointError(
+            "The optimizer state is of other parameters", where=path, expected=groups, found=plain["groups"]
+        )
+    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in plain["values"].items()}
+    for name, tensor in tensors.items():
+        index, key = name.split("/", 1)
+        state[int(index)][key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})

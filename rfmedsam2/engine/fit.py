@@ -1,0 +1,438 @@
+"""The training loop, the only one: any task, any number of ranks, exact resume.
+
+A task says what is learned; the loop owns accumulation, clipping, precision, the schedule, checkpoints, resume,
+divergence, logging and the ranks. A killed and resumed training gives the same weights and the same metrics, bit for
+bit, as an unbroken one (on a GPU: with `deterministic`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rfmedsam2.engine.checkpoint import (
+    BEST,
+    FINAL,
+    LATEST,
+    Position,
+    Trained,
+    load_training,
+    load_weights,
+    save_model,
+    save_training,
+)
+from rfmedsam2.engine.generators import capture, preserved, restore, seed_all
+from rfmedsam2.engine.log import MetricsLog, StepReport
+from rfmedsam2.engine.rehearsal import compile_model, unused_parameters
+from rfmedsam2.engine.runtime import determinism, lost_ranks_named, resident_mb, to_device
+from rfmedsam2.engine.schedule import learning_rate_factor, set_learning_rate
+from rfmedsam2.engine.signals import Interrupted, Signals, listening
+from rfmedsam2.engine.task import Progress, Run, Task
+from rfmedsam2.errors import DivergedError, UsageError
+from rfmedsam2.records.plan import TrainConfig
+from rfmedsam2.store.checkpoints import read_all
+
+__all__ = ["Progress", "Run", "Task", "fit"]
+
+logger = logging.getLogger(__name__)
+Batch = TypeVar("Batch")
+
+
+def fit(task: Task[Batch], config: TrainConfig, run: Run, *, resume: bool = False) -> Progress:
+    """Train until config.iterations optimizer steps are done, or a signal asks to stop.
+
+    Leaves in run.folder: checkpoint_latest (everything needed to go on), checkpoint_best (weights, when the score
+    rose), checkpoint_final (weights, at the end), metrics.jsonl, metrics.csv.
+
+    Args:
+        task: what is trained.
+        config: the figures.
+        run: where to.
+        resume: go on from checkpoint_latest where there is one; else what the folder holds is replaced.
+
+    Raises:
+        DivergedError: loss or gradient not finite; the last good checkpoint is kept.
+        CheckpointError: the checkpoint to go on from is damaged or of another training.
+        WorkerError: data loading failed, or another rank ended.
+        StoreError: the folder cannot be written.
+    """
+    device = run.runtime.device
+    with determinism(config.deterministic), preserved(device), lost_ranks_named(run.runtime), listening() as signals:
+        final = run.folder / FINAL
+        if resume and run.runtime.any(final.is_file() and not (run.folder / LATEST).is_file()):
+            return _already_finished(task, config, final)
+        return _Loop(task, config, run, signals, resume=resume).train()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Step:
+    """One step whose figures are still on their way from the device."""
+
+    number: int
+    names: tuple[str, ...]
+    values: Tensor
+    """Loss parts, gradient norm, and the wishes of any rank to stop and to save: float64 on the CPU."""
+    ready: torch.cuda.Event | None
+    ids: tuple[str, ...]
+    lr: float
+    seconds: float
+
+
+class _Loop(Generic[Batch]):
+    """State of one call of `fit`."""
+
+    def __init__(self, task: Task[Batch], config: TrainConfig, run: Run, signals: Signals, *, resume: bool) -> None:
+        self._task, self._config, self._run, self._signals = task, config, run, signals
+        self._runtime = run.runtime
+        self._model = task.model.to(run.runtime.device)
+        self._model.train()
+        self._optimizer = task.optimizer()
+        self._learning = [p for group in self._optimizer.param_groups for p in group["params"]]
+        fp16 = run.runtime.precision == torch.float16
+        self._scaler = torch.amp.GradScaler(run.runtime.device.type, enabled=fp16)
+        self._position = Position()
+        self._waiting: list[_Step] = []
+        self._last = (float("nan"), float("nan"), 0.0)
+        self._saved_at = self._clock = time.monotonic()
+        self._stop = self._save_wanted = False
+        self._begin(resume)
+        self._log: MetricsLog | None = None
+        if run.runtime.is_main:
+            step = self._position.step
+            validated = self._position.validated == step
+            self._log = MetricsLog(run.folder, keep_step=step, keep_validation=validated, tensorboard=run.tensorboard)
+
+    def _begin(self, resume: bool) -> None:
+        """Start at step 0, or where the last checkpoint was."""
+        runtime, config, path = self._runtime, self._config, self._run.folder / LATEST
+        set_learning_rate(self._optimizer, 1.0)
+        seed_all(config.seed, runtime.rank, device=runtime.device)
+        if not (resume and runtime.any(path.is_file())):
+            if runtime.is_main:
+                for name in (LATEST, BEST, FINAL):
+                    (self._run.folder / name).unlink(missing_ok=True)
+            return
+        trained = Trained(model=self._model, optimizer=self._optimizer, scaler=self._scaler)
+        self._position, before, generators = load_training(path, self._run.record, trained, config)
+        step = self._position.step
+        logger.info(
+            "Resuming at step %d of %d (epoch %d)", step, config.iterations, step // config.iterations_per_epoch
+        )
+        if before.epochs != config.epochs:
+            logger.warning(
+                "Epochs changed from %d to %d: the learning rate follows the new schedule from here on",
+                before.epochs,
+                config.epochs,
+            )
+        if len(generators) == runtime.world_size:
+            restore(generators[runtime.rank], runtime.device)
+        else:
+            logger.warning(
+                "Ranks changed from %d to %d: training goes on, but not as an unbroken one",
+                len(generators),
+                runtime.world_size,
+            )
+            seed_all(config.seed, runtime.rank, step, device=runtime.device)
+
+    def train(self) -> Progress:
+        """Run all steps that are left."""
+        try:
+            if self._position.step < self._config.iterations:
+                stream = iter(self._task.batches(self._position.step * self._config.accumulation))
+                with closing(stream) if hasattr(stream, "close") else nullcontext():  # type: ignore[arg-type]
+                    self._epochs(self._prepare(stream))
+            else:
+                self._after_step()
+            if not self._stop:
+                self._finish()
+        finally:
+            if self._log is not None:
+                self._log.close()
+        return self._progress()
+
+    def _prepare(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """Compile and distribute, which need to see a first batch; gives the stream with that batch still in it."""
+        config, runtime = self._config, self._runtime
+        self._forward: Callable[[Batch], dict[str, Tensor]] = self._task.loss
+        compiling = config.compile == "on" or (config.compile == "auto" and runtime.device.type == "cuda")
+        if not compiling and runtime.world_size == 1:
+            return stream
+        first = next(stream)
+        rehearsed = to_device(first, runtime.device)
+        if compiling:
+            compile_model(self._model, self._task.loss, rehearsed, runtime)
+        if runtime.world_size > 1:
+            unused = unused_parameters(self._model, self._task.loss, rehearsed, runtime)
+            self._forward = DistributedDataParallel(
+                _LossModule(self._model, self._task.loss), find_unused_parameters=unused
+            )
+        return chain([first], stream)
+
+    def _epochs(self, stream: Iterator[Batch]) -> None:
+        if self._position.step:
+            self._after_step()  # a checkpoint may lie between the last step of an epoch and its validation
+        self._clock = time.monotonic()
+        while self._position.step < self._config.iterations and not self._stop:
+            self._waiting.append(self._step(stream))
+            self._position = replace(self._position, step=self._position.step + 1)
+            self._after_step()
+            if self._stop:
+                self._save()
+
+    def _step(self, stream: Iterator[Batch]) -> _Step:
+        """One optimizer step over `accumulation` micro-batches."""
+        config, number = self._config, self._position.step
+        lr = set_learning_rate(self._optimizer, learning_rate_factor(config, number))
+        ids: list[str] = []
+        sums: dict[str, Tensor] = {}
+        for micro in range(config.accumulation):
+            batch = next(stream, None)
+            if batch is None:
+                raise UsageError("The task's batches ended before training did", where=f"step {number}")
+            ids += batch.get("ids", ()) if isinstance(batch, dict) else getattr(batch, "ids", ())
+            with self._unsynchronised(micro < config.accumulation - 1):
+                with self._runtime.autocast():
+                    parts = self._forward(to_device(batch, self._runtime.device))
+                total = torch.stack([part.float() for part in parts.values()]).sum()
+                self._scaler.scale(total / config.accumulation).backward()
+            for name, part in parts.items():
+                share = part.detach().float() / config.accumulation
+                sums[name] = sums[name] + share if name in sums else share
+        norm = self._update()
+        return self._sent(number, sums, norm, tuple(ids), lr)
+
+    def _update(self) -> Tensor:
+        """Clip and apply the gradients; gives their norm before clipping."""
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._learning, self._config.clip_norm or float("inf"))
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:
+        """Ranks exchange gradients only with the last micro-batch."""
+        if wanted and isinstance(self._forward, DistributedDataParallel):
+            return self._forward.no_sync()
+        return nullcontext()
+
+    def _sent(self, number: int, sums: dict[str, Tensor], norm: Tensor, ids: tuple[str, ...], lr: float) -> _Step:
+        """Send the step's figures off to the CPU without waiting for them."""
+        device = self._runtime.device
+        due = time.monotonic() - self._saved_at >= self._config.checkpoint_minutes * 60 and self._runtime.is_main
+        wishes = torch.tensor([float(self._signals.stop is not None), float(self._signals.save or due)])
+        # the loss scale finds infinite gradients by itself
+        norm = torch.zeros_like(norm) if self._scaler.is_enabled() else norm
+        parts = torch.stack([*sums.values(), norm.float()])
+        values = self._runtime.mean(torch.cat([parts, wishes.to(device, non_blocking=True)]))
+        ready = None
+        if device.type == "cuda":
+            host = torch.empty(values.shape, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        return _Step(number=number, names=tuple(sums), values=values, ready=ready, ids=ids, lr=lr, seconds=seconds)
+
+    def _after_step(self) -> None:
+        """Take in the figures that have arrived; at the end of an epoch validate; save where it is time to."""
+        step, config = self._position.step, self._config
+        epoch_ends = step % config.iterations_per_epoch == 0
+        # on a GPU the newest step is left to run while the next one is prepared
+        self._take_in(leave=1 if self._runtime.device.type == "cuda" and not epoch_ends else 0)
+        epoch = step // config.iterations_per_epoch
+        due = epoch % config.validate_every_epochs == 0 or step >= config.iterations
+        if epoch_ends and due and self._position.validated < step and not self._stop:
+            self._validate()
+        if self._save_wanted and not self._stop:
+            self._save()
+
+    def _take_in(self, leave: int) -> None:
+        while len(self._waiting) > leave:
+            step = self._waiting.pop(0)
+            if step.ready is not None:
+                step.ready.synchronize()
+            *losses, norm, stop, save = step.values.tolist()
+            if not all(map(_finite, [*losses, norm])):
+                raise self._diverged(step, dict(zip(step.names, losses, strict=True)), norm)
+            self._stop = self._stop or stop > 0
+            self._save_wanted = self._save_wanted or save > 0
+            self._position = replace(self._position, seconds=self._position.seconds + step.seconds)
+            self._tell(step, dict(zip(step.names, losses, strict=True)), norm)
+
+    def _diverged(self, step: _Step, losses: dict[str, float], norm: float) -> DivergedError:
+        ids = dict.fromkeys(i for rank in self._runtime.gather(step.ids) for i in rank)
+        return DivergedError(
+            f"Training diverged at step {step.number}: the loss or its gradient is not finite",
+            where=f"cases {', '.join(ids)}" if ids else None,
+            found=", ".join(f"{name} {value:g}" for name, value in losses.items()) + f", gradient norm {norm:g}",
+            remedy="Look at these cases (rfmed_verify), or lower train.learning_rate; the last good checkpoint is kept",
+        )
+
+    def _tell(self, step: _Step, losses: dict[str, float], norm: float) -> None:
+        if self._log is None:
+            return
+        event = {
+            "event": "step",
+            "step": step.number + 1,
+            "epoch": step.number // self._config.iterations_per_epoch,
+            "loss": sum(losses.values()),
+            "losses": losses,
+            "lr": step.lr,
+            "gradient_norm": norm,
+            "seconds": round(step.seconds, 6),
+            "memory_mb": round(self._runtime.memory_mb() or resident_mb(), 1),
+        }
+        self._log.write(event)
+        self._run.show(self._report(step.number + 1, event["loss"], step.lr, step.seconds))
+
+    def _report(
+        self, step: int, loss: float, lr: float, seconds: float, scores: dict[str, float] | None = None
+    ) -> StepReport:
+        self._last = (loss, lr, seconds)
+        mean = self._position.seconds / max(step, 1)
+        return StepReport(
+            step=step,
+            total=self._config.iterations,
+            epoch=(step - 1) // self._config.iterations_per_epoch,
+            loss=loss,
+            lr=lr,
+            seconds=seconds,
+            eta_seconds=(self._config.iterations - step) * mean,
+            memory_mb=self._runtime.memory_mb(),
+            scores=scores,
+        )
+
+    def _validate(self) -> None:
+        """Score the model; nothing of the training is changed by it, so that it may be left out or broken off."""
+        began = time.monotonic()
+        try:
+            # ranks wait for one another in here: with several, a stop is heeded at the next step
+            alone = self._runtime.world_size == 1
+            with (
+                self._signals.breakable() if alone else nullcontext(),
+                preserved(self._runtime.device),
+                torch.no_grad(),
+                self._runtime.autocast(),
+            ):
+                self._model.eval()
+                scores = self._averaged(self._task.validate())
+        except Interrupted:
+            self._stop = True
+            return
+        finally:
+            self._model.train()
+        self._clock = time.monotonic()
+        self._scored(scores, self._clock - began)
+
+    def _averaged(self, scores: dict[str, float]) -> dict[str, float]:
+        """Mean over the ranks of what each gave; a rank without a name is left out of its mean."""
+        gathered = self._runtime.gather(scores)
+        names = dict.fromkeys(name for each in gathered for name in each)
+        return {n: sum(g[n] for g in gathered if n in g) / sum(n in g for g in gathered) for n in names}
+
+    def _scored(self, scores: dict[str, float], seconds: float) -> None:
+        position = self._position
+        best = position.best is None or scores["score"] > position.best
+        self._position = replace(
+            position,
+            validated=position.step,
+            scores=scores,
+            best=scores["score"] if best else position.best,
+            seconds=position.seconds + seconds,
+        )
+        if self._log is None:
+            return
+        epoch = position.step // self._config.iterations_per_epoch - 1
+        event = {"event": "validation", "step": position.step, "epoch": epoch, "seconds": round(seconds, 6)}
+        self._log.write(event | {"scores": scores})
+        self._log.flush()
+        if best:
+            save_model(self._run.folder / BEST, self._run.record(position.step, scores), self._model)
+        self._run.show(self._report(position.step, *self._last, scores=scores))
+
+    def _save(self) -> None:
+        """Write checkpoint_latest with all that going on exactly needs."""
+        self._take_in(leave=0)
+        generators = self._runtime.gather(capture(self._runtime.device))
+        if self._log is not None:
+            self._log.flush()  # before the checkpoint: it must hold every step that the checkpoint has done
+            save_training(
+                self._run.folder / LATEST,
+                self._run.record(self._position.step, self._position.scores or {}),
+                Trained(model=self._model, optimizer=self._optimizer, scaler=self._scaler),
+                config=self._config,
+                position=self._position,
+                generators=generators,
+            )
+        self._save_wanted = self._signals.save = False
+        self._saved_at = self._clock = time.monotonic()
+
+    def _finish(self) -> None:
+        self._save()
+        if self._runtime.is_main:
+            record = self._run.record(self._position.step, self._position.scores or {})
+            save_model(self._run.folder / FINAL, record, self._model)
+        self._runtime.any(False)  # no rank leaves before the files are there
+
+    def _progress(self) -> Progress:
+        position = self._position
+        return Progress(
+            status="stopped" if self._stop else "finished",
+            signal=self._signals.stop if self._stop else None,
+            step=position.step,
+            epoch=position.step // self._config.iterations_per_epoch,
+            best=position.best,
+            scores=position.scores or {},
+            seconds=position.seconds,
+        )
+
+
+class _LossModule(nn.Module):
+    """The task's loss as a module, so that torch's DDP sees the whole forward pass and the task sees no ranks."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Give the task's loss parts."""
+        return self._loss(batch)
+
+
+def _already_finished(task: Task[Any], config: TrainConfig, final: Path) -> Progress:
+    """Take the final weights of a training whose checkpoint_latest was removed."""
+    record, tensors, _ = read_all(final)
+    if record.step < config.iterations:
+        raise UsageError(
+            "This training is finished and its checkpoint_latest was removed: it cannot be made longer",
+            where=final,
+            found=f"{record.step} steps done, {config.iterations} wanted",
+            remedy="Train anew, or start a new training from these weights",
+        )
+    load_weights(final, task.model, {n.removeprefix("model/"): t for n, t in tensors.items()})
+    return Progress(
+        status="finished",
+        signal=None,
+        step=record.step,
+        epoch=record.step // config.iterations_per_epoch,
+        best=None,
+        scores=record.scores,
+        seconds=0.0,
+    )
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")

@@ -1,0 +1,285 @@
+"""Batches by number, made ahead in worker processes: batch i is a function of (seed, i), workers change nothing.
+
+A worker that raises, is killed or stalls ends in one sentence that names the cause and the cases, never in a hang.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import blosc2
+import psutil
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
+
+from rfmedsam2.engine.generators import preserved, seed_all
+from rfmedsam2.errors import RfMedSamError, WorkerError
+
+logger = logging.getLogger(__name__)
+Batch = TypeVar("Batch")
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps the memory that workers hand batches over in
+MEMORY_PER_WORKER = 1.5 * 2**30
+MOST_WORKERS = 12
+PREFETCH = 2
+POLL_SECONDS = 1.0
+REMEDY = "Start the same command again, it resumes; with fewer workers (train.workers, 0: none) where memory is short"
+
+
+def batches(
+    make_batch: Callable[[int], Batch],
+    start: int,
+    stop: int,
+    *,
+    workers: int | None,
+    seed: int,
+    timeout_seconds: float,
+    describe: Callable[[int], str],
+) -> Iterator[Batch]:
+    """Give make_batch(start), ..., make_batch(stop - 1) in order; close the iterator to end the workers.
+
+    While make_batch runs, the global generators of torch, numpy and Python are seeded from (seed, number).
+
+    Args:
+        make_batch: makes batch number i.
+        start: first number.
+        stop: after the last number.
+        workers: processes; None: `default_workers()`, 0: this process.
+        seed: of this rank.
+        timeout_seconds: longest wait for one batch.
+        describe: the cases of batch number i in words, without reading them.
+
+    Raises:
+        WorkerError: a worker died, was killed or stalled, or make_batch raised (an RfMedSamError keeps its kind).
+    """
+    workers = min(default_workers() if workers is None else workers, max(stop - start, 0))
+    if workers == 0:
+        for number in range(start, stop):
+            # as in a worker: sums over several threads round differently
+            with _one_thread():
+                batch = _attempt(make_batch, number, seed)
+            yield _opened(batch, number, describe)
+        return
+    board = torch.full((workers, 2), -1.0, dtype=torch.float64).share_memory_()
+    loader = DataLoader(
+        _Numbered(make_batch, seed, board),
+        sampler=range(start, stop),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        timeout=min(POLL_SECONDS, timeout_seconds),
+        worker_init_fn=_begin_worker,
+        # processes start in milliseconds by fork; it exists and is safe on Linux alone
+        multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
+        # with its own generator the loader does not draw from the global one
+        generator=torch.Generator(),
+    )
+    team = _Team(iter(loader), board, timeout_seconds, describe)
+    try:
+        for number in range(start, stop):
+            yield _opened(team.take(number), number, describe)
+    finally:
+        team.end()
+
+
+def default_workers(local_ranks: int = 1) -> int:
+    """As many workers as cores and free memory allow, at most 12; 0 where shared memory is too small for any."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    by_memory = int(psutil.virtual_memory().available / MEMORY_PER_WORKER)
+    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total < 2**29:
+        logger.warning(
+            "%s holds only %.0f MiB: batches are made in this process. In a container, start it with --shm-size=8g.",
+            SHARED_MEMORY,
+            shutil.disk_usage(SHARED_MEMORY).total / 2**20,
+        )
+        return 0
+    return max(0, min(MOST_WORKERS, max(1, cores - 1), by_memory) // local_ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What make_batch raised, on its way to the main process."""
+
+    error: RfMedSamError | None
+    found: str
+    trace: str
+
+
+class _Numbered(Dataset[Any], Generic[Batch]):
+    """Batches by number, with each worker's work noted on a board in shared memory: (number, resident bytes)."""
+
+    def __init__(self, make_batch: Callable[[int], Batch], seed: int, board: Tensor) -> None:
+        self._make_batch, self._seed, self._board = make_batch, seed, board
+
+    def __getitem__(self, number: int) -> Batch | _Failure:
+        info = get_worker_info()
+        worker = info.id if info is not None else 0
+        self._board[worker, 0] = number
+        batch = _attempt(self._make_batch, number, self._seed)
+        short = _shared_memory_short(batch)
+        self._board[worker, 1] = psutil.Process().memory_info().rss
+        return batch if short is None else short
+
+
+class _Team:
+    """The worker processes: waits for their batches, notices what happens to them, ends them."""
+
+    def __init__(self, iterator: Any, board: Tensor, timeout_seconds: float, describe: Callable[[int], str]) -> None:
+        self._iterator, self._board, self._timeout, self._describe = iterator, board, timeout_seconds, describe
+        self._processes = list(iterator._workers)
+        # torch would raise out of any line of the main thread when a worker dies; here it is noticed while waiting
+        _remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+        # also when nobody closes the iterator: at exit Python would wait for workers, and a stalled one never ends
+        self._kill = weakref.finalize(self, _kill, self._processes)
+
+    def take(self, number: int) -> Any:
+        """Wait for the next batch, `number`; raises WorkerError when it will not come."""
+        began = time.monotonic()
+        while True:
+            try:
+                return next(self._iterator)
+            except RuntimeError as error:
+                dead = [i for i, process in enumerate(self._processes) if not process.is_alive()]
+                if dead:
+                    raise self._died(dead[0], self._processes[dead[0]]) from None
+                if "timed out" not in str(error):
+                    where = f"batch {number} ({self._describe(number)})"
+                    raise WorkerError("Batches cannot be handed over", where=where, found=error) from error
+                if time.monotonic() - began >= self._timeout:
+                    raise self._stalled(number) from None
+
+    def end(self) -> None:
+        """End all workers at once, also stalled ones; they only read, so nothing is lost."""
+        self._iterator._shutdown = True
+        self._kill()
+        for queue in self._iterator._index_queues:
+            queue.cancel_join_thread()
+            queue.close()
+
+    def _stalled(self, number: int) -> WorkerError:
+        working = [f"worker {i} (pid {p.pid}) at {self._work(i)}" for i, p in enumerate(self._processes)]
+        return WorkerError(
+            f"No batch came within {self._timeout:g} s: data loading stalls",
+            where=f"batch {number} ({self._describe(number)})",
+            found="; ".join(working),
+            remedy="Check the disk that the preprocessed cases lie on, or raise train.worker_timeout_seconds",
+        )
+
+    def _died(self, index: int, process: Any) -> WorkerError:
+        process.join(1.0)
+        code = process.exitcode
+        cause = f"exit code {code}"
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            cause = f"signal {name}" + {
+                "SIGKILL": ", probably out of memory",
+                "SIGBUS": f", probably because {SHARED_MEMORY} is full ({_shared_memory_free():.0f} MiB free)",
+            }.get(name, "")
+        resident, free = float(self._board[index, 1]), psutil.virtual_memory().available
+        size = f"its memory was {resident / 2**30:.1f} GiB, " if resident >= 0 else ""
+        return WorkerError(
+            f"Data loading worker {index} (pid {process.pid}) was killed or died ({cause})",
+            where=self._work(index),
+            found=f"{size}{free / 2**30:.1f} GiB of the machine's memory are free now",
+            remedy=REMEDY,
+        )
+
+    def _work(self, index: int) -> str:
+        number = int(self._board[index, 0])
+        return f"batch {number} ({self._describe(number)})" if number >= 0 else "no batch yet"
+
+
+def _attempt(make_batch: Callable[[int], Batch], number: int, seed: int) -> Batch | _Failure:
+    with preserved():
+        seed_all(seed, number)
+        try:
+            return make_batch(number)
+        except RfMedSamError as error:
+            return _Failure(error, str(error), traceback.format_exc())
+        except Exception as error:  # noqa: BLE001 - the border of a process: whatever it is, it is told, with its case
+            return _Failure(None, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _opened(result: Batch | _Failure, number: int, describe: Callable[[int], str]) -> Batch:
+    """Give the batch, or raise what happened instead of it."""
+    if not isinstance(result, _Failure):
+        return result
+    logger.debug("batch %d failed:\n%s", number, result.trace)
+    where = f"batch {number} ({describe(number)})"
+    if result.error is not None:
+        raise type(result.error)(f"While loading {where}: {result.error}")
+    raise WorkerError(
+        "A batch could not be made", where=where, found=re.sub(r"\s+", " ", result.found), remedy="Check these cases"
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def _begin_worker(_: int) -> None:
+    """Keep to one core; leave signals sent to the whole group to the main process, which ends workers by SIGKILL."""
+    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & signal.Signals.__members__.keys():
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    torch.set_num_threads(1)
+    blosc2.set_nthreads(1)
+
+
+def _shared_memory_free() -> float:
+    """MiB free where batches are handed over; infinite where that is no file system."""
+    return shutil.disk_usage(SHARED_MEMORY).free / 2**20 if SHARED_MEMORY.is_dir() else float("inf")
+
+
+def _shared_memory_short(batch: object) -> _Failure | None:
+    """Handing a batch over when shared memory is full would lose it silently: tell instead."""
+    size = _tensor_bytes(batch) / 2**20
+    free = _shared_memory_free()
+    if size < free:
+        return None
+    error = WorkerError(
+        f"{SHARED_MEMORY} is too small to hand over a batch",
+        expected=f"more than {size:.0f} MiB free",
+        found=f"{free:.0f} MiB",
+        remedy="In a container, start it with --shm-size=8g or --ipc=host; or set train.workers to 0",
+    )
+    return _Failure(error, str(error), "")
+
+
+def _tensor_bytes(batch: object) -> int:
+    if isinstance(batch, Tensor):
+        return batch.numel() * batch.element_size()
+    if isinstance(batch, dict):
+        return sum(_tensor_bytes(value) for value in batch.values())
+    if isinstance(batch, list | tuple):
+        return sum(_tensor_bytes(value) for value in batch)
+    names = getattr(batch, "__dataclass_fields__", ())
+    return sum(_tensor_bytes(getattr(batch, name)) for name in names)

@@ -1,0 +1,202 @@
+"""The metrics of a training: one JSON object a line, a table a row an epoch, and optionally TensorBoard.
+
+metrics.jsonl is the one source; metrics.csv is made from it. On resume everything after the resumed step is cut, so
+that the stream reads as that of an unbroken run.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rfmedsam2.errors import MissingPackageError
+from rfmedsam2.store.files import write_text, writing_to
+
+EVENTS = "metrics.jsonl"
+TABLE = "metrics.csv"
+FLUSH_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimizer step, or the validation after it (`scores`), for whoever shows progress."""
+
+    step: int
+    """Steps done."""
+    total: int
+    epoch: int
+    loss: float
+    lr: float
+    seconds: float
+    eta_seconds: float
+    memory_mb: float | None
+    """Peak memory on the GPU, None without one."""
+    scores: dict[str, float] | None = None
+
+
+class MetricsLog:
+    """Writer of one run's metrics; buffered, `flush` makes all events durable.
+
+    Args:
+        folder: of the run.
+        keep_step: events after this step are cut (0: all).
+        keep_validation: keep the validation of `keep_step` itself.
+        tensorboard: also write TensorBoard events.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep_step: int = 0, keep_validation: bool = True, tensorboard: bool = False
+    ) -> None:
+        self._path, self._table = folder / EVENTS, folder / TABLE
+        self._buffer = bytearray()
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = _cut(self._path, keep_step, keep_validation)
+        self._epochs = Epochs()
+        for event in kept:
+            self._epochs.add(event)
+        self._board = _tensorboard(folder, keep_step) if tensorboard else None
+
+    def write(self, event: dict[str, Any]) -> None:
+        """Add one event."""
+        self._buffer += (json.dumps(event) + "\n").encode()
+        self._epochs.add(event)
+        if self._board is not None:
+            for name, value in _numbers(event):
+                self._board.add_scalar(name, value, event["step"])
+        if len(self._buffer) > FLUSH_BYTES:
+            self._append()
+
+    def flush(self) -> None:
+        """Make everything written so far durable, and the table current.
+
+        Raises:
+            StoreError: the disk is full or the folder cannot be written.
+        """
+        self._append()
+        write_text(self._table, self._epochs.to_csv())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flush and end."""
+        self.flush()
+        if self._board is not None:
+            self._board.close()
+
+    def _append(self) -> None:
+        with writing_to(self._path), self._path.open("ab") as stream:
+            stream.write(self._buffer)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._buffer.clear()
+
+
+class Epochs:
+    """Running summary of events by epoch: the rows of metrics.csv."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, dict[str, float]] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take one event into its epoch's row: losses are averaged, seconds summed, the last rate and scores kept."""
+        epoch = event["epoch"]
+        row = self._rows.setdefault(epoch, {"epoch": epoch})
+        row["step"] = event["step"]
+        if event["event"] == "validation":
+            row.update(event["scores"])
+            return
+        count = self._counts[epoch] = self._counts.get(epoch, 0) + 1
+        losses = {"loss": event["loss"]} | {f"loss/{name}": value for name, value in event["losses"].items()}
+        for name, value in losses.items():
+            row[name] = row.get(name, 0.0) + (value - row.get(name, 0.0)) / count
+        row["lr"] = event["lr"]
+        row["seconds"] = row.get("seconds", 0.0) + event["seconds"]
+
+    def rows(self) -> list[dict[str, float]]:
+        """One row an epoch, ascending."""
+        return [self._rows[epoch] for epoch in sorted(self._rows)]
+
+    def to_csv(self) -> str:
+        """Give the rows as CSV text; a column for every name that occurred."""
+        columns = list(dict.fromkeys(name for row in self.rows() for name in row))
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows())
+        return stream.getvalue()
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the events of a metrics.jsonl; a last line that was torn by a crash is left out."""
+    if not path.is_file():
+        return
+    with path.open("rb") as stream:
+        for event, _ in _lines(stream):
+            yield event
+
+
+def epoch_rows(path: Path) -> list[dict[str, float]]:
+    """Give the rows of metrics.csv, made from metrics.jsonl."""
+    epochs = Epochs()
+    for event in read_events(path):
+        epochs.add(event)
+    return epochs.rows()
+
+
+def _lines(stream: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Events with the offset after each, up to the first line that is not whole."""
+    end = 0
+    for line in stream:
+        end += len(line)
+        if not line.endswith(b"\n"):
+            return
+        try:
+            yield json.loads(line), end
+        except ValueError:
+            return
+
+
+def _cut(path: Path, keep_step: int, keep_validation: bool) -> list[dict[str, Any]]:
+    """Truncate the file after the last event to keep; gives the events kept."""
+    kept: list[dict[str, Any]] = []
+    end = 0
+    if path.is_file():
+        with path.open("rb") as stream:
+            for event, after in _lines(stream):
+                of_step = event["step"] == keep_step and (event["event"] != "validation" or keep_validation)
+                if not (event["step"] < keep_step or of_step):
+                    break
+                kept.append(event)
+                end = after
+        os.truncate(path, end)
+    else:
+        path.touch()
+    return kept
+
+
+def _numbers(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    if event["event"] == "validation":
+        yield from ((f"validation/{name}", value) for name, value in event["scores"].items())
+        return
+    yield "train/loss", event["loss"]
+    yield from ((f"train/loss/{name}", value) for name, value in event["losses"].items())
+    yield "train/lr", event["lr"]
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        module = importlib.import_module("torch.utils.tensorboard")
+    except ImportError:
+        raise MissingPackageError(
+            "TensorBoard is not installed", remedy="Install it with: pip install 'rfmedsam2[tensorboard]'"
+        ) from None
+    return module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)

@@ -1,0 +1,230 @@
+"""Where training runs: the device, the ranks (torch's own launcher, any number of nodes), the precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rfmedsam2.errors import PlanError, UsageError, WorkerError
+
+T = TypeVar("T")
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+LOST_PEER = ("peer", "Connection", "NCCL", "Socket", "ECONN", "Timed out", "timed out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """One process of a training: its device and its place among the ranks."""
+
+    device: torch.device
+    precision: torch.dtype = torch.float32
+    """What autocast computes in."""
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    """Processes on this machine."""
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one rank that writes."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in this runtime's precision inside."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, on this runtime's device."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over all ranks, on this runtime's device."""
+        return self.sum(tensor) / self.world_size
+
+    def any(self, flag: bool) -> bool:
+        """Tell on every rank if it is on one."""
+        return flag if self.world_size == 1 else bool(self.sum(torch.tensor(float(flag))).item())
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def memory_mb(self) -> float | None:
+        """Peak of the device's memory that tensors used, MiB; None where the device is the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return torch.mps.current_allocated_memory() / 2**20 if self.device.type == "mps" else None
+
+
+@contextmanager
+def start_runtime(
+    device: str = "auto", *, precision: Precision = "auto", timeout_seconds: float = 1800.0
+) -> Iterator[Runtime]:
+    """Choose the device and, under torchrun, join the other ranks (nccl on CUDA, gloo else).
+
+    Args:
+        device: "auto" (CUDA, else MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
+        precision: see TrainConfig.precision.
+        timeout_seconds: how long a rank waits for the others; validation of the slowest must fit.
+
+    Raises:
+        UsageError: a device that is not here.
+        PlanError: a precision that the device does not have.
+        WorkerError: another rank ended.
+    """
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+    )
+    chosen = choose_device(device, local_rank)
+    runtime = Runtime(
+        device=chosen,
+        precision=choose_precision(precision, chosen),
+        rank=rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+    )
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        yield runtime
+        return
+    dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    try:
+        with lost_ranks_named(runtime):
+            yield runtime
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """Give the device named, or the best there is; each rank of a machine gets its own card."""
+    if wanted == "auto":
+        mps = torch.backends.mps.is_available()
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UsageError("No such device", where=wanted, expected="cpu, cuda, cuda:N, mps or auto") from None
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if index >= cards:
+            raise UsageError(
+                "This CUDA device is not here",
+                where=f"cuda:{index}",
+                found=f"{cards} card(s)",
+                remedy="Choose --device cpu, or start no more processes than there are cards",
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("This machine has no MPS device", where=wanted, remedy="Choose --device cpu")
+    return device
+
+
+def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:
+    """Give the type to compute in; auto: bf16 on a card that has it, else fp16 on a card, fp32 elsewhere."""
+    if wanted == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if wanted == "fp16" and device.type == "cpu":
+        raise PlanError(
+            "fp16 training needs a GPU", where="train.precision", found="cpu", remedy="Use fp32, bf16 or auto on a CPU"
+        )
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+
+
+@contextmanager
+def lost_ranks_named(runtime: Runtime) -> Iterator[None]:
+    """Turn the communication library's error about a lost rank into a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, WorkerError) or runtime.world_size == 1 or not any(w in str(error) for w in LOST_PEER):
+            raise
+        raise WorkerError(
+            "Another process of this training ended or does not answer",
+            where=f"rank {runtime.rank} of {runtime.world_size} waited for it",
+            found=str(error).splitlines()[0][:200],
+            remedy="The first error above is the cause; start the same command again, it resumes",
+        ) from error
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Only deterministic kernels inside; all switches are put back.
+
+    Raises:
+        PlanError: an operation that has no deterministic form on this device.
+    """
+    if not wanted:
+        yield
+        return
+    # cuBLAS reads this when it starts; harmless where it has started with it or is not used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error) or isinstance(error, WorkerError):
+            raise
+        raise PlanError(
+            "This model cannot be trained deterministically on this device",
+            where="train.deterministic",
+            found=str(error).splitlines()[0][:200],
+            remedy="Set train.deterministic to false, or train on the CPU",
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+def to_device(batch: T, device: torch.device) -> T:
+    """Put a batch on `device`: tensors, and dataclasses, dicts, lists, tuples of them; all else stays as it is."""
+    moved: Any = batch
+    if isinstance(batch, Tensor):
+        # from pageable memory the copy would wait for all queued kernels
+        pinned = batch.pin_memory() if device.type == "cuda" and batch.device.type == "cpu" else batch
+        moved = pinned.to(device, non_blocking=True)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = [f.name for f in dataclasses.fields(batch) if f.init]
+        moved = dataclasses.replace(batch, **{n: to_device(getattr(batch, n), device) for n in fields})
+    elif isinstance(batch, Mapping):
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+    elif isinstance(batch, list):
+        moved = [to_device(value, device) for value in batch]
+    elif isinstance(batch, tuple) and type(batch) is tuple:
+        moved = tuple(to_device(value, device) for value in batch)
+    return moved
+
+
+def resident_mb() -> float:
+    """Memory of this process, MiB."""
+    return psutil.Process().memory_info().rss / 2**20
