@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ def labels_from_slabs(
     labels: LabelSet,
     resampling: Resampling,
     *,
-    probabilities: Path | None = None,
+    probabilities: ProbabilityFile | None = None,
     threads: int | None = None,
 ) -> np.ndarray:
     """Resample logits to the source grid, decide, and put the result back where the image was cropped from.
@@ -65,7 +64,7 @@ def labels_from_slabs(
         restore: how the image was cropped, turned and resampled.
         labels: classes (arg-max) or regions (painted in `regions_class_order` where the sigmoid exceeds 0.5).
         resampling: order of interpolation of the logits, as of nnU-Net with a separate axis where anisotropic.
-        probabilities: a file (.b2nd) that gets the softmax or sigmoid, (K, Z, Y, X) float16 in the source grid.
+        probabilities: a file that gets the softmax or sigmoid at full resolution.
         threads: for CPU slabs; default: the machine's cores, at most `MOST_THREADS`.
 
     Returns:
@@ -83,9 +82,7 @@ def labels_from_slabs(
     workers = threads or min(os.cpu_count() or 1, MOST_THREADS)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        file = None
-        if probabilities is not None:
-            file = stack.enter_context(ProbabilityFile(probabilities, restore, labels))
+        file = None if probabilities is None else stack.enter_context(probabilities)
         painter = _Painter(table, taps[1:], regions=labels.has_regions)
         for targets in _targets(slabs, taps[0], restore.shape_planned, labels.num_outputs):
             for target, plane in zip(targets, pool.map(painter, targets), strict=True):

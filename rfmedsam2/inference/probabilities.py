@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.files import atomic, writing_to
+from rfmedsam2.store.orientation import Orientation
 from rfmedsam2.transforms.prepare import Restore
 
 CHUNK_PLANES = 8
@@ -23,12 +24,16 @@ CHUNK_EDGE = 256
 class ProbabilityFile:
     """A blosc2 array (K, Z, Y, X) float16 in the source grid, filled plane by plane along the first planned axis.
 
+    With `orientation` the volume had been turned before it was prepared; the file has the axes from before that.
     Outside the crop, background is 1 (with regions: everything is 0). The file appears when the context ends without
     an error; at most `CHUNK_PLANES` planes are held.
     """
 
-    def __init__(self, path: Path, restore: Restore, labels: LabelSet) -> None:
+    def __init__(
+        self, path: Path, restore: Restore, labels: LabelSet, *, orientation: Orientation | None = None
+    ) -> None:
         self.path = path
+        self.orientation = orientation or Orientation(source_axes=(0, 1, 2), flipped=(False, False, False))
         self.box = restore.box
         self.forward = restore.transpose_forward
         self.shape = restore.source_grid.shape_zyx
@@ -41,14 +46,15 @@ class ProbabilityFile:
     def __enter__(self) -> Self:
         chunk = [min(n, CHUNK_EDGE) for n in self.shape]
         chunk[self.axis] = min(self.shape[self.axis], CHUNK_PLANES)
+        back = np.argsort(self.orientation.source_axes)
         self._stack.enter_context(writing_to(self.path))
         temporary = self._stack.enter_context(atomic(self.path))
         self.array = blosc2.empty(
-            (self.outputs, *self.shape),
+            (self.outputs, *(self.shape[axis] for axis in back)),
             dtype=np.dtype(np.float16),
             urlpath=str(temporary),
             mode="w",
-            chunks=(1, *chunk),
+            chunks=(1, *(chunk[axis] for axis in back)),
             cparams={"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE]},
         )
         self._begin()
@@ -83,9 +89,13 @@ class ProbabilityFile:
         self.next += 1
         if self.next - self.start == CHUNK_PLANES or self.next == self.shape[self.axis]:
             planes = np.moveaxis(self.buffer[: self.next - self.start], 0, 1 + self.axis)
+            start, stop = self.start, self.next
+            if self.orientation.flipped[self.axis]:
+                start, stop = self.shape[self.axis] - stop, self.shape[self.axis] - start
             place = [slice(None)] * 4
-            place[1 + self.axis] = slice(self.start, self.next)
-            self.array[tuple(place)] = np.ascontiguousarray(planes)  # pyright: ignore[reportArgumentType] - its stub knows integers only
+            place[1 + self.orientation.source_axes[self.axis]] = slice(start, stop)
+            block = np.ascontiguousarray(self.orientation.undo(planes))
+            self.array[tuple(place)] = block  # pyright: ignore[reportArgumentType] - its stub knows integers only
             self._begin()
 
     def _begin(self) -> None:

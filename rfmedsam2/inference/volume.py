@@ -1,0 +1,180 @@
+"""One volume in, one label map out: prepare, run the tiles, export; with the seconds that each part took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from rfmedsam2.errors import ImageError, PlanError
+from rfmedsam2.geometry import Volume
+from rfmedsam2.inference.export import labels_from_slabs
+from rfmedsam2.inference.probabilities import ProbabilityFile
+from rfmedsam2.inference.sliding_window import Execution, Precision, Slab, Tracker, predict_slabs, untracked
+from rfmedsam2.records.plan import Inference, Plan, Stage
+from rfmedsam2.store.orientation import Orientation, reoriented
+from rfmedsam2.transforms.prepare import Prepared, prepare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to predict; None takes the plan's figure.
+
+    Attributes:
+        step_size: distance of tiles as a share of the patch, above 0 up to 1.
+        mirror: average over flips (the axes are those that training mirrored).
+        tile_batch: tiles per forward pass.
+        skip_empty: leave out tiles without body; see `sliding_window.Execution`.
+        precision: of the networks on CUDA.
+        device: where the networks are.
+        probabilities: file (.b2nd) for the class probabilities, see `probabilities.ProbabilityFile`.
+        threads: planes resampled or exported at once; None: the machine's cores, at most 8.
+        track: shows the progress over rows of tiles.
+    """
+
+    step_size: float | None = None
+    mirror: bool | None = None
+    tile_batch: int | None = None
+    skip_empty: bool = False
+    precision: Precision = "auto"
+    device: torch.device | str = "cpu"
+    probabilities: Path | None = None
+    threads: int | None = None
+    track: Tracker = untracked
+
+    def inference(self, stage: Stage) -> Inference:
+        """Put what is given here in the place of the plan's figures.
+
+        Raises:
+            RecordError: a figure out of range.
+        """
+        given = {"step_size": self.step_size, "mirror": self.mirror, "tile_batch": self.tile_batch}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return Inference.parse(stage.inference.model_dump() | chosen, where="prediction options")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumePrediction:
+    """A label map (Z, Y, X) in the grid of the volume, and seconds by part: prepare, network, export."""
+
+    labels: np.ndarray
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turned:
+    """A prepared volume, how it was turned before (None: not at all), and the seconds that preparing took."""
+
+    prepared: Prepared
+    orientation: Orientation | None
+    seconds: float
+
+
+def predict_volume(
+    networks: Sequence[nn.Module], volume: Volume, plan: Plan, stage: str, *, options: Options
+) -> VolumePrediction:
+    """Predict the label map of a volume.
+
+    Args:
+        networks: folds of one model on `options.device`, in eval mode.
+        volume: (C, Z, Y, X) as it was read; turned to `plan.reorient` here, and the labels back.
+        plan: the plan that the networks were trained by.
+        stage: name of the stage.
+        options: how to predict.
+
+    Raises:
+        PlanError: no such stage, another number of channels.
+        ImageError: voxels that are not finite, or not allowed by the planned normalisation.
+    """
+    return predict_turned(
+        networks, turn_and_prepare(volume, plan, stage, options=options), plan, stage, options=options
+    )
+
+
+def turn_and_prepare(volume: Volume, plan: Plan, stage: str, *, options: Options) -> Turned:
+    """Do the first half of `predict_volume`: everything before the network (no device is touched)."""
+    started = time.perf_counter()
+    orientation = None
+    if plan.reorient is not None:
+        volume, orientation = reoriented(volume, plan.reorient)
+    prepared = prepare(volume, plan, stage, threads=options.threads or 1)
+    # one sum is cheap and keeps every NaN and infinity
+    if not np.isfinite(prepared.image.sum(dtype=np.float64)):
+        raise ImageError(
+            "The image holds voxels that are not finite",
+            expected="numbers",
+            found=f"{int(np.count_nonzero(~np.isfinite(prepared.image)))} voxels of NaN or infinity",
+            remedy="Replace them, for instance by 0",
+        )
+    return Turned(prepared=prepared, orientation=orientation, seconds=time.perf_counter() - started)
+
+
+def predict_turned(
+    networks: Sequence[nn.Module], turned: Turned, plan: Plan, stage: str, *, options: Options
+) -> VolumePrediction:
+    """Do the second half of `predict_volume`: tiles, export, and the turn back."""
+    started = time.perf_counter()
+    config = plan.stages[stage]
+    restore = turned.prepared.restore
+    file = None
+    if options.probabilities is not None:
+        file = ProbabilityFile(options.probabilities, restore, plan.labels, orientation=turned.orientation)
+    slabs = _Timed(
+        predict_slabs(
+            networks,
+            turned.prepared.image,
+            patch_size=config.patch_size,
+            inference=options.inference(config),
+            mirror_axes=mirror_axes(config),
+            device=options.device,
+            outputs=plan.labels.num_outputs,
+            execution=Execution(precision=options.precision, skip_empty=options.skip_empty, track=options.track),
+        )
+    )
+    labels = labels_from_slabs(
+        slabs, restore, plan.labels, config.resampling, probabilities=file, threads=options.threads
+    )
+    if turned.orientation is not None:
+        labels = np.ascontiguousarray(turned.orientation.undo(labels))
+    export = time.perf_counter() - started - slabs.seconds
+    return VolumePrediction(
+        labels=labels, seconds={"prepare": turned.seconds, "network": slabs.seconds, "export": export}
+    )
+
+
+def mirror_axes(stage: Stage) -> tuple[int, ...]:
+    """Axes of the patch that test-time mirroring flips: those that training mirrored.
+
+    Raises:
+        PlanError: a 3D axis in a stage that is not 2D, beyond the patch.
+    """
+    axes = stage.augmentation.mirror_axes
+    if stage.is_2d:
+        # the default names all three axes of a volume; a slice has two
+        return tuple(axis for axis in axes if axis < 2)
+    if any(axis > 2 for axis in axes):
+        raise PlanError("The plan mirrors an axis that volumes do not have", expected="0, 1, 2", found=axes)
+    return axes
+
+
+class _Timed:
+    """Slabs, and the seconds spent on waiting for them."""
+
+    def __init__(self, slabs: Iterable[Slab]) -> None:
+        self.slabs = slabs
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Slab]:
+        started = time.perf_counter()
+        for slab in self.slabs:
+            if slab.logits.device.type == "cuda":
+                torch.cuda.synchronize(slab.logits.device)
+            self.seconds += time.perf_counter() - started
+            yield slab
+            started = time.perf_counter()
+        self.seconds += time.perf_counter() - started

@@ -1,0 +1,113 @@
+"""Trained models on disk: which there are, and which checkpoints of one are meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.store.layout import DATASET_FOLDER
+
+Which = Literal["final", "best", "latest"]
+FOLD = "fold_"
+CHECKPOINT = "checkpoint_{}.safetensors"
+CHECKPOINTS = tuple(CHECKPOINT.format(which) for which in ("final", "best", "latest"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedModel:
+    """A stage of a plan with at least one trained fold.
+
+    Attributes:
+        dataset: folder name, Dataset004_Hippocampus.
+        plan: name of the plan.
+        stage: name of the stage.
+        folds: names of the folds that have a checkpoint, sorted.
+        folder: where the fold folders are.
+    """
+
+    dataset: str
+    plan: str
+    stage: str
+    folds: tuple[str, ...]
+    folder: Path
+
+
+def find_models(results: Path, dataset: str | None = None) -> list[TrainedModel]:
+    """All trained models below a results folder, sorted; only those of `dataset` (full folder name) if given.
+
+    Models without any checkpoint are left out. A results folder that does not exist holds none.
+    """
+    if not results.is_dir():
+        return []
+    models = []
+    for home in sorted(p for p in results.iterdir() if p.is_dir() and DATASET_FOLDER.fullmatch(p.name)):
+        if dataset is not None and home.name != dataset:
+            continue
+        for folder in sorted(p for p in home.iterdir() if p.is_dir() and "__" in p.name):
+            plan, _, stage = folder.name.partition("__")
+            folds = tuple(folds_of(folder))
+            if plan and stage and folds:
+                models.append(TrainedModel(dataset=home.name, plan=plan, stage=stage, folds=folds, folder=folder))
+    return models
+
+
+def folds_of(model_folder: Path) -> list[str]:
+    """Names of the folds (`fold_NAME`) that have a checkpoint, sorted."""
+    if not model_folder.is_dir():
+        return []
+    folders = sorted(p for p in model_folder.iterdir() if p.is_dir() and p.name.startswith(FOLD))
+    return [p.name[len(FOLD) :] for p in folders if any((p / name).is_file() for name in CHECKPOINTS)]
+
+
+def checkpoints_of(
+    model_folder: Path, *, folds: Sequence[str] | None = None, checkpoint: Which = "final"
+) -> list[Path]:
+    """One checkpoint file for each fold.
+
+    Args:
+        model_folder: results/DATASET/PLAN__STAGE.
+        folds: names; None: all that are found, but not "all" (trained on every case) beside others.
+        checkpoint: final (latest where training has not ended), best, or latest.
+
+    Raises:
+        UsageError: no such folder or fold; lists those that there are.
+        CheckpointError: a fold has no such checkpoint.
+    """
+    known = folds_of(model_folder)
+    if not known:
+        raise UsageError(
+            "There is no trained model here",
+            where=model_folder,
+            expected=f"{FOLD}0/{CHECKPOINTS[0]} or the like",
+            remedy="Train with rfmed_train, or import a model with rfmed_import_model",
+        )
+    wanted = _default_folds(known) if folds is None else [str(fold) for fold in folds]
+    missing = [fold for fold in wanted if fold not in known]
+    if missing or not wanted:
+        raise UsageError(
+            "No such trained fold",
+            where=model_folder,
+            expected=f"one or several of {', '.join(known)}",
+            found=", ".join(missing) or "none",
+        )
+    return [_checkpoint(model_folder / f"{FOLD}{fold}", checkpoint) for fold in dict.fromkeys(wanted)]
+
+
+def _default_folds(known: list[str]) -> list[str]:
+    numbered = [fold for fold in known if fold.isdigit()]
+    return numbered or [fold for fold in known if fold != "all"] or known
+
+
+def _checkpoint(folder: Path, which: Which) -> Path:
+    names = [which, "latest"] if which == "final" else [which]
+    for name in names:
+        path = folder / CHECKPOINT.format(name)
+        if path.is_file():
+            return path
+    there = ", ".join(name for name in CHECKPOINTS if (folder / name).is_file())
+    raise CheckpointError(
+        f"The fold has no {which} checkpoint", where=folder, found=there, remedy="Choose another with --checkpoint"
+    )

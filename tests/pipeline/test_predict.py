@@ -1,0 +1,311 @@
+"""Predicting end to end with a tiny model: files, folders, arrays; continuing; faults; no training code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+import torch
+
+from rfmedsam2 import models
+from rfmedsam2.errors import CheckpointError, ImageError, PlanError, RfMedSamError, UsageError
+from rfmedsam2.pipeline.predict import Options, Predictor, find_models, predict_files
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.fingerprint import IntensityStatistics
+from rfmedsam2.records.plan import Augmentation, Normalisation, Plan, Stage, UNetConfig
+from rfmedsam2.store.checkpoints import write_checkpoint
+from rfmedsam2.store.raw import Case
+
+NAME = "Dataset900_Tiny"
+
+
+def make_plan(**changes) -> Plan:
+    network = UNetConfig(
+        features=(4, 8),
+        kernel_sizes=((3, 3, 3), (3, 3, 3)),
+        strides=((1, 1, 1), (2, 2, 2)),
+        encoder_blocks=(1, 1),
+        decoder_blocks=(1,),
+    )
+    stage = Stage(
+        spacing_mm=(1.5, 1.0, 1.0),
+        median_shape=(16, 20, 20),
+        patch_size=(8, 16, 16),
+        batch_size=2,
+        normalisation=(Normalisation(kind="zscore"),),
+        augmentation=Augmentation(mirror_axes=(0, 1)),
+        model=network,
+    )
+    flat = stage.model_copy(
+        update={
+            "patch_size": (16, 16),
+            "model": UNetConfig(
+                features=(4, 8),
+                kernel_sizes=((3, 3), (3, 3)),
+                strides=((1, 1), (2, 2)),
+                encoder_blocks=(1, 1),
+                decoder_blocks=(1,),
+            ),
+        }
+    )
+    statistics = IntensityStatistics(
+        mean=0,
+        std=1,
+        median=0,
+        min=-3,
+        max=3,
+        percentile_00_5=-2,
+        percentile_99_5=2,
+    )
+    plan = {
+        "name": "rfmed",
+        "dataset": NAME,
+        "fingerprint": "none",
+        "channels": ("CT",),
+        "labels": LabelSet.model_validate({"names": {"background": 0, "liver": 1, "spleen": 2}}),
+        "file_ending": ".nii.gz",
+        "intensities": (statistics,),
+        "stages": {"3d_fullres": stage, "2d": flat},
+    }
+    return Plan(**{**plan, **changes})
+
+
+def write_model(folder: Path, plan: Plan, *, fold: str = "0", stage: str = "3d_fullres", which: str = "final") -> Path:
+    torch.manual_seed(int(fold) if fold.isdigit() else 99)
+    network = models.build(plan.stages[stage].model, channels=len(plan.channels), outputs=plan.labels.num_outputs)
+    record = CheckpointRecord(
+        plan=plan,
+        stage=stage,
+        fold=fold,
+        step=10,
+        weights_sha256="",
+        code_version="0",
+        torch_version=torch.__version__,
+        created="2026-01-01T00:00:00Z",
+    )
+    path = folder / f"fold_{fold}" / f"checkpoint_{which}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(path, record, {f"model/{k}": v for k, v in network.state_dict().items()}, {})
+    return path
+
+
+def write_image(path: Path, seed: int = 0, shape=(22, 25, 14)) -> Path:
+    """An oblique NIfTI image (x, y, z) with blobs."""
+    rng = np.random.default_rng(seed)
+    array = rng.integers(-100, 300, shape).astype(np.int16)
+    turn = np.array([[0.96, -0.28, 0], [0.28, 0.96, 0], [0, 0, 1.0]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([-0.9, 0.8, 2.0])
+    affine[:3, 3] = [11.5, -20.25, 300.0]
+    image = nib.Nifti1Image(array, affine)
+    image.set_sform(affine, code=2)
+    image.set_qform(affine, code=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("results") / NAME / "rfmed__3d_fullres"
+    for fold in ("0", "1"):
+        write_model(folder, make_plan(), fold=fold)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(model: Path) -> Predictor:
+    return Predictor.load(model, device="cpu", options=Options(step_size=0.75, threads=1))
+
+
+@pytest.fixture
+def cases(tmp_path: Path) -> list[Case]:
+    return [Case(id=f"case{i}", images=(write_image(tmp_path / "in" / f"case{i}_0000.nii.gz", i),)) for i in range(3)]
+
+
+def test_files_become_label_maps_with_the_geometry_of_their_images(predictor, cases, tmp_path) -> None:
+    out = tmp_path / "out"
+    summary = predict_files(predictor, cases, out)
+    assert [path.name for path in summary.written] == ["case0.nii.gz", "case1.nii.gz", "case2.nii.gz"]
+    for case in cases:
+        image, labels = nib.load(case.images[0]), nib.load(out / f"{case.id}.nii.gz")
+        assert labels.shape == image.shape
+        np.testing.assert_array_equal(labels.affine, image.affine)
+        assert (labels.header["sform_code"], labels.header["qform_code"]) == (2, 1)
+        assert labels.get_data_dtype() == np.uint8
+        assert set(np.unique(labels.dataobj)) <= {0, 1, 2}
+
+
+def test_the_sidecar_says_what_made_the_files(predictor, cases, tmp_path) -> None:
+    predict_files(predictor, cases[:1], tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert record["labels"] == {"background": 0, "liver": 1, "spleen": 2}
+    assert [m["weights_sha256"] for m in record["models"]] == [r.weights_sha256 for r in predictor.records]
+    assert record["options"]["step_size"] == 0.75
+    entry = record["cases"]["case0"]
+    assert entry["file"] == "case0.nii.gz"
+    assert set(entry["seconds"]) == {"read", "prepare", "network", "export", "write"}
+
+
+def test_every_way_in_gives_the_same_labels(predictor, cases, tmp_path) -> None:
+    path = cases[0].images[0]
+    predict_files(predictor, cases[:1], tmp_path / "out")
+    expected = np.asarray(nib.load(tmp_path / "out" / "case0.nii.gz").dataobj)
+    assert len(np.unique(expected)) > 1
+    image = nib.load(path)
+    by_nibabel = predictor.predict_nibabel(image)
+    np.testing.assert_array_equal(np.asarray(by_nibabel.dataobj), expected)
+    np.testing.assert_array_equal(by_nibabel.affine, image.affine)
+    by_sitk = predictor.predict_sitk(sitk.ReadImage(str(path)))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(by_sitk).T, expected)
+    assert by_sitk.GetOrigin() == sitk.ReadImage(str(path)).GetOrigin()
+    array = np.asarray(image.dataobj).T
+    np.testing.assert_array_equal(predictor.predict_array(array, (2.0, 0.8, 0.9)).T, expected)
+    np.testing.assert_array_equal(predictor.predict_array(array[None], (2.0, 0.8, 0.9)).T, expected)
+    np.testing.assert_array_equal(predictor.predict_file(path, tmp_path / "one.nrrd").T, expected)
+    assert (tmp_path / "one.nrrd").is_file()
+
+
+def test_a_2d_stage_predicts_slice_by_slice(tmp_path) -> None:
+    write_model(tmp_path / "m", make_plan(), stage="2d")
+    labels = Predictor.load(tmp_path / "m", device="cpu").predict_array(
+        np.random.default_rng(0).random((5, 30, 20)), (3.0, 1.0, 1.0)
+    )
+    assert labels.shape == (5, 30, 20)
+
+
+def test_turned_plans_give_labels_and_probabilities_in_the_axes_of_the_file(cases, tmp_path) -> None:
+    import blosc2
+
+    write_model(tmp_path / "m", make_plan(reorient="RAS", transpose_forward=(2, 0, 1)))
+    predictor = Predictor.load(tmp_path / "m", device="cpu")
+    predict_files(predictor, cases[:1], tmp_path / "out", probabilities=True)
+    labels = np.asarray(nib.load(tmp_path / "out" / "case0.nii.gz").dataobj).T
+    stored = blosc2.open(str(tmp_path / "out" / "case0.probabilities.b2nd"), mode="r")[:].astype(np.float32)
+    assert stored.shape == (3, *labels.shape)
+    np.testing.assert_allclose(stored.sum(0), 1, atol=5e-3)
+    best = np.take_along_axis(stored, labels[None].astype(int), axis=0)[0]
+    assert (best >= stored.max(0) - 1e-3).all()
+
+
+def test_continue_keeps_valid_files_of_the_same_model_only(predictor, model, cases, tmp_path) -> None:
+    out = tmp_path / "out"
+    predict_files(predictor, cases, out)
+    again = predict_files(predictor, cases, out, continue_=True)
+    assert (len(again.written), len(again.kept)) == (0, 3)
+    (out / "case0.nii.gz").write_bytes((out / "case0.nii.gz").read_bytes()[:100])  # truncated
+    write_image(cases[1].images[0], seed=77)  # another input under the same name
+    mended = predict_files(predictor, cases, out, continue_=True)
+    assert [p.name for p in mended.written] == ["case0.nii.gz", "case1.nii.gz"]
+    one_fold = Predictor.load(model, folds=["0"], device="cpu", options=predictor.options)
+    assert len(predict_files(one_fold, cases, out, continue_=True).written) == 3
+    other_step = one_fold.using(Options(step_size=1.0))
+    assert len(predict_files(other_step, cases, out, continue_=True).written) == 3
+
+
+def test_without_continue_everything_is_made_anew(predictor, cases, tmp_path) -> None:
+    predict_files(predictor, cases[:1], tmp_path / "out")
+    assert len(predict_files(predictor, cases[:1], tmp_path / "out").written) == 1
+
+
+def test_faulty_cases_are_all_named_and_the_others_written(predictor, cases, tmp_path) -> None:
+    cases[0].images[0].write_bytes(cases[0].images[0].read_bytes()[:200])
+    two = write_image(tmp_path / "in" / "two.nii.gz")
+    broken = Case(id="two_channels", images=(two, two))
+    with pytest.raises(RfMedSamError) as caught:
+        predict_files(predictor, [*cases, broken], tmp_path / "out")
+    assert "2 of 4 cases" in str(caught.value)
+    assert "case0" in str(caught.value)
+    assert "two_channels" in str(caught.value)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"case1.nii.gz", "case2.nii.gz", "predictions.json"}
+
+
+def test_a_voxel_that_is_no_number_is_a_fault(predictor) -> None:
+    array = np.ones((8, 9, 10), np.float32)
+    array[3, 3, 3] = np.nan
+    with pytest.raises(ImageError, match="not finite"):
+        predictor.predict_array(array, (1.0, 1.0, 1.0))
+
+
+def test_another_number_of_channels_is_an_error(predictor) -> None:
+    with pytest.raises(PlanError, match="channels"):
+        predictor.predict_array(np.ones((2, 8, 8, 8)), (1.0, 1.0, 1.0))
+
+
+def test_inputs_are_not_overwritten(predictor, tmp_path) -> None:
+    case = Case(id="case", images=(write_image(tmp_path / "case.nii.gz"),))
+    with pytest.raises(UsageError, match="overwrite"):
+        predict_files(predictor, [case], tmp_path)
+
+
+def test_no_cases_and_equal_names_are_errors(predictor, cases, tmp_path) -> None:
+    with pytest.raises(UsageError, match="no case"):
+        predict_files(predictor, [], tmp_path)
+    with pytest.raises(UsageError, match="same case name"):
+        predict_files(predictor, [cases[0], cases[0]], tmp_path)
+
+
+def test_another_input_format_keeps_the_plans_ending(predictor, tmp_path) -> None:
+    image = sitk.ReadImage(str(write_image(tmp_path / "a.nii.gz")))
+    sitk.WriteImage(image, str(tmp_path / "in.nrrd"))
+    predict_files(predictor, [Case(id="in", images=(tmp_path / "in.nrrd",))], tmp_path / "out")
+    written = sitk.ReadImage(str(tmp_path / "out" / "in.nii.gz"))
+    np.testing.assert_allclose(written.GetDirection(), image.GetDirection(), atol=1e-5)
+
+
+def test_checkpoints_of_other_plans_are_not_averaged(model, tmp_path) -> None:
+    other = make_plan(labels=LabelSet.model_validate({"names": {"background": 0, "x": 1, "y": 2}}))
+    path = write_model(tmp_path, other)
+    with pytest.raises(CheckpointError, match="different plans"):
+        Predictor.load([model / "fold_0" / "checkpoint_final.safetensors", path], device="cpu")
+
+
+def test_a_pickle_dressed_as_a_checkpoint_is_refused(tmp_path) -> None:
+    path = tmp_path / "fold_0" / "checkpoint_final.safetensors"
+    path.parent.mkdir()
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match="never opened"):
+        Predictor.load(tmp_path, device="cpu")
+
+
+def test_missing_folds_checkpoints_and_devices_are_sentences(model, tmp_path) -> None:
+    with pytest.raises(UsageError, match="No such trained fold"):
+        Predictor.load(model, folds=["7"], device="cpu")
+    with pytest.raises(CheckpointError, match="no best checkpoint"):
+        Predictor.load(model, checkpoint="best", device="cpu")
+    with pytest.raises(UsageError, match="no trained model"):
+        Predictor.load(tmp_path, device="cpu")
+    with pytest.raises(UsageError, match="no device"):
+        Predictor.load(model, device="abacus")
+
+
+def test_an_unfinished_training_predicts_with_its_latest_checkpoint(tmp_path) -> None:
+    write_model(tmp_path, make_plan(), which="latest")
+    assert Predictor.load(tmp_path, device="cpu").checkpoints[0].name == "checkpoint_latest.safetensors"
+
+
+def test_models_are_found(model, tmp_path) -> None:
+    results = model.parents[1]
+    (results / NAME / "rfmed__2d" / "fold_0").mkdir(parents=True, exist_ok=True)  # nothing trained yet
+    (found,) = find_models(results)
+    assert (found.dataset, found.plan, found.stage, found.folds) == (NAME, "rfmed", "3d_fullres", ("0", "1"))
+    assert find_models(results, "Dataset001_Other") == []
+    assert find_models(tmp_path / "nothing") == []
+
+
+def test_predicting_loads_no_training_code() -> None:
+    code = (
+        "import sys, rfmedsam2.pipeline.predict\n"
+        "bad = [m for m in sys.modules if m.startswith(('rfmedsam2.engine', 'rfmedsam2.tasks', 'rfmedsam2.losses',"
+        " 'rfmedsam2.transforms.augment', 'batchgenerators'))]\n"
+        "sys.exit(', '.join(bad) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
