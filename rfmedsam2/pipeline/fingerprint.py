@@ -17,11 +17,11 @@ import numpy as np
 
 from rfmedsam2.errors import DatasetError, RecordError
 from rfmedsam2.parallel import Track, map_cases, silent
-from rfmedsam2.pipeline.source import CaseSource, Decoded, files_digest
+from rfmedsam2.pipeline.source import CaseSource, Decoded, FaultyCaseError, files_digest
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from rfmedsam2.store.files import read_record, write_record
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.raw import Case, RawDataset
+from rfmedsam2.store.raw import Case, Fault, RawDataset, require_no_errors
 from rfmedsam2.transforms.crop import nonzero_box
 
 POINTS = 1 << 23
@@ -39,6 +39,8 @@ def fingerprint(
 ) -> Fingerprint:
     """Take the fingerprint of a dataset's training cases, or give the one on disk if no file has changed since.
 
+    Every file is read once; the same read checks all that verification checks.
+
     Args:
         dataset: a dataset, or a source that keeps what it decodes for the next step.
         layout: where the fingerprint is written.
@@ -47,13 +49,13 @@ def fingerprint(
         track: progress display.
 
     Raises:
-        DatasetError: no cases, no foreground anywhere, or a case that does not fit dataset.json.
-        ImageError, GeometryError: a file that cannot be used.
+        DatasetError: no cases, no foreground anywhere, or cases with errors; all errors of all cases are listed.
     """
     source = dataset if isinstance(dataset, CaseSource) else CaseSource(dataset)
     raw = source.dataset
     if not raw.training:
         raise DatasetError("The dataset has no training cases", where=raw.folder)
+    source.require_sound_names()
     path = layout.fingerprint_file(raw.name)
     digest = dataset_digest(raw)
     if not clean:
@@ -63,16 +65,7 @@ def fingerprint(
             found = None
         if found is not None and found.digest == digest and found.dataset == raw.name:
             return found
-    points = int(np.clip(POINTS // len(raw.training), FEWEST_POINTS, MOST_POINTS))
-
-    def examine(case: Case) -> tuple[CaseFingerprint, tuple[Distribution | None, ...]]:
-        decoded = source.read(case, last=False)
-        return case_fingerprint(case.id, decoded), foreground_distributions(decoded, points)
-
-    cases = map_cases(
-        examine, raw.training, workers=workers, name=lambda case: case.id, track=track, description="Fingerprint"
-    )
-    sizes, intensities = zip(*cases, strict=True)
+    sizes, intensities = _surveyed(source, workers, track)
     result = Fingerprint(
         dataset=raw.name,
         digest=digest,
@@ -92,18 +85,44 @@ def dataset_digest(dataset: RawDataset) -> str:
     return digest.hexdigest()
 
 
+def _surveyed(
+    source: CaseSource, workers: int, track: Track
+) -> tuple[tuple[CaseFingerprint, ...], tuple[tuple[Distribution | None, ...], ...]]:
+    """Fingerprint and distributions per channel of every training case; the errors of all cases are raised at once."""
+    training = source.dataset.training
+    points = int(np.clip(POINTS // len(training), FEWEST_POINTS, MOST_POINTS))
+
+    def examine(case: Case) -> tuple[CaseFingerprint, tuple[Distribution | None, ...]] | tuple[Fault, ...]:
+        try:
+            decoded = source.read(case, last=False)
+        except FaultyCaseError as error:
+            return error.faults
+        return case_fingerprint(case.id, decoded), foreground_distributions(decoded, points)
+
+    sizes, intensities, faults = [], [], []
+    for found in map_cases(
+        examine, training, workers=workers, name=lambda case: case.id, track=track, description="Fingerprint"
+    ):
+        if found and isinstance(found[0], CaseFingerprint):
+            sizes.append(found[0])
+            intensities.append(found[1])
+        else:
+            faults += found
+    require_no_errors(faults, where=source.dataset.folder)
+    return tuple(sizes), tuple(intensities)
+
+
 def case_fingerprint(name: str, decoded: Decoded) -> CaseFingerprint:
     """Shape, spacing, shape after the crop to non-zero, and voxels of every label."""
     box = nonzero_box(decoded.volume.array)
     a, b, c = (stop - start for start, stop in box)
-    counts = np.bincount(decoded.label.reshape(-1))
     grid = decoded.volume.grid
     return CaseFingerprint(
         id=name,
         shape_zyx=grid.shape_zyx,
         shape_after_crop_zyx=(a, b, c),
         spacing_zyx_mm=grid.spacing_zyx_mm,
-        voxels_by_label={value: int(n) for value, n in enumerate(counts) if value and n},
+        voxels_by_label=decoded.voxels_by_label,
     )
 
 

@@ -1,4 +1,4 @@
-"""Reading training cases once: what one step decodes is kept for the next while memory allows."""
+"""Reading training cases once, with every check: what one step decodes is kept for the next while memory allows."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ from threading import Lock
 
 import numpy as np
 
-from rfmedsam2.errors import DatasetError, GeometryError, ImageError
+from rfmedsam2.errors import DatasetError, ImageError
 from rfmedsam2.geometry import Volume
-from rfmedsam2.store.image_header import disagreement
-from rfmedsam2.store.images import read_channels, read_label
+from rfmedsam2.pipeline.verify import examine_case
 from rfmedsam2.store.orientation import reoriented
-from rfmedsam2.store.raw import Case, RawDataset
+from rfmedsam2.store.raw import Case, Fault, RawDataset, require_no_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """A training case in memory: image (C, Z, Y, X) as read, label (Z, Y, X) unsigned, one grid."""
+    """A training case in memory, turned as dataset.json asks (`RawDataset.reorient`).
+
+    Attributes:
+        volume: (C, Z, Y, X) as read.
+        label: (Z, Y, X) unsigned, on the same grid.
+        voxels_by_label: label value -> voxels, background left out.
+        warnings: what should be looked at but does not forbid training.
+    """
 
     volume: Volume
     label: np.ndarray
+    voxels_by_label: dict[int, int]
+    warnings: tuple[Fault, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -30,8 +38,17 @@ class Decoded:
         return self.volume.array.nbytes + self.label.nbytes
 
 
+class FaultyCaseError(DatasetError):
+    """A case with errors; `faults` holds them all, at least one."""
+
+    def __init__(self, name: str, faults: tuple[Fault, ...]) -> None:
+        listed = " | ".join(f"{fault.file}: {fault.message}" for fault in faults)
+        super().__init__(f"Case {name} cannot be used ({listed})", remedy=faults[0].remedy)
+        self.faults = faults
+
+
 class CaseSource:
-    """Decodes the training cases of a dataset; may be used from several threads.
+    """Decodes and checks the training cases of a dataset; may be used from several threads.
 
     Args:
         dataset: whose cases.
@@ -44,11 +61,6 @@ class CaseSource:
         self._kept: dict[str, tuple[str, Decoded]] = {}
         self._lock = Lock()
 
-    @property
-    def reorient(self) -> bool:
-        """True when dataset.json names one of nnU-Net's readers that turn images to RAS."""
-        return (self.dataset.json.overwrite_image_reader_writer or "").endswith("WithReorient")
-
     def read(self, case: Case, *, last: bool = True) -> Decoded:
         """Image and label of a case, from memory if they were kept and their files have not changed since.
 
@@ -57,8 +69,8 @@ class CaseSource:
             last: False: another step will want it; keep it if there is room.
 
         Raises:
-            ImageError, GeometryError: a file that cannot be used.
-            DatasetError: channels missing, image and label that do not fit, undeclared label values.
+            FaultyCaseError: a file that cannot be used, or image, label and dataset.json that do not fit each other.
+            DatasetError: a training case without label.
         """
         digest = files_digest(case)
         with self._lock:
@@ -73,48 +85,27 @@ class CaseSource:
                     self._kept[case.id] = (digest, decoded)
         return decoded
 
-    def _decode(self, case: Case) -> Decoded:
-        if case.label is None:
-            raise DatasetError("A training case has no label", where=case.id)
-        volume, header = read_channels(case.images)
-        labels, label_header = read_label(case.label)
-        differ = disagreement(header.grid, label_header.grid)
-        if differ is not None and not differ[1]:
-            raise GeometryError(
-                f"Image and label of case {case.id} do not lie on one grid",
-                where=case.label,
-                expected=f"the grid of {case.images[0].name}",
-                found=differ[0],
-                remedy="Resample the label to the image, or correct the header",
-            )
-        self._check(case, volume.array, labels.array)
-        label = labels.array
-        if self.reorient:
-            volume, turn = reoriented(volume)
-            label = turn.apply(label)
-        return Decoded(volume=volume, label=label[0])
+    def require_sound_names(self) -> None:
+        """Raise when names alone show that training cases cannot be used (files missing, ids twice ...).
 
-    def _check(self, case: Case, image: np.ndarray, label: np.ndarray) -> None:
-        wanted = len(self.dataset.json.channels)
-        if image.shape[0] != wanted:
-            raise DatasetError(f"Case {case.id} has another number of channels", expected=wanted, found=image.shape[0])
-        if image.dtype.kind == "f" and not np.isfinite([image.min(), image.max()]).all():
-            raise ImageError(
-                f"Case {case.id} holds voxels that are not finite",
-                where=case.images[0],
-                remedy="Replace NaN and infinite voxels, for instance by 0",
-            )
-        allowed = self.dataset.json.label_set.allowed_values
-        found = np.flatnonzero(np.bincount(label.reshape(-1)))
-        foreign = np.setdiff1d(found, allowed)
-        if foreign.size:
-            raise DatasetError(
-                f"The label of case {case.id} holds values that dataset.json does not declare",
-                where=case.label,
-                expected=f"only {', '.join(map(str, allowed))}",
-                found=", ".join(map(str, foreign[:10])),
-                remedy="Declare these values in dataset.json, or correct the label file",
-            )
+        Raises:
+            DatasetError: lists every fault.
+        """
+        concerned = {"", *(case.id for case in self.dataset.training)}
+        require_no_errors([f for f in self.dataset.faults if f.case in concerned], where=self.dataset.folder)
+
+    def _decode(self, case: Case) -> Decoded:
+        found = examine_case(case, self.dataset.json)
+        errors = tuple(fault for fault in found.faults if fault.severity == "error")
+        if errors:
+            raise FaultyCaseError(case.id, errors)
+        if found.volume is None or found.label is None:
+            raise DatasetError("A training case lacks its image or its label", where=case.id)
+        volume, label = found.volume, found.label
+        if self.dataset.reorient is not None:
+            volume, turn = reoriented(volume, self.dataset.reorient)
+            label = turn.apply(label)
+        return Decoded(volume=volume, label=label, voxels_by_label=found.voxels_by_label, warnings=found.faults)
 
 
 def files_digest(case: Case) -> str:

@@ -1,0 +1,88 @@
+"""Resampling of one CT-sized case: this package against nnU-Net's function, on the same arrays.
+
+Both resample an image (order 3) and a 13-class label map (order 1), once with slices kept apart and once in 3D.
+Prints a table; the last line is JSON with the seconds of both and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+
+import numpy as np
+from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg
+from scipy.ndimage import gaussian_filter, zoom
+
+from rfmedsam2.transforms.resample import resample_image, resample_label
+
+
+def arrays(shape: tuple[int, int, int], classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """A smooth volume with noise in normalised units, and a map of as many blobs as classes."""
+    rng = np.random.default_rng(0)
+    coarse = tuple(max(2, n // 8) for n in shape)
+    fields = gaussian_filter(rng.normal(size=(classes, *coarse)), (0, 1.5, 1.5, 1.5))
+    label = zoom(fields.argmax(0).astype(np.uint8), np.divide(shape, coarse), order=0).astype(np.int16)
+    image = zoom(fields[0] / fields[0].std(), np.divide(shape, coarse), order=1, output=np.float32)
+    image += rng.normal(scale=0.1, size=shape).astype(np.float32)
+    return image[None], label
+
+
+def timed(function: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, float]:
+    """The result and the shortest of several wall times, seconds."""
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        result = function()
+        seconds.append(time.perf_counter() - begun)
+    return result, min(seconds)
+
+
+def compare(
+    shape: tuple[int, int, int], new: tuple[int, int, int], axis: int | None, options: argparse.Namespace
+) -> list:
+    """Rows of (what, our seconds, their seconds, difference)."""
+    image, label = arrays(shape, options.classes)
+    small = (slice(None), slice(0, 4), slice(0, 16), slice(0, 16))
+    resample_image(image[small], (6, 24, 24), separate=axis)  # compile, or load what was compiled before
+    resample_label(label[small[1:]], (6, 24, 24), separate=axis)
+    where = "slices" if axis is not None else "3D"
+    rows = []
+    ours, fast = timed(lambda: resample_image(image, new, separate=axis, threads=options.threads), 3)
+    peer, slow = timed(lambda: resample_data_or_seg(image, new, False, axis, 3, axis is not None), 1)
+    rows.append((f"image, cubic, {where}", fast, slow, f"max {np.abs(ours - peer).max():.1e}"))
+    ours, fast = timed(lambda: resample_label(label, new, separate=axis, threads=options.threads), 3)
+    peer, slow = timed(lambda: resample_data_or_seg(label[None], new, True, axis, 1, axis is not None), 1)
+    rows.append((f"labels, linear, {where}", fast, slow, f"{np.count_nonzero(ours != peer[0])} voxels"))
+    return rows
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=3, default=(100, 512, 512), help="source voxels")
+    parser.add_argument("--new", type=int, nargs=3, default=(100, 472, 472), help="target voxels")
+    parser.add_argument("--classes", type=int, default=13)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="a small volume, seconds instead of minutes")
+    options = parser.parse_args()
+    shape, new = tuple(options.shape), tuple(options.new)
+    if options.quick:
+        shape, new = (24, 128, 128), (30, 118, 118)
+    rows = compare(shape, new, 0, options) + (compare(shape, new, None, options) if options.quick else [])
+    print(f"{shape} -> {new}, {options.classes} classes, {options.threads} thread(s)")
+    for what, fast, slow, difference in rows:
+        print(f"{what:24s} ours {fast:8.3f} s   nnU-Net {slow:8.3f} s   {slow / fast:7.1f} x   difference {difference}")
+    print(f"peak memory of the whole run: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    ours, peer = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    print(
+        json.dumps(
+            {"name": "resampling", "ours": round(ours, 4), "peer": round(peer, 4), "ratio": round(peer / ours, 2)}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

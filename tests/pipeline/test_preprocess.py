@@ -1,0 +1,337 @@
+"""Fingerprint and preprocessing of whole datasets: what is skipped, rebuilt, refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import rfmedsam2.pipeline.source as source_module
+from rfmedsam2.errors import DatasetError, PlanError, StoreError
+from rfmedsam2.pipeline.fingerprint import Distribution, fingerprint, mixture_statistics
+from rfmedsam2.pipeline.preprocess import affordable_workers, preprocess
+from rfmedsam2.pipeline.source import CaseSource
+from rfmedsam2.records.plan import Normalisation, Plan, Stage, UNetConfig
+from rfmedsam2.store.cases import CaseStore
+from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.raw import RawDataset, open_dataset
+
+NAME = "Dataset001_Toy"
+CASES = ("toy_1", "toy_2", "toy_3")
+
+
+@dataclass
+class Toy:
+    layout: Layout
+
+    @property
+    def folder(self) -> Path:
+        return self.layout.raw / NAME
+
+    def dataset(self) -> RawDataset:
+        return open_dataset(self.folder)
+
+    def image(self, case: str) -> Path:
+        return self.folder / "imagesTr" / f"{case}_0000.nii.gz"
+
+    def label(self, case: str) -> Path:
+        return self.folder / "labelsTr" / f"{case}.nii.gz"
+
+    def write(self, case: str, *, seed: int = 0, floating: bool = False) -> None:
+        rng = np.random.default_rng(seed)
+        image = rng.integers(-200, 400, (14, 16, 10)).astype(np.int16)
+        label = np.zeros(image.shape, np.uint8)
+        label[3:8, 4:10, 2:6], label[9:12, 4:10, 5:8] = 1, 2
+        affine = np.diag([1.0, 1.0, 2.0, 1.0])
+        self.image(case).parent.mkdir(parents=True, exist_ok=True)
+        self.label(case).parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(image + np.float32(0.25) if floating else image, affine), self.image(case))
+        nib.save(nib.Nifti1Image(label, affine), self.label(case))
+
+    def plan(self) -> Plan:
+        found = fingerprint(self.dataset(), self.layout)
+        model = UNetConfig(
+            features=(4,), kernel_sizes=((3, 3, 3),), strides=((1, 1, 1),), encoder_blocks=(1,), decoder_blocks=()
+        )
+        fine = Stage(
+            spacing_mm=(1.6, 1.0, 1.0),
+            median_shape=(12, 16, 14),
+            patch_size=(8, 8, 8),
+            batch_size=2,
+            normalisation=(Normalisation(kind="ct"),),
+            model=model,
+        )
+        return Plan(
+            name="plan",
+            dataset=NAME,
+            fingerprint=found.digest,
+            channels=("CT",),
+            labels=self.dataset().json.label_set,
+            file_ending=".nii.gz",
+            intensities=found.intensities,
+            stages={
+                "3d_fullres": fine,
+                "3d_wide": fine.model_copy(update={"batch_size": 4}),
+                "3d_lowres": fine.model_copy(update={"spacing_mm": (3.0, 2.0, 2.0)}),
+            },
+        )
+
+    def store(self, stage: str = "3d_fullres") -> CaseStore:
+        return CaseStore(self.layout.cases_folder(NAME, "plan", stage))
+
+
+@pytest.fixture
+def toy(tmp_path) -> Toy:
+    made = Toy(Layout.under(tmp_path))
+    for seed, case in enumerate(CASES):
+        made.write(case, seed=seed)
+    content = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "a": 1, "b": 2},
+        "numTraining": 3,
+        "file_ending": ".nii.gz",
+    }
+    (made.folder / "dataset.json").write_text(json.dumps(content))
+    return made
+
+
+def counts(summary) -> tuple[int, int, int]:
+    return summary.done, summary.skipped, summary.rebuilt
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """Ids of the cases whose files are decoded, as it happens."""
+    seen: list[str] = []
+    real = source_module.examine_case
+
+    def counted(case, dataset_json):
+        seen.append(case.id)
+        return real(case, dataset_json)
+
+    monkeypatch.setattr(source_module, "examine_case", counted)
+    return seen
+
+
+def test_a_second_run_skips_everything_and_reads_nothing(toy, reads):
+    plan = toy.plan()
+    first = preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    assert counts(first) == (3, 0, 0)
+    assert first.bytes > 0
+    reads.clear()
+    assert counts(preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)) == (0, 3, 0)
+    assert reads == []
+    assert toy.store().ids() == CASES
+
+
+def test_one_read_serves_fingerprint_and_all_stages(toy, reads):
+    plan = toy.plan()
+    reads.clear()
+    source = CaseSource(toy.dataset(), budget_bytes=1 << 24)
+    fingerprint(source, toy.layout, clean=True)
+    summary = preprocess(source, plan, ["3d_fullres", "3d_wide", "3d_lowres"], toy.layout)
+    assert counts(summary) == (9, 0, 0)
+    assert sorted(reads) == list(CASES)
+    assert toy.store("3d_lowres").open("toy_1").shape == (7, 8, 7)
+
+
+def test_what_does_not_fit_in_memory_is_read_again(toy, reads):
+    plan = toy.plan()
+    one = CaseSource(toy.dataset()).read(toy.dataset().training[0]).nbytes
+    reads.clear()
+    source = CaseSource(toy.dataset(), budget_bytes=one + 10)
+    fingerprint(source, toy.layout, workers=1, clean=True)
+    preprocess(source, plan, ["3d_fullres"], toy.layout, workers=1)
+    assert reads == ["toy_1", "toy_2", "toy_3", "toy_2", "toy_3"]
+
+
+def test_a_kept_volume_is_not_used_after_its_file_changed(toy):
+    source = CaseSource(toy.dataset(), budget_bytes=1 << 24)
+    case = source.dataset.training[0]
+    before = source.read(case, last=False)
+    toy.write(case.id, seed=77)
+    assert not np.array_equal(source.read(case).volume.array, before.volume.array)
+
+
+def test_a_broken_case_and_one_with_a_changed_source_are_rebuilt(toy):
+    plan = toy.plan()
+    preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    before = toy.store().open("toy_2").image()
+    broken = toy.store().folder / "toy_1.b2nd"
+    broken.write_bytes(broken.read_bytes()[:-40])
+    toy.write("toy_2", seed=99)
+    assert counts(preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)) == (0, 1, 2)
+    assert np.isfinite(toy.store().open("toy_1").image()).all()
+    assert not np.array_equal(toy.store().open("toy_2").image(), before)
+
+
+def test_another_normalisation_rebuilds_and_another_batch_size_does_not(toy):
+    plan = toy.plan()
+    preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    stage = plan.stages["3d_fullres"]
+    larger = plan.model_copy(update={"stages": {"3d_fullres": stage.model_copy(update={"batch_size": 7})}})
+    assert counts(preprocess(toy.dataset(), larger, ["3d_fullres"], toy.layout)) == (0, 3, 0)
+    other = stage.model_copy(update={"normalisation": (Normalisation(kind="zscore"),)})
+    changed = plan.model_copy(update={"stages": {"3d_fullres": other}})
+    assert counts(preprocess(toy.dataset(), changed, ["3d_fullres"], toy.layout)) == (0, 0, 3)
+
+
+def test_all_bad_cases_are_named_and_the_good_ones_done(toy):
+    plan = toy.plan()
+    truncated = toy.image("toy_1")
+    truncated.write_bytes(truncated.read_bytes()[:400])
+    label = nib.load(toy.label("toy_3"))
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj) * 4, label.affine), toy.label("toy_3"))
+    with pytest.raises(DatasetError, match="2 of 3 cases") as caught:
+        preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    assert "toy_1" in str(caught.value)
+    assert "toy_3" in str(caught.value)
+    assert "label value" in str(caught.value)
+    assert toy.store().ids() == ("toy_2",)
+
+
+def test_a_nan_voxel_is_named(toy):
+    plan = toy.plan()
+    image = np.zeros((14, 16, 10), np.float32)
+    image[1, 2, 3] = np.nan
+    nib.save(nib.Nifti1Image(image, np.diag([1.0, 1.0, 2.0, 1.0])), toy.image("toy_2"))
+    with pytest.raises(DatasetError, match=r"toy_2.*NaN"):
+        preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    with pytest.raises(DatasetError, match=r"(?s)toy_2.*NaN"):
+        fingerprint(toy.dataset(), toy.layout)
+
+
+def test_a_full_disk_is_a_sentence_and_finished_cases_stay(toy, monkeypatch):
+    plan = toy.plan()
+    preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    for suffix in (".json", ".b2nd"):
+        (toy.store().folder / ("toy_3" + suffix)).unlink()
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StoreError, match="disk is full"):
+        preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    assert toy.store().ids() == ("toy_1", "toy_2")
+    assert not list(toy.store().folder.glob("*partial*"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_is_a_sentence(toy):
+    plan = toy.plan()
+    toy.layout.preprocessed.chmod(0o500)
+    (toy.layout.preprocessed / NAME).chmod(0o500)
+    try:
+        with pytest.raises(StoreError, match="cannot be written"):
+            preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    finally:
+        toy.layout.preprocessed.chmod(0o700)
+        (toy.layout.preprocessed / NAME).chmod(0o700)
+
+
+def test_a_file_in_place_of_the_folder_is_a_sentence(toy):
+    plan = toy.plan()
+    toy.layout.cases_folder(NAME, "plan", "3d_fullres").write_text("not a folder")
+    with pytest.raises(StoreError, match="folder is needed"):
+        preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+
+
+def test_an_unknown_stage_is_refused(toy):
+    with pytest.raises(PlanError, match="3d_fullres, 3d_wide, 3d_lowres"):
+        preprocess(toy.dataset(), toy.plan(), ["4d"], toy.layout)
+
+
+def test_one_worker_gives_what_three_give(toy, tmp_path):
+    plan = toy.plan()
+    preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout, workers=3)
+    other = Layout(raw=toy.layout.raw, preprocessed=tmp_path / "other", results=tmp_path / "results")
+    preprocess(toy.dataset(), plan, ["3d_fullres"], other, workers=1)
+    for case in CASES:
+        ours = toy.store().open(case)
+        theirs = CaseStore(other.cases_folder(NAME, "plan", "3d_fullres")).open(case)
+        np.testing.assert_array_equal(ours.image(), theirs.image())
+        np.testing.assert_array_equal(ours.label(), theirs.label())
+        for key, index in ours.foreground.items():
+            np.testing.assert_array_equal(index, theirs.foreground[key])
+
+
+def test_fewer_workers_when_memory_is_short(toy, monkeypatch):
+    plan = toy.plan()
+
+    def available(free):
+        memory = type("Memory", (), {"available": free})
+        monkeypatch.setattr("rfmedsam2.pipeline.preprocess.psutil.virtual_memory", lambda: memory)
+
+    cases = toy.dataset().training
+    available(1 << 34)
+    assert affordable_workers(cases, plan, ["3d_fullres"], 8) == 8
+    available(200_000)
+    assert 1 <= affordable_workers(cases, plan, ["3d_fullres"], 8) < 8
+    available(10)
+    assert affordable_workers(cases, plan, ["3d_fullres"], 8) == 1
+
+
+def test_the_fingerprint_is_taken_once(toy, reads):
+    first = fingerprint(toy.dataset(), toy.layout)
+    assert len(reads) == 3
+    assert fingerprint(toy.dataset(), toy.layout) == first
+    assert len(reads) == 3
+    fingerprint(toy.dataset(), toy.layout, clean=True)
+    assert len(reads) == 6
+
+
+def test_a_changed_or_broken_fingerprint_is_taken_anew(toy, reads):
+    first = fingerprint(toy.dataset(), toy.layout)
+    toy.write("toy_1", seed=50)
+    second = fingerprint(toy.dataset(), toy.layout)
+    assert second.digest != first.digest
+    assert second.intensities != first.intensities
+    toy.layout.fingerprint_file(NAME).write_text('{"format": 1')
+    assert fingerprint(toy.dataset(), toy.layout) == second
+    assert len(reads) == 9
+
+
+def test_a_dataset_without_any_foreground_is_refused(toy):
+    for case in CASES:
+        image = nib.load(toy.label(case))
+        nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), toy.label(case))
+    with pytest.raises(DatasetError, match="foreground"):
+        fingerprint(toy.dataset(), toy.layout)
+
+
+def test_all_faults_of_all_cases_are_in_the_fingerprints_error(toy):
+    for case in ("toy_1", "toy_2"):
+        path = toy.image(case)
+        path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(DatasetError, match=r"2 fault") as caught:
+        fingerprint(toy.dataset(), toy.layout)
+    assert "toy_1" in str(caught.value)
+    assert "toy_2" in str(caught.value)
+
+
+def test_the_mixture_weighs_cases_equally():
+    many = Distribution.of(np.full(1000, 10, np.int16), 4096)
+    few = Distribution.of(np.array([20, 30], np.int16), 4096)
+    found = mixture_statistics([many, None, few])
+    assert found.mean == pytest.approx(17.5)
+    assert found.std == pytest.approx(np.sqrt(0.5 * 7.5**2 + 0.25 * 2.5**2 + 0.25 * 12.5**2))
+    assert (found.median, found.percentile_00_5, found.percentile_99_5) == (10, 10, 30)
+    assert (found.min, found.max) == (10, 30)
+
+
+def test_thinned_quantiles_are_close_to_all_values():
+    values = np.random.default_rng(0).gamma(2, 300, 400_000).astype(np.float32)
+    thin = mixture_statistics([Distribution.of(values, 4096)])
+    low, median, high = np.percentile(values, [0.5, 50, 99.5])
+    assert thin.percentile_00_5 == pytest.approx(low, rel=0.03)
+    assert thin.median == pytest.approx(median, rel=1e-3)
+    assert thin.percentile_99_5 == pytest.approx(high, rel=0.01)
+    assert thin.mean == pytest.approx(float(values.mean(dtype=np.float64)), rel=1e-9)
+    assert thin.max == values.max()
