@@ -58,6 +58,7 @@ def writing_to(path: Path) -> Iterator[None]:
             errno.EACCES: ("The folder cannot be written", "Choose another place or ask for write permission"),
             errno.EPERM: ("The folder cannot be written", "Choose another place or ask for write permission"),
             errno.EROFS: ("The file system is read-only", "Choose another place"),
+            errno.EEXIST: ("A file stands where a folder is needed", "Move that file or choose another place"),
             errno.ENOTDIR: ("A file stands where a folder is needed", "Move that file or choose another place"),
         }
         if error.errno not in remedies:

@@ -1,8 +1,4 @@
-"""NRRD, MHA, MHD and pictures through SimpleITK; the compressed voxels of MHA/MHD are inflated here.
-
-ITK reads a damaged compressed MetaImage without any error and fills the rest with whatever was in memory, so that its
-stream is read by us. NRRD and uncompressed MetaImage report missing bytes themselves.
-"""
+"""NRRD, MHA, MHD and pictures through SimpleITK; compressed voxels of NRRD and MetaImage through `itk_packed`."""
 
 from __future__ import annotations
 
@@ -14,12 +10,11 @@ import SimpleITK as sitk  # noqa: N813
 
 from rfmedsam2.errors import GeometryError, ImageError
 from rfmedsam2.geometry import Grid
-from rfmedsam2.store.byte_streams import damaged, fill, inflated
+from rfmedsam2.store.byte_streams import damaged
 from rfmedsam2.store.image_header import FLAT_SPACING_MM, ImageHeader, checked_spacing, repaired
+from rfmedsam2.store.itk_packed import METAIMAGE_ENDINGS, metaimage_spacing, packed_voxels
 
 PICTURE_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
-_METAIMAGE_ENDINGS = (".mha", ".mhd")
-_HEADER_LIMIT = 1 << 16
 
 
 def read_itk_header(path: Path) -> ImageHeader:
@@ -37,7 +32,7 @@ def read_itk(path: Path) -> tuple[np.ndarray, ImageHeader]:
     """
     reader = _information(path)
     header = _header(path, reader)
-    array = _metaimage_voxels(path, reader, header)
+    array = packed_voxels(path, header, components=reader.GetNumberOfComponents())
     if array is None:
         array = _itk_voxels(path, reader, header)
     return array, header
@@ -67,8 +62,8 @@ def write_mhd_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
 
 
 def _information(path: Path) -> sitk.ImageFileReader:
-    if path.suffix in _METAIMAGE_ENDINGS:
-        checked_spacing(_metaimage_spacing(path), where=path)  # ITK replaces impossible ones silently
+    if path.suffix.lower() in METAIMAGE_ENDINGS:
+        checked_spacing(metaimage_spacing(path), where=path)  # ITK replaces impossible ones silently
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -163,67 +158,10 @@ def _itk_voxels(path: Path, reader: sitk.ImageFileReader, header: ImageHeader) -
     return np.ascontiguousarray(array).reshape(header.channels, *header.grid.shape_zyx)
 
 
-def _metaimage_voxels(path: Path, reader: sitk.ImageFileReader, header: ImageHeader) -> np.ndarray | None:
-    """Voxels of a compressed MetaImage, None when it is not one (or in several files)."""
-    if path.suffix not in _METAIMAGE_ENDINGS:
-        return None
-    fields, offset = _metaimage_fields(path)
-    data = fields.get("ElementDataFile", "")
-    if fields.get("CompressedData", "").lower() != "true" or data == "LIST" or "%" in data:
-        return None
-    dtype = np.dtype("float64") if fields.get("ElementType") == "MET_DOUBLE" else np.dtype(header.dtype)
-    order = ">" if "true" in (fields.get(k, "").lower() for k in _MSB_FIELDS) else "<"
-    file, offset = (path, offset) if data.upper() == "LOCAL" else (path.parent / data, 0)
-    count = header.channels * int(np.prod(header.grid.shape_zyx, dtype=np.int64))
-    try:
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            raw, found = fill(inflated(stream, file), b"", count * dtype.itemsize)
-    except OSError as error:
-        raise ImageError(f"The data file cannot be read ({error.strerror})", where=file) from error
-    if found < raw.size:
-        raise damaged(file, f"{found} of {raw.size} bytes of voxels")
-    array = raw.view(dtype.newbyteorder(order)).astype(header.dtype, copy=False)
-    if reader.GetNumberOfComponents() > 1:
-        return np.ascontiguousarray(np.moveaxis(array.reshape(*header.grid.shape_zyx, -1), -1, 0))
-    return array.reshape(header.channels, *header.grid.shape_zyx)
-
-
-_MSB_FIELDS = ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")
-
-
-def _metaimage_fields(path: Path) -> tuple[dict[str, str], int]:
-    """Header fields of an MHA/MHD file, and where its voxels begin."""
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(_HEADER_LIMIT)
-    except OSError as error:
-        raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from error
-    fields, position = {}, 0
-    for line in head.split(b"\n"):
-        position += len(line) + 1
-        key, _, value = line.decode("latin-1").partition("=")
-        fields[key.strip()] = value.strip()
-        if key.strip() == "ElementDataFile":
-            break
-    return fields, position
-
-
-def _metaimage_spacing(path: Path) -> list[float]:
-    """ElementSpacing (or ElementSize), three numbers; ones where the header has none or cannot be understood."""
-    fields, _ = _metaimage_fields(path)
-    text = fields.get("ElementSpacing") or fields.get("ElementSize") or ""
-    try:
-        numbers = [float(word) for word in text.split()]
-    except ValueError:
-        numbers = []
-    return [*numbers, 1.0, 1.0, 1.0][:3]
-
-
 def _unreadable(path: Path, error: RuntimeError) -> ImageError:
     reason = _reason(error)
-    cut = ("expected", "got only", "gzFile", "data read error", "EOF", "trouble reading", "cannot be read")
-    if any(word in reason for word in cut) and path.exists() and path.stat().st_size:
+    cut = ("got only", "but received", "gzFile", "data read error", "EOF")
+    if any(word in str(error) for word in cut):
         return damaged(path, reason)
     return ImageError("The image cannot be read", where=path, found=reason, remedy="Check what wrote the file")
 
