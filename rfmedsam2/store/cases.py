@@ -21,7 +21,7 @@ import numpy as np
 from rfmedsam2.errors import RecordError, StoreError
 from rfmedsam2.geometry import Shape
 from rfmedsam2.records.case import CaseGeometry, CaseRecord, ForegroundClass, StoredFile
-from rfmedsam2.store.files import atomic, read_record, write_record
+from rfmedsam2.store.files import atomic, read_record, write_record, writing_to
 
 IMAGE, LABEL, FOREGROUND, RECORD = ".b2nd", "_label.b2nd", "_foreground.npy", ".json"
 BLOCK_BYTES = 128 * 1024
@@ -154,8 +154,9 @@ class CaseStore:
 
     def remove(self, name: str) -> None:
         """Remove a case, its record first."""
-        for suffix in (RECORD, FOREGROUND, LABEL, IMAGE):
-            (self.folder / (name + suffix)).unlink(missing_ok=True)
+        with writing_to(self.folder):
+            for suffix in (RECORD, FOREGROUND, LABEL, IMAGE):
+                (self.folder / (name + suffix)).unlink(missing_ok=True)
 
     def write(
         self,
@@ -182,7 +183,8 @@ class CaseStore:
         """
         entries = tuple(foreground)
         # without its record the case counts as unfinished while the arrays change
-        (self.folder / (name + RECORD)).unlink(missing_ok=True)
+        with writing_to(self.folder):
+            (self.folder / (name + RECORD)).unlink(missing_ok=True)
         narrow = label.astype(np.int8) if label.max(initial=0) <= 127 else label
         places = np.concatenate([index for _, _, index in entries]) if entries else np.empty(0, np.int32)
         files = {
