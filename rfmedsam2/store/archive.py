@@ -1,0 +1,213 @@
+"""Model archives: a zip of checkpoints and records with a manifest, unpacked only where it cannot do harm.
+
+Nothing in an archive is trusted: names must be of a short list of shapes, sizes and hashes must be the manifest's, and
+what does not fit leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from rfmedsam2.errors import CheckpointError, RecordError
+from rfmedsam2.records.archive import ArchivedFile, Manifest
+from rfmedsam2.store.files import atomic, writing_to
+
+MANIFEST = "manifest.json"
+MEMBER = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9_.-]{0,99}/){0,2}[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.(?:safetensors|json)")
+"""Members: relative, at most two folders deep, plain characters, weights or JSON."""
+MOST_MEMBERS = 200
+MOST_BYTES = 64 << 30
+"""Of all members together, unpacked; far above any model, far below a zip bomb."""
+MOST_JSON_BYTES = 64 << 20
+_DATE = (1980, 1, 1, 0, 0, 0)
+_BLOCK = 1 << 20
+_BROKEN = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    UnicodeDecodeError,
+)
+
+
+def describe(files: Mapping[str, Path]) -> tuple[ArchivedFile, ...]:
+    """Name, size and SHA-256 of files, sorted by member name."""
+    described = []
+    for name in sorted(files):
+        with files[name].open("rb") as stream:
+            digest, size = _sha256(stream)
+        described.append(ArchivedFile(name=name, bytes=size, sha256=digest))
+    return tuple(described)
+
+
+def write_archive(path: Path, manifest: Manifest, files: Mapping[str, Path]) -> None:
+    """Write an archive whole or not at all; equal files and manifest give equal bytes.
+
+    Args:
+        path: the zip.
+        manifest: names every member of `files` (see `describe`).
+        files: member name -> file.
+
+    Raises:
+        CheckpointError: a member name that `read_archive` would refuse.
+        StoreError: the folder cannot be written, the disk is full.
+    """
+    for name in files:
+        _checked_name(name, where=path)
+    with atomic(path) as temporary, writing_to(path), zipfile.ZipFile(temporary, "w") as archive:
+        archive.writestr(_entry(MANIFEST), manifest.to_json() + "\n")
+        for name in sorted(files):
+            # weights do not shrink: stored, so that neither side spends time on them
+            with files[name].open("rb") as source, archive.open(_entry(name), "w", force_zip64=True) as target:
+                while block := source.read(_BLOCK):
+                    target.write(block)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of an archive; names and sizes of all members are checked against it, no weights are read.
+
+    Raises:
+        CheckpointError: not a zip, truncated, not a model archive, unsafe names, sizes that disagree.
+    """
+    with _opened(path) as archive:
+        return _manifest(path, archive)
+
+
+def unpack_archive(path: Path, folder: Path) -> Manifest:
+    """Unpack into an empty folder, verifying every hash; the caller removes the folder after an error.
+
+    Raises:
+        CheckpointError: as `read_manifest`, and for members whose bytes are not those of the manifest.
+        StoreError: the folder cannot be written, the disk is full.
+    """
+    with _opened(path) as archive:
+        manifest = _manifest(path, archive)
+        for file in manifest.files:
+            target = folder / file.name
+            with writing_to(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                digest, size = _copy(archive, file, target)
+            if (digest, size) != (file.sha256, file.bytes):
+                raise CheckpointError(
+                    "A file in the archive is not the one that its manifest names",
+                    where=f"{path}: {file.name}",
+                    expected=f"{file.bytes} bytes with SHA-256 {file.sha256[:16]}...",
+                    found=f"{size} bytes with {digest[:16]}...",
+                    remedy="The archive was damaged or changed: get it again",
+                )
+    return manifest
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except FileNotFoundError:
+        raise CheckpointError("There is no such archive", where=path) from None
+    except IsADirectoryError:
+        raise CheckpointError("This is a folder, not an archive", where=path) from None
+    except _BROKEN as error:
+        raise CheckpointError(
+            f"The archive is truncated or no zip file ({error})", where=path, remedy="Copy or export it again"
+        ) from None
+
+
+def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
+    """Everything that can be known before a member is unpacked."""
+    members = archive.infolist()
+    names = [member.filename for member in members]
+    if MANIFEST not in names:
+        raise CheckpointError(
+            "This zip is no model archive",
+            where=path,
+            expected=f"a member {MANIFEST}",
+            found=", ".join(names[:5]) or "an empty zip",
+            remedy="Archives are made with rfmed_export_model",
+        )
+    if len(members) > MOST_MEMBERS or sum(m.file_size for m in members) > MOST_BYTES:
+        raise CheckpointError(
+            "The archive is too large to be a model",
+            where=path,
+            expected=f"at most {MOST_MEMBERS} files and {MOST_BYTES >> 30} GiB",
+            found=f"{len(members)} files and {sum(m.file_size for m in members) / 2**30:.1f} GiB",
+        )
+    for member in members:
+        _checked_member(member, where=path)
+    if len({name.lower() for name in names}) != len(names):
+        raise CheckpointError("The archive holds two files of one name", where=path)
+    try:
+        manifest = Manifest.from_json(archive.read(MANIFEST), where=f"{path}: {MANIFEST}")
+    except RecordError as error:
+        raise CheckpointError(str(error)) from None
+    listed = {file.name: file.bytes for file in manifest.files}
+    found = {member.filename: member.file_size for member in members if member.filename != MANIFEST}
+    if listed != found or len(listed) != len(manifest.files):
+        differing = sorted(set(listed.items()) ^ set(found.items()))
+        raise CheckpointError(
+            "The archive does not hold what its manifest lists",
+            where=path,
+            found=", ".join(dict.fromkeys(name for name, _ in differing)),
+            remedy="The archive was damaged or changed: get it again",
+        )
+    return manifest
+
+
+def _checked_member(member: zipfile.ZipInfo, *, where: Path) -> None:
+    _checked_name(member.filename, where=where)
+    mode = member.external_attr >> 16
+    if mode & 0o170000 not in (0, 0o100000):
+        raise CheckpointError("The archive holds something that is no plain file", where=where, found=member.filename)
+    if member.flag_bits & 0x1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise CheckpointError(
+            "The archive is encrypted or packed in an unknown way", where=where, found=member.filename
+        )
+    if member.filename.endswith(".json") and member.file_size > MOST_JSON_BYTES:
+        raise CheckpointError("The archive holds a JSON file that is too large", where=where, found=member.filename)
+
+
+def _checked_name(name: str, *, where: Path) -> None:
+    if not MEMBER.fullmatch(name) or ".." in name:
+        raise CheckpointError(
+            "The archive holds a file that may not be in a model archive",
+            where=where,
+            expected="relative names of .safetensors and .json files, such as fold_0/checkpoint_final.safetensors",
+            found=repr(name),
+            remedy="Do not trust this archive; ask its source for one made with rfmed_export_model",
+        )
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, date_time=_DATE)
+    entry.create_system = 3
+    entry.external_attr = 0o100644 << 16
+    return entry
+
+
+def _copy(archive: zipfile.ZipFile, file: ArchivedFile, target: Path) -> tuple[str, int]:
+    """Unpack one member, never more than a byte beyond what the manifest says."""
+    digest, size = hashlib.sha256(), 0
+    with archive.open(file.name) as source, target.open("xb") as out:
+        while size <= file.bytes and (block := source.read(min(_BLOCK, file.bytes - size + 1))):
+            digest.update(block)
+            size += len(block)
+            out.write(block)
+    return digest.hexdigest(), size
+
+
+def _sha256(stream: IO[bytes]) -> tuple[str, int]:
+    digest, size = hashlib.sha256(), 0
+    while block := stream.read(_BLOCK):
+        digest.update(block)
+        size += len(block)
+    return digest.hexdigest(), size
