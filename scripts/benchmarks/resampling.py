@@ -16,11 +16,15 @@ import numpy as np
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg
 from scipy.ndimage import gaussian_filter, zoom
 
+from rfmedsam2.geometry import Shape
 from rfmedsam2.transforms.resample import resample_image, resample_label
 
+Row = tuple[str, float, float, str]
+"""What, our seconds, their seconds, difference."""
 
-def arrays(shape: tuple[int, int, int], classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth volume with noise in normalised units, and a map of as many blobs as classes."""
+
+def arrays(shape: Shape, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Make a smooth volume with noise in normalised units, and a map of as many blobs as classes."""
     rng = np.random.default_rng(0)
     coarse = tuple(max(2, n // 8) for n in shape)
     fields = gaussian_filter(rng.normal(size=(classes, *coarse)), (0, 1.5, 1.5, 1.5))
@@ -31,7 +35,7 @@ def arrays(shape: tuple[int, int, int], classes: int) -> tuple[np.ndarray, np.nd
 
 
 def timed(function: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, float]:
-    """The result and the shortest of several wall times, seconds."""
+    """Give the result and the shortest of several wall times, seconds."""
     seconds = []
     for _ in range(repeats):
         begun = time.perf_counter()
@@ -40,10 +44,8 @@ def timed(function: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray,
     return result, min(seconds)
 
 
-def compare(
-    shape: tuple[int, int, int], new: tuple[int, int, int], axis: int | None, options: argparse.Namespace
-) -> list:
-    """Rows of (what, our seconds, their seconds, difference)."""
+def compare(shape: Shape, new: Shape, axis: int | None, options: argparse.Namespace) -> list[Row]:
+    """Time image and labels once each; `axis` is resampled apart, or None for 3D."""
     image, label = arrays(shape, options.classes)
     small = (slice(None), slice(0, 4), slice(0, 16), slice(0, 16))
     resample_image(image[small], (6, 24, 24), separate=axis)  # compile, or load what was compiled before

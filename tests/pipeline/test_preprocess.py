@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,17 +222,15 @@ def test_a_full_disk_is_a_sentence_and_finished_cases_stay(toy, monkeypatch):
     assert not list(toy.store().folder.glob("*partial*"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_an_unwritable_folder_is_a_sentence(toy):
+def test_an_unwritable_folder_is_a_sentence(toy, monkeypatch):
     plan = toy.plan()
-    toy.layout.preprocessed.chmod(0o500)
-    (toy.layout.preprocessed / NAME).chmod(0o500)
-    try:
-        with pytest.raises(StoreError, match="cannot be written"):
-            preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
-    finally:
-        toy.layout.preprocessed.chmod(0o700)
-        (toy.layout.preprocessed / NAME).chmod(0o700)
+
+    def refuse(**where):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("rfmedsam2.store.files.tempfile.mkstemp", refuse)
+    with pytest.raises(StoreError, match=r"folder cannot be written: .*plan_3d_fullres"):
+        preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
 
 
 def test_a_file_in_place_of_the_folder_is_a_sentence(toy):
