@@ -158,6 +158,7 @@ def _draw_scores(ax: Axes, training: Training) -> None:
     names = training.score_names
     for i, name in enumerate(names[:MAX_SCORE_LINES]):
         _line(ax, training, name, name, SERIES[i % len(SERIES)], 2.4 if name == "score" else 1.2)
+        ax.lines[-1].set_linestyle("-" if i < len(SERIES) else "--")
     ax.set_ylabel("validation score")
     _legend(ax)
 

@@ -95,7 +95,7 @@ def scene_png(scene: Scene) -> bytes:
         3,
         gridspec_kw={"width_ratios": widths, "wspace": 0.03, "left": 0.005, "right": 0.995, "bottom": 0.0, "top": 0.93},
     )
-    window = _window(scene.image)
+    window = _window(scene)
     for axis, ax in enumerate(axes):
         _draw_plane(ax, scene, axis, where[axis], window)
     stream = io.BytesIO()
@@ -131,14 +131,19 @@ def _shown_box(
     return slices[0], slices[1], slices[2]
 
 
-def _window(image: np.ndarray | None) -> tuple[float, float]:
-    """Grey values shown as black and white."""
-    if image is None:
+def _window(scene: Scene) -> tuple[float, float]:
+    """Grey values shown as black and white: those of the structures and as much again on both sides."""
+    if scene.image is None:
         return 0.0, 1.0
-    finite = image[:: max(1, image.shape[0] // 64), ::2, ::2]
-    finite = finite[np.isfinite(finite)]
-    low, high = np.percentile(finite, [1.0, 99.5]) if finite.size else (0.0, 1.0)
-    return float(low), float(high if high > low else low + 1.0)
+    inside = (scene.reference > 0) | (scene.prediction > 0)
+    values = scene.image[inside] if inside.any() else scene.image.ravel()
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return 0.0, 1.0
+    low, high = (float(v) for v in np.percentile(values, [1.0, 99.0]))
+    margin = max(0.75 * (high - low), 1e-6)
+    least, most = float(np.nanmin(scene.image)), float(np.nanmax(scene.image))
+    return max(low - margin, least), max(min(high + margin, most), low + 1e-6)
 
 
 def _draw_plane(ax: Axes, scene: Scene, axis: int, index: int, window: tuple[float, float]) -> None:

@@ -127,7 +127,7 @@ def _environment() -> jinja2.Environment:
 
 def _figure(value: float | None, digits: int) -> str:
     """Format a number with fixed digits; a dash where it is undefined."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
 def _data_uri(png: bytes) -> str:
@@ -206,11 +206,9 @@ def _training_figures(training: Training | None) -> list[dict[str, str]]:
 
 
 def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _evaluation_context(evaluation: Evaluation, images: Path | None, labels: LabelSet | None) -> dict[str, object]:
