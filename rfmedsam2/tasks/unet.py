@@ -42,6 +42,7 @@ class UNetTask:
         self.model: nn.Module = models.build(
             self.stage.model, channels=len(plan.channels), outputs=plan.labels.num_outputs
         ).to(runtime.device)
+        self.model.deep_supervision = self.stage.loss.deep_supervision  # type: ignore[assignment]
         self._training = self._source(split.train, augment=True)
         self._validation = self._source(split.val, augment=False)
 

@@ -1,4 +1,4 @@
-"""What the words of a command mean: which root, dataset, plan, trained model and labels. Used by cli.py alone."""
+"""What the words of a command mean: which root, dataset, plan, trained model and labels. Used by the commands alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.changes import changed
+from rfmedsam2.pipeline.trained import TrainedModel, find_models
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.files import read_record
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.models import TrainedModel, find_models
 from rfmedsam2.store.raw import RawDataset, open_dataset
 
 NNUNET_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -39,14 +39,14 @@ def places(root: Path | None, environment: Mapping[str, str]) -> Places:
     return Places(layout=Layout.under(Path("rfmed_data")), source="the default, ./rfmed_data")
 
 
-def dataset_name(layout: Layout, wanted: str | None, environment: Mapping[str, str], *, stage_of: str) -> str:
+def dataset_name(layout: Layout, wanted: str | None, environment: Mapping[str, str], *, among: str) -> str:
     """The dataset named, or RFMED_DATASET's, or the only one that has got as far as this command needs.
 
     Args:
         layout: where to look.
         wanted: id, short or full name, or None.
         environment: for RFMED_DATASET.
-        stage_of: "raw" or "preprocessed": where an only dataset must lie.
+        among: "raw" or "preprocessed": where an only dataset must lie.
 
     Raises:
         UsageError: none or several fit.
@@ -54,12 +54,12 @@ def dataset_name(layout: Layout, wanted: str | None, environment: Mapping[str, s
     wanted = wanted or environment.get("RFMED_DATASET")
     if wanted:
         return layout.dataset_name(wanted)
-    folder = layout.raw if stage_of == "raw" else layout.preprocessed
+    folder = layout.raw if among == "raw" else layout.preprocessed
     found = [name for name in layout.known_datasets() if (folder / name).is_dir()]
     if len(found) == 1:
         return found[0]
     raise UsageError(
-        "Several datasets could be meant" if found else f"No {stage_of} dataset was found",
+        "Several datasets could be meant" if found else f"No {among} dataset was found",
         where=folder,
         found=", ".join(found) or None,
         remedy="Name one with -d or RFMED_DATASET" if found else "Put one there, or name another place with --root",
@@ -68,18 +68,18 @@ def dataset_name(layout: Layout, wanted: str | None, environment: Mapping[str, s
 
 def raw_dataset(layout: Layout, wanted: str | None, environment: Mapping[str, str]) -> RawDataset:
     """The raw dataset that a command names."""
-    return open_dataset(layout.raw / dataset_name(layout, wanted, environment, stage_of="raw"))
+    return open_dataset(layout.raw / dataset_name(layout, wanted, environment, among="raw"))
 
 
-def planned(layout: Layout, dataset: str, wanted: str | None, changes: Sequence[str] = ()) -> Plan:
-    """The plan named, else the only one, else `rfmed` among several; with fields changed.
+def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, changes: Sequence[str] = ()) -> Plan:
+    """The plan named, else the only one, else `rfmed` among several; with fields changed (under the same name).
 
     Raises:
-        UsageError: there is none, or several and no name.
+        UsageError: there is none, or several and no name, or it has no such stage.
     """
     folder = layout.preprocessed / dataset
     # plan files stand beside the fingerprint and the splits
-    names = sorted(p.stem for p in folder.glob("*.json") if (folder / p.stem).name not in _OTHER_FILES)
+    names = sorted(p.stem for p in folder.glob("*.json") if p.stem not in _OTHER_FILES)
     if wanted is None and len(names) > 1 and "rfmed" in names:
         wanted = "rfmed"
     if wanted is None and len(names) == 1:
@@ -92,6 +92,10 @@ def planned(layout: Layout, dataset: str, wanted: str | None, changes: Sequence[
             remedy="Name one with -p" if names else f"Make one with rfmed_plan_and_preprocess -d {dataset}",
         )
     plan = read_record(layout.plan_file(dataset, wanted), Plan)
+    if stage not in plan.stages:
+        raise UsageError(
+            f"The plan {plan.name} has no such configuration", where=stage, expected=f"one of {', '.join(plan.stages)}"
+        )
     return changed(plan, list(changes), name=plan.name) if changes else plan
 
 

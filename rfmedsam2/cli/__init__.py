@@ -1,0 +1,1 @@
+"""The commands. What a user types becomes one call of `rfmedsam2.pipeline`."""

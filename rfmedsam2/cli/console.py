@@ -1,0 +1,184 @@
+"""How the commands show things: progress bars, tables, the live line of a training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+import psutil
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rfmedsam2.engine.log import StepReport
+    from rfmedsam2.pipeline.doctor import DoctorReport
+    from rfmedsam2.pipeline.submit import SubmissionReport
+    from rfmedsam2.records.plan import Plan
+    from rfmedsam2.records.report import Evaluation, Interval
+
+T = TypeVar("T")
+out = Console(highlight=False)
+"""Results: standard output."""
+err = Console(stderr=True, highlight=False)
+"""Progress: standard error, so that a program can read standard output."""
+QUIET_SECONDS = 30.0
+"""Where there is no terminal, a training writes a line this often."""
+
+
+def bars(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """A progress bar with the remaining time around `items`; one line at the end where there is no terminal."""
+    if not err.is_terminal:
+        began, done = time.monotonic(), 0
+        for item in items:
+            yield item
+            done += 1
+        err.print(f"{description}: {done}/{total} in {time.monotonic() - began:.1f} s")
+        return
+    with _progress() as progress:
+        task = progress.add_task(description, total=total)
+        for item in items:
+            yield item
+            progress.advance(task)
+
+
+class TrainingView:
+    """Live progress of a training: loss, learning rate, score, speed, remaining time, memory."""
+
+    def __init__(self) -> None:
+        self._progress = _progress() if err.is_terminal else None
+        self._task = None
+        self._printed = time.monotonic()
+        self._score = ""
+
+    def __enter__(self) -> TrainingView:
+        """Begin to show, at the first step."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """End the live display."""
+        if self._progress is not None and self._task is not None:
+            self._progress.stop()
+
+    def __call__(self, report: StepReport) -> None:
+        """Show one step."""
+        if report.scores is not None:
+            self._score = f"  score {report.scores.get('score', float('nan')):.4f}"
+        text = (
+            f"epoch {report.epoch}  loss {report.loss:.4f}  lr {report.lr:.1e}{self._score}  "
+            f"{report.seconds:.2f} s/it  {_memory(report.memory_mb)}"
+        )
+        if self._progress is None:
+            if report.scores is not None or time.monotonic() - self._printed > QUIET_SECONDS:
+                self._printed = time.monotonic()
+                left = f"{report.eta_seconds / 60:.1f} min left"
+                err.print(f"step {report.step}/{report.total}  {text}  {left}", soft_wrap=True)
+            return
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("training", total=report.total)
+        self._progress.update(self._task, completed=report.step, description=text)
+        if report.step == report.total and report.scores is not None:
+            self._progress.stop()
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table to standard output."""
+    grid = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*[_cell(value) for value in row])
+    out.print(grid)
+
+
+def show_plan(plan: Plan) -> None:
+    """The stages of a plan, side by side."""
+    stages = list(plan.stages.values())
+    rows: list[list[object]] = [
+        ["spacing mm", *(" x ".join(f"{s:.3g}" for s in stage.spacing_mm) for stage in stages)],
+        ["median shape", *(_by(stage.median_shape) for stage in stages)],
+        ["patch", *(_by(stage.patch_size) for stage in stages)],
+        ["batch", *(stage.batch_size for stage in stages)],
+        ["features", *(", ".join(map(str, stage.model.features)) for stage in stages)],
+        ["normalisation", *(", ".join(n.kind for n in stage.normalisation) for stage in stages)],
+        ["optimizer", *(f"{s.train.optimizer.kind}, lr {s.train.learning_rate:g}" for s in stages)],
+        ["training", *(f"{s.train.epochs} epochs x {s.train.iterations_per_epoch}" for s in stages)],
+    ]
+    table(f"Plan {plan.name} of {plan.dataset}", ["", *plan.stages], rows)
+
+
+def show_scores(evaluation: Evaluation) -> None:
+    """Means over cases per class, with confidence intervals for DSC."""
+
+    def row(name: str, found: dict[str, Interval]) -> list[object]:
+        dsc = found["dsc"]
+        span = "-" if dsc.low is None or dsc.high is None else f"{dsc.low:.4f} to {dsc.high:.4f}"
+        return [name, dsc.mean, span, found["iou"].mean, found["nsd"].mean, found["hd95_mm"].mean, dsc.cases]
+
+    rows = [row(name, found) for name, found in evaluation.classes.items()]
+    columns = ("class", "DSC", f"{evaluation.confidence:.0%} interval", "IoU", "NSD", "HD95 mm", "cases")
+    title = f"{len(evaluation.cases)} case(s), NSD at {evaluation.nsd_tolerance_mm:g} mm"
+    table(title, columns, [*rows, row("mean", evaluation.mean)])
+
+
+def show_submission(report: SubmissionReport) -> None:
+    """The faults of a submission."""
+    table("Faults", ("case", "file", "kind", "what"), [(f.case, f.file, f.kind, f.message) for f in report.faults])
+
+
+def show_doctor(report: DoctorReport) -> None:
+    """Everything that the doctor found, warnings last."""
+    rows: list[tuple[object, object]] = [
+        ("rfmedsam2", report.package),
+        ("Python", f"{report.python} ({report.executable})"),
+        ("system", report.system),
+        *((d.name, f"{d.kind}, {d.memory_gib:.1f} GiB" if d.memory_gib else d.kind) for d in report.devices),
+        ("memory", f"{report.ram_gib:.1f} GiB, {report.ram_free_gib:.1f} GiB free"),
+        ("shared memory", None if report.shm_gib is None else f"{report.shm_gib:.1f} GiB free"),
+        ("C++ compiler", report.compiler),
+        *((f.name, f"{f.path} ({report.folders_from})") for f in report.folders),
+    ]
+    table("This machine", ("", "found"), rows)
+    packages = {**report.packages, **report.optional_packages}
+    table("Packages", ("package", "version"), packages.items())
+    for advice in report.warnings:
+        out.print(f"Warning: {advice.message} {advice.remedy}", soft_wrap=True)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _by(values: Sequence[int]) -> str:
+    return " x ".join(map(str, values))
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=err,
+    )
+
+
+def _memory(gpu_mb: float | None) -> str:
+    used = psutil.Process().memory_info().rss / 2**30
+    return f"RAM {used:.1f} GB" + (f", GPU {gpu_mb / 1024:.1f} GB" if gpu_mb else "")

@@ -1,0 +1,85 @@
+"""What all commands share: flags, the way from an error to a sentence and exit code 2, the choice of folders.
+
+The only package that prints, reads environment variables and imports late: `--help` is answered before anything heavy
+is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import arg
+
+from rfmedsam2.errors import RfMedSamError
+from rfmedsam2.store.layout import Layout
+
+ROOT = "Folder of raw/ preprocessed/ results/; else RFMED_ROOT, nnU-Net's three variables, or ./rfmed_data."
+DATASET = "Id (217), name (BTCV) or folder (Dataset217_BTCV); else RFMED_DATASET, or the only one there is."
+Root = Annotated[Path | None, arg(metavar="DIR", help=ROOT)]
+AsJson = Annotated[bool, arg(name="json", help="Print the answer as JSON.")]
+DatasetName = Annotated[str | None, arg(aliases=("-d",), metavar="NAME", help=DATASET)]
+PlanName = Annotated[str | None, arg(aliases=("-p",), metavar="NAME", help="Plan, where there are several.")]
+StageName = Annotated[str | None, arg(aliases=("-c",), metavar="NAME", help="2d, 3d_fullres or 3d_lowres.")]
+Folds = Annotated[tuple[str, ...], arg(aliases=("-f",), metavar="FOLD", help="Folds; all trained ones if none is given.")]
+Model = Annotated[
+    Path | None,
+    arg(aliases=("-m",), metavar="DIR", help="Folder with fold_0 ..., instead of choosing by dataset, plan, configuration."),
+]
+Device = Annotated[str, arg(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")]
+Workers = Annotated[int, arg(metavar="N", help="Cases worked on at once.")]
+Set = Annotated[
+    tuple[str, ...],
+    arg(name="set", metavar="FIELD=VALUE", help="Change fields of the plan: 3d_fullres.train.learning_rate=0.01 ..."),
+]
+
+def command(function: Callable[..., None]) -> Callable[[], None]:
+    """An entry point: parse the arguments by signature and docstring, run, turn errors into sentences and exit codes."""
+
+    def run() -> None:
+        words = [word for word in sys.argv[1:] if word != "--debug"]
+        debug = len(words) != len(sys.argv) - 1
+        logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
+        if not debug:
+            warnings.simplefilter("ignore")
+        name = f"rfmed_{function.__name__}"
+        try:
+            tyro.cli(function, prog=name, args=words, config=(tyro.conf.FlagCreatePairsOff,))
+        except RfMedSamError as error:
+            if debug:
+                raise
+            print(f"{name}: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+def layout_of(root: Path | None) -> Layout:
+    """The folders of --root, an environment variable or the default; says which."""
+    from rfmedsam2.cli import choices
+
+    chosen = choices.places(root, os.environ)
+    say(f"Data: {chosen.layout.raw.parent} ({chosen.source})")
+    return chosen.layout
+
+
+def trained_folder(layout: Layout, dataset: str | None, plan: str | None, configuration: str | None) -> Path:
+    """The folder of the only trained model that fits what was named."""
+    from rfmedsam2.cli import choices
+
+    return choices.trained_model(layout, os.environ, dataset=dataset, plan=plan, configuration=configuration).folder
+
+
+def say(text: str) -> None:
+    """Tell the user something that is not the answer: standard error, main rank only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr)

@@ -1,0 +1,324 @@
+"""The main job: verify, plan and preprocess, train, predict, evaluate, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from rfmedsam2.cli.entry import (
+    AsJson,
+    DatasetName,
+    Device,
+    Folds,
+    Model,
+    PlanName,
+    Root,
+    Set,
+    StageName,
+    Workers,
+    command,
+    layout_of,
+    say,
+    trained_folder,
+)
+from rfmedsam2.errors import UsageError
+
+Preset = Literal[
+    "default", "cpu", "8gb", "24gb", "80gb", "nnunet", "nnunet_resenc_m", "nnunet_resenc_l", "nnunet_resenc_xl"
+]
+
+
+def verify(*, dataset: DatasetName = None, root: Root = None, workers: Workers = 2, as_json: AsJson = False) -> None:
+    """Read every file of a raw dataset once and report all faults of all cases."""
+    from rfmedsam2.cli import choices
+    from rfmedsam2.cli.console import bars, table
+    from rfmedsam2.pipeline.splits import read_splits
+    from rfmedsam2.pipeline.verify import verify as run
+
+    layout = layout_of(root)
+    raw = choices.raw_dataset(layout, dataset, os.environ)
+    splits = layout.splits_file(raw.name)
+    folds = read_splits(splits, [case.id for case in raw.training]) if splits.is_file() else ()
+    report = run(raw, splits=folds, workers=workers, track=bars)
+    if as_json:
+        print(report.to_json())
+    else:
+        if report.faults:
+            rows = [(f.severity, f.case, f.kind, f.message, f.remedy) for f in report.faults]
+            table(f"Faults in {raw.name}", ("severity", "case", "kind", "what", "what to do"), rows)
+        print(
+            f"{raw.name}: {report.cases} cases, {report.files} files read in {report.seconds:.1f} s, "
+            f"{len(report.errors)} error(s), {len(report.warnings)} warning(s)"
+        )
+    if report.errors:
+        sys.exit(2)
+
+
+def plan_and_preprocess(
+    *,
+    dataset: DatasetName = None,
+    configurations: Annotated[tuple[str, ...], arg(aliases=("-c",), metavar="NAME")] = (),
+    preset: Preset = "default",
+    plan: PlanName = None,
+    set_: Set = (),
+    nnunet_plans: Annotated[Path | None, arg(metavar="FILE")] = None,
+    spacing: Annotated[tuple[float, float, float] | None, arg(metavar="MM")] = None,
+    group_regex: Annotated[str | None, arg(metavar="REGEX")] = None,
+    clean: bool = False,
+    preprocess: bool = True,
+    root: Root = None,
+    workers: Workers = 2,
+) -> None:
+    """Verify and fingerprint a raw dataset, plan its networks, write its splits, preprocess its cases.
+
+    Finished cases are skipped: the same command goes on where it was interrupted.
+
+    Args:
+        configurations: What to preprocess; all of the plan but 2d if none is given.
+        preset: Sizes for what is at hand: cpu (a laptop), 8gb, 24gb, 80gb (GPU memory), nnunet (nnU-Net's own
+            decisions), default (RFMedSAM 2's patch of 32x256x256).
+        nnunet_plans: Take the decisions from nnU-Net's plans.json instead of planning.
+        spacing: Target spacing z y x in mm of 3d_fullres instead of nnU-Net's rule.
+        group_regex: Cases whose ids give the same first group of this expression are one patient, never split.
+        clean: Take a new fingerprint although no file has changed.
+        preprocess: Also preprocess, not only plan.
+    """
+    from rfmedsam2.cli import choices
+    from rfmedsam2.cli.console import bars, show_plan
+    from rfmedsam2.pipeline.plan_and_preprocess import PlanOptions
+    from rfmedsam2.pipeline.plan_and_preprocess import plan_and_preprocess as run
+
+    layout = layout_of(root)
+    raw = choices.raw_dataset(layout, dataset, os.environ)
+    options = PlanOptions(
+        preset=preset,
+        plan_name=plan,
+        changes=set_,
+        nnunet_plans=nnunet_plans,
+        spacing_zyx_mm=spacing,
+        group_regex=group_regex,
+        clean=clean,
+    )
+    stages = (configurations or None) if preprocess else ()
+    result = run(raw, layout, options, stages=stages, workers=workers, track=bars)
+    show_plan(result.plan)
+    print(f"Plan: {layout.plan_file(raw.name, result.plan.name)}")
+    print(f"Splits: {len(result.splits)} fold(s) in {layout.splits_file(raw.name)}")
+    for note in result.notes:
+        print(f"Note: {note}")
+    if result.preprocessed is not None:
+        print(f"Preprocessed: {result.preprocessed}")
+
+
+def train(
+    words: Annotated[Positional[tuple[str, ...]], arg(metavar="[DATASET] CONFIGURATION [fold] FOLD")] = (),
+    *,
+    dataset: DatasetName = None,
+    plan: PlanName = None,
+    epochs: Annotated[int | None, arg(metavar="N")] = None,
+    iterations: Annotated[int | None, arg(metavar="N")] = None,
+    lr: Annotated[float | None, arg(metavar="RATE")] = None,
+    set_: Set = (),
+    restart: bool = False,
+    validate: bool = True,
+    tensorboard: bool = False,
+    device: Device = "auto",
+    root: Root = None,
+) -> None:
+    """Train one fold; the same command continues a training that was interrupted.
+
+    Args:
+        words: `3d_fullres fold 0`, or in nnU-Net's order `BTCV 3d_fullres 0`. A fold is a number, `all`, or the name of
+            a split (btcv_24_6 ...).
+        epochs: Instead of the plan's.
+        iterations: Per epoch, instead of the plan's.
+        lr: Initial learning rate, instead of the plan's.
+        restart: Begin anew; what was trained before is kept beside it under another name.
+        validate: At the end predict and score the validation cases as whole volumes.
+        tensorboard: Also write TensorBoard events (needs the extra `tensorboard`).
+    """
+    from rfmedsam2.cli import choices
+    from rfmedsam2.cli.console import TrainingView, bars, show_scores
+    from rfmedsam2.pipeline.train import TrainOptions
+    from rfmedsam2.pipeline.train import train as run
+
+    named, stage, fold = training_words(words)
+    layout = layout_of(root)
+    name = choices.dataset_name(layout, named or dataset, os.environ, among="preprocessed")
+    fields = {"epochs": epochs, "iterations_per_epoch": iterations, "learning_rate": lr}
+    changes = [f"{stage}.train.{field}={value}" for field, value in fields.items() if value is not None]
+    chosen = choices.planned(layout, name, plan, stage=stage, changes=[*changes, *set_])
+    say(f"Training {name}, plan {chosen.name}, {stage}, fold {fold}")
+    with TrainingView() as view:
+        options = TrainOptions(
+            device=device, restart=restart, validate=validate, tensorboard=tensorboard, show=view, track=bars
+        )
+        result = run(layout, chosen, stage, fold=fold, options=options)
+    progress = result.progress
+    if progress.status == "stopped":
+        print(f"Stopped by {progress.signal} after step {progress.step}; the same command goes on from there.")
+        sys.exit(128 + getattr(signal.Signals, str(progress.signal), signal.SIGTERM))
+    print(f"Trained {progress.step} steps in {progress.seconds / 60:.1f} min: {result.folder}")
+    if result.evaluation is not None:
+        show_scores(result.evaluation)
+        print(f"Report: {result.folder / 'report.html'}")
+
+
+def predict(
+    *,
+    input_: Annotated[tuple[Path, ...], arg(name="input", aliases=("-i",), metavar="PATH")],
+    output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")],
+    dataset: DatasetName = None,
+    plan: PlanName = None,
+    configuration: StageName = None,
+    folds: Folds = (),
+    model: Model = None,
+    checkpoint: Literal["final", "best", "latest"] = "final",
+    step_size: Annotated[float | None, arg(metavar="SHARE")] = None,
+    mirror: bool | None = None,
+    tile_batch: Annotated[int | None, arg(metavar="N")] = None,
+    skip_empty: bool = False,
+    probabilities: bool = False,
+    continue_: Annotated[bool, arg(name="continue")] = False,
+    device: Device = "auto",
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict label maps for images: a folder, files, a list (.csv .json .txt) or a DICOM series.
+
+    Without -d, -p, -c or -m the only trained model is taken; where several fit, they are listed.
+
+    Args:
+        input_: What to predict.
+        output: Folder for the label maps and predictions.json.
+        checkpoint: Which checkpoint of each fold; the latest where training has not ended.
+        step_size: Distance of tiles as a share of the patch, instead of the plan's.
+        mirror: Average over flips or not, instead of what the plan says.
+        tile_batch: Tiles per forward pass, instead of the plan's.
+        skip_empty: Leave out tiles without body: faster on scans with much air around.
+        probabilities: Also write each case's probabilities into a chunked file (blosc2).
+        continue_: Keep label maps that the same model with the same options has already made.
+    """
+    from rfmedsam2.cli.console import bars
+    from rfmedsam2.pipeline.predict import Options, Predictor, predict_files
+    from rfmedsam2.store.raw import find_cases
+
+    folder = model or trained_folder(layout_of(root), dataset, plan, configuration)
+    options = Options(step_size=step_size, mirror=mirror, tile_batch=tile_batch, skip_empty=skip_empty)
+    predictor = Predictor.load(folder, folds=folds or None, checkpoint=checkpoint, device=device, options=options)
+    say(f"Model: {folder}, fold(s) {', '.join(m.fold for m in predictor.models)}, on {predictor.options.device}")
+    source = input_[0] if len(input_) == 1 else list(input_)
+    cases = find_cases(source, channels=len(predictor.plan.channels), file_ending=predictor.plan.file_ending)
+    done = predict_files(predictor, cases, output, continue_=continue_, probabilities=probabilities, track=bars)
+    if as_json:
+        lists = {"written": [str(p) for p in done.written], "kept": [str(p) for p in done.kept]}
+        print(json.dumps({"output": str(output), "seconds": round(done.seconds, 3), **lists}, indent=2))
+    else:
+        print(f"Predicted {len(done.written)} case(s) in {done.seconds:.1f} s, kept {len(done.kept)}: {output}")
+
+
+def evaluate(
+    *,
+    predictions: Annotated[Path, arg(aliases=("-p",), metavar="PATH")],
+    references: Annotated[Path, arg(aliases=("-g",), metavar="PATH")],
+    output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")],
+    dataset: DatasetName = None,
+    labels: Annotated[Path | None, arg(metavar="FILE")] = None,
+    tolerance: Annotated[float, arg(metavar="MM")] = 2.0,
+    both_empty: Literal["skip", "one"] = "skip",
+    root: Root = None,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Score label maps: DSC, IoU, NSD, HD95, volume error per case and class, with confidence intervals.
+
+    Args:
+        predictions: Folder of predicted label maps, or one file.
+        references: Folder of reference label maps, or one file.
+        output: Folder for metrics.json and metrics.csv.
+        labels: A dataset.json that names the labels; else that of -d, or the one beside the label maps.
+        tolerance: Of the normalised surface Dice.
+        both_empty: How a class counts that neither label map holds.
+    """
+    from rfmedsam2.cli import choices
+    from rfmedsam2.cli.console import bars, show_scores
+    from rfmedsam2.pipeline.evaluate import evaluate as run
+
+    beside = (references, predictions)
+    names = choices.labels_for(layout_of(root), os.environ, dataset=dataset, file=labels, beside=beside)
+    result = run(
+        predictions,
+        references,
+        names,
+        out=output,
+        nsd_tolerance_mm=tolerance,
+        both_empty=both_empty,
+        workers=workers,
+        track=bars,
+    )
+    if as_json:
+        print(result.to_json())
+        return
+    show_scores(result)
+    print(f"Written: {output / 'metrics.json'}, {output / 'metrics.csv'}")
+
+
+def report(
+    *,
+    output: Annotated[Path, arg(aliases=("-o",), metavar="FILE")],
+    training: Annotated[Path | None, arg(aliases=("-t",), metavar="DIR")] = None,
+    evaluation: Annotated[Path | None, arg(aliases=("-e",), metavar="FILE")] = None,
+    images: Annotated[Path | None, arg(aliases=("-i",), metavar="DIR")] = None,
+    title: str | None = None,
+) -> None:
+    """Write one self-contained HTML page: curves, tables, overlays of the best and worst cases.
+
+    Args:
+        output: The page to write.
+        training: Folder of a trained fold: its curves.
+        evaluation: A metrics.json: its tables and overlays.
+        images: Images of the evaluated cases, drawn below the contours.
+        title: Heading of the page.
+    """
+    from rfmedsam2.pipeline.report import write_report
+    from rfmedsam2.records.report import Evaluation
+    from rfmedsam2.store.files import read_record
+
+    scores = read_record(evaluation, Evaluation) if evaluation else None
+    write_report(output, title=title or output.stem, training=training, evaluation=scores, images=images)
+    print(f"Written: {output}")
+
+
+def training_words(words: Sequence[str]) -> tuple[str | None, str, str]:
+    """(dataset, configuration, fold) of `3d_fullres fold 0`, `BTCV 3d_fullres 0`, `3d_fullres 0` or `3d_fullres`.
+
+    Raises:
+        UsageError: no word, or more than three.
+    """
+    rest = [word for word in words if word != "fold"]
+    if len(rest) == 1:
+        return None, rest[0], "0"
+    if len(rest) == 2:
+        return None, rest[0], rest[1]
+    if len(rest) == 3:
+        return rest[0], rest[1], rest[2]
+    raise UsageError(
+        "What to train is not named",
+        expected="a configuration and a fold: rfmed_train 3d_fullres fold 0, or rfmed_train BTCV 3d_fullres 0",
+        found=" ".join(words) or "nothing",
+    )
+
+
+verify_command = command(verify)
+plan_and_preprocess_command = command(plan_and_preprocess)
+train_command = command(train)
+predict_command = command(predict)
+evaluate_command = command(evaluate)
+report_command = command(report)

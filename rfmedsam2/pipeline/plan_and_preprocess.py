@@ -1,0 +1,137 @@
+"""From a raw dataset to everything training needs: verify, fingerprint, plan, splits, preprocessed cases.
+
+Training files are read once where memory allows: what the fingerprint decodes (and checks) is kept for preprocessing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from rfmedsam2.errors import RecordError, UsageError
+from rfmedsam2.geometry import Triple
+from rfmedsam2.parallel import Track, silent
+from rfmedsam2.pipeline.changes import changed
+from rfmedsam2.pipeline.fingerprint import fingerprint
+from rfmedsam2.pipeline.nnunet_plans import import_nnunet_plans
+from rfmedsam2.pipeline.plan import plan as make_plan
+from rfmedsam2.pipeline.preprocess import PreprocessSummary, preprocess
+from rfmedsam2.pipeline.presets import Preset
+from rfmedsam2.pipeline.source import CaseSource
+from rfmedsam2.pipeline.splits import groups_of, settle_splits, warnings_of
+from rfmedsam2.records.fingerprint import Fingerprint
+from rfmedsam2.records.plan import Plan, Split
+from rfmedsam2.store.files import read_record, write_record
+from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.raw import RawDataset
+
+MEMORY_SHARE = 0.25
+"""Of the free memory, kept for decoded cases between fingerprint and preprocessing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """How to plan.
+
+    Attributes:
+        preset: sizes for what is at hand.
+        plan_name: instead of the preset's.
+        changes: FIELD=VALUE assignments on the finished plan.
+        nnunet_plans: nnU-Net's plans.json to take decisions from instead of planning.
+        spacing_zyx_mm: target spacing instead of nnU-Net's rule.
+        group_regex: ids with the same first group are one patient.
+        clean: take a new fingerprint although no file has changed.
+    """
+
+    preset: Preset = "default"
+    plan_name: str | None = None
+    changes: tuple[str, ...] = ()
+    nnunet_plans: Path | None = None
+    spacing_zyx_mm: Triple | None = None
+    group_regex: str | None = None
+    clean: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetUp:
+    """What was made.
+
+    Attributes:
+        fingerprint: of the dataset.
+        plan: as written.
+        splits: folds as written.
+        notes: sentences that a user should read.
+        preprocessed: what preprocessing did; None if it was not asked for.
+    """
+
+    fingerprint: Fingerprint
+    plan: Plan
+    splits: tuple[Split, ...]
+    notes: tuple[str, ...]
+    preprocessed: PreprocessSummary | None
+
+
+def plan_and_preprocess(
+    dataset: RawDataset,
+    layout: Layout,
+    options: PlanOptions,
+    *,
+    stages: Sequence[str] | None = None,
+    workers: int = 2,
+    track: Track = silent,
+) -> SetUp:
+    """Fingerprint (with every check of rfmed_verify), plan, write splits, preprocess.
+
+    Args:
+        dataset: the raw dataset.
+        layout: where results go.
+        options: how to plan.
+        stages: stages to preprocess; None: all of the plan but 2d (which reads the same cases again); (): none.
+        workers: cases worked on at once.
+        track: progress display.
+
+    Raises:
+        RfMedSamError: faults of the data (all of them), an impossible plan, a folder that cannot be written.
+    """
+    budget = int(MEMORY_SHARE * psutil.virtual_memory().available) if stages != () else 0
+    source = CaseSource(dataset, budget_bytes=budget)
+    found = fingerprint(source, layout, workers=workers, clean=options.clean, track=track)
+    plan = _planned(dataset, found, options)
+    wanted = tuple(stages) if stages is not None else tuple(s for s in plan.stages if s != "2d") or tuple(plan.stages)
+    unknown = [stage for stage in wanted if stage not in plan.stages]
+    if unknown:
+        raise UsageError("The plan has no such stage", where=", ".join(unknown), expected=f"one of {', '.join(plan.stages)}")
+    splits = settle_splits(dataset, layout, group_regex=options.group_regex)
+    notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
+    notes += _write(dataset, layout, plan)
+    done = preprocess(source, plan, wanted, layout, workers=workers, track=track) if wanted else None
+    return SetUp(fingerprint=found, plan=plan, splits=tuple(splits), notes=tuple(notes), preprocessed=done)
+
+
+def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> Plan:
+    if options.nnunet_plans is not None:
+        plan = import_nnunet_plans(
+            options.nnunet_plans, dataset.json, fingerprint=found.digest, name=options.plan_name
+        ).model_copy(update={"dataset": dataset.name})
+    else:
+        plan = make_plan(
+            dataset, found, preset=options.preset, name=options.plan_name, spacing_zyx_mm=options.spacing_zyx_mm
+        )
+    return changed(plan, list(options.changes), plan.name) if options.changes else plan
+
+
+def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
+    """Write plan and dataset.json; says when another plan of this name was replaced."""
+    path, notes = layout.plan_file(dataset.name, plan.name), []
+    if path.is_file():
+        try:
+            if read_record(path, Plan) != plan:
+                notes.append(f"The plan {plan.name} was another before and has been replaced.")
+        except RecordError:
+            notes.append(f"The plan {plan.name} was unreadable and has been replaced.")
+    write_record(path, plan)
+    write_record(path.with_name("dataset.json"), dataset.json)
+    return notes

@@ -1,0 +1,222 @@
+"""Train one fold, then predict and score its validation cases as whole volumes, then write its report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from rfmedsam2 import __version__
+from rfmedsam2.engine.fit import Progress, Run, fit
+from rfmedsam2.engine.fit import silent as show_nothing
+from rfmedsam2.engine.log import StepReport
+from rfmedsam2.engine.runtime import Runtime, start_runtime
+from rfmedsam2.errors import RfMedSamError, UsageError
+from rfmedsam2.inference.volume import Options
+from rfmedsam2.parallel import Track, silent
+from rfmedsam2.pipeline.curves import progress_png
+from rfmedsam2.pipeline.evaluate import evaluate
+from rfmedsam2.pipeline.predict import Predictor, predict_files
+from rfmedsam2.pipeline.report import write_report
+from rfmedsam2.pipeline.splits import split_of
+from rfmedsam2.pipeline.trained import CHECKPOINTS
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.plan import Plan, Split, Stage
+from rfmedsam2.records.report import Evaluation
+from rfmedsam2.store.cases import CaseStore
+from rfmedsam2.store.files import writing_to
+from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.raw import open_dataset
+from rfmedsam2.tasks.unet import UNetTask
+
+logger = logging.getLogger(__name__)
+VALIDATION = "validation"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """How to run a training; nothing here changes what is learned.
+
+    Attributes:
+        device: auto, cpu, cuda, cuda:1, mps.
+        restart: begin anew; what is there is moved aside.
+        validate: predict and score the validation cases at the end.
+        tensorboard: also write TensorBoard events.
+        show: called after every step.
+        track: progress over validation cases.
+    """
+
+    device: str = "auto"
+    restart: bool = False
+    validate: bool = True
+    tensorboard: bool = False
+    show: Callable[[StepReport], None] = show_nothing
+    track: Track = silent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """How it ended.
+
+    Attributes:
+        folder: of the fold.
+        progress: what the engine says.
+        evaluation: scores of whole volumes; None if not validated (stopped early, not wanted, or not this rank).
+        seconds: of this call.
+    """
+
+    folder: Path
+    progress: Progress
+    evaluation: Evaluation | None
+    seconds: float
+
+
+def train(
+    layout: Layout, plan: Plan, stage: str, *, fold: str = "0", options: TrainOptions | None = None
+) -> TrainResult:
+    """Train a stage of a plan on one fold; goes on where an interrupted training of the same plan was.
+
+    Leaves in results/DATASET/PLAN__STAGE/fold_FOLD: checkpoints, metrics.jsonl, metrics.csv, progress.png,
+    validation/ (label maps, metrics.json, metrics.csv) and report.html.
+
+    Args:
+        layout: where data and results are.
+        plan: the plan.
+        stage: one of its stages.
+        fold: a number, "all" or the name of a split.
+        options: how to run.
+
+    Raises:
+        UsageError: no such stage or fold, cases that are not preprocessed.
+        RfMedSamError: what the engine, prediction and evaluation raise.
+    """
+    options = options or TrainOptions()
+    began = time.monotonic()
+    config = _stage(plan, stage)
+    store = CaseStore(layout.cases_folder(plan.dataset, plan.name, stage), config.patch_size)
+    split = split_of(fold, layout, plan.dataset, _case_ids(layout, plan, store))
+    _require_preprocessed(split, store, plan)
+    folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
+    with start_runtime(options.device, precision=config.train.precision) as runtime:
+        if options.restart and runtime.is_main:
+            move_aside(folder)
+        runtime.any(False)  # no rank looks at the folder before it has been moved
+        task = UNetTask(plan, stage, store=store, split=split, runtime=runtime)
+        run = Run(
+            folder=folder,
+            record=lambda step, scores: describe(plan, stage, fold, step=step, scores=scores),
+            runtime=runtime,
+            show=options.show,
+            tensorboard=options.tensorboard,
+        )
+        progress = fit(task, config.train, run, resume=True)
+        del task
+        evaluation = None
+        if runtime.is_main:
+            progress_png(folder)
+            if progress.status == "finished":
+                evaluation = _finish(layout, plan, folder, split, runtime, options)
+    return TrainResult(folder=folder, progress=progress, evaluation=evaluation, seconds=time.monotonic() - began)
+
+
+def describe(plan: Plan, stage: str, fold: str, *, step: int, scores: dict[str, float]) -> CheckpointRecord:
+    """The record of a checkpoint; the digest is filled in when it is written."""
+    return CheckpointRecord(
+        plan=plan,
+        stage=stage,
+        fold=fold,
+        step=step,
+        scores=scores,
+        weights_sha256="",
+        code_version=__version__,
+        torch_version=torch.__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def validate_fold(
+    layout: Layout, plan: Plan, folder: Path, cases: Sequence[str], *, options: Options, track: Track = silent
+) -> Evaluation | None:
+    """Predict the raw images of a fold's validation cases and score them; None where the raw dataset is not here.
+
+    Predictions and scores go to folder/validation; cases that the same model has already predicted are kept.
+    """
+    raw = layout.raw / plan.dataset
+    if not raw.is_dir():
+        logger.warning("The raw dataset is not in %s: no validation on whole volumes", raw)
+        return None
+    wanted = set(cases)
+    inputs = [case for case in open_dataset(raw).training if case.id in wanted]
+    predictor = Predictor.load([folder / CHECKPOINTS[0]], options=options)
+    out = folder / VALIDATION
+    predict_files(predictor, inputs, out, continue_=True, track=track)
+    labels = {case.id: case.label for case in inputs}
+    references = {path.parent for path in labels.values() if path is not None}
+    if len(references) != 1:
+        logger.warning("Labels lie in several folders: score the predictions in %s with rfmed_evaluate", out)
+        return None
+    return evaluate(out, references.pop(), plan.labels, out=out, cases=sorted(wanted), track=track)
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Rename a folder of results so that a new one can take its place; gives the new name, None if there is none."""
+    if not folder.exists():
+        return None
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    target = folder.with_name(f"before-{stamp}-{folder.name}")
+    with writing_to(folder.parent):
+        folder.rename(target)
+    logger.warning("What was in %s is now in %s", folder, target)
+    return target
+
+
+def _finish(
+    layout: Layout, plan: Plan, folder: Path, split: Split, runtime: Runtime, options: TrainOptions
+) -> Evaluation | None:
+    evaluation = None
+    if options.validate:
+        how = Options(device=str(runtime.device))
+        evaluation = validate_fold(layout, plan, folder, split.val, options=how, track=options.track)
+    raw = layout.raw / plan.dataset / "imagesTr"
+    write_report(
+        folder / "report.html",
+        title=f"{plan.dataset}: {plan.name}, {folder.name}",
+        training=folder,
+        evaluation=evaluation,
+        images=raw if raw.is_dir() else None,
+        labels=plan.labels,
+    )
+    return evaluation
+
+
+def _stage(plan: Plan, name: str) -> Stage:
+    if name not in plan.stages:
+        raise UsageError(
+            f"The plan {plan.name} has no such configuration", where=name, expected=f"one of {', '.join(plan.stages)}"
+        )
+    return plan.stages[name]
+
+
+def _case_ids(layout: Layout, plan: Plan, store: CaseStore) -> tuple[str, ...]:
+    """All training cases: those of the raw dataset where it is here, else those that are preprocessed."""
+    try:
+        return tuple(case.id for case in open_dataset(layout.raw / plan.dataset).training)
+    except RfMedSamError:
+        return store.ids()
+
+
+def _require_preprocessed(split: Split, store: CaseStore, plan: Plan) -> None:
+    there = set(store.ids())
+    missing = sorted({*split.train, *split.val} - there)
+    if missing:
+        raise UsageError(
+            f"{len(missing)} of {len({*split.train, *split.val})} cases are not preprocessed",
+            where=store.folder,
+            found=f"none of {', '.join(missing[:5])}" + (" ..." if len(missing) > 5 else ""),
+            remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {store.folder.name.removeprefix(plan.name + '_')}",
+        )

@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""From logits to a label map: nnunetv2's resample + arg-max against ours by slab, same arrays, one run.
+
+usage: export.py [--quick] [--seed N]
+
+Two cases in the manner of BTCV (14 classes, planned 3 x 0.76 x 0.76 mm): the distance of slices kept, and changed.
+Logits are smooth random fields, so that classes form organs-like regions. Prints seconds, growth of memory and voxels
+that differ (nnunetv2 in float32, and rounded to half precision as it predicts); the last line is JSON.
+Needs the extra `nnunet`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+from scipy.ndimage import zoom
+
+from rfmedsam2.geometry import Grid
+from rfmedsam2.inference.export import labels_from_slabs
+from rfmedsam2.inference.sliding_window import Slab
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.plan import Resampling
+from rfmedsam2.transforms.prepare import Restore
+
+CLASSES = 14
+SLAB = 20
+LABELS = LabelSet.model_validate({"names": {"background": 0} | {f"organ {i}": i for i in range(1, CLASSES)}})
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    planned: tuple[int, int, int]
+    source: tuple[int, int, int]
+    spacing_planned: tuple[float, float, float]
+    spacing_source: tuple[float, float, float]
+
+
+FULL = (
+    Setting("z kept", (100, 472, 472), (100, 512, 512), (3.0, 0.76, 0.76), (3.0, 0.70, 0.70)),
+    Setting("z changes", (100, 552, 552), (120, 512, 512), (3.0, 0.76, 0.76), (2.5, 0.82, 0.82)),
+)
+QUICK = (
+    Setting("z kept", (20, 236, 236), (20, 256, 256), (3.0, 0.76, 0.76), (3.0, 0.70, 0.70)),
+    Setting("z changes", (20, 276, 276), (24, 256, 256), (3.0, 0.76, 0.76), (2.5, 0.82, 0.82)),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small arrays")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    warm = QUICK[0]
+    ours(smooth_logits((2, 8, 8), args.seed), restore((2, 8, 8), (4, 9, 9), warm))
+    seconds = {"ours": 0.0, "peer": 0.0}
+    for setting in QUICK if args.quick else FULL:
+        logits = smooth_logits(setting.planned, args.seed)
+        how = restore(setting.planned, setting.source, setting)
+        mine, mine_s, mine_mib = measured(lambda: ours(logits, how))  # noqa: B023 - called at once
+        peer, peer_s, peer_mib = measured(lambda: nnunet(logits, how))  # noqa: B023
+        half = nnunet(logits.astype(np.float16), how)
+        voxels = mine.size
+        print(
+            f"{setting.name}: nnunetv2 {peer_s:.2f} s +{peer_mib} MiB, ours {mine_s:.2f} s +{mine_mib} MiB, "
+            f"{peer_s / mine_s:.1f}x; {np.count_nonzero(mine != peer)} of {voxels} voxels differ, "
+            f"{np.count_nonzero(mine != half)} from nnunetv2 on half-precision logits"
+        )
+        seconds["ours"] += mine_s
+        seconds["peer"] += peer_s
+    ratio = seconds["peer"] / seconds["ours"]
+    result = {name: round(value, 3) for name, value in seconds.items()}
+    print(json.dumps({"name": "export", **result, "ratio": round(ratio, 2)}))
+
+
+def smooth_logits(shape: tuple[int, int, int], seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    out = np.empty((CLASSES, *shape), np.float32)
+    coarse = [max(2, n // 12) for n in shape]
+    for plane in out:
+        small = rng.standard_normal(coarse).astype(np.float32)
+        plane[...] = 5 * zoom(small, [n / c for n, c in zip(shape, coarse, strict=True)], order=1)
+    return out
+
+
+def restore(planned: tuple[int, int, int], source: tuple[int, int, int], setting: Setting) -> Restore:
+    return Restore(
+        source_grid=Grid(shape_zyx=source, spacing_zyx_mm=setting.spacing_source),
+        box=((0, source[0]), (0, source[1]), (0, source[2])),
+        transpose_forward=(0, 1, 2),
+        shape_cropped=source,
+        shape_planned=planned,
+        spacing_source=setting.spacing_source,
+        spacing_planned=setting.spacing_planned,
+    )
+
+
+def ours(logits: np.ndarray, how: Restore) -> np.ndarray:
+    tensor = torch.from_numpy(logits)
+    slabs = (Slab(start=z, logits=tensor[:, z : z + SLAB].contiguous()) for z in range(0, tensor.shape[1], SLAB))
+    return labels_from_slabs(slabs, how, LABELS, Resampling())
+
+
+def nnunet(logits: np.ndarray, how: Restore) -> np.ndarray:
+    resampled = resample_data_or_seg_to_shape(
+        logits, how.shape_cropped, how.spacing_planned, how.spacing_source, order=1, order_z=0, force_separate_z=None
+    )
+    return resampled.argmax(0).astype(np.uint8)
+
+
+def measured(function: Callable[[], np.ndarray]) -> tuple[np.ndarray, float, int]:
+    """Result, seconds, and by how many MiB the process grew at most while it ran."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    peak, done = [before], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    try:
+        result = function()
+    finally:
+        seconds = time.perf_counter() - started
+        done.set()
+        watcher.join()
+    return result, seconds, (max(peak) - before) >> 20
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Sliding-window prediction: nnunetv2 against ours with the same tiny network on the same image, one run.
+
+usage: sliding_window.py [--quick] [--mirror] [--device cpu]
+
+The network is so small that the cost of cutting, weighting and summing tiles shows. Prints seconds, growth of memory and
+the largest difference of logits (nnunetv2 sums in half precision); the last line is JSON. Needs the extra `nnunet`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import psutil
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import Tensor, nn
+
+from rfmedsam2.inference.sliding_window import predict_slabs
+from rfmedsam2.records.plan import Inference
+
+CLASSES = 14
+AXES = (0, 1, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small image and patch")
+    parser.add_argument("--mirror", action="store_true", help="average over all flips")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    shape, patch = ((60, 144, 144), (20, 96, 96)) if args.quick else ((100, 472, 472), (40, 224, 192))
+    torch.manual_seed(0)
+    network = nn.Conv3d(1, CLASSES, 1).to(args.device).eval()
+    image = torch.randn(1, *shape)
+    device = torch.device(args.device)
+
+    def ours() -> Tensor:
+        # slabs are exported as they come; a sum stands for the consumer here
+        slabs = predict_slabs(
+            [network],
+            image,
+            patch_size=patch,
+            inference=Inference(mirror=args.mirror),
+            mirror_axes=AXES,
+            device=device,
+            outputs=CLASSES,
+        )
+        return torch.cat([slab.logits[:, :, ::4, ::4].clone() for slab in slabs], dim=1)
+
+    def peer() -> Tensor:
+        predictor = nnUNetPredictor(
+            use_mirroring=args.mirror,
+            device=device,
+            perform_everything_on_device=device.type == "cuda",
+            allow_tqdm=False,
+        )
+        predictor.network = network
+        predictor.allowed_mirroring_axes = AXES
+        predictor.configuration_manager = SimpleNamespace(patch_size=patch)
+        predictor.label_manager = SimpleNamespace(num_segmentation_heads=CLASSES)
+        return predictor.predict_sliding_window_return_logits(image)[:, :, ::4, ::4].float()
+
+    mine, mine_s, mine_mib = measured(ours)
+    other, other_s, other_mib = measured(peer)
+    inside = (slice(None), *(slice(p // 4, -p // 4) for p in (patch[0], patch[1] // 4, patch[2] // 4)))
+    difference = (mine - other)[inside].abs().max().item()
+    print(
+        f"nnunetv2 {other_s:.2f} s +{other_mib} MiB, ours {mine_s:.2f} s +{mine_mib} MiB, {other_s / mine_s:.1f}x; "
+        f"largest difference inside {difference:.1e}"
+    )
+    result = {"name": "sliding_window", "ours": round(mine_s, 3), "peer": round(other_s, 3)}
+    print(json.dumps({**result, "ratio": round(other_s / mine_s, 2)}))
+
+
+def measured(function: Callable[[], Tensor]) -> tuple[Tensor, float, int]:
+    """Result, seconds, and by how many MiB the process grew at most while it ran."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    peak, done = [before], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    try:
+        result = function()
+    finally:
+        seconds = time.perf_counter() - started
+        done.set()
+        watcher.join()
+    return result, seconds, (max(peak) - before) >> 20
+
+
+if __name__ == "__main__":
+    main()
