@@ -16,7 +16,7 @@ from rfmedsam2.store.checkpoints import read_record_of, read_weights
 
 
 def build(config: ModelConfig, *, channels: int, outputs: int) -> nn.Module:
-    """The network of a model record, freshly initialised from torch's current random state.
+    """Build the network of a model record, freshly initialised from torch's current random state.
 
     Args:
         config: any model record.
@@ -35,7 +35,7 @@ def build(config: ModelConfig, *, channels: int, outputs: int) -> nn.Module:
 
 
 def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tuple[CheckpointRecord, nn.Module]:
-    """The network of a checkpoint, in evaluation mode on `device`, with deep supervision off.
+    """Load the network of a checkpoint, in evaluation mode on `device`, with deep supervision off.
 
     Raises:
         CheckpointError: unreadable, damaged, or weights that are not those of its plan's network.

@@ -14,7 +14,7 @@ from rfmedsam2.records.plan import Plan
 
 
 def changed(plan: Plan, assignments: Sequence[str], name: str) -> Plan:
-    """A plan with some figures changed, under a new name.
+    """Change some figures of a plan and give it a new name.
 
     Args:
         plan: the plan to begin with.
@@ -42,7 +42,7 @@ def changed(plan: Plan, assignments: Sequence[str], name: str) -> Plan:
 
 
 def moved(plan: Plan, dataset: PlannableDataset, fingerprint: Fingerprint) -> Plan:
-    """A published (or another dataset's) plan for this dataset: its sizes and figures, this dataset's intensities.
+    """Adopt a published (or another dataset's) plan: its sizes and figures, this dataset's intensities.
 
     Raises:
         PlanError: channels or labels differ, or the fingerprint is of another dataset.

@@ -161,7 +161,7 @@ def median_shape(fingerprint: Fingerprint, spacing_zyx_mm: np.ndarray) -> np.nda
 
 
 def coarsened(spacing_mm: np.ndarray, shape: np.ndarray, max_voxels: int | None) -> np.ndarray:
-    """The spacing raised, finest axes first and then all alike, until the shape has at most `max_voxels`."""
+    """Raise the spacing, finest axes first and then all alike, until the shape has at most `max_voxels`."""
     if max_voxels is None:
         return spacing_mm
     level, coarse = float(spacing_mm.min()), spacing_mm
@@ -307,7 +307,7 @@ def _low_resolution(survey: Survey, figures: Figures, full: _Sized) -> tuple[np.
         spacing[finer if finer.any() else slice(None)] *= SPACING_STEP
         shape = survey.spacing_mm / spacing * survey.median_shape
         voxels = float(np.prod(shape))
-        rounded = np.array([round(float(n)) for n in shape])
+        rounded = np.array([max(1, round(float(n))) for n in shape])
         sized = _size(survey, spacing, rounded, figures.volume, dataset_voxels=voxels * survey.cases)
         patch_voxels = math.prod(sized.topology.patch_size)
     return spacing, None if full_voxels / voxels < 2 else sized
@@ -324,7 +324,7 @@ def _stage(
 ) -> Stage:
     patch = sized.topology.patch_size
     a, b, c = (float(s) for s in spacing_mm)
-    k, m, n = (round(float(size)) for size in median_shape)
+    k, m, n = (max(1, round(float(size))) for size in median_shape)
     return Stage(
         spacing_mm=(a, b, c),
         median_shape=(k, m, n),

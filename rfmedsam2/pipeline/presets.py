@@ -134,7 +134,7 @@ PRESETS: dict[Preset, Figures] = {
 
 
 def figures_of(preset: str) -> Figures:
-    """The figures of a preset.
+    """Look up the figures of a preset.
 
     Raises:
         UsageError: there is no such preset.

@@ -56,13 +56,13 @@ PUBLISHED: dict[str, tuple[tuple[frozenset[int], frozenset[int]], ...]] = {
 
 
 def case_number(case: str) -> int | None:
-    """The last number in a case id: 35 for img0035, 0035, btcv_0035."""
+    """Find the last number in a case id: 35 for img0035, 0035, btcv_0035."""
     numbers = re.findall(r"\d+", case)
     return int(numbers[-1]) if numbers else None
 
 
 def published_split(name: str, ids: Sequence[str]) -> Split | None:
-    """The published split `name` over these ids, or None unless their numbers are exactly those of the publication."""
+    """Give the published split `name` over these ids, None unless their numbers are exactly the published ones."""
     by_number = {number: case for case in ids if (number := case_number(case)) is not None}
     if len(by_number) != len(ids):
         return None

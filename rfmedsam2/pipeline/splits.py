@@ -131,7 +131,7 @@ def make_splits(groups: Mapping[str, str], *, folds: int = FOLDS, seed: int = SE
 
 
 def _kfold(count: int, folds: int, seed: int) -> list[list[int]]:
-    """Indices left out by each fold: scikit-learn's KFold(folds, shuffle=True, random_state=seed)."""
+    """Deal out indices to folds: scikit-learn's KFold(folds, shuffle=True, random_state=seed)."""
     if folds < 2:
         raise UsageError("Too few folds", expected="at least 2", found=folds)
     order = np.arange(count)
@@ -176,7 +176,7 @@ def leaks(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[str]:
 
 
 def warnings_of(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[str]:
-    """What a user should know about splits that are allowed, one sentence each."""
+    """Say what a user should know about splits that are allowed, one sentence each."""
     found = leaks(splits, groups)
     for name, split in splits.items():
         if set(split.train) == set(split.val):
@@ -191,7 +191,7 @@ def warnings_of(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[
 def settle_splits(
     dataset: SplittableDataset, layout: Layout, *, group_regex: str | None = None, folds: int = FOLDS, seed: int = SEED
 ) -> list[Split]:
-    """The folds of a dataset: those that exist (checked), else new ones; written with the named ones.
+    """Give the folds of a dataset: those that exist (checked), else new ones; written with the named ones.
 
     An existing splits_final.json in the preprocessed folder is kept; else one in the raw folder is taken.
 
@@ -254,7 +254,7 @@ def read_named_splits(path: Path, ids: Sequence[str] | None = None) -> dict[str,
 
 
 def fold_split(layout: Layout, dataset: str, fold: str, *, ids: Sequence[str] | None = None) -> Split:
-    """The split of a fold: a number, "all" (train and validate on everything) or a name.
+    """Find the split of a fold: a number, "all" (train and validate on everything) or a name.
 
     Args:
         layout: where the splits lie.

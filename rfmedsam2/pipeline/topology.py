@@ -47,7 +47,7 @@ class Width:
     block: Literal["plain", "residual"] = "plain"
 
     def network(self, topology: Topology) -> UNetConfig:
-        """The network record of a topology."""
+        """Make the network record of a topology."""
         stages = len(topology.strides)
         return UNetConfig.model_validate(
             {
@@ -148,7 +148,7 @@ def fitted_topology(
     start: Sequence[int],
     fits: Callable[[Topology], bool],
 ) -> Topology:
-    """The topology of the largest patch that `fits`, beginning with `start` clipped to the median shape.
+    """Find the topology of the largest patch that `fits`, from `start` clipped to the median shape.
 
     As in nnU-Net, the axis that is largest against the median shape shrinks first, by one step of its divisor.
 
