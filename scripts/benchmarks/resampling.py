@@ -28,20 +28,22 @@ def arrays(shape: Shape, classes: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     coarse = tuple(max(2, n // 8) for n in shape)
     fields = gaussian_filter(rng.normal(size=(classes, *coarse)), (0, 1.5, 1.5, 1.5))
-    label = zoom(fields.argmax(0).astype(np.uint8), np.divide(shape, coarse), order=0).astype(np.int16)
-    image = zoom(fields[0] / fields[0].std(), np.divide(shape, coarse), order=1, output=np.float32)
+    label = np.asarray(zoom(fields.argmax(0).astype(np.uint8), np.divide(shape, coarse), order=0))
+    image = np.asarray(zoom(fields[0] / fields[0].std(), np.divide(shape, coarse), order=1, output=np.float32))
     image += rng.normal(scale=0.1, size=shape).astype(np.float32)
-    return image[None], label
+    return image[None], label.astype(np.int16)
 
 
 def timed(function: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, float]:
     """Give the result and the shortest of several wall times, seconds."""
-    seconds = []
-    for _ in range(repeats):
+    shortest = float("inf")
+    while True:
         begun = time.perf_counter()
         result = function()
-        seconds.append(time.perf_counter() - begun)
-    return result, min(seconds)
+        shortest = min(shortest, time.perf_counter() - begun)
+        repeats -= 1
+        if repeats <= 0:
+            return result, shortest
 
 
 def compare(shape: Shape, new: Shape, axis: int | None, options: argparse.Namespace) -> list[Row]:
