@@ -33,6 +33,8 @@ from rfmedsam2.store.raw import Case, Fault, RawDataset, require_no_errors
 
 __all__ = ["CaseExamination", "Fault", "VerifyReport", "examine_case", "split_faults", "verify"]
 
+_TOLD_BY_NAMES = ("missing-channel", "extra-channel", "missing-image", "missing-label")
+
 
 class VerifyReport(Record):
     """What verification found."""
@@ -112,8 +114,7 @@ def verify(
     for found in map_cases(
         faults_of, cases, workers=workers, name=lambda case: case.id, track=track, description="Verifying"
     ):
-        faults += found
-    faults = list(dict.fromkeys(faults))  # the layout and the reading may say the same
+        faults += [fault for fault in found if not _known(fault, dataset.faults)]
     return VerifyReport(
         dataset=dataset.name,
         cases=len(cases),
@@ -128,7 +129,7 @@ def examine_case(case: Case, json: DatasetJson) -> CaseExamination:
     faults: list[Fault] = []
     volume, header = _examine_image(case, json, faults)
     label, counts = None, {}
-    if case.label is not None and case.label.exists():
+    if case.label is not None:
         label, grid = _examine_label(case, case.label, faults)
         if label is not None:
             counts = label_counts(label)
@@ -172,6 +173,12 @@ def split_faults(dataset: RawDataset, splits: Sequence[Split]) -> list[Fault]:
     return faults
 
 
+def _known(fault: Fault, layout: Sequence[Fault]) -> bool:
+    """True for what the names have told already: channels of a case, files that are not there."""
+    told = [f for f in layout if f.case == fault.case and f.kind in _TOLD_BY_NAMES]
+    return any(f.kind == fault.kind or f.file == fault.file for f in told)
+
+
 def _examine_image(case: Case, json: DatasetJson, faults: list[Fault]) -> tuple[Volume | None, ImageHeader | None]:
     stack, header, broken = None, None, False
     for index, path in enumerate(case.images):
@@ -194,10 +201,9 @@ def _examine_image(case: Case, json: DatasetJson, faults: list[Fault]) -> tuple[
         return None, header
     expected = len(json.channels)
     if stack.shape[0] != expected:
-        if len(case.images) == 1:  # a number of files that is wrong is known from the names already
-            kind = "missing-channel" if stack.shape[0] < expected else "extra-channel"
-            message = f"{stack.shape[0]} channel(s) in the file, but dataset.json declares {expected}"
-            faults.append(_fault(case, case.images[0], kind, message, "Correct channel_names or the file"))
+        kind = "missing-channel" if stack.shape[0] < expected else "extra-channel"
+        message = f"{stack.shape[0]} channel(s) in the image, but dataset.json declares {expected}"
+        faults.append(_fault(case, case.images[0], kind, message, "Correct channel_names or the files"))
         return None, header
     return Volume(array=stack, grid=header.grid), header
 

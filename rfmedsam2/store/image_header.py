@@ -7,6 +7,8 @@ perpendicular are repaired here when the deviation is small, and refused when it
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
-from rfmedsam2.errors import GeometryError, ImageError
+from rfmedsam2.errors import GeometryError, ImageError, RfMedSamError
 from rfmedsam2.geometry import Grid
 
 MAX_SKEW_DEGREES = 1.0
@@ -166,6 +171,46 @@ def unchanged(paths: Sequence[Path]) -> Iterator[None]:
                 expected="a file that no other program writes to",
                 remedy="Wait until copying or converting has ended, then run the same command again",
             )
+
+
+_PARSER_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    BytesLengthException,
+    EOFError,
+    HeaderDataError,
+    ImageFileError,
+    InvalidDicomError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+
+
+@contextmanager
+def parsing(path: Path) -> Iterator[None]:
+    """Turn what the libraries' parsers raise at damaged bytes (nearly anything, found by fuzzing) into a sentence.
+
+    Raises:
+        ImageError: naming the file.
+    """
+    try:
+        yield
+    except RfMedSamError:
+        raise
+    except _PARSER_ERRORS as error:
+        raise ImageError(
+            "The image cannot be read",
+            where=path,
+            found=f"{type(error).__name__}: {str(error)[:200]}",
+            remedy="Check what wrote the file; copy or convert it again",
+        ) from error
 
 
 def _state(path: Path) -> tuple[int, int]:

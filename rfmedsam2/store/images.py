@@ -24,6 +24,7 @@ from rfmedsam2.store.image_header import (
     TruncatedImageError,
     disagreement,
     displacement_mm,
+    parsing,
     unchanged,
 )
 from rfmedsam2.store.itk import PICTURE_ENDINGS, read_itk, read_itk_header, write_itk_label, write_mhd_label
@@ -76,11 +77,12 @@ def read_header(path: Path) -> ImageHeader:
         GeometryError: impossible spacing or direction.
     """
     ending = _known_ending(path)
-    if ending == ".dcm":
-        return read_dicom_header(path)
-    if ending in _NIFTI:
-        return read_nifti_header(path)
-    return read_mgz_header(path) if ending in _MGZ else read_itk_header(path)
+    with parsing(path):
+        if ending == ".dcm":
+            return read_dicom_header(path)
+        if ending in _NIFTI:
+            return read_nifti_header(path)
+        return read_mgz_header(path) if ending in _MGZ else read_itk_header(path)
 
 
 def read_image(path: Path) -> tuple[Volume, ImageHeader]:
@@ -92,7 +94,7 @@ def read_image(path: Path) -> tuple[Volume, ImageHeader]:
         GeometryError: impossible spacing or direction, missing slices, tilted gantry.
     """
     ending = _known_ending(path)
-    with unchanged(dicom_files(path) if path.is_dir() else [path]):
+    with parsing(path), unchanged(dicom_files(path) if path.is_dir() else [path]):
         if ending == ".dcm":
             array, header = read_dicom(path)
         elif ending in _NIFTI:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from rfmedsam2.errors import GeometryError, ImageError
+from rfmedsam2.errors import GeometryError, ImageError, StoreError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.store.byte_streams import damaged
 from rfmedsam2.store.image_header import FLAT_SPACING_MM, ImageHeader, checked_spacing, repaired
@@ -39,7 +39,11 @@ def read_itk(path: Path) -> tuple[np.ndarray, ImageHeader]:
 
 
 def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
-    """Write labels (Z,Y,X), uint8 or uint16, in the format that the ending of `path` names (not atomic)."""
+    """Write labels (Z,Y,X), uint8 or uint16, in the format that the ending of `path` names (not atomic).
+
+    Raises:
+        StoreError: ITK could not write (it does not say whether space or permission lacked).
+    """
     grid = header.source_grid
     image = sitk.GetImageFromArray(labels_zyx[0] if header.flat else labels_zyx)
     if header.format != "picture":
@@ -50,7 +54,12 @@ def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
     try:
         sitk.WriteImage(image, str(path), useCompression=True)
     except RuntimeError as error:
-        raise OSError(_reason(error)) from error
+        raise StoreError(
+            "The label map cannot be written",
+            where=path.parent,
+            found=_reason(error),
+            remedy="Check free space and write permission there",
+        ) from error
 
 
 def write_mhd_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:

@@ -53,7 +53,7 @@ def _load(path: Path) -> MGHImage:
         return MGHImage.from_filename(path)
     except (EOFError, zlib.error) as error:
         raise damaged(path, str(error)) from error
-    except (OSError, TypeError, ValueError, HeaderDataError, ImageFileError) as error:
+    except (OSError, TypeError, ValueError, KeyError, HeaderDataError, ImageFileError) as error:
         raise ImageError("The file is no MGH volume", where=path, found=error) from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import os
 from pathlib import Path
@@ -176,6 +178,40 @@ def test_file_that_is_no_image_is_refused(tmp_path: Path, name: str, content: by
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ImageError, match=name):
         read_image(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # the parsers warn before they fail
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mha", "a.nrrd", "a.mgh", "a.mgz", "dicom"])
+def test_any_damage_ends_in_a_sentence_or_in_an_image(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "dicom":
+        path = next(dicom_series(tmp_path / "s", [(0, 0, 0.0)]).iterdir())
+    elif ".mg" in name:
+        nib.save(nib.freesurfer.MGHImage(ARRAY.T.astype(np.int32), np.eye(4)), path)
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(ARRAY), str(path), useCompression=True)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(7)
+    for _ in range(60):
+        broken = bytearray(whole[: rng.integers(1, len(whole) + 1)] if rng.random() < 0.4 else whole)
+        for position in rng.integers(0, min(len(broken), 600), rng.integers(0, 6)):
+            broken[position] = rng.integers(256)
+        path.write_bytes(broken)
+        for read in (read_image, read_header):
+            with contextlib.suppress(ImageError, GeometryError):
+                read(path)
+
+
+def test_no_room_for_a_label_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = read_header(nifti(tmp_path / "a.nii"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gzip.GzipFile, "write", full)
+    with pytest.raises(StoreError, match="disk is full"):
+        write_label(tmp_path / "b.nii.gz", ARRAY, header)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.nii"]
 
 
 def test_missing_file_and_unknown_ending_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,265 @@
+"""Finding the cases of raw datasets and of inputs to predict, by names alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rfmedsam2.errors import DatasetError, ImageError, RecordError, UsageError
+from rfmedsam2.store.raw import find_cases, open_dataset
+
+
+def dataset(folder: Path, images: list[str], labels: list[str], **fields) -> Path:
+    """A dataset of empty files."""
+    for name, files in (("imagesTr", images), ("labelsTr", labels)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for file in files:
+            (folder / name / file).touch()
+    content = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "liver": 1},
+        "numTraining": len(labels),
+        "file_ending": ".nii.gz",
+        **fields,
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def names(cases) -> dict[str, list[str]]:
+    return {case.id: [path.name for path in case.images] for case in cases}
+
+
+TWO = {"channel_names": {"0": "T1", "1": "T2"}}
+
+
+def test_nnunets_layout_gives_cases_in_order_with_labels_groups_and_tests(tmp_path: Path) -> None:
+    folder = dataset(
+        tmp_path / "Dataset001_A",
+        ["b_0001.nii.gz", "b_0000.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz"],
+        ["a.nii.gz", "b.nii.gz"],
+        groups={"a": "patient 1"},
+        **TWO,
+    )
+    (folder / "imagesTs").mkdir()
+    for channel in (0, 1):
+        (folder / "imagesTs" / f"c_000{channel}.nii.gz").touch()
+    found = open_dataset(folder)
+    assert found.name == "Dataset001_A"
+    assert names(found.training) == {
+        "a": ["a_0000.nii.gz", "a_0001.nii.gz"],
+        "b": ["b_0000.nii.gz", "b_0001.nii.gz"],
+    }
+    assert [c.label.name for c in found.training if c.label] == ["a.nii.gz", "b.nii.gz"]
+    assert [c.group for c in found.training] == ["patient 1", None]
+    assert names(found.test) == {"c": ["c_0000.nii.gz", "c_0001.nii.gz"]}
+    assert found.faults == ()
+    assert found.reorient is None
+
+
+def test_files_without_channel_suffix_are_cases_also_when_they_are_numbered(tmp_path: Path) -> None:
+    files = ["liver_0000.nii.gz", "liver_0001.nii.gz", "other.nii.gz"]
+    found = open_dataset(dataset(tmp_path / "d", files, files))
+    assert names(found.training) == {"liver_0000": files[:1], "liver_0001": files[1:2], "other": files[2:]}
+    assert found.faults == ()
+
+
+def test_multi_channel_files_without_suffix_are_cases(tmp_path: Path) -> None:
+    found = open_dataset(dataset(tmp_path / "d", ["a.nii.gz", "b.nii.gz"], ["a.nii.gz", "b.nii.gz"], **TWO))
+    assert names(found.training) == {"a": ["a.nii.gz"], "b": ["b.nii.gz"]}
+    assert found.faults == ()
+
+
+def test_dicom_folders_are_images(tmp_path: Path) -> None:
+    folder = dataset(tmp_path / "d", [], ["a.nii.gz", "b.nii.gz"])
+    for name in ("a_0000", "b"):
+        (folder / "imagesTr" / name).mkdir()
+        (folder / "imagesTr" / name / "1").write_bytes(bytes(128) + b"DICM")
+    assert names(open_dataset(folder).training) == {"a": ["a_0000"], "b": ["b"]}
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIOWithReorient", "NibabelIOWithReorient"])
+def test_reader_with_reorient_turns_volumes(tmp_path: Path, reader: str) -> None:
+    folder = dataset(tmp_path / "d", ["a_0000.nii.gz"], ["a.nii.gz"], overwrite_image_reader_writer=reader)
+    assert open_dataset(folder).reorient == "RAS"
+
+
+def test_explicit_file_lists_are_followed(tmp_path: Path) -> None:
+    for name in ("x.nii.gz", "y.nii.gz"):
+        (tmp_path / name).touch()
+    listed = {"k": {"images": ["../x.nii.gz"], "label": str(tmp_path / "y.nii.gz")}}
+    found = open_dataset(dataset(tmp_path / "d", [], [], dataset=listed, numTraining=1))
+    assert names(found.training) == {"k": ["x.nii.gz"]}
+    assert found.faults == ()
+    listed["m"] = {"images": ["gone.nii.gz"], "label": "gone_too.nii.gz"}
+    faults = open_dataset(dataset(tmp_path / "d", [], [], dataset=listed, numTraining=2)).faults
+    assert {(f.case, f.kind) for f in faults} == {("m", "missing-image"), ("m", "missing-label")}
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "kind", "words"),
+    [
+        (["a_0000.nii.gz"], ["a.nii.gz"], "missing-channel", "_0001 (T2)"),
+        (["a_0000.nii.gz", "a_0001.nii.gz", "a_0002.nii.gz"], ["a.nii.gz"], "extra-channel", "_0002"),
+        (["a.nii.gz", "b.nii.gz"], ["a.nii.gz"], "missing-label", "without label"),
+        (["a.nii.gz"], ["a.nii.gz", "b.nii.gz"], "missing-image", "without image"),
+        (["a.nii.gz", "a.nii"], ["a.nii.gz"], "duplicate-id", "one case id"),
+        (["a.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz"], ["a.nii.gz"], "duplicate-id", "Several files"),
+        (["a.nii.gz", "A.nii.gz"], ["a.nii.gz", "A.nii.gz"], "duplicate-id", "letter case: A, a"),
+        (["a.nii.gz", "b.nrrd"], ["a.nii.gz"], "wrong-suffix", "does not end in .nii.gz"),
+    ],
+)
+def test_faults_of_single_cases_are_kept_not_raised(
+    tmp_path: Path, images: list[str], labels: list[str], kind: str, words: str
+) -> None:
+    faults = open_dataset(dataset(tmp_path / "d", images, labels, **TWO)).faults
+    assert [f.kind for f in faults if f.severity == "error"] == [kind]
+    assert words in " ".join(f.message for f in faults)
+
+
+def test_wrong_number_of_training_cases_is_a_warning(tmp_path: Path) -> None:
+    (fault,) = open_dataset(dataset(tmp_path / "d", ["a_0000.nii.gz"], ["a.nii.gz"], numTraining=7)).faults
+    assert (fault.kind, fault.severity) == ("case-count", "warning")
+    assert "7" in fault.message
+
+
+def test_wrong_ending_for_all_files_says_which_ending_to_set(tmp_path: Path) -> None:
+    folder = dataset(tmp_path / "d", ["a_0000.nrrd", "b_0000.nrrd"], ["a.nrrd", "b.nrrd"])
+    with pytest.raises(DatasetError, match=r'no training cases.*a_?.*2 \.nrrd.*"file_ending".*"\.nrrd"'):
+        open_dataset(folder)
+
+
+def test_misspelt_folder_is_named(tmp_path: Path) -> None:
+    folder = dataset(tmp_path / "d", ["a_0000.nii.gz"], ["a.nii.gz"])
+    (folder / "imagesTr").rename(folder / "imagesTR")
+    with pytest.raises(DatasetError, match="Rename imagesTR to imagesTr"):
+        open_dataset(folder)
+
+
+def test_missing_folder_and_missing_or_faulty_json_have_sentences(tmp_path: Path) -> None:
+    folder = dataset(tmp_path / "Dataset001_Liver", ["a_0000.nii.gz"], ["a.nii.gz"])
+    with pytest.raises(DatasetError, match="Did you mean Dataset001_Liver"):
+        open_dataset(tmp_path / "Dataset001_liver2")
+    (folder / "dataset.json").write_text('{"labels": {"background": 0}, "file_ending": "nii"}')
+    with pytest.raises(RecordError, match=r"2 fault.*channel_names.*file_ending"):
+        open_dataset(folder)
+    (folder / "dataset.json").unlink()
+    with pytest.raises(DatasetError, match=r"no dataset\.json"):
+        open_dataset(folder)
+
+
+# --- inputs to predict ------------------------------------------------------------------------------------------------
+
+
+def touch(folder: Path, *files: str) -> Path:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
+
+
+@pytest.mark.parametrize("ending", [None, ".nii.gz"])
+def test_folder_with_or_without_channel_suffix(tmp_path: Path, ending: str | None) -> None:
+    touch(tmp_path, "a_0000.nii.gz", "b.nii.gz", "notes.md", ".hidden.nii.gz")
+    found = names(find_cases(tmp_path, channels=1, file_ending=ending))
+    assert found == {"a": ["a_0000.nii.gz"], "b": ["b.nii.gz"]}
+
+
+def test_numbered_single_channel_files_are_not_taken_for_channels(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"amos_{i:04d}.nii.gz" for i in range(3)))
+    assert [c.id for c in find_cases(tmp_path, channels=1, file_ending=None)] == ["amos_0000", "amos_0001", "amos_0002"]
+
+
+def test_missing_channels_of_all_cases_are_named_at_once(tmp_path: Path) -> None:
+    touch(tmp_path, "a_0000.nii.gz", "b_0001.nii.gz")
+    with pytest.raises(DatasetError, match=r"2 input case.*a: .*_0001.*b: .*_0000"):
+        find_cases(tmp_path, channels=2, file_ending=".nii.gz")
+
+
+def test_nothing_found_says_what_is_there_and_what_was_expected(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nrrd", "b.nrrd")
+    with pytest.raises(DatasetError, match=r"0 cases.*CASE_0000\.nii\.gz.*2 \.nrrd.*convert"):
+        find_cases(tmp_path, channels=1, file_ending=".nii.gz")
+    touch(tmp_path / "top" / "imagesTs", "a.nii.gz")
+    with pytest.raises(DatasetError, match=r"0 cases.*Give the folder below.*imagesTs"):
+        find_cases(tmp_path / "top", channels=1, file_ending=None)
+
+
+def test_single_file_finds_its_other_channels(tmp_path: Path) -> None:
+    touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz")
+    found = find_cases(tmp_path / "a_0001.nii.gz", channels=2, file_ending=None)
+    assert names(found) == {"a": ["a_0000.nii.gz", "a_0001.nii.gz"]}
+    assert names(find_cases(tmp_path / "a_0000.nii.gz", channels=1, file_ending=None)) == {"a": ["a_0000.nii.gz"]}
+
+
+def test_dicom_series_folder_is_one_case_and_a_folder_of_them_several(tmp_path: Path) -> None:
+    for name in ("p1", "p2"):
+        touch(tmp_path / name, "IM1")
+        (tmp_path / name / "IM1").write_bytes(bytes(128) + b"DICM")
+    assert names(find_cases(tmp_path / "p1", channels=1, file_ending=".nii.gz")) == {"p1": ["p1"]}
+    assert names(find_cases(tmp_path, channels=1, file_ending=".nii.gz")) == {"p1": ["p1"], "p2": ["p2"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("l.txt", "# comment\nx/a_0000.nii.gz\nx/a_0001.nii.gz\n"),
+        ("l.json", '["x/a_0000.nii.gz", "x/a_0001.nii.gz"]'),
+        ("l.json", '{"a": ["x/a_0000.nii.gz", "x/a_0001.nii.gz"]}'),
+        ("l.json", '[{"id": "a", "images": ["x/a_0000.nii.gz", "x/a_0001.nii.gz"]}]'),
+        ("l.csv", "id,image,image\na,x/a_0000.nii.gz,x/a_0001.nii.gz\n"),
+        ("l.csv", "a,x/a_0000.nii.gz,x/a_0001.nii.gz\n"),
+        ("l.csv", "path\nx/a_0000.nii.gz\nx/a_0001.nii.gz\n"),
+    ],
+)
+def test_list_files_of_every_kind_give_the_same_case(tmp_path: Path, name: str, text: str) -> None:
+    touch(tmp_path / "x", "a_0000.nii.gz", "a_0001.nii.gz")
+    (tmp_path / name).write_text(text)
+    found = find_cases(tmp_path / name, channels=2, file_ending=None)
+    assert names(found) == {"a": ["a_0000.nii.gz", "a_0001.nii.gz"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("l.json", "{", "cannot be understood"),
+        ("l.json", "5", "cannot be understood"),
+        ("l.json", '{"a": [3]}', "cannot be understood"),
+        ("l.txt", "", "0 cases"),
+        ("l.txt", "gone.nii.gz", "not there.*gone"),
+        ("l.csv", "a,x.nii.gz,y.nii.gz,z.nii.gz", "not there"),
+    ],
+)
+def test_faulty_list_files_have_sentences(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DatasetError, match=words):
+        find_cases(tmp_path / name, channels=2, file_ending=None)
+
+
+def test_sequence_of_paths_and_missing_or_foreign_input(tmp_path: Path) -> None:
+    touch(tmp_path, "b.nii.gz", "a_0000.nrrd", "x.pdf")
+    found = find_cases([tmp_path / "b.nii.gz", tmp_path / "a_0000.nrrd"], channels=1, file_ending=None)
+    assert [c.id for c in found] == ["a", "b"]
+    with pytest.raises(UsageError, match="no such input"):
+        find_cases(tmp_path / "gone", channels=1, file_ending=None)
+    with pytest.raises(UsageError, match="no image and no list"):
+        find_cases(tmp_path / "x.pdf", channels=1, file_ending=None)
+
+
+def test_case_with_another_number_of_channels_is_refused(data_root: Path) -> None:
+    from rfmedsam2.store.raw import read_case
+
+    case = open_dataset(data_root / "hippocampus" / "Dataset004_Hippocampus").training[0]
+    with pytest.raises(ImageError, match=rf"{case.id} has another number of channels.*2 channel.*Found 1"):
+        read_case(case, channels=2)
+
+
+def test_real_datasets_open_without_faults(data_root: Path) -> None:
+    folders = sorted(data_root.glob("*/Dataset*"))
+    assert folders
+    for folder in folders:
+        found = open_dataset(folder)
+        assert found.faults == ()
+        assert len(found.training) == found.json.numTraining
