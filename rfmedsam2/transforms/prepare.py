@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rfmedsam2.errors import PlanError
+from rfmedsam2.errors import ImageError, PlanError
 from rfmedsam2.geometry import Box, Grid, Shape, Triple, Volume
 from rfmedsam2.records.case import CaseGeometry
 from rfmedsam2.records.plan import Plan, Stage
@@ -107,7 +107,7 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
 
     Raises:
         PlanError: no such stage, or another number of channels than planned.
-        ImageError: values that the planned normalisation does not allow.
+        ImageError: values that the planned normalisation does not allow, label values above 32767.
     """
     config = _stage(plan, stage)
     if volume.array.shape[0] != len(plan.channels):
@@ -116,6 +116,8 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
             expected=f"{len(plan.channels)} ({', '.join(plan.channels)})",
             found=volume.array.shape[0],
         )
+    if label is not None and label.max(initial=0) > np.iinfo(np.int16).max:
+        raise ImageError("Label values are too large", expected="at most 32767", found=int(label.max()))
     box = nonzero_box(volume.array)
     restore = _restore(volume.grid, box, plan, config)
     # crop and transpose commute; views only, the one copy is the conversion to float32

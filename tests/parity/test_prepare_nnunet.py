@@ -12,6 +12,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import resample_data_o
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy.ndimage import gaussian_filter
 
+from rfmedsam2.errors import ImageError
 from rfmedsam2.geometry import Grid, Volume
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
@@ -209,3 +210,9 @@ def test_as_many_foreground_locations_as_nnunet(regions, ignore):
         assert len(found[key].index) == len(peer[theirs])
         values = np.unique(label.reshape(-1)[found[key].index])
         assert set(values) <= set(theirs if isinstance(theirs, tuple) else (theirs,))
+
+
+def test_label_values_that_do_not_fit_are_refused():
+    volume, label = synthetic((16, 34, 29), (2.5, 0.9, 0.9), 1)
+    with pytest.raises(ImageError, match="32767"):
+        prepare(volume, plan(["ct"], (1.5, 1.1, 1.1)), "stage", label=label.astype(np.uint16) * 20000)
