@@ -97,6 +97,11 @@ class UNetConfig(Record):
         wrong = [f"{name} has {n} entries, not {m}" for name, (n, m) in lengths.items() if n != m]
         if wrong:
             raise ValueError(f"{stages} stages, but " + ", ".join(wrong))
+        axes = {len(entry) for entry in (*self.kernel_sizes, *self.strides)}
+        if stages < 2 or len(axes) != 1 or not axes <= {2, 3}:
+            raise ValueError("a network needs two stages or more, and kernels and strides of two or of three axes each")
+        if any(n < 1 for entry in (*self.kernel_sizes, *self.strides) for n in entry):
+            raise ValueError("kernel sizes and strides must be 1 or more")
         return self
 
     @property

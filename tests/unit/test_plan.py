@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from rfmedsam2.errors import PlanError, RecordError, UsageError
+from rfmedsam2.errors import PlanError, RecordError, RfMedSamError, UsageError
 from rfmedsam2.pipeline.changes import changed, moved
 from rfmedsam2.pipeline.nnunet_plans import import_nnunet_plans
 from rfmedsam2.pipeline.plan import normalisation_of, plan, target_spacing
@@ -367,3 +367,30 @@ def test_a_file_that_is_no_plan_lists_what_it_lacks(tmp_path):
     path.write_text("{}")
     with pytest.raises(RecordError, match="transpose_forward"):
         imported(path)
+
+
+def places(value, path=()):
+    """Every place in nested JSON."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+@pytest.mark.parametrize("damage", [None, "x", -1, [], {}, [1], 1.5])
+def test_damaged_plans_of_nnunet_end_in_a_sentence_never_in_a_traceback(tmp_path, damage):
+    path = nnunet_file(tmp_path)
+    whole = json.loads(path.read_text())
+    refused = 0
+    for place in list(places(whole)):
+        damaged = json.loads(json.dumps(whole))
+        holder = damaged
+        for key in place[:-1]:
+            holder = holder[key]
+        holder[place[-1]] = damage
+        path.write_text(json.dumps(damaged))
+        try:
+            imported(path)
+        except RfMedSamError:
+            refused += 1
+    assert refused > 20

@@ -74,6 +74,12 @@ def test_a_network_of_uneven_lists_is_refused():
         UNetConfig.parse(NETWORK.model_dump() | {"decoder_blocks": (2, 2)})
 
 
+@pytest.mark.parametrize("strides", [((1, 1, 1), (2, 2)), ((1, 1, 1), (2, 2, 0)), ((), ())])
+def test_strides_that_fit_no_image_are_refused(strides):
+    with pytest.raises(RecordError, match="strides"):
+        UNetConfig.parse(NETWORK.model_dump() | {"strides": strides})
+
+
 @pytest.mark.parametrize(("patch", "message"), [((8, 9, 8), "axis 1 is 9"), ((8, 8), "against a 3D network")])
 def test_a_patch_that_the_network_cannot_take_is_refused(patch, message):
     plain = {
