@@ -255,3 +255,26 @@ def test_real_datasets_are_clean(data_root: Path) -> None:
         report = verify(open_dataset(data_root / name))
         assert report.errors == ()
         assert report.files > 0
+
+
+def test_file_that_is_listed_but_not_there_is_told_once(maker: Maker) -> None:
+    listed = {
+        "good": {"images": [str(maker.image("good"))], "label": str(maker.label("good"))},
+        "lost": {"images": [str(maker.image("lost"))], "label": str(maker.label("good"))},
+    }
+    maker.fields["dataset"] = listed
+    assert [(c, k) for c, k, s in kinds(maker.report()) if s == "error"] == [("lost", "missing-image")]
+
+
+def test_raw_dicom_folders_are_verified_against_their_labels(data_root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "Dataset002_Dicom"
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    samples = data_root / "format-samples" / "dicom_ct3slice"
+    (folder / "imagesTr" / "liver_0000").symlink_to(samples, target_is_directory=True)
+    (folder / "labelsTr" / "liver.nrrd").symlink_to(samples / "liver_seg.nrrd")
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".dcm"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    report = verify(open_dataset(folder))
+    assert report.errors == ()
+    assert report.files == 2
