@@ -225,7 +225,8 @@ def _batches(image: Tensor, row: _Row, *, skip_empty: bool) -> Iterator[tuple[Te
             tiles.append(tile)
             corners.append((y, x))
         if tiles and (len(tiles) == row.batch or (y, x) == row.corners[-1]):
-            yield (tiles[0].transpose(0, 1) if row.flat else torch.stack(tiles)), corners
+            # contiguous copies: what a network does to its input must not reach the image
+            yield (tiles[0].transpose(0, 1).contiguous() if row.flat else torch.stack(tiles)), corners
             tiles, corners = [], []
 
 
@@ -333,14 +334,16 @@ class _Ensemble:
         except torch.OutOfMemoryError:
             return None
         assert total is not None
-        return total.div_(len(self.networks) * len(self.flips))
+        count = len(self.networks) * len(self.flips)
+        return total.div_(count) if count > 1 else total
 
     def _sum(self, network: nn.Module, tiles: Tensor, flips: list[tuple[int, ...]]) -> Tensor:
-        inputs = torch.cat([tiles.flip(axes) for axes in flips]) if len(flips) > 1 else tiles.flip(flips[0])
+        flipped = [tiles.flip(axes) if axes else tiles for axes in flips]
+        inputs = torch.cat(flipped) if len(flips) > 1 else flipped[0]
         with _autocast(self.device, self.precision):
             results = network(inputs)
         parts = results.split(len(tiles))
-        total = parts[0].flip(flips[0]).float()
+        total = (parts[0].flip(flips[0]) if flips[0] else parts[0]).float()
         for axes, part in zip(flips[1:], parts[1:], strict=True):
             total += part.flip(axes)
         return total

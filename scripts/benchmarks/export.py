@@ -38,6 +38,8 @@ LABELS = LabelSet.model_validate({"names": {"background": 0} | {f"organ {i}": i 
 
 @dataclass(frozen=True)
 class Setting:
+    """Planned and source grid of a case."""
+
     name: str
     planned: tuple[int, int, int]
     source: tuple[int, int, int]
@@ -56,6 +58,7 @@ QUICK = (
 
 
 def main() -> None:
+    """Run both sides and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small arrays")
     parser.add_argument("--seed", type=int, default=0)
@@ -83,6 +86,7 @@ def main() -> None:
 
 
 def smooth_logits(shape: tuple[int, int, int], seed: int) -> np.ndarray:
+    """Make smooth random fields (K, *shape), float32."""
     rng = np.random.default_rng(seed)
     out = np.empty((CLASSES, *shape), np.float32)
     coarse = [max(2, n // 12) for n in shape]
@@ -93,6 +97,7 @@ def smooth_logits(shape: tuple[int, int, int], seed: int) -> np.ndarray:
 
 
 def restore(planned: tuple[int, int, int], source: tuple[int, int, int], setting: Setting) -> Restore:
+    """Describe the way back of an uncropped case."""
     return Restore(
         source_grid=Grid(shape_zyx=source, spacing_zyx_mm=setting.spacing_source),
         box=((0, source[0]), (0, source[1]), (0, source[2])),
@@ -105,12 +110,14 @@ def restore(planned: tuple[int, int, int], source: tuple[int, int, int], setting
 
 
 def ours(logits: np.ndarray, how: Restore) -> np.ndarray:
+    """Export slab by slab."""
     tensor = torch.from_numpy(logits)
     slabs = (Slab(start=z, logits=tensor[:, z : z + SLAB].contiguous()) for z in range(0, tensor.shape[1], SLAB))
     return labels_from_slabs(slabs, how, LABELS, Resampling())
 
 
 def nnunet(logits: np.ndarray, how: Restore) -> np.ndarray:
+    """Resample everything, then take the arg-max."""
     resampled = resample_data_or_seg_to_shape(
         logits, how.shape_cropped, how.spacing_planned, how.spacing_source, order=1, order_z=0, force_separate_z=None
     )
@@ -118,7 +125,7 @@ def nnunet(logits: np.ndarray, how: Restore) -> np.ndarray:
 
 
 def measured(function: Callable[[], np.ndarray]) -> tuple[np.ndarray, float, int]:
-    """Result, seconds, and by how many MiB the process grew at most while it ran."""
+    """Give result, seconds, and by how many MiB the process grew at most while it ran."""
     process = psutil.Process()
     before = process.memory_info().rss
     peak, done = [before], threading.Event()

@@ -8,7 +8,7 @@ import torch
 
 from rfmedsam2.errors import PlanError
 from rfmedsam2.geometry import Grid
-from rfmedsam2.inference.export import labels_from_slabs
+from rfmedsam2.inference.export import _Painter, _table, _taps, _targets, labels_from_slabs
 from rfmedsam2.inference.probabilities import ProbabilityFile
 from rfmedsam2.inference.sliding_window import Slab
 from rfmedsam2.records.dataset import LabelSet
@@ -137,6 +137,22 @@ def test_a_failure_leaves_no_probability_file(tmp_path) -> None:
     with pytest.raises(PlanError):
         labels_from_slabs(half, how, THREE, Resampling(), probabilities=ProbabilityFile(path, how, THREE))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_device_path_gives_what_the_kernels_give(regions) -> None:
+    names = (
+        {"background": 0, "whole": (1, 2), "core": (2, 3), "rim": 3} if regions else {"background": 0, "a": 1, "b": 2}
+    )
+    order = (1, 3, 2) if regions else None
+    labels = LabelSet.model_validate({"names": names, "regions_class_order": order})
+    logits = torch.from_numpy(random_logits(3, 8, 30, 35))
+    how = restore((13, 41, 22), (8, 30, 35))
+    taps = _taps(how, Resampling())
+    painter = _Painter(_table(labels), taps[1:], regions=regions)
+    groups = _targets([Slab(start=0, logits=logits)], taps[0], how.shape_planned, 3)
+    for target in next(groups):
+        np.testing.assert_array_equal(painter(target), painter._on_device(target))
 
 
 @pytest.mark.gpu

@@ -13,6 +13,8 @@ from rfmedsam2.errors import PlanError, RfMedSamError
 from rfmedsam2.inference.sliding_window import (
     EMPTY_LOGIT,
     Execution,
+    _Ensemble,
+    _flips,
     gaussian_weights,
     predict_logits,
     predict_slabs,
@@ -180,3 +182,39 @@ def test_memory_that_ends_halves_the_batch() -> None:
     inference = Inference(tile_batch=4)
     logits = predict_logits([Greedy()], image, **settings(inference=inference, device="cuda"))
     np.testing.assert_allclose(logits[0].cpu().numpy(), image[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 40])
+def test_how_much_runs_at_once_changes_nothing(limit) -> None:
+    torch.manual_seed(0)
+    net = nn.Conv3d(1, 2, 3, padding=1)
+    tiles = torch.from_numpy(noise(3, 1, 4, 5, 6))
+    flips = _flips((0, 2))
+    whole = _Ensemble([net, net], flips=flips, device=torch.device("cpu"), precision="fp32")
+    parts = _Ensemble([net, net], flips=flips, device=torch.device("cpu"), precision="fp32")
+    parts.limit = limit
+    torch.testing.assert_close(parts(tiles), whole(tiles), atol=1e-6, rtol=0)
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
+    class Greedy(Recorder):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > 3:
+                raise torch.OutOfMemoryError
+            return super().forward(x)
+
+    net = Greedy()
+    ensemble = _Ensemble([net], flips=_flips((0, 1, 2)), device=torch.device("cpu"), precision="fp32")
+    ensemble.limit = 1 << 30
+    tiles = torch.from_numpy(noise(4, 1, 4, 5, 6))
+    np.testing.assert_allclose(ensemble(tiles)[:, 0].numpy(), tiles[:, 0], atol=1e-6)
+    assert {shape[0] for shape in net.seen} <= {1, 2}
+
+
+def test_a_tile_that_never_fits_is_an_error() -> None:
+    class Full(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(RfMedSamError, match="too little memory"):
+        predict_logits([Full()], noise(1, 8, 8, 8), **settings())
