@@ -43,11 +43,11 @@ def plan(
     """A plan with one stage, as small as it can be."""
     dimensions = 2 if flat else 3
     model = UNetConfig(
-        features=(4,),
-        kernel_sizes=((3,) * dimensions,),
-        strides=((1,) * dimensions,),
-        encoder_blocks=(1,),
-        decoder_blocks=(),
+        features=(4, 4),
+        kernel_sizes=((3,) * dimensions,) * 2,
+        strides=((1,) * dimensions, (2,) * dimensions),
+        encoder_blocks=(1, 1),
+        decoder_blocks=(1,),
     )
     stage = Stage(
         spacing_mm=spacing,

@@ -56,7 +56,11 @@ class Toy:
     def plan(self) -> Plan:
         found = fingerprint(self.dataset(), self.layout)
         model = UNetConfig(
-            features=(4,), kernel_sizes=((3, 3, 3),), strides=((1, 1, 1),), encoder_blocks=(1,), decoder_blocks=()
+            features=(4, 4),
+            kernel_sizes=((3, 3, 3),) * 2,
+            strides=((1, 1, 1), (2, 2, 2)),
+            encoder_blocks=(1, 1),
+            decoder_blocks=(1,),
         )
         fine = Stage(
             spacing_mm=(1.6, 1.0, 1.0),

@@ -24,7 +24,11 @@ SEED = st.integers(0, 10_000)
 
 def plan(spacing, order, resampling) -> Plan:
     model = UNetConfig(
-        features=(4,), kernel_sizes=((3, 3, 3),), strides=((1, 1, 1),), encoder_blocks=(1,), decoder_blocks=()
+        features=(4, 4),
+        kernel_sizes=((3, 3, 3),) * 2,
+        strides=((1, 1, 1), (2, 2, 2)),
+        encoder_blocks=(1, 1),
+        decoder_blocks=(1,),
     )
     stage = Stage(
         spacing_mm=spacing,
