@@ -3,9 +3,9 @@
 nnU-Net draws the same number of foreground voxels from every case, with replacement, and takes mean, standard deviation
 and percentiles of the pool. Here the limit of that for endless draws is computed: the mixture of the cases' own
 distributions, each with the same weight. Moments are exact. Percentiles are exact for images of fewer than 65 536 whole
-grey values (histograms) and for up to `FEWEST_POINTS` foreground voxels a case; beyond that a case enters with that many
-evenly spaced quantiles or more, so that a percentile is off by at most 1/8192 in rank. Without histograms, memory is
-bounded by `POINTS` values over all cases.
+grey values (histograms) and for up to `FEWEST_POINTS` foreground voxels a case; beyond that a case enters with that
+many evenly spaced quantiles or more, so that a percentile is off by at most 1/8192 in rank. Without histograms, memory
+is bounded by `POINTS` values over all cases.
 """
 
 from __future__ import annotations
