@@ -6,17 +6,21 @@ A worker that raises, is killed or stalls ends in one sentence that names the ca
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import multiprocessing.context
 import os
+import pickle
 import re
 import shutil
 import signal
-import sys
 import time
 import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -28,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from rfmedsam2.engine.generators import preserved, seed_all
-from rfmedsam2.errors import RfMedSamError, WorkerError
+from rfmedsam2.errors import RfMedSamError, UsageError, WorkerError
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -56,7 +60,7 @@ def batches(
     While make_batch runs, the global generators of torch, numpy and Python are seeded from (seed, number).
 
     Args:
-        make_batch: makes batch number i.
+        make_batch: makes batch number i; with workers it is pickled, so it lies in an importable module.
         start: first number.
         stop: after the last number.
         workers: processes; None: `default_workers()`, 0: this process.
@@ -70,26 +74,14 @@ def batches(
     workers = min(default_workers() if workers is None else workers, max(stop - start, 0))
     if workers == 0:
         for number in range(start, stop):
-            # as in a worker: sums over several threads round differently
             with _one_thread():
                 batch = _attempt(make_batch, number, seed)
             yield _opened(batch, number, describe)
         return
     board = torch.full((workers, 2), -1.0, dtype=torch.float64).share_memory_()
-    loader = DataLoader(
-        _Numbered(make_batch, seed, board),
-        sampler=range(start, stop),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=PREFETCH,
-        timeout=min(POLL_SECONDS, timeout_seconds),
-        worker_init_fn=_begin_worker,
-        # processes start in milliseconds by fork; it exists and is safe on Linux alone
-        multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
-        # with its own generator the loader does not draw from the global one
-        generator=torch.Generator(),
-    )
-    team = _Team(iter(loader), board, timeout_seconds, describe)
+    numbered = _Numbered(make_batch, seed, board)
+    iterator = _started(numbered, range(start, stop), workers, timeout_seconds)
+    team = _Team(iterator, board, timeout_seconds, describe)
     try:
         for number in range(start, stop):
             yield _opened(team.take(number), number, describe)
@@ -124,13 +116,13 @@ class _Numbered(Dataset[Any], Generic[Batch]):
     """Batches by number, with each worker's work noted on a board in shared memory: (number, resident bytes)."""
 
     def __init__(self, make_batch: Callable[[int], Batch], seed: int, board: Tensor) -> None:
-        self._make_batch, self._seed, self._board = make_batch, seed, board
+        self.make_batch, self._seed, self._board = make_batch, seed, board
 
     def __getitem__(self, number: int) -> Batch | _Failure:
         info = get_worker_info()
         worker = info.id if info is not None else 0
         self._board[worker, 0] = number
-        batch = _attempt(self._make_batch, number, self._seed)
+        batch = _attempt(self.make_batch, number, self._seed)
         short = _shared_memory_short(batch)
         self._board[worker, 1] = psutil.Process().memory_info().rss
         return batch if short is None else short
@@ -229,8 +221,64 @@ def _opened(result: Batch | _Failure, number: int, describe: Callable[[int], str
     )
 
 
+def _context(make_batch: Callable[[int], Any]) -> multiprocessing.context.BaseContext:
+    """How processes start: forked from a clean server that has loaded the code once.
+
+    A plain fork of this process hangs where blosc2 has used its threads here before (measured, blosc2 4.14); the
+    server has none, holds no CUDA context, and none of this process's memory.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, getattr(make_batch, "__module__", __name__)])
+    return context
+
+
+def _started(numbered: _Numbered[Any], numbers: range, workers: int, timeout_seconds: float) -> Any:
+    """Start the processes, deaf to signals sent to the whole group: the main process ends them, by SIGKILL."""
+    with _deaf(), warnings.catch_warnings():
+        # more workers than cores were asked for; what cannot be pickled is told below
+        warnings.simplefilter("ignore", UserWarning)
+        loader = DataLoader(
+            numbered,
+            sampler=numbers,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=PREFETCH,
+            timeout=min(POLL_SECONDS, timeout_seconds),
+            worker_init_fn=_begin_worker,
+            multiprocessing_context=_context(numbered.make_batch),
+            # with its own generator the loader does not draw from the global one
+            generator=torch.Generator(),
+        )
+        try:
+            return iter(loader)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UsageError(
+                "These batches cannot be made in other processes",
+                found=error,
+                remedy="Give a function or method of an importable module, or set train.workers to 0",
+            ) from error
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Block the signals of the whole group; processes started inside never hear them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        resource_tracker.ensure_running()  # deaf to the other two by itself, but starting it would unblock them here
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
+    """Compute as a worker does: sums over several threads round differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -247,9 +295,7 @@ def _kill(processes: list[Any]) -> None:
 
 
 def _begin_worker(_: int) -> None:
-    """Keep to one core; leave signals sent to the whole group to the main process, which ends workers by SIGKILL."""
-    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & signal.Signals.__members__.keys():
-        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    """Keep to one core."""
     torch.set_num_threads(1)
     blosc2.set_nthreads(1)
 
