@@ -155,7 +155,11 @@ def fitted_topology(
     Raises:
         PlanError: not even the smallest patch fits.
     """
-    topology = topology_of(spacing_mm, np.minimum(start, median_shape).tolist())
+    first = np.minimum(start, median_shape)
+    topology = topology_of(spacing_mm, first.tolist())
+    if len(topology.strides) == 1:
+        # images of a few voxels: a network needs one pooling at least, the loader pads the patch
+        topology = topology_of(spacing_mm, np.maximum(first, 3 * MIN_EDGE).tolist())
     while not fits(topology):
         patch, divisor = list(topology.patch_size), topology.divisor
         axis = int(np.argsort([n / m for n, m in zip(patch, median_shape, strict=True)])[-1])

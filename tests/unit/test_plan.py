@@ -137,6 +137,12 @@ def test_two_dimensional_stages_describe_the_slices_as_stored():
     assert found.stages["3d_fullres"].median_shape == (17, 200, 200)
 
 
+def test_images_of_a_few_voxels_still_get_a_network_that_can_run():
+    stage = plan(*described(shape=(4, 5, 3))).stages["3d_fullres"]
+    assert stage.patch_size == (12, 12, 12)
+    assert len(stage.model.features) == 2
+
+
 def test_a_target_spacing_may_be_given():
     found = plan(*described(**SAGITTAL), spacing_zyx_mm=(1.2, 1.2, 4.0))
     assert found.stages["3d_fullres"].spacing_mm == (4.0, 1.2, 1.2)
