@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import torch
@@ -57,7 +58,7 @@ def main() -> None:
         return torch.cat([slab.logits[:, :, ::4, ::4].clone() for slab in slabs], dim=1)
 
     def peer() -> Tensor:
-        predictor = nnUNetPredictor(
+        predictor: Any = nnUNetPredictor(
             use_mirroring=args.mirror,
             device=device,
             perform_everything_on_device=device.type == "cuda",
