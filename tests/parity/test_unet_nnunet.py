@@ -21,8 +21,7 @@ CASES = [
 
 
 def small_config(block: str, spacing, patch) -> UNetConfig:
-    config = Width(block=block, base=4, maximum=12).network(topology_of(spacing, patch))
-    return config
+    return Width(block=block, base=4, maximum=12).network(topology_of(spacing, patch))
 
 
 def nnunets_network(config: UNetConfig, channels: int, outputs: int) -> torch.nn.Module:
