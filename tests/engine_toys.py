@@ -110,7 +110,7 @@ class ToyTask:
         """This rank's share of a batch of ranks * size rows."""
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(self.ranks * self.size, 6, generator=generator)
-        y = x.sum(1, keepdim=True).sin()
+        y = x.sum(1, keepdim=True) / 3
         if number == self.nan_at:
             x[0, 0] = float("nan")
         mine = slice(self.rank * self.size, (self.rank + 1) * self.size)
