@@ -28,7 +28,7 @@ def offences(faults_of: Callable[[Path], list[str]], *, but: Callable[[Path], bo
 
 
 def speaks_to_the_user(path: Path) -> bool:
-    return path.name == "cli.py"
+    return "cli" in path.relative_to(ROOT).with_suffix("").parts
 
 
 def public(node: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[str, Documented]]:
