@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 
 from rfmedsam2 import __version__
-from rfmedsam2.engine.fit import Progress, Run, fit
-from rfmedsam2.engine.fit import silent as show_nothing
+from rfmedsam2.engine.fit import fit
+
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.runtime import Runtime, start_runtime
+from rfmedsam2.engine.task import Progress, Run
+from rfmedsam2.engine.task import silent as show_nothing
 from rfmedsam2.errors import RfMedSamError, UsageError
 from rfmedsam2.inference.volume import Options
 from rfmedsam2.parallel import Track, silent
@@ -23,7 +25,7 @@ from rfmedsam2.pipeline.curves import progress_png
 from rfmedsam2.pipeline.evaluate import evaluate
 from rfmedsam2.pipeline.predict import Predictor, predict_files
 from rfmedsam2.pipeline.report import write_report
-from rfmedsam2.pipeline.splits import split_of
+from rfmedsam2.pipeline.splits import fold_split
 from rfmedsam2.pipeline.trained import CHECKPOINTS
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.plan import Plan, Split, Stage
@@ -99,7 +101,7 @@ def train(
     began = time.monotonic()
     config = _stage(plan, stage)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.name, stage), config.patch_size)
-    split = split_of(fold, layout, plan.dataset, _case_ids(layout, plan, store))
+    split = fold_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
     _require_preprocessed(split, store, plan)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
     with start_runtime(options.device, precision=config.train.precision) as runtime:
