@@ -33,13 +33,13 @@ class ConvertOptions:
     """How a dataset is built from a download.
 
     Attributes:
-        placement: copy the files, or link them: a hard link needs the same disk, a symbolic link needs the download to
+        how: copy the files, or link them: a hard link needs the same disk, a symbolic link needs the download to
             stay where it is.
         force: replace a dataset of the same name.
         workers: files checked and written at once.
     """
 
-    placement: Placement = "copy"
+    how: Placement = "copy"
     force: bool = False
     workers: int = 2
 
@@ -104,7 +104,7 @@ def convert(download: Download, raw: Path, *, options: ConvertOptions, track: Tr
         for part in ("imagesTr", "labelsTr", *(("imagesTs",) if _tests(download) else ())):
             (building / part).mkdir()
         for _ in map_cases(
-            lambda source: _place(source, download, building, options.placement),
+            lambda source: _place(source, download, building, options.how),
             download.sources,
             workers=options.workers,
             name=lambda source: source.id,
@@ -232,26 +232,26 @@ def _raise_faults(download: Download, faults: list[str]) -> None:
         )
 
 
-def _place(source: Source, download: Download, building: Path, placement: Placement) -> None:
+def _place(source: Source, download: Download, building: Path, how: Placement) -> None:
     part = "Ts" if source.label is None else "Tr"
     if source.label is not None:
-        _transfer(source.label, building / "labelsTr" / f"{source.id}{ENDING}", placement)
+        _transfer(source.label, building / "labelsTr" / f"{source.id}{ENDING}", how)
     if len(download.channels) == 1:
-        _transfer(source.image, building / f"images{part}" / f"{source.id}_0000{ENDING}", placement)
+        _transfer(source.image, building / f"images{part}" / f"{source.id}_0000{ENDING}", how)
     else:
         _split_channels(source, building / f"images{part}")
 
 
-def _transfer(source: Path, target: Path, placement: Placement) -> None:
+def _transfer(source: Path, target: Path, how: Placement) -> None:
     try:
-        if placement == "copy":
+        if how == "copy":
             shutil.copyfile(source, target)
-        elif placement == "hardlink":
+        elif how == "hardlink":
             target.hardlink_to(source.resolve())
         else:
             target.symlink_to(source.resolve())
     except OSError as error:
-        if placement != "copy" and error.errno in {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK}:
+        if how != "copy" and error.errno in {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK}:
             raise StoreError(
                 f"A file cannot be linked ({error.strerror})", where=source, remedy="Copy instead (--place copy)"
             ) from error

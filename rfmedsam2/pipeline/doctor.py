@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 
 import rfmedsam2
-from rfmedsam2.records.base import dump_json
 from rfmedsam2.store.layout import Layout
 
 try:
@@ -118,16 +117,12 @@ class DoctorReport:
     folders_from: str
     warnings: tuple[Advice, ...]
 
-    def to_json(self) -> str:
-        """Readable JSON text."""
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
         content = asdict(self)
         for folder in content["folders"]:
             folder["path"] = str(folder["path"])
-        return dump_json(content)
-
-    def text(self) -> str:
-        """Everything in lines for people, the warnings last."""
-        return "\n".join(f"{name:<16}{value}".rstrip() for name, value in _lines(self))
+        return content
 
 
 def doctor(layout: Layout | None = None, *, folders_from: str = "the default") -> DoctorReport:
@@ -162,28 +157,6 @@ def doctor(layout: Layout | None = None, *, folders_from: str = "the default") -
         warnings=(*trouble, *_warnings(facts)),
         **facts,
     )
-
-
-def _lines(report: DoctorReport) -> Iterator[tuple[str, str]]:
-    yield "rfmedsam2", f"{report.package}, Python {report.python} ({report.executable})"
-    yield "system", report.system
-    for device in report.devices:
-        memory = "" if device.memory_gib is None else f", {device.free_gib:g} of {device.memory_gib:g} GiB free"
-        yield device.kind, device.name + memory
-    yield "memory", f"{report.ram_free_gib:g} of {report.ram_gib:g} GiB free"
-    yield "shared memory", "not there" if report.shm_gib is None else f"{report.shm_gib:g} GiB free"
-    limits = report.open_files
-    yield "open files", "no limit known" if limits is None else f"{limits[0]} (can be raised to {limits[1]})"
-    yield "C++ compiler", report.compiler or "none found"
-    yield "folders", f"from {report.folders_from}"
-    for folder in report.folders:
-        state = "there" if folder.exists else "not there yet"
-        room = "" if folder.free_gib is None else f", {folder.free_gib:g} GiB free"
-        yield f"  {folder.name}", f"{folder.path} ({state}{room})"
-    for title, packages in (("packages", report.packages), ("optional", report.optional_packages)):
-        yield title, ", ".join(f"{name} {version or 'absent'}" for name, version in packages.items())
-    for advice in report.warnings:
-        yield "warning", f"{advice.message}. {advice.remedy}."
 
 
 def _version(name: str) -> str | None:

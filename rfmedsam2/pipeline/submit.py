@@ -48,7 +48,7 @@ class SubmissionReport:
 
     Attributes:
         task: 1 (CT), 2 (CT and MR), or None: whatever images the folder holds.
-        cases: ids that a submission must have, sorted.
+        expected: ids that a submission must have, sorted.
         faults: empty for a sound submission.
         rewritten: ids whose voxels are stored as uint8 in the archive, since their file has another integer type.
         ignored: names in the predictions' folder that are no NIfTI files and do not enter the archive.
@@ -57,14 +57,14 @@ class SubmissionReport:
     """
 
     task: int | None
-    cases: tuple[str, ...]
+    expected: tuple[str, ...]
     faults: tuple[SubmissionFault, ...]
     rewritten: tuple[str, ...]
     ignored: tuple[str, ...]
     archive: Path | None = None
     sha256: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {**asdict(self), "archive": None if self.archive is None else str(self.archive)}
 
@@ -145,7 +145,7 @@ def check_amos22(
     ]
     return SubmissionReport(
         task=task,
-        cases=tuple(sorted(image_of)),
+        expected=tuple(sorted(image_of)),
         faults=tuple(sorted(faults, key=lambda fault: (fault.case, fault.kind))),
         rewritten=tuple(case for case, (_, rewrite) in results.items() if rewrite),
         ignored=tuple(sorted({p.name for p in predictions.iterdir()} - {p.name for p in found.values()})),
@@ -258,7 +258,7 @@ def _unscaled(slope: float, intercept: float) -> bool:
 
 
 def _members(predictions: Path, report: SubmissionReport, track: Track) -> Iterator[tuple[str, bytes]]:
-    for case in track(report.cases, "Packing", len(report.cases)):
+    for case in track(report.expected, "Packing", len(report.expected)):
         path = predictions / f"{case}{ENDING}"
         yield f"results/{path.name}", _as_uint8(path) if case in report.rewritten else path.read_bytes()
 
@@ -283,4 +283,4 @@ def _write_zip(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
 
 
 def _fields(report: SubmissionReport) -> dict[str, Any]:
-    return {name: getattr(report, name) for name in ("task", "cases", "faults", "rewritten", "ignored")}
+    return {name: getattr(report, name) for name in ("task", "expected", "faults", "rewritten", "ignored")}

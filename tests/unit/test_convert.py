@@ -153,7 +153,7 @@ def test_a_truncated_label_is_a_fault(btcv: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["hardlink", "symlink"])
 def test_files_can_be_linked(btcv: Path, tmp_path: Path, how: str) -> None:
-    result = convert_btcv(btcv, tmp_path / "raw", options=ConvertOptions(placement=how))
+    result = convert_btcv(btcv, tmp_path / "raw", options=ConvertOptions(how=how))
     placed = result.folder / "labelsTr/img0001.nii.gz"
     assert placed.is_symlink() == (how == "symlink")
     assert placed.samefile(btcv / "RawData/Training/label/label0001.nii.gz")

@@ -21,20 +21,13 @@ def messages(report: module.DoctorReport) -> str:
 
 def test_the_report_is_complete_json(tmp_path: Path) -> None:
     report = doctor(Layout.under(tmp_path), folders_from="--root")
-    content = json.loads(report.to_json())
+    content = json.loads(json.dumps(report.as_json()))
     assert content["package"] == rfmedsam2.__version__
     assert content["packages"]["torch"]
     assert content["devices"][0]["kind"] == "cpu"
     assert content["ram_gib"] >= content["ram_free_gib"] > 0
     assert content["folders_from"] == "--root"
     assert [folder["name"] for folder in content["folders"]] == ["raw", "preprocessed", "results"]
-
-
-def test_the_text_tells_devices_folders_and_every_warning(tmp_path: Path) -> None:
-    report = doctor(Layout.under(tmp_path), folders_from="RFMED_ROOT")
-    text = report.text()
-    for words in ("cores", "from RFMED_ROOT", str(tmp_path / "raw"), "torch 2", *(a.remedy for a in report.warnings)):
-        assert words in text
 
 
 def test_folders_that_commands_would_make_count_as_writable(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_task_1_is_ct_alone(predictions: Path, images: Path, tmp_path: Path) -> 
         ("amos_0600", "extra"): "an MR case does not belong to task 1"
     }
     (predictions / "amos_0600.nii.gz").unlink()
-    assert submit_amos22(predictions, images, tmp_path / "ct.zip", task=1).cases == ("amos_0002", "amos_0003")
+    assert submit_amos22(predictions, images, tmp_path / "ct.zip", task=1).expected == ("amos_0002", "amos_0003")
     assert [fault.kind for fault in check_amos22(predictions, images, task=2).faults] == ["missing"]
 
 
@@ -159,9 +159,9 @@ def test_faults_of_all_files_come_at_once(predictions: Path, images: Path, tmp_p
 
 
 def test_the_report_is_json(predictions: Path, images: Path, tmp_path: Path) -> None:
-    content = json.loads(json.dumps(submit_amos22(predictions, images, tmp_path / "amos.zip").to_dict()))
+    content = json.loads(json.dumps(submit_amos22(predictions, images, tmp_path / "amos.zip").as_json()))
     assert content["archive"].endswith("amos.zip")
-    assert content["cases"] == ["amos_0002", "amos_0003", "amos_0600"]
+    assert content["expected"] == ["amos_0002", "amos_0003", "amos_0600"]
     assert len(content["sha256"]) == 64
 
 
