@@ -227,7 +227,7 @@ def _raise_faults(download: Download, faults: list[str]) -> None:
         raise DatasetError(
             f"The {download.what} download has {len(faults)} fault(s)",
             where=download.folder,
-            found="\n  " + "\n  ".join(faults) + "\n",
+            found="\n  " + "\n  ".join(faults),
             remedy="Nothing was written. Download or extract the named files again, or remove them from the download",
         )
 

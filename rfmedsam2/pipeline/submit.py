@@ -77,7 +77,7 @@ class RefusedSubmissionError(SubmissionError):
         super().__init__(
             f"The predictions have {len(lines)} fault(s) that AMOS22 would refuse",
             where=where,
-            found="\n  " + "\n  ".join(lines) + "\n",
+            found="\n  " + "\n  ".join(lines),
             remedy="Nothing was written. Predict the named cases again, then run the same command",
         )
         self.report = report
