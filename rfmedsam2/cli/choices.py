@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,7 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
         UsageError: there is none, or several and no name, or it has no such stage.
     """
     folder = layout.preprocessed / dataset
-    # plan files stand beside the fingerprint and the splits
-    names = sorted(p.stem for p in folder.glob("*.json") if p.stem not in _OTHER_FILES)
+    names = sorted(path.stem for path in folder.glob("*.json") if _is_plan(path))
     if wanted is None and len(names) > 1 and "rfmed" in names:
         wanted = "rfmed"
     if wanted is None and len(names) == 1:
@@ -99,7 +99,13 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
     return changed(plan, list(changes), name=plan.name) if changes else plan
 
 
-_OTHER_FILES = {"dataset", "dataset_fingerprint", "splits_final", "splits_named"}
+def _is_plan(path: Path) -> bool:
+    """Ours, not one of the other files beside it, nnU-Net's plans among them."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "stages" in content and "format" in content
 
 
 def trained_model(

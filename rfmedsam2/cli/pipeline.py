@@ -232,7 +232,7 @@ def evaluate(
     dataset: DatasetName = None,
     labels: Annotated[Path | None, arg(metavar="FILE")] = None,
     tolerance: Annotated[float, arg(metavar="MM")] = 2.0,
-    both_empty: Literal["skip", "one"] = "skip",
+    both_empty: Literal["skip", "perfect"] = "skip",
     root: Root = None,
     workers: Workers = 2,
     as_json: AsJson = False,

@@ -11,13 +11,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rfmedsam2.engine.checkpoint import (
@@ -31,9 +31,10 @@ from rfmedsam2.engine.checkpoint import (
     save_model,
     save_training,
 )
+from rfmedsam2.engine.figures import Figures, Sent, send
 from rfmedsam2.engine.generators import capture, preserved, restore, seed_all
 from rfmedsam2.engine.log import MetricsLog, StepReport
-from rfmedsam2.engine.rehearsal import compile_model, unused_parameters
+from rfmedsam2.engine.rehearsal import compile_model, distribute
 from rfmedsam2.engine.runtime import determinism, lost_ranks_named, resident_mb, to_device
 from rfmedsam2.engine.schedule import learning_rate_factor, set_learning_rate
 from rfmedsam2.engine.signals import Interrupted, Signals, listening
@@ -74,20 +75,6 @@ def fit(task: Task[Batch], config: TrainConfig, run: Run, *, resume: bool = Fals
         return _Loop(task, config, run, signals, resume=resume).train()
 
 
-@dataclass(slots=True, kw_only=True)
-class _Step:
-    """One step whose figures are still on their way from the device."""
-
-    number: int
-    names: tuple[str, ...]
-    values: Tensor
-    """Loss parts, gradient norm, and the wishes of any rank to stop and to save: float64 on the CPU."""
-    ready: torch.cuda.Event | None
-    ids: tuple[str, ...]
-    lr: float
-    seconds: float
-
-
 class _Loop(Generic[Batch]):
     """State of one call of `fit`."""
 
@@ -101,7 +88,7 @@ class _Loop(Generic[Batch]):
         fp16 = run.runtime.precision == torch.float16
         self._scaler = torch.amp.GradScaler(run.runtime.device.type, enabled=fp16)
         self._position = Position()
-        self._waiting: list[_Step] = []
+        self._waiting: list[Sent] = []
         self._last = (float("nan"), float("nan"), 0.0)
         self._saved_at = self._clock = time.monotonic()
         self._stop = self._save_wanted = False
@@ -172,10 +159,7 @@ class _Loop(Generic[Batch]):
         if compiling:
             compile_model(self._model, self._task.loss, rehearsed, runtime)
         if runtime.world_size > 1:
-            unused = unused_parameters(self._model, self._task.loss, rehearsed, runtime)
-            self._forward = DistributedDataParallel(
-                _LossModule(self._model, self._task.loss), find_unused_parameters=unused
-            )
+            self._forward = distribute(self._model, self._task.loss, rehearsed, runtime)
         return chain([first], stream)
 
     def _epochs(self, stream: Iterator[Batch]) -> None:
@@ -189,7 +173,7 @@ class _Loop(Generic[Batch]):
             if self._stop:
                 self._save()
 
-    def _step(self, stream: Iterator[Batch]) -> _Step:
+    def _step(self, stream: Iterator[Batch]) -> Sent:
         """One optimizer step over `accumulation` micro-batches."""
         config, number = self._config, self._position.step
         lr = set_learning_rate(self._optimizer, learning_rate_factor(config, number))
@@ -226,24 +210,16 @@ class _Loop(Generic[Batch]):
             return self._forward.no_sync()
         return nullcontext()
 
-    def _sent(self, number: int, sums: dict[str, Tensor], norm: Tensor, ids: tuple[str, ...], lr: float) -> _Step:
+    def _sent(self, number: int, sums: dict[str, Tensor], norm: Tensor, ids: tuple[str, ...], lr: float) -> Sent:
         """Send the step's figures off to the CPU without waiting for them."""
-        device = self._runtime.device
         due = time.monotonic() - self._saved_at >= self._config.checkpoint_minutes * 60 and self._runtime.is_main
-        wishes = torch.tensor([float(self._signals.stop is not None), float(self._signals.save or due)])
         # the loss scale finds infinite gradients by itself
         norm = torch.zeros_like(norm) if self._scaler.is_enabled() else norm
-        parts = torch.stack([*sums.values(), norm.float()])
-        values = self._runtime.mean(torch.cat([parts, wishes.to(device, non_blocking=True)]))
-        ready = None
-        if device.type == "cuda":
-            host = torch.empty(values.shape, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
+        wishes = (self._signals.stop is not None, self._signals.save or due)
+        values, ready = send(torch.stack([*sums.values(), norm.float()]), wishes, self._runtime)
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        return _Step(number=number, names=tuple(sums), values=values, ready=ready, ids=ids, lr=lr, seconds=seconds)
+        return Sent(number=number, ids=ids, lr=lr, seconds=seconds, names=tuple(sums), values=values, ready=ready)
 
     def _after_step(self) -> None:
         """Take in the figures that have arrived; at the end of an epoch validate; save where it is time to."""
@@ -261,36 +237,35 @@ class _Loop(Generic[Batch]):
     def _take_in(self, leave: int) -> None:
         while len(self._waiting) > leave:
             step = self._waiting.pop(0)
-            if step.ready is not None:
-                step.ready.synchronize()
-            *losses, norm, stop, save = step.values.tolist()
-            if not all(map(_finite, [*losses, norm])):
-                raise self._diverged(step, dict(zip(step.names, losses, strict=True)), norm)
-            self._stop = self._stop or stop > 0
-            self._save_wanted = self._save_wanted or save > 0
+            figures = step.read()
+            if not figures.finite:
+                raise self._diverged(step, figures)
+            self._stop = self._stop or figures.stop
+            self._save_wanted = self._save_wanted or figures.save
             self._position = replace(self._position, seconds=self._position.seconds + step.seconds)
-            self._tell(step, dict(zip(step.names, losses, strict=True)), norm)
+            self._tell(step, figures)
 
-    def _diverged(self, step: _Step, losses: dict[str, float], norm: float) -> DivergedError:
+    def _diverged(self, step: Sent, figures: Figures) -> DivergedError:
         ids = dict.fromkeys(i for rank in self._runtime.gather(step.ids) for i in rank)
+        losses = ", ".join(f"{name} {value:g}" for name, value in figures.losses.items())
         return DivergedError(
             f"Training diverged at step {step.number}: the loss or its gradient is not finite",
             where=f"cases {', '.join(ids)}" if ids else None,
-            found=", ".join(f"{name} {value:g}" for name, value in losses.items()) + f", gradient norm {norm:g}",
+            found=f"{losses}, gradient norm {figures.gradient_norm:g}",
             remedy="Look at these cases (rfmed_verify), or lower train.learning_rate; the last good checkpoint is kept",
         )
 
-    def _tell(self, step: _Step, losses: dict[str, float], norm: float) -> None:
+    def _tell(self, step: Sent, figures: Figures) -> None:
         if self._log is None:
             return
         event = {
             "event": "step",
             "step": step.number + 1,
             "epoch": step.number // self._config.iterations_per_epoch,
-            "loss": sum(losses.values()),
-            "losses": losses,
+            "loss": sum(figures.losses.values()),
+            "losses": figures.losses,
             "lr": step.lr,
-            "gradient_norm": norm,
+            "gradient_norm": figures.gradient_norm,
             "seconds": round(step.seconds, 6),
             "memory_mb": round(self._runtime.memory_mb() or resident_mb(), 1),
         }
@@ -399,19 +374,6 @@ class _Loop(Generic[Batch]):
         )
 
 
-class _LossModule(nn.Module):
-    """The task's loss as a module, so that torch's DDP sees the whole forward pass and the task sees no ranks."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[Any], dict[str, Tensor]]) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = loss
-
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        """Give the task's loss parts."""
-        return self._loss(batch)
-
-
 def _already_finished(task: Task[Any], config: TrainConfig, final: Path) -> Progress:
     """Take the final weights of a training whose checkpoint_latest was removed."""
     record, tensors, _ = read_all(final)
@@ -432,7 +394,3 @@ def _already_finished(task: Task[Any], config: TrainConfig, final: Path) -> Prog
         scores=record.scores,
         seconds=0.0,
     )
-
-
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")

@@ -9,7 +9,6 @@ import logging
 import multiprocessing
 import multiprocessing.context
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -251,14 +250,20 @@ def _started(numbered: _Numbered[Any], numbers: range, workers: int, timeout_sec
             # with its own generator the loader does not draw from the global one
             generator=torch.Generator(),
         )
+        if "<locals>" in getattr(numbered.make_batch, "__qualname__", ""):
+            raise _unsendable(numbered.make_batch.__qualname__)
         try:
             return iter(loader)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise UsageError(
-                "These batches cannot be made in other processes",
-                found=error,
-                remedy="Give a function or method of an importable module, or set train.workers to 0",
-            ) from error
+        except (AttributeError, TypeError) as error:
+            raise _unsendable(error) from error
+
+
+def _unsendable(found: object) -> UsageError:
+    return UsageError(
+        "These batches cannot be made in other processes",
+        found=found,
+        remedy="Give a function or method of an importable module, or set train.workers to 0",
+    )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rfmedsam2.engine.generators import preserved
 from rfmedsam2.engine.runtime import Runtime
@@ -38,12 +39,29 @@ def compile_model(model: nn.Module, loss: Loss, batch: object, runtime: Runtime)
     return True
 
 
-def unused_parameters(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> bool:
-    """Tell whether, on any rank, a parameter that should learn got no gradient from this batch."""
+def distribute(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> DistributedDataParallel:
+    """Wrap a task's loss so that the ranks' gradients are averaged; called with a batch it gives the loss parts.
+
+    Looking for parameters without gradient costs time in every step; it is done where the first batch shows that, on
+    any rank, there are some.
+    """
     missing = _rehearse(model, loss, batch, runtime)
     if missing:
         logger.info("%d parameters have no part in the loss, for instance %s", len(missing), missing[0])
-    return runtime.any(bool(missing))
+    return DistributedDataParallel(_LossModule(model, loss), find_unused_parameters=runtime.any(bool(missing)))
+
+
+class _LossModule(nn.Module):
+    """The task's loss as a module, so that torch's DDP sees the whole forward pass and the task sees no ranks."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Give the task's loss parts."""
+        return self._loss(batch)
 
 
 def _rehearse(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> list[str]:

@@ -104,11 +104,10 @@ CPU = Figures(
     train=TrainConfig(
         epochs=20,
         iterations_per_epoch=50,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         weight_decay=1e-2,
         optimizer=AdamW(),
         schedule=WarmupPolySchedule(warmup_iterations=50),
-        precision="fp32",
         compile="off",
         validate_every_epochs=5,
     ),

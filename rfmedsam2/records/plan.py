@@ -190,7 +190,7 @@ class TrainConfig(Record):
     """Micro-batches per optimizer step."""
     clip_norm: Positive | None = 12.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU that has it, else fp16 on a GPU, fp32 on CPU and MPS."""
+    """auto: bf16 where the hardware multiplies it (GPUs, CPUs with AMX), else fp16 on a GPU, fp32 on CPU and MPS."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA if a probe succeeds."""
     seed: int = 0

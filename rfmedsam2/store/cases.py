@@ -173,7 +173,7 @@ class CaseStore:
         Args:
             name: of the case.
             image: (C, a, b, c) float32, contiguous.
-            label: (a, b, c) int16, contiguous, none negative.
+            label: (a, b, c) int16, contiguous; -1: outside (see `transforms.prepare`).
             geometry: how to go back to the source.
             foreground: sampled locations.
             source: digest that `is_complete` is asked with.

@@ -2,7 +2,7 @@
 
 root/raw/Dataset004_Hippocampus/                        nnU-Net's raw layout
 root/preprocessed/Dataset004_Hippocampus/
-    dataset.json  dataset_fingerprint.json  rfmed.json  splits_final.json  rfmed_3d_fullres/CASE.b2nd ...
+    dataset.json  rfmed_fingerprint.json  rfmed.json  splits_final.json  rfmed_3d_fullres/CASE.b2nd ...
 root/results/Dataset004_Hippocampus/rfmed__3d_fullres/
     fold_0/  checkpoint_final.safetensors  metrics.jsonl  validation/ ...
 """
@@ -69,8 +69,8 @@ class Layout:
         return self.preprocessed / dataset / "splits_final.json"
 
     def fingerprint_file(self, dataset: str) -> Path:
-        """The dataset fingerprint."""
-        return self.preprocessed / dataset / "dataset_fingerprint.json"
+        """The dataset fingerprint; not nnU-Net's dataset_fingerprint.json, which may lie beside it."""
+        return self.preprocessed / dataset / "rfmed_fingerprint.json"
 
     def cases_folder(self, dataset: str, plan: str, stage: str) -> Path:
         """Preprocessed cases of one stage."""

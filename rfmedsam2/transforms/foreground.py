@@ -46,7 +46,7 @@ def sample_foreground(label: np.ndarray, labels: LabelSet, *, seed: int = 1234) 
     """Draw locations without replacement, every voxel of a class equally likely.
 
     Args:
-        label: (a, b, c) integers, none negative, contiguous.
+        label: (a, b, c) integers; negative ones (outside) belong to nothing.
         labels: what the values mean.
         seed: of the draw.
     """
@@ -74,7 +74,8 @@ def _count(flat):
         highest = max(highest, np.int64(value))
     counts = np.zeros(highest + 1, np.int64)
     for value in flat:
-        counts[value] += 1
+        if value >= 0:
+            counts[value] += 1
     return counts
 
 
@@ -96,6 +97,8 @@ def _draw(flat, member, totals, wanted, places, seed):
     np.random.seed(seed)  # noqa: NPY002 - the compiled generator, local to this thread
     for place in range(flat.size):
         value = flat[place]
+        if value < 0:
+            continue
         for k in range(lengths[value]):
             key = listed[value, k]
             if missing[key] > 0 and (missing[key] >= left[key] or np.random.random() * left[key] < missing[key]):  # noqa: NPY002

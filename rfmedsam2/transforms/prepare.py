@@ -86,7 +86,8 @@ class Prepared:
 
     Attributes:
         image: (C, a, b, c) float32, contiguous.
-        label: (a, b, c) int16 without the outside marker (background instead), or None.
+        label: (a, b, c) int16, or None. Where a channel is normalised over the non-zero region only, -1 marks what lies
+            outside, so that training can keep it at 0; else background stands there.
         restore: how to go back.
     """
 
@@ -140,7 +141,8 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
         marks = resample_label(
             marks, restore.shape_planned, separate=axis, order=how.order_label, order_z=how.order_z, threads=threads
         )
-        np.maximum(marks, 0, out=marks)
+        if not masked:
+            np.maximum(marks, 0, out=marks)
     return Prepared(image=image, label=marks, restore=restore)
 
 

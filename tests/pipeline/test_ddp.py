@@ -48,9 +48,7 @@ def test_ranks_end_with_equal_weights(together):
     assert texts[0] == texts[1] == f"finished {weights_of(together)}"
 
 
-def test_two_ranks_learn_what_one_process_does_with_both_batches(
-    together, alone
-):
+def test_two_ranks_learn_what_one_process_does_with_both_batches(together, alone):
     ours, theirs = (read_weights(f / "checkpoint_final.safetensors") for f in (together, alone))
     for name, tensor in ours.items():
         assert torch.allclose(tensor, theirs[name], rtol=1e-4, atol=1e-5), name

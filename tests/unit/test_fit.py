@@ -229,7 +229,9 @@ def test_devices_and_precisions_that_are_not_here_are_told(monkeypatch):
     for wanted in ("cuda", "cuda:3", "toaster"):
         with pytest.raises(UsageError):
             choose_device(wanted)
-    assert choose_precision("auto", torch.device("cpu")) == torch.float32
+    for units, expected in (({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=units: found, raising=False)
+        assert choose_precision("auto", torch.device("cpu")) == expected
     with pytest.raises(PlanError):
         choose_precision("fp16", torch.device("cpu"))
     with start_runtime("cpu", precision="bf16") as runtime:
