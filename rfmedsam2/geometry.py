@@ -46,7 +46,8 @@ class Grid:
                 "A voxel spacing is not positive", expected="three spacings above 0 mm", found=self.spacing_zyx_mm
             )
         if not np.all(np.isfinite(self.direction)) or not np.all(np.isfinite(self.origin_xyz_mm)):
-            raise GeometryError("A grid's origin or direction is not finite", found=(self.origin_xyz_mm, self.direction))
+            found = (self.origin_xyz_mm, self.direction)
+            raise GeometryError("A grid's origin or direction is not finite", found=found)
 
     @property
     def affine_lps(self) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
+import torch.nn.functional as F
 from torch import Tensor, distributed
 
 from rfmedsam2.records.dataset import LabelSet
@@ -30,7 +30,9 @@ def memberships(target: Tensor, labels: LabelSet) -> Tensor:
     return target[:, None] == values.view(1, -1, *[1] * (target.ndim - 1))
 
 
-def soft_dice(probabilities: Tensor, members: Tensor, *, mask: Tensor | None, batch_dice: bool, smooth: float) -> Tensor:
+def soft_dice(
+    probabilities: Tensor, members: Tensor, *, mask: Tensor | None, batch_dice: bool, smooth: float
+) -> Tensor:
     """Mean soft Dice coefficient over channels (and samples unless `batch_dice`).
 
     Args:
@@ -72,9 +74,7 @@ def segmentation_losses(
     else:
         entropies = F.cross_entropy(logits, members.to(torch.uint8).argmax(1), reduction="none")[:, None]
         probabilities, members = logits.softmax(1)[:, 1:], members[:, 1:]
-    overlap = soft_dice(
-        probabilities, members, mask=mask, batch_dice=config.batch_dice, smooth=config.dice_smooth
-    )
+    overlap = soft_dice(probabilities, members, mask=mask, batch_dice=config.batch_dice, smooth=config.dice_smooth)
     return {"cross_entropy": config.cross_entropy * _mean_over(entropies, mask), "dice": -config.dice * overlap}
 
 

@@ -65,7 +65,9 @@ class TrainingView:
         """Begin to show, at the first step."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End the live display."""
         if self._progress is not None and self._task is not None:
             self._progress.stop()

@@ -27,10 +27,10 @@ AsJson = Annotated[bool, arg(name="json", help="Print the answer as JSON.")]
 DatasetName = Annotated[str | None, arg(aliases=("-d",), metavar="NAME", help=DATASET)]
 PlanName = Annotated[str | None, arg(aliases=("-p",), metavar="NAME", help="Plan, where there are several.")]
 StageName = Annotated[str | None, arg(aliases=("-c",), metavar="NAME", help="2d, 3d_fullres or 3d_lowres.")]
-Folds = Annotated[tuple[str, ...], arg(aliases=("-f",), metavar="FOLD", help="Folds; all trained ones if none is given.")]
+Folds = Annotated[tuple[str, ...], arg(aliases=("-f",), metavar="FOLD", help="Folds; else all trained ones.")]
 Model = Annotated[
     Path | None,
-    arg(aliases=("-m",), metavar="DIR", help="Folder with fold_0 ..., instead of choosing by dataset, plan, configuration."),
+    arg(aliases=("-m",), metavar="DIR", help="Folder with fold_0 ..., instead of -d, -p and -c."),
 ]
 Device = Annotated[str, arg(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")]
 Workers = Annotated[int, arg(metavar="N", help="Cases worked on at once.")]
@@ -39,8 +39,9 @@ Set = Annotated[
     arg(name="set", metavar="FIELD=VALUE", help="Change fields of the plan: 3d_fullres.train.learning_rate=0.01 ..."),
 ]
 
+
 def command(function: Callable[..., None]) -> Callable[[], None]:
-    """An entry point: parse the arguments by signature and docstring, run, turn errors into sentences and exit codes."""
+    """An entry point: parse arguments by signature and docstring, run, turn errors into sentences and exit codes."""
 
     def run() -> None:
         words = [word for word in sys.argv[1:] if word != "--debug"]

@@ -10,7 +10,19 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from rfmedsam2.cli.entry import AsJson, DatasetName, Folds, Model, PlanName, Root, StageName, command, layout_of, trained_folder
+from rfmedsam2.cli.entry import (
+    AsJson,
+    DatasetName,
+    Folds,
+    Model,
+    PlanName,
+    Root,
+    StageName,
+    command,
+    layout_of,
+    trained_folder,
+)
+
 
 def make_phantom(
     *,

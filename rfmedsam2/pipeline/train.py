@@ -13,7 +13,6 @@ import torch
 
 from rfmedsam2 import __version__
 from rfmedsam2.engine.fit import fit
-
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run
@@ -220,5 +219,5 @@ def _require_preprocessed(split: Split, store: CaseStore, plan: Plan) -> None:
             f"{len(missing)} of {len({*split.train, *split.val})} cases are not preprocessed",
             where=store.folder,
             found=f"none of {', '.join(missing[:5])}" + (" ..." if len(missing) > 5 else ""),
-            remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {store.folder.name.removeprefix(plan.name + '_')}",
+            remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} with the configuration wanted (-c)",
         )

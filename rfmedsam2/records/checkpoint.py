@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from rfmedsam2.records.base import Record
 from rfmedsam2.records.plan import Plan
 
@@ -17,7 +19,7 @@ class CheckpointRecord(Record):
     fold: str
     step: int
     """Optimizer steps done."""
-    scores: dict[str, float] = {}
+    scores: dict[str, float] = Field(default_factory=dict)
     weights_sha256: str
     """Over the names, shapes and bytes of the model's tensors: the identity of the model."""
     code_version: str

@@ -30,7 +30,7 @@ class Normalisation(Record):
 
 
 class Resampling(Record):
-    """Orders of interpolation; separate z (order_z between slices) where spacing is anisotropic beyond the threshold."""
+    """Orders of interpolation; order_z between slices where spacing is anisotropic beyond the threshold."""
 
     order_image: Literal[0, 1, 3] = 3
     order_label: Literal[0, 1] = 1

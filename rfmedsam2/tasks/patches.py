@@ -142,10 +142,8 @@ class PatchSource:
         low = np.array([-m // 2 for m in margin])
         high = np.array([n + m // 2 + m % 2 - r for n, m, r in zip(case.shape, margin, read, strict=True)])
         centre = self._centre(case, forced, generator)
-        if centre is None:
-            start = generator.integers(low, high + 1)
-        else:
-            start = np.maximum(low, centre - np.array(read) // 2)
+        anywhere = centre is None
+        start = generator.integers(low, high + 1) if anywhere else np.maximum(low, centre - np.array(read) // 2)
         return tuple((int(s), int(s) + r) for s, r in zip(start, read, strict=True))
 
     def _centre(self, case: StoredCase, forced: bool, generator: np.random.Generator) -> np.ndarray | None:

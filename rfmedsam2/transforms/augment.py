@@ -8,6 +8,7 @@ based choice of algorithm (`benchmark`) stays off.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 from batchgenerators.augmentations.utils import rotate_coords_2d, rotate_coords_3d
@@ -117,7 +118,7 @@ def _spatial(config: Augmentation, target: tuple[int, ...], patch_size: Sequence
 def _intensity(config: Augmentation, *, low_resolution_ignores: tuple[int, ...] | None) -> list[BasicTransform]:
     def gamma(inverted: bool) -> BasicTransform:
         return GammaTransform(
-            gamma=BGContrast(config.gamma),
+            gamma=_towards_one(config.gamma),
             p_invert_image=int(inverted),
             synchronize_channels=False,
             p_per_channel=1,
@@ -141,13 +142,13 @@ def _intensity(config: Augmentation, *, low_resolution_ignores: tuple[int, ...] 
         ),
         (
             MultiplicativeBrightnessTransform(
-                multiplier_range=BGContrast(config.brightness), synchronize_channels=False, p_per_channel=1
+                multiplier_range=_towards_one(config.brightness), synchronize_channels=False, p_per_channel=1
             ),
             config.brightness_probability,
         ),
         (
             ContrastTransform(
-                contrast_range=BGContrast(config.contrast),
+                contrast_range=_towards_one(config.contrast),
                 preserve_range=True,
                 synchronize_channels=False,
                 p_per_channel=1,
@@ -159,8 +160,7 @@ def _intensity(config: Augmentation, *, low_resolution_ignores: tuple[int, ...] 
                 scale=config.low_resolution,
                 synchronize_channels=False,
                 synchronize_axes=True,
-                ignore_axes=low_resolution_ignores,
-                allowed_channels=None,
+                **cast(Any, {"ignore_axes": low_resolution_ignores, "allowed_channels": None}),
                 p_per_channel=0.5,
             ),
             config.low_resolution_probability,
@@ -169,6 +169,11 @@ def _intensity(config: Augmentation, *, low_resolution_ignores: tuple[int, ...] 
         (gamma(False), config.gamma_probability),
     ]
     return [RandomTransform(change, apply_probability=p) for change, p in choices if p > 0]
+
+
+def _towards_one(limits: tuple[float, float]) -> Any:
+    """Factors below and above 1 equally often (nnU-Net's BGContrast, whose class lacks a call signature)."""
+    return BGContrast(limits)
 
 
 def _closing(normalisation: Sequence[Normalisation]) -> list[BasicTransform]:

@@ -80,7 +80,8 @@ def _nnunet_training(args: argparse.Namespace, plans_file: Path) -> dict[str, ob
         def configure_optimizers(self):
             optimizer, schedule = super().configure_optimizers()
             if args.optimizer == "adamw":
-                optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+                weights = self.network.parameters()
+                optimizer = torch.optim.AdamW(weights, self.initial_lr, weight_decay=self.weight_decay)
                 schedule = type(schedule)(optimizer, self.initial_lr, self.num_epochs)
             return optimizer, schedule
 
@@ -132,7 +133,8 @@ def ours(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     taken = time.perf_counter() - began
     predicted = root / "results" / link.name / f"rfmed_cpu__{stage}" / f"fold_{args.fold}" / "validation"
     scores = folder / "nnunet_summary.json"
-    compute_metrics_on_folder_simple(str(link / "labelsTr"), str(predicted), [1, 2], str(scores), num_processes=1, chill=True)
+    references = str(link / "labelsTr")
+    compute_metrics_on_folder_simple(references, str(predicted), [1, 2], str(scores), num_processes=1, chill=True)
     return _result(json.loads(scores.read_text()), taken)
 
 

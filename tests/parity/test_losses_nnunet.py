@@ -60,7 +60,8 @@ def test_deep_supervision_equals_nnunets():
     target = torch.randint(0, 3, (2, 16, 8, 8), dtype=torch.int16)
     ours = sum(deep_supervision_losses(outputs, target, CLASSES, SegmentationLoss(batch_dice=False)).values())
     weights = np.array([1, 0.5, 0]) / 1.5
-    levels = [torch.nn.functional.interpolate(target[:, None].float(), o.shape[2:], mode="nearest-exact") for o in outputs]
+    whole = target[:, None].float()
+    levels = [torch.nn.functional.interpolate(whole, o.shape[2:], mode="nearest-exact") for o in outputs]
     theirs = DeepSupervisionWrapper(reference(CLASSES, False), weights)(outputs, levels)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
