@@ -21,6 +21,7 @@ LEVELS = {
     "store": 3,
     "transforms": 3,
     "prompts": 3,
+    "metric_kernels": 2,
     "metrics": 3,
     "losses": 4,
     "nn": 4,
