@@ -12,13 +12,14 @@ from engine_toys import ToyTask, make_config, make_run
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.errors import RfMedSamError
+from rfmedsam2.records.plan import Sgd
 from rfmedsam2.store.checkpoints import weights_sha256
 
 
 def main(folder: Path, mode: str) -> None:
     """Train the toy as this rank does, and leave the identity of its weights."""
-    config = make_config(accumulation=2, checkpoint_minutes=1e-9)
-    with start_runtime("cpu", timeout_seconds=60.0) as runtime:
+    config = make_config(accumulation=2, checkpoint_minutes=1e-9, optimizer=Sgd(), learning_rate=0.01)
+    with start_runtime("cpu", precision="fp32", timeout_seconds=60.0) as runtime:
         rank = runtime.rank
         task = ToyTask(config, rank=rank, ranks=runtime.world_size, dropout=0.0, batch_norm=False, idle=True)
         if mode == "die" and rank == 1:

@@ -13,6 +13,7 @@ import torch
 from engine_toys import ToyTask, make_config, make_run, timeless, weights_of
 
 from rfmedsam2.engine.fit import fit
+from rfmedsam2.records.plan import Sgd
 from rfmedsam2.store.checkpoints import read_all, read_weights
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ def together(tmp_path_factory):
 def alone(tmp_path_factory):
     """One process with the batches of both ranks; some parameters get no gradient."""
     folder = tmp_path_factory.mktemp("alone")
-    config = make_config(accumulation=2)
+    config = make_config(accumulation=2, optimizer=Sgd(), learning_rate=0.01)
     fit(ToyTask(config, ranks=1, size=8, dropout=0.0, batch_norm=False, idle=True), config, make_run(folder))
     return folder
 
