@@ -12,28 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rfmedsam2.pipeline.convert_btcv import LABELS
+
 Point = tuple[float, float, float]
 
 FIELD_MM = (350.0, 350.0, 280.0)
 """Extent of the field of view along x, y, z."""
-
-LABELS = {
-    "background": 0,
-    "spleen": 1,
-    "right_kidney": 2,
-    "left_kidney": 3,
-    "gallbladder": 4,
-    "esophagus": 5,
-    "liver": 6,
-    "stomach": 7,
-    "aorta": 8,
-    "inferior_vena_cava": 9,
-    "portal_vein_and_splenic_vein": 10,
-    "pancreas": 11,
-    "right_adrenal_gland": 12,
-    "left_adrenal_gland": 13,
-}
-"""BTCV's 13 organs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

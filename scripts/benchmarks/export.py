@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
+from measuring import measured
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from scipy.ndimage import zoom
 
@@ -122,28 +119,6 @@ def nnunet(logits: np.ndarray, how: Restore) -> np.ndarray:
         logits, how.shape_cropped, how.spacing_planned, how.spacing_source, order=1, order_z=0, force_separate_z=None
     )
     return resampled.argmax(0).astype(np.uint8)
-
-
-def measured(function: Callable[[], np.ndarray]) -> tuple[np.ndarray, float, int]:
-    """Give result, seconds, and by how many MiB the process grew at most while it ran."""
-    process = psutil.Process()
-    before = process.memory_info().rss
-    peak, done = [before], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            peak.append(process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    try:
-        result = function()
-    finally:
-        seconds = time.perf_counter() - started
-        done.set()
-        watcher.join()
-    return result, seconds, (max(peak) - before) >> 20
 
 
 if __name__ == "__main__":

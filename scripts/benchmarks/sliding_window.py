@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import threading
-import time
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import torch
+from measuring import measured
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor, nn
 
@@ -83,28 +80,6 @@ def main() -> None:
     )
     result = {"name": "sliding_window", "ours": round(mine_s, 3), "peer": round(other_s, 3)}
     print(json.dumps({**result, "ratio": round(other_s / mine_s, 2)}))
-
-
-def measured(function: Callable[[], Tensor]) -> tuple[Tensor, float, int]:
-    """Give result, seconds, and by how many MiB the process grew at most while it ran."""
-    process = psutil.Process()
-    before = process.memory_info().rss
-    peak, done = [before], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            peak.append(process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    try:
-        result = function()
-    finally:
-        seconds = time.perf_counter() - started
-        done.set()
-        watcher.join()
-    return result, seconds, (max(peak) - before) >> 20
 
 
 if __name__ == "__main__":
