@@ -60,6 +60,8 @@ class TrainingView:
         self._task = None
         self._printed = time.monotonic()
         self._score = ""
+        self.steps = 0
+        """Steps seen."""
 
     def __enter__(self) -> TrainingView:
         """Begin to show, at the first step."""
@@ -74,6 +76,7 @@ class TrainingView:
 
     def __call__(self, report: StepReport) -> None:
         """Show one step."""
+        self.steps += report.scores is None
         if report.scores is not None:
             self._score = f"  score {report.scores.get('score', float('nan')):.4f}"
         text = (

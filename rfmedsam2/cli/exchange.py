@@ -162,7 +162,8 @@ def import_model(
     """
     from rfmedsam2.pipeline.share import import_model as run
 
-    print(f"Imported: {run(archive, layout_of(root).results, force=force)}")
+    model = run(archive, layout_of(root).results, force=force)
+    print(f"Imported: {model.folder} (fold(s) {', '.join(model.folds)})")
 
 
 def doctor(*, root: Root = None, as_json: AsJson = False) -> None:

@@ -88,7 +88,7 @@ def plan_and_preprocess(
         spacing: Target spacing z y x in mm of 3d_fullres instead of nnU-Net's rule.
         group_regex: Cases whose ids give the same first group of this expression are one patient, never split.
         clean: Take a new fingerprint although no file has changed.
-        preprocess: Also preprocess, not only plan.
+        preprocess: Whether cases are preprocessed, or only planned for.
     """
     from rfmedsam2.cli import choices
     from rfmedsam2.cli.console import bars, show_plan
@@ -114,7 +114,11 @@ def plan_and_preprocess(
     for note in result.notes:
         print(f"Note: {note}")
     if result.preprocessed is not None:
-        print(f"Preprocessed: {result.preprocessed}")
+        done = result.preprocessed
+        print(
+            f"Preprocessed: {done.done} new, {done.rebuilt} rebuilt, {done.skipped} finished before, "
+            f"{done.bytes / 1e6:.1f} MB written in {done.seconds:.1f} s"
+        )
 
 
 def train(
@@ -141,7 +145,7 @@ def train(
         iterations: Per epoch, instead of the plan's.
         lr: Initial learning rate, instead of the plan's.
         restart: Begin anew; what was trained before is kept beside it under another name.
-        validate: At the end predict and score the validation cases as whole volumes.
+        validate: Whether the validation cases are predicted and scored as whole volumes at the end.
         tensorboard: Also write TensorBoard events (needs the extra `tensorboard`).
     """
     from rfmedsam2.cli import choices
@@ -165,7 +169,12 @@ def train(
     if progress.status == "stopped":
         print(f"Stopped by {progress.signal} after step {progress.step}; the same command goes on from there.")
         sys.exit(128 + getattr(signal.Signals, str(progress.signal), signal.SIGTERM))
-    print(f"Trained {progress.step} steps in {progress.seconds / 60:.1f} min: {result.folder}")
+    if int(os.environ.get("RANK", "0")) != 0:
+        return  # the main rank tells the result
+    if view.steps:
+        print(f"Trained {progress.step} steps in {progress.seconds / 60:.1f} min: {result.folder}")
+    else:
+        print(f"This training had finished after {progress.step} steps: {result.folder} (--restart begins anew)")
     if result.evaluation is not None:
         show_scores(result.evaluation)
         print(f"Report: {result.folder / 'report.html'}")
