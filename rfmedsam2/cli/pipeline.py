@@ -191,7 +191,7 @@ def predict(
     model: Model = None,
     checkpoint: Literal["final", "best", "latest"] = "final",
     step_size: Annotated[float | None, arg(metavar="SHARE")] = None,
-    mirror: bool | None = None,
+    mirror: Literal["on", "off"] | None = None,
     tile_batch: Annotated[int | None, arg(metavar="N")] = None,
     skip_empty: bool = False,
     probabilities: bool = False,
@@ -209,7 +209,7 @@ def predict(
         output: Folder for the label maps and predictions.json.
         checkpoint: Which checkpoint of each fold; the latest where training has not ended.
         step_size: Distance of tiles as a share of the patch, instead of the plan's.
-        mirror: Average over flips or not, instead of what the plan says.
+        mirror: Average over flips (on) or not (off), instead of what the plan says.
         tile_batch: Tiles per forward pass, instead of the plan's.
         skip_empty: Leave out tiles without body: faster on scans with much air around.
         probabilities: Also write each case's probabilities into a chunked file (blosc2).
@@ -220,7 +220,8 @@ def predict(
     from rfmedsam2.store.raw import find_cases
 
     folder = model or trained_folder(layout_of(root), dataset, plan, configuration)
-    options = Options(step_size=step_size, mirror=mirror, tile_batch=tile_batch, skip_empty=skip_empty)
+    flips = None if mirror is None else mirror == "on"
+    options = Options(step_size=step_size, mirror=flips, tile_batch=tile_batch, skip_empty=skip_empty)
     predictor = Predictor.load(folder, folds=folds or None, checkpoint=checkpoint, device=device, options=options)
     say(f"Model: {folder}, fold(s) {', '.join(m.fold for m in predictor.models)}, on {predictor.options.device}")
     source = input_[0] if len(input_) == 1 else list(input_)

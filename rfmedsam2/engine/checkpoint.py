@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.plan import TrainConfig
-from rfmedsam2.store.checkpoints import read_all, write_checkpoint
+from rfmedsam2.store.checkpoints import read_all, read_record_of, write_checkpoint
 
 LATEST, BEST, FINAL = (f"checkpoint_{name}.safetensors" for name in ("latest", "best", "final"))
 
@@ -112,6 +112,14 @@ def load_training(
     return position, saved_config, [_group(tensors, f"random/{rank}/") for rank in range(state["ranks"])]
 
 
+def is_of_step(path: Path, step: int) -> bool:
+    """Tell whether a sound checkpoint of this step lies there."""
+    try:
+        return read_record_of(path).step == step
+    except CheckpointError:
+        return False
+
+
 def load_weights(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into a model of the same names and shapes.
 
@@ -154,7 +162,7 @@ def _refuse_another(path: Path, saved: CheckpointRecord, now: CheckpointRecord, 
             "The checkpoint is of another training",
             where=path,
             found="; ".join(faults[:5]) + more,
-            remedy="Give the same plan and flags as before, or start afresh in another folder",
+            remedy="Give the same plan and flags as before, or begin anew with rfmed_train --restart",
         )
 
 

@@ -26,6 +26,7 @@ from rfmedsam2.engine.checkpoint import (
     LATEST,
     Position,
     Trained,
+    is_of_step,
     load_training,
     load_weights,
     save_model,
@@ -93,6 +94,7 @@ class _Loop(Generic[Batch]):
         self._saved_at = self._clock = time.monotonic()
         self._stop = self._save_wanted = False
         self._begin(resume)
+        self._found = self._position
         self._log: MetricsLog | None = None
         if run.runtime.is_main:
             step = self._position.step
@@ -355,11 +357,13 @@ class _Loop(Generic[Batch]):
         self._saved_at = self._clock = time.monotonic()
 
     def _finish(self) -> None:
+        final, runtime = self._run.folder / FINAL, self._runtime
+        if self._position == self._found and not runtime.any(not is_of_step(final, self._position.step)):
+            return  # this training had finished before
         self._save()
-        if self._runtime.is_main:
-            record = self._run.record(self._position.step, self._position.scores or {})
-            save_model(self._run.folder / FINAL, record, self._model)
-        self._runtime.any(False)  # no rank leaves before the files are there
+        if runtime.is_main:
+            save_model(final, self._run.record(self._position.step, self._position.scores or {}), self._model)
+        runtime.any(False)  # no rank leaves before the files are there
 
     def _progress(self) -> Progress:
         position = self._position

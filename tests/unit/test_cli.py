@@ -48,7 +48,7 @@ def test_training_words_have_both_orders(words, meant):
 
 @pytest.mark.parametrize("words", ["", "fold", "BTCV 3d_fullres fold 0 1"])
 def test_too_few_or_too_many_words_are_a_sentence(words):
-    with pytest.raises(UsageError, match="rfmed_train 3d_fullres fold 0"):
+    with pytest.raises(UsageError, match=r"rfmed_train 3d_fullres fold 0"):
         training_words(words.split())
 
 
@@ -77,7 +77,7 @@ def test_a_named_dataset_comes_before_the_variable_before_the_only_one(layout):
 
 
 def test_none_or_several_datasets_are_a_sentence(layout):
-    with pytest.raises(UsageError, match="No raw dataset was found"):
+    with pytest.raises(UsageError, match=r"No raw dataset was found"):
         dataset_name(layout, None, {}, among="raw")
     have(layout, BTCV, PHANTOM)
     with pytest.raises(UsageError, match=f"Several datasets could be meant.*{BTCV}, {PHANTOM}.*-d"):
@@ -87,7 +87,7 @@ def test_none_or_several_datasets_are_a_sentence(layout):
 
 
 def test_none_or_several_models_are_listed(layout):
-    with pytest.raises(UsageError, match="There is no trained model.*rfmed_train"):
+    with pytest.raises(UsageError, match=r"There is no trained model.*rfmed_train"):
         trained_model(layout, {}, dataset=None, plan=None, configuration=None)
     have_model(layout)
     assert trained_model(layout, {}, dataset=None, plan=None, configuration=None).dataset == BTCV
@@ -114,7 +114,7 @@ def test_files_beside_the_plans_are_no_plans(layout):
     (folder / "nnUNetPlans.json").write_text('{"plans_name": "nnUNetPlans"}')
     (folder / "torn.json").write_text('{"stages": ')
     (folder / "list.json").write_text("[1]")
-    with pytest.raises(UsageError, match="There is no such plan.*rfmed_plan_and_preprocess -d Dataset217_BTCV"):
+    with pytest.raises(UsageError, match=r"There is no such plan.*rfmed_plan_and_preprocess -d Dataset217_BTCV"):
         planned(layout, BTCV, None, stage="3d_fullres")
 
 
@@ -123,11 +123,11 @@ def test_several_plans_ask_for_a_name_and_a_broken_one_is_a_sentence(layout):
     folder.mkdir(parents=True)
     for name in ("one", "two"):
         (folder / f"{name}.json").write_text('{"format": 1, "stages": {}}')
-    with pytest.raises(UsageError, match="Several plans could be meant.*one, two.*-p"):
+    with pytest.raises(UsageError, match=r"Several plans could be meant.*one, two.*-p"):
         planned(layout, BTCV, None, stage="3d_fullres")
-    with pytest.raises(UsageError, match="There is no such plan.*three.*one, two"):
+    with pytest.raises(UsageError, match=r"There is no such plan.*three.*one, two"):
         planned(layout, BTCV, "three", stage="3d_fullres")
-    with pytest.raises(RecordError, match="patch|name"):
+    with pytest.raises(RecordError, match=r"patch|name"):
         planned(layout, BTCV, "one", stage="3d_fullres")
 
 
@@ -150,5 +150,5 @@ def test_labels_come_from_a_file_a_dataset_or_beside(layout, tmp_path):
     assert names(dataset="BTCV", beside=[own.parent]) == ["organ"]
     assert names(environment={"RFMED_DATASET": "217"}, beside=()) == ["organ"]
     assert names(beside=beside) == ["organ"]
-    with pytest.raises(UsageError, match="Nothing says what the label values mean.*--labels"):
+    with pytest.raises(UsageError, match=r"Nothing says what the label values mean.*--labels"):
         names(beside=[tmp_path / "nowhere" / "deep"])

@@ -1,0 +1,354 @@
+"""The commands as a user meets them, from the raw folder to the report, on a small phantom."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from commands import TINY, good, leftovers, refused, run
+
+PHANTOM = "Dataset900_PhantomCT"
+COMMANDS = {
+    "pipeline": ("verify", "plan_and_preprocess", "train", "predict", "evaluate", "report"),
+    "exchange": ("make_phantom", "convert", "submit", "export_model", "import_model", "doctor"),
+}
+HEAVY = {"torch", "numba", "pandas", "scipy", "nibabel", "SimpleITK", "matplotlib"}
+SHORT = ("--epochs", 1, "--iterations", 2)
+
+
+def images_of(root: Path) -> Path:
+    return root / "raw" / PHANTOM / "imagesTs"
+
+
+def labels_in(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(nib.load(path).dataobj) for path in sorted(folder.glob("*.nii.gz"))}
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in COMMANDS.items() for n in names])
+def test_help_is_answered_before_anything_heavy_is_imported(module, name):
+    code = (
+        "import sys, time, contextlib, io\n"
+        "began = time.process_time()\n"
+        f"from rfmedsam2.cli.{module} import {name}_command as entry\n"
+        f"sys.argv = ['rfmed_{name}', '--help']\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
+        "    entry()\n"
+        "assert 'usage' in out.getvalue()\n"
+        f"heavy = {HEAVY} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+        "print(time.process_time() - began)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.0
+
+
+def test_a_phantom_is_made_and_never_overwritten_unasked(tmp_path):
+    words = ("--cases", 1, "--test-cases", 0, "--shape", 8, 16, 16, "-o", tmp_path)
+    assert str(tmp_path / PHANTOM) in good("make_phantom", *words).out
+    before = (tmp_path / PHANTOM / "imagesTr" / "phantom_001_0000.nii.gz").read_bytes()
+    assert "exists" in refused("make_phantom", *words) or "--force" in refused("make_phantom", *words)
+    assert (tmp_path / PHANTOM / "imagesTr" / "phantom_001_0000.nii.gz").read_bytes() == before
+    good("make_phantom", *words, "--force", "--seed", 1)
+    assert (tmp_path / PHANTOM / "imagesTr" / "phantom_001_0000.nii.gz").read_bytes() != before
+
+
+def test_verify_counts_cases_and_files(raw_root):
+    done = good("verify", "--root", raw_root)
+    assert f"{PHANTOM}: 7 cases, 12 files read" in done.out
+    assert "0 error(s), 0 warning(s)" in done.out
+    assert f"Data: {raw_root} (--root)" in done.err
+
+
+def test_verify_as_json_is_json_alone(raw_root):
+    found = json.loads(good("verify", "--json", "--root", raw_root).out)
+    assert (found["cases"], found["files"], found["faults"]) == (7, 12, [])
+
+
+def test_planning_writes_plan_splits_and_cases(planned_root):
+    folder = planned_root / "preprocessed" / PHANTOM
+    plan = json.loads((folder / "rfmed_cpu.json").read_text())
+    assert plan["stages"]["3d_fullres"]["patch_size"] == [16, 32, 32]
+    assert len(json.loads((folder / "splits_final.json").read_text())) == 5
+    for stage in ("3d_fullres", "2d"):
+        assert len(list((folder / f"rfmed_cpu_{stage}").glob("phantom_*.json"))) == 5
+
+
+def test_a_second_run_skips_what_is_finished(planned_root, root_of):
+    root = root_of(planned_root)
+    words = ("--preset", "cpu", "-c", "3d_fullres", "2d", "--set", *TINY, "--root", root)
+    # the copy has new file times, but the same contents
+    good("plan_and_preprocess", *words)
+    before = {p: p.stat().st_mtime_ns for p in (root / "preprocessed").rglob("*.b2nd")}
+    done = good("plan_and_preprocess", *words)
+    assert "0 new, 0 rebuilt, 10 finished before" in done.out
+    assert "5 fold(s)" in done.out
+    assert {p: p.stat().st_mtime_ns for p in (root / "preprocessed").rglob("*.b2nd")} == before
+
+
+def test_planning_alone_preprocesses_nothing(raw_root, root_of):
+    root = root_of(raw_root)
+    done = good("plan_and_preprocess", "-d", 900, "--preset", "nnunet", "-p", "mine", "--no-preprocess", "--root", root)
+    assert "Plan mine" in done.out
+    assert sorted(p.name for p in (root / "preprocessed" / PHANTOM).iterdir()) == [
+        "dataset.json",
+        "mine.json",
+        "rfmed_fingerprint.json",
+        "splits_final.json",
+    ]
+
+
+def test_training_leaves_checkpoints_metrics_scores_and_report(trained_root):
+    folder = trained_root / "results" / PHANTOM / "rfmed_cpu__3d_fullres" / "fold_0"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {f"checkpoint_{which}.safetensors" for which in ("final", "best", "latest")}
+    assert names >= {"metrics.jsonl", "metrics.csv", "progress.png", "report.html", "validation"}
+    assert (folder / "validation" / "metrics.json").is_file()
+    assert leftovers(trained_root) == []
+
+
+def test_a_finished_training_says_so_and_changes_nothing(trained_root, root_of):
+    root = root_of(trained_root)
+    final = root / "results" / PHANTOM / "rfmed_cpu__3d_fullres" / "fold_0" / "checkpoint_final.safetensors"
+    before = final.read_bytes()
+    done = good("train", "3d_fullres", "fold", 0, *SHORT, "--root", root)
+    assert "had finished after 2 steps" in done.out
+    assert "--restart" in done.out
+    assert final.read_bytes() == before
+
+
+def test_restart_keeps_the_old_training_aside(trained_root, root_of):
+    root = root_of(trained_root)
+    done = good(
+        "train", "3d_fullres", 0, "--epochs", 1, "--iterations", 1, "--restart", "--no-validate", "--root", root
+    )
+    assert "Trained 1 steps" in done.out
+    model = root / "results" / PHANTOM / "rfmed_cpu__3d_fullres"
+    old = [p for p in model.iterdir() if p.name.startswith("before-")]
+    assert len(old) == 1
+    assert (old[0] / "checkpoint_final.safetensors").is_file()
+    # what was moved aside is no fold that predicting would average
+    assert "fold(s) 0," in good("predict", "-i", images_of(root), "-o", root / "preds", "--root", root).err
+
+
+def test_predicting_takes_the_only_model_and_says_which(trained_root, tmp_path):
+    done = good("predict", "-i", images_of(trained_root), "-o", tmp_path / "preds", "--root", trained_root)
+    assert f"Model: {trained_root / 'results' / PHANTOM / 'rfmed_cpu__3d_fullres'}, fold(s) 0" in done.err
+    assert "Predicted 2 case(s)" in done.out
+    made = labels_in(tmp_path / "preds")
+    assert set(made) == {"phantom_006.nii.gz", "phantom_007.nii.gz"}
+    for name, labels in made.items():
+        image = nib.load(images_of(trained_root) / name.replace(".nii.gz", "_0000.nii.gz"))
+        assert labels.shape == image.shape
+        assert set(np.unique(labels)) <= set(range(14))
+    sidecar = json.loads((tmp_path / "preds" / "predictions.json").read_text())
+    assert sidecar["labels"]["liver"] == 6
+
+
+def test_continue_keeps_and_json_tells(trained_root, tmp_path):
+    words = ("-i", images_of(trained_root), "-o", tmp_path / "preds", "--root", trained_root, "--json")
+    first = json.loads(good("predict", *words).out)
+    assert [Path(p).name for p in first["written"]] == ["phantom_006.nii.gz", "phantom_007.nii.gz"]
+    (tmp_path / "preds" / "phantom_007.nii.gz").unlink()
+    second = json.loads(good("predict", *words, "--continue").out)
+    assert [Path(p).name for p in second["kept"]] == ["phantom_006.nii.gz"]
+    assert [Path(p).name for p in second["written"]] == ["phantom_007.nii.gz"]
+
+
+def test_single_files_and_options_of_predicting(trained_root, tmp_path):
+    image = images_of(trained_root) / "phantom_006_0000.nii.gz"
+    words = ("--step-size", 1.0, "--mirror", "on", "--tile-batch", 2, "--skip-empty", "--probabilities")
+    good("predict", "-i", image, "-o", tmp_path, "--root", trained_root, "--checkpoint", "best", *words)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "phantom_006.nii.gz",
+        "phantom_006.probabilities.b2nd",
+        "predictions.json",
+    }
+
+
+def test_several_models_are_listed_and_one_can_be_named(trained_root, root_of, tmp_path):
+    root = root_of(trained_root)
+    done = good("train", "PhantomCT", "2d", 1, *SHORT, "--root", root)
+    assert "fold 1" in done.err
+    words = ("-i", images_of(root), "-o", tmp_path / "preds", "--root", root)
+    sentence = refused("predict", *words)
+    assert "-c 2d (folds 1)" in sentence
+    assert "-c 3d_fullres (folds 0)" in sentence
+    assert not (tmp_path / "preds").exists()
+    assert "rfmed_cpu__2d, fold(s) 1" in good("predict", *words, "-c", "2d").err
+    model = root / "results" / PHANTOM / "rfmed_cpu__3d_fullres"
+    assert f"{model}, fold(s) 0" in good("predict", *words, "-m", model).err
+
+
+def test_evaluate_and_report(trained_root, tmp_path):
+    preds = tmp_path / "preds"
+    good("predict", "-i", images_of(trained_root), "-o", preds, "--root", trained_root)
+    labels = trained_root / "raw" / PHANTOM / "labelsTs"
+    done = good("evaluate", "-p", preds, "-g", labels, "-o", tmp_path / "scores")
+    assert "2 case(s), NSD at 2 mm" in done.out
+    assert {p.name for p in (tmp_path / "scores").iterdir()} == {"metrics.json", "metrics.csv"}
+    same = good("evaluate", "-p", labels, "-g", labels, "-o", tmp_path / "same", "--tolerance", 1, "--json")
+    assert json.loads(same.out)["mean"]["dsc"]["mean"] == 1.0
+    fold = trained_root / "results" / PHANTOM / "rfmed_cpu__3d_fullres" / "fold_0"
+    metrics = tmp_path / "scores" / "metrics.json"
+    good("report", "-o", tmp_path / "page.html", "-t", fold, "-e", metrics, "-i", images_of(trained_root))
+    page = (tmp_path / "page.html").read_text()
+    assert "liver" in page
+    assert "data:image/png;base64," in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_model_goes_to_another_root_and_predicts_the_same(trained_root, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    good("predict", "-i", images_of(trained_root), "-o", here, "--root", trained_root)
+    good("export_model", "-o", tmp_path / "model.zip", "--root", trained_root)
+    other = tmp_path / "other"
+    done = good("import_model", tmp_path / "model.zip", "--root", other)
+    assert f"Imported: {other / 'results' / PHANTOM / 'rfmed_cpu__3d_fullres'} (fold(s) 0)" in done.out
+    assert "--force" in refused("import_model", tmp_path / "model.zip", "--root", other)
+    good("import_model", tmp_path / "model.zip", "--root", other, "--force")
+    good("predict", "-i", images_of(trained_root), "-o", there, "-d", "PhantomCT", "--root", other)
+    ours, theirs = labels_in(here), labels_in(there)
+    assert ours.keys() == theirs.keys()
+    for name, labels in ours.items():
+        np.testing.assert_array_equal(labels, theirs[name])
+    assert leftovers(other) == []
+
+
+def test_variables_stand_in_for_flags(trained_root, tmp_path):
+    images = images_of(trained_root)
+    ours = {"RFMED_ROOT": trained_root, "RFMED_DATASET": "900"}
+    assert "(RFMED_ROOT)" in good("predict", "-i", images, "-o", tmp_path / "a", environment=ours).err
+    assert "No such dataset: 4" in refused(
+        "predict", "-i", images, "-o", tmp_path / "b", environment=ours | {"RFMED_DATASET": "4"}
+    )
+    nnunet = {f"nnUNet_{part}": trained_root / part for part in ("raw", "preprocessed", "results")}
+    assert "nnU-Net's variables" in good("predict", "-i", images, "-o", tmp_path / "c", environment=nnunet).err
+    assert "7 cases" in good("verify", environment=nnunet).out
+
+
+def test_without_any_root_it_is_the_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--cases", 1, "--test-cases", 0, "--shape", 8, 16, 16)
+    assert "./rfmed_data" in good("make_phantom", *words).err
+    assert (tmp_path / "rfmed_data" / "raw" / PHANTOM).is_dir()
+
+
+def test_an_incomplete_submission_is_refused(raw_root, tmp_path):
+    labels = raw_root / "raw" / PHANTOM / "labelsTr"
+    words = ("amos22", "-i", labels, "--images", images_of(raw_root), "-o", tmp_path / "amos.zip")
+    assert "phantom_006" in run("submit", *words).out
+    refused("submit", *words)
+    as_json = run("submit", *words, "--json")
+    assert (as_json.code, bool(json.loads(as_json.out)["faults"])) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_amos22_predictions_become_a_zip(raw_root, tmp_path):
+    for number in (6, 7):
+        for kind, suffix in (("images", "_0000"), ("labels", "")):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            source = raw_root / "raw" / PHANTOM / f"{kind}Ts" / f"phantom_{number:03d}{suffix}.nii.gz"
+            shutil.copy(source, tmp_path / kind / f"amos_{number:04d}{suffix}.nii.gz")
+    words = ("amos22", "-i", tmp_path / "labels", "--images", tmp_path / "images", "-o", tmp_path / "amos.zip")
+    assert "(2 cases)" in good("submit", *words).out
+    assert (tmp_path / "amos.zip").is_file()
+
+
+def test_an_msd_task_is_converted_and_verified(raw_root, tmp_path):
+    task, raw = tmp_path / "Task07_Small", raw_root / "raw" / PHANTOM
+    for folder in ("imagesTr", "labelsTr", "imagesTs"):
+        (task / folder).mkdir(parents=True)
+    names = ("phantom_001", "phantom_002")
+    for name in names:
+        shutil.copy(raw / "imagesTr" / f"{name}_0000.nii.gz", task / "imagesTr" / f"{name}.nii.gz")
+        shutil.copy(raw / "labelsTr" / f"{name}.nii.gz", task / "labelsTr" / f"{name}.nii.gz")
+    declared = {
+        "name": "Small",
+        "modality": {"0": "CT"},
+        "labels": {str(n): f"organ {n}" if n else "background" for n in range(14)},
+        "numTraining": 2,
+        "numTest": 0,
+        "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names],
+        "test": [],
+    }
+    (task / "dataset.json").write_text(json.dumps(declared))
+    done = good("convert", "msd", "-i", task, "--root", tmp_path / "root")
+    assert "Dataset007_Small (2 training, 0 test cases)" in done.out
+    assert "2 cases, 4 files" in good("verify", "-d", 7, "--root", tmp_path / "root").out
+    assert "--force" in refused("convert", "msd", "-i", task, "--root", tmp_path / "root")
+
+
+def test_the_doctor_tells_versions_and_folders(tmp_path):
+    found = json.loads(good("doctor", "--root", tmp_path, "--json").out)
+    assert found["packages"]["torch"]
+    assert "This machine" in good("doctor", "--root", tmp_path).out
+
+
+def test_installed_commands_give_exit_codes(raw_root, tmp_path):
+    """One command through its own process: codes, streams and that a pipe reads results alone."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RFMED", "nnUNet"))}
+    code = "from rfmedsam2.cli.pipeline import verify_command; verify_command()"
+
+    def shell(*words):
+        command = [sys.executable, "-c", code, *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
+
+    fine = shell("--root", raw_root, "--json")
+    assert (fine.returncode, json.loads(fine.stdout)["cases"]) == (0, 7)
+    wrong = shell("--root", tmp_path / "nowhere")
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+    assert "rfmed_verify: No raw dataset was found" in wrong.stderr
+    assert wrong.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def special_root(tmp_path_factory) -> Path:
+    """Small cubes: 77 has nested regions, 78 an ignore label; both planned for cpu."""
+    root = tmp_path_factory.mktemp("special")
+    labels = {"Dataset077_Regions": {"background": 0, "whole": [1, 2], "core": 2}}
+    labels["Dataset078_Ignore"] = {"background": 0, "organ": 1, "ignore": 2}
+    rng = np.random.default_rng(0)
+    for name, declared in labels.items():
+        folder = root / "raw" / name
+        for part in ("imagesTr", "labelsTr"):
+            (folder / part).mkdir(parents=True)
+        for number in range(5):
+            label = np.zeros((24, 24, 16), np.uint8)
+            label[6:16, 6:16, 4:12] = 1
+            label[8:12, 8:12, 6:10] = 2
+            image = (rng.normal(size=label.shape) + 3 * label).astype(np.float32)
+            nib.save(nib.Nifti1Image(image, np.eye(4)), folder / "imagesTr" / f"c{number}_0000.nii.gz")
+            nib.save(nib.Nifti1Image(label, np.eye(4)), folder / "labelsTr" / f"c{number}.nii.gz")
+        described = {"channel_names": {"0": "MR"}, "labels": declared, "numTraining": 5, "file_ending": ".nii.gz"}
+        if "Regions" in name:
+            described["regions_class_order"] = [1, 2]
+        (folder / "dataset.json").write_text(json.dumps(described))
+        changes = ("features=[4,8,8]", "encoder_blocks=[1,1,1]", "decoder_blocks=[1,1]")
+        changes += ("kernel_sizes=[[3,3,3],[3,3,3],[3,3,3]]", "strides=[[1,1,1],[2,2,2],[2,2,2]]")
+        model = json.dumps({part.split("=")[0]: json.loads(part.split("=")[1]) for part in changes} | {"kind": "unet"})
+        words = (f"3d_fullres.model={model}", "3d_fullres.patch_size=[16,16,16]", "3d_fullres.train.workers=0")
+        words += ("3d_fullres.validation.patches_while_training=2",)
+        good("plan_and_preprocess", "-d", name, "--preset", "cpu", "--set", *words, "--root", root)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("dataset", "classes", "values"), [(77, ["whole", "core"], {0, 1, 2}), (78, ["organ"], {0, 1})]
+)
+def test_regions_and_ignored_voxels_train_predict_and_score(special_root, tmp_path, dataset, classes, values):
+    good("train", dataset, "3d_fullres", 0, *SHORT, "--root", special_root)
+    name = next(p.name for p in (special_root / "raw").iterdir() if p.name.startswith(f"Dataset{dataset:03d}"))
+    metrics = special_root / "results" / name / "rfmed_cpu__3d_fullres" / "fold_0" / "validation" / "metrics.json"
+    assert list(json.loads(metrics.read_text())["classes"]) == classes
+    images = special_root / "raw" / name / "imagesTr" / "c0_0000.nii.gz"
+    good("predict", "-d", dataset, "-i", images, "-o", tmp_path, "--root", special_root)
+    assert set(np.unique(labels_in(tmp_path)["c0.nii.gz"])) <= values
