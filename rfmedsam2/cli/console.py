@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import psutil
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -99,12 +101,13 @@ class TrainingView:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table to standard output."""
-    grid = Table(title=title, title_justify="left", title_style="bold")
+    grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
         grid.add_row(*[_cell(value) for value in row])
-    out.print(grid)
+    # a file has no edge at which a line would have to be broken
+    out.print(grid, width=None if out.is_terminal else max(out.width, out.measure(grid).maximum))
 
 
 def show_plan(plan: Plan) -> None:
@@ -116,7 +119,7 @@ def show_plan(plan: Plan) -> None:
         ["patch", *(_by(stage.patch_size) for stage in stages)],
         ["batch", *(stage.batch_size for stage in stages)],
         ["features", *(", ".join(map(str, stage.model.features)) for stage in stages)],
-        ["normalisation", *(", ".join(n.kind for n in stage.normalisation) for stage in stages)],
+        ["normalisation", *(_counted([n.kind for n in stage.normalisation]) for stage in stages)],
         ["optimizer", *(f"{s.train.optimizer.kind}, lr {s.train.learning_rate:g}" for s in stages)],
         ["training", *(f"{s.train.epochs} epochs x {s.train.iterations_per_epoch}" for s in stages)],
     ]
@@ -127,13 +130,15 @@ def show_scores(evaluation: Evaluation) -> None:
     """Means over cases per class, with confidence intervals for DSC."""
 
     def row(name: str, found: dict[str, Interval]) -> list[object]:
-        dsc = found["dsc"]
-        span = "-" if dsc.low is None or dsc.high is None else f"{dsc.low:.4f} to {dsc.high:.4f}"
-        return [name, dsc.mean, span, found["iou"].mean, found["nsd"].mean, found["hd95_mm"].mean, dsc.cases]
+        dsc, distance = found["dsc"], found["hd95_mm"].mean
+        span = "-" if dsc.low is None or dsc.high is None else f"{dsc.low:.3f}-{dsc.high:.3f}"
+        hd95 = None if distance is None else f"{distance:.1f}"
+        return [name, dsc.mean, span, found["iou"].mean, found["nsd"].mean, hd95, dsc.cases]
 
     rows = [row(name, found) for name, found in evaluation.classes.items()]
-    columns = ("class", "DSC", f"{evaluation.confidence:.0%} interval", "IoU", "NSD", "HD95 mm", "cases")
-    title = f"{len(evaluation.cases)} case(s), NSD at {evaluation.nsd_tolerance_mm:g} mm"
+    # short enough for BTCV's class names and no broken line in a terminal of 80 columns
+    columns = ("class", "DSC", f"{evaluation.confidence:.0%} CI", "IoU", "NSD", "HD95", "cases")
+    title = f"{len(evaluation.cases)} case(s), NSD at {evaluation.nsd_tolerance_mm:g} mm, HD95 in mm"
     table(title, columns, [*rows, row("mean", evaluation.mean)])
 
 
@@ -165,6 +170,12 @@ def _cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _counted(words: Sequence[str]) -> str:
+    """Equal words once: `zscore x 4`."""
+    counts = Counter(words)
+    return ", ".join(word if n == 1 else f"{word} x {n}" for word, n in counts.items())
 
 
 def _by(values: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import tyro
 from tyro.conf import arg
@@ -39,6 +39,10 @@ Set = Annotated[
     arg(name="set", metavar="FIELD=VALUE", help="Change fields of the plan: 3d_fullres.train.learning_rate=0.01 ..."),
 ]
 
+CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+SAY_NOTHING = ("None", "False", "True", "", "()")
+"""Defaults not worth a word."""
+
 
 def command(function: Callable[..., None]) -> Callable[[], None]:
     """An entry point: parse arguments by signature and docstring, run, turn errors into sentences and exit codes."""
@@ -51,7 +55,7 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
             warnings.simplefilter("ignore")
         name = f"rfmed_{function.__name__}"
         try:
-            tyro.cli(function, prog=name, args=words, config=(tyro.conf.FlagCreatePairsOff,))
+            tyro.cli(_plainly(function), prog=name, args=words, config=CONFIG)
         except RfMedSamError as error:
             if debug:
                 raise
@@ -62,6 +66,14 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
             sys.exit(130)
 
     return run
+
+
+def _plainly(function: Callable[..., None]) -> Callable[..., None]:
+    """Leave out of --help the defaults that say nothing: None, False, an empty list."""
+    types = get_type_hints(function, include_extras=True)
+    quiet = arg(help_behavior_hint=lambda default: "" if default in SAY_NOTHING else f"(default: {default})")
+    function.__annotations__ = {k: t if k == "return" else Annotated[t, quiet] for k, t in types.items()}
+    return function
 
 
 def layout_of(root: Path | None) -> Layout:

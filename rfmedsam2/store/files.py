@@ -87,7 +87,8 @@ def read_record(path: Path, kind: type[R]) -> R:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        raise RecordError(f"There is no {kind.__name__} file", where=path) from None
+        raise RecordError(f"There is no {kind.__name__.lstrip('_')} file", where=path) from None
     except OSError as error:
-        raise RecordError(f"The {kind.__name__} file cannot be read ({error.strerror})", where=path) from error
+        reason = f"The {kind.__name__.lstrip('_')} file cannot be read ({error.strerror})"
+        raise RecordError(reason, where=path) from error
     return kind.from_json(text, where=path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from rfmedsam2.errors import UsageError
@@ -47,9 +48,10 @@ class Layout:
         raise UsageError(
             "Several datasets fit" if fits else "No such dataset",
             where=wanted,
-            expected=f"one of {', '.join(known) or 'nothing: no dataset was found'}",
-            found=", ".join(fits) or None,
-            remedy=f"Datasets are folders like Dataset217_BTCV in {self.raw}; another place is chosen with --root",
+            expected=f"one of {', '.join(known)}" if known else None,
+            found=", ".join(fits) or (None if known else f"no dataset at all in {self.raw}"),
+            remedy=_near(wanted, known)
+            or f"Datasets are folders like Dataset217_BTCV in {self.raw}; another place is chosen with --root",
         )
 
     def known_datasets(self) -> list[str]:
@@ -83,6 +85,13 @@ class Layout:
     def fold_folder(self, dataset: str, plan: str, stage: str, fold: str) -> Path:
         """One trained fold: a number, "all", or the name of a split."""
         return self.model_folder(dataset, plan, stage) / f"fold_{fold}"
+
+
+def _near(wanted: str, known: list[str]) -> str | None:
+    """Ask for what a misspelt name may mean."""
+    short = {name.partition("_")[2].lower(): name for name in known}
+    close = get_close_matches(wanted.partition("_")[2].lower() or wanted.lower(), short, n=1)
+    return f"Perhaps {short[close[0]]} was meant" if close else None
 
 
 def _fits(folder: str, wanted: str) -> bool:
