@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# as the commands do, before torch is imported: waiting threads sleep
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
