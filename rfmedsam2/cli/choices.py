@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.changes import changed
+from rfmedsam2.pipeline.preprocess import recipe
 from rfmedsam2.pipeline.trained import TrainedModel, find_models
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.records.plan import Plan
@@ -96,7 +97,16 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
         raise UsageError(
             f"The plan {plan.name} has no such configuration", where=stage, expected=f"one of {', '.join(plan.stages)}"
         )
-    return changed(plan, list(changes), name=plan.name) if changes else plan
+    if not changes:
+        return plan
+    new = changed(plan, list(changes), name=plan.name)
+    if recipe(new, stage) != recipe(plan, stage):
+        raise UsageError(
+            "A change is about how cases are prepared, and they are prepared already",
+            where=" ".join(changes),
+            remedy="Give it to rfmed_plan_and_preprocess --set, with a name of its own: -p NAME",
+        )
+    return new
 
 
 def _is_plan(path: Path) -> bool:

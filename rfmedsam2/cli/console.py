@@ -106,8 +106,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         grid.add_column(column, overflow="fold")
     for row in rows:
         grid.add_row(*[_cell(value) for value in row])
+    if out.is_terminal:
+        out.print(grid)
+        return
     # a file has no edge at which a line would have to be broken
-    out.print(grid, width=None if out.is_terminal else max(out.width, out.measure(grid).maximum))
+    endless = Console(highlight=False, width=10_000)
+    endless.width = endless.measure(grid).maximum
+    endless.print(grid)
 
 
 def show_plan(plan: Plan) -> None:

@@ -5,6 +5,7 @@ Training files are read once where memory allows: what the fingerprint decodes (
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ from rfmedsam2.pipeline.presets import Preset
 from rfmedsam2.pipeline.source import CaseSource
 from rfmedsam2.pipeline.splits import groups_of, settle_splits, warnings_of
 from rfmedsam2.records.fingerprint import Fingerprint
-from rfmedsam2.records.plan import Plan, Split
-from rfmedsam2.store.files import read_record, write_record
+from rfmedsam2.records.plan import PLAN_NAMES, Plan, Split, is_plan_name
+from rfmedsam2.store.files import atomic, read_record, write_record
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import RawDataset
 
@@ -96,6 +97,8 @@ def plan_and_preprocess(
     Raises:
         RfMedSamError: faults of the data (all of them), an impossible plan, a folder that cannot be written.
     """
+    if options.plan_name is not None and not is_plan_name(options.plan_name):
+        raise UsageError("No plan can have this name", where=options.plan_name, expected=PLAN_NAMES)
     budget = int(MEMORY_SHARE * psutil.virtual_memory().available) if stages != () else 0
     source = CaseSource(dataset, budget_bytes=budget)
     found = fingerprint(source, layout, workers=workers, clean=options.clean, track=track)
@@ -125,8 +128,16 @@ def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> P
 
 
 def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
-    """Write plan and dataset.json; says when another plan of this name was replaced."""
+    """Write plan and dataset.json; says when another plan of this name was replaced.
+
+    Raises:
+        UsageError: a file of another program (nnU-Net may share the folder) has this name.
+    """
     path, notes = layout.plan_file(dataset.name, plan.name), []
+    if _is_foreign(path):
+        raise UsageError(
+            "A file that is no plan of this package has this name", where=path, remedy="Name the plan with -p"
+        )
     if path.is_file():
         try:
             if read_record(path, Plan) != plan:
@@ -134,5 +145,16 @@ def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
         except RecordError:
             notes.append(f"The plan {plan.name} was unreadable and has been replaced.")
     write_record(path, plan)
-    write_record(path.with_name("dataset.json"), dataset.json)
+    described = (dataset.folder / "dataset.json").read_bytes()
+    # as it is: nnU-Net reads the same file, and takes an empty field for a given one
+    with atomic(path.with_name("dataset.json")) as temporary:
+        temporary.write_bytes(described)
     return notes
+
+
+def _is_foreign(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return not isinstance(content, dict) or "stages" not in content

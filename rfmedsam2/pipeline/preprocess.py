@@ -119,10 +119,10 @@ def affordable_workers(cases: Sequence[Case], plan: Plan, stages: Sequence[str],
 
 def case_digest(case: Case, plan: Plan, stage: str) -> str:
     """SHA-256 over the case's files (name, size, time) and all that shapes its arrays: the stored case's identity."""
-    return hashlib.sha256(f"{files_digest(case)}\n{_recipe(plan, stage)}".encode()).hexdigest()
+    return hashlib.sha256(f"{files_digest(case)}\n{recipe(plan, stage)}".encode()).hexdigest()
 
 
-def _recipe(plan: Plan, stage: str) -> str:
+def recipe(plan: Plan, stage: str) -> str:
     """Write down what decides how a stage's arrays come out; stages of equal recipe share the work."""
     config = plan.stages[stage]
     parts = {
@@ -163,7 +163,7 @@ def _preprocess_case(
     written = 0
     by_recipe: dict[str, list[str]] = {}
     for stage in due:
-        by_recipe.setdefault(_recipe(plan, stage), []).append(stage)
+        by_recipe.setdefault(recipe(plan, stage), []).append(stage)
     for same in by_recipe.values():
         prepared = _prepared(decoded, plan, same[0], threads)
         for stage in same:

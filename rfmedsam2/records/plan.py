@@ -7,9 +7,10 @@ Every figure that a user may want to change is a field here. Tuples over axes fo
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from rfmedsam2.records.base import Record
@@ -19,6 +20,20 @@ from rfmedsam2.records.fingerprint import IntensityStatistics
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Share of a running mean that stays."""
+TAKEN_NAMES = ("dataset", "splits_final", "splits_named", "rfmed_fingerprint", "dataset_fingerprint")
+"""Files that lie beside a plan's."""
+
+
+PLAN_NAMES = f"letters, digits and . + - _ (no two together), but not {', '.join(TAKEN_NAMES)}"
+
+
+def is_plan_name(name: str) -> bool:
+    """Tell whether a plan may be called so: the name becomes that of files and folders (`PLAN__STAGE`)."""
+    plain = re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII) is not None
+    return plain and "__" not in name and name not in TAKEN_NAMES
 
 
 class Normalisation(Record):
@@ -129,7 +144,7 @@ class Sgd(Record):
     """Stochastic gradient descent."""
 
     kind: Literal["sgd"] = "sgd"
-    momentum: float = 0.99
+    momentum: Decay = 0.99
     nesterov: bool = True
 
 
@@ -137,7 +152,7 @@ class AdamW(Record):
     """Adam with decoupled weight decay."""
 
     kind: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
 
 
@@ -153,8 +168,8 @@ class WarmupPolySchedule(Record):
     """Linear warm-up from `start_factor`, then poly per iteration over the rest."""
 
     kind: Literal["warmup_poly"] = "warmup_poly"
-    warmup_iterations: int = 1500
-    start_factor: float = 0.01
+    warmup_iterations: Whole = 1500
+    start_factor: Annotated[float, Field(ge=0)] = 0.01
     power: Positive = 0.9
 
 
@@ -193,11 +208,11 @@ class TrainConfig(Record):
     """auto: bf16 where the hardware multiplies it (GPUs, CPUs with AMX), else fp16 on a GPU, fp32 on CPU and MPS."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA if a probe succeeds."""
-    seed: int = 0
+    seed: Whole = 0
     deterministic: bool = False
     checkpoint_minutes: Positive = 10.0
     validate_every_epochs: Count = 1
-    workers: int | None = None
+    workers: Whole | None = None
     """Data loading processes; None: from the machine, 0: in this process."""
     worker_timeout_seconds: Positive = 300.0
 
@@ -283,6 +298,13 @@ class Plan(Record):
     """Planned axis i is axis transpose_forward[i] of the file's z, y, x."""
     intensities: tuple[IntensityStatistics, ...]
     stages: dict[str, Stage]
+
+    @field_validator("name")
+    @classmethod
+    def _name_can_be_a_file(cls, name: str) -> str:
+        if not is_plan_name(name):
+            raise ValueError(f"{name!r} cannot be a plan's name: {PLAN_NAMES}")
+        return name
 
     @property
     def transpose_backward(self) -> tuple[int, int, int]:

@@ -61,9 +61,10 @@ def writing_to(path: Path) -> Iterator[None]:
             errno.EEXIST: ("A file stands where a folder is needed", "Move that file or choose another place"),
             errno.ENOTDIR: ("A file stands where a folder is needed", "Move that file or choose another place"),
         }
-        if error.errno not in remedies:
-            raise
-        what, remedy = remedies[error.errno]
+        if error.errno is None:
+            raise  # a library's own error about what it reads
+        else_ = (f"The file cannot be written ({error.strerror})", "Choose another place")
+        what, remedy = remedies.get(error.errno, else_)
         raise StoreError(what, where=path, remedy=remedy) from error
 
 
