@@ -147,7 +147,7 @@ def import_nnunet_plans(
         path: nnUNetPlans.json or any other plans file of nnU-Net v2.
         dataset: the dataset.json beside it (channels, labels, file ending are not in the plans).
         fingerprint: digest of this package's fingerprint of the dataset, if there is one.
-        name: of the plan; None: nnU-Net's plans_name.
+        name: of the plan; None: rfmed_ and nnU-Net's plans_name (its own name is that of its files).
         stages: configurations to take; None: all but those of a cascade's second step.
 
     Returns:
@@ -180,7 +180,7 @@ def import_nnunet_plans(
     channels = range(len(dataset.channels))
     return Plan.parse(
         {
-            "name": name or source.plans_name,
+            "name": name or f"rfmed_{source.plans_name}",
             "dataset": source.dataset_name,
             "fingerprint": fingerprint,
             "channels": dataset.channels,
