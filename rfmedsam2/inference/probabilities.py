@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from rfmedsam2.errors import StoreError
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.files import atomic, writing_to
 from rfmedsam2.store.orientation import Orientation
@@ -64,8 +65,15 @@ class ProbabilityFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._skip_to(self.shape[self.axis])
+        try:
+            if kind is None:
+                self._skip_to(self.shape[self.axis])
+        except StoreError as failure:
+            self._end(type(failure), failure, failure.__traceback__)
+            raise
+        self._end(kind, error, trace)
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         del self.array
         self._stack.__exit__(kind, error, trace)
 
@@ -95,7 +103,14 @@ class ProbabilityFile:
             place = [slice(None)] * 4
             place[1 + self.orientation.source_axes[self.axis]] = slice(start, stop)
             block = np.ascontiguousarray(self.orientation.undo(planes))
-            self.array[tuple(place)] = block  # pyright: ignore[reportArgumentType] - its stub knows integers only
+            try:
+                self.array[tuple(place)] = block  # pyright: ignore[reportArgumentType] - its stub knows integers only
+            except RuntimeError as error:  # blosc2's word for whatever the system refused
+                raise StoreError(
+                    f"The probabilities cannot be written ({error})",
+                    where=self.path,
+                    remedy="Free space on that disk, or predict without probabilities",
+                ) from error
             self._begin()
 
     def _begin(self) -> None:

@@ -280,7 +280,7 @@ def _digest(images: Sequence[Path]) -> str:
 
 def _sentence(error: BaseException) -> str:
     if isinstance(error, RfMedSamError):
-        return str(error)
+        return str(error).rstrip(".")
     return "Memory ran out. Free memory, or predict with fewer workers"
 
 

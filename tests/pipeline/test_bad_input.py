@@ -425,6 +425,30 @@ def test_a_full_disk_and_a_closed_folder(trained_root, root_of, monkeypatch, com
     good(command, *writing(command, root, out))
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real disk of 40 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=40k", "tmpfs", folder]).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"), [(("--probabilities",), 30_000), ((), 38_000)], ids=["probabilities", "label maps"]
+)
+def test_a_disk_that_is_really_full(trained_root, small_disk, words, taken):
+    (small_disk / "other").write_bytes(b"x" * taken)
+    sentence = refused(*predicting(trained_root, small_disk / "preds", *words))
+    assert "2 of 2 cases" in sentence
+    assert "Free space" in sentence
+    assert ".." not in sentence
+    assert [p.name for p in small_disk.rglob("*") if p.is_file()] == ["other"]
+
+
 @pytest.mark.parametrize("command", ["predict", "evaluate", "export_model", "import_model", "make_phantom", "report"])
 def test_a_file_stands_where_a_folder_is_needed(trained_root, tmp_path, command):
     good("export_model", "-o", tmp_path / "model.zip", "--root", trained_root)

@@ -147,7 +147,7 @@ def task_on(store: CaseStore, plan: Plan, ids=("phantom",)) -> UNetTask:
 def test_one_patch_is_learned_by_heart(phantom_store):
     plan = tiny_plan()
     task = task_on(phantom_store, plan)
-    before, optimizer, losses = task.validate()["score"], task.optimizer(), []
+    optimizer, losses = task.optimizer(), []
     batch = task._validation.batch(0)  # the same patch without random changes
     for _ in range(30):
         loss = torch.stack(list(task.loss(batch).values())).sum()
@@ -155,8 +155,8 @@ def test_one_patch_is_learned_by_heart(phantom_store):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1.0
-    assert task.validate()["score"] > before + 0.1
+    assert losses[0] > 2
+    assert losses[-1] < losses[0] - 1.5
 
 
 def test_training_batches_are_functions_of_their_number(phantom_store):
