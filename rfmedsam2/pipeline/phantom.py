@@ -107,6 +107,8 @@ def make_phantom(
         StoreError: the folder cannot be written.
     """
     _check(cases, test_cases, shape_zyx, spacing_mm)
+    if seed < 0:
+        raise UsageError("A seed cannot be negative", found=seed)
     with new_dataset(folder, NAMES[modality], force=force) as building:
         for number in track(range(cases + test_cases), "Phantom", cases + test_cases):
             case = phantom_case(shape_zyx, spacing_mm=spacing_mm, seed=(seed, number), modality=modality)

@@ -27,12 +27,12 @@ TAKEN_NAMES = ("dataset", "splits_final", "splits_named", "rfmed_fingerprint", "
 """Files that lie beside a plan's."""
 
 
-PLAN_NAMES = f"letters, digits and . + - _ (no two together), but not {', '.join(TAKEN_NAMES)}"
+PLAN_NAMES = f"at most 100 letters, digits and . + - _ (no two together), but not {', '.join(TAKEN_NAMES)}"
 
 
 def is_plan_name(name: str) -> bool:
     """Tell whether a plan may be called so: the name becomes that of files and folders (`PLAN__STAGE`)."""
-    plain = re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII) is not None
+    plain = re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", name, re.ASCII) is not None
     return plain and "__" not in name and name not in TAKEN_NAMES
 
 
@@ -82,7 +82,7 @@ class Augmentation(Record):
     gamma_inverted_probability: Probability = 0.1
     gamma_probability: Probability = 0.3
     gamma: tuple[Positive, Positive] = (0.7, 1.5)
-    mirror_axes: tuple[int, ...] = (0, 1, 2)
+    mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0, 1, 2)
     """Axes of the patch that are flipped with probability 0.5 each; also used by test-time mirroring."""
 
 

@@ -257,6 +257,8 @@ def test_wrong_words_of_a_training(planned_root, root_of, words, named):
         (("--preset", "cpu", "-p", "../outside"), "outside"),
         (("--preset", "cpu", "-p", "splits_final"), "splits_final"),
         (("--preset", "cpu", "-p", "a__b"), "a__b"),
+        (("--preset", "cpu", "-p", "x" * 300), "xxx"),
+        (("--preset", "cpu", "--set", "3d_fullres.augmentation.mirror_axes=[5]"), "mirror_axes"),
     ],
 )
 def test_wrong_words_of_planning(raw_root, root_of, words, named):
@@ -277,12 +279,19 @@ def test_wrong_words_of_planning(raw_root, root_of, words, named):
         ("convert", "kits"),
         ("evaluate", "-p", "here"),
     ],
+    ids=str,
 )
 def test_what_the_parser_refuses_is_exit_code_2_as_well(words):
     outcome = run(*words)
     assert outcome.code == 2
     assert "Traceback" not in outcome.err
     assert "--help" in outcome.err
+
+
+@pytest.mark.parametrize("words", [("--seed", -1), ("--cases", 0), ("--shape", 1, 2, 3)], ids=str)
+def test_impossible_phantoms(tmp_path, words):
+    assert str(words[-1]) in refused("make_phantom", *words, "-o", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def predicting(root: Path, out: Path, *words: object) -> tuple[object, ...]:
