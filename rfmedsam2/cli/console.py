@@ -101,7 +101,9 @@ class TrainingView:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table to standard output."""
-    grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    grid = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
@@ -168,7 +170,7 @@ def show_doctor(report: DoctorReport) -> None:
     packages = {**report.packages, **report.optional_packages}
     table("Packages", ("package", "version"), packages.items())
     for advice in report.warnings:
-        out.print(f"Warning: {advice.message} {advice.remedy}", soft_wrap=True)
+        out.print(f"Warning: {advice.message.rstrip('.')}. {advice.remedy.rstrip('.')}.", soft_wrap=True)
 
 
 def _cell(value: object) -> str:

@@ -66,7 +66,7 @@ def plan_and_preprocess(
     dataset: DatasetName = None,
     configurations: Annotated[tuple[str, ...], arg(aliases=("-c",), metavar="NAME")] = (),
     preset: Preset = "default",
-    plan: PlanName = None,
+    plan: Annotated[str | None, arg(aliases=("-p",), metavar="NAME")] = None,
     set_: Set = (),
     nnunet_plans: Annotated[Path | None, arg(metavar="FILE")] = None,
     spacing: Annotated[tuple[float, float, float] | None, arg(metavar="MM")] = None,
@@ -84,11 +84,12 @@ def plan_and_preprocess(
         configurations: What to preprocess; all of the plan but 2d if none is given.
         preset: Sizes for what is at hand: cpu (a laptop), 8gb, 24gb, 80gb (GPU memory), nnunet (nnU-Net's own
             decisions), default (RFMedSAM 2's patch of 32x256x256).
+        plan: What the plan is called; else by its preset.
         nnunet_plans: Take the decisions from nnU-Net's plans.json instead of planning.
         spacing: Target spacing z y x in mm of 3d_fullres instead of nnU-Net's rule.
         group_regex: Cases whose ids give the same first group of this expression are one patient, never split.
         clean: Take a new fingerprint although no file has changed.
-        preprocess: Whether cases are preprocessed, or only planned for.
+        preprocess: Only verify and plan.
     """
     from rfmedsam2.cli import choices
     from rfmedsam2.cli.console import bars, show_plan
@@ -145,7 +146,7 @@ def train(
         iterations: Per epoch, instead of the plan's.
         lr: Initial learning rate, instead of the plan's.
         restart: Begin anew; what was trained before is kept beside it under another name.
-        validate: Whether the validation cases are predicted and scored as whole volumes at the end.
+        validate: Leave out the last step: predicting and scoring the validation cases as whole volumes.
         tensorboard: Also write TensorBoard events (needs the extra `tensorboard`).
     """
     from rfmedsam2.cli import choices

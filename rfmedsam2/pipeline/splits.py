@@ -175,9 +175,14 @@ def leaks(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[str]:
     return found
 
 
+def _advised(found: list[str]) -> list[str]:
+    """Leaks, and what to do about them."""
+    return [*found, "Delete splits_final.json and plan again to have folds that keep patients whole."] if found else []
+
+
 def warnings_of(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[str]:
     """Say what a user should know about splits that are allowed, one sentence each."""
-    found = leaks(splits, groups)
+    found = _advised(leaks(splits, groups))
     for name, split in splits.items():
         if set(split.train) == set(split.val):
             found.append(f"Split {name} validates on its training cases: its scores say nothing about new cases.")

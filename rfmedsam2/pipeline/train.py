@@ -101,7 +101,7 @@ def train(
     config = _stage(plan, stage)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.name, stage), config.patch_size)
     split = fold_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
-    _require_preprocessed(split, store, plan)
+    _require_preprocessed(split, store, plan, stage)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
     with start_runtime(options.device, precision=config.train.precision) as runtime:
         if options.restart and runtime.is_main:
@@ -211,7 +211,7 @@ def _case_ids(layout: Layout, plan: Plan, store: CaseStore) -> tuple[str, ...]:
         return store.ids()
 
 
-def _require_preprocessed(split: Split, store: CaseStore, plan: Plan) -> None:
+def _require_preprocessed(split: Split, store: CaseStore, plan: Plan, stage: str) -> None:
     there = set(store.ids())
     missing = sorted({*split.train, *split.val} - there)
     if missing:
@@ -219,5 +219,5 @@ def _require_preprocessed(split: Split, store: CaseStore, plan: Plan) -> None:
             f"{len(missing)} of {len({*split.train, *split.val})} cases are not preprocessed",
             where=store.folder,
             found=f"none of {', '.join(missing[:5])}" + (" ..." if len(missing) > 5 else ""),
-            remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} with the configuration wanted (-c)",
+            remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {stage} with the options that made {plan.name}",
         )
