@@ -110,7 +110,8 @@ def training_png(training: Training, *, theme: Theme = "light") -> bytes:
         _style(ax, theme)
         draw(ax, training)
     if len(training.steps):
-        axes[-1].set_xlim(min(0.0, training.steps[0] - 1), max(training.steps[-1], 1))
+        last = max(training.steps[-1], 1)
+        axes[-1].set_xlim(min(0.0, training.steps[0] - 1), 1.01 * last)  # the last marker is drawn whole
     axes[-1].set_xlabel("optimizer step")
     return _png(figure)
 
@@ -157,14 +158,14 @@ def _draw_loss(ax: Axes, training: Training) -> None:
 def _draw_scores(ax: Axes, training: Training) -> None:
     names = training.score_names
     for i, name in enumerate(names[:MAX_SCORE_LINES]):
-        _line(ax, training, name, name, SERIES[i % len(SERIES)], 2.4 if name == "score" else 1.2)
+        _line(ax, training, name, name.removeprefix("dsc/"), SERIES[i % len(SERIES)], 2.4 if name == "score" else 1.2)
         ax.lines[-1].set_linestyle("-" if i < len(SERIES) else "--")
     ax.set_ylabel("validation score")
     _legend(ax)
 
 
 def _draw_rate(ax: Axes, training: Training) -> None:
-    ax.plot(*training.series("lr"), color=SERIES[8], lw=1.6)
+    _line(ax, training, "lr", "learning rate", SERIES[8], 1.6)
     ax.set_ylabel("learning rate")
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
 
