@@ -154,13 +154,12 @@ def with_channel(stack: np.ndarray | None, array: np.ndarray, *, index: int, cou
             found=array.shape[0],
             remedy="Give either one file for each channel, or one file with all of them",
         )
-    if stack is None:
-        stack = np.empty((count, *array.shape[1:]), dtype=array.dtype)
-    if stack.dtype != array.dtype:
-        common = np.result_type(stack, array)
-        stack = stack.astype(np.float32 if common.kind == "f" else common, copy=False)
-    stack[index] = array[0]
-    return stack
+    whole = np.empty((count, *array.shape[1:]), dtype=array.dtype) if stack is None else stack
+    if whole.dtype != array.dtype:
+        common = np.result_type(whole, array)
+        whole = whole.astype(np.float32 if common.kind == "f" else common, copy=False)
+    whole[index] = array[0]
+    return whole
 
 
 def read_label(path: Path) -> tuple[Volume, ImageHeader]:

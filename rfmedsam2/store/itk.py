@@ -122,11 +122,12 @@ def _grid(path: Path, reader: sitk.ImageFileReader, *, picture: bool) -> Grid:
     size = (*reader.GetSize(), 1)[:3] if axes == 2 else reader.GetSize()[:3]
     x, y, z = checked_spacing(spacing.tolist(), where=path)
     rows = tuple(tuple(row) for row in direction.tolist())
+    corner_x, corner_y, corner_z = origin.tolist()
     try:
         return Grid(
             shape_zyx=(size[2], size[1], size[0]),
             spacing_zyx_mm=(z, y, x),
-            origin_xyz_mm=tuple(origin.tolist()),
+            origin_xyz_mm=(corner_x, corner_y, corner_z),
             direction=rows,  # pyright: ignore[reportArgumentType] - three rows of three
         )
     except GeometryError as error:

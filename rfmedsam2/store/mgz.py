@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
@@ -45,7 +46,7 @@ def write_mgz_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
     """Write labels (Z,Y,X); values above 255 as int32, for the format knows no uint16 (not atomic)."""
     affine = _RAS_TO_LPS @ header.source_grid.affine_lps
     stored = labels_zyx if labels_zyx.dtype == np.uint8 else labels_zyx.astype(np.int32)
-    MGHImage(stored.T, affine).to_filename(path)
+    MGHImage(cast(Any, stored.T), affine).to_filename(path)
 
 
 def _load(path: Path) -> MGHImage:
