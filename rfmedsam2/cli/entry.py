@@ -12,10 +12,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated
 
 import tyro
 from tyro.conf import arg
+from typing_extensions import get_type_hints
 
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.store.layout import Layout
@@ -73,6 +74,7 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
 
 def _plainly(function: Callable[..., None]) -> Callable[..., None]:
     """Leave out of --help the defaults that say nothing: None, False, an empty list."""
+    # typing_extensions': before Python 3.11, typing's own hides flags whose default is None inside Optional
     types = get_type_hints(function, include_extras=True)
     quiet = arg(help_behavior_hint=lambda default: "" if default in SAY_NOTHING else f"(default: {default})")
     function.__annotations__ = {k: t if k == "return" else Annotated[t, quiet] for k, t in types.items()}
