@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tyro.conf import arg
 from typing_extensions import get_type_hints
+from tyro.conf import arg
 
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.store.layout import Layout
