@@ -23,6 +23,7 @@ LEVELS = {
     "prompts": 3,
     "metric_kernels": 2,
     "metrics": 3,
+    "devices": 2,
     "losses": 4,
     "nn": 4,
     "models": 5,

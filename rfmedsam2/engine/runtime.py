@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rfmedsam2.errors import PlanError, UsageError, WorkerError
+from rfmedsam2.devices import choose_device
+from rfmedsam2.errors import PlanError, WorkerError
 
 T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -96,7 +97,7 @@ def start_runtime(
         int(os.environ.get(name, default))
         for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
     )
-    chosen = choose_device(device, local_rank)
+    chosen = choose_device(device, local_rank=local_rank)
     runtime = Runtime(
         device=chosen,
         precision=choose_precision(precision, chosen),
@@ -122,31 +123,6 @@ def start_runtime(
         # abort the process in about every third run (torch 2.15)
         gc.collect()
         dist.destroy_process_group()
-
-
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """Give the device named, or the best there is; each rank of a machine gets its own card."""
-    if wanted == "auto":
-        mps = torch.backends.mps.is_available()
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise UsageError("No such device", where=wanted, expected="cpu, cuda, cuda:N, mps or auto") from None
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda":
-        index = local_rank if device.index is None else device.index
-        if index >= cards:
-            raise UsageError(
-                "This CUDA device is not here",
-                where=f"cuda:{index}",
-                found=f"{cards} card(s)",
-                remedy="Choose --device cpu, or start no more processes than there are cards",
-            )
-        return torch.device("cuda", index)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("This machine has no MPS device", where=wanted, remedy="Choose --device cpu")
-    return device
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:

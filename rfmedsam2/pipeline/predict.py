@@ -18,7 +18,7 @@ from rfmedsam2 import __version__
 from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
 from rfmedsam2.inference.volume import Options, Turned, VolumePrediction, predict_turned, turn_and_prepare
 from rfmedsam2.parallel import Track, silent
-from rfmedsam2.pipeline.predictor import Predictor, choose_device
+from rfmedsam2.pipeline.predictor import Predictor
 from rfmedsam2.pipeline.trained import TrainedModel, checkpoints_of, find_models
 from rfmedsam2.records.prediction import PredictedCase, PredictionsRecord
 from rfmedsam2.store.files import read_record, write_record, writing_to
@@ -31,7 +31,6 @@ __all__ = [
     "Predictor",
     "TrainedModel",
     "checkpoints_of",
-    "choose_device",
     "find_models",
     "predict_files",
 ]

@@ -16,6 +16,7 @@ from nibabel.spatialimages import SpatialImage
 from torch import nn
 from typing_extensions import Self
 
+from rfmedsam2.devices import choose_device
 from rfmedsam2.errors import CheckpointError, ImageError, UsageError
 from rfmedsam2.geometry import Grid, Triple, Volume
 from rfmedsam2.inference.volume import Options, VolumePrediction, predict_volume
@@ -48,7 +49,7 @@ class Predictor:
     @classmethod
     def load(
         cls,
-        source: Path | Sequence[Path],
+        source: str | Path | Sequence[str | Path],
         *,
         folds: Sequence[str] | None = None,
         checkpoint: Which = "final",
@@ -58,7 +59,7 @@ class Predictor:
         """Load a model.
 
         Args:
-            source: a model folder (results/DATASET/PLAN__STAGE), or checkpoint files that are averaged.
+            source: a model folder (results/DATASET/PLAN__STAGE), a checkpoint file, or several that are averaged.
             folds: of a model folder; None: all that are found (see `trained.checkpoints_of`).
             checkpoint: of a model folder: final (latest where training has not ended), best or latest.
             device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
@@ -68,7 +69,10 @@ class Predictor:
             UsageError: no such model, fold or device.
             CheckpointError: a checkpoint that is broken, or of another plan than the first.
         """
-        paths = checkpoints_of(source, folds=folds, checkpoint=checkpoint) if isinstance(source, Path) else list(source)
+        files = [source] if isinstance(source, (str, Path)) else list(source)
+        paths = [Path(path) for path in files]
+        if isinstance(source, (str, Path)) and not paths[0].is_file():
+            paths = checkpoints_of(paths[0], folds=folds, checkpoint=checkpoint)
         if not paths:
             raise UsageError("There is no checkpoint to predict with", expected="at least one file")
         place = choose_device(device)
@@ -189,28 +193,6 @@ class Predictor:
         if out is not None:
             write_label(out, labels, header)
         return labels
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn a name into a device; auto takes cuda, else mps, else cpu.
-
-    Raises:
-        UsageError: no such device on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError("This is no device", where=name, expected="auto, cpu, cuda, cuda:1 or mps") from None
-    missing = {
-        "cuda": not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count(),
-        "mps": not torch.backends.mps.is_available(),
-    }.get(device.type, device.type != "cpu")
-    if missing:
-        found = f"{torch.cuda.device_count()} CUDA device(s)" if torch.cuda.is_available() else "no CUDA device"
-        raise UsageError("This machine has no such device", where=name, found=found, remedy="Use --device cpu or auto")
-    return device
 
 
 def _what_predicting_needs(record: CheckpointRecord) -> dict[str, object]:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from engine_toys import ToyBatch, ToyTask, make_config, make_run, timeless, weights_of
 
+from rfmedsam2.devices import choose_device
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.generators import capture
-from rfmedsam2.engine.runtime import Runtime, choose_device, choose_precision, start_runtime, to_device
+from rfmedsam2.engine.runtime import Runtime, choose_precision, start_runtime, to_device
 from rfmedsam2.errors import DivergedError, PlanError, UsageError
 from rfmedsam2.records.plan import PolySchedule, Sgd
 from rfmedsam2.store.checkpoints import read_all, read_record_of, read_weights
