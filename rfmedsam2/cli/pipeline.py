@@ -302,6 +302,8 @@ def report(
     from rfmedsam2.records.report import Evaluation
     from rfmedsam2.store.files import read_record
 
+    if images is not None and not images.is_dir():
+        raise UsageError("There is no such folder of images", where=images, remedy="Check the path given with -i")
     scores = read_record(evaluation, Evaluation) if evaluation else None
     write_report(output, title=title or output.stem, training=training, evaluation=scores, images=images)
     print(f"Written: {output}")

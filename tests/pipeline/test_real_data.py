@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
-from commands import good
+import SimpleITK as sitk  # noqa: N813
+from commands import good, refused
 
+from rfmedsam2 import Predictor
+from rfmedsam2.inference.volume import Options
 from rfmedsam2.store.images import read_header, read_image, read_label
 
 pytestmark = pytest.mark.data
@@ -116,3 +120,53 @@ def test_predictions_have_the_geometry_of_any_format(sample, mr_root, data_root,
     image, theirs = read_image(source)
     assert header.grid.mismatch(theirs.grid) is None
     assert header.grid.shape_zyx == image.array.shape[1:]
+
+
+def test_a_folder_with_two_scans_is_refused_with_both_named(mr_root, data_root, tmp_path):
+    folder = tmp_path / "two series"
+    folder.mkdir()
+    for series in ("dicom_hippocampus_crop", "dicom_ct_totalseg20"):
+        for file in (data_root / "format-samples" / series).iterdir():
+            (folder / f"{series}_{file.name}").symlink_to(file)
+    sentence = refused("predict", "-i", folder, "-o", tmp_path / "out", "--root", mr_root)
+    assert "2 DICOM image series" in sentence
+    assert "32 slices" in sentence
+    assert "20 slices" in sentence
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+def test_scripts_get_the_labels_of_the_command(mr_root, data_root, tmp_path):
+    source = data_root / "mr-organs-totalsegmentator/Dataset119_TSAbdomenMR/imagesTr/ts_mr_0000.nii.gz"
+    good("predict", "-i", source, "-o", tmp_path, "--step-size", 1, "--root", mr_root)
+    expected = np.asarray(nib.Nifti1Image.from_filename(tmp_path / "ts_mr.nii.gz").dataobj)
+    assert expected.any()
+    (model,) = (mr_root / "results").glob("*/*__3d_fullres")
+    options = Options(step_size=1.0)
+    predictor = Predictor.load(str(model), device="cpu", options=options)
+    image = nib.Nifti1Image.from_filename(source)
+    found = predictor.predict_nibabel(image)
+    np.testing.assert_array_equal(np.asarray(found.dataobj), expected)
+    np.testing.assert_allclose(np.asarray(found.affine), np.asarray(image.affine))
+    itk = predictor.predict_sitk(sitk.ReadImage(str(source)))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(itk).T, expected)
+    single = Predictor.load(str(model / "fold_0" / "checkpoint_final.safetensors"), device="cpu", options=options)
+    assert single.made_by() == predictor.made_by()
+
+
+def test_nnunets_own_files_in_shared_folders_stay_untouched(data_root, tmp_path):
+    raw = link(data_root / "mr-organs-totalsegmentator/Dataset119_TSAbdomenMR", tmp_path)
+    shared = tmp_path / "preprocessed" / raw.name
+    shared.mkdir(parents=True)
+    theirs = shared / "nnUNetPlans.json"
+    theirs.write_text('{"plans_name": "nnUNetPlans", "configurations": {}}')
+    before = theirs.read_bytes()
+    where = {
+        "nnUNet_raw": tmp_path / "raw",
+        "nnUNet_preprocessed": tmp_path / "preprocessed",
+        "nnUNet_results": tmp_path / "results",
+    }
+    words = ("-d", 119, "--no-preprocess", "--preset", "cpu")
+    assert "-p" in refused("plan_and_preprocess", *words, "-p", "nnUNetPlans", environment=where)
+    good("plan_and_preprocess", *words, environment=where)
+    assert theirs.read_bytes() == before
+    assert (shared / "dataset.json").read_bytes() == (raw / "dataset.json").read_bytes()
