@@ -375,6 +375,7 @@ def full_disk(monkeypatch):
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "rename", lambda *_: sync(0))
+    monkeypatch.setattr(Path, "rename", lambda *_: sync(0))  # Python 3.10's holds its own os.rename
 
 
 def closed_folder(monkeypatch):
