@@ -101,9 +101,8 @@ class TrainingView:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table to standard output."""
-    grid = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
+    grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    grid.padding, grid.pad_edge = (0, 1, 0, 0), False
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
@@ -112,7 +111,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         out.print(grid)
         return
     # a file has no edge at which a line would have to be broken
-    endless = Console(highlight=False, width=10_000)
+    endless = Console(file=out.file, highlight=False, width=10_000)
     endless.width = endless.measure(grid).maximum
     endless.print(grid)
 
