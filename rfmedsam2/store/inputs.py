@@ -23,7 +23,7 @@ def find_cases(source: Path | Sequence[Path], *, channels: int, file_ending: str
         source: a folder of images (with or without _0000, or of DICOM folders), a DICOM series folder, one image file
             (its other channels are looked for beside it), a .csv, .json or .txt list, or a sequence of paths.
         channels: number of channels that the model takes.
-        file_ending: ending of image files in a folder, None for any format.
+        file_ending: ending of image files in a folder, any format where none has it or for None.
 
     Raises:
         DatasetError: nothing was found (says what was expected, what is there), channels are missing, ids clash.
@@ -51,11 +51,11 @@ def _in_folder(folder: Path, channels: int, ending: str | None) -> tuple[Case, .
     only_slices = all(p.is_file() and image_ending(p) in (None, ".dcm") for p in entries)
     if only_slices and is_dicom_folder(folder):
         return (Case(id=folder.resolve().name, images=(folder,)),)
+    if not entries and (others := entries_of(folder, None)):
+        # no file of the model's own format: any that can be read will do
+        return _cases(others, channels, None, where=folder)
     if not entries:
-        others = entries_of(folder, None)
         remedy = "Check the folder; images/ of a dataset are in imagesTr or imagesTs below it"
-        if others:
-            remedy = f"The model was trained on {ending} files: convert these"
         below = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and entries_of(p, ending)]
         if below:
             remedy = f"Give the folder below that holds images: {', '.join(below[:4])}"

@@ -179,12 +179,19 @@ def test_missing_channels_of_all_cases_are_named_at_once(tmp_path: Path) -> None
 
 
 def test_nothing_found_says_what_is_there_and_what_was_expected(tmp_path: Path) -> None:
-    touch(tmp_path, "a.nrrd", "b.nrrd")
-    with pytest.raises(DatasetError, match=r"0 cases.*CASE_0000\.nii\.gz.*2 \.nrrd.*convert"):
+    touch(tmp_path, "a.jpg", "b.jpg")
+    with pytest.raises(DatasetError, match=r"0 cases.*CASE_0000\.nii\.gz.*2 \.jpg.*Check the folder"):
         find_cases(tmp_path, channels=1, file_ending=".nii.gz")
     touch(tmp_path / "top" / "imagesTs", "a.nii.gz")
     with pytest.raises(DatasetError, match=r"0 cases.*Give the folder below.*imagesTs"):
         find_cases(tmp_path / "top", channels=1, file_ending=None)
+
+
+def test_a_folder_of_another_readable_format_is_taken(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nrrd", "b_0000.nrrd")
+    assert [c.id for c in find_cases(tmp_path, channels=1, file_ending=".nii.gz")] == ["a", "b"]
+    touch(tmp_path, "c.nii.gz")
+    assert [c.id for c in find_cases(tmp_path, channels=1, file_ending=".nii.gz")] == ["c"]
 
 
 def test_single_file_finds_its_other_channels(tmp_path: Path) -> None:
