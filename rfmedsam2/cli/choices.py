@@ -13,6 +13,7 @@ from rfmedsam2.pipeline.preprocess import recipe
 from rfmedsam2.pipeline.trained import TrainedModel, find_models
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.records.plan import Plan
+from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
 from rfmedsam2.store.files import read_record
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import RawDataset, open_dataset
@@ -161,7 +162,9 @@ def labels_for(
     file: Path | None,
     beside: Sequence[Path],
 ) -> LabelSet:
-    """What label values mean: a dataset.json, a dataset's own, or one found beside predictions or references.
+    """What label values mean: a dataset.json, a dataset's own, or what lies beside references or predictions.
+
+    Beside references a dataset.json is looked for (also one folder up), beside predictions their predictions.json.
 
     Raises:
         UsageError: nothing says what the labels mean.
@@ -176,8 +179,10 @@ def labels_for(
     else:
         for path in beside:
             folder = path if path.is_dir() else path.parent
-            candidates += [folder / "dataset.json", folder.parent / "dataset.json"]
+            candidates += [folder / "dataset.json", folder.parent / "dataset.json", folder / PREDICTIONS]
     for candidate in candidates:
+        if candidate.name == PREDICTIONS and candidate.is_file():
+            return read_record(candidate, PredictionsRecord).label_set
         if candidate.is_file():
             return read_record(candidate, DatasetJson).label_set
     raise UsageError(

@@ -254,7 +254,7 @@ def evaluate(
         predictions: Folder of predicted label maps, or one file.
         references: Folder of reference label maps, or one file.
         output: Folder for metrics.json and metrics.csv.
-        labels: A dataset.json that names the labels; else that of -d, or the one beside the label maps.
+        labels: A dataset.json that names the labels; else that of -d, or what lies beside the label maps.
         tolerance: Of the normalised surface Dice.
         both_empty: How a class counts that neither label map holds.
     """

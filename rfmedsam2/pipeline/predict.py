@@ -20,7 +20,7 @@ from rfmedsam2.inference.volume import Options, Turned, VolumePrediction, predic
 from rfmedsam2.parallel import Track, silent
 from rfmedsam2.pipeline.predictor import Predictor
 from rfmedsam2.pipeline.trained import TrainedModel, checkpoints_of, find_models
-from rfmedsam2.records.prediction import PredictedCase, PredictionsRecord
+from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.files import read_record, write_record, writing_to
 from rfmedsam2.store.images import ImageHeader, image_ending, read_header, read_label, write_label
 from rfmedsam2.store.raw import Case, read_case
@@ -35,7 +35,6 @@ __all__ = [
     "predict_files",
 ]
 
-SIDECAR = "predictions.json"
 UNWRITABLE = (".dcm", ".nhdr")
 
 
@@ -140,7 +139,7 @@ class _Run:
         self.known: dict[str, PredictedCase] = {}
         # none yet, or one that says nothing: every case is predicted anew
         with contextlib.suppress(RecordError):
-            self.known.update(read_record(out / SIDECAR, PredictionsRecord).cases)
+            self.known.update(read_record(out / PREDICTIONS, PredictionsRecord).cases)
         self.before = dict(self.known)
 
     def target(self, case: Case) -> Path:
@@ -196,7 +195,7 @@ class _Run:
             shape_zyx=(z, y, x),
             seconds={part: round(value, 4) for part, value in seconds.items()},
         )
-        write_record(self.out / SIDECAR, self._record())
+        write_record(self.out / PREDICTIONS, self._record())
         return target
 
     def _record(self) -> PredictionsRecord:
@@ -206,6 +205,8 @@ class _Run:
             plan=plan.name,
             stage=self.predictor.stage,
             labels=dict(plan.labels.names),
+            regions_class_order=plan.labels.regions_class_order,
+            ignore=plan.labels.ignore,
             models=self.predictor.models,
             options=self.predictor.settings(),
             made_by=self.made_by,

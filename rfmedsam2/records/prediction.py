@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from rfmedsam2.records.base import Record
+from rfmedsam2.records.dataset import LabelSet
 
 
 class PredictingModel(Record):
@@ -34,8 +35,11 @@ class PredictedCase(Record):
     """By part: read, prepare, network, export, write."""
 
 
+PREDICTIONS = "predictions.json"
+
+
 class PredictionsRecord(Record):
-    """The file predictions.json."""
+    """The file predictions.json, beside label maps."""
 
     format: Literal[1] = 1
     dataset: str
@@ -43,9 +47,18 @@ class PredictionsRecord(Record):
     stage: str
     labels: dict[str, int | tuple[int, ...]]
     """Name -> value in the label maps, or the values of a region."""
+    regions_class_order: tuple[int, ...] | None = None
+    """With regions: the value painted for each."""
+    ignore: int | None = None
+    """Value of voxels without annotation in the training labels."""
     models: tuple[PredictingModel, ...]
     options: dict[str, float | int | bool | str]
     made_by: str
     """Digest of the last run's model and options."""
     code_version: str
     cases: dict[str, PredictedCase]
+
+    @property
+    def label_set(self) -> LabelSet:
+        """The labels as a `LabelSet`."""
+        return LabelSet(names=self.labels, regions_class_order=self.regions_class_order, ignore=self.ignore)

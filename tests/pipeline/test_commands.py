@@ -152,6 +152,16 @@ def test_predicting_takes_the_only_model_and_says_which(trained_root, tmp_path):
     assert sidecar["labels"]["liver"] == 6
 
 
+def test_evaluating_needs_to_be_told_nothing_but_the_folders(trained_root, tmp_path):
+    good("predict", "-i", images_of(trained_root), "-o", tmp_path / "preds", "--root", trained_root)
+    # no dataset.json anywhere near: the predictions say what their labels mean
+    shutil.copytree(images_of(trained_root).with_name("labelsTs"), tmp_path / "alone" / "labels")
+    good("evaluate", "-p", tmp_path / "preds", "-g", tmp_path / "alone" / "labels", "-o", tmp_path / "out")
+    scores = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(scores["classes"]) >= {"liver", "spleen"}
+    assert (tmp_path / "out" / "metrics.csv").is_file()
+
+
 def test_continue_keeps_and_json_tells(trained_root, tmp_path):
     words = ("-i", images_of(trained_root), "-o", tmp_path / "preds", "--root", trained_root, "--json")
     first = json.loads(good("predict", *words).out)
