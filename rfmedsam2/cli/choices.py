@@ -78,7 +78,8 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
     """The plan named, else the only one, else `rfmed` among several; with fields changed (under the same name).
 
     Raises:
-        UsageError: there is none, or several and no name, or it has no such stage.
+        UsageError: there is none, or several and no name.
+        PlanError: it has no such stage.
     """
     folder = layout.preprocessed / dataset
     names = sorted(path.stem for path in folder.glob("*.json") if _is_plan(path))
@@ -94,10 +95,7 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
             remedy="Name one with -p" if names else f"Make one with rfmed_plan_and_preprocess -d {dataset}",
         )
     plan = read_record(layout.plan_file(dataset, wanted), Plan)
-    if stage not in plan.stages:
-        raise UsageError(
-            f"The plan {plan.name} has no such configuration", where=stage, expected=f"one of {', '.join(plan.stages)}"
-        )
+    plan.stage(stage)
     if not changes:
         return plan
     new = changed(plan, list(changes), name=plan.name)

@@ -104,10 +104,8 @@ def plan_and_preprocess(
     found = fingerprint(source, layout, workers=workers, clean=options.clean, track=track)
     plan = _planned(dataset, found, options)
     wanted = tuple(stages) if stages is not None else tuple(s for s in plan.stages if s != "2d") or tuple(plan.stages)
-    unknown = [stage for stage in wanted if stage not in plan.stages]
-    if unknown:
-        expected = f"one of {', '.join(plan.stages)}"
-        raise UsageError("The plan has no such stage", where=", ".join(unknown), expected=expected)
+    for stage in wanted:
+        plan.stage(stage)  # before anything is written
     splits = settle_splits(dataset, layout, group_regex=options.group_regex)
     notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
     notes += _write(dataset, layout, plan)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import psutil
 
-from rfmedsam2.errors import DatasetError, PlanError, RfMedSamError, StoreError
+from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError
 from rfmedsam2.parallel import Track, map_cases, silent
 from rfmedsam2.pipeline.source import CaseSource, Decoded, files_digest
 from rfmedsam2.records.plan import Plan
@@ -139,13 +139,8 @@ def recipe(plan: Plan, stage: str) -> str:
 
 
 def _stores(plan: Plan, stages: Sequence[str], layout: Layout, dataset: str) -> dict[str, CaseStore]:
-    missing = [stage for stage in stages if stage not in plan.stages]
-    if missing:
-        raise PlanError(
-            "The plan has no such stage", where=", ".join(missing), expected=f"one of {', '.join(plan.stages)}"
-        )
     return {
-        stage: CaseStore(layout.cases_folder(dataset, plan.name, stage), plan.stages[stage].patch_size)
+        stage: CaseStore(layout.cases_folder(dataset, plan.name, stage), plan.stage(stage).patch_size)
         for stage in stages
     }
 

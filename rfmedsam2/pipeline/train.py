@@ -27,7 +27,7 @@ from rfmedsam2.pipeline.report import write_report
 from rfmedsam2.pipeline.splits import fold_split
 from rfmedsam2.pipeline.trained import CHECKPOINTS
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.plan import Plan, Split, Stage
+from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.store.files import writing_to
@@ -93,12 +93,13 @@ def train(
         options: how to run.
 
     Raises:
-        UsageError: no such stage or fold, cases that are not preprocessed.
+        PlanError: no such stage.
+        UsageError: no such fold, cases that are not preprocessed.
         RfMedSamError: what the engine, prediction and evaluation raise.
     """
     options = options or TrainOptions()
     began = time.monotonic()
-    config = _stage(plan, stage)
+    config = plan.stage(stage)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.name, stage), config.patch_size)
     split = fold_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
     _require_preprocessed(split, store, plan, stage)
@@ -193,14 +194,6 @@ def _finish(
         labels=plan.labels,
     )
     return evaluation
-
-
-def _stage(plan: Plan, name: str) -> Stage:
-    if name not in plan.stages:
-        raise UsageError(
-            f"The plan {plan.name} has no such configuration", where=name, expected=f"one of {', '.join(plan.stages)}"
-        )
-    return plan.stages[name]
 
 
 def _case_ids(layout: Layout, plan: Plan, store: CaseStore) -> tuple[str, ...]:

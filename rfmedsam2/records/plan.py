@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
+from rfmedsam2.errors import PlanError
 from rfmedsam2.records.base import Record
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
@@ -305,6 +306,20 @@ class Plan(Record):
         if not is_plan_name(name):
             raise ValueError(f"{name!r} cannot be a plan's name: {PLAN_NAMES}")
         return name
+
+    def stage(self, name: str) -> Stage:
+        """The stage (configuration) of this name.
+
+        Raises:
+            PlanError: there is none; lists those there are.
+        """
+        if name not in self.stages:
+            raise PlanError(
+                f"The plan {self.name} has no such configuration",
+                where=name,
+                expected=f"one of {', '.join(self.stages)}",
+            )
+        return self.stages[name]
 
     @property
     def transpose_backward(self) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ that reach beyond the volume are padded (image 0, label -1 "outside").
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,12 +30,6 @@ class PatchBatch:
     image: Tensor
     target: Tensor
     ids: tuple[str, ...]
-
-    def to(self, device: torch.device) -> PatchBatch:
-        """The batch on another device."""
-        return replace(
-            self, image=self.image.to(device, non_blocking=True), target=self.target.to(device, non_blocking=True)
-        )
 
 
 class PatchSource:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rfmedsam2 import models
 from rfmedsam2.engine.loader import batches
 from rfmedsam2.engine.optimizers import build_optimizer
-from rfmedsam2.engine.runtime import Runtime
+from rfmedsam2.engine.runtime import Runtime, to_device
 from rfmedsam2.inference.sliding_window import predict_logits
 from rfmedsam2.losses import deep_supervision_losses, memberships
 from rfmedsam2.records.dataset import LabelSet
@@ -65,7 +65,6 @@ class UNetTask:
 
     def loss(self, batch: PatchBatch) -> dict[str, Tensor]:
         """Cross-entropy and Dice of all supervised resolutions."""
-        batch = batch.to(self._runtime.device)
         outputs = self.model(batch.image)
         outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         return deep_supervision_losses(outputs, batch.target, self.plan.labels, self.stage.loss)
@@ -97,7 +96,7 @@ class UNetTask:
     def _patch_counts(self) -> np.ndarray:
         total = np.zeros((len(self.plan.labels.foreground), 3))
         for step in range(self.stage.validation.patches_while_training):
-            batch = self._validation.batch(step).to(self._runtime.device)
+            batch = to_device(self._validation.batch(step), self._runtime.device)
             with self._runtime.autocast():
                 logits = self.model(batch.image)
             total += overlap_counts(logits, batch.target, self.plan.labels)

@@ -110,7 +110,7 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
         PlanError: no such stage, or another number of channels than planned.
         ImageError: values that the planned normalisation does not allow, label values above 32767.
     """
-    config = _stage(plan, stage)
+    config = plan.stage(stage)
     if volume.array.shape[0] != len(plan.channels):
         raise PlanError(
             "The number of channels is not the planned one",
@@ -150,12 +150,6 @@ def target_spacing(stage: Stage, spacing_source: Sequence[float]) -> Triple:
     """Spacing in planned axes after preparation; a 2D stage leaves the distance between slices as it is."""
     a, b, c = stage.spacing_mm
     return (spacing_source[0], b, c) if stage.is_2d else (a, b, c)
-
-
-def _stage(plan: Plan, name: str) -> Stage:
-    if name not in plan.stages:
-        raise PlanError("The plan has no such stage", where=name, expected=f"one of {', '.join(plan.stages)}")
-    return plan.stages[name]
 
 
 def _restore(grid: Grid, box: Box, plan: Plan, stage: Stage) -> Restore:
