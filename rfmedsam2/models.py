@@ -9,29 +9,44 @@ from torch import nn
 from typing_extensions import assert_never
 
 from rfmedsam2.errors import CheckpointError
+from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.plan import ModelConfig
+from rfmedsam2.records.model import ModelConfig, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.store.checkpoints import read_record_of, read_weights
 
 
-def build(config: ModelConfig, *, channels: int, outputs: int) -> nn.Module:
+def build(config: ModelConfig, *, channels: int, outputs: int, regions: bool = False) -> nn.Module:
     """Build the network of a model record, freshly initialised from torch's current random state.
 
     Args:
         config: any model record.
         channels: input channels.
         outputs: output channels (`LabelSet.num_outputs`).
+        regions: the outputs are overlapping regions, without background (`LabelSet.has_regions`).
 
     Returns:
         A module whose attribute `deep_supervision` (at first False) may be set: `forward` gives logits
         (B, outputs, *patch), or with deep supervision a list of them, highest resolution first.
     """
-    match config.kind:
-        case "unet":
+    match config:
+        case UNetConfig():
             return UNet(config, channels=channels, outputs=outputs)
+        case RFMedSam2Config():
+            return RFMedSam2(config, channels=channels, outputs=outputs, regions=regions)
         case _:
-            assert_never(config.kind)
+            assert_never(config)
+
+
+def build_stage(plan: Plan, stage: Stage) -> nn.Module:
+    """Build the network of a plan's stage; see `build`."""
+    return build(
+        stage.model,
+        channels=len(plan.channels),
+        outputs=plan.labels.num_outputs,
+        regions=plan.labels.has_regions,
+    )
 
 
 def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tuple[CheckpointRecord, nn.Module]:
@@ -50,7 +65,7 @@ def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tup
             found=record.stage,
         )
     with torch.device("meta"):  # shapes only: the weights below take the place of an initialisation
-        network = build(stage.model, channels=len(record.plan.channels), outputs=record.plan.labels.num_outputs)
+        network = build_stage(record.plan, stage.model)
     try:
         network.load_state_dict(read_weights(checkpoint), assign=True)
     except RuntimeError as error:

@@ -21,7 +21,7 @@ LATEST, BEST, FINAL = (f"checkpoint_{name}.safetensors" for name in ("latest", "
 CHANGEABLE = {"epochs", "compile", "checkpoint_minutes", "validate_every_epochs", "workers", "worker_timeout_seconds"}
 """Fields of TrainConfig that may change on resume; `epochs` changes the schedule, the others no result."""
 
-STAGE_CHANGEABLE = {"train", "validation", "inference"}
+STAGE_CHANGEABLE = {"train", "validation", "inference", "compute"}
 """Fields of a Stage that may change; `train` is compared by itself."""
 
 

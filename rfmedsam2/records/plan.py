@@ -17,13 +17,17 @@ from rfmedsam2.errors import PlanError
 from rfmedsam2.records.base import Record
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
+from rfmedsam2.records.model import (
+    Count,
+    Decay,
+    ModelConfig,
+    Positive,
+    Probability,
+    RFMedSam2Config,
+    UNetConfig,
+    Whole,
+)
 
-Positive = Annotated[float, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-"""Share of a running mean that stays."""
 TAKEN_NAMES = ("dataset", "splits_final", "splits_named", "rfmed_fingerprint", "dataset_fingerprint")
 """Files that lie beside a plan's."""
 
@@ -85,49 +89,6 @@ class Augmentation(Record):
     gamma: tuple[Positive, Positive] = (0.7, 1.5)
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0, 1, 2)
     """Axes of the patch that are flipped with probability 0.5 each; also used by test-time mirroring."""
-
-
-class UNetConfig(Record):
-    """A U-Net of dynamic-network-architectures: plain or residual encoder, instance norm, leaky ReLU."""
-
-    kind: Literal["unet"] = "unet"
-    block: Literal["plain", "residual"] = "plain"
-    features: tuple[Count, ...]
-    """Channels per resolution stage, highest resolution first."""
-    kernel_sizes: tuple[tuple[int, ...], ...]
-    strides: tuple[tuple[int, ...], ...]
-    """Stride of each stage's first convolution; the first stage's is 1."""
-    encoder_blocks: tuple[Count, ...]
-    """Convolutions (plain) or residual blocks per stage."""
-    decoder_blocks: tuple[Count, ...]
-
-    @model_validator(mode="after")
-    def _lengths_agree(self) -> Self:
-        stages = len(self.features)
-        lengths = {
-            "kernel_sizes": (len(self.kernel_sizes), stages),
-            "strides": (len(self.strides), stages),
-            "encoder_blocks": (len(self.encoder_blocks), stages),
-            "decoder_blocks": (len(self.decoder_blocks), stages - 1),
-        }
-        wrong = [f"{name} has {n} entries, not {m}" for name, (n, m) in lengths.items() if n != m]
-        if wrong:
-            raise ValueError(f"{stages} stages, but " + ", ".join(wrong))
-        axes = {len(entry) for entry in (*self.kernel_sizes, *self.strides)}
-        if stages < 2 or len(axes) != 1 or not axes <= {2, 3}:
-            raise ValueError("a network needs two stages or more, and kernels and strides of two or of three axes each")
-        if any(n < 1 for entry in (*self.kernel_sizes, *self.strides) for n in entry):
-            raise ValueError("kernel sizes and strides must be 1 or more")
-        return self
-
-    @property
-    def dimensions(self) -> int:
-        """2 or 3."""
-        return len(self.strides[0])
-
-
-ModelConfig = UNetConfig
-"""Union of all model records, told apart by `kind`."""
 
 
 class SegmentationLoss(Record):
@@ -240,6 +201,17 @@ class Inference(Record):
     tile_batch: Count = 1
 
 
+class Compute(Record):
+    """How refinement is computed; none of it changes what is learned beyond rounding."""
+
+    memory_mb: Annotated[int, Field(ge=64)] = 2048
+    """Working memory for the cells (one class on one frame) that SAM 2 treats at once: fewer where it is small."""
+    checkpointing: bool = True
+    """While training, compute activations of SAM 2 again in the backward pass instead of keeping them."""
+    cache_features_mb: Whole = 0
+    """Keep a frozen encoder's features of frames seen before, up to so much memory; 0: do not."""
+
+
 class Stage(Record):
     """One configuration of a plan: 2d, 3d_fullres, 3d_lowres ..."""
 
@@ -259,6 +231,7 @@ class Stage(Record):
     train: TrainConfig = TrainConfig()
     validation: Validation = Validation()
     inference: Inference = Inference()
+    compute: Compute = Compute()
     starts_from: str | None = None
     """Name of the stage whose result this one builds on."""
 
@@ -277,6 +250,8 @@ class Stage(Record):
                 step *= stride[axis]
             if size % step:
                 raise ValueError(f"patch axis {axis} is {size}, not a multiple of the network's total stride {step}")
+        if isinstance(self.model, RFMedSam2Config) and self.patch_size[1] != self.patch_size[2]:
+            raise ValueError(f"frames are square for RFMedSAM 2, the patch is {self.patch_size}")
         return self
 
 

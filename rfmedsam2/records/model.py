@@ -1,0 +1,141 @@
+"""Model records: what a network is made of. Told apart by `kind`; a plan holds one a stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Union
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from rfmedsam2.records.base import Record
+
+Positive = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Share of a running mean that stays."""
+
+
+class UNetConfig(Record):
+    """A U-Net of dynamic-network-architectures: plain or residual encoder, instance norm, leaky ReLU."""
+
+    kind: Literal["unet"] = "unet"
+    block: Literal["plain", "residual"] = "plain"
+    features: tuple[Count, ...]
+    """Channels per resolution stage, highest resolution first."""
+    kernel_sizes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
+    """Stride of each stage's first convolution; the first stage's is 1."""
+    encoder_blocks: tuple[Count, ...]
+    """Convolutions (plain) or residual blocks per stage."""
+    decoder_blocks: tuple[Count, ...]
+    attention: bool = False
+    """Self-attention over the bottleneck's positions (seed 004, Table 7)."""
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        stages = len(self.features)
+        lengths = {
+            "kernel_sizes": (len(self.kernel_sizes), stages),
+            "strides": (len(self.strides), stages),
+            "encoder_blocks": (len(self.encoder_blocks), stages),
+            "decoder_blocks": (len(self.decoder_blocks), stages - 1),
+        }
+        wrong = [f"{name} has {n} entries, not {m}" for name, (n, m) in lengths.items() if n != m]
+        if wrong:
+            raise ValueError(f"{stages} stages, but " + ", ".join(wrong))
+        axes = {len(entry) for entry in (*self.kernel_sizes, *self.strides)}
+        if stages < 2 or len(axes) != 1 or not axes <= {2, 3}:
+            raise ValueError("a network needs two stages or more, and kernels and strides of two or of three axes each")
+        if any(n < 1 for entry in (*self.kernel_sizes, *self.strides) for n in entry):
+            raise ValueError("kernel sizes and strides must be 1 or more")
+        return self
+
+    @property
+    def dimensions(self) -> int:
+        """2 or 3."""
+        return len(self.strides[0])
+
+
+Backbone = Literal["sam2_tiny", "sam2_small", "sam2_base_plus", "sam2_large", "nano", "mobile_sam", "lite_medsam"]
+"""What encodes the frames: SAM 2's Hiera in its four sizes or a small one of our own, or a SAM with a TinyViT encoder."""
+PromptGenerator = Literal[
+    "unet", "object_queries", "scored_object_queries", "point_embeddings", "hierarchical_masks", "gt"
+]
+"""Seed 004, Fig. 4(4): unet is e and f, object_queries a, scored_object_queries b, point_embeddings c,
+hierarchical_masks d; gt takes boxes from reference labels or from a person."""
+MemoryStrategy = Literal["sam2", "preceding", "following", "both"]
+"""Seed 004, Fig. 4(2): sam2 is a, preceding b, following c, both d."""
+
+
+class AdapterConfig(Record):
+    """Trainable parts put into a frozen SAM 2 (seed 004, section 3.3.3, appendices C and D)."""
+
+    blocks: Literal["dwconv", "plain", "none"] = "dwconv"
+    """In attention blocks: DWConvAdapters on image features (Fig. 4(3b)), plain ones alone (Fig. 4(3a)), or none."""
+    convolutions: Literal["cnn", "none"] = "cnn"
+    """CNN-Adapters behind convolutions."""
+    encoder: bool = True
+    """Also in the image encoder; without, a frozen encoder needs no gradients and its features can be kept."""
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Width of the bottleneck as a share of the features'."""
+    channel_hidden: Count = 16
+    """Hidden channels of the channel adapter (M -> hidden -> 3)."""
+
+
+class RFMedSam2Config(Record):
+    """RFMedSAM 2 (seed 004): a prompt generator (Step 0), SAM 2 on its prompts (Step 1), SAM 2 with memory (Step 2)."""
+
+    kind: Literal["rfmedsam2"] = "rfmedsam2"
+    generator: PromptGenerator = "unet"
+    unet: UNetConfig | None
+    """Step 0's network; None for generators that need none. With two axes it sees single frames."""
+    backbone: Backbone = "sam2_large"
+    frame_size: Annotated[int, Field(ge=32)]
+    """Pixels a side of the square frames that SAM 2 sees, a multiple of 32; frames of another size are resized."""
+    refinements: Literal[1, 2] = 2
+    """Steps after Step 0: 1 ends with Step 1 (Fig. 4(4e)), 2 with memory (Fig. 4(4f))."""
+    strategy: MemoryStrategy = "preceding"
+    memory_frames: Annotated[int, Field(ge=0, le=6)] = 6
+    """How many frames on a side Step 2 looks back (or ahead) at, beside the current one."""
+    object_scores: bool = False
+    """Learn whether a prompted object is there, and empty the masks where it is not (seed 004, Table 4)."""
+    mask_prompt: bool = True
+    """Also prompt with the previous step's mask: the path by which SAM 2's losses reach the prompt generator."""
+    output: Literal["replace", "detail", "correct"] = "replace"
+    """How a step's mask comes from SAM 2's, which has a quarter of the frame's resolution. replace: it is SAM 2's.
+    detail: SAM 2's, plus what the mask prompt holds beyond that resolution. correct: the mask prompt plus SAM 2's
+    output as a correction, which starts at zero where the decoder is trained from scratch."""
+    freeze_backbone: bool = True
+    """Keep pre-trained weights as they are; what had none is always trained."""
+    fitted_windows: bool = False
+    """tiny, small, base_plus: attention windows of 8, 4, 16, 8 positions instead of 8, 4, 14, 7, which need no padding
+    at 256 and 512 pixels: a third faster, but other values than the published weights were trained for."""
+    adapters: AdapterConfig = AdapterConfig()
+
+    @property
+    def dimensions(self) -> int:
+        """Always 3: volumes of frames."""
+        return 3
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """Strides of Step 0's network, three axes each; empty without one."""
+        if self.unet is None:
+            return ()
+        return tuple((1,) * (3 - len(stride)) + tuple(stride) for stride in self.unet.strides)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        if (self.generator == "unet") != (self.unet is not None):
+            raise ValueError(f"generator {self.generator} {'needs' if self.generator == 'unet' else 'takes no'} unet")
+        if self.frame_size % 32:
+            raise ValueError(f"frame_size {self.frame_size} is not a multiple of 32")
+        if self.output != "replace" and self.generator not in ("unet", "hierarchical_masks"):
+            raise ValueError(f"output {self.output} needs a generator of masks, not {self.generator}")
+        return self
+
+
+ModelConfig = Annotated[Union[UNetConfig, RFMedSam2Config], Field(discriminator="kind")]  # noqa: UP007 - for pydantic
+"""Union of all model records, told apart by `kind`."""
