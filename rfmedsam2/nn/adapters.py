@@ -1,0 +1,145 @@
+"""Adapters: small trainable parts beside frozen ones (seed 004, section 3.3.3, Fig. 4(3), appendix C).
+
+An adapter gives what is added at its site. Its last projection starts at zero, so that an adapted model equals the
+original one, bit for bit, until it is trained.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Adapter(nn.Module):
+    """The original adapter, for tokens (Fig. 4(3a)): linear down, GELU, linear up.
+
+    Shapes:
+        (..., features) -> (..., features).
+    """
+
+    def __init__(self, features: int, *, ratio: float = 0.25) -> None:
+        super().__init__()
+        hidden = hidden_width(features, ratio)
+        self.down = nn.Linear(features, hidden)
+        self.up = _zero(nn.Linear(hidden, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is to be added to x."""
+        return self.up(F.gelu(self.down(x)))
+
+
+class DWConvAdapter(nn.Module):
+    """For attention blocks over image positions (Fig. 4(3b)).
+
+    Linear down; depth-wise 3x3 convolution, layer norm and GELU with a parallel skip; linear up.
+
+    Shapes:
+        (n, h, w, features) -> (n, h, w, features).
+    """
+
+    def __init__(self, features: int, *, ratio: float = 0.25) -> None:
+        super().__init__()
+        hidden = hidden_width(features, ratio)
+        self.down = nn.Linear(features, hidden)
+        self.spatial = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.up = _zero(nn.Linear(hidden, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is to be added to x."""
+        x = self.down(x)
+        # a view of positions-last memory: the convolution runs in channels-last layout, nothing is copied
+        spatial = self.spatial(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.up(x + F.gelu(self.norm(spatial)))
+
+
+class CNNAdapter(nn.Module):
+    """For convolutions: point-wise down, depth-wise 3x3 convolution, layer norm, GELU, point-wise up (appendix C).
+
+    Its parallel skip is the sum at its site.
+
+    Shapes:
+        (n, features, h, w) -> (n, features, h, w).
+    """
+
+    def __init__(self, features: int, *, ratio: float = 0.25) -> None:
+        super().__init__()
+        hidden = hidden_width(features, ratio)
+        self.down = nn.Conv2d(features, hidden, kernel_size=1)
+        self.spatial = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.up = _zero(nn.Conv2d(hidden, features, kernel_size=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is to be added to x."""
+        x = self.spatial(self.down(x)).permute(0, 2, 3, 1)
+        return self.up(F.gelu(self.norm(x)).permute(0, 3, 1, 2))
+
+
+class ChannelAdapter(nn.Module):
+    """Modalities of a medical image -> the three channels that SAM 2 expects (appendix D.1).
+
+    Two stacked convolutions, widening to `hidden` in between (an inverted bottleneck), beside a fixed start: three
+    channels as they are, one repeated, of any other number the mean repeated. The second convolution starts at zero,
+    so the start is exact.
+
+    Shapes:
+        (n, channels, h, w) -> (n, 3, h, w).
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.widen = nn.Conv2d(channels, hidden, kernel_size=3, padding=1)
+        self.narrow = _zero(nn.Conv2d(hidden, 3, kernel_size=3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 3, h, w)."""
+        start = x if self.channels == 3 else x.mean(1, keepdim=True)
+        return start + self.narrow(F.gelu(self.widen(x)))
+
+
+class WithAdapter(nn.Module):
+    """A module and the adapter behind it: its output x becomes x + adapter(x)."""
+
+    def __init__(self, original: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+        self.adapter = adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The module's output, adapted."""
+        return adapted(self.original(x), self.adapter)
+
+
+def hidden_width(features: int, ratio: float) -> int:
+    """Width of a bottleneck, at least 1."""
+    return max(1, int(features * ratio))
+
+
+def adapted(x: Tensor, adapter: nn.Module | None) -> Tensor:
+    """The sum at an adapter's site: x + adapter(x); x itself without one."""
+    return x if adapter is None else x + adapter(x)
+
+
+def on_positions(adapter: nn.Module, tokens: Tensor) -> Tensor:
+    """Run an adapter of positions on tokens (n, h*w, features) of square maps; what is to be added, as tokens."""
+    side = math.isqrt(tokens.shape[1])
+    return adapter(tokens.unflatten(1, (side, side))).flatten(1, 2)
+
+
+def adapted_positions(tokens: Tensor, adapter: nn.Module | None) -> Tensor:
+    """`adapted` for tokens (n, h*w, features) of square maps and an adapter of positions (n, h, w, features)."""
+    return tokens if adapter is None else tokens + on_positions(adapter, tokens)
+
+
+def _zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    """Weights and bias of zero: nothing is added until training moves them."""
+    with torch.no_grad():
+        layer.weight.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()
+    return layer
