@@ -25,8 +25,13 @@ make_environment() {
     wanted="$(cat pyproject.toml) $requirement"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
         echo "Installing $requirement (torch is large: a few minutes the first time)"
-        python -m pip install --quiet --disable-pip-version-check --upgrade pip
-        python -m pip install --quiet --disable-pip-version-check --editable "$requirement"
+        local install=(python -m pip install --quiet --disable-pip-version-check)
+        "${install[@]}" --upgrade pip
+        # sam2 is a source package whose set-up imports torch: torch comes first, and sam2 is built beside it.
+        # Its CUDA extension fills holes of masks; nothing here uses it, and it would need a compiler.
+        "${install[@]}" "torch>=2.5.1" torchvision setuptools wheel
+        SAM2_BUILD_CUDA=0 "${install[@]}" --no-build-isolation "sam2>=1.1,<2"
+        "${install[@]}" --editable "$requirement"
         printf '%s' "$wanted" >"$stamp"
     fi
 }
