@@ -92,6 +92,15 @@ class Slots:
     pointers: Tensor
     distances: Tensor
 
+    def at(self, cells: Tensor | slice) -> Slots:
+        """The cells named."""
+        return Slots(
+            maps=self.maps[cells],
+            positions=self.positions[cells],
+            pointers=self.pointers[cells],
+            distances=self.distances[cells],
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
