@@ -1,0 +1,102 @@
+"""Sizes of the backbones: SAM 2's four, a small one of our own, and SAMs with a TinyViT encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from typing_extensions import assert_never
+
+from rfmedsam2.records.model import Backbone
+
+FITTED_WINDOWS = (8, 4, 16, 8)
+"""Windows that divide the maps of 256 and 512 pixels without padding; large has them as published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HieraSizes:
+    """SAM 2's image encoder Hiera (four stages, channels double at each).
+
+    Attributes:
+        channels: of the first stage.
+        heads: of the first stage.
+        stages: blocks a stage.
+        global_blocks: blocks that attend over the whole map; the others over windows.
+        windows: side of the windows of each stage.
+        background: side of the position embedding that is interpolated to the map.
+    """
+
+    channels: int
+    heads: int
+    stages: tuple[int, int, int, int]
+    global_blocks: tuple[int, ...]
+    windows: tuple[int, int, int, int] = (8, 4, 14, 7)
+    background: int = 7
+
+    @property
+    def pyramid(self) -> list[int]:
+        """Channels of the stages, coarsest first."""
+        return [self.channels * factor for factor in (8, 4, 2, 1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """All that differs between backbones.
+
+    Attributes:
+        hiera: the image encoder; None: TinyViT.
+        channels: C of the embedding.
+        memory_channels: M of a memory.
+        memory_layers: layers of memory attention.
+        memory_width: hidden features of their MLPs.
+        decoder_width: the same in the mask decoder.
+        quality_width: the same in the decoder's head for the predicted IoU.
+        from_sam: prompt encoder and mask decoder are SAM's, pre-trained: what SAM does not have starts at zero.
+        residual_memory: memory attention is added to the embedding and starts at zero, as it has no published weights.
+    """
+
+    hiera: HieraSizes | None = field(default=None)
+    channels: int = 256
+    memory_channels: int = 64
+    memory_layers: int = 4
+    memory_width: int = 2048
+    decoder_width: int = 2048
+    quality_width: int = 256
+    from_sam: bool = False
+    residual_memory: bool = False
+
+
+HIERA = {
+    "sam2_tiny": HieraSizes(channels=96, heads=1, stages=(1, 2, 7, 2), global_blocks=(5, 7, 9)),
+    "sam2_small": HieraSizes(channels=96, heads=1, stages=(1, 2, 11, 2), global_blocks=(7, 10, 13)),
+    "sam2_base_plus": HieraSizes(
+        channels=112, heads=2, stages=(2, 3, 16, 3), global_blocks=(12, 16, 20), background=14
+    ),
+    "sam2_large": HieraSizes(
+        channels=144, heads=2, stages=(2, 6, 36, 4), global_blocks=(23, 33, 43), windows=FITTED_WINDOWS
+    ),
+}
+"""SAM 2's own: sam2/configs/sam2.1/*.yaml of the sam2 package."""
+NANO = Sizes(
+    hiera=HieraSizes(channels=24, heads=1, stages=(1, 1, 3, 1), global_blocks=(3, 4), windows=(8, 4, 4, 4)),
+    channels=64,
+    memory_channels=16,
+    memory_layers=2,
+    memory_width=128,
+    decoder_width=128,
+    quality_width=64,
+    residual_memory=True,
+)
+
+
+def sizes_of(backbone: Backbone, *, fitted_windows: bool = False) -> Sizes:
+    """Sizes of a backbone; `fitted_windows` matters for tiny, small and base_plus alone."""
+    match backbone:
+        case "sam2_tiny" | "sam2_small" | "sam2_base_plus" | "sam2_large":
+            hiera = HIERA[backbone]
+            return Sizes(hiera=replace(hiera, windows=FITTED_WINDOWS) if fitted_windows else hiera)
+        case "nano":
+            return NANO
+        case "mobile_sam" | "lite_medsam":
+            return Sizes(from_sam=True, residual_memory=True)
+        case _:
+            assert_never(backbone)
