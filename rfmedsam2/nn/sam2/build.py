@@ -10,9 +10,9 @@ from sam2.modeling.backbones.hieradet import Hiera
 from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
-from sam2.modeling.sam2_base import SAM2Base
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import RoPEAttention, TwoWayTransformer
+from sam2.modeling.sam2_base import SAM2Base
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -23,6 +23,8 @@ from rfmedsam2.records.model import Backbone
 
 STRIDE = 16
 """Pixels of a frame a position of the embedding stands for."""
+SAM_DECODER_WIDTH = 2048
+"""Hidden features of the mask decoder's MLPs that SAM2Base builds."""
 
 
 class Base(SAM2Base):
@@ -65,7 +67,7 @@ def build_base(
             memory_encoder=_memory_encoder(sizes),
             **_flags(frame_size, sizes, object_scores=object_scores or not sizes.from_sam),
         )
-        if (sizes.decoder_width, sizes.quality_width) != (Sizes.decoder_width, Sizes.quality_width):
+        if sizes.decoder_width != SAM_DECODER_WIDTH:
             base.sam_mask_decoder = _mask_decoder(sizes)
     base.residual_memory = sizes.residual_memory
     base.padding_point = not sizes.from_sam

@@ -35,6 +35,7 @@ class Sam2(nn.Module):
 
     def __init__(self, base: SAM2Base, *, object_scores: bool = False) -> None:
         super().__init__()
+        assert base.pred_obj_scores or not object_scores, "this base was built without object scores"
         self.base = base
         self.object_scores = object_scores
         self.frame_size: int = base.image_size
