@@ -1,0 +1,279 @@
+"""MobileSAM's and LiteMedSAM's image encoder, TinyViT-5M, in the place of SAM 2's Hiera.
+
+Parameter names are those of the published checkpoints. Written here and not taken from timm, whose attention keeps a
+table that a model built without memory lacks and a cache that outlives the weights; timm's blocks are the parity test.
+Sources: Wu et al. 2022 (TinyViT), Zhang et al. 2023 (MobileSAM: no down-sampling before the last stage, then SAM's neck).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from sam2.modeling.position_encoding import PositionEmbeddingSine
+from sam2.modeling.sam2_utils import LayerNorm2d
+from torch import Tensor, nn
+from typing_extensions import assert_never
+
+from rfmedsam2.errors import PlanError
+
+WIDTHS = (64, 128, 160, 320)
+DEPTHS = (2, 2, 6, 2)
+HEADS = (2, 4, 5, 10)
+WINDOWS = (7, 7, 14, 7)
+NECK_CHANNELS = 256
+
+Scaling = Literal["none", "unit"]
+
+
+class FixedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by the published statistics, in training too.
+
+    Weight and bias learn unless frozen. A frame's features thus never depend on the frames beside it, nor on how
+    frames are chunked.
+    """
+
+    def train(self, mode: bool = True) -> FixedBatchNorm:  # noqa: ARG002
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution without bias, and its normalisation."""
+
+    def __init__(self, channels: int, outputs: int, kernel: int = 1, *, stride: int = 1, groups: int = 1) -> None:
+        convolution = nn.Conv2d(channels, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        super().__init__(OrderedDict(c=convolution, bn=FixedBatchNorm(outputs).eval()))
+
+
+class PatchEmbedding(nn.Module):
+    """(N, 3, S, S) -> (N, 64, S/4, S/4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        half = WIDTHS[0] // 2
+        self.seq = nn.Sequential(ConvNorm(3, half, 3, stride=2), nn.GELU(), ConvNorm(half, WIDTHS[0], 3, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.seq(x)
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck with a shortcut, (N, width, h, w) -> the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(width, 4 * width)
+        self.conv2 = ConvNorm(4 * width, 4 * width, 3, groups=4 * width)
+        self.conv3 = ConvNorm(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return F.gelu(x + self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x))))))
+
+
+class Downsample(nn.Module):
+    """From one stage's width to the next one's, (N, width, h, w) -> (N, outputs, h/stride, w/stride)."""
+
+    def __init__(self, width: int, outputs: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(width, outputs)
+        self.conv2 = ConvNorm(outputs, outputs, 3, stride=stride, groups=outputs)
+        self.conv3 = ConvNorm(outputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))
+
+
+class WindowAttention(nn.Module):
+    """Self-attention within one window; its biases depend on how far apart two places are, (n, window^2, width)."""
+
+    def __init__(self, width: int, *, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.attention_biases = nn.Parameter(torch.zeros(heads, window * window))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        batch, places, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, places, self.heads, 3, width // self.heads)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self._biases().to(q.dtype))
+        return self.proj(x.transpose(1, 2).reshape(batch, places, width))
+
+    def _biases(self) -> Tensor:
+        """(heads, window^2, window^2): entry |dy| * window + |dx| of the learned table."""
+        side = torch.arange(self.window, device=self.attention_biases.device)
+        apart = (side[:, None] - side).abs()
+        entry = apart[:, None, :, None] * self.window + apart[None, :, None, :]
+        return self.attention_biases[:, entry.flatten(2).flatten(0, 1)]
+
+
+class Mlp(nn.Module):
+    """Normalisation and two layers, (..., width) -> the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class TinyVitBlock(nn.Module):
+    """Windowed attention, a depth-wise convolution, an MLP: x + attend(x), local_conv, x + mlp(x).
+
+    Shapes:
+        (N, h, w, width) -> the same; h and w may be anything, windows are padded with zeros.
+    """
+
+    def __init__(self, width: int, *, heads: int, window: int) -> None:
+        super().__init__()
+        self.dim, self.window_size = width, window
+        self.attn = WindowAttention(width, heads=heads, window=window)
+        self.mlp = Mlp(width)
+        self.local_conv = ConvNorm(width, width, 3, groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        x = self.convolve(x + self.attend(x))
+        return x + self.mlp(x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution between attention and MLP, (N, h, w, width) -> the same."""
+        return self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention's part, without the shortcut, on the whole map (N, h, w, width)."""
+        frames, height, width, channels = x.shape
+        side = self.window_size
+        x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
+        rows, columns = x.shape[1] // side, x.shape[2] // side
+        x = x.view(frames, rows, side, columns, side, channels).transpose(2, 3).reshape(-1, side * side, channels)
+        x = self.attn(x).view(frames, rows, columns, side, side, channels)
+        return x.transpose(2, 3).reshape(frames, rows * side, columns * side, channels)[:, :height, :width]
+
+
+class Stage(nn.Module):
+    """Blocks of one width, and the way to the next width (none after the last), which `forward` leaves out."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        width = WIDTHS[index]
+        blocks = (
+            MBConv(width) if index == 0 else TinyVitBlock(width, heads=HEADS[index], window=WINDOWS[index])
+            for _ in range(DEPTHS[index])
+        )
+        self.blocks = nn.Sequential(*blocks)
+        self.channels_last = index > 0
+        self.downsample = None
+        if index + 1 < len(WIDTHS):
+            self.downsample = Downsample(width, WIDTHS[index + 1], stride=2 if index < 2 else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, width, h, w) -> the same."""
+        return self.blocks(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.channels_last else self.blocks(x)
+
+
+class Neck(nn.Sequential):
+    """SAM's neck, (N, 320, s, s) -> (N, 256, s, s); `d_model` is what SAM2Base reads."""
+
+    d_model = NECK_CHANNELS
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(WIDTHS[-1], NECK_CHANNELS, 1, bias=False),
+            LayerNorm2d(NECK_CHANNELS),
+            nn.Conv2d(NECK_CHANNELS, NECK_CHANNELS, 3, padding=1, bias=False),
+            LayerNorm2d(NECK_CHANNELS),
+        )
+
+
+class TinyVitEncoder(nn.Module):
+    """TinyViT-5M with SAM's neck and, for SAM 2's decoder, two finer levels.
+
+    Args:
+        scaling: "unit" stretches each frame to [0, 1] over its channels before anything else, as LiteMedSAM was
+            trained; "none" takes frames as they are (MobileSAM: ImageNet's mean and deviation).
+
+    Shapes:
+        frames (N, 3, S, S) -> what sam2's ImageEncoder gives: "vision_features" (N, 256, S/16, S/16), the neck's
+        output; "backbone_fpn", levels of 256 channels at strides 4, 8, 16, the last one the neck's output;
+        "vision_pos_enc", a sine encoding for each.
+    """
+
+    def __init__(self, *, scaling: Scaling = "none") -> None:
+        super().__init__()
+        self.scaling: Scaling = scaling
+        self.patch_embed = PatchEmbedding()
+        self.layers = nn.ModuleList(Stage(index) for index in range(len(WIDTHS)))
+        self.neck = Neck()
+        self.laterals = nn.ModuleList(nn.Conv2d(WIDTHS[level], NECK_CHANNELS, 1) for level in range(2))
+        self.position_encoding = PositionEmbeddingSine(NECK_CHANNELS, warmup_cache=False)
+        self.apply(_initialise)
+
+    def forward(self, frames: Tensor) -> dict[str, Tensor | list[Tensor]]:
+        """See the class."""
+        fine, middle, last = self.stages(scaled(frames, self.scaling))
+        levels = [self.laterals[0](fine), self.laterals[1](middle), self.neck(last)]
+        positions = [self.position_encoding(level).to(level.dtype) for level in levels]
+        return {"vision_features": levels[-1], "vision_pos_enc": positions, "backbone_fpn": levels}
+
+    def stages(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The stages' outputs of 64, 128 and 320 channels at strides 4, 8, 16 for frames that are scaled."""
+        x = self.patch_embed(frames)
+        outputs = []
+        for stage in self.layers:
+            x = stage(x)
+            outputs.append(x)
+            downsample = stage.downsample
+            if isinstance(downsample, nn.Module):
+                x = downsample(x)
+        return outputs[0], outputs[1], outputs[3]
+
+
+def build_tiny_vit_encoder(frame_size: int, scaling: Scaling = "none") -> TinyVitEncoder:
+    """The encoder for frames of `frame_size` x `frame_size`, with weights that are not trained.
+
+    Raises:
+        PlanError: a size that is no multiple of 32 or below 64.
+    """
+    if frame_size < 64 or frame_size % 32:
+        raise PlanError(
+            "A frame size that TinyViT cannot take", expected="a multiple of 32 from 64 on", found=str(frame_size)
+        )
+    return TinyVitEncoder(scaling=scaling)
+
+
+def scaled(frames: Tensor, scaling: Scaling) -> Tensor:
+    """Frames (N, 3, S, S) as the encoder takes them; a frame of one value becomes zeros under "unit"."""
+    match scaling:
+        case "none":
+            return frames
+        case "unit":
+            low = frames.amin((1, 2, 3), keepdim=True)
+            high = frames.amax((1, 2, 3), keepdim=True)
+            return (frames - low) / (high - low).clamp_min(1e-8)
+        case _ as unreachable:
+            assert_never(unreachable)
+
+
+def _initialise(module: nn.Module) -> None:
+    """TinyViT's start: small weights in linear layers, no bias, bottlenecks that begin as their shortcut."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, MBConv):
+        normalisation = module.conv3[1]
+        if isinstance(normalisation, FixedBatchNorm):
+            nn.init.zeros_(normalisation.weight)

@@ -1,0 +1,63 @@
+"""TinyViT as SAM 2's image encoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rfmedsam2.errors import PlanError
+from rfmedsam2.nn.sam2.tiny_vit import build_tiny_vit_encoder, scaled
+
+
+@pytest.mark.parametrize("size", [64, 96, 256])
+def test_three_levels_of_256_channels(size: int) -> None:
+    encoder = build_tiny_vit_encoder(size).eval()
+    with torch.no_grad():
+        out = encoder(torch.rand(1, 3, size, size))
+    shapes = [(1, 256, size // stride, size // stride) for stride in (4, 8, 16)]
+    assert [tuple(level.shape) for level in out["backbone_fpn"]] == shapes
+    assert [tuple(position.shape) for position in out["vision_pos_enc"]] == shapes
+    assert out["vision_features"] is out["backbone_fpn"][-1]
+    assert encoder.neck.d_model == 256
+
+
+def test_frames_do_not_depend_on_their_neighbours_while_training() -> None:
+    encoder = build_tiny_vit_encoder(64).train()
+    frames = torch.rand(3, 3, 64, 64)
+    together = encoder(frames)["vision_features"]
+    alone = encoder(frames[1:2])["vision_features"]
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    encoder = build_tiny_vit_encoder(64).train()
+    with torch.no_grad():  # bottlenecks begin as their shortcut, so that their inner layers learn from step two on
+        for block in encoder.layers[0].blocks:
+            block.conv3[1].weight.fill_(1)
+    sum(level.square().mean() for level in encoder(torch.rand(1, 3, 64, 64))["backbone_fpn"]).backward()
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in encoder.parameters())
+
+
+def test_built_without_memory_and_filled_gives_the_same() -> None:
+    encoder = build_tiny_vit_encoder(64).eval()
+    with torch.device("meta"):
+        other = build_tiny_vit_encoder(64).eval()
+    other.load_state_dict(encoder.state_dict(), assign=True)
+    frames = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(encoder(frames)["vision_features"], other(frames)["vision_features"])
+
+
+def test_unit_scaling_is_per_frame_and_safe_on_flat_frames() -> None:
+    frames = torch.stack([torch.linspace(-300, 500, 3 * 64).view(3, 8, 8), torch.full((3, 8, 8), 7.0)])
+    unit = scaled(frames, "unit")
+    assert unit[0].min() == 0
+    assert unit[0].max() == 1
+    assert unit[1].abs().max() == 0
+    assert scaled(frames, "none") is frames
+
+
+@pytest.mark.parametrize("size", [32, 80])
+def test_sizes_that_do_not_fit_are_refused(size: int) -> None:
+    with pytest.raises(PlanError, match="multiple of 32"):
+        build_tiny_vit_encoder(size)
