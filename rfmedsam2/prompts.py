@@ -1,0 +1,141 @@
+"""Prompts from masks: a box, or a centre point, for every class on every frame, and which of them are there.
+
+A cell is one class on one frame. All cells come out of one vectorised pass, on the CPU or on a GPU: the labels of a
+row are gathered as bits of one word, so that no mask a class is ever made (mission M1.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rfmedsam2.errors import UsageError
+
+CLASSES_A_WORD = 29
+"""Classes that one 32-bit word holds, beside the two bits of labels below and above them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Boxes of N x K cells.
+
+    Attributes:
+        boxes: (N, K, 4) float32, xyxy: columns and rows of the first and of the last pixel; 0 where absent.
+        present: (N, K) bool: the class has a pixel on the frame. What is absent has no box and is never prompted for.
+    """
+
+    boxes: Tensor
+    present: Tensor
+
+
+def prompts_from_labels(labels: Tensor, classes: int) -> Prompts:
+    """Tight boxes of all classes of label maps.
+
+    Args:
+        labels: (N, H, W) integers; class k has the value k + 1, every value outside 1..classes belongs to none.
+        classes: K, 1 or more.
+    """
+    _check(labels, classes)
+    values = labels.to(torch.int32)
+    starts = range(0, classes, CLASSES_A_WORD)
+    sides = [_sides(values, start, min(CLASSES_A_WORD, classes - start)) for start in starts]
+    columns, rows = (torch.cat(parts, dim=1) for parts in zip(*sides, strict=True))
+    return _boxes(columns, rows)
+
+
+def prompts_from_members(members: Tensor) -> Prompts:
+    """Tight boxes of masks (N, K, H, W) of bool, which may overlap (regions)."""
+    return _boxes(members.any(2), members.any(3))
+
+
+def resized(prompts: Prompts, from_size: tuple[int, int], to_size: tuple[int, int]) -> Prompts:
+    """Boxes of the same parts of frames that were resized from (H, W) to (H, W).
+
+    What is kept is the area of the pixels: from the near edge of the first one to the far edge of the last one.
+    """
+    if tuple(from_size) == tuple(to_size):
+        return prompts
+    scale_y, scale_x = (to / origin for to, origin in zip(to_size, from_size, strict=True))
+    scale = prompts.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+    # the last pixel ends one further on than its index says
+    end = prompts.boxes.new_tensor([0, 0, 1, 1])
+    boxes = (prompts.boxes + end) * scale - end
+    return Prompts(boxes=torch.where(prompts.present[..., None], boxes, 0), present=prompts.present)
+
+
+def centre_points(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """One point a cell: the pixel of the class that is nearest to the class's centre of gravity.
+
+    A point prompt must lie on its object, which the centre of a bent or split organ does not.
+
+    Args:
+        labels: (N, H, W) integers; class k has the value k + 1, every value outside 1..classes belongs to none.
+        classes: K, 1 or more.
+
+    Returns:
+        Points (N, K, 2) float32 of (x, y), 0 where absent; presence (N, K) bool.
+    """
+    _check(labels, classes)
+    frames, _, width = labels.shape
+    frame, y, x = ((labels >= 1) & (labels <= classes)).nonzero().unbind(1)
+    cell = frame * classes + labels[frame, y, x].long() - 1
+    # whole numbers throughout: the same point whatever the order of summing
+    count, sum_x, sum_y = (_added(cell, part, frames * classes) for part in (torch.ones_like(x), x, y))
+    distance = (x * count[cell] - sum_x[cell]) ** 2 + (y * count[cell] - sum_y[cell]) ** 2
+    nearest = _least(cell, distance, frames * classes)
+    is_nearest = distance == nearest[cell]
+    pixel = _least(cell[is_nearest], (y * width + x)[is_nearest], frames * classes)
+    present = (count > 0).view(frames, classes)
+    points = torch.stack([pixel % width, pixel // width], dim=-1).view(frames, classes, 2)
+    return torch.where(present[..., None], points, 0).float(), present
+
+
+def _check(labels: Tensor, classes: int) -> None:
+    if classes < 1:
+        raise UsageError(
+            "Prompts need a class to prompt for", expected="one foreground class or more", found=f"{classes} classes"
+        )
+    if labels.ndim != 3 or labels.is_floating_point():
+        found = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise UsageError("Prompts come from label maps", expected="integers of shape (N, H, W)", found=found)
+
+
+def _sides(values: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """Which columns (N, count, W) and rows (N, count, H) the classes start + 1 .. start + count touch."""
+    # bit 0 collects what lies below these classes, bit count + 1 what lies above
+    bits = torch.bitwise_left_shift(1, (values - start).clamp_(0, count + 1))
+    shifts = torch.arange(1, count + 1, device=values.device, dtype=torch.int32)[:, None]
+    columns, rows = (((_united(bits, dim)[:, None] >> shifts) & 1).bool() for dim in (1, 2))
+    return columns, rows
+
+
+def _united(bits: Tensor, dim: int) -> Tensor:
+    """Bitwise or over an axis, by halving it; the halves of an odd length share one entry, which changes nothing."""
+    while (size := bits.shape[dim]) > 1:
+        half = (size + 1) // 2
+        bits = bits.narrow(dim, 0, half) | bits.narrow(dim, size - half, half)
+    return bits.squeeze(dim)
+
+
+def _boxes(columns: Tensor, rows: Tensor) -> Prompts:
+    """Boxes from the columns (N, K, W) and rows (N, K, H) that hold the class."""
+    present = rows.any(-1)
+    (left, right), (top, bottom) = _ends(columns), _ends(rows)
+    boxes = torch.stack([left, top, right, bottom], dim=-1)
+    return Prompts(boxes=torch.where(present[..., None], boxes, 0).float(), present=present)
+
+
+def _ends(line: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last true index along the last axis; anything where none is true."""
+    flags = line.to(torch.uint8)
+    return flags.argmax(-1), line.shape[-1] - 1 - flags.flip(-1).argmax(-1)
+
+
+def _added(index: Tensor, values: Tensor, size: int) -> Tensor:
+    return values.new_zeros(size).index_add_(0, index, values)
+
+
+def _least(index: Tensor, values: Tensor, size: int) -> Tensor:
+    return values.new_zeros(size).scatter_reduce_(0, index, values, "amin", include_self=False)
