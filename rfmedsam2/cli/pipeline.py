@@ -130,6 +130,8 @@ def train(
     epochs: Annotated[int | None, arg(metavar="N")] = None,
     iterations: Annotated[int | None, arg(metavar="N")] = None,
     lr: Annotated[float | None, arg(metavar="RATE")] = None,
+    sam2: Annotated[Path | None, arg(metavar="FILE")] = None,
+    unet: Annotated[Path | None, arg(metavar="PATH")] = None,
     set_: Set = (),
     restart: bool = False,
     validate: bool = True,
@@ -145,6 +147,8 @@ def train(
         epochs: Instead of the plan's.
         iterations: Per epoch, instead of the plan's.
         lr: Initial learning rate, instead of the plan's.
+        sam2: Published weights of the plan's backbone (sam2.1_hiera_large.pt, mobile_sam.pt ...), for RFMedSAM 2.
+        unet: A trained U-Net (checkpoint or model folder) that Step 0 of RFMedSAM 2 starts from.
         restart: Begin anew; what was trained before is kept beside it under another name.
         validate: Leave out the last step: predicting and scoring the validation cases as whole volumes.
         tensorboard: Also write TensorBoard events (needs the extra `tensorboard`).
@@ -163,7 +167,14 @@ def train(
     say(f"Training {name}, plan {chosen.name}, {stage}, fold {fold}")
     with TrainingView() as view:
         options = TrainOptions(
-            device=device, restart=restart, validate=validate, tensorboard=tensorboard, show=view, track=bars
+            device=device,
+            restart=restart,
+            validate=validate,
+            tensorboard=tensorboard,
+            sam=sam2,
+            unet=unet,
+            show=view,
+            track=bars,
         )
         result = run(layout, chosen, stage, fold=fold, options=options)
     progress = result.progress

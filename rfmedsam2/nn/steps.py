@@ -15,6 +15,8 @@ from torch import Tensor
 from rfmedsam2.nn.sam2.parts import MemoryBank
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 
+Size = tuple[int, int]
+
 ABSENT = -10.0
 """Logit of a class that nothing speaks for."""
 PROBABILITY_FLOOR = 1e-6
@@ -69,6 +71,26 @@ class FirstStep:
     scores: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """What all steps of patches give.
+
+    Attributes:
+        logits: step -> (B, outputs, D, H, W); Step 0 is missing for generators without masks, and a list with deep
+            supervision.
+        scores: (q,) object score logits of Step 1, and
+        cells: (q, 2) the (frame, class) that they are of.
+        found: (N, K, 4) boxes that a generator found, xyxy in [0, 1] of the frame; None for others.
+        presence: (N, K) logits that go with them.
+    """
+
+    logits: dict[int, Tensor | list[Tensor]]
+    scores: Tensor | None = None
+    cells: Tensor | None = None
+    found: Tensor | None = None
+    presence: Tensor | None = None
+
+
 def relative_to_background(logits: Tensor, *, regions: bool) -> Tensor:
     """(N, outputs, ...) logits of a network -> (N, K, ...) class map: the same softmax with a background of 0."""
     return logits if regions else logits[:, 1:] - logits[:, :1]
@@ -115,3 +137,8 @@ def reduced(masks: Tensor, size: tuple[int, int]) -> Tensor:
         return masks
     shrinks = masks.shape[-1] > size[-1]
     return F.interpolate(masks[:, None].float(), size, mode="bilinear", align_corners=False, antialias=shrinks)[:, 0]
+
+
+def size_of(maps: Tensor) -> Size:
+    """Rows and columns of maps (..., H, W)."""
+    return maps.shape[-2], maps.shape[-1]

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from rfmedsam2 import __version__
+from rfmedsam2.engine.checkpoint import FINAL, LATEST
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.runtime import Runtime, start_runtime
@@ -23,16 +24,19 @@ from rfmedsam2.parallel import Track, silent
 from rfmedsam2.pipeline.curves import progress_png
 from rfmedsam2.pipeline.evaluate import evaluate
 from rfmedsam2.pipeline.predict import Predictor, predict_files
+from rfmedsam2.pipeline.pretrained import load_pretrained
 from rfmedsam2.pipeline.report import write_report
 from rfmedsam2.pipeline.splits import fold_split
 from rfmedsam2.pipeline.trained import CHECKPOINTS
 from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.store.files import writing_to
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import open_dataset
+from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
 from rfmedsam2.tasks.unet import UNetTask
 
 logger = logging.getLogger(__name__)
@@ -48,6 +52,8 @@ class TrainOptions:
         restart: begin anew; what is there is moved aside.
         validate: predict and score the validation cases at the end.
         tensorboard: also write TensorBoard events.
+        sam: published weights of the backbone (RFMedSAM 2).
+        unet: a trained U-Net that Step 0 starts from (RFMedSAM 2).
         show: called after every step.
         track: progress over validation cases.
     """
@@ -56,6 +62,8 @@ class TrainOptions:
     restart: bool = False
     validate: bool = True
     tensorboard: bool = False
+    sam: Path | None = None
+    unet: Path | None = None
     show: Callable[[StepReport], None] = show_nothing
     track: Track = silent
 
@@ -108,7 +116,7 @@ def train(
         if options.restart and runtime.is_main:
             move_aside(folder)
         runtime.any(False)  # no rank looks at the folder before it has been moved
-        task = UNetTask(plan, stage, store=store, split=split, runtime=runtime)
+        task = _task(layout, plan, stage, fold, store=store, split=split, runtime=runtime, options=options)
         run = Run(
             folder=folder,
             record=lambda step, scores: describe(plan, stage, fold, step=step, scores=scores),
@@ -124,6 +132,36 @@ def train(
             if progress.status == "finished":
                 evaluation = _finish(layout, plan, folder, split, runtime, options)
     return TrainResult(folder=folder, progress=progress, evaluation=evaluation, seconds=time.monotonic() - began)
+
+
+def _task(
+    layout: Layout,
+    plan: Plan,
+    stage: str,
+    fold: str,
+    *,
+    store: CaseStore,
+    split: Split,
+    runtime: Runtime,
+    options: TrainOptions,
+) -> UNetTask | RFMedSam2Task:
+    """The task of a stage, with the weights that it starts from unless a checkpoint of this training is there."""
+    config, folder = plan.stages[stage], layout.fold_folder(plan.dataset, plan.name, stage, fold)
+    began = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
+    if isinstance(config.model, UNetConfig):
+        if options.sam is not None or options.unet is not None:
+            raise UsageError(
+                "A plain U-Net takes no weights of SAM 2 and of no other U-Net", where=f"{plan.name}, {stage}"
+            )
+        return UNetTask(plan, stage, store=store, split=split, runtime=runtime)
+    task = RFMedSam2Task(plan, stage, store=store, split=split, runtime=runtime)
+    if not began:
+        unet = options.unet
+        if unet is None and config.starts_from is not None:
+            unet = layout.fold_folder(plan.dataset, plan.name, config.starts_from, fold) / FINAL
+        for note in load_pretrained(task.model, plan, sam=options.sam, unet=unet):
+            logger.warning(note) if runtime.is_main else None
+    return task
 
 
 def describe(plan: Plan, stage: str, fold: str, *, step: int, scores: dict[str, float]) -> CheckpointRecord:

@@ -6,22 +6,22 @@ whole volumes by sliding window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rfmedsam2 import models
-from rfmedsam2.engine.loader import batches
 from rfmedsam2.engine.optimizers import build_optimizer
-from rfmedsam2.engine.runtime import Runtime, to_device
+from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.inference.sliding_window import predict_logits
 from rfmedsam2.losses import deep_supervision_losses, memberships
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.store.cases import CaseStore
-from rfmedsam2.tasks.patches import PatchBatch, PatchSource
+from rfmedsam2.tasks.feed import PatchFeed
+from rfmedsam2.tasks.patches import PatchBatch
 
 
 class UNetTask:
@@ -37,14 +37,11 @@ class UNetTask:
 
     def __init__(self, plan: Plan, stage_name: str, *, store: CaseStore, split: Split, runtime: Runtime) -> None:
         self.plan, self.stage = plan, plan.stages[stage_name]
-        self._runtime, self._store, self._split = runtime, store, split
+        self._runtime = runtime
         torch.manual_seed(self.stage.train.seed)  # the same first weights on every rank
-        self.model: nn.Module = models.build(
-            self.stage.model, channels=len(plan.channels), outputs=plan.labels.num_outputs
-        ).to(runtime.device)
+        self.model: nn.Module = models.build_stage(plan, self.stage).to(runtime.device)
         self.model.deep_supervision = self.stage.loss.deep_supervision  # type: ignore[assignment]
-        self._training = self._source(split.train, augment=True)
-        self._validation = self._source(split.val, augment=False)
+        self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
 
     def optimizer(self) -> torch.optim.Optimizer:
         """All parameters learn at one rate."""
@@ -52,16 +49,7 @@ class UNetTask:
 
     def batches(self, start: int) -> Iterator[PatchBatch]:
         """Training batches from number `start` on."""
-        train = self.stage.train
-        return batches(
-            self._training.batch,
-            start,
-            train.iterations * train.accumulation,
-            workers=train.workers,
-            seed=train.seed + self._runtime.rank,
-            timeout_seconds=train.worker_timeout_seconds,
-            describe=lambda step: ", ".join(self._training.cases(step)),
-        )
+        return self._feed.training(start)
 
     def loss(self, batch: PatchBatch) -> dict[str, Tensor]:
         """Cross-entropy and Dice of all supervised resolutions."""
@@ -81,22 +69,9 @@ class UNetTask:
             self.model.train()
         return scores_of(counts, self.plan.labels)
 
-    def _source(self, ids: Sequence[str], *, augment: bool) -> PatchSource:
-        return PatchSource(
-            self._store,
-            ids,
-            self.stage,
-            labels=self.plan.labels,
-            augment=augment,
-            seed=self.stage.train.seed + (0 if augment else 1),
-            rank=self._runtime.rank if augment else 0,
-            ranks=self._runtime.world_size if augment else 1,
-        )
-
     def _patch_counts(self) -> np.ndarray:
         total = np.zeros((len(self.plan.labels.foreground), 3))
-        for step in range(self.stage.validation.patches_while_training):
-            batch = to_device(self._validation.batch(step), self._runtime.device)
+        for batch in self._feed.validation():
             with self._runtime.autocast():
                 logits = self.model(batch.image)
             total += overlap_counts(logits, batch.target, self.plan.labels)
@@ -104,19 +79,16 @@ class UNetTask:
 
     def _volume_counts(self) -> np.ndarray:
         total = np.zeros((len(self.plan.labels.foreground), 3))
-        for name in self._split.val[: self.stage.validation.cases_while_training]:
-            case = self._store.open(name)
-            whole = tuple((0, n) for n in case.shape)
+        for case, target in self._feed.whole_cases():
             logits = predict_logits(
                 [self.model],
-                case.image_patch(whole),
+                case.image_patch(tuple((0, n) for n in case.shape)),
                 patch_size=self.stage.patch_size,
                 inference=self.stage.inference,
                 mirror_axes=self.stage.augmentation.mirror_axes,
                 device=self._runtime.device,
                 outputs=self.plan.labels.num_outputs,
             )
-            target = torch.from_numpy(np.maximum(case.label_patch(whole), 0))[None]
             total += overlap_counts(torch.as_tensor(logits)[None], target, self.plan.labels)
         return total
 

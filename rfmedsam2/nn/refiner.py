@@ -1,0 +1,196 @@
+"""Steps 1 and 2 of RFMedSAM 2: SAM 2 on all prompted cells of many frames at once, without and with memory.
+
+A cell is one class on one frame. Cells are decoded in chunks that fit a memory budget; what depends on the frame alone
+is computed once for all its classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sam2.modeling.sam2_base import NO_OBJ_SCORE
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rfmedsam2.nn.cell_memory import CellSizes, at_once
+from rfmedsam2.nn.sam2.parts import CellPrompts, FrameFeatures, MemoryBank, Slots
+from rfmedsam2.nn.sam2.recall import prepare_frames, recall
+from rfmedsam2.nn.sam2.sam2 import Sam2
+from rfmedsam2.nn.sam2.selection import select
+from rfmedsam2.nn.steps import ABSENT, FirstStep, Memory, Size, Start, enlarged, placed, prompts_of, reduced, size_of
+from rfmedsam2.prompts import Prompts, resized
+from rfmedsam2.records.model import RFMedSam2Config
+from rfmedsam2.records.plan import Compute
+
+
+class Refiner:
+    """SAM 2 used twice.
+
+    Args:
+        sam: SAM 2; registered as a module elsewhere.
+        config: of the whole model.
+        regions: classes overlap.
+
+    Attributes:
+        compute: working memory for what SAM 2 treats at once; whether activations are computed again in the backward pass.
+    """
+
+    def __init__(self, sam: Sam2, config: RFMedSam2Config, *, regions: bool) -> None:
+        self.sam, self.config, self.regions = sam, config, regions
+        self.compute = Compute()
+
+    def first(self, features: FrameFeatures, start: Start) -> FirstStep:
+        """Step 1: decode every prompted cell of N frames."""
+        cells = start.prompts.present.nonzero()
+        size = size_of(start.evidence)
+        prompts = self._prompts(start.prompts, cells, size)
+
+        def chunk(part: Tensor, boxes: Tensor | None) -> tuple[Tensor, ...]:
+            frames, classes = part.unbind(1)
+            given = CellPrompts(
+                boxes=boxes,
+                masks=None if start.masks is None else self._reduced(start.masks[frames, classes]),
+                tokens=None if start.tokens is None else start.tokens[frames, classes],
+            )
+            decoded = self.sam.decode(features.at(frames), given)
+            return decoded.masks, decoded.pointers, decoded.scores
+
+        count = at_once(self.compute.memory_mb, self._cell_sizes().decode())
+        masks, pointers, scores = self._cells(chunk, cells, prompts, count)
+        values = self._output(masks, start.evidence, start.masks, cells)
+        logits = placed(start.evidence, cells, values)
+        return FirstStep(logits=logits, cells=cells, masks=masks, pointers=pointers, scores=scores)
+
+    def remember(self, features: FrameFeatures, first: FirstStep, volumes: int) -> Memory:
+        """Memories of what Step 1 decoded (M1.8); the N frames are D of each of `volumes`."""
+
+        def chunk(frames: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
+            return self.sam.remember(features.embedding[frames], masks, scores)
+
+        count = at_once(self.compute.memory_mb, self._cell_sizes().remember())
+        parts = zip(first.cells[:, 0].split(count), first.masks.split(count), first.scores.split(count), strict=True)
+        maps = [self.run(chunk, *part) for part in parts] if len(first.cells) else [self._no_memory(features)]
+        rows = torch.full(first.logits.shape[:2], -1, dtype=torch.long, device=first.cells.device)
+        rows[first.cells[:, 0], first.cells[:, 1]] = torch.arange(len(first.cells), device=rows.device)
+        rows = rows.unflatten(0, (volumes, -1)).transpose(0, 1)
+        return Memory(bank=MemoryBank(maps=torch.cat(maps), pointers=first.pointers), rows=rows)
+
+    def second(self, features: FrameFeatures, logits: Tensor, memory: Memory, *, first_frame: int = 0) -> Tensor:
+        """Step 2: decode again, with memories, what Step 1's class map predicts.
+
+        Args:
+            features: of N = B * n frames.
+            logits: (N, K, H, W) class map of Step 1 on the same frames.
+            memory: of a window of frames that these n of each volume begin in at `first_frame`.
+
+        Returns:
+            (N, K, H, W) class map.
+        """
+        prompts = prompts_of(logits, regions=self.regions)
+        volumes = memory.rows.shape[1]
+        each = len(logits) // volumes
+        rows = memory.rows[first_frame : first_frame + each].transpose(0, 1).flatten(0, 1)
+        cells = (prompts.present & (rows >= 0)).nonzero()
+        if not len(cells):
+            return logits
+        boxes = self._prompts(prompts, cells, size_of(logits))
+        values = self._recalled(features, logits, memory, cells=cells, boxes=boxes, first_frame=first_frame)
+        asked = logits if self.config.mask_prompt else None
+        return placed(logits, cells, self._output(values, logits, asked, cells))
+
+    def _recalled(
+        self,
+        features: FrameFeatures,
+        logits: Tensor,
+        memory: Memory,
+        *,
+        cells: Tensor,
+        boxes: Tensor,
+        first_frame: int,
+    ) -> Tensor:
+        """Masks (q, 4s, 4s) of cells with memories."""
+        volumes, classes = memory.rows.shape[1:]
+        each = len(logits) // volumes
+        frames, kinds = cells.unbind(1)
+        places = torch.stack([first_frame + frames % each, frames // each * classes + kinds], 1)
+        buckets = select(self.config.strategy, memory.rows.flatten(1), places, reach=self.config.memory_frames)
+        prepared = self.run(lambda embedding: prepare_frames(self.sam, embedding), features.embedding)
+
+        def chunk(part: Tensor, slots: Slots) -> Tensor:
+            at = frames[part]
+            embedding = recall(self.sam, prepared, at, memory.bank, slots)
+            asked = self._reduced(logits[at, kinds[part]]) if self.config.mask_prompt else None
+            return self.sam.decode(
+                features.at(at), CellPrompts(boxes=boxes[part], masks=asked), embedding=embedding
+            ).masks
+
+        sizes, training = self._cell_sizes(), torch.is_grad_enabled()
+        order, masks = [], []
+        for bucket in buckets:
+            memories = bucket.slots.maps.shape[1]
+            count = at_once(self.compute.memory_mb, sizes.recall(memories, training=training))
+            for part in torch.arange(len(bucket.cells), device=cells.device).split(count):
+                order.append(bucket.cells[part])
+                masks.append(self.run(chunk, bucket.cells[part], bucket.slots.at(part)))
+        placeholder = torch.cat(masks)
+        return torch.empty_like(placeholder).index_copy(0, torch.cat(order), placeholder)
+
+    def _output(self, masks: Tensor, base: Tensor, asked: Tensor | None, cells: Tensor) -> Tensor:
+        """Put SAM 2's masks (q, 4s, 4s) at the size of the class map, by `config.output`: (q, H, W)."""
+        size = size_of(base)
+        # where object scores empty a mask, it becomes as unlikely as a class that nothing speaks for
+        large = enlarged(torch.where(masks > NO_OBJ_SCORE, masks, ABSENT), size)
+        frames, classes = cells.unbind(1)
+        match self.config.output:
+            case "correct":
+                return base[frames, classes] + large
+            case "detail" if asked is not None:
+                prompt = asked[frames, classes]
+                return large + prompt - enlarged(self._reduced(prompt), size)
+            case _:
+                return large
+
+    def _prompts(self, prompts: Prompts, cells: Tensor, size: Size) -> Tensor:
+        """Boxes (q, 4) of cells in pixels of SAM 2's frames."""
+        frame = (self.config.frame_size, self.config.frame_size)
+        return resized(prompts, size, frame).boxes[cells[:, 0], cells[:, 1]]
+
+    def _reduced(self, masks: Tensor) -> Tensor:
+        side = 4 * self.sam.side
+        return reduced(masks, (side, side))
+
+    def _cells(
+        self, chunk: Callable[..., tuple[Tensor, ...]], cells: Tensor, boxes: Tensor, count: int
+    ) -> list[Tensor]:
+        """Run a function of cells in chunks and join what it gives."""
+        if not len(cells):
+            sam = self.sam
+            return [
+                boxes.new_zeros(0, 4 * sam.side, 4 * sam.side),
+                boxes.new_zeros(0, sam.channels),
+                boxes.new_zeros(0),
+            ]
+        parts = [self.run(chunk, *part) for part in zip(cells.split(count), boxes.split(count), strict=True)]
+        return [torch.cat(results) for results in zip(*parts, strict=True)]
+
+    def _no_memory(self, features: FrameFeatures) -> Tensor:
+        side = self.sam.side
+        return features.embedding.new_zeros(0, self.sam.memory_channels, side, side)
+
+    def _cell_sizes(self) -> CellSizes:
+        attention = self.sam.base.memory_attention
+        return CellSizes(
+            side=self.sam.side,
+            channels=self.sam.channels,
+            memory_channels=self.sam.memory_channels,
+            memory_layers=attention.num_layers,
+            memory_width=attention.layers[0].linear1.out_features,
+        )
+
+    def run(self, function: Callable[..., Any], *tensors: Any) -> Any:
+        """Call a function of tensors; where gradients are wanted, keep only what goes in."""
+        if self.compute.checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return function(*tensors)

@@ -1,0 +1,68 @@
+"""Training and validation patches of one fold: what every task on volumes is fed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from rfmedsam2.engine.loader import batches
+from rfmedsam2.engine.runtime import Runtime, to_device
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.plan import Split, Stage
+from rfmedsam2.store.cases import CaseStore, StoredCase
+from rfmedsam2.tasks.patches import PatchBatch, PatchSource
+
+
+class PatchFeed:
+    """Patches of a stage, changed at random for training and plain for validation.
+
+    Args:
+        stage: patch and batch size, augmentation, training figures.
+        labels: for the ignore label.
+        store: preprocessed cases.
+        split: who trains and who validates.
+        runtime: device and ranks.
+    """
+
+    def __init__(self, stage: Stage, *, labels: LabelSet, store: CaseStore, split: Split, runtime: Runtime) -> None:
+        self._stage, self._labels, self._store, self._split, self._runtime = stage, labels, store, split, runtime
+        self._training = self._source(split.train, augment=True)
+        self._validation = self._source(split.val, augment=False)
+
+    def training(self, start: int) -> Iterator[PatchBatch]:
+        """Training batches from number `start` on; batch i is a function of (seed, rank, i) alone."""
+        train = self._stage.train
+        return batches(
+            self._training.batch,
+            start,
+            train.iterations * train.accumulation,
+            workers=train.workers,
+            seed=train.seed + self._runtime.rank,
+            timeout_seconds=train.worker_timeout_seconds,
+            describe=lambda step: ", ".join(self._training.cases(step)),
+        )
+
+    def validation(self) -> Iterator[PatchBatch]:
+        """The stage's number of validation batches on the device, always the same."""
+        for step in range(self._stage.validation.patches_while_training):
+            yield to_device(self._validation.batch(step), self._runtime.device)
+
+    def whole_cases(self) -> Iterator[tuple[StoredCase, torch.Tensor]]:
+        """The validation cases to be predicted whole while training, with their labels (1, *shape)."""
+        for name in self._split.val[: self._stage.validation.cases_while_training]:
+            case = self._store.open(name)
+            label = torch.from_numpy(case.label_patch(tuple((0, n) for n in case.shape)))
+            yield case, label.clamp_min(0)[None]
+
+    def _source(self, ids: Sequence[str], *, augment: bool) -> PatchSource:
+        return PatchSource(
+            self._store,
+            ids,
+            self._stage,
+            labels=self._labels,
+            augment=augment,
+            seed=self._stage.train.seed + (0 if augment else 1),
+            rank=self._runtime.rank if augment else 0,
+            ranks=self._runtime.world_size if augment else 1,
+        )

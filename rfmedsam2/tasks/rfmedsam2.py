@@ -1,0 +1,148 @@
+"""Training RFMedSAM 2: Steps 0, 1 and 2 together, all their losses summed (seed 004, sections 3.3, 3.4, appendix G)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import generalized_box_iou_loss
+
+from rfmedsam2 import models
+from rfmedsam2.engine.optimizers import build_optimizer
+from rfmedsam2.engine.runtime import Runtime
+from rfmedsam2.losses import deep_supervision_losses, memberships, segmentation_losses
+from rfmedsam2.nn.rfmedsam2 import RFMedSam2, Steps
+from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.plan import Plan, Split
+from rfmedsam2.store.cases import CaseStore
+from rfmedsam2.tasks.feed import PatchFeed
+from rfmedsam2.tasks.patches import PatchBatch
+from rfmedsam2.tasks.unet import overlap_counts, scores_of
+
+BOX_GENERATORS = ("object_queries", "scored_object_queries", "point_embeddings")
+"""Generators that need the reference to say which cells to decode while training."""
+
+
+class RFMedSam2Task:
+    """The engine's Task for RFMedSAM 2.
+
+    Args:
+        plan: the plan.
+        stage_name: which stage of it; its model is an RFMedSam2Config.
+        store: that stage's preprocessed cases.
+        split: who trains and who validates.
+        runtime: device and ranks.
+    """
+
+    def __init__(self, plan: Plan, stage_name: str, *, store: CaseStore, split: Split, runtime: Runtime) -> None:
+        self.plan, self.stage = plan, plan.stages[stage_name]
+        self._runtime = runtime
+        torch.manual_seed(self.stage.train.seed)  # the same first weights on every rank
+        model = models.build_stage(plan, self.stage)
+        assert isinstance(model, RFMedSam2)
+        self.model: RFMedSam2 = model.to(runtime.device)
+        self.model.deep_supervision = self.stage.loss.deep_supervision
+        self.model.refiner.compute = self.stage.compute
+        self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adapters, prompt generator and whatever is not frozen learn at one rate."""
+        return build_optimizer(self.model.parameters(), self.stage.train)
+
+    def batches(self, start: int) -> Iterator[PatchBatch]:
+        """Training batches from number `start` on."""
+        return self._feed.training(start)
+
+    def loss(self, batch: PatchBatch) -> dict[str, Tensor]:
+        """Cross-entropy and Dice of every step, and what the prompt generator adds."""
+        labels, config = self.plan.labels, self.stage.loss
+        reference = reference_prompts(batch.target, labels)
+        steps = self.model.steps(batch.image, self._given(reference))
+        parts: dict[str, Tensor] = {}
+        for number, logits in steps.logits.items():
+            if isinstance(logits, Tensor):
+                found = segmentation_losses(logits.float(), batch.target, labels, config)
+            else:
+                found = deep_supervision_losses(logits, batch.target, labels, config)
+            parts |= {f"step{number}/{name}": part for name, part in found.items()}
+        parts |= generator_losses(steps, reference, batch.image.shape[-1])
+        if self.model.config.object_scores and steps.scores is not None and len(steps.scores):
+            assert steps.cells is not None
+            present = reference.present[steps.cells[:, 0], steps.cells[:, 1]]
+            parts["step1/object_score"] = F.binary_cross_entropy_with_logits(steps.scores.float(), present.float())
+        if self._runtime.world_size > 1:
+            # ranks whose patch holds no prompted cell take part in the exchange of gradients all the same
+            first = next(iter(parts))
+            parts[first] = parts[first] + 0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)
+        return parts
+
+    def validate(self) -> dict[str, float]:
+        """Dice per foreground class and step over validation patches; `score` is the last step's mean."""
+        self.model.eval()
+        supervised, self.model.deep_supervision = self.model.deep_supervision, False
+        totals: dict[int, np.ndarray] = {}
+        try:
+            with torch.inference_mode():
+                for batch in self._feed.validation():
+                    reference = reference_prompts(batch.target, self.plan.labels)
+                    given = reference if self.model.config.generator == "gt" else None
+                    with self._runtime.autocast():
+                        steps = self.model.steps(batch.image, given)
+                    for number, logits in steps.logits.items():
+                        assert isinstance(logits, Tensor)
+                        counts = overlap_counts(logits, batch.target, self.plan.labels)
+                        totals[number] = totals.get(number, 0) + counts
+        finally:
+            self.model.deep_supervision = supervised
+            self.model.train()
+        return scores_by_step(totals, self.plan.labels)
+
+    def _given(self, reference: Prompts) -> Prompts | None:
+        generator = self.model.config.generator
+        return reference if generator == "gt" or generator in BOX_GENERATORS else None
+
+
+@torch.no_grad()
+def reference_prompts(target: Tensor, labels: LabelSet) -> Prompts:
+    """Boxes and presence that reference labels (B, D, H, W) give, for the B * D frames."""
+    clean = target if labels.ignore is None else torch.where(target != labels.ignore, target, 0)
+    clean = clean.clamp_min(0).flatten(0, 1)
+    members = memberships(clean, labels)
+    if labels.has_regions:
+        return prompts_from_members(members)
+    return prompts_from_labels(members.to(torch.uint8).argmax(1), len(labels.values) - 1)
+
+
+def generator_losses(steps: Steps, reference: Prompts, size: int) -> dict[str, Tensor]:
+    """What generators of boxes learn from: presence (binary cross-entropy), L1 and generalised IoU of the boxes.
+
+    Args:
+        steps: of the network.
+        reference: boxes in pixels of frames of `size`.
+        size: pixels a side.
+    """
+    parts: dict[str, Tensor] = {}
+    if steps.presence is not None:
+        parts["step0/presence"] = F.binary_cross_entropy_with_logits(steps.presence.float(), reference.present.float())
+    if steps.found is not None:
+        found = steps.found.float()[reference.present]
+        wanted = reference.boxes[reference.present] / max(1, size - 1)
+        # a sum over an empty selection is 0 and keeps the graph
+        count = max(1, len(found))
+        parts["step0/box_l1"] = (found - wanted).abs().sum() / count
+        parts["step0/box_giou"] = generalized_box_iou_loss(found, wanted, reduction="sum") / count
+    return parts
+
+
+def scores_by_step(totals: dict[int, np.ndarray], labels: LabelSet) -> dict[str, float]:
+    """Dice by class of the last step under plain names, of every step under `stepN/`, their means as `stepN/dsc`."""
+    scores: dict[str, float] = {}
+    for number, counts in sorted(totals.items()):
+        own = scores_of(counts, labels)
+        scores |= {f"step{number}/{name}": value for name, value in own.items() if name != "score"}
+        scores[f"step{number}/dsc"] = own["score"]
+    return scores | scores_of(totals[max(totals)], labels)
