@@ -6,7 +6,7 @@ Nothing in them can execute: a PyTorch file is read by torch's loader for plain 
 from __future__ import annotations
 
 import pickle
-import zipfile
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,11 @@ def read_published(path: Path) -> dict[str, torch.Tensor]:
     start = _first_bytes(path)
     if start[8:9] == b"{":
         content: object = _read_safetensors(path)
-    elif start.startswith((b"PK\x03\x04", b"\x80")):
+    elif start.startswith((b"PK\x03\x04", b"\x80\x02")):
         content = _read_torch(path)
     else:
         raise _foreign(path, _disguise(start))
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in ENVELOPES if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
+    content = _taken_out(_taken_out(content))
     if not isinstance(content, Mapping):
         raise _foreign(path, f"a {type(content).__name__}")
     weights = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
@@ -49,6 +45,13 @@ def read_published(path: Path) -> dict[str, torch.Tensor]:
         others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
         raise _foreign(path, f"entries that are none: {', '.join(others[:5])}" if others else "no tensors at all")
     return weights
+
+
+def _taken_out(content: object) -> object:
+    """Give what lies in an envelope, or the content itself."""
+    if not isinstance(content, Mapping):
+        return content
+    return next((content[name] for name in ENVELOPES if isinstance(content.get(name), Mapping)), content)
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -74,27 +77,21 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Weights only" in str(error) or "Unsupported" in str(error):
-            raise CheckpointError(
-                "This file holds more than tensors, which could execute code: it is not opened",
-                where=path,
-                found=_refused(error),
-                remedy="Ask its author for a file of the weights alone, or save torch.load(...)['model'] where you"
-                " trust it",
-            ) from None
-        raise _damaged(path, error) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from None
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise _damaged(path, "no content that torch knows") from None
+        raise CheckpointError(
+            "This file holds more than tensors, which could execute code: it is not opened",
+            where=path,
+            expected="tensors alone",
+            found=refused[1],
+            remedy="Ask its author for a file of the weights alone",
+        ) from None
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise _damaged(path, " ".join(str(error).split())[:120] or type(error).__name__) from None
 
 
-def _refused(error: Exception) -> str | None:
-    """Give the name of what torch refused to load, from its message."""
-    words = [word.strip("'`,.\"") for word in str(error).split()]
-    return next((following for word, following in zip(words, words[1:], strict=False) if word == "GLOBAL"), None)
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
+def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"The file of weights is damaged or incomplete ({reason})", where=path, remedy=REMEDY)
 
 
@@ -105,6 +102,8 @@ def _disguise(start: bytes) -> str:
         return "a git-lfs pointer: the file itself was not downloaded"
     if start.lstrip().startswith(b"<"):
         return "an HTML or XML page: probably an error page of the download"
+    if start.startswith(b"\x80"):
+        return "a Python pickle that torch did not write"
     return "another kind of file"
 
 

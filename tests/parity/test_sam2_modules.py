@@ -15,6 +15,8 @@ from sam2.build_sam import build_sam2 as build_official
 from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.parts import CellPrompts
 from rfmedsam2.nn.sam2.sam2 import Sam2
+from rfmedsam2.nn.sam2.weights import NEW_IN_2_1, load_sam2
+from rfmedsam2.store.published_weights import read_published
 
 CONFIGS = {"sam2_tiny": "t", "sam2_small": "s", "sam2_base_plus": "b+", "sam2_large": "l"}
 PARAMETERS = {"sam2_tiny": 38.962, "sam2_small": 46.060, "sam2_base_plus": 80.850, "sam2_large": 224.447}
@@ -170,3 +172,28 @@ def test_names_and_shapes_of_parameters_are_the_official_ones(backbone):
     official = instantiate(config.model, _recursive_=True)
     assert ours == {name: tensor.shape for name, tensor in official.state_dict().items()}
     assert sum(p.numel() for p in base.parameters()) / 1e6 == pytest.approx(PARAMETERS[backbone], abs=5e-4)
+
+
+@pytest.mark.parametrize("version", ["sam2.1", "sam2"])
+@torch.no_grad()
+def test_a_file_in_the_official_layout_makes_the_official_model(tmp_path, version):
+    torch.manual_seed(2)
+    official = official_model("t", 64, version)
+    torch.save({"model": official.state_dict()}, tmp_path / "hiera_tiny.pt")
+    base = build_base("sam2_tiny", frame_size=64)
+    report = load_sam2(base, read_published(tmp_path / "hiera_tiny.pt"), where="hiera_tiny.pt")
+    assert set(report.missing) == (set() if version == "sam2.1" else set(NEW_IN_2_1))
+    assert report.unexpected == ()
+
+    ours = Sam2(base, object_scores=True).eval()
+    frames = torch.randn(3, 3, 64, 64)
+    theirs = official.forward_image(frames)
+    low, _, _, _, high, pointers, scores = official_heads(official, theirs, None)
+    features = ours.encode(frames)
+    decoded = ours.decode(features, CellPrompts(boxes=BOXES))
+    assert torch.equal(decoded.masks, low[:, 0])
+    assert torch.equal(decoded.pointers, pointers)
+    scores[0] = -1
+    coarse = features.embedding.flatten(2).permute(2, 0, 1)
+    memories, _ = official._encode_new_memory([coarse], [(4, 4)], high, scores, is_mask_from_pts=True)
+    assert torch.equal(ours.remember(features.embedding, decoded.masks, scores[:, 0]), memories)

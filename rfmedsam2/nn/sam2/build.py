@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from rfmedsam2.errors import PlanError
 from rfmedsam2.nn.sam2.positions import SinePositions
 from rfmedsam2.nn.sam2.sizes import HieraSizes, Sizes, sizes_of
+from rfmedsam2.nn.sam2.tiny_vit import build_tiny_vit_encoder
 from rfmedsam2.records.model import Backbone
 
 STRIDE = 16
@@ -55,14 +56,14 @@ def build_base(
             object is there. Without them it is SAM's exactly; SAM 2's own always has them.
 
     Raises:
-        PlanError: a frame size that is no multiple of 32.
+        PlanError: a frame size that is no multiple of 32, or too small for the backbone.
     """
     if frame_size < 32 or frame_size % 32:
         raise PlanError("SAM 2 cannot see frames of this size", expected="a multiple of 32 pixels", found=frame_size)
     sizes = sizes_of(backbone, fitted_windows=fitted_windows)
     with _TablesOnCpu():
         base = Base(
-            image_encoder=_image_encoder(sizes),
+            image_encoder=_image_encoder(sizes, frame_size),
             memory_attention=_memory_attention(sizes, frame_size // STRIDE),
             memory_encoder=_memory_encoder(sizes),
             **_flags(frame_size, sizes, object_scores=object_scores or not sizes.from_sam),
@@ -104,8 +105,9 @@ def _flags(frame_size: int, sizes: Sizes, *, object_scores: bool) -> dict[str, A
     }
 
 
-def _image_encoder(sizes: Sizes) -> nn.Module:
-    assert sizes.hiera is not None
+def _image_encoder(sizes: Sizes, frame_size: int) -> nn.Module:
+    if sizes.hiera is None:
+        return build_tiny_vit_encoder(frame_size, scaling=sizes.scaling)
     trunk = _hiera(sizes.hiera)
     neck = FpnNeck(
         position_encoding=SinePositions(sizes.channels),

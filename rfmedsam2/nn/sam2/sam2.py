@@ -63,7 +63,7 @@ class Sam2(nn.Module):
         return FrameFeatures(embedding=embedding, middle=decoder.conv_s1(middle), fine=decoder.conv_s0(fine))
 
     def decode(self, features: FrameFeatures, prompts: CellPrompts, *, embedding: Tensor | None = None) -> Decoded:
-        """Decode n cells into the single mask of an unambiguous prompt.
+        """Decode n cells, at least one, into the single mask of an unambiguous prompt.
 
         Args:
             features: of the cells' frames, n rows.

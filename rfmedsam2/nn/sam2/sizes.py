@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from typing_extensions import assert_never
 
@@ -44,6 +45,7 @@ class Sizes:
 
     Attributes:
         hiera: the image encoder; None: TinyViT.
+        scaling: how TinyViT takes frames, see there.
         channels: C of the embedding.
         memory_channels: M of a memory.
         memory_layers: layers of memory attention.
@@ -54,7 +56,8 @@ class Sizes:
         residual_memory: memory attention is added to the embedding and starts at zero, as it has no published weights.
     """
 
-    hiera: HieraSizes | None = field(default=None)
+    hiera: HieraSizes | None = None
+    scaling: Literal["none", "unit"] = "none"
     channels: int = 256
     memory_channels: int = 64
     memory_layers: int = 4
@@ -96,7 +99,9 @@ def sizes_of(backbone: Backbone, *, fitted_windows: bool = False) -> Sizes:
             return Sizes(hiera=replace(hiera, windows=FITTED_WINDOWS) if fitted_windows else hiera)
         case "nano":
             return NANO
-        case "mobile_sam" | "lite_medsam":
+        case "mobile_sam":
             return Sizes(from_sam=True, residual_memory=True)
+        case "lite_medsam":
+            return Sizes(scaling="unit", from_sam=True, residual_memory=True)
         case _:
             assert_never(backbone)
