@@ -15,6 +15,7 @@ from torch import nn
 from typing_extensions import assert_never
 
 from rfmedsam2.errors import CheckpointError
+from rfmedsam2.nn.attention import TransformerBlock
 from rfmedsam2.records.plan import UNetConfig
 
 CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -22,7 +23,7 @@ NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 
 class UNet(nn.Module):
-    """A U-Net of two or three dimensions.
+    """A U-Net of two or three dimensions; with `config.attention` a transformer block at its bottleneck (Table 7).
 
     Args:
         config: topology and blocks.
@@ -41,6 +42,7 @@ class UNet(nn.Module):
         network.apply(network.initialize)
         self.encoder = network.encoder
         self.decoder = network.decoder
+        self.bottleneck = TransformerBlock(config.features[-1]) if config.attention else None
         _keep_modules_once(self)
 
     @property
@@ -54,7 +56,10 @@ class UNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Logits; see the class."""
-        return self.decoder(self.encoder(x))
+        features = self.encoder(x)
+        if self.bottleneck is not None:
+            features[-1] = self.bottleneck(features[-1])
+        return self.decoder(features)
 
 
 def load_nnunet_weights(network: UNet, weights: Mapping[str, torch.Tensor]) -> None:

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.models import build, load_network
+from rfmedsam2.nn.attention import TransformerBlock, sine_positions
 from rfmedsam2.nn.unet import UNet, load_nnunet_weights
 from rfmedsam2.pipeline.plan import plan
 from rfmedsam2.pipeline.topology import Width, topology_of
@@ -108,6 +110,64 @@ def test_a_stage_that_the_plan_has_not_is_named(tmp_path):
     network = build(plan.stages["3d_fullres"].model, channels=2, outputs=2)
     with pytest.raises(CheckpointError, match="3d_nothing"):
         load_network(checkpoint_of(tmp_path, network, plan, "3d_nothing"), device="cpu")
+
+
+def with_attention(patch: tuple[int, ...]) -> UNetConfig:
+    return (
+        Width(base=4, maximum=8).network(topology_of((1,) * len(patch), patch)).model_copy(update={"attention": True})
+    )
+
+
+@pytest.mark.parametrize("patch", [(32, 32), PATCH], ids=["2d", "3d"])
+def test_attention_at_the_bottleneck_starts_as_the_same_network(patch):
+    config = with_attention(patch)
+    plain = UNet(config.model_copy(update={"attention": False}), channels=1, outputs=2)
+    attending = UNet(config, channels=1, outputs=2)
+    added = attending.load_state_dict(plain.state_dict(), strict=False)
+    assert not added.unexpected_keys
+    assert added.missing_keys
+    assert all(name.startswith("bottleneck.") for name in added.missing_keys)
+    x = torch.randn(2, 1, *patch)
+    assert torch.equal(attending(x), plain(x))
+
+
+@pytest.mark.parametrize("patch", [(32, 32), PATCH], ids=["2d", "3d"])
+def test_attention_at_the_bottleneck_learns(patch):
+    network = UNet(with_attention(patch), channels=1, outputs=2)
+    network.deep_supervision = True
+    nn.init.normal_(network.bottleneck.attention.out_proj.weight)
+    nn.init.normal_(network.bottleneck.narrow.weight)
+    sum(o.square().mean() for o in network(torch.randn(2, 1, *patch))).backward()
+    assert all(p.grad is not None for p in network.parameters())
+    # the bias of keys adds the same to every attention logit and learns nothing
+    learned = {n for n, p in network.bottleneck.named_parameters() if p.grad.abs().sum() > 0}
+    assert learned == {n for n, _ in network.bottleneck.named_parameters()}
+
+
+def test_attention_tells_positions_apart():
+    torch.manual_seed(0)
+    block = TransformerBlock(12)
+    nn.init.normal_(block.attention.out_proj.weight)
+    x = torch.randn(1, 12, 2, 3, 4)
+    shuffled = x.flatten(2)[:, :, torch.randperm(24)].view_as(x)
+    assert block(x).shape == x.shape
+    # the set of positions is the same; without their encoding so would the sum of what comes out be
+    assert not torch.allclose(block(x).sum((2, 3, 4)), block(shuffled).sum((2, 3, 4)), atol=1e-3)
+
+
+@pytest.mark.parametrize(("size", "channels"), [((5,), 8), ((4, 6), 16), ((2, 3, 4), 20), ((3, 3), 3)])
+def test_sine_positions_are_distinct_and_bounded(size, channels):
+    encoded = sine_positions(size, channels)
+    assert encoded.shape == (torch.Size(size).numel(), channels)
+    assert encoded.abs().max() <= 1
+    assert channels < 4 or torch.cdist(encoded, encoded).fill_diagonal_(1).min() > 1e-2
+
+
+def test_sine_positions_count_along_their_own_axis():
+    encoded = sine_positions((3, 5), 8).view(3, 5, 8)
+    assert torch.equal(encoded[:, 0, :4], encoded[:, 4, :4])
+    assert torch.equal(encoded[0, :, 4:], encoded[2, :, 4:])
+    torch.testing.assert_close(encoded[2, 3, [0, 4]], torch.tensor([2.0, 3.0]).sin())
 
 
 def test_the_papers_network_has_45_million_parameters():
