@@ -1,8 +1,8 @@
 """RFMedSAM 2 (seed 004): prompts from a generator, SAM 2 on them, SAM 2 again with memories at their true distances.
 
-Step 0 predicts class maps (or boxes), Step 1 decodes every prompted cell (one class on one frame) from the current frame
-alone, Step 2 decodes it again with the memories that Step 1 left on the neighbouring frames. Since those come from
-Step 1, Step 2 is one batched call over all cells and not a loop in time.
+Step 0 predicts class maps (or boxes), Step 1 decodes every prompted cell (one class on one frame) from the current
+frame alone, Step 2 decodes it again with the memories that Step 1 left on the neighbouring frames. Since those come
+from Step 1, Step 2 is one batched call over all cells and not a loop in time.
 """
 
 from __future__ import annotations
@@ -68,7 +68,12 @@ class RFMedSam2(nn.Module):
             raise PlanError("There is no class to segment", expected="at least one foreground class", found="none")
         self.step: int | None = None
         self.channel_adapter = ChannelAdapter(channels, config.adapters.channel_hidden)
-        base = build_base(config.backbone, frame_size=config.frame_size, fitted_windows=config.fitted_windows)
+        base = build_base(
+            config.backbone,
+            frame_size=config.frame_size,
+            fitted_windows=config.fitted_windows,
+            object_scores=config.object_scores,
+        )
         if config.output == "correct" and config.backbone == "nano":
             _silence(base)
         if config.freeze_backbone:
@@ -128,7 +133,8 @@ class RFMedSam2(nn.Module):
 
     def prompt_volumes(self, volumes: Tensor) -> Tensor | list[Tensor]:
         """Step 0 of the U-Net: (B, M, D, H, W) -> logits (B, outputs, D, H, W), or with deep supervision a list."""
-        assert self.unet is not None and self.config.unet is not None
+        assert self.unet is not None
+        assert self.config.unet is not None
         if self.config.unet.dimensions == 3:
             return self.unet(volumes)
         frames = volumes.transpose(1, 2).flatten(0, 1)

@@ -151,7 +151,9 @@ def _task(
     if isinstance(config.model, UNetConfig):
         if options.sam is not None or options.unet is not None:
             raise UsageError(
-                "A plain U-Net takes no weights of SAM 2 and of no other U-Net", where=f"{plan.name}, {stage}"
+                "A plain U-Net takes no weights of SAM 2 and of no other U-Net",
+                where=f"{plan.name}, {stage}",
+                remedy="Leave --sam2 and --unet out, or plan with --model rfmedsam2",
             )
         return UNetTask(plan, stage, store=store, split=split, runtime=runtime)
     task = RFMedSam2Task(plan, stage, store=store, split=split, runtime=runtime)

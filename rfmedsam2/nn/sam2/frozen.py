@@ -8,7 +8,7 @@ from torch import nn
 from rfmedsam2.records.model import Backbone
 
 NEW_ON_LIGHT = (
-    "image_encoder.neck.laterals",
+    "image_encoder.laterals.",
     "memory_attention.",
     "memory_encoder.",
     "maskmem_tpos_enc",
