@@ -22,10 +22,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from rfmedsam2.records.model import RFMedSam2Config
+
 if TYPE_CHECKING:
     from rfmedsam2.engine.log import StepReport
     from rfmedsam2.pipeline.doctor import DoctorReport
     from rfmedsam2.pipeline.submit import SubmissionReport
+    from rfmedsam2.records.model import ModelConfig
     from rfmedsam2.records.plan import Plan
     from rfmedsam2.records.report import Evaluation, Interval
 
@@ -124,12 +127,27 @@ def show_plan(plan: Plan) -> None:
         ["median shape", *(_by(stage.median_shape) for stage in stages)],
         ["patch", *(_by(stage.patch_size) for stage in stages)],
         ["batch", *(stage.batch_size for stage in stages)],
-        ["features", *(", ".join(map(str, stage.model.features)) for stage in stages)],
+        *_network_rows([stage.model for stage in stages]),
         ["normalisation", *(_counted([n.kind for n in stage.normalisation]) for stage in stages)],
         ["optimizer", *(f"{s.train.optimizer.kind}, lr {s.train.learning_rate:g}" for s in stages)],
         ["training", *(f"{s.train.epochs} epochs x {s.train.iterations_per_epoch}" for s in stages)],
     ]
     table(f"Plan {plan.name} of {plan.dataset}", ["", *plan.stages], rows)
+
+
+def _network_rows(models: Sequence[ModelConfig]) -> list[list[object]]:
+    """What the networks of the stages are made of; SAM 2's rows only where there is one."""
+    unets = [model.unet if isinstance(model, RFMedSam2Config) else model for model in models]
+    rows: list[list[object]] = [["U-Net", *(unet and ", ".join(map(str, unet.features)) for unet in unets)]]
+    refined = [model if isinstance(model, RFMedSam2Config) else None for model in models]
+    if any(refined):
+        rows += [
+            ["prompts", *(model and model.generator for model in refined)],
+            ["SAM 2", *(model and f"{model.backbone}, {model.refinements} steps" for model in refined)],
+            ["frames", *(model and _by((model.frame_size, model.frame_size)) for model in refined)],
+            ["memory", *(model and f"{model.strategy}, {model.memory_frames} frames" for model in refined)],
+        ]
+    return rows
 
 
 def show_scores(evaluation: Evaluation) -> None:

@@ -34,6 +34,8 @@ Preset = Literal[
     "default", "cpu", "8gb", "24gb", "80gb", "nnunet", "nnunet_resenc_m", "nnunet_resenc_l", "nnunet_resenc_xl"
 ]
 
+Backbone = Literal["sam2_tiny", "sam2_small", "sam2_base_plus", "sam2_large", "nano", "mobile_sam", "lite_medsam"]
+
 
 def verify(*, dataset: DatasetName = None, root: Root = None, workers: Workers = 2, as_json: AsJson = False) -> None:
     """Read every file of a raw dataset once and report all faults of all cases."""
@@ -66,9 +68,12 @@ def plan_and_preprocess(
     dataset: DatasetName = None,
     configurations: Annotated[tuple[str, ...], arg(aliases=("-c",), metavar="NAME")] = (),
     preset: Preset = "default",
+    model: Annotated[Literal["unet", "rfmedsam2"], arg(metavar="unet|rfmedsam2")] = "unet",
+    backbone: Annotated[Backbone | None, arg(metavar="NAME")] = None,
     plan: Annotated[str | None, arg(aliases=("-p",), metavar="NAME")] = None,
     set_: Set = (),
     nnunet_plans: Annotated[Path | None, arg(metavar="FILE")] = None,
+    published: Annotated[Path | None, arg(metavar="FILE")] = None,
     spacing: Annotated[tuple[float, float, float] | None, arg(metavar="MM")] = None,
     group_regex: Annotated[str | None, arg(metavar="REGEX")] = None,
     clean: bool = False,
@@ -84,8 +89,12 @@ def plan_and_preprocess(
         configurations: What to preprocess; all of the plan but 2d if none is given.
         preset: Sizes for what is at hand: cpu (a laptop), 8gb, 24gb, 80gb (GPU memory), nnunet (nnU-Net's own
             decisions), default (RFMedSAM 2's patch of 32x256x256).
+        model: A U-Net alone (unet), or one refined by SAM 2 (rfmedsam2).
+        backbone: What encodes frames in rfmedsam2: sam2_tiny, sam2_small, sam2_base_plus, sam2_large, nano (small,
+            trained from scratch), mobile_sam or lite_medsam; else by the preset.
         plan: What the plan is called; else by its preset.
         nnunet_plans: Take the decisions from nnU-Net's plans.json instead of planning.
+        published: Adopt a plan of ours, as in the folder plans/, with this dataset's intensities.
         spacing: Target spacing z y x in mm of 3d_fullres instead of nnU-Net's rule.
         group_regex: Cases whose ids give the same first group of this expression are one patient, never split.
         clean: Take a new fingerprint although no file has changed.
@@ -100,9 +109,12 @@ def plan_and_preprocess(
     raw = choices.raw_dataset(layout, dataset, os.environ)
     options = PlanOptions(
         preset=preset,
+        model=model,
+        backbone=backbone,
         plan_name=plan,
         changes=set_,
         nnunet_plans=nnunet_plans,
+        published=published,
         spacing_zyx_mm=spacing,
         group_regex=group_regex,
         clean=clean,

@@ -34,11 +34,16 @@ NORMALISATION_OF_CHANNEL = {
 
 __all__ = [
     "PlannableDataset",
+    "Sized",
+    "Survey",
     "check_fingerprint",
     "coarsened",
     "median_shape",
     "normalisation_of",
     "plan",
+    "plan_of",
+    "stage_of",
+    "survey_of",
     "target_spacing",
 ]
 
@@ -101,15 +106,21 @@ def plan(
         PlanError: the fingerprint is of another dataset or has no cases, or nothing fits the memory.
     """
     figures = figures_of(preset)
-    check_fingerprint(dataset, fingerprint)
-    survey = _survey(dataset.json, fingerprint, spacing_zyx_mm, figures.max_case_voxels)
+    survey = survey_of(dataset, fingerprint, spacing_zyx_mm, figures.max_case_voxels)
     stages: dict[str, Stage] = {}
     if survey.median_shape[0] != 1:
         stages = _volume_stages(survey, figures)
     stages["2d"] = _slice_stage(survey, figures)
+    return plan_of(dataset, fingerprint, survey, name=name or figures.plan_name, stages=stages)
+
+
+def plan_of(
+    dataset: PlannableDataset, fingerprint: Fingerprint, survey: Survey, *, name: str, stages: dict[str, Stage]
+) -> Plan:
+    """Put stages together with what a plan says about its dataset."""
     reader = dataset.json.overwrite_image_reader_writer or ""
     return Plan(
-        name=name or figures.plan_name,
+        name=name,
         dataset=dataset.name,
         fingerprint=fingerprint.digest,
         channels=dataset.json.channels,
@@ -172,7 +183,13 @@ def coarsened(spacing_mm: np.ndarray, shape: np.ndarray, max_voxels: int | None)
 
 
 def check_fingerprint(dataset: PlannableDataset, fingerprint: Fingerprint) -> None:
-    """Raise a PlanError unless the fingerprint has cases, and is of this dataset and its channels."""
+    """Raise a PlanError unless there are classes, and the fingerprint has cases of this dataset and its channels."""
+    if not dataset.json.label_set.foreground:
+        raise PlanError(
+            "The dataset names no class beside the background: there is nothing to segment",
+            where=f"dataset.json of {dataset.name}",
+            expected='one label or more, for instance "labels": {"background": 0, "liver": 1}',
+        )
     channels = len(dataset.json.channels)
     if fingerprint.cases and fingerprint.dataset == dataset.name and len(fingerprint.intensities) == channels:
         return
@@ -185,9 +202,12 @@ def check_fingerprint(dataset: PlannableDataset, fingerprint: Fingerprint) -> No
     )
 
 
-def _survey(
-    json: DatasetJson, fingerprint: Fingerprint, spacing_zyx_mm: Triple | None, max_case_voxels: int | None
+def survey_of(
+    dataset: PlannableDataset, fingerprint: Fingerprint, spacing_zyx_mm: Triple | None, max_case_voxels: int | None
 ) -> Survey:
+    """Target spacing, axis order, median shape and normalisation of a dataset; see `plan` for arguments and errors."""
+    check_fingerprint(dataset, fingerprint)
+    json = dataset.json
     target = target_spacing(fingerprint) if spacing_zyx_mm is None else np.asarray(spacing_zyx_mm, dtype=float)
     if not np.all(np.isfinite(target)) or not np.all(target > 0):
         raise PlanError("A target spacing is not positive", expected="three spacings above 0 mm", found=target.tolist())
@@ -219,7 +239,7 @@ def _volume_stages(survey: Survey, figures: Figures) -> dict[str, Stage]:
     low_spacing, low = _low_resolution(survey, figures, full)
     dice = figures.batch_dice
     stages = {
-        "3d_fullres": _stage(
+        "3d_fullres": stage_of(
             survey,
             figures,
             full,
@@ -229,7 +249,7 @@ def _volume_stages(survey: Survey, figures: Figures) -> dict[str, Stage]:
         )
     }
     if low is not None:
-        stages["3d_lowres"] = _stage(
+        stages["3d_lowres"] = stage_of(
             survey,
             figures,
             low,
@@ -243,7 +263,7 @@ def _volume_stages(survey: Survey, figures: Figures) -> dict[str, Stage]:
 def _slice_stage(survey: Survey, figures: Figures) -> Stage:
     # slices are taken as they lie: the first axis is never resampled, its entries only describe the median case
     sized = _size(survey, survey.spacing_mm[1:], survey.median_shape[1:], figures.slice)
-    return _stage(
+    return stage_of(
         survey,
         figures,
         sized,
@@ -254,7 +274,9 @@ def _slice_stage(survey: Survey, figures: Figures) -> Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Sized:
+class Sized:
+    """Patch and network shape, the figures they follow from, and the batch."""
+
     topology: Topology
     sizing: Sizing
     batch_size: int
@@ -267,7 +289,7 @@ def _size(
     sizing: Sizing,
     *,
     dataset_voxels: float | None = None,
-) -> _Sized:
+) -> Sized:
     """Patch, topology and batch of a stage at a spacing and median shape, both (2,) or (3,)."""
 
     def samples(topology: Topology) -> float:
@@ -294,10 +316,10 @@ def _size(
         patch_voxels=math.prod(topology.patch_size),
         allowed_voxels=dataset_voxels * sizing.max_dataset_share,
     )
-    return _Sized(topology=topology, sizing=sizing, batch_size=batch_size)
+    return Sized(topology=topology, sizing=sizing, batch_size=batch_size)
 
 
-def _low_resolution(survey: Survey, figures: Figures, full: _Sized) -> tuple[np.ndarray, _Sized | None]:
+def _low_resolution(survey: Survey, figures: Figures, full: Sized) -> tuple[np.ndarray, Sized | None]:
     """nnU-Net's low-resolution rule: coarsen until the patch covers enough of a case; None if hardly coarser."""
     voxels = full_voxels = float(np.prod(survey.median_shape))
     patch_voxels, spacing, sized = math.prod(full.topology.patch_size), survey.spacing_mm.copy(), None
@@ -313,15 +335,16 @@ def _low_resolution(survey: Survey, figures: Figures, full: _Sized) -> tuple[np.
     return spacing, None if full_voxels / voxels < 2 else sized
 
 
-def _stage(
+def stage_of(
     survey: Survey,
     figures: Figures,
-    sized: _Sized,
+    sized: Sized,
     *,
     spacing_mm: np.ndarray,
     median_shape: np.ndarray,
     batch_dice: bool,
 ) -> Stage:
+    """A stage of a preset's figures whose network is a U-Net of the topology found."""
     patch = sized.topology.patch_size
     a, b, c = (float(s) for s in spacing_mm)
     k, m, n = (max(1, round(float(size))) for size in median_shape)

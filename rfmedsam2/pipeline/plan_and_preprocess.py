@@ -9,21 +9,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
 from rfmedsam2.errors import RecordError, UsageError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.parallel import Track, silent
-from rfmedsam2.pipeline.changes import changed
+from rfmedsam2.pipeline.changes import changed, moved
 from rfmedsam2.pipeline.fingerprint import fingerprint
 from rfmedsam2.pipeline.nnunet_plans import import_nnunet_plans
 from rfmedsam2.pipeline.plan import plan as make_plan
+from rfmedsam2.pipeline.plan_rfmedsam2 import plan_rfmedsam2
 from rfmedsam2.pipeline.preprocess import PreprocessSummary, preprocess
 from rfmedsam2.pipeline.presets import Preset
 from rfmedsam2.pipeline.source import CaseSource
 from rfmedsam2.pipeline.splits import groups_of, settle_splits, warnings_of
 from rfmedsam2.records.fingerprint import Fingerprint
+from rfmedsam2.records.model import Backbone, RFMedSam2Config
 from rfmedsam2.records.plan import PLAN_NAMES, Plan, Split, is_plan_name
 from rfmedsam2.store.files import atomic, read_record, write_record
 from rfmedsam2.store.layout import Layout
@@ -39,18 +42,24 @@ class PlanOptions:
 
     Attributes:
         preset: sizes for what is at hand.
+        model: unet alone, or rfmedsam2: a U-Net refined by SAM 2.
+        backbone: of rfmedsam2, instead of the preset's.
         plan_name: instead of the preset's.
         changes: FIELD=VALUE assignments on the finished plan.
         nnunet_plans: nnU-Net's plans.json to take decisions from instead of planning.
+        published: a plan of ours (as in plans/) to adopt instead of planning.
         spacing_zyx_mm: target spacing instead of nnU-Net's rule.
         group_regex: ids with the same first group are one patient.
         clean: take a new fingerprint although no file has changed.
     """
 
     preset: Preset = "default"
+    model: Literal["unet", "rfmedsam2"] = "unet"
+    backbone: Backbone | None = None
     plan_name: str | None = None
     changes: tuple[str, ...] = ()
     nnunet_plans: Path | None = None
+    published: Path | None = None
     spacing_zyx_mm: Triple | None = None
     group_regex: str | None = None
     clean: bool = False
@@ -97,8 +106,7 @@ def plan_and_preprocess(
     Raises:
         RfMedSamError: faults of the data (all of them), an impossible plan, a folder that cannot be written.
     """
-    if options.plan_name is not None and not is_plan_name(options.plan_name):
-        raise UsageError("No plan can have this name", where=options.plan_name, expected=PLAN_NAMES)
+    _check(options)
     budget = int(MEMORY_SHARE * psutil.virtual_memory().available) if stages != () else 0
     source = CaseSource(dataset, budget_bytes=budget)
     found = fingerprint(source, layout, workers=workers, clean=options.clean, track=track)
@@ -108,7 +116,7 @@ def plan_and_preprocess(
         plan.stage(stage)  # before anything is written
     splits = settle_splits(dataset, layout, group_regex=options.group_regex)
     notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
-    notes += _write(dataset, layout, plan)
+    notes += _write(dataset, layout, plan) + _notes_on(plan)
     done = preprocess(source, plan, wanted, layout, workers=workers, track=track) if wanted else None
     return SetUp(fingerprint=found, plan=plan, splits=tuple(splits), notes=tuple(notes), preprocessed=done)
 
@@ -118,11 +126,54 @@ def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> P
         plan = import_nnunet_plans(
             options.nnunet_plans, dataset.json, fingerprint=found.digest, name=options.plan_name
         ).model_copy(update={"dataset": dataset.name})
+    elif options.published is not None:
+        plan = moved(read_record(options.published, Plan), dataset, found)
+        plan = plan.model_copy(update={"name": options.plan_name or plan.name})
+    elif options.model == "rfmedsam2":
+        plan = plan_rfmedsam2(
+            dataset,
+            found,
+            preset=options.preset,
+            name=options.plan_name,
+            spacing_zyx_mm=options.spacing_zyx_mm,
+            backbone=options.backbone,
+        )
     else:
         plan = make_plan(
             dataset, found, preset=options.preset, name=options.plan_name, spacing_zyx_mm=options.spacing_zyx_mm
         )
     return changed(plan, list(options.changes), plan.name) if options.changes else plan
+
+
+def _check(options: PlanOptions) -> None:
+    """Raise a UsageError for a name that no plan can have, and for options of which one would be ignored."""
+    if options.plan_name is not None and not is_plan_name(options.plan_name):
+        raise UsageError("No plan can have this name", where=options.plan_name, expected=PLAN_NAMES)
+    default = PlanOptions()
+    planning = ("preset", "model", "backbone", "spacing_zyx_mm")
+    asked = [name for name in planning if getattr(options, name) != getattr(default, name)]
+    given = [name for name in ("nnunet_plans", "published") if getattr(options, name) is not None]
+    if len(given) > 1 or (given and asked):
+        raise UsageError(
+            "Decisions are taken from a file, or made here, not both",
+            found=", ".join("--" + name.removesuffix("_zyx_mm").replace("_", "-") for name in [*given, *asked]),
+            remedy="Leave one out; single figures can be changed with --set",
+        )
+    if options.backbone is not None and options.model == "unet":
+        raise UsageError(
+            "A U-Net has no backbone", where=f"--backbone {options.backbone}", remedy="Add --model rfmedsam2"
+        )
+
+
+def _notes_on(plan: Plan) -> list[str]:
+    """What training this plan calls for."""
+    models = [stage.model for stage in plan.stages.values() if isinstance(stage.model, RFMedSam2Config)]
+    published = {model.backbone for model in models if model.backbone != "nano"}
+    return [
+        f"The backbone {backbone} starts from published weights: give their file to rfmed_train with --sam2. Without "
+        "it nothing is there to freeze: --set 3d_fullres.model.freeze_backbone=false trains it from scratch."
+        for backbone in sorted(published)
+    ]
 
 
 def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:

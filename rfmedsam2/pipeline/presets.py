@@ -5,6 +5,9 @@ nnunet           nnU-Net 2.8's own decisions for 8 GB, SGD 1e-2
 nnunet_resenc_*  nnU-Net's residual-encoder planners M, L, XL (8, 24, 40 GB)
 8gb 24gb 80gb    the default's patch shape, shrunk or grown to what the GPU holds by nnU-Net's memory rule
 cpu              a first useful model on two cores within ten minutes
+
+RFMedSAM 2 has a table of its own (default, 8gb, 24gb, 80gb, cpu): its patches are square, and SAM 2 needs memory beside
+the U-Net.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Literal, get_args
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.topology import Width
+from rfmedsam2.records.model import Backbone
 from rfmedsam2.records.plan import AdamW, Augmentation, Inference, TrainConfig, Validation, WarmupPolySchedule
 
 Preset = Literal[
@@ -130,6 +134,74 @@ PRESETS: dict[Preset, Figures] = {
     "80gb": _memory("rfmed_80gb", 80, (64, 384, 384)),
     "cpu": CPU,
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refinement:
+    """One preset of RFMedSAM 2."""
+
+    plan_name: str
+    figures: Figures
+    """Of Step 0's U-Net and of training."""
+    backbone: Backbone
+    start: tuple[int, int, int]
+    """Patch to begin with, clipped to the median shape."""
+    max_patch_voxels: int | None = None
+    activations_gb: float | None = None
+    """The patch shrinks until a step is estimated to keep at most so much in 16 bit (`pipeline/memory.py`)."""
+    batch_size: int = 2
+    large_batch_size: int = 2
+    """With any backbone but nano."""
+    adapt_encoder: bool = True
+    """Adapters in the image encoder too: gradients then run through all of it."""
+    keep_gb: float = 0.0
+    """Where all activations in float32 need no more, they are kept and not computed again in the backward pass."""
+
+
+def _refinement(preset: Preset, backbone: Backbone, activations_gb: float, start: tuple[int, int, int]) -> Refinement:
+    name = f"rfmedsam2_{preset}"
+    return Refinement(
+        plan_name=name, figures=PRESETS[preset], backbone=backbone, start=start, activations_gb=activations_gb
+    )
+
+
+REFINEMENTS: dict[Preset, Refinement] = {
+    "default": Refinement(
+        plan_name="rfmedsam2", figures=PRESETS["default"], backbone="sam2_large", start=(32, 256, 256)
+    ),
+    # a share of the memory is left to weights, optimizer and the allocator
+    "8gb": _refinement("8gb", "sam2_tiny", 6.5, (32, 256, 256)),
+    "24gb": _refinement("24gb", "sam2_base_plus", 19, (32, 256, 256)),
+    "80gb": _refinement("80gb", "sam2_large", 66, (48, 320, 320)),
+    "cpu": Refinement(
+        plan_name="rfmedsam2_cpu",
+        figures=CPU,
+        backbone="nano",
+        start=(32, 128, 128),
+        max_patch_voxels=140_000,  # 32x64x64
+        large_batch_size=1,
+        adapt_encoder=False,
+        keep_gb=3.0,
+    ),
+}
+
+
+def refinement_of(preset: str) -> Refinement:
+    """Look up the figures of a preset of RFMedSAM 2.
+
+    Raises:
+        UsageError: there is no such preset, or it is nnU-Net's.
+    """
+    for name, refinement in REFINEMENTS.items():
+        if name == preset:
+            return refinement
+    figures_of(preset)
+    raise UsageError(
+        "This preset has no RFMedSAM 2: it is nnU-Net's own decisions",
+        where=preset,
+        expected=f"one of {', '.join(REFINEMENTS)}",
+        remedy="Choose another --preset, or leave out --model rfmedsam2",
+    )
 
 
 def figures_of(preset: str) -> Figures:

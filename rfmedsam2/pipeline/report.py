@@ -18,6 +18,7 @@ from rfmedsam2.pipeline.curves import Theme, Training, read_training, spread_png
 from rfmedsam2.pipeline.overlays import PREDICTION_COLOUR, REFERENCE_COLOUR, case_png
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.model import ModelConfig, UNetConfig
 from rfmedsam2.records.report import CaseMetrics, Evaluation, Interval
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.files import write_text
@@ -156,7 +157,7 @@ def _about_model(record: CheckpointRecord) -> dict[str, str]:
         "Plan": record.plan.name,
         "Stage": record.stage,
         "Fold": record.fold,
-        "Model": f"{stage.model.kind}, {stage.model.block} blocks, features {_times(stage.model.features, ', ')}",
+        "Model": _about_network(stage.model),
         "Patch": f"{_times(stage.patch_size)} voxels at {_times([f'{s:.3g}' for s in stage.spacing_mm])} mm",
         "Batch": str(stage.batch_size),
         "Trained": f"{record.step} of {stage.train.iterations} steps",
@@ -164,6 +165,14 @@ def _about_model(record: CheckpointRecord) -> dict[str, str]:
         "Model hash": record.weights_sha256[:16],
         "Code": f"rfmedsam2 {record.code_version}, torch {record.torch_version}",
     }
+
+
+def _about_network(model: ModelConfig) -> str:
+    if isinstance(model, UNetConfig):
+        return f"{model.kind}, {model.block} blocks, features {_times(model.features, ', ')}"
+    frames = f"frames of {model.frame_size} × {model.frame_size}"
+    prompts = _about_network(model.unet) if model.unet is not None else model.generator
+    return f"{model.kind}, {model.backbone} on {frames}, {model.refinements} steps; prompts: {prompts}"
 
 
 def _times(values: object, between: str = " × ") -> str:

@@ -19,6 +19,8 @@ from rfmedsam2.records.plan import UNetConfig
 MIN_EDGE = 4
 """Smallest edge of the bottleneck's feature maps, voxels."""
 MIN_BATCH = 2
+FRAME_STEP = 32
+"""Frames of SAM 2 have a multiple of so many pixels a side."""
 
 ENCODER_BLOCKS = {"plain": (2,) * 14, "residual": (1, 3, 4, *(6,) * 11)}
 DECODER_BLOCKS = {"plain": 2, "residual": 1}
@@ -175,6 +177,58 @@ def fitted_topology(
         patch[axis] -= topology_of(spacing_mm, smaller).divisor[axis]
         topology = topology_of(spacing_mm, patch)
     return topology
+
+
+def square_topology(
+    spacing_mm: Sequence[float],
+    median_shape: Sequence[float],
+    *,
+    start: Sequence[int],
+    fits: Callable[[Topology], bool],
+) -> Topology:
+    """Find a patch whose in-plane sides are equal and a multiple of FRAME_STEP, as SAM 2's frames are.
+
+    Of all sides up to the start's, each with the most frames that fit, the one is taken whose smaller share of the
+    start (clipped to the median shape) is largest: neither frames nor their extent are given up for the other.
+
+    Args:
+        spacing_mm: three spacings.
+        median_shape: three sizes; a patch is no larger than its first and the larger of the others need.
+        start: three sizes to begin with.
+        fits: whether a topology may be taken.
+
+    Raises:
+        PlanError: not even frames of FRAME_STEP fit.
+    """
+    wanted_depth = min(start[0], float(median_shape[0]))
+    wanted_side = min(max(start[1:]), float(max(median_shape[1:])))
+    found: dict[Topology, float] = {}
+    for side in range(FRAME_STEP, math.ceil(wanted_side / FRAME_STEP) * FRAME_STEP + 1, FRAME_STEP):
+        topology = _deepest(spacing_mm, wanted_depth, side, fits)
+        if topology is not None:
+            depth, width = topology.patch_size[0], topology.patch_size[1]
+            found[topology] = min(1.0, depth / wanted_depth, width / wanted_side)
+    if not found:
+        raise PlanError(
+            "No patch is small enough for the memory budget",
+            expected=f"room for frames of {FRAME_STEP} x {FRAME_STEP} voxels",
+            found=f"spacing {tuple(spacing_mm)} mm, median shape {tuple(median_shape)}",
+            remedy="Choose a preset with more memory, or fewer classes",
+        )
+    # of equals the later, larger one
+    return max(reversed(found), key=lambda topology: found[topology])
+
+
+def _deepest(spacing_mm: Sequence[float], depth: float, side: int, fits: Callable[[Topology], bool]) -> Topology | None:
+    """The square topology with the most frames up to `depth` that fits; None if there is none of this side."""
+    while depth >= 1:
+        topology = topology_of(spacing_mm, (depth, side, side))
+        if topology.patch_size[1:] != (side, side):
+            return None  # padded by the pooling: a larger side is tried in its turn
+        if len(topology.strides) > 1 and fits(topology):
+            return topology
+        depth = topology.patch_size[0] - topology.divisor[0]
+    return None
 
 
 def batch_that_fits(by_memory: float, *, patch_voxels: int, allowed_voxels: float) -> int:

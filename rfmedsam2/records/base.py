@@ -68,5 +68,7 @@ def _flat(values: list[Any] | tuple[Any, ...]) -> bool:
 
 def _fault(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"]) or "the whole"
+    if error["type"] == "value_error":  # our own sentence says what was found; the input is the whole record
+        return f"{place}: {error['ctx']['error']}"
     found = repr(error.get("input"))
     return f"{place}: {error['msg']}, found {found if len(found) < 80 else found[:77] + '...'}"

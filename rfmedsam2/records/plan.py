@@ -251,7 +251,7 @@ class Stage(Record):
             if size % step:
                 raise ValueError(f"patch axis {axis} is {size}, not a multiple of the network's total stride {step}")
         if isinstance(self.model, RFMedSam2Config) and self.patch_size[1] != self.patch_size[2]:
-            raise ValueError(f"frames are square for RFMedSAM 2, the patch is {self.patch_size}")
+            raise ValueError(f"frames are square for RFMedSAM 2, but the patch is {self.patch_size} (z, y, x)")
         return self
 
 
@@ -301,6 +301,12 @@ class Plan(Record):
         """Inverse of `transpose_forward`."""
         a, b, c = (self.transpose_forward.index(i) for i in range(3))
         return (a, b, c)
+
+    @model_validator(mode="after")
+    def _has_classes(self) -> Self:
+        if not self.labels.foreground:
+            raise ValueError("labels name no class beside the background: there is nothing to segment")
+        return self
 
     @model_validator(mode="after")
     def _channels_agree(self) -> Self:
