@@ -34,7 +34,8 @@ class Refiner:
         regions: classes overlap.
 
     Attributes:
-        compute: working memory for what SAM 2 treats at once; whether activations are computed again in the backward pass.
+        compute: working memory for what SAM 2 treats at once; whether activations are computed again in the backward
+            pass.
     """
 
     def __init__(self, sam: Sam2, config: RFMedSam2Config, *, regions: bool) -> None:
@@ -77,26 +78,26 @@ class Refiner:
         rows = rows.unflatten(0, (volumes, -1)).transpose(0, 1)
         return Memory(bank=MemoryBank(maps=torch.cat(maps), pointers=first.pointers), rows=rows)
 
-    def second(self, features: FrameFeatures, logits: Tensor, memory: Memory, *, first_frame: int = 0) -> Tensor:
+    def second(self, features: FrameFeatures, logits: Tensor, memory: Memory, *, at: Tensor | None = None) -> Tensor:
         """Step 2: decode again, with memories, what Step 1's class map predicts.
 
         Args:
             features: of N = B * n frames.
             logits: (N, K, H, W) class map of Step 1 on the same frames.
-            memory: of a window of frames that these n of each volume begin in at `first_frame`.
+            memory: of a window of frames that holds these.
+            at: (n,) long, places of the n frames of each volume in that window; None: they are all of it, in order.
 
         Returns:
             (N, K, H, W) class map.
         """
         prompts = prompts_of(logits, regions=self.regions)
-        volumes = memory.rows.shape[1]
-        each = len(logits) // volumes
-        rows = memory.rows[first_frame : first_frame + each].transpose(0, 1).flatten(0, 1)
+        at = torch.arange(len(memory.rows), device=logits.device) if at is None else at
+        rows = memory.rows[at].transpose(0, 1).flatten(0, 1)
         cells = (prompts.present & (rows >= 0)).nonzero()
         if not len(cells):
             return logits
         boxes = self._prompts(prompts, cells, size_of(logits))
-        values = self._recalled(features, logits, memory, cells=cells, boxes=boxes, first_frame=first_frame)
+        values = self._recalled(features, logits, memory, cells=cells, boxes=boxes, at=at)
         asked = logits if self.config.mask_prompt else None
         return placed(logits, cells, self._output(values, logits, asked, cells))
 
@@ -108,22 +109,22 @@ class Refiner:
         *,
         cells: Tensor,
         boxes: Tensor,
-        first_frame: int,
+        at: Tensor,
     ) -> Tensor:
         """Masks (q, 4s, 4s) of cells with memories."""
         volumes, classes = memory.rows.shape[1:]
         each = len(logits) // volumes
         frames, kinds = cells.unbind(1)
-        places = torch.stack([first_frame + frames % each, frames // each * classes + kinds], 1)
+        places = torch.stack([at[frames % each], frames // each * classes + kinds], 1)
         buckets = select(self.config.strategy, memory.rows.flatten(1), places, reach=self.config.memory_frames)
         prepared = self.run(lambda embedding: prepare_frames(self.sam, embedding), features.embedding)
 
         def chunk(part: Tensor, slots: Slots) -> Tensor:
-            at = frames[part]
-            embedding = recall(self.sam, prepared, at, memory.bank, slots)
-            asked = self._reduced(logits[at, kinds[part]]) if self.config.mask_prompt else None
+            own = frames[part]
+            embedding = recall(self.sam, prepared, own, memory.bank, slots)
+            asked = self._reduced(logits[own, kinds[part]]) if self.config.mask_prompt else None
             return self.sam.decode(
-                features.at(at), CellPrompts(boxes=boxes[part], masks=asked), embedding=embedding
+                features.at(own), CellPrompts(boxes=boxes[part], masks=asked), embedding=embedding
             ).masks
 
         sizes, training = self._cell_sizes(), torch.is_grad_enabled()

@@ -178,9 +178,9 @@ class RFMedSam2(nn.Module):
         """Memories of Step 1; see `Refiner.remember`."""
         return self.refiner.remember(features, first, volumes)
 
-    def second(self, features: FrameFeatures, logits: Tensor, memory: Memory, *, first_frame: int = 0) -> Tensor:
+    def second(self, features: FrameFeatures, logits: Tensor, memory: Memory, *, at: Tensor | None = None) -> Tensor:
         """Step 2; see `Refiner.second`."""
-        return self.refiner.second(features, logits, memory, first_frame=first_frame)
+        return self.refiner.second(features, logits, memory, at=at)
 
     # ---- whole patches
 
