@@ -17,17 +17,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter1d
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 
 from rfmedsam2.errors import PlanError, RfMedSamError
+from rfmedsam2.inference.ring import Ring
 from rfmedsam2.records.plan import Inference
 
+Network = Callable[[Tensor], Tensor]
+"""A module in eval mode, or a method of one."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Tracker = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Wraps an iterable for progress display: (items, description, total) -> the same items."""
 
-EMPTY_LOGIT = 10.0
-"""Logit given to background (and its negative to everything else) where `skip_empty` left out every tile."""
 EMPTY_RANGE = 1e-3
 """A tile is empty when no channel's normalised intensities vary by more than this."""
 SLICES_AT_ONCE = 8
@@ -112,7 +114,7 @@ def gaussian_weights(patch_size: Sequence[int], *, sigma_scale: float = 1 / 8) -
 
 
 def predict_slabs(
-    networks: Sequence[nn.Module],
+    networks: Sequence[Network],
     image: np.ndarray | Tensor,
     *,
     patch_size: Sequence[int],
@@ -146,7 +148,7 @@ def predict_slabs(
     ensemble = _Ensemble(networks, flips=_flips(axes), device=place, precision=execution.precision)
     padded, lows = _padded(tensor, patch_size)
     rows = _rows(padded, patch_size, inference)
-    ring = _Ring(outputs, rows[0].depth, (padded.shape[2], padded.shape[3]), place)
+    ring = Ring(outputs, rows[0].depth, (padded.shape[2], padded.shape[3]), place)
     weights = gaussian_weights(patch_size).to(place)
     stops = [row.start for row in rows[1:]] + [padded.shape[1]]
     a, b, c = tensor.shape[1:]
@@ -157,11 +159,11 @@ def predict_slabs(
         first, last = max(row.start, lows[0]), min(stop, lows[0] + a)
         if last > first:
             window = logits[:, first - row.start : last - row.start, lows[1] : lows[1] + b, lows[2] : lows[2] + c]
-            yield Slab(start=first - lows[0], logits=_finite(window))
+            yield Slab(start=first - lows[0], logits=finite(window))
 
 
 def predict_logits(
-    networks: Sequence[nn.Module],
+    networks: Sequence[Network],
     image: np.ndarray | Tensor,
     *,
     patch_size: Sequence[int],
@@ -237,61 +239,18 @@ def _is_empty(tile: Tensor) -> bool:
 
 @torch.inference_mode()
 def _accumulate(
-    ring: _Ring, predictions: Tensor, weights: Tensor, row: _Row, corners: Sequence[tuple[int, int]]
+    ring: Ring, predictions: Tensor, weights: Tensor, row: _Row, corners: Sequence[tuple[int, int]]
 ) -> None:
     stacked = predictions.transpose(0, 1)[None] if row.flat else predictions
     for prediction, corner in zip(stacked, corners, strict=True):
         ring.add(prediction, weights, (row.start, *corner))
 
 
-class _Ring:
-    """Weighted sums of the planes that a later tile may still touch; plane p lies at p modulo the depth."""
-
-    def __init__(self, outputs: int, depth: int, plane: tuple[int, int], device: torch.device) -> None:
-        self.depth = depth
-        self.sums = torch.zeros((outputs, depth, *plane), device=device)
-        self.weights = torch.zeros((depth, *plane), device=device)
-
-    def _pieces(self, start: int, count: int) -> Iterator[tuple[slice, slice]]:
-        """Where planes [start, start + count) lie: ring slices with the matching slices of the planes."""
-        done = 0
-        while done < count:
-            place = (start + done) % self.depth
-            length = min(count - done, self.depth - place)
-            yield slice(place, place + length), slice(done, done + length)
-            done += length
-
-    def add(self, prediction: Tensor, weights: Tensor, at: tuple[int, int, int]) -> None:
-        """Add a tile's prediction (K, d, b, c), weighted by (d, b, c) or (b, c), with its first voxel `at`."""
-        z, y, x = at
-        rows, columns = slice(y, y + prediction.shape[2]), slice(x, x + prediction.shape[3])
-        for here, there in self._pieces(z, prediction.shape[1]):
-            weight = weights[there] if weights.ndim == 3 else weights
-            self.sums[:, here, rows, columns].addcmul_(prediction[:, there], weight)
-            self.weights[here, rows, columns] += weight
-
-    def finish(self, start: int, stop: int) -> Tensor:
-        """Average planes [start, stop): float32 (K, stop - start, b, c); their places are emptied."""
-        logits = torch.empty((self.sums.shape[0], stop - start, *self.sums.shape[2:]), device=self.sums.device)
-        for here, there in self._pieces(start, stop - start):
-            weights = self.weights[here]
-            untouched = weights == 0
-            if untouched.any():
-                self.sums[:, here].masked_fill_(untouched, -EMPTY_LOGIT)
-                if self.sums.shape[0] > 1:
-                    self.sums[0, here].masked_fill_(untouched, EMPTY_LOGIT)
-                weights.masked_fill_(untouched, 1)
-            torch.div(self.sums[:, here], weights, out=logits[:, there])
-            self.sums[:, here].zero_()
-            weights.zero_()
-        return logits
-
-
 class _Ensemble:
     """Mean logits of several networks over all flips; halves what it runs at once when device memory ends."""
 
     def __init__(
-        self, networks: Sequence[nn.Module], *, flips: list[tuple[int, ...]], device: torch.device, precision: Precision
+        self, networks: Sequence[Network], *, flips: list[tuple[int, ...]], device: torch.device, precision: Precision
     ) -> None:
         self.networks = networks
         self.flips = flips
@@ -337,10 +296,10 @@ class _Ensemble:
         count = len(self.networks) * len(self.flips)
         return total.div_(count) if count > 1 else total
 
-    def _sum(self, network: nn.Module, tiles: Tensor, flips: list[tuple[int, ...]]) -> Tensor:
+    def _sum(self, network: Network, tiles: Tensor, flips: list[tuple[int, ...]]) -> Tensor:
         flipped = [tiles.flip(axes) if axes else tiles for axes in flips]
         inputs = torch.cat(flipped) if len(flips) > 1 else flipped[0]
-        with _autocast(self.device, self.precision):
+        with autocast(self.device, self.precision):
             results = network(inputs)
         parts = results.split(len(tiles))
         total = (parts[0].flip(flips[0]) if flips[0] else parts[0]).float()
@@ -349,7 +308,8 @@ class _Ensemble:
         return total
 
 
-def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """Run networks on CUDA at this precision; elsewhere they run in float32."""
     if device.type != "cuda" or precision == "fp32":
         return nullcontext()
     half = precision == "fp16" or (precision == "auto" and not torch.cuda.is_bf16_supported())
@@ -368,11 +328,11 @@ def _padded(image: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, tuple[int
     lows = [m // 2 for m in missing]
     if any(missing):
         pads = [x for low, m in zip(reversed(lows), reversed(missing), strict=True) for x in (low, m - low)]
-        image = nn.functional.pad(image, pads)
+        image = pad(image, pads)
     return image, (lows[0], lows[1], lows[2])
 
 
-def _check(networks: Sequence[nn.Module], image: Tensor, patch_size: Sequence[int], mirror_axes: Sequence[int]) -> None:
+def _check(networks: Sequence[Network], image: Tensor, patch_size: Sequence[int], mirror_axes: Sequence[int]) -> None:
     if not networks:
         raise PlanError("There is no network to predict with")
     if image.ndim != 4:
@@ -387,7 +347,8 @@ def _check(networks: Sequence[nn.Module], image: Tensor, patch_size: Sequence[in
         )
 
 
-def _finite(logits: Tensor) -> Tensor:
+def finite(logits: Tensor) -> Tensor:
+    """Give the logits back, or an RfMedSamError where they hold NaN or infinity."""
     # one sum is much cheaper than a mask and keeps every NaN and infinity
     if not torch.isfinite(logits.sum()):
         raise RfMedSamError(

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from rfmedsam2.errors import PlanError, RfMedSamError
+from rfmedsam2.inference.ring import EMPTY_LOGIT
 from rfmedsam2.inference.sliding_window import (
-    EMPTY_LOGIT,
     Execution,
     _Ensemble,
     _flips,
