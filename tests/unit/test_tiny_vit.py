@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from rfmedsam2.errors import PlanError
-from rfmedsam2.nn.sam2.tiny_vit import build_tiny_vit_encoder, scaled
+from rfmedsam2.nn.sam2.tiny_vit import Scaling, build_tiny_vit_encoder, scaled
 
 
-@pytest.mark.parametrize("size", [64, 96, 256])
-def test_three_levels_of_256_channels(size: int) -> None:
-    encoder = build_tiny_vit_encoder(size).eval()
+@pytest.mark.parametrize(
+    ("size", "scaling", "seen"),
+    [(64, "none", 64), (96, "none", 96), (256, "none", 256), (64, "unit", 64), (96, "unit", 96), (320, "unit", 256)],
+)
+def test_three_levels_of_256_channels(size: int, scaling: Scaling, seen: int) -> None:
+    encoder = build_tiny_vit_encoder(size, scaling).eval()
+    assert encoder.input_size == seen
     with torch.no_grad():
         out = encoder(torch.rand(1, 3, size, size))
     shapes = [(1, 256, size // stride, size // stride) for stride in (4, 8, 16)]
@@ -19,6 +23,22 @@ def test_three_levels_of_256_channels(size: int) -> None:
     assert [tuple(position.shape) for position in out["vision_pos_enc"]] == shapes
     assert out["vision_features"] is out["backbone_fpn"][-1]
     assert encoder.neck.d_model == 256
+
+
+def test_lite_medsams_published_size_is_a_quarter_of_the_frames() -> None:
+    encoder = build_tiny_vit_encoder(1024, "unit")
+    assert encoder.input_size == 256
+    assert encoder.patch_embed.seq[0][0].stride == (1, 1)
+
+
+def test_frames_of_the_input_size_are_taken_as_they_are() -> None:
+    encoder = build_tiny_vit_encoder(320, "unit").eval()
+    frames = torch.rand(1, 3, 256, 256)
+    with torch.no_grad():
+        out = encoder(frames)
+        expected = encoder.neck(encoder.stages(scaled(frames, "unit"))[2])
+    assert out["vision_features"].shape == (1, 256, 20, 20)
+    assert torch.equal(out["vision_features"], torch.nn.functional.adaptive_avg_pool2d(expected, 20))
 
 
 def test_frames_do_not_depend_on_their_neighbours_while_training() -> None:

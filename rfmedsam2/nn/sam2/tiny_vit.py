@@ -2,7 +2,8 @@
 
 Parameter names are those of the published checkpoints. Written here and not taken from timm, whose attention keeps a
 table that a model built without memory lacks and a cache that outlives the weights; timm's blocks are the parity test.
-Sources: Wu et al. 2022 (TinyViT), Zhang et al. 2023 (MobileSAM: no down-sampling before the last stage, then SAM's neck).
+Sources: Wu et al. 2022 (TinyViT); Zhang et al. 2023 (MobileSAM: no down-sampling before the last stage, then SAM's
+neck); LiteMedSAM's published code (a stem without strides: images of 256 pixels where MobileSAM's have 1024).
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 from typing_extensions import assert_never
 
 from rfmedsam2.errors import PlanError
+from rfmedsam2.nn.sam2.positions import SinePositions
 
 WIDTHS = (64, 128, 160, 320)
 DEPTHS = (2, 2, 6, 2)
 HEADS = (2, 4, 5, 10)
 WINDOWS = (7, 7, 14, 7)
 NECK_CHANNELS = 256
+LITE_SIZE = 256
+"""Pixels a side of the images that LiteMedSAM was trained on; its embedding has a position for every 4 x 4 of them."""
 
 Scaling = Literal["none", "unit"]
 
@@ -49,12 +52,14 @@ class ConvNorm(nn.Sequential):
 
 
 class PatchEmbedding(nn.Module):
-    """(N, 3, S, S) -> (N, 64, S/4, S/4)."""
+    """(N, 3, h, w) -> (N, 64, h/4, w/4); LiteMedSAM's, whose convolutions see single pixels, -> (N, 64, h, w)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, strided: bool) -> None:
         super().__init__()
         half = WIDTHS[0] // 2
-        self.seq = nn.Sequential(ConvNorm(3, half, 3, stride=2), nn.GELU(), ConvNorm(half, WIDTHS[0], 3, stride=2))
+        kernel, stride = (3, 2) if strided else (1, 1)
+        first = ConvNorm(3, half, kernel, stride=stride)
+        self.seq = nn.Sequential(first, nn.GELU(), ConvNorm(half, WIDTHS[0], kernel, stride=stride))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -202,9 +207,18 @@ class Neck(nn.Sequential):
 class TinyVitEncoder(nn.Module):
     """TinyViT-5M with SAM's neck and, for SAM 2's decoder, two finer levels.
 
+    LiteMedSAM's works on images of `input_size`, smaller than the frame: 256 pixels for frames from 256 to 1024. Its
+    maps, four times as fine as MobileSAM's there, are averaged to the frame's strides; with frames of 1024 pixels
+    they have them, and the embedding is the published model's.
+
     Args:
+        frame_size: S.
         scaling: "unit" stretches each frame to [0, 1] over its channels before anything else, as LiteMedSAM was
             trained; "none" takes frames as they are (MobileSAM: ImageNet's mean and deviation).
+        strided: MobileSAM's stem, which takes 4 x 4 pixels as one; else LiteMedSAM's.
+
+    Attributes:
+        input_size: pixels a side that the stem sees. Frames of this size are taken as they are, others resized.
 
     Shapes:
         frames (N, 3, S, S) -> what sam2's ImageEncoder gives: "vision_features" (N, 256, S/16, S/16), the neck's
@@ -212,25 +226,37 @@ class TinyVitEncoder(nn.Module):
         "vision_pos_enc", a sine encoding for each.
     """
 
-    def __init__(self, *, scaling: Scaling = "none") -> None:
+    def __init__(self, *, frame_size: int, scaling: Scaling = "none", strided: bool = True) -> None:
         super().__init__()
         self.scaling: Scaling = scaling
-        self.patch_embed = PatchEmbedding()
+        self.frame_size = frame_size
+        self.input_size = frame_size if strided else max(min(frame_size, LITE_SIZE), frame_size // 4)
+        self.patch_embed = PatchEmbedding(strided=strided)
         self.layers = nn.ModuleList(Stage(index) for index in range(len(WIDTHS)))
         self.neck = Neck()
         self.laterals = nn.ModuleList(nn.Conv2d(WIDTHS[level], NECK_CHANNELS, 1) for level in range(2))
-        self.position_encoding = PositionEmbeddingSine(NECK_CHANNELS, warmup_cache=False)
+        self.position_encoding = SinePositions(NECK_CHANNELS)
         self.apply(_initialise)
 
     def forward(self, frames: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """See the class."""
+        if frames.shape[-1] != self.input_size:
+            size = (self.input_size, self.input_size)
+            frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
         fine, middle, last = self.stages(scaled(frames, self.scaling))
-        levels = [self.laterals[0](fine), self.laterals[1](middle), self.neck(last)]
+        levels = [
+            self.laterals[0](self._at(fine, stride=4)),
+            self.laterals[1](self._at(middle, stride=8)),
+            self._at(self.neck(last), stride=16),
+        ]
         positions = [self.position_encoding(level).to(level.dtype) for level in levels]
         return {"vision_features": levels[-1], "vision_pos_enc": positions, "backbone_fpn": levels}
 
     def stages(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The stages' outputs of 64, 128 and 320 channels at strides 4, 8, 16 for frames that are scaled."""
+        """The stages' outputs of 64, 128 and 320 channels, for scaled frames of `input_size`.
+
+        Their strides are 4, 8, 16 with MobileSAM's stem, 1, 2, 4 with LiteMedSAM's.
+        """
         x = self.patch_embed(frames)
         outputs = []
         for stage in self.layers:
@@ -241,9 +267,18 @@ class TinyVitEncoder(nn.Module):
                 x = downsample(x)
         return outputs[0], outputs[1], outputs[3]
 
+    def _at(self, features: Tensor, *, stride: int) -> Tensor:
+        """Feature maps averaged to one position for `stride` x `stride` pixels of the frame."""
+        side = self.frame_size // stride
+        return features if features.shape[-1] == side else F.adaptive_avg_pool2d(features, side)
+
 
 def build_tiny_vit_encoder(frame_size: int, scaling: Scaling = "none") -> TinyVitEncoder:
     """The encoder for frames of `frame_size` x `frame_size`, with weights that are not trained.
+
+    Args:
+        frame_size: a multiple of 32 from 64 on.
+        scaling: "none" builds MobileSAM's; "unit" LiteMedSAM's, which scales each frame itself and has its own stem.
 
     Raises:
         PlanError: a size that is no multiple of 32 or below 64.
@@ -252,7 +287,7 @@ def build_tiny_vit_encoder(frame_size: int, scaling: Scaling = "none") -> TinyVi
         raise PlanError(
             "A frame size that TinyViT cannot take", expected="a multiple of 32 from 64 on", found=str(frame_size)
         )
-    return TinyVitEncoder(scaling=scaling)
+    return TinyVitEncoder(frame_size=frame_size, scaling=scaling, strided=scaling == "none")
 
 
 def scaled(frames: Tensor, scaling: Scaling) -> Tensor:
