@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rfmedsam2.nn.adapters import Adapter, ChannelAdapter, CNNAdapter, DWConvAdapter
 from rfmedsam2.nn.sam2.adapted import adapters_of, inject, remove
+from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.records.model import AdapterConfig
 from rfmedsam2.records.plan import Plan
@@ -231,13 +232,47 @@ def test_all_adapters_learn_through_checkpointing_while_sam2_is_frozen(base, aut
     assert learned == {f"{a}.{name}" for a, m in adapters_of(base).items() for name, _ in m.named_parameters()}
 
 
-def test_table_8_parameters_of_sam2_large_adapters_and_unet(monkeypatch):
-    hiera = {"embed_dim": 144, "num_heads": 2, "stages": (2, 6, 36, 4), "global_att_blocks": (23, 33, 43)}
-    hiera |= {"window_spec": (8, 4, 16, 8), "window_pos_embed_bkg_spatial_size": (7, 7)}
-    # Hiera's constructor reads numbers of a linspace, which tensors without data cannot give
-    monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
+@pytest.fixture
+def light() -> SAM2Base:
+    torch.manual_seed(0)
+    built = build_base("mobile_sam", frame_size=SIZE).eval()
+    for parameter in built.parameters():  # the decoder's projections of the finer levels start at zero
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return built
+
+
+@torch.no_grad()
+def test_a_tiny_vit_encoder_is_adapted_from_its_own_outputs_and_given_back(light):
+    before, keys = image_encoder(light), list(light.state_dict())
+    inject(light, AdapterConfig())
+    assert all(torch.equal(a, b) for a, b in zip(before, image_encoder(light), strict=True))
+    perturb(light)
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(before[:4], image_encoder(light)[:4], strict=True))
+    remove(light)
+    assert list(light.state_dict()) == keys
+    assert all(torch.equal(a, b) for a, b in zip(before, image_encoder(light), strict=True))
+
+
+def test_all_adapters_of_a_tiny_vit_encoder_learn(light):
+    light.requires_grad_(False)
+    inject(light, AdapterConfig())
+    perturb(light)
+    outputs = checkpoint(image_encoder, light, use_reentrant=False)
+    sum(t.square().mean() for t in outputs if t.requires_grad).backward()
+    adapters = {n: a for n, a in adapters_of(light).items() if n.startswith("image_encoder")}
+    assert len(adapters) == 10 * 2 + 1 + 3
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for a in adapters.values() for p in a.parameters())
+    assert light.image_encoder.neck.d_model == 256
+
+
+def test_nothing_goes_into_a_tiny_vit_encoder_that_stays_frozen(light):
+    inject(light, AdapterConfig(encoder=False))
+    assert not any(name.startswith("image_encoder") for name in adapters_of(light))
+
+
+def test_table_8_parameters_of_sam2_large_adapters_and_unet():
     with torch.device("meta"):
-        base = official(hiera=hiera, channels=256, memory=64, size=256, layers=4, mlp=2048)
+        base = build_base("sam2_large", frame_size=256)
         sam2 = parameters(base)
         inject(base, AdapterConfig())
         channel_adapter = ChannelAdapter(1, AdapterConfig().channel_hidden)

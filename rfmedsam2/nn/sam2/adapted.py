@@ -26,10 +26,14 @@ from rfmedsam2.nn.adapters import (
     adapted_positions,
     on_positions,
 )
+from rfmedsam2.nn.sam2.adapted_tiny_vit import (
+    AdaptedTinyVitBlock,
+    MakeAdapter,
+    adapt_tiny_vit_blocks,
+    adapt_tiny_vit_convolutions,
+)
+from rfmedsam2.nn.sam2.tiny_vit import TinyVitEncoder
 from rfmedsam2.records.model import AdapterConfig
-
-MakeAdapter = Callable[[int], nn.Module]
-"""Features -> an adapter of that many."""
 
 
 class AdaptedHieraBlock(nn.Module):
@@ -172,7 +176,7 @@ class AdaptedMemoryLayer(nn.Module):
         return tgt + layer.dropout3(hidden + on_positions(self.beside_mlp, normed))
 
 
-WRAPPERS = (AdaptedHieraBlock, AdaptedNeck, AdaptedTwoWayBlock, AdaptedMemoryLayer, WithAdapter)
+WRAPPERS = (AdaptedHieraBlock, AdaptedNeck, AdaptedTwoWayBlock, AdaptedMemoryLayer, AdaptedTinyVitBlock, WithAdapter)
 
 
 def inject(base: SAM2Base, config: AdapterConfig) -> None:
@@ -194,15 +198,14 @@ def inject(base: SAM2Base, config: AdapterConfig) -> None:
     def behind_convolution(features: int) -> nn.Module:
         return CNNAdapter(features, ratio=config.ratio)
 
+    encoder = base.image_encoder if config.encoder else None
     if config.blocks != "none":
-        if config.encoder:
-            _wrap_each(base.image_encoder.trunk.blocks, lambda block: AdaptedHieraBlock(block, on_map))
+        _adapt_encoder_blocks(encoder, on_map)
         decoder = base.sam_mask_decoder.transformer
         _wrap_each(decoder.layers, lambda block: AdaptedTwoWayBlock(block, on_map, ratio=config.ratio))
         _wrap_each(base.memory_attention.layers, lambda layer: AdaptedMemoryLayer(layer, on_map))
     if config.convolutions != "none":
-        if config.encoder:
-            _adapt_neck(base.image_encoder, behind_convolution)
+        _adapt_encoder_levels(encoder, behind_convolution)
         _adapt_convolutions(base, behind_convolution)
 
 
@@ -226,9 +229,21 @@ def _wrap_each(modules: Any, wrap: Callable[[Any], nn.Module]) -> None:
         modules[i] = wrap(module)
 
 
-def _adapt_neck(encoder: Any, make: MakeAdapter) -> None:
-    levels = len(encoder.neck.convs) - encoder.scalp
-    encoder.neck = AdaptedNeck(encoder.neck, make, levels=levels)
+def _adapt_encoder_blocks(encoder: Any, make: MakeAdapter) -> None:
+    """Adapters in the attention blocks of either encoder; of none where it is None."""
+    if isinstance(encoder, TinyVitEncoder):
+        adapt_tiny_vit_blocks(encoder, make)
+    elif encoder is not None:
+        _wrap_each(encoder.trunk.blocks, lambda block: AdaptedHieraBlock(block, make))
+
+
+def _adapt_encoder_levels(encoder: Any, make: MakeAdapter) -> None:
+    """Adapters on the levels that either encoder gives out; of none where it is None."""
+    if isinstance(encoder, TinyVitEncoder):
+        adapt_tiny_vit_convolutions(encoder, make)
+    elif encoder is not None:
+        levels = len(encoder.neck.convs) - encoder.scalp
+        encoder.neck = AdaptedNeck(encoder.neck, make, levels=levels)
 
 
 def _adapt_convolutions(base: SAM2Base, make: MakeAdapter) -> None:
