@@ -232,10 +232,10 @@ def test_all_adapters_learn_through_checkpointing_while_sam2_is_frozen(base, aut
     assert learned == {f"{a}.{name}" for a, m in adapters_of(base).items() for name, _ in m.named_parameters()}
 
 
-@pytest.fixture
-def light() -> SAM2Base:
+@pytest.fixture(params=["mobile_sam", "lite_medsam"])
+def light(request) -> SAM2Base:
     torch.manual_seed(0)
-    built = build_base("mobile_sam", frame_size=SIZE).eval()
+    built = build_base(request.param, frame_size=SIZE).eval()
     for parameter in built.parameters():  # the decoder's projections of the finer levels start at zero
         parameter.data += 0.02 * torch.randn_like(parameter)
     return built
