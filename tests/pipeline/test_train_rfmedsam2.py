@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from rfmedsam2.engine.log import read_events
 from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.models import build_stage
+from rfmedsam2.pipeline.pretrained import load_pretrained
 from rfmedsam2.pipeline.train import TrainOptions, train
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Compute, Plan, Stage, TrainConfig, Validation
-from rfmedsam2.store.checkpoints import read_record_of
+from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.files import read_record
 from rfmedsam2.store.layout import Layout
 
@@ -124,13 +127,17 @@ def test_step_0_starts_from_a_trained_unet_of_the_same_plan(layout, tmp_path):
     alone = plan.stages["3d_fullres"].model_copy(update={"model": unet()})
     first = train(layout, plan.model_copy(update={"stages": {"3d_fullres": alone}}), "3d_fullres", options=QUIET)
     checkpoint = first.folder / "checkpoint_final.safetensors"
-    elsewhere = Layout(raw=layout.raw, preprocessed=layout.preprocessed, results=tmp_path / "others")
-    options = TrainOptions(device="cpu", validate=False, unet=checkpoint)
-    result = train(elsewhere, plan, "3d_fullres", options=options)
-    assert read_record_of(result.folder / "checkpoint_final.safetensors").step == 2
+    network = build_stage(plan, plan.stages["3d_fullres"])
+    notes = load_pretrained(network, plan, sam=None, unet=checkpoint)
+    assert "scratch" in notes[0]
+    assert "Step 0 starts from this U-Net" in notes[1]
+    own = network.unet.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in read_weights(checkpoint).items())
     wider = planned(layout, unet=UNetConfig(**(unet().model_dump() | {"features": (8, 8)})))
+    options = TrainOptions(device="cpu", validate=False, unet=checkpoint)
+    elsewhere = Layout(raw=layout.raw, preprocessed=layout.preprocessed, results=tmp_path / "others")
     with pytest.raises(CheckpointError, match="another network"):
-        train(elsewhere, wider.model_copy(update={"name": "wider"}), "3d_fullres", options=options)
+        train(elsewhere, wider, "3d_fullres", options=options)
 
 
 def test_a_plain_unet_takes_no_weights_of_sam2(layout, tmp_path):

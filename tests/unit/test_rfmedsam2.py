@@ -199,4 +199,6 @@ def test_frozen_backbones_learn_by_adapters_alone() -> None:
     learning = {n for n, p in model.named_parameters() if p.requires_grad}
     assert any(n.startswith("channel_adapter") for n in learning)
     assert not any("patch_embed" in n or "qkv" in n for n in learning)
-    assert sum(p.numel() for p in model.sam.base.parameters() if not p.requires_grad) == pytest.approx(38.96e6, rel=1e-3)
+    assert sum(p.numel() for p in model.sam.base.parameters() if not p.requires_grad) == pytest.approx(
+        38.96e6, rel=1e-3
+    )
