@@ -65,7 +65,7 @@ def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tup
             found=record.stage,
         )
     with torch.device("meta"):  # shapes only: the weights below take the place of an initialisation
-        network = build_stage(record.plan, stage.model)
+        network = build_stage(record.plan, stage)
     try:
         network.load_state_dict(read_weights(checkpoint), assign=True)
     except RuntimeError as error:
