@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rfmedsam2.engine.log import StepReport
     from rfmedsam2.pipeline.doctor import DoctorReport
     from rfmedsam2.pipeline.submit import SubmissionReport
+    from rfmedsam2.pipeline.summary import Summary
     from rfmedsam2.records.model import ModelConfig
     from rfmedsam2.records.plan import Plan
     from rfmedsam2.records.report import Evaluation, Interval
@@ -150,6 +151,26 @@ def _network_rows(models: Sequence[ModelConfig]) -> list[list[object]]:
     return rows
 
 
+def show_summary(summary: Summary) -> None:
+    """Parts, layers and memory of a plan's network."""
+    rows: list[Sequence[object]] = [
+        (part.group, part.name, *map(_millions, (part.parameters, part.trained, part.frozen))) for part in summary.parts
+    ]
+    totals = (summary.parameters, summary.trained, summary.parameters - summary.trained)
+    columns = ("", "part", "parameters", "trained", "frozen")
+    title = f"Plan {summary.plan}, {summary.stage}: millions of parameters"
+    table(title, columns, [*rows, ("all", "", *map(_millions, totals))])
+    sizes = [(layer.part, layer.name, layer.channels, _by(layer.size)) for layer in summary.layers]
+    table("Sizes of one sample, frame or cell", ("", "layer", "channels", "voxels"), sizes)
+    pairs = list(zip(summary.memory, summary.memory_half, strict=True))
+    needs: list[Sequence[object]] = [
+        (full.name, f"{full.gib:.2f}", f"{half.gib:.2f}", full.rule) for full, half in pairs
+    ]
+    both = (sum(full.gib for full, _ in pairs), sum(half.gib for _, half in pairs))
+    needs.append(("all", *(f"{gib:.2f}" for gib in both), "an estimate"))
+    table("Memory of a training step, GiB", ("", "float32", "mixed", "float32's rule"), needs)
+
+
 def show_scores(evaluation: Evaluation) -> None:
     """Means over cases per class, with confidence intervals for DSC."""
 
@@ -200,6 +221,10 @@ def _counted(words: Sequence[str]) -> str:
     """Equal words once: `zscore x 4`."""
     counts = Counter(words)
     return ", ".join(word if n == 1 else f"{word} x {n}" for word, n in counts.items())
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:.3f}"
 
 
 def _by(values: Sequence[int]) -> str:

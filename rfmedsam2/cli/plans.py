@@ -1,0 +1,48 @@
+"""Looking into a plan before it is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from rfmedsam2.cli.entry import AsJson, DatasetName, Root, command, layout_of
+
+
+def summary(
+    plan: Annotated[Positional[str], arg(metavar="PLAN")],
+    *,
+    configuration: Annotated[str, arg(aliases=("-c",), metavar="NAME")] = "3d_fullres",
+    dataset: DatasetName = None,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a plan's network is made of: parameters by part, sizes of layers, memory that training needs.
+
+    Args:
+        plan: A plan's file (plans/btcv.json), or the name of a plan of the dataset given with -d.
+        configuration: 2d, 3d_fullres or 3d_lowres.
+    """
+    from rfmedsam2.cli import choices
+    from rfmedsam2.cli.console import show_summary
+    from rfmedsam2.pipeline.summary import summary as describe
+    from rfmedsam2.records.plan import Plan
+    from rfmedsam2.store.files import read_record
+
+    if plan.endswith(".json"):
+        found = read_record(Path(plan), Plan)
+    else:
+        layout = layout_of(root)
+        name = choices.dataset_name(layout, dataset, os.environ, among="preprocessed")
+        found = choices.planned(layout, name, plan, stage=configuration)
+    result = describe(found, configuration)
+    if as_json:
+        print(json.dumps(result.as_json(), indent=2))
+    else:
+        show_summary(result)
+
+
+summary_command = command(summary)
