@@ -17,6 +17,7 @@ from commands import TINY, good, leftovers, refused, run
 PHANTOM = "Dataset900_PhantomCT"
 COMMANDS = {
     "pipeline": ("verify", "plan_and_preprocess", "train", "predict", "evaluate", "report"),
+    "plans": ("summary",),
     "exchange": ("make_phantom", "convert", "submit", "export_model", "import_model", "doctor"),
 }
 HEAVY = {"torch", "numba", "pandas", "scipy", "nibabel", "SimpleITK", "matplotlib"}
