@@ -13,6 +13,7 @@ from rfmedsam2.pipeline.phantom import phantom_case
 from rfmedsam2.pipeline.phantom_anatomy import LABELS
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
+from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import (
     AdamW,
     Augmentation,
@@ -22,7 +23,6 @@ from rfmedsam2.records.plan import (
     Split,
     Stage,
     TrainConfig,
-    UNetConfig,
     Validation,
 )
 from rfmedsam2.store.cases import CaseStore
@@ -148,7 +148,7 @@ def test_one_patch_is_learned_by_heart(phantom_store):
     plan = tiny_plan()
     task = task_on(phantom_store, plan)
     optimizer, losses = task.optimizer(), []
-    batch = task._validation.batch(0)  # the same patch without random changes
+    batch = task._feed._validation.batch(0)  # the same patch without random changes
     for _ in range(30):
         loss = torch.stack(list(task.loss(batch).values())).sum()
         optimizer.zero_grad()
@@ -177,7 +177,7 @@ def test_first_weights_are_a_function_of_the_seed(phantom_store):
 def test_validating_leaves_the_model_as_it_was(phantom_store):
     task = task_on(phantom_store, tiny_plan())
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-    assert set(task.loss(task._validation.batch(0))) == {"cross_entropy", "dice"}
+    assert set(task.loss(next(task._feed.validation()))) == {"cross_entropy", "dice"}
     task.validate()
     assert task.model.training
     assert task.model.deep_supervision is True
