@@ -1,0 +1,120 @@
+"""Volumes segmented frame by frame from prompts that are given: zero-shot SAM (seed 004, 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rfmedsam2.nn.sam import Sam
+from rfmedsam2.prompts import centre_points, prompts_from_labels
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.study import PromptKind
+
+AT_ONCE = 16
+"""Prompts decoded at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FramePrompts:
+    """One prompt for every class on every frame that it appears on.
+
+    Attributes:
+        kind: box or point.
+        points: (Z, K, P, 2) of (x, y), edges of the frame at 0 and at its width and height: a box's near and far
+            corner (P = 2), or the middle of one pixel (P = 1).
+        present: (Z, K) bool: the class has a pixel on the frame.
+    """
+
+    kind: PromptKind
+    points: Tensor
+    present: Tensor
+
+    def within(self, size: tuple[int, int], resized: tuple[int, int]) -> Tensor:
+        """Points in pixel indices of frames that were resized from (H, W) to (H, W)."""
+        scale = self.points.new_tensor([resized[1] / size[1], resized[0] / size[0]])
+        # SAM's coordinate x is the middle of pixel x: a box's far corner lies in its last pixel
+        back = self.points.new_tensor([[0.0], [1.0]] if self.kind == "box" else [[0.5]])
+        return self.points * scale - back
+
+
+def reference_prompts(labels_zyx: np.ndarray, labels: LabelSet, kind: PromptKind) -> FramePrompts:
+    """Prompts from a reference label map (Z, Y, X): tight boxes, or the pixel nearest to the centre of gravity."""
+    points, present = [], []
+    for values in labels.foreground.values():
+        mask = torch.from_numpy(np.isin(labels_zyx, values).view(np.uint8))
+        if kind == "box":
+            found = prompts_from_labels(mask, 1)
+            corners = found.boxes.view(-1, 1, 2, 2) + torch.tensor([[0.0], [1.0]])
+            points.append(corners)
+            present.append(found.present)
+        else:
+            centres, there = centre_points(mask, 1)
+            points.append(centres[:, :, None] + 0.5)
+            present.append(there)
+    return FramePrompts(kind=kind, points=torch.cat(points, 1), present=torch.cat(present, 1))
+
+
+class Painter:
+    """Label maps from the classes' mask logits.
+
+    Of classes that exclude one another the highest logit above 0 wins; regions are painted in their order.
+    """
+
+    def __init__(self, labels: LabelSet) -> None:
+        self.regions = labels.regions_class_order if labels.has_regions else None
+        order = self.regions or tuple(values[0] for values in labels.foreground.values())
+        self.values = np.asarray(order)
+        self.dtype = np.uint8 if self.values.max(initial=0) < 256 else np.uint16
+
+    def paint(self, logits: Tensor, classes: Tensor, target: np.ndarray) -> None:
+        """Fill a frame (H, W).
+
+        Args:
+            logits: (n, H, W) of the classes that were segmented.
+            classes: (n,) their numbers, ascending, from 0 in declared order.
+            target: labels, filled in place.
+        """
+        target[:] = 0
+        if len(logits) == 0:
+            return
+        values = self.values[classes.cpu().numpy()]
+        if self.regions is None:
+            highest, which = logits.max(0)
+            target[:] = np.where((highest > 0).cpu().numpy(), values[which.cpu().numpy()], 0)
+            return
+        for mask, value in zip((logits > 0).cpu().numpy(), values, strict=True):
+            target[mask] = value
+
+
+def segment_frames(
+    sam: Sam, frames: Tensor, prompts: tuple[FramePrompts, ...], labels: LabelSet
+) -> dict[PromptKind, np.ndarray]:
+    """SAM on every frame that has a prompt.
+
+    Args:
+        sam: on its device.
+        frames: (Z, 3, H, W) of 0 to 255, on any device.
+        prompts: of the frames; all kinds share each frame's embedding.
+        labels: what the classes are.
+
+    Returns:
+        Kind of prompt -> labels (Z, H, W).
+    """
+    painter = Painter(labels)
+    device = next(sam.parameters()).device
+    size = (frames.shape[2], frames.shape[3])
+    out: dict[PromptKind, np.ndarray] = {each.kind: np.zeros((len(frames), *size), painter.dtype) for each in prompts}
+    points = {each.kind: each.within(size, sam.resized(size)) for each in prompts}
+    for z in range(len(frames)):
+        present: dict[PromptKind, Tensor] = {each.kind: each.present[z].nonzero()[:, 0] for each in prompts}
+        if not any(len(classes) for classes in present.values()):
+            continue
+        embedding = sam.encode(frames[z].to(device))
+        for kind, classes in present.items():
+            given = points[kind][z, classes].to(device)
+            parts = [sam.decode(embedding, part, box=kind == "box", size=size) for part in given.split(AT_ONCE)]
+            painter.paint(torch.cat(parts), classes, out[kind][z])
+    return out
