@@ -47,7 +47,7 @@ def prompts_from_labels(labels: Tensor, classes: int) -> Prompts:
 
 def prompts_from_members(members: Tensor) -> Prompts:
     """Tight boxes of masks (N, K, H, W) of bool, which may overlap (regions)."""
-    return _boxes(members.any(2), members.any(3))
+    return _boxes(_united(members, 2), _united(members, 3))
 
 
 def resized(prompts: Prompts, from_size: tuple[int, int], to_size: tuple[int, int]) -> Prompts:

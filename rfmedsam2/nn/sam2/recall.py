@@ -9,7 +9,7 @@ rounding, at less work, by:
 3. Rows of attention weights sum to 1, so values may be averaged before they are projected: over the M channels of
    memories instead of the C of projected ones; value and output projection then are one matrix.
 
-SAM 2's settings are taken for granted: one head, no dropout, positions added at the input and to memory keys alone.
+SAM 2's settings are taken for granted: one head, no dropout, ReLU, positions added at the input and to memory keys.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _keys(projection: nn.Linear, memories: _Memories, rotation: Tensor) -> Tenso
     maps = _rotated(projection(memories.maps), rotation)
     temporal = F.linear(memories.temporal, projection.weight)
     temporal = _rotated(temporal[:, None].expand(-1, maps.shape[1], -1), rotation)
-    keys = _rows(maps, memories.places) + _rows(temporal, memories.positions)
+    keys = _rows(maps, memories.places).add_(_rows(temporal, memories.positions))
     return torch.cat([keys.flatten(1, 2), projection(memories.pointers)], 1)
 
 
@@ -179,7 +179,8 @@ def _attend_itself(layer: Any, projections: _Projections, tokens: Tensor, rotati
 
 
 def _mlp(layer: Any, normed: Tensor) -> Tensor:
-    hidden = layer.linear2(layer.activation(layer.linear1(normed)))
+    # in place: nothing else looks at what linear1 gives, for the backward pass neither
+    hidden = layer.linear2(layer.linear1(normed).relu_())
     adapter = getattr(layer, "beside_mlp", None)
     return hidden if adapter is None else hidden + on_positions(adapter, normed)
 
