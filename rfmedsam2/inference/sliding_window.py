@@ -24,8 +24,8 @@ from rfmedsam2.errors import PlanError, RfMedSamError
 from rfmedsam2.inference.ring import Ring
 from rfmedsam2.records.plan import Inference
 
-Network = Callable[[Tensor], Tensor]
-"""A module in eval mode, or a method of one."""
+Network = Callable[[Tensor], Any]
+"""A module in eval mode, or a method of one: (n, C, *patch) -> logits (n, K, *patch)."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Tracker = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Wraps an iterable for progress display: (items, description, total) -> the same items."""

@@ -1,0 +1,306 @@
+"""The tiles of a volume that RFMedSAM 2 refines, and the streams of frames that run through each of them.
+
+Every tile, flip and network is a stream of its own; their class maps are averaged, tiles weighted by a Gaussian.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rfmedsam2.inference.frame_stream import FrameStream, StartOf, clipped_boxes, flipped, flipped_boxes
+from rfmedsam2.inference.ring import EMPTY_LOGIT, Ring
+from rfmedsam2.inference.sliding_window import (
+    EMPTY_RANGE,
+    Execution,
+    Slab,
+    autocast,
+    finite,
+    gaussian_weights,
+    tile_starts,
+)
+from rfmedsam2.nn.cell_memory import at_once
+from rfmedsam2.nn.rfmedsam2 import RFMedSam2
+from rfmedsam2.nn.sam2.parts import FrameFeatures
+from rfmedsam2.nn.steps import Size, Start, one_against_rest, relative_to_background
+from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
+from rfmedsam2.records.plan import Inference
+
+MOST_FRAMES_CPU = 8
+"""Frames that a stream is fed at once on a CPU, where larger batches gain nothing."""
+MOST_FRAMES = 32
+"""The same elsewhere."""
+PLANE_BYTES = 6 * 4
+"""A pixel and class: float32 of Step 0, evidence, mask prompts, sums, averages, what is exported."""
+
+Corner = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """How an image is covered.
+
+    Attributes:
+        patch_size: frames (of Step 0, and of a window of the strategy `sam2`), rows, columns of a tile.
+        inference: step size, mirroring, tiles of Step 0 per forward pass.
+        mirror_axes: axes of the patch that are flipped if `inference.mirror`; Steps 1 and 2 flip in the plane only.
+    """
+
+    patch_size: Sequence[int]
+    inference: Inference
+    mirror_axes: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is asked for, beside the image.
+
+    Attributes:
+        step: whose logits to give; None: the last one's.
+        boxes: of the frames and classes of the image, in its planned grid; they take the place of the model's own
+            prompts in Step 1. Cells without a box keep what Step 0 says of them.
+        frames_at_once: that a stream is fed; None: as many as are good for the device. Results do not depend on it.
+    """
+
+    step: int | None = None
+    boxes: Prompts | None = None
+    frames_at_once: int | None = None
+
+
+class Planes:
+    """Slabs as they come, and any frames of them in order.
+
+    Attributes:
+        held: frames held at the moment.
+    """
+
+    def __init__(self, slabs: Iterable[Slab]) -> None:
+        self._slabs = iter(slabs)
+        self._parts: list[Slab] = []
+        self._end = 0
+
+    @property
+    def held(self) -> int:
+        """Number of frames held."""
+        return sum(part.logits.shape[1] for part in self._parts)
+
+    def take(self, start: int, stop: int) -> Tensor:
+        """Frames [start, stop) as (K, stop - start, b, c); those before `start` are forgotten."""
+        self._parts = [part for part in self._parts if part.start + part.logits.shape[1] > start]
+        while self._end < stop:
+            slab = next(self._slabs)
+            self._parts.append(slab)
+            self._end = slab.start + slab.logits.shape[1]
+        pieces = [
+            part.logits[:, max(0, start - part.start) : stop - part.start] for part in self._parts if part.start < stop
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Window:
+    """Frames [start, stop) that streams are fed at once; `end`: if kept apart, frames before it are finished then."""
+
+    start: int
+    stop: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plane:
+    """Step 0 of n frames for all tiles: evidence and mask prompts (n, K, b, c), labels (n, b, c) or members."""
+
+    evidence: Tensor
+    masks: Tensor | None
+    classes: Tensor
+
+
+class RefinedTiles:
+    """Steps 1 and 2 of a volume.
+
+    Args:
+        networks: folds of one model on `device`, in eval mode.
+        image: (C, a, b, c), anywhere.
+        tiling: patch, overlap and flips.
+        device: where everything is computed.
+        request: step and boxes.
+
+    Attributes:
+        encoded: frames of tiles that were encoded so far, by all networks and for all flips.
+        held: most frames that a stream has kept for later ones so far.
+    """
+
+    def __init__(
+        self, networks: Sequence[RFMedSam2], image: Tensor, *, tiling: Tiling, device: torch.device, request: Request
+    ) -> None:
+        config = networks[0].config
+        self._networks, self._image, self._device = networks, image, device
+        self._step = config.refinements if request.step is None else request.step
+        self._boxes = request.boxes
+        height, width = tiling.patch_size[1:]
+        rows, columns = image.shape[2:]
+        self._size: Size = (height, width)
+        self._padded: Size = (max(rows, height), max(columns, width))
+        self._lows = ((self._padded[0] - rows) // 2, (self._padded[1] - columns) // 2)
+        starts = tile_starts(self._padded, self._size, tiling.inference.step_size)
+        self._corners: list[Corner] = [(y, x) for y in starts[0] for x in starts[1]]
+        axes = [axis - 3 for axis in tiling.mirror_axes if axis > 0] if tiling.inference.mirror else []
+        self._flips = [dims for n in range(len(axes) + 1) for dims in itertools.combinations(axes, n)]
+        # windows of SAM 2's own strategy know nothing of one another; of the others all frames are one stream
+        self._apart = config.strategy == "sam2" and self._step == 2
+        self._windows = self._windows_of(tiling, request.frames_at_once)
+        self._streams: dict[Corner, list[FrameStream]] = {}
+        self.encoded = self.held = 0
+
+    def _windows_of(self, tiling: Tiling, frames: int | None) -> list[_Window]:
+        planes = self._image.shape[1]
+        if self._apart:
+            depth = min(tiling.patch_size[0], planes)
+            (starts,) = tile_starts([planes], [depth], tiling.inference.step_size)
+            stops, ends = [start + depth for start in starts], [*starts[1:], planes]
+        else:
+            frames = frames or self._frames_at_once()
+            starts = list(range(0, planes, frames))
+            stops = ends = [*starts[1:], planes]
+        return [_Window(start=a, stop=b, end=c) for a, b, c in zip(starts, stops, ends, strict=True)]
+
+    def _frames_at_once(self) -> int:
+        network = self._networks[0]
+        pixels = self._padded[0] * self._padded[1]
+        fitting = at_once(network.refiner.compute.memory_mb, PLANE_BYTES * network.outputs * pixels)
+        return min(fitting, MOST_FRAMES_CPU if self._device.type == "cpu" else MOST_FRAMES)
+
+    def slabs(self, given: Iterable[Slab] | None, execution: Execution) -> Iterator[Slab]:
+        """Finished frames in order; `given` are those of Step 0, where it is a U-Net's."""
+        planes = None if given is None else Planes(given)
+        depth = self._windows[0].stop
+        weights = gaussian_weights((depth, *self._size) if self._apart else self._size).to(self._device)
+        network = self._networks[0]
+        ring = Ring(network.classes, depth + network.config.memory_frames, self._padded, self._device)
+        done = 0
+        for window in execution.track(self._windows, "frames", len(self._windows)):
+            if self._apart:
+                self._streams = {}
+            plane = None if planes is None else self._plane(planes.take(window.start, window.stop))
+            first, frames = window.start if self._apart else done, 0
+            for corner in self._corners:
+                maps = self._refined(window, plane, corner, execution)
+                frames = len(maps)
+                if frames:
+                    ring.add(maps.transpose(0, 1), weights, (first, *corner))
+            stop = window.end if self._apart else done + frames
+            if stop > done:
+                yield Slab(start=done, logits=self._finished(ring.finish(done, stop)))
+            done = stop
+
+    @torch.inference_mode()
+    def _plane(self, logits: Tensor) -> _Plane:
+        """What all tiles share of Step 0's logits (outputs, n, rows, columns)."""
+        network = self._networks[0]
+        around = self._around(logits)
+        if any(around):
+            sure = torch.full((len(logits), 1, 1, 1), -EMPTY_LOGIT, device=logits.device)
+            if not network.regions:
+                sure[0] = EMPTY_LOGIT
+            # what surrounds a small image is background
+            inside = F.pad(torch.ones_like(logits[:1]), around) > 0
+            logits = torch.where(inside, F.pad(logits, around), sure)
+        logits = logits.transpose(0, 1)
+        evidence = relative_to_background(logits, regions=network.regions)
+        masks = one_against_rest(logits, regions=network.regions) if network.config.mask_prompt else None
+        if network.regions:
+            return _Plane(evidence=evidence, masks=masks, classes=evidence > 0)
+        best, index = evidence.max(1)
+        return _Plane(evidence=evidence, masks=masks, classes=torch.where(best > 0, index + 1, 0))
+
+    def _around(self, maps: Tensor) -> tuple[int, int, int, int]:
+        """Pixels to add left, right, above and below maps (..., rows, columns) of a plane smaller than a tile."""
+        (top, left), (height, width) = self._lows, self._padded
+        return left, width - maps.shape[-1] - left, top, height - maps.shape[-2] - top
+
+    @torch.inference_mode()
+    def _refined(self, window: _Window, plane: _Plane | None, corner: Corner, execution: Execution) -> Tensor:
+        """Class maps (m, K, H, W) of a tile, averaged over networks and flips."""
+        frames = self._frames(window, corner)
+        known, boxes = self._start(window, plane, corner)
+        seen = None
+        if known is None and boxes is None and execution.skip_empty:
+            seen = _with_body(frames).to(self._device)
+        if known is None or known.prompts.present.any():
+            frames = frames.to(self._device, torch.float32)
+        if corner not in self._streams:
+            self._streams[corner] = [FrameStream(n, step=self._step) for n in self._networks for _ in self._flips]
+        streams, total = self._streams[corner], None
+        last = self._apart or window.stop == self._image.shape[1]
+        for stream, dims in zip(streams, self._flips * len(self._networks), strict=True):
+            start: Start | StartOf
+            if known is not None:
+                start = flipped(known, dims)
+            else:
+                given = None if boxes is None else flipped_boxes(boxes, dims, self._size)
+                start = partial(_from_features, network=stream.network, size=self._size, boxes=given)
+            before = stream.encoded
+            with autocast(self._device, execution.precision):
+                maps = stream.add(frames.flip(dims) if dims else frames, start, seen=seen, last=last)
+            self.encoded, self.held = self.encoded + stream.encoded - before, max(self.held, stream.held)
+            maps = (maps.flip(dims) if dims else maps).float()
+            total = maps if total is None else total + maps
+        assert total is not None
+        return total / len(streams) if len(streams) > 1 else total
+
+    def _start(self, window: _Window, plane: _Plane | None, corner: Corner) -> tuple[Start | None, Prompts | None]:
+        """What a tile's frames start with; None where it is made from features. Also the boxes given, if any."""
+        boxes = None
+        if self._boxes is not None:
+            part = slice(window.start, window.stop)
+            own, present = self._boxes.boxes[part].to(self._device), self._boxes.present[part].to(self._device)
+            top, left = corner[0] - self._lows[0], corner[1] - self._lows[1]
+            boxes = clipped_boxes(Prompts(boxes=own, present=present), (top, left), self._size)
+        network = self._networks[0]
+        if plane is None:
+            makes_masks = network.config.generator == "hierarchical_masks"
+            known = None if boxes is None or makes_masks else network.start_from_boxes(boxes, self._size)
+            return known, boxes
+        inside = self._inside(corner)
+        if boxes is None:
+            classes = plane.classes[inside]
+            found = prompts_from_members(classes) if network.regions else prompts_from_labels(classes, network.classes)
+        else:
+            found = boxes
+        masks = None if plane.masks is None else plane.masks[inside]
+        return Start(prompts=found, evidence=plane.evidence[inside], masks=masks), boxes
+
+    def _frames(self, window: _Window, corner: Corner) -> Tensor:
+        """(n, C, H, W) of the image, 0 around where it is smaller."""
+        whole = self._image[:, window.start : window.stop]
+        if any(around := self._around(whole)):
+            whole = F.pad(whole, around)
+        return whole[self._inside(corner)].transpose(0, 1)
+
+    def _inside(self, corner: Corner) -> tuple[Any, ...]:
+        """Cut a tile from maps of the padded plane."""
+        return (..., slice(corner[0], corner[0] + self._size[0]), slice(corner[1], corner[1] + self._size[1]))
+
+    def _finished(self, maps: Tensor) -> Tensor:
+        """(K, n, rows, columns) class maps of the padded plane -> logits of the image."""
+        (top, left), (rows, columns) = self._lows, self._image.shape[2:]
+        maps = finite(maps[..., top : top + rows, left : left + columns])
+        return maps if self._networks[0].regions else F.pad(maps, (0, 0, 0, 0, 0, 0, 1, 0))
+
+
+def _from_features(features: FrameFeatures, *, network: RFMedSam2, size: Size, boxes: Prompts | None) -> Start:
+    start = network.start(features, size, None)
+    return start if boxes is None else replace(start, prompts=boxes)
+
+
+def _with_body(frames: Tensor) -> Tensor:
+    """(m,) numbers of the frames (n, C, H, W) in which some channel is not constant."""
+    low, high = torch.aminmax(frames.flatten(2), dim=2)
+    return ((high - low) > EMPTY_RANGE).any(1).nonzero()[:, 0]
