@@ -1,32 +1,66 @@
 """How many cells, or frames, fit into a memory budget: estimates of working memory from the sizes of SAM 2's parts.
 
-In bytes a cell or frame at float32; while training, what one checkpointed chunk keeps for its backward pass counts.
-The factors count the tensors of each part's forward pass; `tests/unit/test_cell_memory.py` holds them against measured
-ones.
+In bytes a cell or frame at float32. While training, what autograd keeps of a chunk for its backward pass counts; else
+what is alive at once. The factors count tensors of each part's forward pass, with adapters (without them it is up to a
+third less); `tests/unit/test_cell_memory.py` holds them against counted bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 FLOAT = 4
-DECODE_FACTOR = 27
-"""Tensors of (C, s, s) that decoding keeps a cell: two-way transformer, upscaling, gathered fine features."""
-REMEMBER_FACTOR = 16
-"""The same for the memory encoder, beside `MASK_FACTOR` full-size maps."""
-MASK_FACTOR = 8
-ENCODER_MB = {
-    "sam2_tiny": 152,
-    "sam2_small": 191,
-    "sam2_base_plus": 328,
-    "sam2_large": 572,
-    "nano": 20,
-    "mobile_sam": 120,
-    "lite_medsam": 120,
+PROMPT_TOKENS = 9
+"""Of a cell in the mask decoder: score, quality, four masks, two corners of a box, padding."""
+
+
+class Counts(NamedTuple):
+    """Numbers of tensors, while training and else."""
+
+    kept: float
+    alive: float
+
+    def when(self, training: bool) -> float:
+        """The one or the other."""
+        return self.kept if training else self.alive
+
+
+DECODE = Counts(34, 16)
+"""Tensors of (C, s, s): two-way transformer, upscaling, gathered fine features."""
+DECODE_TOKENS = Counts(50, 25)
+"""Vectors of C for each token."""
+REMEMBER = Counts(34, 11)
+"""Tensors of (C, s, s) of the memory encoder,"""
+REMEMBER_MASKS = Counts(22, 4)
+"""and maps of the frame's size, before the mask is reduced to s x s."""
+RECALL = 13
+"""Tensors of (s*s, C) that a layer of memory attention keeps, beside its MLP's hidden one and what memories add."""
+
+
+class Encoder(NamedTuple):
+    """Working memory of an image encoder, MiB a frame of 256 x 256, in proportion to the frame's area.
+
+    `least_side`: frames smaller than so many pixels take as much as these, because windows are padded.
+    """
+
+    kept: float
+    alive: float
+    least_side: int
+
+
+ENCODERS = {
+    "nano": Encoder(28, 5.3, 32),
+    "sam2_tiny": Encoder(175, 19, 80),
+    "sam2_small": Encoder(219, 19, 85),
+    "sam2_base_plus": Encoder(375, 22, 86),
+    "sam2_large": Encoder(675, 28, 114),
+    "mobile_sam": Encoder(183, 15, 90),
+    "lite_medsam": Encoder(2280, 226, 64),
 }
-"""Activations a frame of 256 x 256 keeps in the encoder, MiB (measured: autograd's saved tensors)."""
-FORWARD_SHARE = 0.15
-"""Share of those that is alive at once when nothing is kept for a backward pass."""
+"""Counted with adapters."""
+LITE_SIDE = 256
+"""LiteMedSAM's encoder sees frames of more pixels a side, up to four times, at this size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,28 +73,36 @@ class CellSizes:
     memory_layers: int
     memory_width: int
 
-    def decode(self) -> int:
+    def decode(self, *, training: bool = True) -> int:
         """Bytes a cell of Step 1's decoding."""
-        return FLOAT * DECODE_FACTOR * self.channels * self.side**2
+        positions = DECODE.when(training) * self.side**2
+        return int(FLOAT * self.channels * (positions + DECODE_TOKENS.when(training) * PROMPT_TOKENS))
 
-    def remember(self) -> int:
+    def remember(self, *, training: bool = True) -> int:
         """Bytes a cell of memory encoding."""
-        return FLOAT * (REMEMBER_FACTOR * self.channels * self.side**2 + MASK_FACTOR * (16 * self.side) ** 2)
+        maps = REMEMBER.when(training) * self.channels * self.side**2
+        return int(FLOAT * (maps + REMEMBER_MASKS.when(training) * (16 * self.side) ** 2))
 
-    def recall(self, memories: int, *, training: bool) -> int:
+    def recall(self, memories: int, *, training: bool = True) -> int:
         """Bytes a cell of Step 2: memory attention over so many maps, and decoding."""
         tokens = self.side**2
-        attention = 2 * tokens * tokens * memories  # scores and their softmax
-        keys = 2 * tokens * memories * self.channels
-        rest = tokens * (10 * self.channels + 2 * self.memory_width)
-        layers = self.memory_layers if training else 1
-        return FLOAT * layers * (attention + keys + rest) + self.decode()
+        keys = memories * (tokens + self.channels // self.memory_channels)  # a pointer is several tokens
+        if training:
+            layer = keys * (tokens + self.channels) + tokens * (RECALL * self.channels + self.memory_width + tokens)
+            return FLOAT * self.memory_layers * layer + self.decode()
+        attention = keys * (2 * tokens + 3 * self.channels) + 2 * tokens * self.channels
+        mlp = tokens * (2 * self.memory_width + 5 * self.channels)
+        return max(FLOAT * max(attention, mlp), self.decode(training=False))
 
 
 def frame_bytes(backbone: str, frame_size: int, *, training: bool) -> int:
     """Bytes a frame of image encoding."""
-    kept = ENCODER_MB[backbone] * 2**20 * (frame_size / 256) ** 2
-    return int(kept if training else kept * FORWARD_SHARE)
+    encoder = ENCODERS[backbone]
+    side = max(frame_size, encoder.least_side)
+    if backbone == "lite_medsam":
+        side = max(min(side, LITE_SIDE), side // 4)
+    kept = encoder.kept if training else encoder.alive
+    return int(kept * 2**20 * (side / 256) ** 2)
 
 
 def at_once(budget_mb: int, bytes_each: int) -> int:

@@ -58,7 +58,7 @@ class Refiner:
             decoded = self.sam.decode(features.at(frames), given)
             return decoded.masks, decoded.pointers, decoded.scores
 
-        count = at_once(self.compute.memory_mb, self._cell_sizes().decode())
+        count = at_once(self.compute.memory_mb, self._cell_sizes().decode(training=torch.is_grad_enabled()))
         masks, pointers, scores = self._cells(chunk, cells, prompts, count)
         values = self._output(masks, start.evidence, start.masks, cells)
         logits = placed(start.evidence, cells, values)
@@ -70,7 +70,7 @@ class Refiner:
         def chunk(frames: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
             return self.sam.remember(features.embedding[frames], masks, scores)
 
-        count = at_once(self.compute.memory_mb, self._cell_sizes().remember())
+        count = at_once(self.compute.memory_mb, self._cell_sizes().remember(training=torch.is_grad_enabled()))
         parts = zip(first.cells[:, 0].split(count), first.masks.split(count), first.scores.split(count), strict=True)
         maps = [self.run(chunk, *part) for part in parts] if len(first.cells) else [self._no_memory(features)]
         rows = torch.full(first.logits.shape[:2], -1, dtype=torch.long, device=first.cells.device)
