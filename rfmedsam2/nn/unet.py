@@ -16,7 +16,7 @@ from typing_extensions import assert_never
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.nn.attention import TransformerBlock
-from rfmedsam2.records.plan import UNetConfig
+from rfmedsam2.records.model import UNetConfig
 
 CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}

@@ -15,7 +15,8 @@ from rfmedsam2.pipeline.presets import figures_of
 from rfmedsam2.records.base import Record
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import IntensityStatistics
-from rfmedsam2.records.plan import Augmentation, Plan, SegmentationLoss, Stage, UNetConfig
+from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.plan import Augmentation, Plan, SegmentationLoss, Stage
 from rfmedsam2.store.files import read_record
 
 LOGGER = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from rfmedsam2.errors import PlanError
-from rfmedsam2.records.plan import UNetConfig
+from rfmedsam2.records.model import UNetConfig
 
 MIN_EDGE = 4
 """Smallest edge of the bottleneck's feature maps, voxels."""

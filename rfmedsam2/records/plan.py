@@ -24,7 +24,6 @@ from rfmedsam2.records.model import (
     Positive,
     Probability,
     RFMedSam2Config,
-    UNetConfig,
     Whole,
 )
 

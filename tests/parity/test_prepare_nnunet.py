@@ -16,7 +16,8 @@ from rfmedsam2.errors import ImageError
 from rfmedsam2.geometry import Grid, Volume
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
-from rfmedsam2.records.plan import Normalisation, Plan, Stage, UNetConfig
+from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.plan import Normalisation, Plan, Stage
 from rfmedsam2.store.images import read_channels, read_label
 from rfmedsam2.transforms.foreground import sample_foreground
 from rfmedsam2.transforms.prepare import Prepared, Restore, prepare

@@ -8,7 +8,7 @@ import torch
 from rfmedsam2.models import build
 from rfmedsam2.nn.unet import UNet, load_nnunet_weights
 from rfmedsam2.pipeline.topology import Width, topology_of
-from rfmedsam2.records.plan import UNetConfig
+from rfmedsam2.records.model import UNetConfig
 
 get_network_from_plans = pytest.importorskip("nnunetv2.utilities.get_network_from_plans").get_network_from_plans
 

@@ -19,7 +19,8 @@ from rfmedsam2.pipeline.predict import Options, Predictor, find_models, predict_
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
-from rfmedsam2.records.plan import Augmentation, Normalisation, Plan, Stage, UNetConfig
+from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.plan import Augmentation, Normalisation, Plan, Stage
 from rfmedsam2.store.checkpoints import write_checkpoint
 from rfmedsam2.store.raw import Case
 

@@ -16,7 +16,8 @@ from rfmedsam2.errors import DatasetError, PlanError, StoreError
 from rfmedsam2.pipeline.fingerprint import Distribution, fingerprint, mixture_statistics
 from rfmedsam2.pipeline.preprocess import affordable_workers, preprocess
 from rfmedsam2.pipeline.source import CaseSource
-from rfmedsam2.records.plan import Normalisation, Plan, Stage, UNetConfig
+from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.plan import Normalisation, Plan, Stage
 from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import RawDataset, open_dataset

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rfmedsam2.geometry import Grid, Volume
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
-from rfmedsam2.records.plan import Normalisation, Plan, Resampling, Stage, UNetConfig
+from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.plan import Normalisation, Plan, Resampling, Stage
 from rfmedsam2.transforms.crop import nonzero_box, outside_mask
 from rfmedsam2.transforms.prepare import prepare
 from rfmedsam2.transforms.resample import nearest_index, resample_image, resample_label

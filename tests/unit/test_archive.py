@@ -17,7 +17,8 @@ from rfmedsam2.pipeline.share import export_model, import_model
 from rfmedsam2.pipeline.trained import find_models
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.plan import Normalisation, Plan, Stage, UNetConfig
+from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.plan import Normalisation, Plan, Stage
 from rfmedsam2.store import archive as archives
 from rfmedsam2.store.checkpoints import read_all, write_checkpoint
 

@@ -8,7 +8,8 @@ import torch
 
 from rfmedsam2.geometry import Grid
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.plan import Augmentation, Normalisation, Sampling, Stage, UNetConfig
+from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.plan import Augmentation, Normalisation, Sampling, Stage
 from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.tasks.patches import ANNOTATED, PatchSource, read_padded
 from rfmedsam2.transforms.prepare import Restore

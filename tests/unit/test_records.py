@@ -11,16 +11,8 @@ import pytest
 from rfmedsam2.errors import RecordError
 from rfmedsam2.records.base import dump_json
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
-from rfmedsam2.records.plan import (
-    AdamW,
-    Normalisation,
-    Sgd,
-    Stage,
-    StepSchedule,
-    TrainConfig,
-    UNetConfig,
-    WarmupPolySchedule,
-)
+from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.plan import AdamW, Normalisation, Sgd, Stage, StepSchedule, TrainConfig, WarmupPolySchedule
 
 NETWORK = UNetConfig(
     features=(8, 16),

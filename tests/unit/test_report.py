@@ -23,7 +23,8 @@ from rfmedsam2.pipeline.report import write_report
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
-from rfmedsam2.records.plan import Normalisation, Plan, Stage, UNetConfig
+from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.plan import Normalisation, Plan, Stage
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.checkpoints import weights_sha256, write_checkpoint
 

@@ -17,7 +17,8 @@ from rfmedsam2.pipeline.topology import Width, topology_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
-from rfmedsam2.records.plan import Plan, UNetConfig
+from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.checkpoints import write_checkpoint
 
 PATCH = (16, 16, 16)
