@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prompts from masks: a Python loop over cells against ours, 32 x 13 cells of 256 x 256 pixels, one run.
 
-usage: prompts.py [--device auto] [--repeats 5]
+usage: prompts.py [--device auto] [--repeats 15]
 
 Label maps of a real abdominal CT (RFMED_TEST_DATA), random blocks where the data sets are not at hand. Peer: for each
 frame and class the mask `labels == k`, its box by SAM 2's own `mask_to_box`, and whether it is there. Beside it a loop
@@ -32,7 +32,7 @@ def main() -> None:
     """Run both sides and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     device = choose_device(args.device)
     labels = label_maps().to(device)
