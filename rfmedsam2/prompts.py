@@ -105,7 +105,7 @@ def _check(labels: Tensor, classes: int) -> None:
 def _sides(values: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
     """Which columns (N, count, W) and rows (N, count, H) the classes start + 1 .. start + count touch."""
     # bit 0 collects what lies below these classes, bit count + 1 what lies above
-    bits = torch.bitwise_left_shift(1, (values - start).clamp_(0, count + 1))
+    bits = torch.bitwise_left_shift(1, (values - start if start else values).clamp(0, count + 1))
     shifts = torch.arange(1, count + 1, device=values.device, dtype=torch.int32)[:, None]
     columns, rows = (((_united(bits, dim)[:, None] >> shifts) & 1).bool() for dim in (1, 2))
     return columns, rows
