@@ -218,6 +218,8 @@ def predict(
     mirror: Literal["on", "off"] | None = None,
     tile_batch: Annotated[int | None, arg(metavar="N")] = None,
     skip_empty: bool = False,
+    step: Annotated[int | None, arg(metavar="N")] = None,
+    boxes: Annotated[Path | None, arg(metavar="PATH")] = None,
     probabilities: bool = False,
     continue_: Annotated[bool, arg(name="continue")] = False,
     device: Device = "auto",
@@ -236,6 +238,9 @@ def predict(
         mirror: Average over flips (on) or not (off), instead of what the plan says.
         tile_batch: Tiles per forward pass, instead of the plan's.
         skip_empty: Leave out tiles without body: faster on scans with much air around.
+        step: Of RFMedSAM 2: give the result of Step 0 (the U-Net), 1 or 2, instead of the last one.
+        boxes: Prompt RFMedSAM 2 with these instead of its own: a folder of label maps (CASE + ending), or a JSON
+            {case: [{"label": name, "slice": z, "box": [x0, y0, x1, y1]}]} in voxels of the image.
         probabilities: Also write each case's probabilities into a chunked file (blosc2).
         continue_: Keep label maps that the same model with the same options has already made.
     """
@@ -245,7 +250,9 @@ def predict(
 
     folder = model or trained_folder(layout_of(root), dataset, plan, configuration)
     flips = None if mirror is None else mirror == "on"
-    options = Options(step_size=step_size, mirror=flips, tile_batch=tile_batch, skip_empty=skip_empty)
+    options = Options(
+        step_size=step_size, mirror=flips, tile_batch=tile_batch, skip_empty=skip_empty, step=step, boxes=boxes
+    )
     predictor = Predictor.load(folder, folds=folds or None, checkpoint=checkpoint, device=device, options=options)
     say(f"Model: {folder}, fold(s) {', '.join(m.fold for m in predictor.models)}, on {predictor.options.device}")
     source = input_[0] if len(input_) == 1 else list(input_)

@@ -13,9 +13,13 @@ from torch import nn
 
 from rfmedsam2.errors import ImageError, PlanError
 from rfmedsam2.geometry import Volume
+from rfmedsam2.inference.boxes import Given, planned_boxes
 from rfmedsam2.inference.export import labels_from_slabs
 from rfmedsam2.inference.probabilities import ProbabilityFile
+from rfmedsam2.inference.refinement import Request, Tiling, predict_refined_slabs, require_possible
 from rfmedsam2.inference.sliding_window import Execution, Precision, Slab, Tracker, predict_slabs, untracked
+from rfmedsam2.nn.rfmedsam2 import RFMedSam2
+from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.plan import Inference, Plan, Stage
 from rfmedsam2.store.orientation import Orientation, reoriented
 from rfmedsam2.transforms.prepare import Prepared, prepare
@@ -30,6 +34,9 @@ class Options:
         mirror: average over flips (the axes are those that training mirrored).
         tile_batch: tiles per forward pass.
         skip_empty: leave out tiles without body; see `sliding_window.Execution`.
+        step: whose result to give, of a model that has several (RFMedSAM 2: 0, 1, 2); None: the last one's.
+        boxes: where the boxes of cases lie that RFMedSAM 2 is prompted with: a folder of label maps (CASE + ending) or
+            a JSON of boxes (`records.boxes.GivenBoxes`); None: the model makes its own prompts.
         precision: of the networks on CUDA.
         device: where the networks are.
         probabilities: file (.b2nd) for the class probabilities, see `probabilities.ProbabilityFile`.
@@ -41,6 +48,8 @@ class Options:
     mirror: bool | None = None
     tile_batch: int | None = None
     skip_empty: bool = False
+    step: int | None = None
+    boxes: Path | None = None
     precision: Precision = "auto"
     device: torch.device | str = "cpu"
     probabilities: Path | None = None
@@ -68,15 +77,22 @@ class VolumePrediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turned:
-    """A prepared volume, how it was turned before (None: not at all), and the seconds that preparing took."""
+    """A prepared volume, how it was turned before (None: not at all), the boxes given for it, the seconds it took."""
 
     prepared: Prepared
     orientation: Orientation | None
     seconds: float
+    boxes: Prompts | None = None
 
 
 def predict_volume(
-    networks: Sequence[nn.Module], volume: Volume, plan: Plan, stage: str, *, options: Options
+    networks: Sequence[nn.Module],
+    volume: Volume,
+    plan: Plan,
+    stage: str,
+    *,
+    options: Options,
+    boxes: Given | None = None,
 ) -> VolumePrediction:
     """Predict the label map of a volume.
 
@@ -85,18 +101,19 @@ def predict_volume(
         volume: (C, Z, Y, X) as it was read; turned to `plan.reorient` here, and the labels back.
         plan: the plan that the networks were trained by.
         stage: name of the stage.
-        options: how to predict.
+        options: how to predict; its `boxes` are for files, not for this.
+        boxes: to prompt with, in the volume's axes: a label map (Z, Y, X), or one by one.
 
     Raises:
         PlanError: no such stage, another number of channels.
         ImageError: voxels that are not finite, or not allowed by the planned normalisation.
+        UsageError: a step or boxes that the model has not or takes not, a box outside the image, an unknown label.
     """
-    return predict_turned(
-        networks, turn_and_prepare(volume, plan, stage, options=options), plan, stage, options=options
-    )
+    turned = turn_and_prepare(volume, plan, stage, options=options, boxes=boxes)
+    return predict_turned(networks, turned, plan, stage, options=options)
 
 
-def turn_and_prepare(volume: Volume, plan: Plan, stage: str, *, options: Options) -> Turned:
+def turn_and_prepare(volume: Volume, plan: Plan, stage: str, *, options: Options, boxes: Given | None = None) -> Turned:
     """Do the first half of `predict_volume`: everything before the network (no device is touched)."""
     started = time.perf_counter()
     orientation = None
@@ -111,7 +128,12 @@ def turn_and_prepare(volume: Volume, plan: Plan, stage: str, *, options: Options
             found=f"{int(np.count_nonzero(~np.isfinite(prepared.image)))} voxels of NaN or infinity",
             remedy="Replace them, for instance by 0",
         )
-    return Turned(prepared=prepared, orientation=orientation, seconds=time.perf_counter() - started)
+    prompts = None
+    if boxes is not None:
+        resampling = plan.stage(stage).resampling
+        prompts = planned_boxes(boxes, prepared.restore, orientation, plan.labels, resampling)
+    seconds = time.perf_counter() - started
+    return Turned(prepared=prepared, orientation=orientation, seconds=seconds, boxes=prompts)
 
 
 def predict_turned(
@@ -124,18 +146,7 @@ def predict_turned(
     file = None
     if options.probabilities is not None:
         file = ProbabilityFile(options.probabilities, restore, plan.labels, orientation=turned.orientation)
-    slabs = _Timed(
-        predict_slabs(
-            networks,
-            turned.prepared.image,
-            patch_size=config.patch_size,
-            inference=options.inference(config),
-            mirror_axes=mirror_axes(config),
-            device=options.device,
-            outputs=plan.labels.num_outputs,
-            execution=Execution(precision=options.precision, skip_empty=options.skip_empty, track=options.track),
-        )
-    )
+    slabs = _Timed(_slabs(networks, turned, config, plan.labels.num_outputs, options))
     labels = labels_from_slabs(
         slabs, restore, plan.labels, config.resampling, probabilities=file, threads=options.threads
     )
@@ -144,6 +155,35 @@ def predict_turned(
     export = time.perf_counter() - started - slabs.seconds
     return VolumePrediction(
         labels=labels, seconds={"prepare": turned.seconds, "network": slabs.seconds, "export": export}
+    )
+
+
+def _slabs(
+    networks: Sequence[nn.Module], turned: Turned, stage: Stage, outputs: int, options: Options
+) -> Iterator[Slab]:
+    """Slabs of logits, by the kind of the networks: a plain sliding window, or refinement after it."""
+    require_possible(stage.model, step=options.step, boxes=turned.boxes is not None)
+    image, inference = turned.prepared.image, options.inference(stage)
+    execution = Execution(precision=options.precision, skip_empty=options.skip_empty, track=options.track)
+    refining = [network for network in networks if isinstance(network, RFMedSam2)]
+    if refining:
+        return predict_refined_slabs(
+            refining,
+            image,
+            tiling=Tiling(patch_size=stage.patch_size, inference=inference, mirror_axes=mirror_axes(stage)),
+            device=options.device,
+            request=Request(step=options.step, boxes=turned.boxes),
+            execution=execution,
+        )
+    return predict_slabs(
+        networks,
+        image,
+        patch_size=stage.patch_size,
+        inference=inference,
+        mirror_axes=mirror_axes(stage),
+        device=options.device,
+        outputs=outputs,
+        execution=execution,
     )
 
 

@@ -16,8 +16,10 @@ import torch
 
 from rfmedsam2 import __version__
 from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
+from rfmedsam2.inference.refinement import require_possible
 from rfmedsam2.inference.volume import Options, Turned, VolumePrediction, predict_turned, turn_and_prepare
 from rfmedsam2.parallel import Track, silent
+from rfmedsam2.pipeline.given_boxes import BoxSource
 from rfmedsam2.pipeline.predictor import Predictor
 from rfmedsam2.pipeline.trained import TrainedModel, checkpoints_of, find_models
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
@@ -89,13 +91,18 @@ def predict_files(
         track: progress over cases.
 
     Raises:
-        UsageError: no cases, two of one name, or an output that would overwrite an input.
+        UsageError: no cases, two of one name, an output that would overwrite an input; a step that the model does not
+            have, boxes that it takes not or lacks (`Options.boxes`).
         StoreError: the folder cannot be written.
         RfMedSamError: names every case that was not predicted, and why; all others are written.
     """
     started = time.perf_counter()
+    options = predictor.options
+    require_possible(predictor.config.model, step=options.step, boxes=options.boxes is not None)
     run = _Run(predictor, out, probabilities=probabilities, continue_=continue_)
     _check(cases, run)
+    if options.boxes is not None:
+        run.boxes = BoxSource.open(options.boxes, cases, predictor.plan.labels)
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -136,6 +143,7 @@ class _Run:
         self.probabilities = probabilities
         self.continue_ = continue_
         self.made_by = predictor.made_by()
+        self.boxes: BoxSource | None = None
         self.known: dict[str, PredictedCase] = {}
         # none yet, or one that says nothing: every case is predicted anew
         with contextlib.suppress(RecordError):
@@ -158,13 +166,14 @@ class _Run:
     def load(self, case: Case) -> _Ready | None:
         """Read and prepare a case; None where its label map may stay."""
         started = time.perf_counter()
-        digest = _digest(case.images)
+        digest = _digest(case.images, also=b"" if self.boxes is None else self.boxes.digest(case))
         if self.continue_ and self._may_stay(case, digest):
             return None
         plan = self.predictor.plan
         volume, header = read_case(case, channels=len(plan.channels))
         seconds = time.perf_counter() - started
-        turned = turn_and_prepare(volume, plan, self.predictor.stage, options=self.predictor.options)
+        boxes = None if self.boxes is None else self.boxes.of(case, header)
+        turned = turn_and_prepare(volume, plan, self.predictor.stage, options=self.predictor.options, boxes=boxes)
         return _Ready(turned=turned, header=header, input_sha256=digest, read_seconds=seconds)
 
     def predict(self, case: Case, item: _Ready) -> VolumePrediction:
@@ -263,9 +272,9 @@ def _check(cases: Sequence[Case], run: _Run) -> None:
             )
 
 
-def _digest(images: Sequence[Path]) -> str:
+def _digest(images: Sequence[Path], *, also: bytes) -> str:
     """SHA-256 over the bytes of all files of a case, in order; a DICOM folder by its files' names."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(also)
     for image in images:
         files = sorted(p for p in image.iterdir() if p.is_file()) if image.is_dir() else [image]
         for path in files:

@@ -19,10 +19,13 @@ from typing_extensions import Self
 from rfmedsam2.devices import choose_device
 from rfmedsam2.errors import CheckpointError, ImageError, UsageError
 from rfmedsam2.geometry import Grid, Triple, Volume
+from rfmedsam2.inference.boxes import Given
 from rfmedsam2.inference.volume import Options, VolumePrediction, predict_volume
 from rfmedsam2.models import load_network
+from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.pipeline.trained import Which, checkpoints_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PredictingModel
 from rfmedsam2.store.images import read_channels, write_label
@@ -80,10 +83,12 @@ class Predictor:
         records = tuple(record for record, _ in loaded)
         for path, record in zip(paths[1:], records[1:], strict=True):
             _require_same_model(records[0], record, where=path)
+        networks = tuple(network for _, network in loaded)
+        for network in networks:
+            if isinstance(network, RFMedSam2):
+                network.refiner.compute = records[0].plan.stages[records[0].stage].compute
         options = replace(options or Options(), device=place)
-        return cls(
-            networks=tuple(network for _, network in loaded), checkpoints=tuple(paths), records=records, options=options
-        )
+        return cls(networks=networks, checkpoints=tuple(paths), records=records, options=options)
 
     @property
     def plan(self) -> Plan:
@@ -114,12 +119,17 @@ class Predictor:
         """Everything beside model and image that a label map depends on."""
         inference = self.options.inference(self.config)
         cuda = torch.device(self.options.device).type == "cuda"
-        return {
+        settings: dict[str, float | int | bool | str] = {
             "step_size": inference.step_size,
             "mirror": inference.mirror,
             "skip_empty": self.options.skip_empty,
             "precision": self.options.precision if cuda else "fp32",
         }
+        if isinstance(self.config.model, RFMedSam2Config):
+            settings["step"] = self.config.model.refinements if self.options.step is None else self.options.step
+            # which ones is a matter of the case: they are part of its input
+            settings["boxes"] = "own" if self.options.boxes is None else "given"
+        return settings
 
     def made_by(self) -> str:
         """SHA-256 over the weights of all folds, the plan's part that matters, and `settings`."""
@@ -130,17 +140,18 @@ class Predictor:
         """Keep the weights and take other options (the device stays)."""
         return replace(self, options=replace(options, device=self.options.device))
 
-    def predict_volume(self, volume: Volume) -> VolumePrediction:
+    def predict_volume(self, volume: Volume, *, boxes: Given | None = None) -> VolumePrediction:
         """Labels and seconds; see `inference.volume.predict_volume`."""
-        return predict_volume(self.networks, volume, self.plan, self.stage, options=self.options)
+        return predict_volume(self.networks, volume, self.plan, self.stage, options=self.options, boxes=boxes)
 
-    def predict_array(self, array: np.ndarray, spacing_zyx_mm: Triple) -> np.ndarray:
+    def predict_array(self, array: np.ndarray, spacing_zyx_mm: Triple, *, boxes: Given | None = None) -> np.ndarray:
         """Predict a volume that exists only in memory.
 
         Args:
             array: (Z, Y, X) or (C, Z, Y, X), intensities as in the files that the model was trained on. Axes must run
                 as in those files (x to the left, y to the back, z to the head for a plan with `reorient`: LPS).
             spacing_zyx_mm: distance of voxel centres, mm.
+            boxes: to prompt RFMedSAM 2 with: a label map (Z, Y, X) to take them from, or one by one.
 
         Returns:
             (Z, Y, X) labels, uint8 or uint16.
@@ -159,7 +170,7 @@ class Predictor:
         channels = array[None] if array.ndim == 3 else array
         z, y, x = channels.shape[1:]
         grid = Grid(shape_zyx=(z, y, x), spacing_zyx_mm=spacing_zyx_mm)
-        return self.predict_volume(Volume(array=channels, grid=grid)).labels
+        return self.predict_volume(Volume(array=channels, grid=grid), boxes=boxes).labels
 
     def predict_nibabel(self, image: SpatialImage) -> nib.Nifti1Image:
         """Predict a nibabel image (x, y, z) or (x, y, z, C); the result has its affine."""
