@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from rfmedsam2.cli import exchange, pipeline, plans
+from rfmedsam2.cli import exchange, pipeline, plans, study
 
 OURS = ("RFMED_ROOT", "RFMED_DATASET", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
@@ -39,7 +39,8 @@ class Outcome:
 
 def run(name: str, *words: object, environment: Mapping[str, object] | None = None) -> Outcome:
     """Run rfmed_NAME; an exception that a user would see as a traceback goes through to the test."""
-    entry = next(found for module in (pipeline, exchange, plans) if (found := getattr(module, f"{name}_command", None)))
+    modules = (pipeline, exchange, plans, study)
+    entry = next(found for module in modules if (found := getattr(module, f"{name}_command", None)))
     out, err = io.StringIO(), io.StringIO()
     code = 0
     variables = {key: str(value) for key, value in (environment or {}).items()}

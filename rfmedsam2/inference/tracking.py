@@ -22,6 +22,8 @@ from rfmedsam2.records.study import Step2
 Prompted = Literal["all", "two", "one"]
 Output = dict[str, Any]
 """What track_step gives and takes back: a cell's mask, memory and pointer."""
+Memories = dict[int, dict[str, Any]]
+"""Class -> what track_step remembers of it: outputs of prompted and of other frames."""
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 STEPS2: tuple[Step2, ...] = ("unprompted", "all")
@@ -75,11 +77,11 @@ class Tracker:
         rows: list[tuple[Prompted, Step2]] = [(s, step2) for s in prompted for step2 in STEPS2]
         out = {row: np.zeros((len(self.frames), *self.size), painter.dtype) for row in rows}
         first = self._first_step()
-        memories = {setting: self._memories(first, setting) for setting in prompted}
-        starts: dict[Prompted, int] = {
-            setting: min((min(memory["cond_frame_outputs"]) for memory in each.values()), default=len(self.frames))
-            for setting, each in memories.items()
-        }
+        memories: dict[Prompted, Memories] = {setting: self._memories(first, setting) for setting in prompted}
+        starts: dict[Prompted, int] = {}
+        for setting, each in memories.items():
+            begins = (min(memory["cond_frame_outputs"]) for memory in each.values())
+            starts[setting] = min(begins, default=len(self.frames))
         for z in range(len(self.frames)):
             running: list[Prompted] = [setting for setting in prompted if starts[setting] <= z]
             if not running:
@@ -104,9 +106,9 @@ class Tracker:
                 done.update({(z, k): _row(result, i) for i, k in enumerate(classes)})
         return done
 
-    def _memories(self, first: dict[tuple[int, int], Output], setting: Prompted) -> dict[int, dict[str, Any]]:
+    def _memories(self, first: dict[tuple[int, int], Output], setting: Prompted) -> Memories:
         """Class -> what track_step remembers of it, at first the frames that are prompted."""
-        memories: dict[int, dict[str, Any]] = {}
+        memories: Memories = {}
         for k in range(self.present.shape[1]):
             frames = prompted_frames(self.present[:, k].nonzero()[:, 0].tolist(), setting)
             if frames:
@@ -114,9 +116,7 @@ class Tracker:
                 memories[k] = {"cond_frame_outputs": kept, "non_cond_frame_outputs": {}}
         return memories
 
-    def _second_step(
-        self, encoded: Encoded, z: int, memories: dict[int, dict[str, Any]]
-    ) -> dict[Step2, dict[int, Tensor]]:
+    def _second_step(self, encoded: Encoded, z: int, memories: Memories) -> dict[Step2, dict[int, Tensor]]:
         """Mask logits (1, 1, 4s, 4s) of every class on one frame; remembers what is new."""
         unprompted, everywhere = {}, {}
         for k, memory in memories.items():

@@ -34,7 +34,7 @@ from rfmedsam2.pipeline.source import CaseSource
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.model import Backbone
 from rfmedsam2.records.report import CaseMetrics
-from rfmedsam2.records.study import PromptKind, Prompted, PromptStudy, Step2, StudyRow
+from rfmedsam2.records.study import Prompted, PromptKind, PromptStudy, Step2, StudyRow
 from rfmedsam2.store.files import atomic, write_record
 from rfmedsam2.store.published_weights import read_published
 from rfmedsam2.store.raw import Case, RawDataset

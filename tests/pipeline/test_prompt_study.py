@@ -1,0 +1,63 @@
+"""rfmed_prompt_study: files and tables of a study, sentences for bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from commands import good, refused
+
+from rfmedsam2.nn.sam2.build import build_base
+
+NANO_SETTINGS = [(prompted, step2) for prompted in ("all", "two", "one") for step2 in ("unprompted", "all")]
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory) -> Path:
+    """Weights of an untrained SAM 2 in a file as official ones come."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "nano.pt"
+    torch.save({"model": build_base("nano", frame_size=64).state_dict()}, path)
+    return path
+
+
+def test_a_table_and_files_come_out(raw_root, nano, tmp_path) -> None:
+    words = ("--sam2", nano, "--frame-size", 64, "--cases", 1, "--prompts", "box", "-o", tmp_path, "--root", raw_root)
+    outcome = good("prompt_study", *words)
+    assert "nano" in outcome.out
+    assert "unprompted" in outcome.out
+    assert "CT: -160 to 240 HU" in outcome.out
+    study = json.loads((tmp_path / "prompt_study.json").read_text())
+    assert [(row["prompted"], row["step2"]) for row in study["rows"]] == NANO_SETTINGS
+    with (tmp_path / "prompt_study.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == len(study["rows"])
+    assert rows[0]["mean"] == str(study["rows"][0]["mean"]["mean"])
+    assert "liver" in rows[0]
+
+
+def test_the_answer_as_json(raw_root, nano) -> None:
+    words = ("--sam2", nano, "--frame-size", 64, "--cases", 1, "--prompts", "point", "--prompted", "one", "--json")
+    study = json.loads(good("prompt_study", *words, "--root", raw_root).out)
+    assert {row["prompts"] for row in study["rows"]} == {"point"}
+    assert len(study["rows"]) == 2
+
+
+def test_bad_input_gets_sentences(raw_root, nano, tmp_path) -> None:
+    assert "Give --sam or --sam2" in refused("prompt_study", "--root", raw_root)
+    assert "Give files of SAM 2 with --sam2" in refused("prompt_study", "--sam", nano, "--root", raw_root)
+    other = tmp_path / "other.pt"
+    torch.save({"weight": torch.zeros(1)}, other)
+    assert "weights of no SAM 2" in refused("prompt_study", "--sam2", other, "--root", raw_root)
+    assert "no SAM that is known" in refused("prompt_study", "--sam", other, "--root", raw_root)
+    missing = refused("prompt_study", "--sam", tmp_path / "none.pt", "--root", raw_root)
+    assert "There is no such file of weights" in missing
+    assert "No such dataset" in refused("prompt_study", "-d", "Nowhere", "--sam2", nano, "--root", raw_root)
+    words = ("prompt_study", "--sam2", nano, "--frame-size", 64, "--root", raw_root)
+    assert "one of 0 CT" in refused(*words, "--channel", "T2")
+    assert "--window LOW HIGH" in refused(*words, "--window", 5, 1)
+    assert "1 or more (--cases)" in refused(*words, "--cases", 0)
+    assert "multiple of 32" in refused(*words[:4], 50, "--root", raw_root)
