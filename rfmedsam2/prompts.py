@@ -38,9 +38,8 @@ def prompts_from_labels(labels: Tensor, classes: int) -> Prompts:
         classes: K, 1 or more.
     """
     _check(labels, classes)
-    values = labels.to(torch.int32)
     starts = range(0, classes, CLASSES_A_WORD)
-    sides = [_sides(values, start, min(CLASSES_A_WORD, classes - start)) for start in starts]
+    sides = [_sides(labels, start, min(CLASSES_A_WORD, classes - start)) for start in starts]
     columns, rows = (torch.cat(parts, dim=1) for parts in zip(*sides, strict=True))
     return _boxes(columns, rows)
 
@@ -102,11 +101,13 @@ def _check(labels: Tensor, classes: int) -> None:
         raise UsageError("Prompts come from label maps", expected="integers of shape (N, H, W)", found=found)
 
 
-def _sides(values: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+def _sides(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
     """Which columns (N, count, W) and rows (N, count, H) the classes start + 1 .. start + count touch."""
     # bit 0 collects what lies below these classes, bit count + 1 what lies above
-    bits = torch.bitwise_left_shift(1, (values - start if start else values).clamp(0, count + 1))
-    shifts = torch.arange(1, count + 1, device=values.device, dtype=torch.int32)[:, None]
+    bits = labels.to(torch.int32, copy=True).sub_(start).clamp_(0, count + 1)
+    # in place, because new memory costs several times what is done in it
+    torch.bitwise_left_shift(bits.new_ones(()), bits, out=bits)
+    shifts = torch.arange(1, count + 1, device=labels.device, dtype=torch.int32)[:, None]
     columns, rows = (((_united(bits, dim)[:, None] >> shifts) & 1).bool() for dim in (1, 2))
     return columns, rows
 
