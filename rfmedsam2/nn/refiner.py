@@ -36,15 +36,17 @@ class Refiner:
     Attributes:
         compute: working memory for what SAM 2 treats at once; whether activations are computed again in the backward
             pass.
+        most_cells: while training, decode at most so many cells of a batch, drawn at random; None: all.
     """
 
     def __init__(self, sam: Sam2, config: RFMedSam2Config, *, regions: bool) -> None:
         self.sam, self.config, self.regions = sam, config, regions
         self.compute = Compute()
+        self.most_cells: int | None = None
 
     def first(self, features: FrameFeatures, start: Start) -> FirstStep:
         """Step 1: decode every prompted cell of N frames."""
-        cells = start.prompts.present.nonzero()
+        cells = self._drawn(start.prompts.present.nonzero())
         size = size_of(start.evidence)
         prompts = self._prompts(start.prompts, cells, size)
 
@@ -152,6 +154,13 @@ class Refiner:
                 return large + prompt - enlarged(self._reduced(prompt), size)
             case _:
                 return large
+
+    def _drawn(self, cells: Tensor) -> Tensor:
+        """Bound what a training step costs: a prompter that knows nothing yet sees every class on every frame."""
+        most = self.most_cells
+        if most is None or len(cells) <= most or not torch.is_grad_enabled():
+            return cells
+        return cells[torch.randperm(len(cells), device=cells.device)[:most].sort().values]
 
     def _prompts(self, prompts: Prompts, cells: Tensor, size: Size) -> Tensor:
         """Boxes (q, 4) of cells in pixels of SAM 2's frames."""

@@ -63,6 +63,8 @@ class Sampling(Record):
 
     oversample_foreground: Probability = 0.33
     """Share of a batch's samples that must hold a voxel of a random foreground class."""
+    cells: Count | None = None
+    """RFMedSAM 2: decode at most so many cells (one class on one frame) of a batch, drawn at random; None: all."""
 
 
 class Augmentation(Record):

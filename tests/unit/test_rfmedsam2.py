@@ -150,6 +150,16 @@ def test_cells_without_a_prompt_are_not_decoded(monkeypatch: pytest.MonkeyPatch)
     assert (logits[:, 1] != ABSENT).any()
 
 
+def test_training_decodes_at_most_so_many_cells_and_predicting_all() -> None:
+    model = network(generator="gt", unet=None).train()
+    model.refiner.most_cells = 3
+    with torch.no_grad():
+        assert len(model.steps(patch(), boxes(4, 2)).cells) == 8
+    torch.manual_seed(0)
+    drawn = model.steps(patch(), boxes(4, 2)).cells
+    assert len(drawn) == len(drawn.unique(dim=0)) == 3
+
+
 def test_a_patch_without_any_prompt_keeps_step_0() -> None:
     model = network(generator="gt", unet=None)
     given = boxes(4, 2)
