@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from rfmedsam2.pipeline.report import write_report
 from rfmedsam2.pipeline.splits import fold_split
 from rfmedsam2.pipeline.trained import CHECKPOINTS
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.cases import CaseStore
@@ -186,7 +186,8 @@ def validate_fold(
 ) -> Evaluation | None:
     """Predict the raw images of a fold's validation cases and score them; None where the raw dataset is not here.
 
-    Predictions and scores go to folder/validation; cases that the same model has already predicted are kept.
+    Predictions and scores go to folder/validation; cases that the same model has already predicted are kept. A model
+    that is prompted with boxes gets those of the reference labels: its score is an upper bound.
     """
     raw = layout.raw / plan.dataset
     if not raw.is_dir():
@@ -196,9 +197,15 @@ def validate_fold(
     inputs = [case for case in open_dataset(raw).training if case.id in wanted]
     predictor = Predictor.load([folder / CHECKPOINTS[0]], options=options)
     out = folder / VALIDATION
-    predict_files(predictor, inputs, out, continue_=True, track=track)
     labels = {case.id: case.label for case in inputs}
     references = {path.parent for path in labels.values() if path is not None}
+    model = predictor.config.model
+    if isinstance(model, RFMedSam2Config) and model.generator == "gt" and options.boxes is None:
+        if len(references) != 1:
+            logger.warning("Labels lie in several folders: predict with rfmed_predict --boxes")
+            return None
+        predictor = predictor.using(replace(predictor.options, boxes=next(iter(references))))
+    predict_files(predictor, inputs, out, continue_=True, track=track)
     if len(references) != 1:
         logger.warning("Labels lie in several folders: score the predictions in %s with rfmed_evaluate", out)
         return None

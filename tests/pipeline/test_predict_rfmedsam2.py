@@ -15,13 +15,25 @@ from rfmedsam2 import models
 from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.pipeline.predict import Options, Predictor, predict_files
+from rfmedsam2.pipeline.train import TrainOptions, train
 from rfmedsam2.records.boxes import GivenBox
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
-from rfmedsam2.records.plan import Augmentation, Compute, Inference, Normalisation, Plan, Stage
+from rfmedsam2.records.plan import (
+    Augmentation,
+    Compute,
+    Inference,
+    Normalisation,
+    Plan,
+    Stage,
+    TrainConfig,
+    Validation,
+)
 from rfmedsam2.store.checkpoints import write_checkpoint
+from rfmedsam2.store.files import read_record
+from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import Case
 
 UNET = UNetConfig(
@@ -317,3 +329,20 @@ def test_plain_u_nets_have_no_steps_and_take_no_boxes(cases, references, tmp_pat
     with pytest.raises(UsageError, match="takes no boxes"):
         predict_files(predictor.using(Options(boxes=references)), cases, tmp_path / "out")
     assert "step" not in predictor.settings()
+
+
+def test_models_of_reference_boxes_are_validated_with_them(planned_root, tmp_path) -> None:
+    layout = Layout(raw=planned_root / "raw", preprocessed=planned_root / "preprocessed", results=tmp_path / "results")
+    plan = read_record(layout.plan_file("Dataset900_PhantomCT", "rfmed_cpu"), Plan)
+    changes = {
+        "patch_size": (4, 32, 32),
+        "batch_size": 1,
+        "model": make_plan(generator="gt", freeze_backbone=False).stages["3d_fullres"].model,
+        "inference": Inference(step_size=1.0, mirror=False),
+        "train": TrainConfig(epochs=1, iterations_per_epoch=1, workers=0, compile="off"),
+        "validation": Validation(patches_while_training=1),
+    }
+    stage = plan.stages["3d_fullres"].model_copy(update=changes)
+    plan = plan.model_copy(update={"stages": {"3d_fullres": stage}})
+    result = train(layout, plan, "3d_fullres", fold="0", options=TrainOptions(device="cpu"))
+    assert result.evaluation is not None
