@@ -174,10 +174,12 @@ def _mask_decoder(sizes: Sizes) -> MaskDecoder:
 
 def _start_at_zero(base: Base, sizes: Sizes) -> None:
     """Parts without pre-trained weights, among others that have them, leave at first what those do as it is."""
-    started = [base.memory_attention.norm] if sizes.residual_memory else []
+    started: list[nn.Module] = []
+    if sizes.residual_memory:
+        started.append(base.memory_attention.norm)
+        nn.init.zeros_(base.no_mem_embed)
     if sizes.from_sam:
         started += [base.sam_mask_decoder.conv_s0, base.sam_mask_decoder.conv_s1]
-        nn.init.zeros_(base.no_mem_embed)
     for module in started:
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
