@@ -90,14 +90,16 @@ def _unet_term(network: UNetConfig, stage: Stage, *, outputs: int, half: bool) -
 
 def _refinement_terms(model: RFMedSam2Config, stage: Stage, *, classes: int, half: bool) -> tuple[MemoryTerm, ...]:
     frames, pixels = stage.batch_size * stage.patch_size[0], math.prod(stage.patch_size[1:])
-    cells, side = frames * classes, model.frame_size // 16
+    side = model.frame_size // 16
+    every = frames * classes
+    cells = min(every, stage.sampling.cells or every)
     sizes = sizes_of(model.backbone)
     value = FLOAT / 2 if half else FLOAT
-    maps = cells * pixels * FLOAT * CLASS_MAP_FACTOR * model.refinements
+    maps = every * pixels * FLOAT * CLASS_MAP_FACTOR * model.refinements
     features = frames * PYRAMID_FACTOR * sizes.channels * side**2 * value
     memories = cells * (sizes.memory_channels * side**2 + sizes.channels + 6 * 16 * side**2) * FLOAT
     return (
-        _term("class maps and losses", maps, f"{cells} cells x {CLASS_MAP_FACTOR} maps, a step"),
+        _term("class maps and losses", maps, f"{every} cells x {CLASS_MAP_FACTOR} maps, a step"),
         _term("features of frames", features, f"{frames} frames x three levels"),
         _term("masks and memories of cells", memories, f"{cells} cells"),
         _working_term(model, stage, frames=frames, cells=cells, half=half),

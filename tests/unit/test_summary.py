@@ -84,6 +84,7 @@ def test_memory_grows_with_what_it_is_made_of():
     assert kept(changed(paper, ["3d_fullres.batch_size=4"], "a")) > kept(paper) + 10
     assert kept(changed(paper, ["3d_fullres.model.refinements=1"], "a")) < kept(paper)
     assert kept(changed(paper, ["3d_fullres.compute.memory_mb=8192"], "a")) > kept(paper)
+    assert kept(changed(everything, ["3d_fullres.sampling.cells=100"], "a")) < kept(everything)
 
 
 def test_a_plan_too_large_for_the_memory_is_refused_before_it_starts():
