@@ -76,6 +76,12 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return torch.mps.current_allocated_memory() / 2**20 if self.device.type == "mps" else None
 
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody uses; MPS shares the machine's."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return psutil.virtual_memory().available
+
 
 @contextmanager
 def start_runtime(

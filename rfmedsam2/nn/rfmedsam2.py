@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rfmedsam2.errors import PlanError, UsageError
 from rfmedsam2.nn.adapters import ChannelAdapter
 from rfmedsam2.nn.cell_memory import at_once, frame_bytes
+from rfmedsam2.nn.feature_cache import FeatureCache
 from rfmedsam2.nn.generators import HierarchicalMasks, ObjectQueries, PointEmbeddings
 from rfmedsam2.nn.refiner import Refiner
 from rfmedsam2.nn.sam2.adapted import inject, remove
@@ -58,6 +59,7 @@ class RFMedSam2(nn.Module):
         classes: K.
         step: whose logits `forward` gives: 0, 1, 2, or None for the last.
         refiner: Steps 1 and 2; its `compute` says how much SAM 2 treats at once.
+        cache: features of a frozen image encoder, kept for frames that come again; None: they are not kept.
     """
 
     def __init__(self, config: RFMedSam2Config, *, channels: int, outputs: int, regions: bool = False) -> None:
@@ -67,6 +69,7 @@ class RFMedSam2(nn.Module):
         if self.classes < 1:
             raise PlanError("There is no class to segment", expected="at least one foreground class", found="none")
         self.step: int | None = None
+        self.cache: FeatureCache | None = None
         self.channel_adapter = ChannelAdapter(channels, config.adapters.channel_hidden)
         base = build_base(
             config.backbone,
@@ -80,6 +83,9 @@ class RFMedSam2(nn.Module):
             for parameter in pretrained_parameters(base, config.backbone).values():
                 parameter.requires_grad_(False)
         inject(base, config.adapters)
+        if not self.encoder_learns:  # what gets no gradients is not to be decayed either
+            self.channel_adapter.requires_grad_(False)
+            base.image_encoder.requires_grad_(False)
         self.sam = Sam2(base, object_scores=config.object_scores)
         self.refiner = Refiner(self.sam, config, regions=regions)
         self.unet = None if config.unet is None else UNet(config.unet, channels=channels, outputs=outputs)
@@ -115,7 +121,8 @@ class RFMedSam2(nn.Module):
     @property
     def encoder_learns(self) -> bool:
         """Whether gradients are needed through the image encoder."""
-        return self.config.adapters.encoder or not self.config.freeze_backbone
+        config = self.config
+        return config.adapters.encoder or not config.freeze_backbone or config.backbone == "nano"
 
     def load_backbone(self, weights: Mapping[str, Tensor], *, where: Path) -> LoadReport:
         """Load published weights of the backbone; adapters begin anew.
@@ -155,9 +162,13 @@ class RFMedSam2(nn.Module):
                 part = F.interpolate(part, (size, size), mode="bilinear", align_corners=False)
             return self.sam.pyramid(part)
 
-        with torch.set_grad_enabled(training):
+        def encoded(frames: Tensor) -> tuple[Tensor, ...]:
             levels = [self.refiner.run(chunk, part) for part in frames.split(count)]
-        return self.sam.features(tuple(torch.cat(level) for level in zip(*levels, strict=True)))
+            return tuple(torch.cat(level) for level in zip(*levels, strict=True))
+
+        with torch.set_grad_enabled(training):
+            fine, middle, embedding = encoded(frames) if self.cache is None else self.cache.levels(frames, encoded)
+        return self.sam.features((fine, middle, embedding))
 
     def start_from_logits(self, logits: Tensor) -> Start:
         """Begin with Step 0's logits (N, outputs, H, W)."""

@@ -49,8 +49,8 @@ def plan_rfmedsam2(
         PlanError: the fingerprint is of another dataset, the dataset has no classes or single slices, nothing fits.
     """
     refinement = refinement_of(preset)
-    if backbone is not None:
-        refinement = replace(refinement, backbone=backbone)
+    if backbone is not None and backbone != refinement.backbone:
+        refinement = replace(refinement, backbone=backbone, plan_name=f"{refinement.plan_name}_{backbone}")
     return refined_plan(dataset, fingerprint, refinement, name=name, spacing_zyx_mm=spacing_zyx_mm)
 
 
@@ -135,7 +135,8 @@ def _stage(survey: Survey, refinement: Refinement, topology: Topology, labels: L
     )
     assert isinstance(stage.model, UNetConfig)
     model = model_of(refinement.backbone, stage.model, patch[1], adapt_encoder=refinement.adapt_encoder)
-    stage = stage.model_copy(update={"model": model})
+    sampling = stage.sampling.model_copy(update={"cells": refinement.cells})
+    stage = stage.model_copy(update={"model": model, "sampling": sampling})
     keeping = stage.model_copy(update={"compute": stage.compute.model_copy(update={"checkpointing": False})})
     return keeping if _activations_gb(keeping, labels, half=False) <= refinement.keep_gb else stage
 

@@ -156,6 +156,8 @@ class Refinement:
     """Adapters in the image encoder too: gradients then run through all of it."""
     keep_gb: float = 0.0
     """Where all activations in float32 need no more, they are kept and not computed again in the backward pass."""
+    cells: int | None = None
+    """See `Sampling.cells`."""
 
 
 def _refinement(preset: Preset, backbone: Backbone, activations_gb: float, start: tuple[int, int, int]) -> Refinement:
@@ -182,6 +184,7 @@ REFINEMENTS: dict[Preset, Refinement] = {
         large_batch_size=1,
         adapt_encoder=False,
         keep_gb=3.0,
+        cells=96,
     ),
 }
 

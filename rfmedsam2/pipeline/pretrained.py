@@ -1,4 +1,4 @@
-"""What a training of RFMedSAM 2 starts from: published weights of SAM 2 (or a light SAM), a trained U-Net for Step 0."""
+"""What a training of RFMedSAM 2 starts from: published weights of its backbone, a trained U-Net for Step 0."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load_pretrained(network: RFMedSam2, plan: Plan, *, sam: Path | None, unet: P
             "The plan freezes pre-trained weights, and none were given",
             where=f"backbone {backbone}",
             expected=f"--sam2 {FILES[backbone]}" if backbone in FILES else "a backbone that has published weights",
-            remedy="Give the file with --sam2, or train everything from scratch with --set STAGE.model.freeze_backbone=false",
+            remedy="Give the file with --sam2, or train all from scratch: --set STAGE.model.freeze_backbone=false",
         )
     else:
         notes.append(f"{backbone} starts from scratch")
@@ -89,5 +89,5 @@ def _require_same_step0(network: RFMedSam2, plan: Plan, record: CheckpointRecord
             where=path,
             expected="; ".join(wanted for _, wanted in faults),
             found="; ".join(found for found, _ in faults),
-            remedy="Train it with the same preset, patch and data set, or leave --unet out to train Step 0 from scratch",
+            remedy="Train it with the same preset, patch and data set, or leave --unet out: Step 0 learns from scratch",
         )

@@ -27,6 +27,7 @@ from rfmedsam2.pipeline.predict import Predictor, predict_files
 from rfmedsam2.pipeline.pretrained import load_pretrained
 from rfmedsam2.pipeline.report import write_report
 from rfmedsam2.pipeline.splits import fold_split
+from rfmedsam2.pipeline.summary import check_memory
 from rfmedsam2.pipeline.trained import CHECKPOINTS
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
@@ -156,6 +157,7 @@ def _task(
                 remedy="Leave --sam2 and --unet out, or plan with --model rfmedsam2",
             )
         return UNetTask(plan, stage, store=store, split=split, runtime=runtime)
+    check_memory(plan, stage, runtime.free_bytes(), half=runtime.precision != torch.float32)
     task = RFMedSam2Task(plan, stage, store=store, split=split, runtime=runtime)
     if not began:
         unet = options.unet

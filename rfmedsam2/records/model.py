@@ -59,7 +59,7 @@ class UNetConfig(Record):
 
 
 Backbone = Literal["sam2_tiny", "sam2_small", "sam2_base_plus", "sam2_large", "nano", "mobile_sam", "lite_medsam"]
-"""What encodes the frames: SAM 2's Hiera in its four sizes or a small one of our own, or a SAM with a TinyViT encoder."""
+"""What encodes frames: SAM 2's Hiera in its four sizes or a small one of our own, or a SAM with a TinyViT encoder."""
 PromptGenerator = Literal[
     "unet", "object_queries", "scored_object_queries", "point_embeddings", "hierarchical_masks", "gt"
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ from rfmedsam2 import models
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.losses import deep_supervision_losses, memberships, segmentation_losses
+from rfmedsam2.nn.feature_cache import feature_cache
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2, Steps
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.dataset import LabelSet
@@ -22,6 +24,8 @@ from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.tasks.feed import PatchFeed
 from rfmedsam2.tasks.patches import PatchBatch
 from rfmedsam2.tasks.unet import overlap_counts, scores_of
+
+logger = logging.getLogger(__name__)
 
 BOX_GENERATORS = ("object_queries", "scored_object_queries", "point_embeddings")
 """Generators that need the reference to say which cells to decode while training."""
@@ -47,6 +51,8 @@ class RFMedSam2Task:
         self.model: RFMedSam2 = model.to(runtime.device)
         self.model.deep_supervision = self.stage.loss.deep_supervision
         self.model.refiner.compute = self.stage.compute
+        self.model.refiner.most_cells = self.stage.sampling.cells
+        self.model.cache = feature_cache(self.stage, learns=self.model.encoder_learns)
         self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -99,6 +105,8 @@ class RFMedSam2Task:
         finally:
             self.model.deep_supervision = supervised
             self.model.train()
+        if self.model.cache is not None:
+            logger.info("%s", self.model.cache.tally())
         return scores_by_step(totals, self.plan.labels)
 
     def _given(self, reference: Prompts) -> Prompts | None:

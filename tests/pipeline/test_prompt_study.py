@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,28 @@ def test_the_answer_as_json(raw_root, nano) -> None:
     study = json.loads(good("prompt_study", *words, "--root", raw_root).out)
     assert {row["prompts"] for row in study["rows"]} == {"point"}
     assert len(study["rows"]) == 2
+
+
+def test_of_several_channels_the_first_is_shown_and_said(raw_root, nano, tmp_path) -> None:
+    source = next((raw_root / "raw").iterdir())
+    folder = tmp_path / "raw" / source.name
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    image = min(source.glob("imagesTr/*_0000.*"))
+    id = image.name.split("_0000.")[0]
+    shutil.copy(source / "labelsTr" / image.name.replace("_0000.", "."), folder / "labelsTr")
+    for channel in range(2):
+        shutil.copy(image, folder / "imagesTr" / image.name.replace("_0000.", f"_000{channel}."))
+    content = json.loads((source / "dataset.json").read_text())
+    content |= {"channel_names": {"0": "T1", "1": "T2"}, "numTraining": 1}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    words = ("--sam2", nano, "--frame-size", 64, "--prompts", "box", "--prompted", "one", "--root", tmp_path)
+    outcome = good("prompt_study", *words)
+    assert "of 2 channels (T1, T2), T1 is shown; another: --channel" in outcome.err
+    second = good("prompt_study", *words, "--channel", "t2", "--json")
+    assert json.loads(second.out)["channels"] == ["T2"]
+    assert "is shown" not in second.err
+    assert json.loads(second.out)["cases"] == [id]
 
 
 def test_bad_input_gets_sentences(raw_root, nano, tmp_path) -> None:
