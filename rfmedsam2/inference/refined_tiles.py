@@ -183,7 +183,8 @@ class RefinedTiles:
         depth = self._windows[0].stop
         weights = gaussian_weights((depth, *self._size) if self._apart else self._size).to(self._device)
         network = self._networks[0]
-        ring = Ring(network.classes, depth + network.config.memory_frames, self._padded, self._device)
+        depth += network.config.memory_frames
+        ring = Ring(network.classes, depth, self._padded, self._device, background=False)
         done = 0
         for window in execution.track(self._windows, "frames", len(self._windows)):
             if self._apart:
@@ -233,6 +234,7 @@ class RefinedTiles:
         seen = None
         if known is None and boxes is None and execution.skip_empty:
             seen = _with_body(frames).to(self._device)
+            known = None if len(seen) else self._nothing(len(frames))
         if known is None or known.prompts.present.any():
             frames = frames.to(self._device, torch.float32)
         if corner not in self._streams:
@@ -276,6 +278,11 @@ class RefinedTiles:
             found = boxes
         masks = None if plane.masks is None else plane.masks[inside]
         return Start(prompts=found, evidence=plane.evidence[inside], masks=masks), boxes
+
+    def _nothing(self, frames: int) -> Start:
+        network = self._networks[0]
+        boxes = torch.zeros(frames, network.classes, 4, device=self._device)
+        return network.start_from_boxes(Prompts(boxes=boxes, present=boxes[..., 0] > 0), self._size)
 
     def _frames(self, window: _Window, corner: Corner) -> Tensor:
         """(n, C, H, W) of the image, 0 around where it is smaller."""

@@ -106,6 +106,7 @@ def predict_refined_slabs(
             mirror_axes=tiling.mirror_axes,
             device=device,
             outputs=networks[0].outputs,
+            regions=networks[0].regions,
             execution=execution if step == 0 else replace(execution, track=untracked),
         )
         if step == 0:

@@ -12,10 +12,21 @@ EMPTY_LOGIT = 10.0
 
 
 class Ring:
-    """Weighted sums of the planes that a later tile may still touch; plane p lies at p modulo the depth."""
+    """Weighted sums of the planes that a later tile may still touch; plane p lies at p modulo the depth.
 
-    def __init__(self, outputs: int, depth: int, plane: tuple[int, int], device: torch.device) -> None:
+    Args:
+        outputs: K, channels that are averaged.
+        depth: planes that can be held.
+        plane: rows and columns.
+        device: where the sums are.
+        background: the first channel is the background's, which voxels that no tile touched belong to.
+    """
+
+    def __init__(
+        self, outputs: int, depth: int, plane: tuple[int, int], device: torch.device, *, background: bool
+    ) -> None:
         self.depth = depth
+        self.background = background
         self.sums = torch.zeros((outputs, depth, *plane), device=device)
         self.weights = torch.zeros((depth, *plane), device=device)
 
@@ -45,7 +56,7 @@ class Ring:
             untouched = weights == 0
             if untouched.any():
                 self.sums[:, here].masked_fill_(untouched, -EMPTY_LOGIT)
-                if self.sums.shape[0] > 1:
+                if self.background:
                     self.sums[0, here].masked_fill_(untouched, EMPTY_LOGIT)
                 weights.masked_fill_(untouched, 1)
             torch.div(self.sums[:, here], weights, out=logits[:, there])

@@ -122,6 +122,7 @@ def predict_slabs(
     mirror_axes: Sequence[int],
     device: torch.device | str,
     outputs: int,
+    regions: bool = False,
     execution: Execution | None = None,
 ) -> Iterator[Slab]:
     """Predict a prepared image slab by slab, first planned axis ascending, without gaps or overlaps.
@@ -134,6 +135,7 @@ def predict_slabs(
         mirror_axes: axes of the patch that are flipped if `inference.mirror`; all combinations are averaged.
         device: where tiles are run and sums are kept; the image stays where it is.
         outputs: K, channels of the logits.
+        regions: the channels are regions, none is background.
         execution: precision, skipping and progress.
 
     Raises:
@@ -148,7 +150,7 @@ def predict_slabs(
     ensemble = _Ensemble(networks, flips=_flips(axes), device=place, precision=execution.precision)
     padded, lows = _padded(tensor, patch_size)
     rows = _rows(padded, patch_size, inference)
-    ring = Ring(outputs, rows[0].depth, (padded.shape[2], padded.shape[3]), place)
+    ring = Ring(outputs, rows[0].depth, (padded.shape[2], padded.shape[3]), place, background=not regions)
     weights = gaussian_weights(patch_size).to(place)
     stops = [row.start for row in rows[1:]] + [padded.shape[1]]
     a, b, c = tensor.shape[1:]
@@ -171,6 +173,7 @@ def predict_logits(
     mirror_axes: Sequence[int],
     device: torch.device | str,
     outputs: int,
+    regions: bool = False,
     execution: Execution | None = None,
 ) -> Tensor:
     """All slabs of `predict_slabs` (same arguments and errors) joined: float32 (K, a, b, c)."""
@@ -182,6 +185,7 @@ def predict_logits(
         mirror_axes=mirror_axes,
         device=device,
         outputs=outputs,
+        regions=regions,
         execution=execution,
     )
     return torch.cat([slab.logits for slab in slabs], dim=1)

@@ -146,7 +146,7 @@ def predict_turned(
     file = None
     if options.probabilities is not None:
         file = ProbabilityFile(options.probabilities, restore, plan.labels, orientation=turned.orientation)
-    slabs = _Timed(_slabs(networks, turned, config, plan.labels.num_outputs, options))
+    slabs = _Timed(_slabs(networks, turned, plan, config, options))
     labels = labels_from_slabs(
         slabs, restore, plan.labels, config.resampling, probabilities=file, threads=options.threads
     )
@@ -158,9 +158,7 @@ def predict_turned(
     )
 
 
-def _slabs(
-    networks: Sequence[nn.Module], turned: Turned, stage: Stage, outputs: int, options: Options
-) -> Iterator[Slab]:
+def _slabs(networks: Sequence[nn.Module], turned: Turned, plan: Plan, stage: Stage, options: Options) -> Iterator[Slab]:
     """Slabs of logits, by the kind of the networks: a plain sliding window, or refinement after it."""
     require_possible(stage.model, step=options.step, boxes=turned.boxes is not None)
     image, inference = turned.prepared.image, options.inference(stage)
@@ -182,7 +180,8 @@ def _slabs(
         inference=inference,
         mirror_axes=mirror_axes(stage),
         device=options.device,
-        outputs=outputs,
+        outputs=plan.labels.num_outputs,
+        regions=plan.labels.has_regions,
         execution=execution,
     )
 

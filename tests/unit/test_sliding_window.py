@@ -110,6 +110,12 @@ def test_empty_tiles_are_skipped_and_become_background() -> None:
     assert (logits[1:, 8:] == -EMPTY_LOGIT).all()
 
 
+def test_where_all_tiles_are_skipped_there_is_no_region() -> None:
+    image = np.full((1, 8, 8, 8), -2.0, np.float32)
+    logits = predict_logits([Recorder()], image, **settings(regions=True, execution=Execution(skip_empty=True)))
+    assert (logits == -EMPTY_LOGIT).all()
+
+
 def test_nothing_is_skipped_unless_asked() -> None:
     net = Recorder()
     predict_logits([net], np.zeros((1, 8, 8, 8), np.float32), **settings())
