@@ -205,6 +205,7 @@ class RFMedSam2(nn.Module):
         """
         count, size = len(volumes), (volumes.shape[-2], volumes.shape[-1])
         logits: dict[int, Tensor | list[Tensor]] = {}
+        start = None
         if self.config.generator == "unet":
             outputs = logits[0] = self.prompt_volumes(volumes)
             if self.step == 0 and not self.training:
@@ -212,7 +213,7 @@ class RFMedSam2(nn.Module):
             full = outputs if isinstance(outputs, Tensor) else outputs[0]
             start = self.start_from_logits(full.transpose(1, 2).flatten(0, 1))
         features = self.encode(volumes.transpose(1, 2).flatten(0, 1))
-        if self.config.generator != "unet":
+        if start is None:
             start = self.start(features, size, boxes)
             if self.config.generator == "hierarchical_masks":
                 logits[0] = with_background(start.evidence, count, regions=self.regions)
@@ -275,6 +276,6 @@ def _as_volumes(frames: Tensor, volumes: int) -> Tensor:
 
 def _silence(base: SAM2Base) -> None:
     """Let a decoder that is trained from scratch begin with masks of zero, so that corrections start at none."""
-    last = base.sam_mask_decoder.output_hypernetworks_mlps[0].layers[-1]
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    last = base.sam_mask_decoder.get_parameter("output_hypernetworks_mlps.0.layers.2.weight")
+    nn.init.zeros_(last)
+    nn.init.zeros_(base.sam_mask_decoder.get_parameter("output_hypernetworks_mlps.0.layers.2.bias"))
