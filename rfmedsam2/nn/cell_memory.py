@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rfmedsam2.nn.sam2.tiny_vit import seen_side
+
 FLOAT = 4
 PROMPT_TOKENS = 9
 """Of a cell in the mask decoder: score, quality, four masks, two corners of a box, padding."""
@@ -59,8 +61,6 @@ ENCODERS = {
     "lite_medsam": Encoder(2280, 226, 64),
 }
 """Counted with adapters."""
-LITE_SIDE = 256
-"""LiteMedSAM's encoder sees frames of more pixels a side, up to four times, at this size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +95,13 @@ class CellSizes:
         return max(FLOAT * max(attention, mlp), self.decode(training=False))
 
 
-def frame_bytes(backbone: str, frame_size: int, *, training: bool) -> int:
-    """Bytes a frame of image encoding."""
+def frame_bytes(backbone: str, frame_size: int, *, side: int, training: bool) -> int:
+    """Bytes a frame of image encoding; `side`: pixels a side of the frames before they are made `frame_size`."""
     encoder = ENCODERS[backbone]
-    side = max(frame_size, encoder.least_side)
-    if backbone == "lite_medsam":
-        side = max(min(side, LITE_SIDE), side // 4)
+    seen = seen_side(side, frame_size) if backbone == "lite_medsam" else frame_size
+    seen = max(seen, encoder.least_side)
     kept = encoder.kept if training else encoder.alive
-    return int(kept * 2**20 * (side / 256) ** 2)
+    return int(kept * 2**20 * (seen / 256) ** 2)
 
 
 def at_once(budget_mb: int, bytes_each: int) -> int:

@@ -154,11 +154,14 @@ class RFMedSam2(nn.Module):
         """(N, M, H, W) -> features; frames are resized to the frame size and encoded in chunks."""
         size = self.config.frame_size
         training = self.encoder_learns and torch.is_grad_enabled()
-        count = at_once(self.refiner.compute.memory_mb, frame_bytes(self.config.backbone, size, training=training))
+        side = frames.shape[-1]
+        each = frame_bytes(self.config.backbone, size, side=side, training=training)
+        count = at_once(self.refiner.compute.memory_mb, each)
+        resized = side != size and not self.sam.resizes_frames
 
         def chunk(part: Tensor) -> tuple[Tensor, ...]:
             part = self.channel_adapter(part)
-            if tuple(part.shape[-2:]) != (size, size):
+            if resized:
                 part = F.interpolate(part, (size, size), mode="bilinear", align_corners=False)
             return self.sam.pyramid(part)
 

@@ -118,7 +118,7 @@ def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, cells: i
     )
     sees = model.memory_frames * (2 if model.strategy == "both" else 1) + 1
     learns = model.adapters.encoder or not model.freeze_backbone
-    frame = frame_bytes(model.backbone, model.frame_size, training=learns)
+    frame = frame_bytes(model.backbone, model.frame_size, side=stage.patch_size[-1], training=learns)
     parts = [(frames if learns else 0, frame), (cells, cell.decode())]
     if model.refinements > 1:
         parts += [(cells, cell.remember()), (cells, cell.recall(sees, training=True))]

@@ -84,7 +84,7 @@ def test_sam_2_with_light_weights_sees_what_sam_sees(backbone, data_root, reques
     sam = build_sam(weights, where=backbone)
     base = build_base(backbone, frame_size=1024, object_scores=False).eval()
     load_light(base, weights, where=backbone)
-    side = base.image_encoder.input_size
+    side = base.image_encoder.seen(1024)
     frame = F.interpolate(slices(data_root)[0], (side, side), mode="bilinear")
     box = torch.tensor([[300.0, 200, 700, 600]])
     corners = (box.view(1, 2, 2) + 0.5) * (sam.frame_size / 1024) - 0.5

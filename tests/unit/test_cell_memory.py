@@ -144,12 +144,17 @@ def test_estimates_of_frames_are_near_what_is_counted(
     sam = sam_of(backbone, size, adapted)
     frames = torch.randn(2, 3, size, size)
     count = counted(sam, lambda: sam.pyramid(frames)[0], training=training) / len(frames)
-    assert_close("encode", frame_bytes(backbone, size, training=training), count)
+    assert_close("encode", frame_bytes(backbone, size, side=size, training=training), count)
 
 
 def test_lite_medsam_sees_larger_frames_no_larger() -> None:
-    each = [frame_bytes("lite_medsam", size, training=False) for size in (256, 512, 1024, 2048)]
+    each = [frame_bytes("lite_medsam", size, side=size, training=False) for size in (256, 512, 1024, 2048)]
     assert each[0] == each[1] == each[2] < each[3]
+
+
+def test_lite_medsam_sees_no_more_than_small_frames_hold() -> None:
+    each = [frame_bytes("lite_medsam", 256, side=side, training=False) for side in (32, 64, 128, 256)]
+    assert each[0] == each[1] < each[2] < each[3]
 
 
 def test_storages_are_counted_until_they_are_freed() -> None:

@@ -15,7 +15,7 @@ from rfmedsam2.nn.sam2.tiny_vit import Scaling, build_tiny_vit_encoder, scaled
 )
 def test_three_levels_of_256_channels(size: int, scaling: Scaling, seen: int) -> None:
     encoder = build_tiny_vit_encoder(size, scaling).eval()
-    assert encoder.input_size == seen
+    assert encoder.seen(size) == seen
     with torch.no_grad():
         out = encoder(torch.rand(1, 3, size, size))
     shapes = [(1, 256, size // stride, size // stride) for stride in (4, 8, 16)]
@@ -27,8 +27,16 @@ def test_three_levels_of_256_channels(size: int, scaling: Scaling, seen: int) ->
 
 def test_lite_medsams_published_size_is_a_quarter_of_the_frames() -> None:
     encoder = build_tiny_vit_encoder(1024, "unit")
-    assert encoder.input_size == 256
+    assert [encoder.seen(side) for side in (64, 256, 512, 1024)] == [256] * 4
     assert encoder.patch_embed.seq[0][0].stride == (1, 1)
+
+
+@pytest.mark.parametrize(("side", "seen"), [(40, 64), (64, 64), (100, 100), (256, 256), (300, 256)])
+def test_lite_medsam_sees_the_pixels_that_frames_have(side: int, seen: int) -> None:
+    encoder = build_tiny_vit_encoder(256, "unit").eval()
+    assert encoder.seen(side) == seen
+    with torch.no_grad():
+        assert encoder(torch.rand(1, 3, side, side))["vision_features"].shape == (1, 256, 16, 16)
 
 
 def test_frames_of_the_input_size_are_taken_as_they_are() -> None:

@@ -34,10 +34,12 @@ class Base(SAM2Base):
     Attributes:
         residual_memory: what memory attention gives is added to the embedding (it starts at zero).
         padding_point: SAM 2 was trained with an empty point behind the box prompt, SAM without.
+        resizes_frames: the image encoder takes frames of any size.
     """
 
     residual_memory: bool = False
     padding_point: bool = True
+    resizes_frames: bool = False
 
 
 def build_base(
@@ -72,6 +74,7 @@ def build_base(
             base.sam_mask_decoder = _mask_decoder(sizes)
     base.residual_memory = sizes.residual_memory
     base.padding_point = not sizes.from_sam
+    base.resizes_frames = sizes.scaling == "unit"
     _start_at_zero(base, sizes)
     return base
 

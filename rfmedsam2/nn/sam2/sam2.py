@@ -44,6 +44,7 @@ class Sam2(nn.Module):
         self.memory_channels: int = base.mem_dim
         self.residual_memory: bool = getattr(base, "residual_memory", False)
         self.padding_point: bool = getattr(base, "padding_point", True)
+        self.resizes_frames: bool = getattr(base, "resizes_frames", False)
         self._image_positions = SinePositions(self.channels)
         self._memory_positions = SinePositions(self.memory_channels)
 

@@ -207,9 +207,8 @@ class Neck(nn.Sequential):
 class TinyVitEncoder(nn.Module):
     """TinyViT-5M with SAM's neck and, for SAM 2's decoder, two finer levels.
 
-    LiteMedSAM's works on images of `input_size`, smaller than the frame: 256 pixels for frames from 256 to 1024. Its
-    maps, four times as fine as MobileSAM's there, are averaged to the frame's strides; with frames of 1024 pixels
-    they have them, and the embedding is the published model's.
+    LiteMedSAM's works on images smaller than the frame (`seen_side`): a quarter of the frame's pixels a side give the
+    frame's strides, as published for 256 of 1024; images of more are averaged to them.
 
     Args:
         frame_size: S.
@@ -217,20 +216,17 @@ class TinyVitEncoder(nn.Module):
             trained; "none" takes frames as they are (MobileSAM: ImageNet's mean and deviation).
         strided: MobileSAM's stem, which takes 4 x 4 pixels as one; else LiteMedSAM's.
 
-    Attributes:
-        input_size: pixels a side that the stem sees. Frames of this size are taken as they are, others resized.
-
     Shapes:
-        frames (N, 3, S, S) -> what sam2's ImageEncoder gives: "vision_features" (N, 256, S/16, S/16), the neck's
-        output; "backbone_fpn", levels of 256 channels at strides 4, 8, 16, the last one the neck's output;
-        "vision_pos_enc", a sine encoding for each.
+        frames (N, 3, S, S), for LiteMedSAM's of any size -> what sam2's ImageEncoder gives: "vision_features"
+        (N, 256, S/16, S/16), the neck's output; "backbone_fpn", levels of 256 channels at strides 4, 8, 16, the last
+        one the neck's output; "vision_pos_enc", a sine encoding for each.
     """
 
     def __init__(self, *, frame_size: int, scaling: Scaling = "none", strided: bool = True) -> None:
         super().__init__()
         self.scaling: Scaling = scaling
         self.frame_size = frame_size
-        self.input_size = frame_size if strided else max(min(frame_size, LITE_SIZE), frame_size // 4)
+        self.strided = strided
         self.patch_embed = PatchEmbedding(strided=strided)
         self.layers = nn.ModuleList(Stage(index) for index in range(len(WIDTHS)))
         self.neck = Neck()
@@ -240,8 +236,8 @@ class TinyVitEncoder(nn.Module):
 
     def forward(self, frames: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """See the class."""
-        if frames.shape[-1] != self.input_size:
-            size = (self.input_size, self.input_size)
+        size = (self.seen(frames.shape[-1]),) * 2
+        if tuple(frames.shape[-2:]) != size:
             frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
         fine, middle, last = self.stages(scaled(frames, self.scaling))
         levels = [
@@ -252,8 +248,12 @@ class TinyVitEncoder(nn.Module):
         positions = [self.position_encoding(level).to(level.dtype) for level in levels]
         return {"vision_features": levels[-1], "vision_pos_enc": positions, "backbone_fpn": levels}
 
+    def seen(self, side: int) -> int:
+        """Pixels a side that the stem is given of frames of `side`."""
+        return self.frame_size if self.strided else seen_side(side, self.frame_size)
+
     def stages(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The stages' outputs of 64, 128 and 320 channels, for scaled frames of `input_size`.
+        """The stages' outputs of 64, 128 and 320 channels, for scaled frames.
 
         Their strides are 4, 8, 16 with MobileSAM's stem, 1, 2, 4 with LiteMedSAM's.
         """
@@ -271,6 +271,14 @@ class TinyVitEncoder(nn.Module):
         """Feature maps averaged to one position for `stride` x `stride` pixels of the frame."""
         side = self.frame_size // stride
         return features if features.shape[-1] == side else F.adaptive_avg_pool2d(features, side)
+
+
+def seen_side(side: int, frame_size: int) -> int:
+    """Pixels a side that LiteMedSAM sees of frames of `side`, where the decoder's frames have `frame_size`.
+
+    Its own strides where the frames have no more detail, up to what it was trained on where they do.
+    """
+    return max(min(side, frame_size, LITE_SIZE), frame_size // 4)
 
 
 def build_tiny_vit_encoder(frame_size: int, scaling: Scaling = "none") -> TinyVitEncoder:
