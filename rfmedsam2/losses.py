@@ -79,7 +79,7 @@ def segmentation_losses(
 
 
 def deep_supervision_weights(levels: int) -> list[float]:
-    """Weights halve per level and sum to 1 (seed 004, eq. 2); the lowest level of several gets 0, as in nnU-Net."""
+    """Weights halve per level and sum to 1 (paper, eq. 2); of several, the lowest gets 0 as in nnU-Net."""
     weights = [0.5**level for level in range(levels)]
     if levels > 1:
         weights[-1] = 0.0

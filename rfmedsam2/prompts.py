@@ -1,7 +1,7 @@
 """Prompts from masks: a box, or a centre point, for every class on every frame, and which of them are there.
 
 A cell is one class on one frame. All cells come out of one vectorised pass, on the CPU or on a GPU: the labels of a
-row are gathered as bits of one word, so that no mask a class is ever made (mission M1.2).
+row are gathered as bits of one word, so that no mask a class is ever made.
 """
 
 from __future__ import annotations

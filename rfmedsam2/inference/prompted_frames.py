@@ -1,4 +1,4 @@
-"""Volumes segmented frame by frame from prompts that are given: zero-shot SAM (seed 004, 3.2)."""
+"""Volumes segmented frame by frame from prompts that are given: zero-shot SAM (RFMedSAM 2 paper, 3.2)."""
 
 from __future__ import annotations
 

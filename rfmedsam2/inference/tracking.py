@@ -1,4 +1,4 @@
-"""Volumes segmented by SAM 2 as a video: prompted frames, then the others from memory (seed 004, section 3.1).
+"""Volumes segmented by SAM 2 as a video: prompted frames, then the others from memory (RFMedSAM 2 paper, section 3.1).
 
 The official `SAM2Base.track_step` is run as the official video predictor runs it, forward from the first prompted
 frame, each object with its own memory, on frames as they are (no JPEG in between).

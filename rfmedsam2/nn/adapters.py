@@ -1,4 +1,4 @@
-"""Adapters: small trainable parts beside frozen ones (seed 004, section 3.3.3, Fig. 4(3), appendix C).
+"""Adapters: small trainable parts beside frozen ones (RFMedSAM 2 paper, section 3.3.3, Fig. 4(3), appendix C).
 
 An adapter gives what is added at its site. Its last projection starts at zero, so that an adapted model equals the
 original one, bit for bit, until it is trained.

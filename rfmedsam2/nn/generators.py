@@ -1,4 +1,4 @@
-"""Prompt generators on the image encoder's features (seed 004, section 3.4, Fig. 4(4a-d)).
+"""Prompt generators on the image encoder's features (RFMedSAM 2 paper, section 3.4, Fig. 4(4a-d)).
 
 a and b learn boxes and whether there is an object, c learns the prompts' embeddings, d learns masks. b differs from a
 in what the mask decoder's object scores do, not here. The independent U-Net (e, f) is `nn/unet.py`.

@@ -67,7 +67,7 @@ class Refiner:
         return FirstStep(logits=logits, cells=cells, masks=masks, pointers=pointers, scores=scores)
 
     def remember(self, features: FrameFeatures, first: FirstStep, volumes: int) -> Memory:
-        """Memories of what Step 1 decoded (M1.8); the N frames are D of each of `volumes`."""
+        """Memories of what Step 1 decoded; the N frames are D of each of `volumes`."""
 
         def chunk(frames: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
             return self.sam.remember(features.embedding[frames], masks, scores)

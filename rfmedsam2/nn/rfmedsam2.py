@@ -1,4 +1,4 @@
-"""RFMedSAM 2 (seed 004): prompts from a generator, SAM 2 on them, SAM 2 again with memories at their true distances.
+"""RFMedSAM 2: prompts from a generator, SAM 2 on them, SAM 2 again with memories at their true distances.
 
 Step 0 predicts class maps (or boxes), Step 1 decodes every prompted cell (one class on one frame) from the current
 frame alone, Step 2 decodes it again with the memories that Step 1 left on the neighbouring frames. Since those come

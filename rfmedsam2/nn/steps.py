@@ -110,7 +110,7 @@ def with_background(class_map: Tensor, volumes: int, *, regions: bool) -> Tensor
 
 @torch.no_grad()
 def prompts_of(class_map: Tensor, *, regions: bool) -> Prompts:
-    """Boxes and presence of the classes that a class map (N, K, H, W) predicts (M1.2: from the arg-max label map)."""
+    """Boxes and presence of the classes that a class map (N, K, H, W) predicts (from the arg-max label map)."""
     if regions:
         return prompts_from_members(class_map > 0)
     best, index = class_map.max(1)

@@ -1,4 +1,4 @@
-"""Zero-shot SAM and SAM 2 on a labelled dataset, by kind and number of prompts (M1.16; seed 004, Table 1).
+"""Zero-shot SAM and SAM 2 on a labelled dataset, by kind and number of prompts (RFMedSAM 2 paper, Table 1).
 
 Prompts come from the reference: a tight box, or the pixel nearest to the centre of gravity, one for each class and
 frame. Frames are the slices along z as stored. Of frames prompted, `one` is the middle one of those that a class

@@ -1,4 +1,4 @@
-"""The plans of `plans/`: BTCV and AMOS22 by published figures, and what each ablation of seed 004 changes.
+"""The plans of `plans/`: BTCV and AMOS22 by published figures, and what each ablation of the paper changes.
 
 Made here, written by `scripts/write_plans.py`, compared with the files by a test. Intensities are not known without the
 data: a soft-tissue window stands in their place until `changes.moved` puts a dataset's own there.

@@ -44,7 +44,7 @@ class Part:
     """Parameters of one part of a network.
 
     Attributes:
-        group: U-Net, SAM 2, adapters or prompts (seed 004, Table 8 has a column for each of the first three).
+        group: U-Net, SAM 2, adapters or prompts (RFMedSAM 2 paper, Table 8 has a column for each of the first three).
         name: the part.
         parameters: in all.
         trained: of them.

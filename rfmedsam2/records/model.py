@@ -31,7 +31,7 @@ class UNetConfig(Record):
     """Convolutions (plain) or residual blocks per stage."""
     decoder_blocks: tuple[Count, ...]
     attention: bool = False
-    """Self-attention over the bottleneck's positions (seed 004, Table 7)."""
+    """Self-attention over the bottleneck's positions (RFMedSAM 2 paper, Table 7)."""
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:
@@ -70,7 +70,7 @@ MemoryStrategy = Literal["sam2", "preceding", "following", "both"]
 
 
 class AdapterConfig(Record):
-    """Trainable parts put into a frozen SAM 2 (seed 004, section 3.3.3, appendices C and D)."""
+    """Trainable parts put into a frozen SAM 2 (RFMedSAM 2 paper, section 3.3.3, appendices C and D)."""
 
     blocks: Literal["dwconv", "plain", "none"] = "dwconv"
     """In attention blocks: DWConvAdapters on image features (Fig. 4(3b)), plain ones alone (Fig. 4(3a)), or none."""
@@ -85,7 +85,7 @@ class AdapterConfig(Record):
 
 
 class RFMedSam2Config(Record):
-    """RFMedSAM 2 (seed 004): a prompt generator (Step 0), SAM 2 on its prompts (Step 1), SAM 2 with memory (Step 2)."""
+    """RFMedSAM 2: a prompt generator (Step 0), SAM 2 on its prompts (Step 1), SAM 2 with memory (Step 2)."""
 
     kind: Literal["rfmedsam2"] = "rfmedsam2"
     generator: PromptGenerator = "unet"
@@ -100,7 +100,7 @@ class RFMedSam2Config(Record):
     memory_frames: Annotated[int, Field(ge=0, le=6)] = 6
     """How many frames on a side Step 2 looks back (or ahead) at, beside the current one."""
     object_scores: bool = False
-    """Learn whether a prompted object is there, and empty the masks where it is not (seed 004, Table 4)."""
+    """Learn whether a prompted object is there, and empty the masks where it is not (RFMedSAM 2 paper, Table 4)."""
     mask_prompt: bool = True
     """Also prompt with the previous step's mask: the path by which SAM 2's losses reach the prompt generator."""
     output: Literal["replace", "detail", "correct"] = "replace"

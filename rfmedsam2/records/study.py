@@ -1,4 +1,4 @@
-"""What a study of prompts found: zero-shot SAM and SAM 2 by kind and number of prompts (seed 004, Table 1)."""
+"""What a study of prompts found: zero-shot SAM and SAM 2 by kind and number of prompts (RFMedSAM 2 paper, Table 1)."""
 
 from __future__ import annotations
 

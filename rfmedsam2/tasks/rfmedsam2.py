@@ -1,4 +1,4 @@
-"""Training RFMedSAM 2: Steps 0, 1 and 2 together, all their losses summed (seed 004, sections 3.3, 3.4, appendix G)."""
+"""Training RFMedSAM 2: Steps 0, 1 and 2 together, all their losses summed (paper, sections 3.3, 3.4, appendix G)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters put into SAM 2 (seed 004, appendix D), listed, and taken out again.
+"""Adapters put into SAM 2 (RFMedSAM 2 paper, appendix D), listed, and taken out again.
 
 Each wrapper holds the official module as `original` and restates its forward with the adapters in it: what follows an
 attention takes its output, what stands beside an MLP takes the MLP's input. SAM 2's weights are loaded before.
@@ -180,7 +180,7 @@ WRAPPERS = (AdaptedHieraBlock, AdaptedNeck, AdaptedTwoWayBlock, AdaptedMemoryLay
 
 
 def inject(base: SAM2Base, config: AdapterConfig) -> None:
-    """Put adapters into a SAM 2 whose weights have been loaded (M1.4 - M1.6 and appendix D).
+    """Put adapters into a SAM 2 whose weights have been loaded (RFMedSAM 2 paper, appendix D).
 
     The feature pyramid's lowest level, which SAM 2 discards, gets none: every adapter takes part in every pass
     through its module.

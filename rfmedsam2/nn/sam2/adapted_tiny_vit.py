@@ -1,4 +1,4 @@
-"""Adapters in a TinyViT image encoder: the sites of Hiera and its feature pyramid, translated (M1.20)."""
+"""Adapters in a TinyViT image encoder: the sites of Hiera and its feature pyramid, translated."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ NEW_ON_LIGHT = (
     "sam_mask_decoder.obj_score_token",
     "sam_mask_decoder.pred_obj_score_head",
 )
-"""Beginnings of the names of what a SAM with a TinyViT encoder does not have: it is always trained (M1.20)."""
+"""Beginnings of the names of what a SAM with a TinyViT encoder does not have: it is always trained."""
 
 
 def pretrained_parameters(base: SAM2Base, backbone: Backbone) -> dict[str, nn.Parameter]:

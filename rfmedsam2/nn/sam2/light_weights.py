@@ -1,4 +1,4 @@
-"""Published weights of MobileSAM and LiteMedSAM into a base of `build_base` (M1.20)."""
+"""Published weights of MobileSAM and LiteMedSAM into a base of `build_base`."""
 
 from __future__ import annotations
 

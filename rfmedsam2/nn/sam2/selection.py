@@ -1,4 +1,4 @@
-"""Which memories each cell attends to, and at which temporal position (mission M1.9; seed 004, Fig. 4(2)).
+"""Which memories each cell attends to, and at which temporal position (RFMedSAM 2 paper, Fig. 4(2)).
 
 SAM 2 gives every prompted frame temporal position 0, however far it is. In Step 2 every frame is prompted, so position
 0 is left to the current frame and the others take the place of their true distance: `preceding` (b), `following` (c),
