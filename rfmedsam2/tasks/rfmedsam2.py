@@ -14,6 +14,7 @@ from torchvision.ops import generalized_box_iou_loss
 from rfmedsam2 import models
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
+from rfmedsam2.inference.refinement import Request, Tiling, predict_refined_slabs, steps_of
 from rfmedsam2.losses import deep_supervision_losses, memberships, segmentation_losses
 from rfmedsam2.nn.feature_cache import feature_cache
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2, Steps
@@ -87,27 +88,52 @@ class RFMedSam2Task:
         return parts
 
     def validate(self) -> dict[str, float]:
-        """Dice per foreground class and step over validation patches; `score` is the last step's mean."""
+        """Dice per foreground class and step over validation patches or volumes; `score` is the last step's mean."""
         self.model.eval()
         supervised, self.model.deep_supervision = self.model.deep_supervision, False
+        whole = self.stage.validation.cases_while_training > 0
         totals: dict[int, np.ndarray] = {}
         try:
             with torch.inference_mode():
-                for batch in self._feed.validation():
-                    reference = reference_prompts(batch.target, self.plan.labels)
-                    given = reference if self.model.config.generator == "gt" else None
-                    with self._runtime.autocast():
-                        steps = self.model.steps(batch.image, given)
-                    for number, logits in steps.logits.items():
-                        assert isinstance(logits, Tensor)
-                        counts = overlap_counts(logits, batch.target, self.plan.labels)
-                        totals[number] = totals.get(number, 0) + counts
+                for number, logits, target in self._predicted_volumes() if whole else self._predicted_patches():
+                    totals[number] = totals.get(number, 0) + overlap_counts(logits, target, self.plan.labels)
         finally:
             self.model.deep_supervision = supervised
             self.model.train()
         if self.model.cache is not None:
             logger.info("%s", self.model.cache.tally())
         return scores_by_step(totals, self.plan.labels)
+
+    def _predicted_patches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(step, logits, target) of every validation patch."""
+        for batch in self._feed.validation():
+            with self._runtime.autocast():
+                steps = self.model.steps(batch.image, self._shown(batch.target))
+            for number, logits in steps.logits.items():
+                assert isinstance(logits, Tensor)
+                yield number, logits, batch.target
+
+    def _predicted_volumes(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(step, logits, target) of every volume to be validated while training."""
+        stage = self.stage
+        tiling = Tiling(
+            patch_size=stage.patch_size, inference=stage.inference, mirror_axes=stage.augmentation.mirror_axes
+        )
+        for case, target in self._feed.whole_cases():
+            image = case.image_patch(tuple((0, n) for n in case.shape))
+            for number in steps_of(self.model.config):
+                slabs = predict_refined_slabs(
+                    [self.model],
+                    image,
+                    tiling=tiling,
+                    device=self._runtime.device,
+                    request=Request(step=number, boxes=self._shown(target)),
+                )
+                yield number, torch.cat([slab.logits for slab in slabs], dim=1)[None], target
+
+    def _shown(self, target: Tensor) -> Prompts | None:
+        """What a validated model is told of the reference."""
+        return reference_prompts(target, self.plan.labels) if self.model.config.generator == "gt" else None
 
     def _given(self, reference: Prompts) -> Prompts | None:
         generator = self.model.config.generator

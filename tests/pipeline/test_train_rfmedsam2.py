@@ -146,3 +146,13 @@ def test_a_plain_unet_takes_no_weights_of_sam2(layout, tmp_path):
     options = TrainOptions(device="cpu", validate=False, sam=tmp_path / "sam2.pt")
     with pytest.raises(UsageError, match="plain U-Net"):
         train(layout, plan.model_copy(update={"stages": {"3d_fullres": alone}}), "3d_fullres", options=options)
+
+
+@pytest.mark.parametrize("variant", ["as_published", "reference_boxes", "object_queries"])
+def test_whole_volumes_can_be_validated_while_training(layout, variant):
+    plan = planned(layout, **VARIANTS[variant])
+    stage = plan.stages["3d_fullres"].model_copy(update={"validation": Validation(cases_while_training=1)})
+    plan = plan.model_copy(update={"stages": {"3d_fullres": stage}})
+    result = train(layout, plan, "3d_fullres", fold="0", options=QUIET)
+    assert {"step1/dsc", "step2/dsc/liver"} <= set(result.progress.scores)
+    assert 0 <= result.progress.scores["score"] <= 1
