@@ -5,7 +5,9 @@ Training files are read once where memory allows: what the fingerprint decodes (
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +179,7 @@ def _notes_on(plan: Plan) -> list[str]:
 
 
 def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
-    """Write plan and dataset.json; says when another plan of this name was replaced.
+    """Write plan and dataset.json; another plan of this name, such as one that a person has edited, is kept beside it.
 
     Raises:
         UsageError: a file of another program (nnU-Net may share the folder) has this name.
@@ -187,18 +189,30 @@ def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
         raise UsageError(
             "A file that is no plan of this package has this name", where=path, remedy="Name the plan with -p"
         )
-    if path.is_file():
-        try:
-            if read_record(path, Plan) != plan:
-                notes.append(f"The plan {plan.name} was another before and has been replaced.")
-        except RecordError:
-            notes.append(f"The plan {plan.name} was unreadable and has been replaced.")
+    if path.is_file() and not _is_the_same(path, plan):
+        kept = _unused(path)
+        shutil.copyfile(path, kept)
+        notes.append(f"The plan {plan.name} was another before; that one is kept as {kept.name}.")
     write_record(path, plan)
     described = (dataset.folder / "dataset.json").read_bytes()
     # as it is: nnU-Net reads the same file, and takes an empty field for a given one
     with atomic(path.with_name("dataset.json")) as temporary:
         temporary.write_bytes(described)
     return notes
+
+
+def _is_the_same(path: Path, plan: Plan) -> bool:
+    try:
+        return read_record(path, Plan) == plan
+    except RecordError:
+        return False
+
+
+def _unused(path: Path) -> Path:
+    """A free name for an older file; with its ending it is no plan."""
+    return next(
+        name for number in itertools.count(1) if not (name := path.with_name(f"{path.name}.older{number}")).exists()
+    )
 
 
 def _is_foreign(path: Path) -> bool:

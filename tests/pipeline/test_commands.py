@@ -94,6 +94,19 @@ def test_a_second_run_skips_what_is_finished(planned_root, root_of):
     assert {p: p.stat().st_mtime_ns for p in (root / "preprocessed").rglob("*.b2nd")} == before
 
 
+def test_an_edited_plan_is_kept_when_planned_anew(raw_root, root_of):
+    root = root_of(raw_root)
+    words = ("-d", 900, "--preset", "cpu", "--no-preprocess", "--root", root)
+    good("plan_and_preprocess", *words)
+    path = next((root / "preprocessed").rglob("rfmed_cpu.json"))
+    edited = [path.read_text().replace('"epochs": 20', f'"epochs": {epochs}') for epochs in (30, 40)]
+    for content in edited:
+        path.write_text(content)
+        assert "that one is kept as rfmed_cpu.json.older" in good("plan_and_preprocess", *words).out
+    assert [path.with_name(f"{path.name}.older{number}").read_text() for number in (1, 2)] == edited
+    assert "kept as" not in good("plan_and_preprocess", *words).out
+
+
 def test_planning_alone_preprocesses_nothing(raw_root, root_of):
     root = root_of(raw_root)
     done = good("plan_and_preprocess", "-d", 900, "--preset", "nnunet", "-p", "mine", "--no-preprocess", "--root", root)
