@@ -29,6 +29,7 @@ def make_plan(name: str = "toy") -> Plan:
         "batch_size": 2,
         "normalisation": [{"kind": "zscore"}],
         "model": {
+            "kind": "unet",
             "features": [4, 8],
             "kernel_sizes": [[3, 3, 3], [3, 3, 3]],
             "strides": [[1, 1, 1], [2, 2, 2]],

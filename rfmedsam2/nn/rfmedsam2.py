@@ -175,6 +175,8 @@ class RFMedSam2(nn.Module):
 
     def start_from_logits(self, logits: Tensor) -> Start:
         """Begin with Step 0's logits (N, outputs, H, W)."""
+        if not self.config.propagate_loss:
+            logits = logits.detach()
         evidence = relative_to_background(logits.float(), regions=self.regions)
         masks = one_against_rest(logits.float(), regions=self.regions) if self.config.mask_prompt else None
         return Start(prompts=prompts_of(evidence, regions=self.regions), evidence=evidence, masks=masks)

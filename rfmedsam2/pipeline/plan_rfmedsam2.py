@@ -92,7 +92,7 @@ def model_of(backbone: Backbone, unet: UNetConfig, side: int, *, adapt_encoder: 
     """RFMedSAM 2 on frames of `side` voxels, by what the backbone knows: published SAM 2, a light SAM, or nothing.
 
     Published parts stay frozen beside trained adapters. nano has no published weights and is trained whole, as a
-    correction of Step 0 that starts at zero.
+    correction of Step 0 that starts at zero and does not disturb it.
     """
     frame_size = enlarged_side(side, LEAST_FRAME.get(backbone, LEAST))
     if backbone == "nano":
@@ -101,6 +101,7 @@ def model_of(backbone: Backbone, unet: UNetConfig, side: int, *, adapt_encoder: 
             backbone=backbone,
             frame_size=frame_size,
             output="correct",
+            propagate_loss=False,
             freeze_backbone=False,
             adapters=AdapterConfig(blocks="none", convolutions="none"),
         )

@@ -103,6 +103,9 @@ class RFMedSam2Config(Record):
     """Learn whether a prompted object is there, and empty the masks where it is not (RFMedSAM 2 paper, Table 4)."""
     mask_prompt: bool = True
     """Also prompt with the previous step's mask: the path by which SAM 2's losses reach the prompt generator."""
+    propagate_loss: bool = True
+    """Losses of Steps 1 and 2 reach the prompt generator (the paper's loss propagation). Off: the U-Net learns from its
+    own loss alone; for a SAM 2 trained from scratch, which has nothing to teach it yet."""
     output: Literal["replace", "detail", "correct"] = "replace"
     """How a step's mask comes from SAM 2's, which has a quarter of the frame's resolution. replace: it is SAM 2's.
     detail: SAM 2's, plus what the mask prompt holds beyond that resolution. correct: the mask prompt plus SAM 2's
@@ -134,6 +137,8 @@ class RFMedSam2Config(Record):
             raise ValueError(f"frame_size {self.frame_size} is not a multiple of 32")
         if self.output != "replace" and self.generator not in ("unet", "hierarchical_masks"):
             raise ValueError(f"output {self.output} needs a generator of masks, not {self.generator}")
+        if not self.propagate_loss and self.generator != "unet":
+            raise ValueError(f"generator {self.generator} needs propagate_loss, only unet can do without")
         return self
 
 

@@ -103,7 +103,8 @@ def grouped(
     """Case id -> channel number (None: a file without suffix) -> files; more than one file is a duplicate.
 
     A number counts as a channel suffix unless that cannot be: the whole name is the id of a label, or numbers go
-    beyond the channels and no label has the name before the number.
+    beyond the channels and no label has the name before the number. But where several names have the same numbers from
+    0 on, these are channels, and too many.
     """
     by_stem: dict[str, list[Path]] = {}
     for path in paths:
@@ -112,13 +113,21 @@ def grouped(
     for stem in by_stem:
         if match := _SUFFIXED.fullmatch(stem):
             numbers.setdefault(match[1], set()).add(int(match[2]))
+    alike = _same_channels(list(numbers.values()))
     groups: dict[str, dict[int | None, list[Path]]] = {}
     for stem, files in by_stem.items():
         match = _SUFFIXED.fullmatch(stem)
-        is_channel = match is not None and _is_channel(stem, match[1], numbers[match[1]], channels, known_ids)
+        most = channels if match is None or not alike else len(numbers[match[1]])
+        is_channel = match is not None and _is_channel(stem, match[1], numbers[match[1]], most, known_ids)
         case, channel = (match[1], int(match[2])) if match and is_channel else (stem, None)
         groups.setdefault(case, {}).setdefault(channel, []).extend(files)
     return dict(sorted(groups.items()))
+
+
+def _same_channels(numbers: Sequence[set[int]]) -> bool:
+    """Whether several names have the numbers 0, 1, ... alike, which ids of cases hardly do."""
+    first = numbers[0] if numbers else set()
+    return len(numbers) > 1 and first == set(range(len(first))) and all(other == first for other in numbers)
 
 
 def _is_channel(stem: str, prefix: str, numbers: set[int], channels: int, known_ids: Collection[str]) -> bool:

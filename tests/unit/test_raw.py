@@ -172,6 +172,14 @@ def test_numbered_single_channel_files_are_not_taken_for_channels(tmp_path: Path
     assert [c.id for c in find_cases(tmp_path, channels=1, file_ending=None)] == ["amos_0000", "amos_0001", "amos_0002"]
 
 
+def test_images_of_more_channels_than_the_model_takes_are_no_cases_of_their_own(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        for channel in range(3):
+            (tmp_path / f"{case}_{channel:04d}.nii.gz").touch()
+    with pytest.raises(DatasetError, match=r"a: Channels beyond the 1 declared: _0001, _0002"):
+        find_cases(tmp_path, channels=1, file_ending=None)
+
+
 def test_missing_channels_of_all_cases_are_named_at_once(tmp_path: Path) -> None:
     touch(tmp_path, "a_0000.nii.gz", "b_0001.nii.gz")
     with pytest.raises(DatasetError, match=r"2 input case.*a: .*_0001.*b: .*_0000"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.models import build
@@ -106,6 +107,22 @@ def test_all_trained_parameters_get_gradients_from_the_last_step() -> None:
     grads = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     for part in ("unet", "sam.base.memory_attention", "sam.base.memory_encoder", "sam.base.image_encoder"):
         assert any(name.startswith(part) for name in grads), part
+
+
+def test_without_propagation_the_prompter_learns_from_its_own_loss_alone() -> None:
+    model = network(output="correct", propagate_loss=False).train()
+    steps = model.steps(patch())
+    last = steps.logits[2]
+    assert isinstance(last, torch.Tensor)
+    last.square().sum().backward()
+    assert model.unet is not None
+    assert all(p.grad is None for p in model.unet.parameters())
+    assert any(p.grad is not None for p in model.sam.parameters())
+    own = steps.logits[0]
+    (own if isinstance(own, torch.Tensor) else own[0]).square().sum().backward()
+    assert any(p.grad is not None for p in model.unet.parameters())
+    with pytest.raises(ValidationError, match="needs propagate_loss"):
+        config(generator="gt", unet=None, output="replace", propagate_loss=False)
 
 
 def test_checkpointing_changes_neither_results_nor_gradients() -> None:
