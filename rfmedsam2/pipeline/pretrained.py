@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
-from rfmedsam2.pipeline.trained import checkpoints_of
+from rfmedsam2.pipeline.trained import FOLD, checkpoints_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import Backbone, UNetConfig
 from rfmedsam2.records.plan import Plan
@@ -24,14 +24,15 @@ FILES: dict[Backbone, str] = {
 """What the published weights of each backbone are called."""
 
 
-def load_pretrained(network: RFMedSam2, plan: Plan, *, sam: Path | None, unet: Path | None) -> list[str]:
+def load_pretrained(network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | None, unet: Path | None) -> list[str]:
     """Load what a training starts from.
 
     Args:
         network: freshly built; changed in place.
         plan: that it was built by.
+        fold: that is to be trained.
         sam: published weights of its backbone.
-        unet: a trained U-Net for Step 0: a checkpoint, or a model folder of one fold.
+        unet: a trained U-Net for Step 0: a checkpoint, a fold's folder, or a model folder, of which the same fold is taken.
 
     Returns:
         Sentences about what was loaded and what starts untrained.
@@ -56,19 +57,24 @@ def load_pretrained(network: RFMedSam2, plan: Plan, *, sam: Path | None, unet: P
     else:
         notes.append(f"{backbone} starts from scratch")
     if unet is not None:
-        notes.append(_load_unet(network, plan, unet))
+        notes += _load_unet(network, plan, unet, fold=fold)
     return notes
 
 
-def _load_unet(network: RFMedSam2, plan: Plan, path: Path) -> str:
+def _load_unet(network: RFMedSam2, plan: Plan, path: Path, *, fold: str) -> list[str]:
     if network.unet is None:
         raise UsageError("The plan has no U-Net to load into", where=path, expected="generator unet")
-    if not path.is_file():
-        path = checkpoints_of(path)[0]
+    if path.name.startswith(FOLD) and path.is_dir():
+        path = checkpoints_of(path.parent, folds=[path.name.removeprefix(FOLD)])[0]
+    elif not path.is_file():
+        path = checkpoints_of(path, folds=[fold])[0]
     record = read_record_of(path)
     _require_same_step0(network, plan, record, path)
     network.unet.load_state_dict(read_weights(path))
-    return f"{path}: Step 0 starts from this U-Net (step {record.step})"
+    notes = [f"{path}: Step 0 starts from this U-Net (step {record.step})"]
+    if record.fold != fold:
+        notes.append(f"It was trained on fold {record.fold}: it has seen cases that fold {fold} is validated on")
+    return notes
 
 
 def _require_same_step0(network: RFMedSam2, plan: Plan, record: CheckpointRecord, path: Path) -> None:

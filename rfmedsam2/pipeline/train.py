@@ -163,7 +163,7 @@ def _task(
         unet = options.unet
         if unet is None and config.starts_from is not None:
             unet = layout.fold_folder(plan.dataset, plan.name, config.starts_from, fold) / FINAL
-        for note in load_pretrained(task.model, plan, sam=options.sam, unet=unet):
+        for note in load_pretrained(task.model, plan, fold=fold, sam=options.sam, unet=unet):
             logger.warning(note) if runtime.is_main else None
     return task
 

@@ -128,9 +128,15 @@ def test_step_0_starts_from_a_trained_unet_of_the_same_plan(layout, tmp_path):
     first = train(layout, plan.model_copy(update={"stages": {"3d_fullres": alone}}), "3d_fullres", options=QUIET)
     checkpoint = first.folder / "checkpoint_final.safetensors"
     network = build_stage(plan, plan.stages["3d_fullres"])
-    notes = load_pretrained(network, plan, sam=None, unet=checkpoint)
+    notes = load_pretrained(network, plan, fold="0", sam=None, unet=checkpoint)
     assert "scratch" in notes[0]
     assert "Step 0 starts from this U-Net" in notes[1]
+    assert len(notes) == 2
+    for folder in (first.folder, first.folder.parent):
+        assert load_pretrained(network, plan, fold="0", sam=None, unet=folder) == notes
+    with pytest.raises(UsageError, match=r"No such trained fold.*one or several of 0. Found 1"):
+        load_pretrained(network, plan, fold="1", sam=None, unet=first.folder.parent)
+    assert "validated on" in load_pretrained(network, plan, fold="1", sam=None, unet=first.folder)[2]
     own = network.unet.state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in read_weights(checkpoint).items())
     wider = planned(layout, unet=UNetConfig(**(unet().model_dump() | {"features": (8, 8)})))
