@@ -32,7 +32,7 @@ def load_pretrained(network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | No
         plan: that it was built by.
         fold: that is to be trained.
         sam: published weights of its backbone.
-        unet: a trained U-Net for Step 0: a checkpoint, a fold's folder, or a model folder, of which the same fold is taken.
+        unet: a trained U-Net for Step 0: a checkpoint, a fold's folder, or a model folder: of it, the same fold.
 
     Returns:
         Sentences about what was loaded and what starts untrained.
