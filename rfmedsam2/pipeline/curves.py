@@ -6,6 +6,7 @@ Drawn on matplotlib's object interface: no global state, no display, safe in any
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,8 @@ PROGRESS = "progress.png"
 RAW_POINTS = 1500
 """Single steps drawn at most; more are averaged in groups."""
 MAX_SCORE_LINES = 20
+STEP_SCORE = re.compile(r"step(?P<step>\d+)/dsc(?:/(?P<class>.+))?")
+"""Names of scores of RFMedSAM 2's steps."""
 SERIES = ("#3b6fb6", "#d1763c", "#4c9a62", "#b6579e", "#8a7ac8", "#b3a02f", "#4aa3b0", "#c25656", "#7d8a96", "#9c6b4a")
 INK: dict[Theme, tuple[str, str, str]] = {
     "light": ("#1d2733", "#d9dee5", "#ffffff"),
@@ -54,6 +57,15 @@ class Training:
         own = {"epoch", "step", "loss", "lr", "seconds"}
         names = dict.fromkeys(n for row in self.epochs for n in row if n not in own and not n.startswith("loss/"))
         return tuple(sorted(names, key=lambda n: n != "score"))
+
+    def scores_by_step(self) -> dict[str, dict[str, float]]:
+        """Last validated DSC of RFMedSAM 2: class (or "mean") -> "Step 0" ... -> value; empty for other models."""
+        last = next((row for row in reversed(self.epochs) if "score" in row), {})
+        table: dict[str, dict[str, float]] = {}
+        for name, value in last.items():
+            if match := STEP_SCORE.fullmatch(name):
+                table.setdefault(match["class"] or "mean", {})[f"Step {match['step']}"] = value
+        return dict(sorted(table.items(), key=lambda item: item[0] == "mean"))
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Give steps and values of one column of the epochs, where it is there."""
@@ -156,7 +168,8 @@ def _draw_loss(ax: Axes, training: Training) -> None:
 
 
 def _draw_scores(ax: Axes, training: Training) -> None:
-    names = training.score_names
+    # of single classes the last step alone
+    names = [n for n in training.score_names if not ((match := STEP_SCORE.fullmatch(n)) and match["class"])]
     for i, name in enumerate(names[:MAX_SCORE_LINES]):
         _line(ax, training, name, name.removeprefix("dsc/"), SERIES[i % len(SERIES)], 2.4 if name == "score" else 1.2)
         ax.lines[-1].set_linestyle("-" if i < len(SERIES) else "--")

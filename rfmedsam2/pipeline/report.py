@@ -106,6 +106,7 @@ def write_report(
         "facts": facts,
         "figures": [*_evaluation_figures(evaluation), *_training_figures(curves)],
         "training": None if curves is None else _themed(lambda theme: training_png(curves, theme=theme)),
+        "steps": {} if curves is None else curves.scores_by_step(),
         "evaluation": None if evaluation is None else _evaluation_context(evaluation, images, labels),
         "reference_colour": REFERENCE_COLOUR,
         "prediction_colour": PREDICTION_COLOUR,
