@@ -207,11 +207,9 @@ def test_training_is_read_by_epoch_without_the_torn_line(training) -> None:
 
 def test_scores_of_refinement_stand_by_step_and_class(training, tmp_path) -> None:
     scores = {"step0/dsc/liver": 0.5, "step0/dsc": 0.4, "step2/dsc/liver": 0.625, "step2/dsc": 0.6, "score": 0.6}
-    (training / "metrics.jsonl").write_text(
-        json.dumps({"event": "step", "step": 1, "epoch": 0, "loss": 1.0, "lr": 0.01, "seconds": 0.5, "losses": {}})
-        + "\n"
-        + json.dumps({"event": "validation", "step": 1, "epoch": 0, "scores": scores | {"dsc/liver": 0.625}})
-    )
+    step = {"event": "step", "step": 1, "epoch": 0, "loss": 1.0, "lr": 0.01, "seconds": 0.5, "losses": {}}
+    validation = {"event": "validation", "step": 1, "epoch": 0, "scores": scores | {"dsc/liver": 0.625}}
+    (training / "metrics.jsonl").write_text(f"{json.dumps(step)}\n{json.dumps(validation)}\n")
     table = read_training(training).scores_by_step()
     assert table == {"liver": {"Step 0": 0.5, "Step 2": 0.625}, "mean": {"Step 0": 0.4, "Step 2": 0.6}}
     write_report(tmp_path / "r.html", title="x", training=training)
