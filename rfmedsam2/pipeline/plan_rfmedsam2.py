@@ -123,7 +123,8 @@ def enlarged_side(side: int, least: int) -> int:
 
 def _stage(survey: Survey, refinement: Refinement, topology: Topology, labels: LabelSet) -> Stage:
     figures, patch = refinement.figures, topology.patch_size
-    batch = refinement.batch_size if refinement.backbone == "nano" else refinement.large_batch_size
+    small = refinement.backbone == "nano"
+    batch = refinement.batch_size if small else refinement.large_batch_size
     share = math.prod(patch) / math.prod(survey.median_shape.tolist())
     stage = stage_of(
         survey,
@@ -136,7 +137,9 @@ def _stage(survey: Survey, refinement: Refinement, topology: Topology, labels: L
     )
     assert isinstance(stage.model, UNetConfig)
     model = model_of(refinement.backbone, stage.model, patch[1], adapt_encoder=refinement.adapt_encoder)
-    sampling = stage.sampling.model_copy(update={"cells": refinement.cells})
+    if not refinement.propagate_loss:
+        model = model.model_copy(update={"propagate_loss": False})
+    sampling = stage.sampling.model_copy(update={"cells": refinement.cells if small else refinement.large_cells})
     stage = stage.model_copy(update={"model": model, "sampling": sampling})
     keeping = stage.model_copy(update={"compute": stage.compute.model_copy(update={"checkpointing": False})})
     return keeping if _activations_gb(keeping, labels, half=False) <= refinement.keep_gb else stage

@@ -154,10 +154,14 @@ class Refinement:
     """With any backbone but nano."""
     adapt_encoder: bool = True
     """Adapters in the image encoder too: gradients then run through all of it."""
+    propagate_loss: bool = True
+    """Losses of Steps 1 and 2 reach the U-Net too. In short trainings that cost it more than it gained."""
     keep_gb: float = 0.0
     """Where all activations in float32 need no more, they are kept and not computed again in the backward pass."""
     cells: int | None = None
     """See `Sampling.cells`."""
+    large_cells: int | None = None
+    """With any backbone but nano."""
 
 
 def _refinement(preset: Preset, backbone: Backbone, activations_gb: float, start: tuple[int, int, int]) -> Refinement:
@@ -183,8 +187,10 @@ REFINEMENTS: dict[Preset, Refinement] = {
         max_patch_voxels=140_000,  # 32x64x64
         large_batch_size=1,
         adapt_encoder=False,
+        propagate_loss=False,
         keep_gb=3.0,
         cells=96,
+        large_cells=24,
     ),
 }
 

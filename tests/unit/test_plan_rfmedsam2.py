@@ -76,6 +76,21 @@ def test_light_backbones_stay_frozen_and_keep_the_prompts_detail(backbone):
 
 
 @pytest.mark.parametrize(
+    ("preset", "backbone", "cells", "propagates"),
+    [
+        ("cpu", "nano", 96, False),
+        ("cpu", "lite_medsam", 24, False),
+        ("default", "lite_medsam", None, True),
+        ("default", "nano", None, False),
+        ("default", "sam2_large", None, True),
+    ],
+)
+def test_short_trainings_and_those_from_scratch_leave_the_prompter_alone(preset, backbone, cells, propagates):
+    stage, model = planned(HIPPOCAMPUS, preset, backbone)
+    assert (stage.sampling.cells, model.propagate_loss) == (cells, propagates)
+
+
+@pytest.mark.parametrize(
     ("side", "least", "size"), [(64, 128, 128), (32, 128, 128), (32, 192, 128), (64, 192, 256), (224, 192, 224)]
 )
 def test_small_frames_are_enlarged_by_whole_factors(side, least, size):
