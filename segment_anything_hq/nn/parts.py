@@ -1,0 +1,138 @@
+"""What a segmenter of natural images takes and gives: embedded images, prompts of objects, masks of objects.
+
+B images, P prompts; a prompt is all that is said of one object (points, a box, a mask). Prompts of several images are
+one batch. S pixels a side of the frame that the image encoder sees, s = S / 16 positions a side of its embedding; the
+low-resolution masks that go in and come out are 4s a side. Coordinates are XY in pixels of the frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """What an image encoder makes of B images, once for all of their prompts.
+
+    Attributes:
+        embedding: (B, 256, s, s), stride 16.
+        fine: (B, 32, 4s, 4s) stride 4, for SAM 2's mask decoder (through its conv_s0); None: SAM has none.
+        middle: (B, 64, 2s, 2s) stride 8, likewise (through its conv_s1).
+        early: features of the encoder's first stage, for refiners: of a ViT (B, C, s, s), of TinyViT
+            (B, C, 4s, 4s), of SAM 2 its FPN's (B, 256, 4s, 4s).
+        frames: (B, 3, S, S) as given to the encoder, for refiners that look at the picture again.
+    """
+
+    embedding: Tensor
+    fine: Tensor | None = None
+    middle: Tensor | None = None
+    early: Tensor | None = None
+    frames: Tensor | None = None
+
+    def at(self, index: Tensor) -> Embedded:
+        """Rows of the images (P,) named, repeated where an image is named twice."""
+        return Embedded(
+            embedding=self.embedding[index],
+            fine=_rows(self.fine, index),
+            middle=_rows(self.middle, index),
+            early=_rows(self.early, index),
+            frames=_rows(self.frames, index),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompted:
+    """Prompts of P objects; None leaves that kind out for all of them.
+
+    Attributes:
+        images: (P,) long, which image each prompt is of.
+        points: (P, k, 2) XY in pixels of the frame, in the order of the clicks.
+        point_labels: (P, k) 1 on the object, 0 off it, -1 no point (rows of fewer points are padded with these).
+        boxes: (P, 4) XYXY in pixels of the frame.
+        masks: (P, 4s, 4s) logits of an earlier or a coarse mask.
+    """
+
+    images: Tensor
+    points: Tensor | None = None
+    point_labels: Tensor | None = None
+    boxes: Tensor | None = None
+    masks: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def at(self, index: Tensor | slice) -> Prompted:
+        """The prompts named."""
+        return Prompted(
+            images=self.images[index],
+            points=_rows(self.points, index),
+            point_labels=_rows(self.point_labels, index),
+            boxes=_rows(self.boxes, index),
+            masks=_rows(self.masks, index),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segmented:
+    """Masks of P prompts.
+
+    Attributes:
+        logits: (P, 4s, 4s) low-resolution mask logits: what the next interaction takes as its mask prompt.
+        scores: (P,) predicted IoU.
+        refined: (P, h, w) the method's final mask logits, where it has others than `logits`.
+        extra: what the method's losses need besides (error maps ...), by name.
+    """
+
+    logits: Tensor
+    scores: Tensor
+    refined: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def final(self) -> Tensor:
+        """Mask logits (P, h, w) to be judged and shown: those refined, where there are such."""
+        return self.logits if self.refined is None else self.refined
+
+
+@runtime_checkable
+class Segmenter(Protocol):
+    """A network that masks prompted objects; an `nn.Module`, of which only what is trained has gradients.
+
+    Attributes:
+        frame_size: S.
+    """
+
+    frame_size: int
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Frames (B, 3, S, S) of images (B, 3, S, S) of 0 to 255 that are already resized (and padded) to S x S.
+
+        Images smaller than S are padded with zeros to the right and below, after they are normalised, as SAM does.
+        """
+        ...
+
+    def encode(self, frames: Tensor) -> Embedded:
+        """Embed normalised frames (B, 3, S, S)."""
+        ...
+
+    def segment(self, embedded: Embedded, prompted: Prompted, *, previous: Segmented | None = None) -> Segmented:
+        """Mask the prompted objects.
+
+        Args:
+            embedded: of the images.
+            prompted: of P objects of these images, in any order.
+            previous: what this method gave for the same P objects at the click before.
+        """
+        ...
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained; all else has no gradient."""
+        ...
+
+
+def _rows(tensor: Tensor | None, index: Tensor | slice) -> Tensor | None:
+    return None if tensor is None else tensor[index]
