@@ -8,10 +8,17 @@ low-resolution masks that go in and come out are 4s a side. Coordinates are XY i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rfmedsam2.errors import UsageError
+
+MEAN = (0.485, 0.456, 0.406)
+DEVIATION = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +26,7 @@ class Embedded:
     """What an image encoder makes of B images, once for all of their prompts.
 
     Attributes:
-        embedding: (B, 256, s, s), stride 16.
+        embedding: (B, 256, s, s), stride 16, as the mask decoder takes it (of SAM 2 marked as without memory).
         fine: (B, 32, 4s, 4s) stride 4, for SAM 2's mask decoder (through its conv_s0); None: SAM has none.
         middle: (B, 64, 2s, 2s) stride 8, likewise (through its conv_s1).
         early: features of the encoder's first stage, for refiners: of a ViT (B, C, s, s), of TinyViT
@@ -54,6 +61,9 @@ class Prompted:
         point_labels: (P, k) 1 on the object, 0 off it, -1 no point (rows of fewer points are padded with these).
         boxes: (P, 4) XYXY in pixels of the frame.
         masks: (P, 4s, 4s) logits of an earlier or a coarse mask.
+
+    Raises:
+        UsageError: points without labels, labels without points, or not as many.
     """
 
     images: Tensor
@@ -61,6 +71,13 @@ class Prompted:
     point_labels: Tensor | None = None
     boxes: Tensor | None = None
     masks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        points, labels = (None if t is None else tuple(t.shape) for t in (self.points, self.point_labels))
+        if (None if points is None else points[:-1]) != labels:
+            raise UsageError(
+                "Every point needs a label", expected="1 on the object, 0 off it", found=f"{points} and {labels}"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -74,6 +91,29 @@ class Prompted:
             boxes=_rows(self.boxes, index),
             masks=_rows(self.masks, index),
         )
+
+    def by_click_count(self) -> list[tuple[Tensor, Prompted]]:
+        """The prompts in groups of equally many points, without padding: (rows (p,), their prompts).
+
+        A decoder takes padding for a prompt of its own, so that rows of one tensor would depend on the longest of
+        them. One group where all have as many, which is the rule.
+        """
+        if self.points is None or self.point_labels is None:
+            return [(torch.arange(len(self), device=self.images.device), self)]
+        given = self.point_labels >= 0
+        order = torch.argsort((~given).long(), dim=1, stable=True)
+        points = self.points.gather(1, order[..., None].expand(-1, -1, 2))
+        labels = self.point_labels.gather(1, order)
+        counts = given.sum(1)
+        groups = []
+        for count in counts.unique().tolist():
+            rows = (counts == count).nonzero()[:, 0]
+            chosen = Prompted(images=self.images[rows], boxes=_rows(self.boxes, rows), masks=_rows(self.masks, rows))
+            if count:
+                clicks = {"points": points[rows, :count], "point_labels": labels[rows, :count]}
+                chosen = replace(chosen, **clicks)
+            groups.append((rows, chosen))
+        return groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +144,16 @@ class Segmenter(Protocol):
 
     Attributes:
         frame_size: S.
+        channels: of the embedding; 256 but for the small sizes that tests use.
     """
 
     frame_size: int
+    channels: int
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Frames (B, 3, S, S) of images (B, 3, S, S) of 0 to 255 that are already resized (and padded) to S x S.
+        """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255 that are already resized to at most S x S.
 
-        Images smaller than S are padded with zeros to the right and below, after they are normalised, as SAM does.
+        What is missing is padded with zeros to the right and below, after normalising, as SAM does.
         """
         ...
 
@@ -136,3 +178,11 @@ class Segmenter(Protocol):
 
 def _rows(tensor: Tensor | None, index: Tensor | slice) -> Tensor | None:
     return None if tensor is None else tensor[index]
+
+
+def normalised(images: Tensor, frame_size: int) -> Tensor:
+    """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255, h and w at most S: SAM's and SAM 2's `normalise`."""
+    images = images.float()
+    mean, deviation = (images.new_tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+    frames = (images / 255 - mean) / deviation
+    return F.pad(frames, (0, frame_size - images.shape[-1], 0, frame_size - images.shape[-2]))
