@@ -64,9 +64,9 @@ def boundary_iou(
         found = " and ".join(str(m.shape) for m in (truth, *others))
         raise UsageError("Masks do not fit together", expected="the same (H, W)", found=found)
     width = boundary_width(*_size(truth), dilation_ratio)
-    lines = [_boundary(mask, width) for mask in (truth, predicted)]
-    kept = np.full_like(lines[0], ~np.uint64(0)) if ignored is None else ~_packed(ignored)
-    both, either = _overlap(*lines, kept)
+    first, second = (_boundary(mask, width) for mask in (truth, predicted))
+    kept = np.full_like(first, ~np.uint64(0)) if ignored is None else ~_packed(ignored)
+    both, either = _overlap(first, second, kept)
     return both / either if either else 1.0
 
 
@@ -175,4 +175,4 @@ def _overlap(first: np.ndarray, second: np.ndarray, kept: np.ndarray) -> tuple[i
         for i in range(columns):
             both += _ones(first[y, i] & second[y, i] & kept[y, i])
             either += _ones((first[y, i] | second[y, i]) & kept[y, i])
-    return np.int64(both), np.int64(either)
+    return int(both), int(either)
