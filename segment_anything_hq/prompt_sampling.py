@@ -76,7 +76,7 @@ def draw_kind(mix: PromptMix, generator: Generator) -> Kind:
     return KINDS[int(torch.multinomial(shares, 1, generator=generator))]
 
 
-def training_prompts(masks: Tensor, images: Tensor, mix: PromptMix, generator: Generator) -> Prompted:
+def training_prompts(masks: Tensor, images: Tensor, *, mix: PromptMix, generator: Generator) -> Prompted:
     """Prompts of one kind, drawn, for the objects of a batch.
 
     Args:
@@ -88,10 +88,10 @@ def training_prompts(masks: Tensor, images: Tensor, mix: PromptMix, generator: G
     Raises:
         UsageError: an object without a pixel.
     """
-    return prompts_of_kind(draw_kind(mix, generator), masks, images, mix, generator)
+    return prompts_of_kind(draw_kind(mix, generator), masks, images, mix=mix, generator=generator)
 
 
-def prompts_of_kind(kind: Kind, masks: Tensor, images: Tensor, mix: PromptMix, generator: Generator) -> Prompted:
+def prompts_of_kind(kind: Kind, masks: Tensor, images: Tensor, *, mix: PromptMix, generator: Generator) -> Prompted:
     """Like `training_prompts`, of this kind."""
     boxes = boxes_of(masks)
     match kind:

@@ -50,7 +50,7 @@ class LocalizationAugment(nn.Module):
             LocalAttention(channels, channels // reduction, widening * channels) for _ in range(layers)
         )
 
-    def forward(self, embedding: Tensor, local: Tensor, places: Tensor, local_places: Tensor) -> Tensor:
+    def forward(self, embedding: Tensor, local: Tensor, *, places: Tensor, local_places: Tensor) -> Tensor:
         """Renewed embedding.
 
         Args:
@@ -62,7 +62,7 @@ class LocalizationAugment(nn.Module):
         x = embedding.flatten(2).transpose(1, 2)
         looked_at = self.norm_local(local.flatten(2).transpose(1, 2))
         for layer in self.layers:
-            x = layer(x, looked_at, places, local_places)
+            x = layer(x, looked_at, places=places, other_places=local_places)
         return x.transpose(1, 2).unflatten(2, embedding.shape[2:])
 
 
@@ -86,7 +86,7 @@ class LocalAttention(nn.Module):
         self.widen = nn.Linear(channels, hidden)
         self.narrow = zeroed(nn.Linear(hidden, channels))
 
-    def forward(self, x: Tensor, looked_at: Tensor, places: Tensor, other_places: Tensor) -> Tensor:
+    def forward(self, x: Tensor, looked_at: Tensor, *, places: Tensor, other_places: Tensor) -> Tensor:
         """(B, n, C), looking at (B, m, C) that are normed already; places (n, C) and (m, C)."""
         query, key = self.query(self.norm_query(x) + places), self.key(looked_at + other_places)
         x = x + self.out(attend(query, key, self.value(looked_at)))

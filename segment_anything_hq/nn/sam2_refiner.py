@@ -136,7 +136,7 @@ class SAM2Refiner(nn.Module):
     def renewed(self, views: Views) -> RefinedEmbedded:
         """The learned part of `encode`."""
         places, local_places = (self._places(t.shape[-1]) for t in (views.embedding, views.local_embedding))
-        embedding = self.localization(views.embedding, views.local_embedding, places, local_places)
+        embedding = self.localization(views.embedding, views.local_embedding, places=places, local_places=local_places)
         return RefinedEmbedded(
             embedding=embedding,
             fine=views.fine,

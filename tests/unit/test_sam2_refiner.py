@@ -198,12 +198,12 @@ def test_localization_takes_in_all_of_the_parts():
     nn.init.normal_(module.layers[0].get_parameter("out.weight"))
     embedding, local = torch.randn(1, 32, 2, 2), torch.randn(1, 32, 4, 4)
     places, local_places = torch.randn(4, 32), torch.randn(16, 32)
-    before = module(embedding, local, places, local_places)
+    before = module(embedding, local, places=places, local_places=local_places)
     for y, x in ((0, 0), (3, 3)):
         other = local.clone()
         other[..., y, x] += 1.0
         other[:, ::2, y, x] -= 3.0
-        changed = (module(embedding, other, places, local_places) - before).abs().amax(1)
+        changed = (module(embedding, other, places=places, local_places=local_places) - before).abs().amax(1)
         assert (changed > 1e-4).all()
 
 
