@@ -141,7 +141,8 @@ def random_points(regions: Tensor, count: int, generator: Generator) -> tuple[Te
     Returns:
         Points (P, k, 2) float32 XY, and whether there was a pixel to draw (P, k) bool; 0 where not.
     """
-    held = regions.sum(2)
+    # float32 holds counts of a row exactly, and adds bytes seven times as fast as the default
+    held = regions.view(torch.uint8).sum(2, dtype=torch.float32).long()
     ends = held.cumsum(1)
     ranks = _random_ranks(ends[:, -1].cpu(), count, generator).to(regions.device)
     # the pixel of rank r, counted row by row, lies in the first row that ends beyond r
