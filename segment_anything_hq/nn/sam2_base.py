@@ -62,7 +62,7 @@ class Sam2Segmenter(nn.Module):
         self.trained: Trained = trained
         self.base: Base = build_base(SIZES[backbone], frame_size=frame_size)
         self.channels: int = self.base.hidden_dim
-        _falls_back_when_unstable(self.base)
+        fall_back_when_unstable(self.base)
         self.requires_grad_(False)
         self.base.sam_mask_decoder.requires_grad_(trained == "decoder")
 
@@ -167,7 +167,7 @@ def load_weights(sam: Sam2Segmenter, weights: Mapping[str, Tensor], *, where: ob
     return load_sam2(sam.base, weights, where=where)
 
 
-def _falls_back_when_unstable(base: Base) -> None:
+def fall_back_when_unstable(base: Base) -> None:
     """A single mask that changes much with its threshold gives way to the best of three, as published for images."""
     decoder = base.sam_mask_decoder
     decoder.dynamic_multimask_via_stability = True
