@@ -202,6 +202,9 @@ class SAM2Refiner(nn.Module):
         """SAM 2's `MaskDecoder.predict_masks` and `forward`, which keep the features that masks are read from."""
         decoder = self.sam.base.sam_mask_decoder
         sparse, dense, positions = prompt_embeddings(self.sam.base, prompted)
+        if sparse.shape[1] == 0 and prompted.masks is None:
+            # a frame of a video without a prompt: two empty points, as the official video predictor has it
+            sparse = self.sam.base.sam_prompt_encoder.not_a_point_embed.weight.expand(len(prompted), 2, -1)
         own = [decoder.iou_token.weight, decoder.mask_tokens.weight]
         if decoder.pred_obj_scores:
             own.insert(0, decoder.obj_score_token.weight)

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rfmedsam2.nn.sam2.parts import CellPrompts, MemoryBank, Slots
+from rfmedsam2.nn.sam2.recall import prepare_frames, recall
+from rfmedsam2.nn.sam2.sam2 import Sam2
 from segment_anything_hq.losses import mask_losses
 from segment_anything_hq.nn.localization_augment import LocalizationAugment, grid_positions, stitched, sub_images
 from segment_anything_hq.nn.parts import Prompted, Segmenter
@@ -148,6 +151,33 @@ def test_memory_may_take_the_embeddings_place(refiner):
     assert torch.allclose(same.final, expected.final, atol=1e-4)
     other = refiner.segment(embedded, PROMPTS["unequal points"], conditioned=conditioned.flip(3))
     assert not torch.allclose(other.final, expected.final, atol=1e-2)
+
+
+@torch.no_grad()
+def test_untrained_it_tracks_as_sam_2_does(refiner):
+    """An object boxed on the first frame and found on the second by SAM 2's memory."""
+    video = Sam2(refiner.sam.base)
+    features = video.encode(frames())
+    first = video.decode(features.at(torch.tensor([0])), CellPrompts(boxes=BOXES[:1]))
+    made = refiner.segment(refiner.encode(frames()), Prompted(images=torch.tensor([0]), boxes=BOXES[:1]))
+    assert torch.allclose(made.logits, first.masks, atol=1e-5)
+    assert torch.allclose(made.extra["pointers"], first.pointers, atol=1e-5)
+    assert torch.allclose(made.extra["object_scores"], first.scores, atol=1e-5)
+
+    one = torch.zeros(1, 1, dtype=torch.long)
+    slots = Slots(maps=one, positions=one, pointers=one, distances=torch.ones(1, 1) / 15)
+    embedded = refiner.encode(frames())
+    bare = embedded.embedding - refiner.sam.base.no_mem_embed.reshape(1, -1, 1, 1)
+    found = []
+    for embedding, masks, pointers, scores in (
+        (features.embedding, first.masks, first.pointers, first.scores),
+        (bare, made.logits, made.extra["pointers"], made.extra["object_scores"]),
+    ):
+        bank = MemoryBank(maps=video.remember(embedding[:1], masks, scores), pointers=pointers)
+        found.append(recall(video, prepare_frames(video, embedding), torch.tensor([1]), bank, slots))
+    expected = video.decode(features.at(torch.tensor([1])), CellPrompts(), embedding=found[0])
+    made = refiner.segment(embedded, Prompted(images=torch.tensor([1])), conditioned=found[1])
+    assert torch.allclose(made.logits, expected.masks, atol=1e-4)
 
 
 @torch.no_grad()
