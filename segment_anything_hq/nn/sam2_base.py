@@ -38,7 +38,8 @@ class Sam2Segmenter(nn.Module):
         backbone: its size.
         frame_size: S, a multiple of 32.
         best_of_three: see `sam_base.SamSegmenter`.
-        trained: "decoder": the mask decoder is trained, "none": nothing.
+        trained: "decoder": the mask decoder is trained but for the convolutions that `encode` uses, so that embeddings
+            stay valid in training; "none": nothing.
 
     Attributes:
         base: the official modules, parameters by their published names; memory modules too, for videos.
@@ -64,7 +65,10 @@ class Sam2Segmenter(nn.Module):
         self.channels: int = self.base.hidden_dim
         fall_back_when_unstable(self.base)
         self.requires_grad_(False)
-        self.base.sam_mask_decoder.requires_grad_(trained == "decoder")
+        decoder = self.base.sam_mask_decoder
+        decoder.requires_grad_(trained == "decoder")
+        for convolution in (decoder.conv_s0, decoder.conv_s1):  # part of `encode`, which can thus be kept
+            convolution.requires_grad_(False)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255."""

@@ -127,6 +127,9 @@ def test_only_the_decoder_is_trained_and_only_if_asked(name: str) -> None:
     assert {n for n, p in model.named_parameters() if p.grad is not None} <= {n for n, _ in model.trained_parameters()}
     assert all("mask_decoder." in n for n, _ in model.trained_parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for _, p in model.trained_parameters())
+    embedded = model.encode(frames())  # does not depend on what is trained: it may be kept
+    maps = (embedded.embedding, embedded.fine, embedded.middle, embedded.early)
+    assert not any(t.requires_grad for t in maps if t is not None)
 
 
 def test_points_need_labels() -> None:
