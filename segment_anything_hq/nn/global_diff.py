@@ -132,6 +132,7 @@ class GlobalDiff(nn.Module):
         self.upscalers = nn.ModuleList(Upscaler(channels, finer=finer) for _ in range(blocks))
         self.blocks = nn.ModuleList(ResBasicBlock(WIDTH) for _ in range(blocks))
         self.heads = ErrorDetailHeads(WIDTH)
+        self.to(memory_format=torch.channels_last)  # a fifth less time on a CPU
 
     def images(self, embedded: Embedded) -> ImageMaps:
         """What does not depend on prompts; `embedded` has its frames."""
