@@ -214,7 +214,8 @@ class MaskDecoderHQ(SamMaskDecoder):
         """
         images = sparse.new_zeros(len(sparse), dtype=torch.long) if images is None else images
         size = PROMPTS_AT_ONCE.get(sparse.device.type, OTHERWISE_AT_ONCE)
-        sams, hqs, scores, kept = [], [], [], []
+        none = image.hq_features.new_zeros(0, *image.hq_features.shape[-2:])
+        sams, hqs, scores, kept = [none], [none], [], []
         for rows in _parts(len(sparse), size):
             tokens, keys = self._attended(image, sparse[rows], images[rows], None if dense is None else dense[rows])
             score, sam = self._chosen(tokens, multimask)
@@ -222,12 +223,14 @@ class MaskDecoderHQ(SamMaskDecoder):
             passed = None if least_score is None else score > least_score
             if passed is not None:
                 tokens, keys, sam, which = tokens[passed], keys[passed], sam[passed], which[passed]
+            scores.append(score)
+            kept.append(torch.ones_like(score, dtype=torch.bool) if passed is None else passed)
+            if len(keys) == 0:
+                continue
             fine = self._upscaled(keys, tuple(image.hq_features.shape[-2:]))
             if not hq_token_only:
                 sams.append(_product(fine, sam))
             hqs.append(self._hq_mask(fine, self.hf_mlp(tokens[:, self.num_mask_tokens]), image.hq_features, which))
-            scores.append(score)
-            kept.append(torch.ones_like(score, dtype=torch.bool) if passed is None else passed)
         return Decoded(
             sam=None if hq_token_only else torch.cat(sams),
             hq=torch.cat(hqs),
