@@ -78,6 +78,7 @@ def _size(mask: np.ndarray) -> tuple[int, int]:
 
 def _packed(mask: np.ndarray) -> np.ndarray:
     """(H, ceil(W / 64)) uint64, the lowest bit on the left; 0 beyond the edge."""
+    mask = np.ascontiguousarray(mask)
     height, width = mask.shape
     used = -(-width // 8)
     if used % 8 == 0:

@@ -122,20 +122,35 @@ def deepest(up: np.ndarray, top: int, left: int, clicked: np.ndarray) -> tuple[i
         clicked: (n, 2) int64 rows and columns of the picture.
     """
     rows, columns = up.shape
-    best, best_y, best_x = 0, 0, 0
+    # a few pixels give a depth to start from, so that the others are hardly looked at
+    start = 0
+    for y in range(0, rows, 4):
+        for x in range(0, columns, 4):
+            if np.int64(up[y, x]) * up[y, x] > start and is_free(top + y, left + x, clicked):
+                start = max(start, depth_above(up, y, x, start))
+    best, best_y, best_x = max(start - 1, 0), 0, 0
     for y in range(rows):
+        highest = np.int32(0)
+        for x in range(columns):
+            highest = max(highest, up[y, x])
+        if np.int64(highest) * highest <= best:
+            continue
         for x in range(columns):
             if np.int64(up[y, x]) * up[y, x] <= best:
                 continue
             depth = depth_above(up, y, x, best)
-            if depth <= best:
-                continue
-            free = True
-            for click in clicked:
-                free &= not ((click[0] == top + y) & (click[1] == left + x))
-            if free:
+            if depth > best and is_free(top + y, left + x, clicked):
                 best, best_y, best_x = depth, top + y, left + x
     return best, best_y, best_x
+
+
+@_kernel
+def is_free(y: int, x: int, clicked: np.ndarray) -> bool:
+    """Whether a pixel was not clicked; clicked (n, 2) rows and columns."""
+    free = True
+    for click in clicked:
+        free &= not ((click[0] == y) & (click[1] == x))
+    return free
 
 
 @_kernel

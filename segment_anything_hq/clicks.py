@@ -52,6 +52,8 @@ def next_click(truth: np.ndarray, predicted: np.ndarray, clicks: Sequence[Click]
     for (Euclidean and exact; what lies outside the picture is no error). Pixels that were clicked are left out. The
     deeper one of both wins, the negative one where they are equally deep; of equally deep pixels the first by rows.
     Where nothing is wrong but clicked pixels, that is a negative click at the first pixel of the picture, as there.
+    Distances are exact here; OpenCV's, which RITM takes, are so but for the last bit, which depends on its version and
+    then chooses among equally deep pixels.
 
     Args:
         truth: (H, W) int8: 1 object, 0 background, -1 ignored.

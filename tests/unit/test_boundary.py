@@ -74,6 +74,14 @@ def test_ignored_pixels_count_for_nothing() -> None:
     assert boundary_iou(truth, predicted, ignored=ignored) == 1.0
 
 
+@pytest.mark.parametrize("width", [60, 64])
+def test_masks_may_lie_in_memory_by_columns(width: int) -> None:
+    mask = np.random.default_rng(0).random((40, width)) > 0.02
+    turned = np.asfortranarray(mask)
+    assert np.array_equal(mask_to_boundary(turned), mask_to_boundary(mask))
+    assert boundary_iou(turned, mask[:, ::-1]) == boundary_iou(mask, mask[:, ::-1].copy())
+
+
 def test_masks_need_not_be_bool() -> None:
     mask = np.zeros((20, 20), np.uint8)
     mask[5:15, 5:15] = 255

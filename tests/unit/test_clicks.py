@@ -137,6 +137,13 @@ def test_clicks_equal_the_plain_rule(data: st.DataObject, shape: tuple[int, int]
         clicks.append(expected)
 
 
+def test_arrays_may_lie_in_memory_by_columns() -> None:
+    truth = np.zeros((9, 12), np.int8)
+    truth[2:7, 3:10] = 1
+    turned = np.asfortranarray(truth)
+    assert next_click(turned, nothing(truth).T.copy().T) == next_click(truth, nothing(truth))
+
+
 def test_iou_leaves_out_ignored_pixels() -> None:
     truth = drawn("##..", "??..")
     predicted = np.array([[True, False, True, False], [True, True, False, False]])
