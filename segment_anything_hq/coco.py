@@ -39,7 +39,7 @@ class Annotation:
     def read(self) -> np.ndarray:
         """(H, W) int8: 1 object, 0 background."""
         if self.counts is not None:
-            return counts_mask(self.counts, *self.size).astype(np.int8)
+            return np.ascontiguousarray(counts_mask(self.counts, *self.size), np.int8)
         return polygons_mask(self.polygons, *self.size).astype(np.int8)
 
 

@@ -68,7 +68,7 @@ class MatInstance:
 
     def read(self) -> np.ndarray:
         """(H, W) int8: 1 object, 0 background."""
-        return (_mat_instances(self.path) == self.instance).astype(np.int8)
+        return np.ascontiguousarray(_mat_instances(self.path) == self.instance, np.int8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
