@@ -12,6 +12,7 @@ of `--repeats` runs counts; the last line is JSON, ratio is peer over ours.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import time
@@ -71,7 +72,7 @@ def erosions() -> tuple[Erosion, Erosion, str]:
             return np.asarray(binary_erosion(mask, square, iterations=times)).astype(np.uint8)
 
         return erode, erode, "SciPy"
-    import cv2
+    cv2 = importlib.import_module("cv2")
 
     cv2.setNumThreads(1)
 

@@ -13,6 +13,7 @@ changes is printed. The best of `--repeats` runs counts; the last line is JSON, 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -111,7 +112,7 @@ def chosen_distances() -> tuple[Distances, str]:
     """Exact distances as RITM takes them, and by which library."""
     if not HAS_CV2:
         return lambda mask: np.asarray(distance_transform_edt(mask)).astype(np.float32), "SciPy"
-    import cv2
+    cv2 = importlib.import_module("cv2")
 
     cv2.setNumThreads(1)
     return lambda mask: cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 0), f"OpenCV {cv2.__version__}"
