@@ -21,9 +21,10 @@ from segment_anything_hq.nn.two_way import FirstLayer, attend, first_layer, rows
 
 HQ_PARTS = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
 """What HQ-SAM adds to SAM, and what is trained of it."""
-PROMPTS_AT_ONCE = {"cpu": 4}
-"""Prompts whose masks are made together: on a CPU as many as its caches like, elsewhere `OTHERWISE_AT_ONCE`."""
-OTHERWISE_AT_ONCE = 64
+PLACES_AT_ONCE = {"cpu": 64 * 64}
+"""Places of the embedding, of all prompts together, whose masks are made at a time: on a CPU one prompt of a frame of
+1024 pixels, which is faster than more of them (their maps fit into its caches), elsewhere `OTHERWISE_AT_ONCE`."""
+OTHERWISE_AT_ONCE = 64 * 64 * 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +214,7 @@ class MaskDecoderHQ(SamMaskDecoder):
             least_score: make masks only of prompts whose predicted IoU is above this.
         """
         images = sparse.new_zeros(len(sparse), dtype=torch.long) if images is None else images
-        size = PROMPTS_AT_ONCE.get(sparse.device.type, OTHERWISE_AT_ONCE)
+        size = max(1, PLACES_AT_ONCE.get(sparse.device.type, OTHERWISE_AT_ONCE) // image.embedding.shape[1])
         none = image.hq_features.new_zeros(0, *image.hq_features.shape[-2:])
         sams, hqs, scores, kept = [none], [none], [], []
         for rows in _parts(len(sparse), size):

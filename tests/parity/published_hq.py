@@ -213,11 +213,12 @@ def onnx(model: nn.Module) -> dict[str, Any]:
 def automatic(model: nn.Module) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """With nothing filtered; by predicted IoU; in crops, as run lengths; by stability; and with nothing left."""
     make = partial(published.SamAutomaticMaskGenerator, model, stability_score_thresh=0.0, box_nms_thresh=1.0)
-    scores = [mask["predicted_iou"] for mask in make(points_per_side=5, pred_iou_thresh=-1.0).generate(IMAGE)]
-    stable = {"stability_score_thresh": 0.9, "stability_score_offset": 0.02}
+    masks = make(points_per_side=5, pred_iou_thresh=-1.0, stability_score_offset=0.2).generate(IMAGE)
+    score, stability = (float(np.mean([mask[k] for mask in masks])) for k in ("predicted_iou", "stability_score"))
+    stable = {"stability_score_thresh": stability, "stability_score_offset": 0.2}
     settings = [
         {"points_per_side": 5, "points_per_batch": 10, "pred_iou_thresh": -1.0},
-        {"points_per_side": 5, "points_per_batch": 10, "pred_iou_thresh": float(np.mean(scores))},
+        {"points_per_side": 5, "points_per_batch": 10, "pred_iou_thresh": score},
         {"points_per_side": 3, "pred_iou_thresh": -1.0, "crop_n_layers": 1, "output_mode": "uncompressed_rle"},
         {"points_per_side": 5, "pred_iou_thresh": -1.0, **stable},
         {"points_per_side": 3, "pred_iou_thresh": 100.0},
