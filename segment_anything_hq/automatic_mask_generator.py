@@ -1,0 +1,151 @@
+"""Masks of everything in an image from a grid of points: `SamAutomaticMaskGenerator` as the published package has it.
+
+The steps are `segment_anything`'s. A point whose predicted IoU does not pass is dropped before there is a mask of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from segment_anything import SamAutomaticMaskGenerator as PlainGenerator
+from segment_anything.utils.amg import (
+    MaskData,
+    batched_mask_to_box,
+    calculate_stability_score,
+    is_box_near_crop_edge,
+    mask_to_rle_pytorch,
+    uncrop_masks,
+)
+from torch import Tensor
+
+from segment_anything_hq.nn.hq_decoder import MaskDecoderHQ
+from segment_anything_hq.nn.hq_sam import Sam
+from segment_anything_hq.predictor import SamPredictor
+
+FINISHED_AT_ONCE = 8
+"""Masks that are brought to the image's size together."""
+
+
+class SamAutomaticMaskGenerator(PlainGenerator):
+    """Masks of all objects; arguments and steps as in `segment_anything`, with HQ-SAM's masks.
+
+    Args:
+        model: of `sam_model_registry`.
+        points_per_side: points of the grid along each side; None where `point_grids` are given.
+        points_per_batch: points whose prompts are prepared together.
+        pred_iou_thresh: least predicted IoU of a mask.
+        stability_score_thresh: least IoU of the masks at a higher and a lower threshold.
+        stability_score_offset: by how much these thresholds differ from the mask's.
+        box_nms_thresh: IoU of boxes above which the worse of two masks is dropped.
+        crop_n_layers: how often the image is looked at again in 4, 16 ... crops.
+        crop_nms_thresh: `box_nms_thresh` between crops.
+        crop_overlap_ratio: share of the side by which crops of the first layer overlap.
+        crop_n_points_downscale_factor: by how much the grid gets coarser with each layer.
+        point_grids: for each layer (k, 2) XY of 0 to 1.
+        min_mask_region_area: pixels of the least island or hole that is left; needs OpenCV where above 0.
+        output_mode: "binary_mask", "uncompressed_rle" or "coco_rle" (needs pycocotools).
+    """
+
+    predictor: SamPredictor
+
+    def __init__(
+        self,
+        model: Sam,
+        points_per_side: int | None = 32,
+        points_per_batch: int = 64,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        point_grids: list[NDArray] | None = None,
+        min_mask_region_area: int = 0,
+        output_mode: str = "binary_mask",
+    ) -> None:
+        super().__init__(
+            model,
+            points_per_side=points_per_side,
+            points_per_batch=points_per_batch,
+            pred_iou_thresh=pred_iou_thresh,
+            stability_score_thresh=stability_score_thresh,
+            stability_score_offset=stability_score_offset,
+            box_nms_thresh=box_nms_thresh,
+            crop_n_layers=crop_n_layers,
+            crop_nms_thresh=crop_nms_thresh,
+            crop_overlap_ratio=crop_overlap_ratio,
+            crop_n_points_downscale_factor=crop_n_points_downscale_factor,
+            point_grids=point_grids,
+            min_mask_region_area=min_mask_region_area,
+            output_mode=output_mode,
+        )
+        self.predictor = SamPredictor(model)
+        self._multimask = True
+
+    @torch.no_grad()
+    def generate(self, image: NDArray[np.uint8], multimask_output: bool = True) -> list[dict[str, Any]]:
+        """Masks of everything in an image.
+
+        Args:
+            image: (H, W, 3) of 0 to 255.
+            multimask_output: of each point's masks take the best by predicted IoU.
+
+        Returns:
+            for each mask "segmentation" (a mask (H, W) bool or its run lengths, by `output_mode`), "bbox" XYWH, "area"
+            in pixels, "predicted_iou", "point_coords" [[X, Y]], "stability_score" and "crop_box" XYWH.
+        """
+        self._multimask = multimask_output
+        return super().generate(image)
+
+    def _process_batch(
+        self, points: NDArray, im_size: tuple[int, ...], crop_box: list[int], orig_size: tuple[int, ...]
+    ) -> MaskData:
+        """Masks of points (k, 2) XY of a crop, those of them that pass."""
+        framed = self.predictor.transform.apply_coords(points, im_size)
+        # as the published package: coordinates as precise as the grid's
+        coords = torch.as_tensor(framed, device=self.predictor.device)[:, None]
+        logits, scores, kept = self._masks(coords)
+        data = MaskData()
+        for start in range(0, max(len(kept), 1), FINISHED_AT_ONCE):
+            rows = slice(start, start + FINISHED_AT_ONCE)
+            data.cat(self._finished(logits[rows], scores[rows], points[kept[rows]], crop_box, orig_size))
+        return data
+
+    def _masks(self, coords: Tensor) -> tuple[Tensor, Tensor, NDArray]:
+        """Of points (k, 1, 2): logits (n, 4s, 4s), predicted IoU (n,) and which points they are of (n,)."""
+        predictor, least = self.predictor, self.pred_iou_thresh if self.pred_iou_thresh > 0 else None
+        labels = torch.ones(coords.shape[:2], dtype=torch.int, device=coords.device)
+        if isinstance(predictor.model.mask_decoder, MaskDecoderHQ):
+            found = predictor.decode((coords, labels), None, None, multimask=self._multimask, least_score=least)
+            return found.logits, found.scores[found.kept], found.kept.cpu().numpy()
+        _, scores, logits = predictor.predict_torch(
+            coords, labels, multimask_output=self._multimask, return_logits=True
+        )
+        points = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores).flatten()
+        passed = scores.flatten() > (-torch.inf if least is None else least)
+        return logits.flatten(0, 1)[passed], scores.flatten()[passed], points[passed].cpu().numpy()
+
+    def _finished(
+        self, logits: Tensor, scores: Tensor, points: NDArray, crop_box: list[int], orig_size: tuple[int, ...]
+    ) -> MaskData:
+        """Masks in the whole image of logits (n, 4s, 4s): those that are stable and not cut by the crop."""
+        predictor, (height, width) = self.predictor, orig_size
+        threshold = predictor.model.mask_threshold
+        masks = predictor.model.postprocess_masks(logits[:, None], predictor.input_size, predictor.original_size)[:, 0]
+        data = MaskData(masks=masks, iou_preds=scores, points=torch.as_tensor(points))
+        data["stability_score"] = calculate_stability_score(data["masks"], threshold, self.stability_score_offset)
+        if self.stability_score_thresh > 0.0:
+            data.filter(data["stability_score"] >= self.stability_score_thresh)
+        data["masks"] = data["masks"] > threshold
+        data["boxes"] = batched_mask_to_box(data["masks"])
+        inside = ~is_box_near_crop_edge(data["boxes"], crop_box, [0, 0, width, height])
+        if not torch.all(inside):
+            data.filter(inside)
+        data["rles"] = mask_to_rle_pytorch(uncrop_masks(data["masks"], crop_box, height, width))
+        del data["masks"]
+        return data

@@ -1,0 +1,157 @@
+"""Models by name, as the published package builds them: HQ-SAM on SAM's ViT-B, L, H and on TinyViT.
+
+All take a checkpoint's path or none. What is not HQ-SAM's own has no gradient.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar, cast
+
+from segment_anything.modeling import PromptEncoder, TwoWayTransformer
+from torch import nn
+
+from rfmedsam2.store.published_weights import read_published
+from segment_anything_hq.nn.hq_decoder import MaskDecoder, MaskDecoderHQ
+from segment_anything_hq.nn.hq_sam import HqSam, Sam, freeze_sam, load_sam
+from segment_anything_hq.nn.vit import TINY_EARLY, ImageEncoderViT, TinyViT
+
+CHANNELS = 256
+FRAME_SIZE = 1024
+PATCH = 16
+Checkpoint = str | os.PathLike[str] | None
+SamT = TypeVar("SamT", bound=Sam)
+
+
+def build_sam_vit_h(checkpoint: Checkpoint = None) -> HqSam:
+    """HQ-SAM on ViT-H."""
+    return _hq(*_vit(1280, 32, 16, (7, 15, 23, 31)), checkpoint)
+
+
+def build_sam_vit_l(checkpoint: Checkpoint = None) -> HqSam:
+    """HQ-SAM on ViT-L."""
+    return _hq(*_vit(1024, 24, 16, (5, 11, 17, 23)), checkpoint)
+
+
+def build_sam_vit_b(checkpoint: Checkpoint = None) -> HqSam:
+    """HQ-SAM on ViT-B."""
+    return _hq(*_vit(768, 12, 12, (2, 5, 8, 11)), checkpoint)
+
+
+def build_sam_vit_t(checkpoint: Checkpoint = None) -> HqSam:
+    """HQ-SAM on TinyViT (Light HQ-SAM)."""
+    return _hq(TinyViT(FRAME_SIZE), TINY_EARLY, checkpoint)
+
+
+build_sam = build_sam_vit_h
+
+sam_model_registry: dict[str, Callable[..., HqSam]] = {
+    "default": build_sam_vit_h,
+    "vit_h": build_sam_vit_h,
+    "vit_l": build_sam_vit_l,
+    "vit_b": build_sam_vit_b,
+    "vit_tiny": build_sam_vit_t,
+}
+
+
+def build_plain_vit_h(checkpoint: Checkpoint = None) -> Sam:
+    """SAM itself on ViT-H."""
+    return _plain(_vit(1280, 32, 16, (7, 15, 23, 31))[0], checkpoint)
+
+
+def build_plain_vit_l(checkpoint: Checkpoint = None) -> Sam:
+    """SAM itself on ViT-L."""
+    return _plain(_vit(1024, 24, 16, (5, 11, 17, 23))[0], checkpoint)
+
+
+def build_plain_vit_b(checkpoint: Checkpoint = None) -> Sam:
+    """SAM itself on ViT-B."""
+    return _plain(_vit(768, 12, 12, (2, 5, 8, 11))[0], checkpoint)
+
+
+def build_plain_vit_t(checkpoint: Checkpoint = None) -> Sam:
+    """SAM itself on TinyViT (MobileSAM)."""
+    return _plain(TinyViT(FRAME_SIZE), checkpoint)
+
+
+sam_model_registry_baseline: dict[str, Callable[..., Sam]] = {
+    "default": build_plain_vit_h,
+    "vit_h": build_plain_vit_h,
+    "vit_l": build_plain_vit_l,
+    "vit_b": build_plain_vit_b,
+    "vit_tiny": build_plain_vit_t,
+}
+
+
+def _vit(
+    channels: int, depth: int, heads: int, global_blocks: tuple[int, ...], frame_size: int = FRAME_SIZE
+) -> tuple[ImageEncoderViT, int]:
+    """A ViT of SAM's, and the channels of its early features."""
+    encoder = ImageEncoderViT(
+        depth=depth,
+        embed_dim=channels,
+        img_size=frame_size,
+        mlp_ratio=4,
+        norm_layer=cast(type[nn.Module], partial(nn.LayerNorm, eps=1e-6)),
+        num_heads=heads,
+        patch_size=PATCH,
+        qkv_bias=True,
+        use_rel_pos=True,
+        global_attn_indexes=global_blocks,
+        window_size=14,
+        out_chans=CHANNELS,
+    )
+    return encoder, channels
+
+
+def assemble(encoder: ImageEncoderViT | TinyViT, early: int) -> HqSam:
+    """HQ-SAM around an image encoder whose early features have `early` channels, new, in evaluation mode."""
+    decoder = MaskDecoderHQ(transformer_dim=CHANNELS, transformer=_transformer(), vit_dim=early)
+    sam = HqSam(encoder, _prompt_encoder(encoder.img_size), decoder)
+    freeze_sam(sam)
+    sam.eval()
+    return sam
+
+
+def _hq(encoder: ImageEncoderViT | TinyViT, early: int, checkpoint: Checkpoint) -> HqSam:
+    return _loaded(assemble(encoder, early), checkpoint)
+
+
+def _plain(encoder: ImageEncoderViT | TinyViT, checkpoint: Checkpoint) -> Sam:
+    decoder = MaskDecoder(transformer_dim=CHANNELS, transformer=_transformer())
+    return _loaded(Sam(encoder, _prompt_encoder(encoder.img_size), decoder).eval(), checkpoint)
+
+
+def _prompt_encoder(frame_size: int) -> PromptEncoder:
+    side = frame_size // PATCH
+    return PromptEncoder(
+        embed_dim=CHANNELS,
+        image_embedding_size=(side, side),
+        input_image_size=(frame_size, frame_size),
+        mask_in_chans=16,
+    )
+
+
+def _transformer() -> TwoWayTransformer:
+    return TwoWayTransformer(depth=2, embedding_dim=CHANNELS, mlp_dim=2048, num_heads=8)
+
+
+def _loaded(sam: SamT, checkpoint: Checkpoint) -> SamT:
+    if checkpoint is not None:
+        load_sam(sam, read_published(Path(checkpoint)), where=checkpoint)
+    return sam
+
+
+class _Builder(ModuleType):
+    """The type of this module: as the published package has a function of its name, it can be called."""
+
+    def __call__(self, checkpoint: Checkpoint = None) -> HqSam:
+        return build_sam_vit_h(checkpoint)
+
+
+sys.modules[__name__].__class__ = _Builder

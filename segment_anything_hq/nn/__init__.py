@@ -1,0 +1,1 @@
+"""Networks: SAM and SAM 2 as segmenters, and the refiners around them."""

@@ -1,0 +1,152 @@
+"""SAM's image encoders with the early features that HQ-SAM reads: `segment_anything`'s ViT, and TinyViT.
+
+Both give (embedding (B, 256, s, s), early features, a list of (B, s, s, C)), of which HQ-SAM reads the first: of a ViT
+what its first block of global attention gives, of TinyViT what comes out of its second stage (HQ-SAM paper, section
+3.3; the published TinyViT configuration).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling.image_encoder import Attention, Block, get_rel_pos, window_partition, window_unpartition
+from segment_anything.modeling.image_encoder import ImageEncoderViT as SamVit
+from torch import Tensor, nn
+
+from rfmedsam2.errors import PlanError
+from rfmedsam2.nn.sam2.tiny_vit import WIDTHS, TinyVitEncoder
+
+SCORES_AT_ONCE = 1 << 21
+"""Attention scores that are held at a time on a CPU."""
+TINY_EARLY = WIDTHS[2]
+"""Channels of TinyViT's early features."""
+CLASSIFIER = ("norm_head.", "head.")
+"""TinyViT's classifier, which lies in the published files and has no part in segmenting."""
+
+
+class ImageEncoderViT(SamVit):
+    """SAM's ViT, of the same arguments, with early features: frames (B, 3, S, S) -> see the module."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """See the class."""
+        x = self.patch_embed(x)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        early = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x = _through(block, x)
+            if block.window_size == 0:
+                early.append(x)
+        return self.neck(x.permute(0, 3, 1, 2)), early
+
+
+class TinyViT(TinyVitEncoder):
+    """MobileSAM's TinyViT with early features: frames (B, 3, S, S) -> see the module.
+
+    Args:
+        img_size: S, a multiple of 32 from 64 on.
+    """
+
+    def __init__(self, img_size: int = 1024) -> None:
+        if img_size < 64 or img_size % 32:
+            raise PlanError(
+                "A frame size that TinyViT cannot take", expected="a multiple of 32 from 64 on", found=img_size
+            )
+        super().__init__(frame_size=img_size)
+        self.img_size = img_size
+        del self.laterals, self.position_encoding  # for SAM 2's decoder
+        self.register_load_state_dict_pre_hook(_without_classifier)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """See the class."""
+        x, early = self.patch_embed(x), []
+        for index, stage in enumerate(self.layers):
+            x = stage(x)
+            downsample = stage.downsample
+            if isinstance(downsample, nn.Module):
+                x = downsample(x)
+            if index == 1:
+                early.append(x.permute(0, 2, 3, 1))
+        return self.neck(x), early
+
+
+def _without_classifier(_module: nn.Module, weights: dict[str, Any], prefix: str, *_: object) -> None:
+    """Take TinyViT's classifier out of weights that are being loaded."""
+    for name in [name for name in weights if name.startswith(tuple(prefix + part for part in CLASSIFIER))]:
+        del weights[name]
+
+
+def _through(block: Block, x: Tensor) -> Tensor:
+    """SAM's block, (B, h, w, C) -> the same, without ever holding a map of all places to all places."""
+    shortcut, height, width = x, x.shape[1], x.shape[2]
+    x = block.norm1(x)
+    if block.window_size:
+        windows, padded = window_partition(x, block.window_size)
+        x = window_unpartition(_attended(block.attn, windows), block.window_size, padded, (height, width))
+    else:
+        x = _attended(block.attn, x)
+    x = shortcut + x
+    return x + block.mlp(block.norm2(x))
+
+
+def _attended(attention: Attention, x: Tensor) -> Tensor:
+    """SAM's attention with its decomposed relative positions, (B, h, w, C) -> the same."""
+    batch, height, width, _ = x.shape
+    qkv = attention.qkv(x).view(batch, height * width, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv
+    if attention.use_rel_pos:
+        rows, columns = (
+            get_rel_pos(side, side, cast(Tensor, table))
+            for side, table in ((height, attention.rel_pos_h), (width, attention.rel_pos_w))
+        )
+        grid = q.unflatten(2, (height, width))
+        to_rows = torch.einsum("bnhwc,hkc->bnhwk", grid, rows).flatten(2, 3)
+        to_columns = torch.einsum("bnhwc,wkc->bnhwk", grid, columns).flatten(2, 3)
+        q = q * attention.scale
+        x = (by_products if x.is_cuda else by_rows)(q, k, v, to_rows, to_columns)
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+    return attention.proj(x.transpose(1, 2).reshape(batch, height, width, -1))
+
+
+def by_rows(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
+    """Attention with relative positions, a few queries at a time: what is large stays in a CPU's caches.
+
+    Args:
+        q: (B, H, N, c), scaled.
+        k: (B, H, N, c).
+        v: (B, H, N, c).
+        to_rows: (B, H, N, h) bias of each query for the keys of each row.
+        to_columns: (B, H, N, w) likewise of each column.
+
+    Returns:
+        (B, H, N, c).
+    """
+    size = max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+    answers = []
+    for asked, row, column in zip(q.split(size, 2), to_rows.split(size, 2), to_columns.split(size, 2), strict=True):
+        scores = (asked @ k.transpose(2, 3)).unflatten(3, (row.shape[3], column.shape[3]))
+        scores = scores + row[..., :, None] + column[..., None, :]
+        answers.append(scores.flatten(3).softmax(-1) @ v)
+    return torch.cat(answers, dim=2)
+
+
+def by_products(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
+    """The same as `by_rows` for a kernel that never holds the scores.
+
+    A bias by row and column is a product of further channels: the query's are its biases, the key's a one at its row
+    and a one at its column.
+    """
+    places = _places(to_rows.shape[3], to_columns.shape[3], k).expand(*k.shape[:2], -1, -1)
+    q = torch.cat([q, to_rows, to_columns], dim=-1)
+    return F.scaled_dot_product_attention(q, torch.cat([k, places], dim=-1), v, scale=1.0)
+
+
+def _places(height: int, width: int, like: Tensor) -> Tensor:
+    """(height * width, height + width): a one at each place's row, and one at its column."""
+    rows, columns = (torch.eye(side, dtype=like.dtype, device=like.device) for side in (height, width))
+    by_row = rows[:, None].expand(height, width, height)
+    return torch.cat([by_row, columns[None].expand(height, width, width)], dim=-1).flatten(0, 1)
