@@ -34,7 +34,7 @@ LEVELS = {
     "cli": 9,
 }
 # what the second package may use of the first
-SHARED_WITH_IMAGES = {"errors", "prompts", "metrics", "losses", "engine", "records"}
+SHARED_WITH_IMAGES = {"errors", "prompts", "metrics", "losses", "engine", "records", "store", "nn"}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 UNPICKLERS = {"cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

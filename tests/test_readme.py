@@ -16,7 +16,7 @@ def tracked(*patterns: str) -> list[str]:
     return listed.stdout.split()
 
 
-@pytest.mark.parametrize("wing", ["rfmedsam2"])
+@pytest.mark.parametrize("wing", ["rfmedsam2", "segment_anything_hq"])
 def test_every_file_is_in_the_map_once(wing):
     text = (ROOT / wing / "README.md").read_text()
     rows = re.findall(r"^\| `([\w/.]+\.py)` \|", text, re.M)
