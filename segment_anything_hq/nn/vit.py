@@ -62,7 +62,8 @@ class TinyViT(TinyVitEncoder):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See the class."""
-        x, early = self.patch_embed(x), []
+        # attention wants the channels last, convolutions do not mind: nothing is copied to and fro
+        x, early = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), []
         for index, stage in enumerate(self.layers):
             x = stage(x)
             downsample = stage.downsample

@@ -91,7 +91,9 @@ def wrong_answers(sam: HqSam, expected: Answers) -> list[str]:
     """Which answers of the predictor differ from the published package's."""
     predictor = segment_anything_hq.SamPredictor(sam)
     predictor.set_image(expected["image"].numpy())
-    assert close(predictor.get_image_embedding(), expected["embedding"])
+    embedding = expected["embedding"]
+    # of values that are larger than a mask's logits
+    assert (predictor.get_image_embedding() - embedding).abs().max() <= CLOSE * embedding.abs().max()
     assert predictor.interm_features is not None
     assert close(predictor.interm_features[0], expected["early"])
     wrong = []
