@@ -109,7 +109,7 @@ class RFMedSam2Config(Record):
     output: Literal["replace", "detail", "correct"] = "replace"
     """How a step's mask comes from SAM 2's, which has a quarter of the frame's resolution. replace: it is SAM 2's.
     detail: SAM 2's, plus what the mask prompt holds beyond that resolution. correct: the mask prompt plus SAM 2's
-    output as a correction, which starts at zero where the decoder is trained from scratch."""
+    output as a correction, which starts at zero where the decoder is trained from scratch; log-odds of both add up."""
     freeze_backbone: bool = True
     """Keep pre-trained weights as they are; what had none is always trained."""
     fitted_windows: bool = False

@@ -68,9 +68,9 @@ def test_a_laptop_trains_nano_from_scratch():
 
 
 @pytest.mark.parametrize("backbone", ["mobile_sam", "lite_medsam"])
-def test_light_backbones_stay_frozen_and_keep_the_prompts_detail(backbone):
+def test_light_backbones_stay_frozen_and_correct_the_prompts(backbone):
     stage, model = planned(HIPPOCAMPUS, "cpu", backbone)
-    assert (model.frame_size, model.output, model.freeze_backbone) == (256, "detail", True)
+    assert (model.frame_size, model.output, model.freeze_backbone) == (256, "correct", True)
     assert (model.adapters.encoder, model.adapters.blocks, stage.batch_size) == (False, "dwconv", 1)
     assert planned(HIPPOCAMPUS, "default", backbone)[1].adapters.encoder
 
