@@ -12,17 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rfmedsam2.errors import CheckpointError
-from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.checkpoint import TrainedRecord
 from rfmedsam2.records.plan import TrainConfig
-from rfmedsam2.store.checkpoints import read_all, read_record_of, write_checkpoint
+from rfmedsam2.store.checkpoint_header import read_header
+from rfmedsam2.store.checkpoints import read_all, write_checkpoint
 
 LATEST, BEST, FINAL = (f"checkpoint_{name}.safetensors" for name in ("latest", "best", "final"))
 
 CHANGEABLE = {"epochs", "compile", "checkpoint_minutes", "validate_every_epochs", "workers", "worker_timeout_seconds"}
 """Fields of TrainConfig that may change on resume; `epochs` changes the schedule, the others no result."""
-
-STAGE_CHANGEABLE = {"train", "validation", "inference", "compute"}
-"""Fields of a Stage that may change; `train` is compared by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +53,7 @@ class Position:
 
 def save_training(
     path: Path,
-    record: CheckpointRecord,
+    record: TrainedRecord,
     trained: Trained,
     *,
     config: TrainConfig,
@@ -75,13 +73,13 @@ def save_training(
     write_checkpoint(path, record, _weights(trained.model) | optimizer | random, state)
 
 
-def save_model(path: Path, record: CheckpointRecord, model: nn.Module) -> None:
+def save_model(path: Path, record: TrainedRecord, model: nn.Module) -> None:
     """Write the weights alone: enough to predict, not to go on."""
     write_checkpoint(path, record, _weights(model), {})
 
 
 def load_training(
-    path: Path, expected: Callable[[int, dict[str, float]], CheckpointRecord], trained: Trained, config: TrainConfig
+    path: Path, expected: Callable[[int, dict[str, float]], TrainedRecord], trained: Trained, config: TrainConfig
 ) -> tuple[Position, TrainConfig, list[dict[str, Tensor]]]:
     """Put a saved training back into `trained`.
 
@@ -97,7 +95,7 @@ def load_training(
     Raises:
         CheckpointError: damaged, of another plan, stage, fold or configuration, or of weights alone.
     """
-    record, tensors, state = read_all(path)
+    record, tensors, state = read_all(path, type(expected(0, {})))
     if "position" not in state:
         raise CheckpointError(
             "This checkpoint holds weights alone, training cannot go on from it", where=path, remedy="Train anew"
@@ -112,10 +110,10 @@ def load_training(
     return position, saved_config, [_group(tensors, f"random/{rank}/") for rank in range(state["ranks"])]
 
 
-def is_of_step(path: Path, step: int) -> bool:
-    """Tell whether a sound checkpoint of this step lies there."""
+def is_of_step(path: Path, kind: type[TrainedRecord], step: int) -> bool:
+    """Tell whether a sound checkpoint of this kind and step lies there."""
     try:
-        return read_record_of(path).step == step
+        return read_header(path, kind).record.step == step
     except CheckpointError:
         return False
 
@@ -154,8 +152,8 @@ def differences(saved: object, now: object, place: str = "") -> list[str]:
     return [] if saved == now else [f"{place} was {saved!r:.60}, is {now!r:.60}"]
 
 
-def _refuse_another(path: Path, saved: CheckpointRecord, now: CheckpointRecord, config_changes: list[str]) -> None:
-    faults = differences(_identity(saved), _identity(now)) + config_changes
+def _refuse_another(path: Path, saved: TrainedRecord, now: TrainedRecord, config_changes: list[str]) -> None:
+    faults = differences(saved.identity(), now.identity()) + config_changes
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise CheckpointError(
@@ -164,14 +162,6 @@ def _refuse_another(path: Path, saved: CheckpointRecord, now: CheckpointRecord, 
             found="; ".join(faults[:5]) + more,
             remedy="Give the same plan and flags as before, or begin anew with rfmed_train --restart",
         )
-
-
-def _identity(record: CheckpointRecord) -> dict[str, Any]:
-    """Plain data that must be equal for two trainings to be the same; the training figures are compared apart."""
-    plan = record.plan.model_dump(mode="json")
-    stages = plan.pop("stages")
-    stage = {k: v for k, v in stages[record.stage].items() if k not in STAGE_CHANGEABLE}
-    return {"stage": record.stage, "fold": record.fold, "plan": plan, f"plan.stages.{record.stage}": stage}
 
 
 def _config_changes(saved: TrainConfig, now: TrainConfig) -> list[str]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -70,9 +69,8 @@ def fit(task: Task[Batch], config: TrainConfig, run: Run, *, resume: bool = Fals
     """
     device = run.runtime.device
     with determinism(config.deterministic), preserved(device), lost_ranks_named(run.runtime), listening() as signals:
-        final = run.folder / FINAL
-        if resume and run.runtime.any(final.is_file() and not (run.folder / LATEST).is_file()):
-            return _already_finished(task, config, final)
+        if resume and run.runtime.any((run.folder / FINAL).is_file() and not (run.folder / LATEST).is_file()):
+            return _already_finished(task, config, run)
         return _Loop(task, config, run, signals, resume=resume).train()
 
 
@@ -357,12 +355,12 @@ class _Loop(Generic[Batch]):
         self._saved_at = self._clock = time.monotonic()
 
     def _finish(self) -> None:
-        final, runtime = self._run.folder / FINAL, self._runtime
-        if self._position == self._found and not runtime.any(not is_of_step(final, self._position.step)):
+        final, runtime, step = self._run.folder / FINAL, self._runtime, self._position.step
+        if self._position == self._found and not runtime.any(not is_of_step(final, self._run.kind, step)):
             return  # this training had finished before
         self._save()
         if runtime.is_main:
-            save_model(final, self._run.record(self._position.step, self._position.scores or {}), self._model)
+            save_model(final, self._run.record(step, self._position.scores or {}), self._model)
         runtime.any(False)  # no rank leaves before the files are there
 
     def _progress(self) -> Progress:
@@ -378,9 +376,10 @@ class _Loop(Generic[Batch]):
         )
 
 
-def _already_finished(task: Task[Any], config: TrainConfig, final: Path) -> Progress:
+def _already_finished(task: Task[Any], config: TrainConfig, run: Run) -> Progress:
     """Take the final weights of a training whose checkpoint_latest was removed."""
-    record, tensors, _ = read_all(final)
+    final = run.folder / FINAL
+    record, tensors, _ = read_all(final, run.kind)
     if record.step < config.iterations:
         raise UsageError(
             "This training is finished and its checkpoint_latest was removed: it cannot be made longer",

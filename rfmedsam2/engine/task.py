@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.runtime import Runtime
-from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.checkpoint import TrainedRecord
 
 Batch = TypeVar("Batch")
 
@@ -63,10 +63,15 @@ class Run:
     """
 
     folder: Path
-    record: Callable[[int, dict[str, float]], CheckpointRecord]
+    record: Callable[[int, dict[str, float]], TrainedRecord]
     runtime: Runtime
     show: Callable[[StepReport], None] = silent
     tensorboard: bool = False
+
+    @property
+    def kind(self) -> type[TrainedRecord]:
+        """Of the checkpoints' records."""
+        return type(self.record(0, {}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from rfmedsam2.records.base import Record
 from rfmedsam2.records.plan import Plan
 
+STAGE_CHANGEABLE = {"train", "validation", "inference", "compute"}
+"""Fields of a Stage that may change when a training goes on; `train` is compared by itself."""
 
-class CheckpointRecord(Record):
-    """The header of a checkpoint file; the tensors beside it are weights and, while training, optimizer state."""
+
+class TrainedRecord(Record):
+    """What every checkpoint says, whatever was trained; each kind of training adds what it was trained by."""
 
     format: Literal[1] = 1
-    plan: Plan
-    stage: str
-    fold: str
     step: int
     """Optimizer steps done."""
     scores: dict[str, float] = Field(default_factory=dict)
@@ -26,3 +26,22 @@ class CheckpointRecord(Record):
     torch_version: str
     created: str
     """UTC, ISO 8601."""
+
+    def identity(self) -> dict[str, Any]:
+        """Plain data that must be equal for two trainings to be the same; training figures are compared apart."""
+        raise NotImplementedError
+
+
+class CheckpointRecord(TrainedRecord):
+    """The header of a checkpoint of volumes; the tensors beside it are weights and, while training, optimizer state."""
+
+    plan: Plan
+    stage: str
+    fold: str
+
+    def identity(self) -> dict[str, Any]:
+        """Plan, stage and fold."""
+        plan = self.plan.model_dump(mode="json")
+        stages = plan.pop("stages")
+        stage = {k: v for k, v in stages[self.stage].items() if k not in STAGE_CHANGEABLE}
+        return {"stage": self.stage, "fold": self.fold, "plan": plan, f"plan.stages.{self.stage}": stage}

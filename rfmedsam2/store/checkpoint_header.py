@@ -10,10 +10,12 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rfmedsam2.errors import CheckpointError, RecordError
-from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
+
+RecordT = TypeVar("RecordT", bound=TrainedRecord)
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
@@ -29,10 +31,10 @@ DISGUISES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointHeader:
+class CheckpointHeader(Generic[RecordT]):
     """What stands before the tensor bytes."""
 
-    record: CheckpointRecord
+    record: RecordT
     state: dict[str, Any]
     rest_sha256: str
     """Over the state and every tensor that is not a weight."""
@@ -40,8 +42,12 @@ class CheckpointHeader:
     """Names, each with its group: model/..., optimizer/..., random/..."""
 
 
-def read_header(path: Path) -> CheckpointHeader:
+def read_header(path: Path, kind: type[RecordT]) -> CheckpointHeader[RecordT]:
     """Read and check the header; the file's length must be what the header says, tensor bytes are not read.
+
+    Args:
+        path: the checkpoint.
+        kind: of its record: what was trained.
 
     Raises:
         CheckpointError: missing, truncated, foreign, a pickle or zip under a false name, or of an unknown format.
@@ -58,7 +64,7 @@ def read_header(path: Path) -> CheckpointHeader:
             remedy=REMEDY,
         )
     try:
-        record = CheckpointRecord.from_json(metadata["record"], where=path)
+        record = kind.from_json(metadata["record"], where=path)
         state = json.loads(metadata["state"])
     except RecordError as error:
         raise CheckpointError(f"The checkpoint's record cannot be used ({error})", where=path) from None
@@ -70,12 +76,12 @@ def read_header(path: Path) -> CheckpointHeader:
 
 
 def read_record_of(path: Path) -> CheckpointRecord:
-    """Read the record of a checkpoint, from its header alone (milliseconds, no torch).
+    """Read the record of a checkpoint of volumes, from its header alone (milliseconds, no torch).
 
     Raises:
         CheckpointError: as `read_header`.
     """
-    return read_header(path).record
+    return read_header(path, CheckpointRecord).record
 
 
 def _json_header(path: Path) -> dict[str, Any]:

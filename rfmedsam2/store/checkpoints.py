@@ -1,6 +1,6 @@
 """Checkpoint files: weights with their record and, while training, optimizer and random state.
 
-One safetensors file each: tensors "model/NAME", "optimizer/...", "random/..."; metadata "record" (CheckpointRecord),
+One safetensors file each: tensors "model/NAME", "optimizer/...", "random/..."; metadata "record" (a TrainedRecord),
 "state" (plain JSON) and "rest_sha256". Nothing is unpickled, everything is checked against digests when read.
 """
 
@@ -11,14 +11,14 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from rfmedsam2.errors import CheckpointError
-from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.store.checkpoint_header import CheckpointHeader, read_header, read_record_of
+from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
+from rfmedsam2.store.checkpoint_header import CheckpointHeader, RecordT, read_header, read_record_of
 from rfmedsam2.store.files import atomic, writing_to
 
 __all__ = ["read_all", "read_record_of", "read_weights", "weights_sha256", "write_checkpoint"]
@@ -40,8 +40,8 @@ DTYPES = {
 
 
 def write_checkpoint(
-    path: Path, record: CheckpointRecord, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
-) -> CheckpointRecord:
+    path: Path, record: RecordT, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+) -> RecordT:
     """Write a checkpoint whole or not at all, on disk when this returns.
 
     Tensors may lie on any device, share memory or be strided; one at a time is copied to the CPU.
@@ -86,22 +86,28 @@ def write_checkpoint(
     return record
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, kind: type[TrainedRecord] = CheckpointRecord) -> dict[str, torch.Tensor]:
     """Read the model's tensors by their state-dict names, to the CPU; nothing else is read.
 
     Raises:
-        CheckpointError: see `read_record_of`; or the weights are not those that the record names.
+        CheckpointError: see `read_header`; or the weights are not those that the record names.
     """
-    return _read_weights(path, read_header(path))
+    return _read_weights(path, read_header(path, kind))
 
 
-def read_all(path: Path) -> tuple[CheckpointRecord, dict[str, torch.Tensor], dict[str, Any]]:
-    """Record, all tensors (names with their group) and state, all checked.
+@overload
+def read_all(path: Path) -> tuple[CheckpointRecord, dict[str, torch.Tensor], dict[str, Any]]: ...
+@overload
+def read_all(path: Path, kind: type[RecordT]) -> tuple[RecordT, dict[str, torch.Tensor], dict[str, Any]]: ...
+def read_all(
+    path: Path, kind: type[TrainedRecord] = CheckpointRecord
+) -> tuple[TrainedRecord, dict[str, torch.Tensor], dict[str, Any]]:
+    """Record of a kind, all tensors (names with their group) and state, all checked.
 
     Raises:
         CheckpointError: as `read_weights`, and for optimizer or random state that was changed.
     """
-    header = read_header(path)
+    header = read_header(path, kind)
     tensors = {MODEL + name: tensor for name, tensor in _read_weights(path, header).items()}
     tensors |= _read_tensors(path, [name for name in header.tensors if not name.startswith(MODEL)])
     if _rest_sha256(json.dumps(header.state), tensors) != header.rest_sha256:
@@ -114,7 +120,7 @@ def weights_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
     return _sha256("", state_dict)
 
 
-def _read_weights(path: Path, header: CheckpointHeader) -> dict[str, torch.Tensor]:
+def _read_weights(path: Path, header: CheckpointHeader[Any]) -> dict[str, torch.Tensor]:
     names = [name for name in header.tensors if name.startswith(MODEL)]
     weights = {name.removeprefix(MODEL): tensor for name, tensor in _read_tensors(path, names).items()}
     if weights_sha256(weights) != header.record.weights_sha256:
