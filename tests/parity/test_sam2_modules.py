@@ -33,6 +33,15 @@ def official_model(size: str, frame_size: int, version: str = "sam2.1"):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads share a sum differently for tensors that lie differently in memory, and round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=["sam2_tiny", "nano"])
 def pair(request):
     """(official model, ours) on equal weights that are far from their initial values."""
