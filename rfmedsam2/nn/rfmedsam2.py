@@ -43,7 +43,7 @@ from rfmedsam2.nn.steps import (
 )
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.prompts import Prompts
-from rfmedsam2.records.model import RFMedSam2Config
+from rfmedsam2.records.model import LIGHT_BACKBONES, RFMedSam2Config
 
 
 class RFMedSam2(nn.Module):
@@ -131,7 +131,7 @@ class RFMedSam2(nn.Module):
             CheckpointError: weights of another model.
         """
         remove(self.sam.base)
-        load = load_light if self.config.backbone in ("mobile_sam", "lite_medsam") else load_sam2
+        load = load_light if self.config.backbone in LIGHT_BACKBONES else load_sam2
         report = load(self.sam.base, weights, where=where)
         inject(self.sam.base, self.config.adapters)
         return report

@@ -13,7 +13,7 @@ from rfmedsam2.pipeline.presets import Preset, Refinement, refinement_of
 from rfmedsam2.pipeline.topology import Topology, square_topology
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import Fingerprint
-from rfmedsam2.records.model import AdapterConfig, Backbone, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import LIGHT_BACKBONES, AdapterConfig, Backbone, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Stage
 
 LEAST_FRAME = {"nano": 128}
@@ -22,7 +22,6 @@ LEAST = 192
 """LiteMedSAM was trained on frames of 256, SAM 2 and MobileSAM of 1024; from here on, enlarging is left out: it costs
 four times the encoder."""
 LARGEST_FRAME = 1024
-LIGHT = ("mobile_sam", "lite_medsam")
 
 
 def plan_rfmedsam2(
@@ -88,7 +87,9 @@ def refined_plan(
     return plan_of(dataset, fingerprint, survey, name=name or refinement.plan_name, stages=stages)
 
 
-def model_of(backbone: Backbone, unet: UNetConfig, side: int, *, adapt_encoder: bool) -> RFMedSam2Config:
+def model_of(
+    backbone: Backbone, unet: UNetConfig, side: int, *, adapt_encoder: bool, propagate_loss: bool
+) -> RFMedSam2Config:
     """RFMedSAM 2 on frames of `side` voxels, by what the backbone knows: published SAM 2, a light SAM, or nothing.
 
     Published parts stay frozen beside trained adapters. nano has no published weights and is trained whole, as a
@@ -110,7 +111,8 @@ def model_of(backbone: Backbone, unet: UNetConfig, side: int, *, adapt_encoder: 
         backbone=backbone,
         frame_size=frame_size,
         # a light SAM's masks are no better than a trained U-Net's; added to its evidence they start close to it
-        output="correct" if backbone in LIGHT else "replace",
+        propagate_loss=propagate_loss,
+        output="correct" if backbone in LIGHT_BACKBONES else "replace",
         adapters=AdapterConfig(encoder=adapt_encoder),
     )
 
@@ -137,9 +139,13 @@ def _stage(survey: Survey, refinement: Refinement, topology: Topology, labels: L
         batch_dice=share < figures.low_resolution_share if figures.batch_dice is None else figures.batch_dice,
     )
     assert isinstance(stage.model, UNetConfig)
-    model = model_of(refinement.backbone, stage.model, patch[1], adapt_encoder=refinement.adapt_encoder)
-    if not refinement.propagate_loss:
-        model = model.model_copy(update={"propagate_loss": False})
+    model = model_of(
+        refinement.backbone,
+        stage.model,
+        patch[1],
+        adapt_encoder=refinement.adapt_encoder,
+        propagate_loss=refinement.propagate_loss,
+    )
     sampling = stage.sampling.model_copy(update={"cells": refinement.cells if small else refinement.large_cells})
     stage = stage.model_copy(update={"model": model, "sampling": sampling})
     keeping = stage.model_copy(update={"compute": stage.compute.model_copy(update={"checkpointing": False})})

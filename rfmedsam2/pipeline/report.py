@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
-import rfmedsam2
 from rfmedsam2.errors import RfMedSamError, UsageError
 from rfmedsam2.pipeline.curves import Theme, Training, read_training, spread_png, training_png
 from rfmedsam2.pipeline.overlays import PREDICTION_COLOUR, REFERENCE_COLOUR, case_png
@@ -21,12 +17,12 @@ from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.model import ModelConfig, UNetConfig
 from rfmedsam2.records.report import CaseMetrics, Evaluation, Interval
 from rfmedsam2.store.checkpoint_header import read_record_of
-from rfmedsam2.store.files import write_text
 from rfmedsam2.store.images import image_ending
+from rfmedsam2.store.pages import png_uri, write_html
 
 logger = logging.getLogger(__name__)
 
-TEMPLATE = "report_page.html.j2"
+TEMPLATE = Path(__file__).with_name("report_page.html.j2")
 PICTURED_CASES = 3
 """Worst cases shown, and as many best ones."""
 MAX_CLASS_COLUMNS = 16
@@ -101,8 +97,6 @@ def write_report(
     facts = {**(_about_model(record) if record is not None else {}), **(about or {})}
     context = {
         "title": title,
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "version": rfmedsam2.__version__,
         "facts": facts,
         "figures": [*_evaluation_figures(evaluation), *_training_figures(curves)],
         "training": None if curves is None else _themed(lambda theme: training_png(curves, theme=theme)),
@@ -111,20 +105,7 @@ def write_report(
         "reference_colour": REFERENCE_COLOUR,
         "prediction_colour": PREDICTION_COLOUR,
     }
-    write_text(path, _environment().get_template(TEMPLATE).render(context))
-
-
-def _environment() -> jinja2.Environment:
-    """Templates beside this module; every value is escaped, as file names and labels are not ours."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["figure"] = _figure
-    return environment
+    write_html(path, TEMPLATE, context, figure=_figure)
 
 
 def _figure(value: float | None, digits: int) -> str:
@@ -132,12 +113,8 @@ def _figure(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
 def _themed(draw: Callable[[Theme], bytes]) -> dict[str, str]:
-    return {"light": _data_uri(draw("light")), "dark": _data_uri(draw("dark"))}
+    return {"light": png_uri(draw("light")), "dark": png_uri(draw("dark"))}
 
 
 def _checkpoint(folder: Path) -> CheckpointRecord | None:
@@ -270,7 +247,7 @@ def _pictures(evaluation: Evaluation, images: Path | None, labels: LabelSet | No
             except RfMedSamError as error:
                 unshown.append(f"{case.id}: {error}")
                 continue
-            pictures.append(Picture(id=case.id, group=group, score=score, source=_data_uri(png), details=_lowest(case)))
+            pictures.append(Picture(id=case.id, group=group, score=score, source=png_uri(png), details=_lowest(case)))
     return pictures, unshown
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Literal
 
 from pydantic import Field
@@ -27,9 +28,9 @@ class TrainedRecord(Record):
     created: str
     """UTC, ISO 8601."""
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Plain data that must be equal for two trainings to be the same; training figures are compared apart."""
-        raise NotImplementedError
 
 
 class CheckpointRecord(TrainedRecord):

@@ -60,6 +60,8 @@ class UNetConfig(Record):
 
 Backbone = Literal["sam2_tiny", "sam2_small", "sam2_base_plus", "sam2_large", "nano", "mobile_sam", "lite_medsam"]
 """What encodes frames: SAM 2's Hiera in its four sizes or a small one of our own, or a SAM with a TinyViT encoder."""
+LIGHT_BACKBONES: tuple[Backbone, ...] = ("mobile_sam", "lite_medsam")
+"""SAMs with a TinyViT encoder, without memory of their own."""
 PromptGenerator = Literal[
     "unet", "object_queries", "scored_object_queries", "point_embeddings", "hierarchical_masks", "gt"
 ]

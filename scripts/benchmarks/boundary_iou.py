@@ -15,10 +15,10 @@ import argparse
 import importlib
 import importlib.util
 import json
-import time
 from collections.abc import Callable
 
 import numpy as np
+from measuring import best
 from scipy.ndimage import binary_erosion, gaussian_filter
 
 from segment_anything_hq.boundary import boundary_iou, boundary_width, mask_to_boundary
@@ -96,16 +96,6 @@ def published_iou(truth: np.ndarray, predicted: np.ndarray, erode: Erosion) -> f
     """As sam-hq computes it of two masks."""
     first, second = (published_boundary(mask, erode) for mask in (truth, predicted))
     return float(((first * second) > 0).sum() / ((first + second) > 0).sum())
-
-
-def best(function: Callable[[], float], repeats: int) -> tuple[float, float]:
-    """Result and the least of the seconds taken."""
-    seconds, result = [], 0.0
-    for _ in range(repeats):
-        started = time.perf_counter()
-        result = function()
-        seconds.append(time.perf_counter() - started)
-    return result, min(seconds)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import importlib
 import importlib.util
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from measuring import best
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from segment_anything_hq.clicks import Click
@@ -150,16 +150,6 @@ def replay(truth: np.ndarray, clicks: Sequence[Click]) -> None:
     probabilities = None
     for number in range(1, len(clicks) + 1):
         probabilities = Painter().predict(clicks[:number], probabilities, truth.shape)
-
-
-def best(function: Callable[[], list], repeats: int) -> tuple[list, float]:
-    """Result and the least of the seconds taken."""
-    seconds, result = [], []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        result = function()
-        seconds.append(time.perf_counter() - started)
-    return result, min(seconds)
 
 
 if __name__ == "__main__":

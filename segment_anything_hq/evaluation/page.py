@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
-import jinja2
-
-import rfmedsam2
 from rfmedsam2.errors import RfMedSamError, UsageError
-from rfmedsam2.store.files import write_text
+from rfmedsam2.store.pages import png_uri, write_html
 from segment_anything_hq.evaluation.pictures_of_cases import (
     MISSED_COLOUR,
     PREDICTION_COLOUR,
@@ -26,7 +21,7 @@ from segment_anything_hq.evaluation.scores import Case, Chart, Column, Evaluatio
 
 logger = logging.getLogger(__name__)
 
-TEMPLATE = "evaluation_page.html.j2"
+TEMPLATE = Path(__file__).with_name("evaluation_page.html.j2")
 MOST_ROWS = 2000
 """Samples listed on the page, worst first; the CSV holds all."""
 CURVE_COLOURS = ("#3f7fd0", "#d9772b", "#3f9f63", "#b04fb5", "#c2435a", "#2aa1b3", "#8a7a2e")
@@ -62,8 +57,6 @@ def write_page(
         raise UsageError("A page needs an evaluation", where=path)
     context = {
         "title": title,
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "version": rfmedsam2.__version__,
         "facts": dict(about or {}),
         "sections": [_section(evaluation) for evaluation in evaluations],
         "colours": {
@@ -73,20 +66,7 @@ def write_page(
             "wrong prediction": WRONG_COLOUR,
         },
     }
-    write_text(path, _environment().get_template(TEMPLATE).render(context))
-
-
-def _environment() -> jinja2.Environment:
-    """Templates beside this module; every value is escaped, as names of files and sets are not ours."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["figure"] = _figure
-    return environment
+    write_html(path, TEMPLATE, context, figure=_figure)
 
 
 def _figure(value: float | None, column: Column) -> str:
@@ -126,7 +106,7 @@ def _pictures(cases: Sequence[Case]) -> tuple[list[Picture], list[str]]:
         except RfMedSamError as error:
             unshown.append(f"not shown: {case.sample.id}: {error}")
             continue
-        source = "data:image/png;base64," + base64.b64encode(png).decode()
+        source = png_uri(png)
         title = f"{case.set} {case.sample.id}"
         pictures.append(Picture(title=title, score=case.score, source=source, prompts=_prompts(case)))
     return pictures, unshown
