@@ -30,17 +30,17 @@ SamT = TypeVar("SamT", bound=Sam)
 
 def build_sam_vit_h(checkpoint: Checkpoint = None) -> HqSam:
     """HQ-SAM on ViT-H."""
-    return _hq(*_vit(1280, 32, 16, (7, 15, 23, 31)), checkpoint)
+    return _hq(*vit(1280, 32, 16, (7, 15, 23, 31)), checkpoint)
 
 
 def build_sam_vit_l(checkpoint: Checkpoint = None) -> HqSam:
     """HQ-SAM on ViT-L."""
-    return _hq(*_vit(1024, 24, 16, (5, 11, 17, 23)), checkpoint)
+    return _hq(*vit(1024, 24, 16, (5, 11, 17, 23)), checkpoint)
 
 
 def build_sam_vit_b(checkpoint: Checkpoint = None) -> HqSam:
     """HQ-SAM on ViT-B."""
-    return _hq(*_vit(768, 12, 12, (2, 5, 8, 11)), checkpoint)
+    return _hq(*vit(768, 12, 12, (2, 5, 8, 11)), checkpoint)
 
 
 def build_sam_vit_t(checkpoint: Checkpoint = None) -> HqSam:
@@ -61,17 +61,17 @@ sam_model_registry: dict[str, Callable[..., HqSam]] = {
 
 def build_plain_vit_h(checkpoint: Checkpoint = None) -> Sam:
     """SAM itself on ViT-H."""
-    return _plain(_vit(1280, 32, 16, (7, 15, 23, 31))[0], checkpoint)
+    return _plain(vit(1280, 32, 16, (7, 15, 23, 31))[0], checkpoint)
 
 
 def build_plain_vit_l(checkpoint: Checkpoint = None) -> Sam:
     """SAM itself on ViT-L."""
-    return _plain(_vit(1024, 24, 16, (5, 11, 17, 23))[0], checkpoint)
+    return _plain(vit(1024, 24, 16, (5, 11, 17, 23))[0], checkpoint)
 
 
 def build_plain_vit_b(checkpoint: Checkpoint = None) -> Sam:
     """SAM itself on ViT-B."""
-    return _plain(_vit(768, 12, 12, (2, 5, 8, 11))[0], checkpoint)
+    return _plain(vit(768, 12, 12, (2, 5, 8, 11))[0], checkpoint)
 
 
 def build_plain_vit_t(checkpoint: Checkpoint = None) -> Sam:
@@ -88,7 +88,7 @@ sam_model_registry_baseline: dict[str, Callable[..., Sam]] = {
 }
 
 
-def _vit(
+def vit(
     channels: int, depth: int, heads: int, global_blocks: tuple[int, ...], frame_size: int = FRAME_SIZE
 ) -> tuple[ImageEncoderViT, int]:
     """A ViT of SAM's, and the channels of its early features."""

@@ -45,8 +45,13 @@ SAY_NOTHING = ("None", "False", "True", "", "()")
 """Defaults not worth a word."""
 
 
-def command(function: Callable[..., None]) -> Callable[[], None]:
-    """An entry point: parse arguments by signature and docstring, run, turn errors into sentences and exit codes."""
+def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable[[], None]:
+    """An entry point: parse arguments by signature and docstring, run, turn errors into sentences and exit codes.
+
+    Args:
+        function: what the command does; `train` of the family `rfmed` is the command `rfmed_train`.
+        family: first word of the command's name.
+    """
 
     def run() -> None:
         words = [word for word in sys.argv[1:] if word != "--debug"]
@@ -57,7 +62,7 @@ def command(function: Callable[..., None]) -> Callable[[], None]:
         # before torch loads its thread pool: threads that wait shall sleep, not spin. Where anything else runs on the
         # same cores (data workers, a second command), spinning made a training step 4 times slower on two cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        name = f"rfmed_{function.__name__}"
+        name = f"{family}_{function.__name__}"
         try:
             tyro.cli(_plainly(function), prog=name, args=words, config=CONFIG)
         except RfMedSamError as error:

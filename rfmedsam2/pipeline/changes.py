@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Sequence
-from typing import Any
 
-from rfmedsam2.errors import PlanError, UsageError
+from rfmedsam2.errors import PlanError
 from rfmedsam2.pipeline.plan import PlannableDataset, check_fingerprint
+from rfmedsam2.records.changes import with_changes
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.plan import Plan
 
@@ -27,18 +25,8 @@ def changed(plan: Plan, assignments: Sequence[str], name: str) -> Plan:
         UsageError: an assignment without "=", or a field that does not exist; lists what does.
         RecordError: a value that the field cannot have; lists all such.
     """
-    data = plan.model_dump(mode="json")
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals or not path.strip():
-            raise UsageError("A change has no value", where=assignment, expected="stage.field=value")
-        keys = path.strip().split(".")
-        _assign(data, keys, _value(text.strip()), assignment)
-        if keys[-1] == "kind":
-            # the next assignment may name a field of the new kind: fill in its defaults
-            data = Plan.parse(data, where=assignment).model_dump(mode="json")
-    data["name"] = name
-    return Plan.parse(data, where=f"plan {name}")
+    changed_plan = with_changes(plan, assignments, within="stages", where=f"plan {name}")
+    return Plan.parse(changed_plan.model_dump(mode="json") | {"name": name}, where=f"plan {name}")
 
 
 def moved(plan: Plan, dataset: PlannableDataset, fingerprint: Fingerprint) -> Plan:
@@ -66,48 +54,4 @@ def moved(plan: Plan, dataset: PlannableDataset, fingerprint: Fingerprint) -> Pl
             "file_ending": dataset.json.file_ending,
             "intensities": fingerprint.intensities,
         }
-    )
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _assign(data: dict[str, Any], path: list[str], value: Any, assignment: str) -> None:
-    """Set one field of the plan's plain data in place."""
-    if path[0] in data["stages"]:
-        path = ["stages", *path]
-    holder: Any = data
-    for depth, key in enumerate(path[:-1]):
-        holder = _child(holder, key, path[:depth], assignment)
-    last = path[-1]
-    old = _child(holder, last, path[:-1], assignment)
-    if last == "kind" and value != old:
-        # the fields of the old kind mean nothing to the new one: leave them to its defaults
-        holder.clear()
-    if isinstance(holder, list):
-        holder[int(last)] = value
-    else:
-        holder[last] = value
-
-
-def _child(holder: Any, key: str, above: list[str], assignment: str) -> Any:
-    if isinstance(holder, list) and key.isdigit() and int(key) < len(holder):
-        return holder[int(key)]
-    if isinstance(holder, dict) and key in holder:
-        return holder[key]
-    valid = [str(k) for k in holder] if isinstance(holder, dict) else []
-    if isinstance(holder, list):
-        valid = [str(i) for i in range(len(holder))]
-    if not above and isinstance(holder, dict):
-        valid = [*holder["stages"], *valid]
-    near = difflib.get_close_matches(key, valid, n=1)
-    raise UsageError(
-        f"There is no field {key!r} in {'.'.join(above) or 'the plan'}",
-        where=assignment,
-        expected=f"one of {', '.join(valid)}" if valid else "a value here, not a field below it",
-        remedy=f"Perhaps {near[0]!r} was meant" if near else None,
     )

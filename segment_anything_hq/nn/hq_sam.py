@@ -19,6 +19,7 @@ from rfmedsam2.errors import CheckpointError
 from rfmedsam2.nn.sam2.weights import LoadReport
 from segment_anything_hq.nn.hq_decoder import HQ_PARTS, Decoded, MaskDecoder, MaskDecoderHQ, hq_parameters
 from segment_anything_hq.nn.parts import DEVIATION, MEAN, Embedded, Prompted, Segmented, normalised
+from segment_anything_hq.nn.sam_base import fitted_positions
 from segment_anything_hq.nn.vit import CLASSIFIER, ImageEncoderViT, TinyViT
 
 PIXEL_MEAN = [255 * value for value in MEAN]
@@ -178,6 +179,8 @@ def freeze_sam(sam: Sam) -> None:
 def load_sam(sam: Sam, weights: Mapping[str, Tensor], *, where: object) -> LoadReport:
     """Copy published weights of HQ-SAM, SAM or MobileSAM; of the latter two what HQ-SAM adds stays new.
 
+    For frames of another size than 1024 a ViT's tables of positions are interpolated.
+
     Args:
         sam: of the weights' backbone.
         weights: by the published names (`store.published_weights.read_published`).
@@ -190,6 +193,7 @@ def load_sam(sam: Sam, weights: Mapping[str, Tensor], *, where: object) -> LoadR
         CheckpointError: weights of another backbone, or that lack something of SAM or a part of what HQ-SAM adds.
     """
     wanted = sam.state_dict()
+    weights = {n: fitted_positions(n, t, wanted[n].shape) if n in wanted else t for n, t in weights.items()}
     expected, found = (_backbone(names) for names in (wanted, weights))
     if expected != found:
         raise CheckpointError(

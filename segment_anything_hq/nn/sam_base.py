@@ -205,7 +205,7 @@ def load_sam(sam: SamSegmenter, weights: Mapping[str, Tensor], *, where: object)
             "These weights are of another backbone", where=where, expected=sam.backbone, found=found, remedy=_REMEDY
         )
     wanted = sam.state_dict()
-    fitted = {name: _fitted(name, weights[name], wanted[name].shape) for name in wanted if name in weights}
+    fitted = {name: fitted_positions(name, weights[name], wanted[name].shape) for name in wanted if name in weights}
     lacking = [name for name in wanted if name not in weights]
     wrong = [name for name, tensor in fitted.items() if tensor.shape != wanted[name].shape]
     if lacking or wrong:
@@ -233,7 +233,7 @@ def _backbone(weights: Mapping[str, Tensor], *, where: object) -> SamBackbone:
     return PUBLISHED[name]
 
 
-def _fitted(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+def fitted_positions(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
     """A ViT's table of positions, or of relative positions, for maps of another side."""
     if tensor.shape == shape or not name.startswith("image_encoder."):
         return tensor

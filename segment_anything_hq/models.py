@@ -1,0 +1,155 @@
+"""Methods by name: the network of each on its backbone, its base's published weights, its trained part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from rfmedsam2.errors import CheckpointError, PlanError, UsageError
+from rfmedsam2.store.checkpoint_header import read_header
+from rfmedsam2.store.checkpoints import read_weights, weights_sha256
+from rfmedsam2.store.published_weights import read_published
+from segment_anything_hq.build_sam import FRAME_SIZE, assemble, vit
+from segment_anything_hq.nn import sam2_base, sam_base
+from segment_anything_hq.nn.hq_sam import HqSam, load_sam
+from segment_anything_hq.nn.hq_sam2 import HqSam2, load_hq_sam2
+from segment_anything_hq.nn.sam2_base import Sam2Backbone, Sam2Segmenter
+from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
+from segment_anything_hq.nn.sam_base import ENCODERS, SamBackbone, SamSegmenter
+from segment_anything_hq.nn.sam_ref import SamRef
+from segment_anything_hq.nn.trained_part import TrainedPart
+from segment_anything_hq.nn.vit import TINY_EARLY, TinyViT
+from segment_anything_hq.records import ON_SAM2, Backbone, Method, RefinerRecord, ZeroShot, goes_on
+
+Network = HqSam | HqSam2 | SamRef | SAM2Refiner | SamSegmenter | Sam2Segmenter
+"""Every one is a `Segmenter` and an `nn.Module`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Parameters of one part of a network."""
+
+    name: str
+    parameters: int
+    trained: bool
+
+
+def build(
+    method: Method | ZeroShot,
+    backbone: Backbone,
+    *,
+    frame_size: int = FRAME_SIZE,
+    weights: Path | None = None,
+    decoder: Path | None = None,
+) -> Network:
+    """The network of a method, in evaluation mode; what is not trained of it has no gradient.
+
+    Args:
+        method: which.
+        backbone: one that the method is built on.
+        frame_size: S.
+        weights: published weights of the base; of HQ-SAM, its own too. None: all is new.
+        decoder: for SAM-REF, SAM2-REF and SAM2Refiner: a checkpoint of `sam_decoder` or `sam2_decoder`, the fine-tuned
+            mask decoder of the base (SAM-REF paper, section 4.1.3).
+
+    Raises:
+        PlanError: a method that is not built on this backbone, or a frame size that it cannot take.
+        CheckpointError: weights that cannot be read, or are of another model or size.
+        UsageError: a decoder for a method that has its own.
+    """
+    if not goes_on(method, backbone):
+        family = "SAM 2's hiera_*" if method in ON_SAM2 else "SAM's vit_*"
+        raise PlanError(f"{method} is not built on {backbone}", expected=family)
+    if method in ("sam_ref", "sam2_ref", "sam2_refiner"):
+        base = _base(backbone, frame_size, weights, trained=True)
+        if decoder is not None:
+            load_trained(base, decoder)
+        base.trained = "none"
+        if isinstance(base, Sam2Segmenter) and method == "sam2_refiner":
+            return SAM2Refiner(base).eval()
+        return SamRef(base).eval()
+    if decoder is not None:
+        raise UsageError(f"{method} has a mask decoder of its own", where=decoder, remedy="Leave --decoder out")
+    if method == "hq_sam":
+        hq_sam = _hq_sam(cast(SamBackbone, backbone), frame_size)
+        if weights is not None:
+            load_sam(hq_sam, read_published(weights), where=weights)
+        return hq_sam
+    if method == "hq_sam2":
+        hq_sam2 = HqSam2(cast(Sam2Backbone, backbone), frame_size=frame_size).eval()
+        if weights is not None:
+            load_hq_sam2(hq_sam2, read_published(weights), where=weights)
+        return hq_sam2
+    return _base(backbone, frame_size, weights, trained=method in ("sam_decoder", "sam2_decoder"))
+
+
+def base_sha256(network: Network) -> str:
+    """Digest of everything that is not trained: trained weights fit this base alone."""
+    trained = TrainedPart(network).state_dict()
+    return weights_sha256({name: tensor for name, tensor in network.state_dict().items() if name not in trained})
+
+
+def load_trained(network: Network, path: Path) -> RefinerRecord:
+    """Copy what was trained into a network with the base that it was trained on.
+
+    Args:
+        network: with its base's weights.
+        path: a checkpoint of a training of this wing.
+
+    Raises:
+        CheckpointError: damaged, of another method or size, or trained on another base.
+    """
+    record, part = read_header(path, RefinerRecord).record, TrainedPart(network)
+    weights, wanted = read_weights(path, RefinerRecord), part.state_dict()
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in wanted.items()}:
+        raise CheckpointError(
+            "This checkpoint is of another network",
+            where=path,
+            expected=f"the trained part of {type(network).__name__}: {len(wanted)} tensors",
+            found=f"{record.plan.method} on {record.plan.backbone}, {len(weights)} tensors",
+        )
+    if base_sha256(network) != record.base_sha256:
+        raise CheckpointError(
+            "This checkpoint was trained on other frozen weights",
+            where=path,
+            expected=f"the base of {record.base} ({record.base_sha256[:12]})",
+            found=f"another one ({base_sha256(network)[:12]})",
+            remedy="Give the weights (and the fine-tuned decoder, if there was one) that it was trained with",
+        )
+    part.load_state_dict(weights)
+    return record
+
+
+def parts_of(network: nn.Module) -> tuple[Part, ...]:
+    """The network's parts, frozen and trained parameters apart, in their order."""
+    counts: dict[tuple[str, bool], int] = {}
+    for name, parameter in network.named_parameters():
+        words = name.split(".")
+        while words[0] in ("base", "sam"):  # a base is no part: its encoder and its decoder are
+            words.pop(0)
+        key = words[0] if len(words) > 1 else "embeddings", parameter.requires_grad
+        counts[key] = counts.get(key, 0) + parameter.numel()
+    return tuple(Part(name=name, parameters=count, trained=trained) for (name, trained), count in counts.items())
+
+
+def _base(backbone: Backbone, frame_size: int, weights: Path | None, *, trained: bool) -> SamSegmenter | Sam2Segmenter:
+    what = "decoder" if trained else "none"
+    if backbone.startswith("hiera"):
+        sam2 = Sam2Segmenter(cast(Sam2Backbone, backbone), frame_size=frame_size, trained=what)
+        if weights is not None:
+            sam2_base.load_weights(sam2, read_published(weights), where=weights)
+        return sam2.eval()
+    sam = SamSegmenter(cast(SamBackbone, backbone), frame_size=frame_size, trained=what)
+    if weights is not None:
+        sam_base.load_sam(sam, read_published(weights), where=weights)
+    return sam.eval()
+
+
+def _hq_sam(backbone: SamBackbone, frame_size: int) -> HqSam:
+    if backbone == "vit_tiny":
+        return assemble(TinyViT(frame_size), TINY_EARLY)
+    channels, sizes = ENCODERS[backbone]
+    return assemble(*vit(channels, sizes.depth, sizes.heads, sizes.global_blocks, frame_size))

@@ -1,0 +1,92 @@
+"""How each method is trained by its paper: the plan that a training starts from, every figure of it open to change."""
+
+from __future__ import annotations
+
+import math
+
+from rfmedsam2.errors import PlanError
+from rfmedsam2.records.plan import AdamW, StepSchedule, TrainConfig, WarmupPolySchedule
+from segment_anything_hq.records import (
+    METHODS,
+    ON_SAM2,
+    Backbone,
+    ClickFigures,
+    JitterFigures,
+    Method,
+    PromptFigures,
+    RefinerPlan,
+    goes_on,
+)
+
+HQ_EPOCHS = 12
+SAM_REF_ITERATIONS = 80_000
+DECODER_ITERATIONS = 320_000
+CLICK_EPOCHS = 80
+"""The papers count iterations; these are the parts into which they are cut, each ended by a validation."""
+
+
+def recipe(method: Method, backbone: Backbone, *, samples: int) -> RefinerPlan:
+    """The paper's training of a method.
+
+    HQ-SAM: batches of 32, Adam at 1e-3 for 12 epochs, 1e-4 from the tenth on, boxes, ten points and coarse masks
+    equally often, large-scale jitter (HQ-SAM paper, section 3.4, and its published training). HQ-SAM 2 and the SAM 2
+    decoder, against which SAM2Refiner is compared, likewise. SAM2Refiner: five kinds of prompts at 0.3, 0.2, 0.2, 0.2,
+    0.1 (its supplement, 1.1); its paper gives no rate, so that HQ-SAM's is taken. SAM-REF: batches of 16, AdamW at
+    1e-4 after 1500 iterations of warm-up, then poly, 80,000 iterations, clicks with decay, pictures whole (SAM-REF
+    supplement, 1.2 and 1.3); SAM's decoder, its first stage, for 320,000 in batches of 4.
+
+    Args:
+        method: what is trained.
+        backbone: on what.
+        samples: objects of the training set, which an epoch's length follows.
+
+    Raises:
+        PlanError: a method that is not built on this backbone.
+    """
+    if not goes_on(method, backbone):
+        others = [m for m in METHODS if goes_on(m, backbone)]
+        family = "SAM 2's: hiera_t, hiera_s, hiera_b+, hiera_l" if method in ON_SAM2 else "SAM's: vit_b, vit_l, ..."
+        raise PlanError(
+            f"{method} is not built on {backbone}",
+            expected=f"a backbone of {family}",
+            remedy=f"Name one, or a method for {backbone}: {', '.join(others)}",
+        )
+    if method in ("sam_ref", "sam2_ref", "sam_decoder"):
+        batch = 4 if method == "sam_decoder" else 16
+        iterations = DECODER_ITERATIONS if method == "sam_decoder" else SAM_REF_ITERATIONS
+        return RefinerPlan(
+            method=method,
+            backbone=backbone,
+            batch_size=batch,
+            guidance=ClickFigures(),
+            jitter=None,
+            views=1,
+            train=TrainConfig(
+                epochs=CLICK_EPOCHS,
+                iterations_per_epoch=iterations // CLICK_EPOCHS,
+                learning_rate=1e-4,
+                weight_decay=0.01,
+                optimizer=AdamW(),
+                schedule=WarmupPolySchedule(warmup_iterations=1500, start_factor=0.01),
+                compile="off",
+            ),
+        )
+    batch = 32
+    refiner = PromptFigures(box=0.3, points=0.2, box_and_points=0.2, box_and_negatives=0.2, mask=0.1)
+    return RefinerPlan(
+        method=method,
+        backbone=backbone,
+        batch_size=batch,
+        guidance=refiner if method == "sam2_refiner" else PromptFigures(),
+        jitter=JitterFigures(),
+        train=TrainConfig(
+            epochs=HQ_EPOCHS,
+            iterations_per_epoch=max(1, math.ceil(samples / batch)),
+            learning_rate=1e-3,
+            weight_decay=0.0,
+            optimizer=AdamW(),
+            schedule=StepSchedule(milestones=(10,), gamma=0.1),
+            clip_norm=None,
+            compile="off",
+        ),
+    )
