@@ -82,12 +82,17 @@ def jittered(image: Tensor, mask: Tensor, *, size: int, jitter: Jitter, generato
         ImageError: a mask of another size than the image, or an empty one.
     """
     _check(image, mask)
+    placement = chosen(mask, size=size, jitter=jitter, generator=generator)
+    return placed_image(image, placement, size=size, grey=jitter.grey), placed_object(mask, placement, size)
+
+
+def chosen(mask: Tensor, *, size: int, jitter: Jitter, generator: Generator) -> Placement:
+    """Draw a placement that shows the object (H, W): the first such of some, else the whole image."""
     for _ in range(jitter.attempts):
         placement = drawn((mask.shape[0], mask.shape[1]), size, jitter=jitter, generator=generator)
-        seen = placed_mask(mask, placement, size)
-        if int(seen.sum()) >= min(jitter.least, int(mask.sum())):
-            return placed_image(image, placement, size=size, grey=jitter.grey), seen
-    return fitted(image, mask, size=size, grey=jitter.grey)
+        if int(placed_mask(mask, placement, size).sum()) >= min(jitter.least, int(mask.sum())):
+            return placement
+    return whole((mask.shape[0], mask.shape[1]), size)
 
 
 def fitted(image: Tensor, mask: Tensor, *, size: int, grey: int = GREY) -> tuple[Tensor, Tensor]:
@@ -97,15 +102,26 @@ def fitted(image: Tensor, mask: Tensor, *, size: int, grey: int = GREY) -> tuple
         ImageError: a mask of another size than the image, or an empty one.
     """
     _check(image, mask)
-    placement = _scaled((mask.shape[0], mask.shape[1]), size, 1.0)
+    placement = whole((mask.shape[0], mask.shape[1]), size)
+    return placed_image(image, placement, size=size, grey=grey), placed_object(mask, placement, size)
+
+
+def whole(image_size: tuple[int, int], size: int) -> Placement:
+    """An image of this (H, W) as large as the frame, at its top left."""
+    return _scaled(image_size, size, 1.0)
+
+
+def placed_object(mask: Tensor, placement: Placement, size: int) -> Tensor:
+    """`placed_mask` of an object that must not vanish.
+
+    Of few pixels of a large image, it is where they fall, whatever their share of a pixel.
+    """
     seen = placed_mask(mask, placement, size)
-    if not seen.any():
-        # an object of few pixels of a large image: where they fall, whatever their share of a pixel
-        seen = _cut(
-            F.adaptive_max_pool2d(mask[None].float(), (placement.height, placement.width)), placement, size=size, fill=0
-        )
-        seen = seen[0] > 0
-    return placed_image(image, placement, size=size, grey=grey), seen
+    if seen.any():
+        return seen
+    flipped = mask.flip(placement.flips)[None].float()
+    touched = F.adaptive_max_pool2d(flipped, (placement.height, placement.width))
+    return _cut(touched, placement, size=size, fill=0)[0] > 0
 
 
 def drawn(image_size: tuple[int, int], size: int, *, jitter: Jitter, generator: Generator) -> Placement:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 from torch import nn
 
@@ -84,6 +84,11 @@ def build(
             load_hq_sam2(hq_sam2, read_published(weights), where=weights)
         return hq_sam2
     return _base(backbone, frame_size, weights, trained=method in ("sam_decoder", "sam2_decoder"))
+
+
+def fit_of(network: Network) -> Literal["pad", "stretch"]:
+    """How pictures are fitted to the frame: SAM's are padded, SAM 2's stretched, and SAM-REF's in use (supplement)."""
+    return "pad" if isinstance(network, HqSam | SamSegmenter) else "stretch"
 
 
 def base_sha256(network: Network) -> str:

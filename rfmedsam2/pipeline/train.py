@@ -34,7 +34,7 @@ from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.cases import CaseStore
-from rfmedsam2.store.files import writing_to
+from rfmedsam2.store.files import move_aside
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import open_dataset
 from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
@@ -212,18 +212,6 @@ def validate_fold(
         logger.warning("Labels lie in several folders: score the predictions in %s with rfmed_evaluate", out)
         return None
     return evaluate(out, references.pop(), plan.labels, out=out, cases=sorted(wanted), track=track)
-
-
-def move_aside(folder: Path) -> Path | None:
-    """Rename a folder of results so that a new one can take its place; gives the new name, None if there is none."""
-    if not folder.exists():
-        return None
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    target = folder.with_name(f"before-{stamp}-{folder.name}")
-    with writing_to(folder.parent):
-        folder.rename(target)
-    logger.warning("What was in %s is now in %s", folder, target)
-    return target
 
 
 def _finish(

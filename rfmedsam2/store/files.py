@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypeVar
 
 from rfmedsam2.errors import RecordError, StoreError
 from rfmedsam2.records.base import Record
 
+logger = logging.getLogger(__name__)
 R = TypeVar("R", bound=Record)
 
 
@@ -93,3 +96,15 @@ def read_record(path: Path, kind: type[R]) -> R:
         reason = f"The {kind.__name__.lstrip('_')} file cannot be read ({error.strerror})"
         raise RecordError(reason, where=path) from error
     return kind.from_json(text, where=path)
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Rename a folder of results so that a new one can take its place; gives the new name, None if there is none."""
+    if not folder.exists():
+        return None
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    target = folder.with_name(f"before-{stamp}-{folder.name}")
+    with writing_to(folder.parent):
+        folder.rename(target)
+    logger.warning("What was in %s is now in %s", folder, target)
+    return target

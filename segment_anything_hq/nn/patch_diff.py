@@ -49,12 +49,20 @@ class PatchDiff(nn.Module):
         return self.heads(patch, coarse), coarse
 
 
-def cropped(maps: Tensor, windows: Tensor) -> Tensor:
-    """Windows (P, 4) of maps (P, C, h, w), scaled to (P, C, h, w) by RoIAlign."""
+def cropped(maps: Tensor, windows: Tensor, *, side: int | None = None) -> Tensor:
+    """Windows (P, 4) of maps (P, C, h, w), scaled by RoIAlign to (P, C, h, w).
+
+    Args:
+        maps: (P, C, h, w).
+        windows: on these maps, or on maps of `side` positions a side.
+        side: of the maps that the windows are on, and of the result.
+    """
     index = torch.arange(len(maps), device=maps.device, dtype=maps.dtype)[:, None]
     rois = torch.cat([index, windows.to(maps.dtype)], 1)
-    size = (maps.shape[2], maps.shape[3])
-    return roi_align(maps, rois, size, sampling_ratio=1, aligned=True)
+    size, scale = (maps.shape[2], maps.shape[3]), 1.0
+    if side is not None:
+        size, scale = (side, side), maps.shape[3] / side
+    return roi_align(maps, rois, size, spatial_scale=scale, sampling_ratio=1, aligned=True)
 
 
 def pasted(patches: Tensor, into: Tensor, windows: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -10,8 +10,8 @@ from torch import nn
 class TrainedPart(nn.Module):
     """The trained modules of a segmenter, not copies of them, under the names that they have in it.
 
-    Its `state_dict` holds them alone, so that checkpoints do not repeat the base. Moving it to a device, or between
-    training and evaluation, does so with the whole segmenter.
+    Its `state_dict` holds them alone, so that checkpoints do not repeat the base. Moving it to a device moves the whole
+    segmenter. What is frozen stays in evaluation mode: no running mean moves, no path is dropped.
 
     Args:
         segmenter: whose parameters with gradients are meant, and the buffers of modules that have no others.
@@ -21,6 +21,7 @@ class TrainedPart(nn.Module):
         super().__init__()
         self._whole = (segmenter,)  # in a tuple it is no module of this one
         _collect(segmenter, self)
+        self._frozen = tuple(_frozen(segmenter))
 
     @property
     def segmenter(self) -> nn.Module:
@@ -28,9 +29,11 @@ class TrainedPart(nn.Module):
         return self._whole[0]
 
     def train(self, mode: bool = True) -> TrainedPart:
-        """Let the segmenter decide which of its modules train."""
+        """Switch what is trained."""
         self.training = mode
         self.segmenter.train(mode)
+        for module in self._frozen:
+            module.eval()
         return self
 
     def _apply(self, fn: Callable, recurse: bool = True) -> TrainedPart:
@@ -51,3 +54,12 @@ def _collect(source: nn.Module, target: nn.Module) -> None:
     for name, parameter in source.named_parameters(recurse=False):
         if parameter.requires_grad:
             target.register_parameter(name, parameter)
+
+
+def _frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts of a module of which nothing is trained."""
+    for child in module.children():
+        if any(parameter.requires_grad for parameter in child.parameters()):
+            yield from _frozen(child)
+        elif next(child.parameters(), None) is not None:
+            yield child

@@ -1,0 +1,153 @@
+"""What every refiner is trained on: objects on frames, with what is said of them, as numbered batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rfmedsam2.engine.loader import batches
+from rfmedsam2.engine.runtime import Runtime
+from rfmedsam2.errors import ImageError
+from segment_anything_hq.augment import GREY, Jitter, Placement, chosen, placed_image, placed_mask, placed_object, whole
+from segment_anything_hq.clicks import IGNORE
+from segment_anything_hq.datasets import ImageSet, Sample
+from segment_anything_hq.nn.parts import Prompted
+from segment_anything_hq.prompt_sampling import PromptMix, generator_of, training_prompts
+from segment_anything_hq.records import PromptFigures, RefinerPlan
+
+EPOCH, VIEW = 0, 1
+"""What random numbers are for: they are drawn from (seed, purpose, numbers)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectBatch:
+    """B objects, each on a frame of its own.
+
+    Attributes:
+        number: of the batch, over all ranks; what is drawn while the loss is computed follows it.
+        ids: set and name of each object.
+        images: (B, 3, S, S) uint8.
+        truths: (B, S, S) int8: 1 object, 0 background, -1 ignored.
+        prompted: what is said of the objects; None: clicks will be simulated.
+    """
+
+    number: int
+    ids: tuple[str, ...]
+    images: Tensor
+    truths: Tensor
+    prompted: Prompted | None = None
+
+
+class ObjectSource:
+    """Makes batch i a function of (seed, rank, i) alone; goes to worker processes.
+
+    Args:
+        sets: to train on.
+        plan: frame and batch size, jitter, prompts, seed.
+        rank: of this process.
+        ranks: of the training.
+    """
+
+    def __init__(self, sets: Sequence[ImageSet], plan: RefinerPlan, *, rank: int = 0, ranks: int = 1) -> None:
+        self._samples = tuple((images.name, sample) for images in sets for sample in images.required().samples)
+        self._plan, self._rank, self._ranks = plan, rank, ranks
+        self._mix = None
+        if isinstance(plan.guidance, PromptFigures):
+            self._mix = PromptMix(**plan.guidance.model_dump(exclude={"kind"}))
+        self._jitter = None if plan.jitter is None else Jitter(**plan.jitter.model_dump())
+
+    def batch(self, number: int) -> ObjectBatch:
+        """Batch `number` of this rank."""
+        overall = number * self._ranks + self._rank
+        chosen_ones = [self._drawn(place) for place in self._places(overall)]
+        frames, truths = zip(*(self._framed(index, view) for index, view in chosen_ones), strict=True)
+        images, masks = torch.stack(frames), torch.stack(truths)
+        prompted = None
+        if self._mix is not None:
+            rows = torch.arange(len(masks))
+            generator = generator_of(self._plan.train.seed, overall)
+            prompted = training_prompts(masks == 1, rows, mix=self._mix, generator=generator)
+        ids = tuple("/".join((self._samples[i][0], self._samples[i][1].id)) for i, _ in chosen_ones)
+        return ObjectBatch(number=overall, ids=ids, images=images, truths=masks, prompted=prompted)
+
+    def describe(self, number: int) -> str:
+        """The files of batch `number`, without reading them."""
+        places = self._places(number * self._ranks + self._rank)
+        return ", ".join(str(self._samples[self._drawn(place)[0]][1].image) for place in places)
+
+    def _places(self, overall: int) -> range:
+        return range(overall * self._plan.batch_size, (overall + 1) * self._plan.batch_size)
+
+    def _drawn(self, place: int) -> tuple[int, int]:
+        """Which sample stands at a place of the whole training, and which view of it: every epoch has each once."""
+        epoch, within = divmod(place, len(self._samples))
+        order = np.random.default_rng([self._plan.train.seed, EPOCH, epoch]).permutation(len(self._samples))
+        view = epoch if self._plan.views is None else epoch % self._plan.views
+        return int(order[within]), view
+
+    def _framed(self, index: int, view: int) -> tuple[Tensor, Tensor]:
+        """The frame (3, S, S) uint8 of a view of a sample, and its truth (S, S) int8."""
+        sample, size = self._samples[index][1], self._plan.frame_size
+        picture, truth = _read(sample)
+        image, mask = torch.from_numpy(picture.copy()).permute(2, 0, 1), torch.from_numpy(truth == 1)
+        placement, grey = whole((truth.shape[0], truth.shape[1]), size), GREY
+        if self._jitter is not None:
+            words = np.random.SeedSequence([self._plan.train.seed, VIEW, index, view]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+            placement = chosen(mask, size=size, jitter=self._jitter, generator=generator)
+            grey = self._jitter.grey
+        frame = placed_image(image, placement, size=size, grey=grey)
+        return frame, _placed_truth(truth, mask, placement, size)
+
+
+class ObjectFeed:
+    """A training's batches in order, made ahead in worker processes."""
+
+    def __init__(self, sets: Sequence[ImageSet], plan: RefinerPlan, runtime: Runtime) -> None:
+        self._plan, self._runtime = plan, runtime
+        self._source = ObjectSource(sets, plan, rank=runtime.rank, ranks=runtime.world_size)
+
+    def training(self, start: int) -> Iterator[ObjectBatch]:
+        """Batches from number `start` on."""
+        train = self._plan.train
+        return batches(
+            self._source.batch,
+            start,
+            train.iterations * train.accumulation,
+            workers=train.workers,
+            seed=train.seed + self._runtime.rank,
+            timeout_seconds=train.worker_timeout_seconds,
+            describe=self._source.describe,
+        )
+
+
+def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and truth, which fit together and show an object."""
+    picture, truth = sample.picture(), sample.truth()
+    if truth.shape != picture.shape[:2]:
+        raise ImageError(
+            "The mask has another size than its picture",
+            where=sample.mask.source,
+            expected=f"{picture.shape[0]} x {picture.shape[1]}",
+            found=f"{truth.shape[0]} x {truth.shape[1]}",
+        )
+    if not (truth == 1).any():
+        remedy = "Leave this sample out; samhq_check_data lists all such"
+        raise ImageError(
+            "The mask shows no object: nothing can be learnt from it", where=sample.mask.source, remedy=remedy
+        )
+    return picture, truth
+
+
+def _placed_truth(truth: np.ndarray, mask: Tensor, placement: Placement, size: int) -> Tensor:
+    """(S, S) int8 on the frame: where both could be, the object counts, not that it is ignored."""
+    seen = placed_object(mask, placement, size)
+    placed = seen.to(torch.int8)
+    ignored = truth == IGNORE
+    if ignored.any():
+        placed[placed_mask(torch.from_numpy(ignored), placement, size) & ~seen] = IGNORE
+    return placed
