@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 
 from rfmedsam2.errors import UsageError
 from segment_anything_hq.clicks import Click
 from segment_anything_hq.evaluation.protocols import Prompt
+from segment_anything_hq.framing import Fit, Framing, device_of, embed, framing_of
 from segment_anything_hq.nn.parts import Embedded, Prompted, Segmented
-
-Fit = Literal["pad", "stretch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +39,11 @@ class InteractivePredictor:
     """
 
     def __init__(self, segmenter: Any, *, fit: Fit = "pad") -> None:
-        self.segmenter, self.fit = segmenter, fit
+        self.segmenter = segmenter
+        self.fit: Fit = fit
         self._image: np.ndarray | None = None
         self._embedded: Embedded | None = None
-        self._resized = self._size = (0, 0)
+        self._framing: Framing | None = None
         self._said: list[_Interaction] = []
 
     @property
@@ -68,17 +65,9 @@ class InteractivePredictor:
         self._said = []
         if self._image is not None and np.array_equal(image, self._image):
             return
-        self._image, self._size = image.copy(), (image.shape[0], image.shape[1])
-        side = self.segmenter.frame_size
-        scale = side / max(self._size)
-        fitted = (int(self._size[0] * scale + 0.5), int(self._size[1] * scale + 0.5))
-        self._resized = (side, side) if self.fit == "stretch" else (max(1, fitted[0]), max(1, fitted[1]))
-        size = (self._resized[1], self._resized[0])
-        resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].to(self._device)
-        embedded = self.segmenter.encode(self.segmenter.normalise(pixels))
-        prepare = getattr(self.segmenter, "prepare", None)
-        self._embedded = embedded if prepare is None else prepare(embedded)
+        framing = framing_of((image.shape[0], image.shape[1]), self.segmenter.frame_size, self.fit)
+        self._embedded = embed(self.segmenter, image, framing)
+        self._image, self._framing = image.copy(), framing
 
     def click(self, x: float, y: float, *, positive: bool = True) -> np.ndarray:
         """Say that a pixel is on the object, or not; gives probabilities (H, W).
@@ -132,10 +121,6 @@ class InteractivePredictor:
         self._require(None if prompt.box is None else np.asarray(prompt.box, dtype=np.float32))
         return self._say(_Interaction(clicks=tuple(prompt.points), box=prompt.box))
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.segmenter.parameters()).device
-
     @torch.inference_mode()
     def _say(self, said: _Interaction) -> np.ndarray:
         before = self._said[-1].answer if self._said else None
@@ -145,14 +130,15 @@ class InteractivePredictor:
         return self._probabilities(answer)
 
     def _prompted(self, said: _Interaction, before: Segmented | None) -> Prompted:
-        device, scale = self._device, np.divide(self._resized[::-1], self._size[::-1])
+        assert self._framing is not None
+        device = device_of(self.segmenter)
         points = labels = box = None
         if said.clicks:
-            places = np.asarray([[c.x, c.y] for c in said.clicks]) * scale
+            places = self._framing.places(np.asarray([[c.x, c.y] for c in said.clicks]))
             points = torch.as_tensor(places, dtype=torch.float32, device=device)[None]
             labels = torch.tensor([[int(c.positive) for c in said.clicks]], device=device)
         if said.box is not None:
-            corners = np.reshape(said.box, (2, 2)) * scale
+            corners = self._framing.places(np.reshape(said.box, (2, 2)))
             box = torch.as_tensor(corners.reshape(1, 4), dtype=torch.float32, device=device)
         return Prompted(
             images=torch.zeros(1, dtype=torch.long, device=device),
@@ -163,19 +149,16 @@ class InteractivePredictor:
         )
 
     def _probabilities(self, answer: Segmented) -> np.ndarray:
-        side = self.segmenter.frame_size
-        frame = F.interpolate(answer.final[:, None].float(), (side, side), mode="bilinear", align_corners=False)
-        cut = frame[..., : self._resized[0], : self._resized[1]]
-        whole: Tensor = F.interpolate(cut, self._size, mode="bilinear", align_corners=False)
-        return whole[0, 0].sigmoid().cpu().numpy()
+        assert self._framing is not None
+        return self._framing.logits(answer.final)[0].sigmoid().cpu().numpy()
 
     def _require(self, box: np.ndarray | None) -> None:
         """Check that a picture is set and that a box (of a click: of no size) lies in it."""
-        if self._embedded is None:
+        if self._framing is None:
             raise UsageError("There is no picture yet", expected="set_image before clicks and boxes")
         if box is None:
             return
-        height, width = self._size
+        height, width = self._framing.size
         inside = box.shape == (4,) and 0 <= box[0] <= box[2] <= width and 0 <= box[1] <= box[3] <= height
         if not inside:
             raise UsageError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rfmedsam2.errors import DatasetError, UsageError
 from segment_anything_hq.coco import coco_lvis
-from segment_anything_hq.datasets import COLLECTIONS, ImageSet, open_folders
+from segment_anything_hq.datasets import COLLECTIONS, Fault, ImageSet, open_folders
 from segment_anything_hq.pictures import MaskRule
 
 COCO_LVIS = {"coco_lvis_train": "train", "coco_lvis_val": "val"}
@@ -28,9 +28,22 @@ def open_data(words: Sequence[str], *, rule: MaskRule = "above_128") -> tuple[Im
         DatasetError: no such folder, or a set without a single sample.
         UsageError: a name that is not known, or no data at all.
     """
-    if not words:
-        raise UsageError("No data was named", expected=f"--data FOLDER, or NAME=FOLDER with {', '.join(NAMES)}")
-    return tuple(images.required() for word in words for images in _opened(word, rule))
+    return tuple(images.required() for word in _named(words) for images in _opened(word, rule))
+
+
+def list_data(words: Sequence[str], *, rule: MaskRule = "above_128") -> tuple[ImageSet, ...]:
+    """Open sets as `open_data` does, to look for faults: a set that cannot be used is one of no samples, with faults.
+
+    Raises:
+        UsageError: a name that is not known, or no data at all.
+    """
+    sets: list[ImageSet] = []
+    for word in _named(words):
+        try:
+            sets += _opened(word, rule)
+        except DatasetError as error:
+            sets.append(ImageSet(name=word, samples=(), faults=(Fault(where=error.where or word, what=error.what),)))
+    return tuple(sets)
 
 
 def held_out(sets: Sequence[ImageSet], share: float) -> tuple[tuple[ImageSet, ...], tuple[ImageSet, ...]]:
@@ -59,6 +72,12 @@ def held_out(sets: Sequence[ImageSet], share: float) -> tuple[tuple[ImageSet, ..
         count = sum(len(images.samples) for images in sets)
         raise UsageError("This share leaves nothing of one part", found=f"{share} of {count} samples")
     return tuple(kept), tuple(held)
+
+
+def _named(words: Sequence[str]) -> Sequence[str]:
+    if not words:
+        raise UsageError("No data was named", expected=f"--data FOLDER, or NAME=FOLDER with {', '.join(NAMES)}")
+    return words
 
 
 def _opened(word: str, rule: MaskRule) -> tuple[ImageSet, ...]:
