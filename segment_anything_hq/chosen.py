@@ -11,8 +11,8 @@ from rfmedsam2.errors import UsageError
 from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import weights_sha256
 from segment_anything_hq.build_sam import FRAME_SIZE
-from segment_anything_hq.framing import Fit, fit_of
-from segment_anything_hq.models import Network, build, load_trained
+from segment_anything_hq.framing import Fit
+from segment_anything_hq.models import Network, build, fit_of, load_trained
 from segment_anything_hq.records import METHODS, Backbone, Method, RefinerRecord, ZeroShot
 
 REFINERS = ("sam_ref", "sam2_ref", "sam2_refiner")
@@ -52,6 +52,7 @@ class Named:
         weights: file of the base's weights; None: new ones.
         decoder: file of the base's fine-tuned mask decoder.
         model: checkpoint of what was trained.
+        seed: of what has no weights; a checkpoint's training drew its new base with it.
     """
 
     method: Method | ZeroShot
@@ -60,11 +61,7 @@ class Named:
     weights: Path | None
     decoder: Path | None
     model: Path | None
-
-    @property
-    def fit(self) -> Fit:
-        """How pictures come into its frames."""
-        return fit_of(self.method, self.backbone)
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +80,11 @@ class ChosenNetwork:
     weights_sha256: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def fit(self) -> Fit:
+        """How pictures come into its frames."""
+        return fit_of(self.network)
+
     def facts(self) -> dict[str, str]:
         """What it is, for pages and tables."""
         named = self.named
@@ -90,7 +92,7 @@ class ChosenNetwork:
         return {
             "method": named.method,
             "backbone": named.backbone,
-            "frames": f"{named.frame_size} x {named.frame_size}, pictures {FITTED[named.fit]}",
+            "frames": f"{named.frame_size} x {named.frame_size}, pictures {FITTED[self.fit]}",
             **{name: path.name for name, path in files.items() if path is not None},
             "SHA-256": self.weights_sha256[:16],
             **({"note": " ".join(f"{note}." for note in self.notes)} if self.notes else {}),
@@ -115,11 +117,12 @@ def named_network(choice: Choice) -> Named:
         )
     if choice.backbone is None:
         raise UsageError(f"{choice.method} needs a backbone", expected="--backbone NAME")
-    return _with_weights(choice, choice.method, choice.backbone, choice.frame_size or FRAME_SIZE)
+    frame_size = FRAME_SIZE if choice.frame_size is None else choice.frame_size
+    return _with_weights(choice, choice.method, choice.backbone, frame_size)
 
 
-def chosen_network(named: Named, *, seed: int = 0) -> ChosenNetwork:
-    """Build a network; what has no weights is drawn from `seed`.
+def chosen_network(named: Named) -> ChosenNetwork:
+    """Build a network; what has no weights is new, and the same every time.
 
     Raises:
         PlanError: a method that is not built on this backbone, or a frame size that it cannot take.
@@ -127,7 +130,7 @@ def chosen_network(named: Named, *, seed: int = 0) -> ChosenNetwork:
         UsageError: a decoder for a method that has its own.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(named.seed)
         network = build(
             named.method,
             named.backbone,
@@ -162,17 +165,14 @@ def _of_checkpoint(choice: Choice, model: Path) -> Named:
 
 
 def _with_weights(choice: Choice, method: Method | ZeroShot, backbone: Backbone, frame_size: int) -> Named:
+    record = None if choice.model is None else read_header(choice.model, RefinerRecord).record
     if choice.weights is None and not backbone.endswith(NANO):
-        reason = f"{method} on {backbone} needs the weights of {backbone}"
-        if choice.model is not None:
-            base = read_header(choice.model, RefinerRecord).record.base
-            raise UsageError(
-                reason,
-                where=choice.model,
-                expected=f"--weights FILE, the one it was trained with: {base}",
-                remedy="A checkpoint holds what was trained, and not its frozen base",
-            )
-        raise UsageError(reason, expected="--weights FILE, as published")
+        raise UsageError(
+            f"{method} on {backbone} needs the weights of {backbone}",
+            where=choice.model,
+            expected="--weights FILE, " + (f"as in training: {record.base}" if record else "as published"),
+            remedy="A checkpoint holds what was trained, and not its frozen base" if record else None,
+        )
     return Named(
         method=method,
         backbone=backbone,
@@ -180,6 +180,7 @@ def _with_weights(choice: Choice, method: Method | ZeroShot, backbone: Backbone,
         weights=choice.weights,
         decoder=choice.decoder,
         model=choice.model,
+        seed=record.plan.train.seed if record else 0,
     )
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from segment_anything_hq.nn.parts import Embedded
-from segment_anything_hq.records import Backbone, Method, ZeroShot
 
 Fit = Literal["pad", "stretch"]
 """pad: the longer side is resized to the frame's, as SAM does; stretch: both are, as SAM 2 and SAM-REF do."""
@@ -54,11 +53,6 @@ def framing_of(size: tuple[int, int], frame_size: int, fit: Fit) -> Framing:
     scale = frame_size / max(size)
     fitted = (max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5)))
     return Framing(size=size, resized=(frame_size, frame_size) if fit == "stretch" else fitted, frame_size=frame_size)
-
-
-def fit_of(method: Method | ZeroShot, backbone: Backbone) -> Fit:
-    """How a method's papers put pictures into frames: SAM 2 and SAM-REF stretch them, SAM and HQ-SAM pad them."""
-    return "stretch" if backbone.startswith("hiera") or method in ("sam_ref", "sam2_ref") else "pad"
 
 
 def embed(segmenter: Any, image: np.ndarray, framing: Framing) -> Embedded:
