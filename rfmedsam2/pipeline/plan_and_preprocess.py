@@ -25,12 +25,14 @@ from rfmedsam2.pipeline.plan import plan as make_plan
 from rfmedsam2.pipeline.plan_rfmedsam2 import plan_rfmedsam2
 from rfmedsam2.pipeline.preprocess import PreprocessSummary, preprocess
 from rfmedsam2.pipeline.presets import Preset
+from rfmedsam2.pipeline.sides import note_on_mirroring
 from rfmedsam2.pipeline.source import CaseSource
 from rfmedsam2.pipeline.splits import groups_of, settle_splits, warnings_of
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import Backbone, RFMedSam2Config
 from rfmedsam2.records.plan import PLAN_NAMES, Plan, Split, is_plan_name
 from rfmedsam2.store.files import atomic, read_record, write_record
+from rfmedsam2.store.images import read_header
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import RawDataset
 
@@ -119,6 +121,7 @@ def plan_and_preprocess(
     splits = settle_splits(dataset, layout, group_regex=options.group_regex)
     notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
     notes += _write(dataset, layout, plan) + _notes_on(plan)
+    notes += note_on_mirroring(plan, read_header(dataset.training[0].images[0]).grid)
     done = preprocess(source, plan, wanted, layout, workers=workers, track=track) if wanted else None
     return SetUp(fingerprint=found, plan=plan, splits=tuple(splits), notes=tuple(notes), preprocessed=done)
 
