@@ -6,11 +6,16 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from rfmedsam2.cli.entry import Device, command, say
+
+if TYPE_CHECKING:
+    from segment_anything_hq.datasets import ImageSet
+    from segment_anything_hq.records import RefinerPlan
+    from segment_anything_hq.training import TrainResult
 
 Method = Literal["hq_sam", "hq_sam2", "sam_ref", "sam2_ref", "sam2_refiner", "sam_decoder", "sam2_decoder"]
 Backbone = Literal[
@@ -18,6 +23,24 @@ Backbone = Literal[
 ]
 Data = Annotated[tuple[str, ...], arg(metavar="[NAME=]FOLDER")]
 MaskRule = Literal["above_128", "ignore_128", "any"]
+Weights = Annotated[Path | None, arg(aliases=("-w",), metavar="FILE", help="Published weights of the backbone.")]
+Decoder = Annotated[
+    Path | None,
+    arg(metavar="FILE", help="Checkpoint of a fine-tuned mask decoder (sam_decoder, sam2_decoder) to refine."),
+]
+FrameSize = Annotated[int | None, arg(metavar="PIXELS", help="A side of the frames, instead of the plan's.")]
+BatchSize = Annotated[int | None, arg(metavar="N", help="Objects of a batch, instead of the plan's.")]
+Epochs = Annotated[int | None, arg(metavar="N", help="Instead of the plan's.")]
+Iterations = Annotated[int | None, arg(metavar="N", help="Per epoch, instead of the plan's.")]
+Rate = Annotated[float | None, arg(metavar="RATE", help="Initial learning rate, instead of the plan's.")]
+Set = Annotated[
+    tuple[str, ...],
+    arg(
+        name="set",
+        metavar="FIELD=VALUE",
+        help="Change fields of the plan: guidance.box=0.5 jitter=null views=4 train.schedule.warmup_iterations=100 ...",
+    ),
+]
 
 
 def train(
@@ -26,18 +49,18 @@ def train(
     backbone: Annotated[Backbone, arg(aliases=("-b",), metavar="NAME")],
     data: Data,
     output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")],
-    weights: Annotated[Path | None, arg(aliases=("-w",), metavar="FILE")] = None,
-    decoder: Annotated[Path | None, arg(metavar="FILE")] = None,
+    weights: Weights = None,
+    decoder: Decoder = None,
     validation: Data = (),
     held_out: Annotated[float, arg(metavar="SHARE")] = 0.1,
     mask_rule: Annotated[MaskRule, arg(metavar="RULE")] = "above_128",
     plan: Annotated[Path | None, arg(aliases=("-p",), metavar="FILE")] = None,
-    frame_size: Annotated[int | None, arg(metavar="PIXELS")] = None,
-    batch_size: Annotated[int | None, arg(metavar="N")] = None,
-    epochs: Annotated[int | None, arg(metavar="N")] = None,
-    iterations: Annotated[int | None, arg(metavar="N")] = None,
-    lr: Annotated[float | None, arg(metavar="RATE")] = None,
-    set_: Annotated[tuple[str, ...], arg(name="set", metavar="FIELD=VALUE")] = (),
+    frame_size: FrameSize = None,
+    batch_size: BatchSize = None,
+    epochs: Epochs = None,
+    iterations: Iterations = None,
+    lr: Rate = None,
+    set_: Set = (),
     cache: Annotated[Path | None, arg(metavar="DIR")] = None,
     score_base: bool = True,
     restart: bool = False,
@@ -53,54 +76,28 @@ def train(
         data: Pictures with masks: a folder with images/ and masks/, or NAME=FOLDER with hqseg44k_train, coco_lvis_train
             and others (an unknown name lists them).
         output: Folder for checkpoints, metrics and plan.json.
-        weights: Published weights of the backbone.
-        decoder: Checkpoint of a fine-tuned mask decoder (sam_decoder, sam2_decoder) to refine.
         validation: Data that is held out; else a share of --data is.
         held_out: That share, chosen by the pictures' names; 0: nothing is held out or scored.
         mask_rule: What values of masks mean: above_128, ignore_128 (128 is ignored) or any (all but 0).
         plan: A plan.json of an earlier training, instead of the paper's figures.
-        frame_size: Pixels a side of the frames, instead of the plan's.
-        batch_size: Instead of the plan's.
-        epochs: Instead of the plan's.
-        iterations: Per epoch, instead of the plan's.
-        lr: Initial learning rate, instead of the plan's.
-        set_: Change fields of the plan: guidance.box=0.5 jitter=null views=4 train.schedule.warmup_iterations=100 ...
         cache: Keep what the frozen encoder makes of frames in this folder (needs views).
         score_base: Score the network before its first step: what there is to beat.
         restart: Begin anew; what was trained before is kept beside it under another name.
         tensorboard: Also write TensorBoard events (needs the extra `tensorboard`).
     """
     from rfmedsam2.cli.console import TrainingView
-    from rfmedsam2.records.changes import with_changes
-    from segment_anything_hq.recipes import recipe
-    from segment_anything_hq.records import RefinerPlan
-    from segment_anything_hq.sources import held_out as parted
-    from segment_anything_hq.sources import open_data
     from segment_anything_hq.training import TrainOptions
     from segment_anything_hq.training import train as run
 
-    training, held = open_data(data, rule=mask_rule), open_data(validation, rule=mask_rule) if validation else ()
-    if not validation and held_out:
-        training, held = parted(training, held_out)
+    training, held = _parts(data, validation, held_out, mask_rule)
     samples = sum(len(images.samples) for images in training)
-    chosen = recipe(method, backbone, samples=samples)
-    if plan is not None:
-        chosen = RefinerPlan.from_json(plan.read_bytes(), where=plan)
-    fields = {
-        "method": method,
-        "backbone": backbone,
-        "frame_size": frame_size,
-        "batch_size": batch_size,
-        "train.epochs": epochs,
-        "train.iterations_per_epoch": iterations,
-        "train.learning_rate": lr,
-    }
+    sizes = {"frame_size": frame_size, "batch_size": batch_size}
+    lengths = {"train.epochs": epochs, "train.iterations_per_epoch": iterations, "train.learning_rate": lr}
+    fields = {"method": method, "backbone": backbone, **sizes, **lengths}
     changes = [f"{field}={value}" for field, value in fields.items() if value is not None]
-    chosen = with_changes(chosen, [*changes, *set_], where="the plan of this training")
-    say(
-        f"Training {method} on {backbone}: {samples} objects to train on, "
-        f"{sum(len(images.samples) for images in held)} held out"
-    )
+    chosen = _plan(method, backbone, plan, samples=samples, changes=[*changes, *set_])
+    kept_away = sum(len(images.samples) for images in held)
+    say(f"Training {method} on {backbone}: {samples} objects to train on, {kept_away} held out")
     with TrainingView() as view:
         options = TrainOptions(
             device=device,
@@ -113,6 +110,34 @@ def train(
             show=view,
         )
         result = run(chosen, training, held, output, options)
+    _tell(result, output)
+
+
+def _parts(
+    data: tuple[str, ...], validation: tuple[str, ...], share: float, rule: MaskRule
+) -> tuple[tuple[ImageSet, ...], tuple[ImageSet, ...]]:
+    """What to train on, and what is held out."""
+    from segment_anything_hq.sources import held_out, open_data
+
+    training = open_data(data, rule=rule)
+    if validation:
+        return training, open_data(validation, rule=rule)
+    return held_out(training, share) if share else (training, ())
+
+
+def _plan(method: Method, backbone: Backbone, file: Path | None, *, samples: int, changes: list[str]) -> RefinerPlan:
+    """The method's recipe, or an earlier training's plan, changed."""
+    from rfmedsam2.records.changes import with_changes
+    from rfmedsam2.store.files import read_record
+    from segment_anything_hq.recipes import recipe
+    from segment_anything_hq.records import RefinerPlan
+
+    plan = recipe(method, backbone, samples=samples) if file is None else read_record(file, RefinerPlan)
+    return with_changes(plan, changes, where="the plan of this training")
+
+
+def _tell(result: TrainResult, output: Path) -> None:
+    """How the training ended; an exit code that a scheduler understands where it was stopped."""
     progress = result.progress
     if progress.status == "stopped":
         print(f"Stopped by {progress.signal} after step {progress.step}; the same command goes on from there.")
@@ -120,9 +145,10 @@ def train(
     if int(os.environ.get("RANK", "0")) != 0:
         return  # the main rank tells the result
     print(f"Trained {progress.step} steps in {progress.seconds / 60:.1f} min: {output}")
-    if result.before is not None:
-        for name, value in progress.scores.items():
-            print(f"{name}: {result.before.get(name, float('nan')):.4f} before, {value:.4f} now")
+    before = result.before or {}
+    for name, value in progress.scores.items():
+        was = f"{before[name]:.4f} before, " if name in before else ""
+        print(f"{name}: {was}{value:.4f} now")
 
 
 train_command = command(train, family="samhq")
