@@ -137,10 +137,12 @@ def predict_objects(
             embedded = embed(chosen.network, picture, framing)
             _wait(embedded.embedding)
         embedding_seconds[image.name] = round(time.perf_counter() - started, 4)
-        for prompted, found, seconds in _masked(chosen.network, embedded, framing, group):
+        found: dict[str, PredictedObject] = {}
+        for prompted, mask, seconds in _masked(chosen.network, embedded, framing, group):
             with atomic(out / prompted.file) as temporary:
-                Image.fromarray(found.mask.astype(np.uint8) * OBJECT).save(temporary, format="PNG")
-            made.append(_predicted(prompted, found, seconds))
+                Image.fromarray(mask.mask.astype(np.uint8) * OBJECT).save(temporary, format="PNG")
+            found[prompted.file] = _predicted(prompted, mask, seconds)
+        made += [found[prompted.file] for prompted in group]
     record = ImagePredictions(
         network=chosen.facts(),
         weights_sha256=chosen.weights_sha256,
@@ -221,7 +223,7 @@ def _predicted(prompted: PromptedObject, found: ObjectMask, seconds: float) -> P
         box=prompted.box,
         points=prompted.points,
         labels=prompted.labels,
-        score=found.score,
+        score=round(found.score, 6),
         pixels=int(found.mask.sum()),
         seconds=round(seconds, 4),
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from segment_anything_hq.build_sam import FRAME_SIZE
+from segment_anything_hq.chosen import required_frame_size
 from segment_anything_hq.models import build, parts_of
 from segment_anything_hq.records import Backbone, Method, ZeroShot
 
@@ -114,10 +115,11 @@ def network_size(method: Method | ZeroShot, backbone: Backbone, *, frame_size: i
     """Count a network's parameters; none of them takes memory.
 
     Raises:
-        PlanError: a method that is not built on this backbone, or a frame size that it cannot take.
+        PlanError: a method that is not built on this backbone.
+        UsageError: a frame size that cannot be.
     """
     with torch.device("meta"):
-        network = build(method, backbone, frame_size=frame_size)
+        network = build(method, backbone, frame_size=required_frame_size(frame_size))
     sizes: dict[str, list[int]] = {}
     for part in parts_of(network):
         size = sizes.setdefault(part.name, [0, 0])

@@ -98,7 +98,8 @@ def predict(
     table("Masks", ("file", "picture", "score", "pixels", "seconds"), rows)
     without = len(pictures) - len(record.embedding_seconds)
     unprompted = f"; {without} without prompts" if without else ""
-    print(f"Written: {len(rows)} masks of {len(record.embedding_seconds)} pictures in {output}{unprompted}")
+    counts = f"{_counted(len(rows), 'mask')} of {_counted(len(record.embedding_seconds), 'picture')}"
+    print(f"Written: {counts} in {output}{unprompted}")
 
 
 def evaluate(
@@ -232,7 +233,8 @@ def _show(found: Found) -> None:
         rows = [(images, *_figures(values, evaluation.columns)) for images, values in evaluation.sets.items()]
         rows.append(("all", *_figures(evaluation.overall, evaluation.columns)))
         titles = (f"{c.title} {c.unit}".strip() for c in evaluation.columns)
-        table(f"{name}: {evaluation.protocol}", ("set", *titles), rows)
+        print(evaluation.protocol)
+        table(name, ("set", *titles), rows)
         for fault in evaluation.skipped:
             say(f"Not evaluated: {fault}.")
     if found.latency is not None:
@@ -241,6 +243,10 @@ def _show(found: Found) -> None:
             f"SAT latency: {sat.total_s:.2f} s for {len(sat.points_s)} points, {sat.encode_s:.2f} s of it for the "
             f"picture; a point {1000 * sat.point_median_s:.1f} ms (median), {1000 * sat.point_95_s:.1f} ms (95 %)"
         )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _figures(values: dict[str, float], columns: tuple[Column, ...]) -> list[str]:

@@ -1,0 +1,339 @@
+"""samhq_check_data, samhq_summary, samhq_predict and samhq_evaluate as a user meets them, on tiny pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from samhq_commands import SIZES, good, pictures, refused, run, written
+
+COMMANDS = {"looking": ("check_data", "summary"), "using": ("predict", "evaluate")}
+HEAVY = {"torch", "numba", "pandas", "scipy", "nibabel", "SimpleITK", "matplotlib"}
+NANO = ("-b", "vit_nano", "--frame-size", 64, "--device", "cpu")
+BOXES = [{"image": "a.png", "box": [8, 10, 24, 30]}, {"image": "b.png", "points": [[16, 20]], "labels": [1]}]
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return pictures(tmp_path / "data")
+
+
+def masks_words(data: Path, out: Path, prompts: object = BOXES, name: str = "p.json") -> tuple[object, ...]:
+    return ("-i", data / "images", "-p", written(data / name, prompts), "-o", out)
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in COMMANDS.items() for n in names])
+def test_help_is_answered_before_anything_heavy_is_imported(module, name):
+    code = (
+        "import sys, time, contextlib, io\n"
+        "began = time.process_time()\n"
+        f"from segment_anything_hq.cli.{module} import {name}_command as entry\n"
+        f"sys.argv = ['samhq_{name}', '--help']\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
+        "    entry()\n"
+        "assert 'usage' in out.getvalue()\n"
+        f"heavy = {HEAVY} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+        "print(time.process_time() - began)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.0
+
+
+# samhq_check_data
+
+
+def test_whole_data_pass_and_are_counted(data):
+    told = good("check_data", "--data", data).out
+    assert "data: 2 samples, no faults" in told
+    assert "2 samples in 1 sets, no faults" in told
+    assert json.loads(good("check_data", "--data", data, "--json", "--no-pixels").out)["faults"] == 0
+
+
+def test_faults_of_all_sets_are_listed_and_end_with_2(data, tmp_path):
+    Image.fromarray(np.zeros((7, 7), np.uint8)).save(data / "masks" / "b.png")
+    (data / "images" / "c.png").write_bytes((data / "images" / "a.png").read_bytes())
+    (tmp_path / "nothing").mkdir()
+    sets = (data, f"hqseg44k_test={tmp_path / 'nothing'}", f"grabcut={tmp_path / 'gone'}", tmp_path / "nowhere")
+    outcome = run("check_data", "--data", *sets)
+    assert outcome.code == 2
+    for sentence in (
+        "the mask has 7 x 7 pixels, its picture 50 x 30",
+        "the mask is empty",
+        "the picture has no mask",
+        "HRSOD: 0 samples of 287 that are published",
+        "the folder is missing",
+        "The collection's folder is missing",
+        "The data's folder is missing",
+    ):
+        assert sentence in outcome.out, sentence
+    found = json.loads(run("check_data", "--data", *sets, "--json").out)
+    assert [s["complete"] for s in found["sets"]] == [False] * 7
+    assert found["faults"] == sum(len(s["faults"]) for s in found["sets"])
+
+
+@pytest.mark.parametrize(("name", "total"), [("hqseg44k_train", 44_320), ("hqseg44k_test", 1_537)])
+def test_known_totals_are_told(name, total, tmp_path):
+    assert f"0 samples of {total} that are published" in run("check_data", "--data", f"{name}={tmp_path}").out
+
+
+def test_sizes_alone_do_not_find_what_pixels_do(data):
+    Image.fromarray(np.zeros((50, 30), np.uint8)).save(data / "masks" / "b.png")
+    good("check_data", "--data", data, "--no-pixels")
+    assert "the mask is empty" in run("check_data", "--data", data).out
+
+
+def test_an_unknown_collection_is_a_sentence(data):
+    assert "one of hqseg44k_train" in refused("check_data", "--data", f"hqseg={data}")
+
+
+# samhq_summary
+
+
+def test_a_summary_counts_parts_beside_the_papers_figure():
+    told = good("summary", "hq_sam", "-b", "vit_h").out
+    assert "Trained: 1.595 M parameters, 6.09 MiB in fp32." in told
+    assert "HQ-SAM paper says 6.1 MB; here it is 6.09" in told
+    found = json.loads(good("summary", "sam2_refiner", "--backbone", "hiera_l", "--json").out)
+    assert found["trained"] + found["frozen"] == found["parameters"]
+    assert found["published"]["value"] == 12
+    assert {"localization", "retargeting", "refinement"} <= {p["name"] for p in found["parts"] if p["trained"]}
+    assert json.loads(good("summary", "sam", "-b", "vit_tiny", "--json").out)["trained"] == 0
+
+
+def test_a_summary_of_what_cannot_be_is_a_sentence():
+    assert "hq_sam is not built on hiera_t" in refused("summary", "hq_sam", "-b", "hiera_t")
+    assert "Frames cannot have this size" in refused("summary", "hq_sam", "-b", "vit_b", "--frame-size", 100)
+
+
+# samhq_predict
+
+
+@pytest.mark.parametrize(("method", "backbone"), [("hq_sam", "vit_nano"), ("sam2_refiner", "hiera_nano")])
+def test_masks_are_files_of_the_pictures_sizes(method, backbone, data, tmp_path):
+    out = tmp_path / "out"
+    prompts = [*BOXES, {"image": "b.png", "box": [1, 1, 9, 9]}]
+    words = masks_words(data, out, prompts)
+    outcome = good("predict", method, "-b", backbone, "--frame-size", 64, "--device", "cpu", *words)
+    assert "Written: 3 masks of 2 pictures" in outcome.out
+    assert "only for trying out" in outcome.err
+    assert sorted(p.name for p in out.iterdir()) == ["a.png", "b_1.png", "b_2.png", "predictions.json"]
+    for path in out.glob("*.png"):
+        mask = Image.open(path)
+        assert mask.mode == "L"
+        assert (mask.height, mask.width) == SIZES[path.name[0]]
+        assert set(np.unique(np.asarray(mask))) <= {0, 255}
+    record = json.loads((out / "predictions.json").read_text())
+    assert [o["file"] for o in record["objects"]] == ["a.png", "b_1.png", "b_2.png"]
+    assert record["objects"][0]["box"] == [8, 10, 24, 30]
+    assert record["network"]["method"] == method
+    assert all(o["seconds"] > 0 and np.isfinite(o["score"]) for o in record["objects"])
+
+
+def test_csv_prompts_and_json_answers(data, tmp_path):
+    lines = "image,x0,y0,x1,y1\na.png,8,10,24,30\n"
+    words = masks_words(data, tmp_path / "out", lines, "p.csv")
+    outcome = good("predict", "sam", *NANO, *words, "--json")
+    assert json.loads(outcome.out)["objects"][0]["file"] == "a.png"
+
+
+def test_masks_are_not_replaced_unasked(data, tmp_path):
+    words = masks_words(data, tmp_path / "out")
+    good("predict", "sam", *NANO, *words)
+    before = (tmp_path / "out" / "predictions.json").read_bytes()
+    assert "there already" in refused("predict", "sam", *NANO, *words)
+    assert (tmp_path / "out" / "predictions.json").read_bytes() == before
+    good("predict", "sam", *NANO, *words, "--overwrite")
+    assert "overwrite their pictures" in refused(
+        "predict", "sam", *NANO, *masks_words(data, data / "images"), "--overwrite"
+    )
+
+
+FAULTY = {
+    "no such picture": [{"image": "z.png", "box": [1, 1, 2, 2]}],
+    "the box lies outside": [{"image": "a.png", "box": [1, 1, 100, 2]}],
+    "the box has no size": [{"image": "a.png", "box": [1, 1, 1, 2]}],
+    "1 point and 0 labels": [{"image": "a.png", "points": [[1, 1]]}],
+    "1 point and 2 labels": [{"image": "a.png", "points": [[1, 1]], "labels": [1, 1]}],
+    "a point lies outside": [{"image": "a.png", "points": [[100, 1]], "labels": [1]}],
+    "neither a box nor points": [{"image": "a.png"}],
+    "unknown fields boxes": [{"image": "a.png", "boxes": [1, 1, 2, 2]}],
+    "not four numbers": [{"image": "a.png", "box": [1, 1, 2, "x"]}],
+    "not valid JSON": "{",
+    "These columns are not those of prompts": "image,left,top\na.png,1,1\n",
+    "a point is not two numbers": "image,x,y,label\na.png,one,1,1\n",
+}
+
+
+@pytest.mark.parametrize("sentence", FAULTY)
+def test_faulty_prompts_are_refused_before_anything_is_written(sentence, data, tmp_path):
+    content = FAULTY[sentence]
+    name = "p.csv" if isinstance(content, str) and content.startswith("image") else "p.json"
+    told = refused("predict", "sam", *NANO, *masks_words(data, tmp_path / "out", content, name))
+    assert sentence in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_faults_are_told_in_one_go(data, tmp_path):
+    prompts = [entry for content in FAULTY.values() if isinstance(content, list) for entry in content]
+    told = refused("predict", "sam", *NANO, *masks_words(data, tmp_path / "out", prompts))
+    for sentence, content in FAULTY.items():
+        assert not isinstance(content, list) or sentence in told
+
+
+CHOICES = {
+    "No network was named": (),
+    "sam needs a backbone": ("sam",),
+    "needs the weights of vit_b": ("sam", "-b", "vit_b"),
+    "sam is not built on hiera_t": ("sam", "-b", "hiera_t", "-w", "none.pt"),
+    "no such file of weights": ("sam", "-b", "vit_b", "-w", "none.pt"),
+    "has a mask decoder of its own": ("sam", *NANO, "--decoder", "none.pt"),
+    "There is no": ("--model", "none.pt"),
+    "No such device": ("sam", "-b", "vit_nano", "--device", "tpu"),
+    "Frames cannot have this size": ("sam", "-b", "vit_nano", "--frame-size", 0),
+}
+
+
+@pytest.mark.parametrize("sentence", CHOICES)
+@pytest.mark.parametrize("name", ["predict", "evaluate"])
+def test_networks_that_cannot_be_are_refused_before_anything_is_written(name, sentence, data, tmp_path):
+    out = tmp_path / "out"
+    rest = masks_words(data, out) if name == "predict" else ("--data", data, "-o", out)
+    assert sentence in refused(name, *CHOICES[sentence], *rest)
+    assert not out.exists()
+
+
+# samhq_evaluate
+
+
+class Tags(HTMLParser):
+    """Counts tags, and tags that are left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.seen.append(tag)
+        if tag not in ("meta", "img", "br", "line", "polyline", "path", "link", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open, tag
+        if self.open[-1] == tag:
+            self.open.pop()
+
+
+def test_an_evaluation_is_a_page_a_record_and_a_csv_a_protocol(data, tmp_path):
+    out = tmp_path / "out"
+    protocols = ("box", "box_0.4", "centre", "points_2", "clicks")
+    words = ("--data", data, "-o", out, "--clicks", 3, "--protocol", *protocols)
+    outcome = good("evaluate", "sam_ref", *NANO, *words)
+    assert "mIoU %" in outcome.out
+    assert "NoC90" in outcome.out
+    assert "NoF95 legacy" in outcome.out
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [*(f"{name}.csv" for name in protocols), "evaluation.html", "evaluation.json"]
+    )
+    with (out / "clicks.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["id"] for row in rows] == ["a", "b"]
+    assert rows[0]["iou_3"]
+    record = json.loads((out / "evaluation.json").read_text())
+    assert set(record["protocols"]) == set(protocols)
+    assert record["data"] == {"data": 2}
+    assert 0 <= record["protocols"]["box"]["overall"]["iou"] <= 1
+    assert record["protocols"]["clicks"]["overall"]["nof95"] <= 2
+    page = (out / "evaluation.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open
+    assert tags.seen.count("svg") == len(protocols)
+    assert tags.seen.count("figure") == 2 * len(protocols)
+    assert "sam_ref on vit_nano" in page
+    assert "only for trying out" in page
+
+
+def test_latency_needs_no_data(tmp_path, monkeypatch):
+    monkeypatch.setattr("segment_anything_hq.evaluation.latency.sat_latency.__kwdefaults__", {
+        "grid": 2, "size": 64, "warm_up": 1
+    })  # fmt: skip
+    outcome = good("evaluate", "sam", *NANO, "--protocol", "sat", "-o", tmp_path / "out")
+    assert "SAT latency" in outcome.out
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["evaluation.json"]
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["latency"]["points"] == 4
+    assert record["protocols"] == {}
+
+
+def test_only_the_first_or_held_out_samples(data, tmp_path):
+    for name in "cdefghij":
+        for part in ("images", "masks"):
+            (data / part / f"{name}.png").write_bytes((data / part / "a.png").read_bytes())
+    words = ("evaluate", "sam", *NANO, "--data", data, "--json")
+    assert json.loads(good(*words, "--samples", 3, "-o", tmp_path / "1").out)["data"] == {"data": 3}
+    held = json.loads(good(*words, "--held-out", 0.4, "-o", tmp_path / "2").out)
+    assert 0 < held["data"]["data"] < 10
+    assert held["held_out"] == 0.4
+
+
+def test_the_same_seed_gives_the_same_figures(data, tmp_path):
+    words = ("evaluate", "sam", *NANO, "--data", data, "--protocol", "points_1", "box_0.4", "--json", "-o")
+    found = [json.loads(good(*words, tmp_path / str(i), "--seed", seed).out) for i, seed in enumerate((1, 1, 2))]
+    figures = [{k: p["sets"] for k, p in record["protocols"].items()} for record in found]
+    assert figures[0] == figures[1]
+    assert figures[0] != figures[2]
+
+
+def test_an_evaluation_is_not_replaced_unasked(data, tmp_path):
+    words = ("evaluate", "sam", *NANO, "--data", data, "-o", tmp_path / "out")
+    good(*words)
+    before = (tmp_path / "out" / "evaluation.json").read_bytes()
+    assert "holds an evaluation already" in refused(*words)
+    assert (tmp_path / "out" / "evaluation.json").read_bytes() == before
+    good(*words, "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--protocol", "boxes"), "no such protocol"),
+        (("--protocol", "box", "--data", "nowhere"), "data's folder is missing"),
+        (("--protocol", "clicks", "--clicks", 0), "clicks do not fit together"),
+        (("--samples", 0), "So few samples"),
+        (("--held-out", 2), "This share cannot be held out"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_sentences(words, sentence, data, tmp_path):
+    given = () if "--data" in words else ("--data", data)
+    assert sentence in refused("evaluate", "sam", *NANO, *given, *words, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_data_is_a_sentence(tmp_path):
+    assert "No data was named" in refused("evaluate", "sam", *NANO, "-o", tmp_path / "out")
+
+
+@pytest.mark.data
+def test_mobile_sam_masks_a_real_picture_with_a_box(data_root, tmp_path):
+    source = data_root / "ecssd-300"
+    picture = sorted((source / "images").iterdir())[0]
+    truth = np.asarray(Image.open(source / "masks" / f"{picture.stem}.png").convert("L")) > 128
+    rows, columns = (np.flatnonzero(truth.any(axis)) for axis in (1, 0))
+    box = [int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])]
+    prompts = written(tmp_path / "p.json", [{"image": picture.name, "box": box}])
+    words = ("-i", picture, "-p", prompts, "-o", tmp_path / "out", "--device", "cpu")
+    weights = data_root / "weights-mobilesam" / "mobile_sam.pt"
+    outcome = good("predict", "sam", "-b", "vit_tiny", "-w", weights, *words)
+    assert "Note" not in outcome.err
+    mask = np.asarray(Image.open(tmp_path / "out" / f"{picture.stem}.png")) > 0
+    assert (mask & truth).sum() / (mask | truth).sum() > 0.8
