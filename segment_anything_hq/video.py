@@ -234,7 +234,7 @@ class VideoRefiner:
         box: npt.ArrayLike | None,
     ) -> Prompted:
         """One object's points and box in pixels of the network's frame."""
-        if points is None and box is None:
+        if points is None and labels is None and box is None:
             raise UsageError("Nothing was said of the object", expected="points with labels, a box or a mask")
         places = signs = corners = None
         if points is not None or labels is not None:

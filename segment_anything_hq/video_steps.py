@@ -148,7 +148,7 @@ class VideoSteps:
             feat_sizes=[tuple(bare.shape[2:])],
             pred_masks_high_res=large,
             object_score_logits=answer.scores,
-            is_mask_from_pts=prompted,
+            is_mask_from_pts=False,  # done above, whatever the base is set to
         )
         kept = zip(maps.to(torch.bfloat16).unbind(), answer.pointers.unbind(), strict=True)
         return [Remembered(map=one.clone(), pointer=pointer.clone()) for one, pointer in kept]
