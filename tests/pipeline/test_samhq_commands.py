@@ -319,6 +319,26 @@ def test_evaluations_that_cannot_be_are_sentences(words, sentence, data, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_of_samhq_train_is_all_that_is_named(data, tmp_path):
+    figures = ("--epochs", 1, "--iterations", 1, "--batch-size", 2, "--held-out", 0)
+    good("train", "sam_ref", *NANO, "--data", data, "-o", tmp_path / "run", *figures)
+    model = ("--model", tmp_path / "run" / "checkpoint_final.safetensors")
+    masks = masks_words(data, tmp_path / "masks")
+    found = json.loads(good("predict", *model, *masks, "--json").out)
+    assert found["network"]["method"] == "sam_ref"
+    assert found["network"]["frames"].startswith("64 x 64")
+    scores = json.loads(good("evaluate", *model, "--data", data, "-o", tmp_path / "scores", "--json").out)
+    assert scores["weights_sha256"] == found["weights_sha256"]
+    for words, sentence in (
+        (("hq_sam",), "another method than was named"),
+        (("-b", "vit_b"), "another backbone than was named"),
+        (("--frame-size", 128), "another frame size than was named"),
+    ):
+        out = masks_words(data, tmp_path / "not")
+        assert sentence in refused("predict", *words, *model, *out)
+    assert not (tmp_path / "not").exists()
+
+
 def test_no_data_is_a_sentence(tmp_path):
     assert "No data was named" in refused("evaluate", "sam", *NANO, "-o", tmp_path / "out")
 
