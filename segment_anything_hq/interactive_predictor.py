@@ -17,6 +17,7 @@ from rfmedsam2.errors import UsageError
 from segment_anything_hq.clicks import Click
 from segment_anything_hq.evaluation.protocols import Prompt
 from segment_anything_hq.framing import Fit, Framing, device_of, embed, framing_of
+from segment_anything_hq.models import fit_of
 from segment_anything_hq.nn.parts import Embedded, Prompted, Segmented
 
 
@@ -35,12 +36,12 @@ class InteractivePredictor:
     Args:
         segmenter: a `Segmenter` in evaluation mode, on its device.
         fit: pad: the longest side is resized to the frame, as SAM does; stretch: both sides are, as SAM 2 and SAM-REF
-            do.
+            do. None: as the segmenter's method is used.
     """
 
-    def __init__(self, segmenter: Any, *, fit: Fit = "pad") -> None:
+    def __init__(self, segmenter: Any, *, fit: Fit | None = None) -> None:
         self.segmenter = segmenter
-        self.fit: Fit = fit
+        self.fit: Fit = fit_of(segmenter) if fit is None else fit
         self._image: np.ndarray | None = None
         self._embedded: Embedded | None = None
         self._framing: Framing | None = None

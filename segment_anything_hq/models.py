@@ -86,9 +86,9 @@ def build(
     return _base(backbone, frame_size, weights, trained=method in ("sam_decoder", "sam2_decoder"))
 
 
-def fit_of(network: Network) -> Literal["pad", "stretch"]:
+def fit_of(network: object) -> Literal["pad", "stretch"]:
     """How pictures are fitted to the frame: SAM's are padded, SAM 2's stretched, and SAM-REF's in use (supplement)."""
-    return "pad" if isinstance(network, HqSam | SamSegmenter) else "stretch"
+    return "stretch" if isinstance(network, SamRef | HqSam2 | SAM2Refiner | Sam2Segmenter) else "pad"
 
 
 def base_sha256(network: Network) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from rfmedsam2 import __version__
 from rfmedsam2.engine.checkpoint import FINAL, LATEST
+from rfmedsam2.engine.curves import progress_png
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.runtime import start_runtime
@@ -75,8 +76,8 @@ def train(
 ) -> TrainResult:
     """Train a method; goes on where an interrupted training of the same plan and base was.
 
-    Leaves in the folder: plan.json, checkpoints of what was trained (the base is not repeated in them), metrics.jsonl
-    and metrics.csv.
+    Leaves in the folder: plan.json, checkpoints of what was trained (the base is not repeated in them), metrics.jsonl,
+    metrics.csv and progress.png.
 
     Args:
         plan: everything but data and weights.
@@ -133,6 +134,7 @@ def train(
         progress = fit(task, plan.train, run, resume=True)
         if runtime.is_main:
             write_text(folder / PLAN, plan.to_json())
+            progress_png(folder)
     return TrainResult(progress=progress, before=before)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rfmedsam2.engine.curves import Theme, Training, read_training, training_png
 from rfmedsam2.errors import RfMedSamError, UsageError
-from rfmedsam2.pipeline.curves import Theme, Training, read_training, spread_png, training_png
 from rfmedsam2.pipeline.overlays import PREDICTION_COLOUR, REFERENCE_COLOUR, case_png
+from rfmedsam2.pipeline.spread import spread_png
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.model import ModelConfig, UNetConfig

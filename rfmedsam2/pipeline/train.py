@@ -13,6 +13,7 @@ import torch
 
 from rfmedsam2 import __version__
 from rfmedsam2.engine.checkpoint import FINAL, LATEST
+from rfmedsam2.engine.curves import progress_png
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.runtime import Runtime, start_runtime
@@ -21,7 +22,6 @@ from rfmedsam2.engine.task import silent as show_nothing
 from rfmedsam2.errors import RfMedSamError, UsageError
 from rfmedsam2.inference.volume import Options
 from rfmedsam2.parallel import Track, silent
-from rfmedsam2.pipeline.curves import progress_png
 from rfmedsam2.pipeline.evaluate import evaluate
 from rfmedsam2.pipeline.predict import Predictor, predict_files
 from rfmedsam2.pipeline.pretrained import load_pretrained

@@ -105,7 +105,7 @@ def planned(method: Method, args: argparse.Namespace, samples: int) -> RefinerPl
 @torch.inference_mode()
 def evaluated(network: models.Network, held: tuple[ImageSet, ...]) -> dict[float, Evaluation]:
     """Scores by the noise of the boxes."""
-    predictor = InteractivePredictor(network.eval(), fit=models.fit_of(network))
+    predictor = InteractivePredictor(network.eval())
     return {noise: evaluate_prompted(predictor, held, BoxRule(noise=noise)) for noise in NOISE}
 
 

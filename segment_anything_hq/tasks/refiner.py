@@ -17,7 +17,7 @@ from segment_anything_hq.embeddings import Embeddings
 from segment_anything_hq.evaluation.interactive import ClickProtocol, evaluate_clicks
 from segment_anything_hq.evaluation.protocols import BoxRule, evaluate_prompted
 from segment_anything_hq.interactive_predictor import InteractivePredictor
-from segment_anything_hq.models import Network, fit_of
+from segment_anything_hq.models import Network
 from segment_anything_hq.nn.trained_part import TrainedPart
 from segment_anything_hq.records import ClickFigures, PromptFigures, RefinerPlan
 from segment_anything_hq.tasks.feed import ObjectBatch, ObjectFeed
@@ -83,7 +83,7 @@ class RefinerTask:
         if not self._held:
             return {"score": 0.0}
         self.network.eval()
-        predictor = InteractivePredictor(self.network, fit=fit_of(self.network))
+        predictor = InteractivePredictor(self.network)
         figures, scores = self.plan.guidance, {}
         if isinstance(figures, PromptFigures) or figures.box:
             found = evaluate_prompted(predictor, self._held, BoxRule(), worst=0).overall

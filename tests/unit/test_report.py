@@ -15,11 +15,12 @@ import SimpleITK
 import torch
 from matplotlib.image import imread
 
+from rfmedsam2.engine.curves import progress_png, read_training, training_png
 from rfmedsam2.errors import GeometryError, RecordError, StoreError, UsageError
-from rfmedsam2.pipeline.curves import progress_png, read_training, spread_png, training_png
 from rfmedsam2.pipeline.evaluate import evaluate
 from rfmedsam2.pipeline.overlays import Scene, best_planes, case_png, read_scene, scene_png
 from rfmedsam2.pipeline.report import write_report
+from rfmedsam2.pipeline.spread import spread_png
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics

@@ -1,4 +1,4 @@
-"""Charts: a training's loss and scores from its metrics.jsonl, and how an evaluation's scores spread.
+"""Charts of a training: loss, scores and learning rate, from its metrics.jsonl; and how any chart looks.
 
 Drawn on matplotlib's object interface: no global state, no display, safe in any thread that owns its figure.
 """
@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 
 from rfmedsam2.engine.log import EVENTS, Epochs, read_events
 from rfmedsam2.errors import RecordError
-from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.files import atomic
 
 Theme = Literal["light", "dark"]
@@ -116,43 +115,16 @@ def training_png(training: Training, *, theme: Theme = "light") -> bytes:
     """Loss, validation scores and learning rate over steps, one below the other, as PNG."""
     panels = [_draw_loss, *([_draw_scores] if training.score_names else []), _draw_rate]
     heights = [2.4, *([2.6] if training.score_names else []), 1.0]
-    figure = _figure((9.0, 1.05 * sum(heights)), theme)
+    figure = new_figure((9.0, 1.05 * sum(heights)), theme)
     axes = figure.subplots(len(panels), 1, sharex=True, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
     for draw, ax in zip(panels, axes, strict=True):
-        _style(ax, theme)
+        styled(ax, theme)
         draw(ax, training)
     if len(training.steps):
         last = max(training.steps[-1], 1)
         axes[-1].set_xlim(min(0.0, training.steps[0] - 1), 1.01 * last)  # the last marker is drawn whole
     axes[-1].set_xlabel("optimizer step")
-    return _png(figure)
-
-
-def spread_png(evaluation: Evaluation, metric: str, label: str, *, theme: Theme = "light") -> bytes:
-    """One row a class: every case a dot, the mean with its confidence interval on top, as PNG."""
-    names = list(evaluation.classes)
-    figure = _figure((9.0, 0.9 + 0.42 * len(names)), theme)
-    ax = figure.subplots()
-    _style(ax, theme)
-    random = np.random.default_rng(0)
-    for row, name in enumerate(names):
-        found = [getattr(case.classes[name], metric) for case in evaluation.cases]
-        values = np.asarray([v for v in found if v is not None], dtype=float)
-        ax.scatter(values, row + random.uniform(-0.22, 0.22, len(values)), s=16, color=SERIES[0], alpha=0.45, lw=0)
-        interval = evaluation.classes[name][metric]
-        if interval.mean is None:
-            continue
-        if interval.low is not None and interval.high is not None:
-            ax.plot([interval.low, interval.high], [row, row], color=SERIES[1], lw=3.5, solid_capstyle="round")
-        ax.plot([interval.mean], [row], "D", color=SERIES[1], ms=6, mec=INK[theme][2], mew=1.0)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.grid(visible=False, axis="y")
-    if metric in ("dsc", "iou", "nsd"):
-        low = min(ax.get_xlim()[0], 0.9)
-        ax.set_xlim(max(low, -0.02), 1.01)
-    ax.set_xlabel(label)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _draw_loss(ax: Axes, training: Training) -> None:
@@ -203,13 +175,15 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return steps[:whole].reshape(-1, group).mean(axis=1), values[:whole].reshape(-1, group).mean(axis=1)
 
 
-def _figure(size: tuple[float, float], theme: Theme) -> Figure:
+def new_figure(size: tuple[float, float], theme: Theme) -> Figure:
+    """An empty figure of (width, height) inches."""
     figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor=INK[theme][2])
     FigureCanvasAgg(figure)
     return figure
 
 
-def _style(ax: Axes, theme: Theme) -> None:
+def styled(ax: Axes, theme: Theme) -> None:
+    """Give axes the look of all charts."""
     text, line, ground = INK[theme]
     ax.set_facecolor(ground)
     ax.grid(visible=True, color=line, lw=0.7)
@@ -225,7 +199,8 @@ def _style(ax: Axes, theme: Theme) -> None:
         label.set_fontsize(9)
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """Draw a figure."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()

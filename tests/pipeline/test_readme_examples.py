@@ -1,0 +1,52 @@
+"""The README's Python example of the natural-image refiners runs as it stands, after the training that it names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rfmedsam2.records.changes import with_changes
+from segment_anything_hq import models
+from segment_anything_hq.recipes import recipe
+from segment_anything_hq.sources import open_data
+from segment_anything_hq.training import TrainOptions, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def example(first_line: str) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    return next(block for block in blocks if first_line in block)
+
+
+def test_box_and_click_by_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (tmp_path / "photos" / part).mkdir(parents=True)
+    truth = np.zeros((300, 400), np.uint8)
+    truth[60:260, 60:280] = 255
+    picture = generator.integers(0, 200, (300, 400, 3), np.uint8) // 2 + truth[..., None] // 3
+    Image.fromarray(picture).save("cat.jpg")
+    Image.fromarray(picture).save("photos/images/cat.png")
+    Image.fromarray(truth).save("photos/masks/cat.png")
+    # a file of MobileSAM's names and sizes, with weights of our own
+    torch.manual_seed(0)
+    torch.save(models.build("sam", "vit_tiny").state_dict(), "mobile_sam.pt")
+    short = ["batch_size=1", "train.epochs=1", "train.iterations_per_epoch=1", "train.workers=0"]
+    plan = with_changes(recipe("hq_sam", "vit_tiny", samples=1), short, where="test")
+    sets = open_data(["photos"])
+    options = TrainOptions(device="cpu", weights=Path("mobile_sam.pt"), score_base=False)
+    train(plan, sets, sets, Path("runs/hq"), options)
+
+    code = example("from segment_anything_hq import models")
+    assert len(code.strip().splitlines()) <= 15
+    exec(compile(code, "README.md", "exec"), {})
+    mask = np.asarray(Image.open("cat.png"))
+    assert mask.shape == (300, 400)
+    assert mask.dtype == np.bool_
