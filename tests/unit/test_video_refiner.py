@@ -250,3 +250,12 @@ def test_frames_that_cannot_be_are_refused(tmp_path: Path) -> None:
     assert [next(following)[0] for _ in range(2)] == [0, 1]
     with pytest.raises(UsageError, match=r"Frame 2 is of another size.*80 x 48.*Found 81 x 48"):
         next(following)
+
+
+@pytest.mark.parametrize("kind", ["sam2", "hq", "refiner"])
+def test_it_runs_at_half_precision(kind: str) -> None:
+    video = refiner(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.isfinite(video.prompt(2, 1, box=BOX)).all()
+        video.prompt(0, 2, mask=np.ones((HEIGHT, WIDTH), bool))
+        assert len(list(video.propagate())) == 5
