@@ -17,8 +17,6 @@ from segment_anything_hq.records import METHODS, Backbone, Method, RefinerRecord
 
 REFINERS = ("sam_ref", "sam2_ref", "sam2_refiner")
 NANO = "nano"
-STRIDE = 32
-"""Sides of frames are multiples of this, whatever the network."""
 FITTED: dict[Fit, str] = {"pad": "padded", "stretch": "stretched"}
 
 
@@ -119,21 +117,8 @@ def named_network(choice: Choice) -> Named:
         )
     if choice.backbone is None:
         raise UsageError(f"{choice.method} needs a backbone", expected="--backbone NAME")
-    frame_size = FRAME_SIZE if choice.frame_size is None else required_frame_size(choice.frame_size)
+    frame_size = FRAME_SIZE if choice.frame_size is None else choice.frame_size
     return _with_weights(choice, choice.method, choice.backbone, frame_size)
-
-
-def required_frame_size(size: int) -> int:
-    """The size itself, if frames can have so many pixels a side.
-
-    Raises:
-        UsageError: they cannot.
-    """
-    if size < STRIDE * 2 or size % STRIDE:
-        raise UsageError(
-            "Frames cannot have this size", expected=f"a multiple of {STRIDE} from {2 * STRIDE}", found=size
-        )
-    return size
 
 
 def chosen_network(named: Named) -> ChosenNetwork:

@@ -26,6 +26,8 @@ from segment_anything_hq.records import ON_SAM2, Backbone, Method, RefinerRecord
 
 Network = HqSam | HqSam2 | SamRef | SAM2Refiner | SamSegmenter | Sam2Segmenter
 """Every one is a `Segmenter` and an `nn.Module`."""
+STRIDE = 32
+"""Sides of frames are multiples of this, whatever the network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,9 @@ def build(
     if not goes_on(method, backbone):
         family = "SAM 2's hiera_*" if method in ON_SAM2 else "SAM's vit_*"
         raise PlanError(f"{method} is not built on {backbone}", expected=family)
+    if frame_size < 2 * STRIDE or frame_size % STRIDE:
+        expected = f"a multiple of {STRIDE} from {2 * STRIDE}"
+        raise PlanError("Frames cannot have this size", expected=expected, found=frame_size)
     if method in ("sam_ref", "sam2_ref", "sam2_refiner"):
         base = _base(backbone, frame_size, weights, trained=True)
         if decoder is not None:
@@ -81,7 +86,7 @@ def build(
     if method == "hq_sam2":
         hq_sam2 = HqSam2(cast(Sam2Backbone, backbone), frame_size=frame_size).eval()
         if weights is not None:
-            load_hq_sam2(hq_sam2, read_published(weights), where=weights)
+            hq_sam2.load_report = load_hq_sam2(hq_sam2, read_published(weights), where=weights)
         return hq_sam2
     return _base(backbone, frame_size, weights, trained=method in ("sam_decoder", "sam2_decoder"))
 

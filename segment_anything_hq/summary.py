@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from segment_anything_hq.build_sam import FRAME_SIZE
-from segment_anything_hq.chosen import required_frame_size
 from segment_anything_hq.models import build, parts_of
 from segment_anything_hq.records import Backbone, Method, ZeroShot
 
@@ -119,7 +118,7 @@ def network_size(method: Method | ZeroShot, backbone: Backbone, *, frame_size: i
         UsageError: a frame size that cannot be.
     """
     with torch.device("meta"):
-        network = build(method, backbone, frame_size=required_frame_size(frame_size))
+        network = build(method, backbone, frame_size=frame_size)
     sizes: dict[str, list[int]] = {}
     for part in parts_of(network):
         size = sizes.setdefault(part.name, [0, 0])

@@ -13,7 +13,7 @@ import numpy as np
 from commands import Outcome
 from PIL import Image
 
-from segment_anything_hq.cli import looking, training, using
+from segment_anything_hq.cli import coco, looking, training, using
 
 SIZES = {"a": (40, 60), "b": (50, 30)}
 """Height and width of the pictures."""
@@ -21,7 +21,9 @@ SIZES = {"a": (40, 60), "b": (50, 30)}
 
 def run(name: str, *words: object) -> Outcome:
     """Run samhq_NAME; an exception that a user would see as a traceback goes through to the test."""
-    entry = next(found for module in (looking, training, using) if (found := getattr(module, f"{name}_command", None)))
+    entry = next(
+        found for module in (coco, looking, training, using) if (found := getattr(module, f"{name}_command", None))
+    )
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with (

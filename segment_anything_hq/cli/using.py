@@ -89,7 +89,7 @@ def predict(
     pictures = pictures_in(images)
     objects = read_prompts(prompts, pictures)
     require_free(output, objects, overwrite=overwrite)
-    chosen = _built(named, device)
+    chosen = built(named, device)
     record = predict_objects(chosen, objects, output, track=bars)
     if as_json:
         print(record.to_json())
@@ -149,7 +149,7 @@ def evaluate(
     needs_data = any(rule is not None for rule in rules.values())
     sets = _sets(data, mask_rule, held_out=held_out, samples=samples) if data or needs_data else ()
     require_free(output, tuple(rules), overwrite=overwrite)
-    chosen = _built(named, device)
+    chosen = built(named, device)
     predictor = InteractivePredictor(chosen.network, fit=chosen.fit)
     found = run_protocols(predictor, sets, tuple(rules), clicks=clicks, seed=seed, track=bars)
     record = _record(chosen, found, sets, seed=seed, data=data, held_out=held_out)
@@ -162,7 +162,7 @@ def evaluate(
     print(f"Written: {', '.join(path.name for path in files)} in {output}")
 
 
-def _built(named: Named, device: str) -> ChosenNetwork:
+def built(named: Named, device: str) -> ChosenNetwork:
     """The network on its device; what is not trained of it is said."""
     from rfmedsam2.engine.runtime import choose_device
     from segment_anything_hq.chosen import chosen_network

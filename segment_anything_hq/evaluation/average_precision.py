@@ -14,12 +14,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from rfmedsam2.errors import DatasetError, UsageError
+from rfmedsam2.records.base import Record
 from segment_anything_hq.framing import Fit, device_of, embed, framing_of
 from segment_anything_hq.models import Network
 from segment_anything_hq.nn.parts import Prompted
@@ -37,6 +38,19 @@ class Track(Protocol):
     def __call__(self, items: Iterable[int], description: str, total: int) -> Iterable[int]:
         """The items, one after the other."""
         ...
+
+
+class PrecisionRecord(Record):
+    """What the command writes."""
+
+    format: Literal[1] = 1
+    network: dict[str, str]
+    annotations: str
+    detections: str | None
+    pictures: int
+    boxes: int
+    figures: dict[str, float | None]
+    """0 to 1; None where there is no object of a size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

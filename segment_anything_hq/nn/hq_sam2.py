@@ -170,7 +170,10 @@ class HqSam2(Sam2Segmenter):
 
     Attributes:
         base: SAM 2 with the HQ decoder, which the official video code takes as any other SAM 2.
+        load_report: which parameters the last weights had; None before there are any.
     """
+
+    load_report: LoadReport | None = None
 
     def __init__(
         self, backbone: Sam2Backbone, *, frame_size: int = PUBLISHED_SIZE, hq_token_only: bool = False

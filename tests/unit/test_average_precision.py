@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from samhq_commands import good, refused
 
 from rfmedsam2.errors import DatasetError
 from segment_anything_hq import models
@@ -90,6 +91,15 @@ def test_a_real_network_is_masked_by_boxes(coco) -> None:
     found = average_precision(network, coco.path, coco.root, fit="pad", most=1)
     assert found.pictures == 1
     assert 0 <= found.figures["AP"] <= 1
+
+
+def test_the_command_writes_what_it_found(coco) -> None:
+    out = coco.root / "ap.json"
+    words = ("sam", "-b", "vit_nano", "--frame-size", 64, "--annotations", coco.path, "-i", coco.root, "-o", out)
+    assert "3 in 2 pictures" in good("evaluate_coco", *words).out.replace("\n", " ")
+    record = json.loads(out.read_text())
+    assert (record["pictures"], record["boxes"], record["figures"]["APl"]) == (2, 3, None)
+    assert "is there already" in refused("evaluate_coco", *words)
 
 
 def test_wrong_files_are_sentences(coco) -> None:
