@@ -42,9 +42,9 @@ class VideoRefiner:
     bit, a pointer, the logits (4s, 4s) and the mask; while it propagates, of each object the maps of the last 6 frames
     and the pointers of the last 15. At 1024 pixels that is 0.8 MB and the mask a prompt, and 3.2 MB an object.
 
-    SAM2Refiner's memory is of SAM 2's low-resolution mask; it is asked for the single mask, which it is trained on.
-    The others take of frames without a prompt, or with a single click, the best of three masks, as SAM 2's predictor
-    does (`multimask_output_for_tracking` of the base).
+    SAM2Refiner's memory is of SAM 2's low-resolution mask. Of frames without a prompt the best of three masks is taken,
+    as SAM 2's predictor does (`multimask_output_for_tracking` of the base); of a single click too, but for SAM2Refiner,
+    which is trained on single masks.
 
     Args:
         network: in evaluation mode, on its device.

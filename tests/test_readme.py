@@ -26,8 +26,8 @@ def test_every_file_is_in_the_map_once(wing):
 
 def test_every_command_is_in_the_readme_and_exists():
     # tomllib came with Python 3.11
-    scripts = re.findall(r'^(rfmed_\w+) = "', (ROOT / "pyproject.toml").read_text(), re.M)
-    named = set(re.findall(r"\brfmed_[a-z_]+\b", (ROOT / "README.md").read_text()))
+    scripts = re.findall(r'^((?:rfmed|samhq)_\w+) = "', (ROOT / "pyproject.toml").read_text(), re.M)
+    named = set(re.findall(r"\b(?:rfmed|samhq)_[a-z_]+\b", (ROOT / "README.md").read_text()))
     # data folders and variables look like commands
     assert {name for name in named if name not in ("rfmed_data", "rfmed_quickstart", "rfmed_cpu")} == set(scripts)
 

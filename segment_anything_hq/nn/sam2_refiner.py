@@ -202,7 +202,8 @@ class SAM2Refiner(nn.Module):
         """SAM 2's `MaskDecoder.predict_masks` and `forward`, which keep the features that masks are read from."""
         decoder = self.sam.base.sam_mask_decoder
         sparse, dense, positions = prompt_embeddings(self.sam.base, prompted)
-        if sparse.shape[1] == 0 and prompted.masks is None:
+        unprompted = sparse.shape[1] == 0 and prompted.masks is None
+        if unprompted:
             # a frame of a video without a prompt: two empty points, as the official video predictor has it
             sparse = self.sam.base.sam_prompt_encoder.not_a_point_embed.weight.expand(len(prompted), 2, -1)
         own = [decoder.iou_token.weight, decoder.mask_tokens.weight]
@@ -220,7 +221,8 @@ class SAM2Refiner(nn.Module):
         readers = [mlp(mask_tokens[:, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)]
         masks = torch.einsum("pkc,pchw->pkhw", torch.stack(readers, 1), upscaled)
         quality = decoder.iou_prediction_head(tokens[:, at])
-        ambiguous = self.sam.best_of_three and is_ambiguous(prompted)
+        tracked = unprompted and self.sam.base._use_multimask(False, None)
+        ambiguous = tracked or (self.sam.best_of_three and is_ambiguous(prompted))
         if ambiguous:
             masks, quality = masks[:, 1:], quality[:, 1:]
         elif decoder.dynamic_multimask_via_stability:

@@ -194,10 +194,11 @@ def test_memory_that_is_dropped_is_not_missed() -> None:
     assert_equal_videos(segmenter(), CASES["a box and a click on one frame"], frames)
 
 
-def test_the_refiner_untrained_follows_as_sam_2_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("best_of_three", [True, False])
+def test_the_refiner_untrained_follows_as_sam_2_does(best_of_three: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same low-resolution logits on every frame, from the same memories."""
     network = segmenter()
-    network.base.multimask_output_for_tracking = False  # the refiner is asked for the single mask
+    network.base.multimask_output_for_tracking = best_of_three
     logits: dict[str, list[torch.Tensor]] = {"sam2": [], "refiner": []}
     masks = {}
     for name, each in (("sam2", network), ("refiner", SAM2Refiner(network).eval())):
