@@ -93,6 +93,22 @@ class Sample:
         """(H, W) int8: 1 object, 0 background, -1 ignored."""
         return self.mask.read()
 
+    def truth_of(self, picture: np.ndarray) -> np.ndarray:
+        """The truth, as large as the picture (H, W, 3).
+
+        Raises:
+            ImageError: it has another size.
+        """
+        truth = self.truth()
+        if truth.shape != picture.shape[:2]:
+            raise ImageError(
+                "The mask has another size than its picture",
+                where=self.mask.source,
+                expected=f"{picture.shape[0]} x {picture.shape[1]}",
+                found=f"{truth.shape[0]} x {truth.shape[1]}",
+            )
+        return truth
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
@@ -309,15 +325,7 @@ def read_ahead(samples: Iterable[Sample], *, ahead: int = 2) -> Iterator[tuple[S
             nonlocal last
             picture = last[1] if last[0] == sample.image and last[1] is not None else sample.picture()
             last = (sample.image, picture)
-            truth = sample.truth()
-            if truth.shape != picture.shape[:2]:
-                raise ImageError(
-                    "The mask has another size than its picture",
-                    where=sample.mask.source,
-                    expected=f"{picture.shape[0]} x {picture.shape[1]}",
-                    found=f"{truth.shape[0]} x {truth.shape[1]}",
-                )
-            return sample, picture, truth
+            return sample, picture, sample.truth_of(picture)
 
         for sample in samples:
             queue.append(thread.submit(read, sample))

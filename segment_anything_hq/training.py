@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
-from rfmedsam2 import __version__
-from rfmedsam2.engine.checkpoint import FINAL, LATEST
+from rfmedsam2.engine.checkpoint import FINAL, LATEST, made_now
 from rfmedsam2.engine.curves import progress_png
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.log import StepReport
@@ -112,10 +110,7 @@ def train(
             base_sha256=digest,
             step=step,
             scores=scores,
-            weights_sha256="",
-            code_version=__version__,
-            torch_version=torch.__version__,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **made_now(),
         )
 
     with start_runtime(options.device, precision=plan.train.precision) as runtime:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from typing_extensions import get_type_hints
@@ -20,6 +21,9 @@ from tyro.conf import arg
 
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.store.layout import Layout
+
+if TYPE_CHECKING:
+    from rfmedsam2.engine.task import Progress
 
 ROOT = "Folder of raw/ preprocessed/ results/; else RFMED_ROOT, nnU-Net's three variables, or ./rfmed_data."
 DATASET = "Id (217), name (BTCV) or folder (Dataset217_BTCV); else RFMED_DATASET, or the only one there is."
@@ -106,3 +110,10 @@ def say(text: str) -> None:
     """Tell the user something that is not the answer: standard error, main rank only."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr)
+
+
+def end_if_stopped(progress: Progress) -> None:
+    """Leave with the exit code that schedulers know where a signal stopped a training."""
+    if progress.status == "stopped":
+        print(f"Stopped by {progress.signal} after step {progress.step}; the same command goes on from there.")
+        sys.exit(128 + getattr(signal.Signals, str(progress.signal), signal.SIGTERM))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from rfmedsam2.cli.entry import (
     StageName,
     Workers,
     command,
+    end_if_stopped,
     layout_of,
     say,
     trained_folder,
@@ -190,9 +190,7 @@ def train(
         )
         result = run(layout, chosen, stage, fold=fold, options=options)
     progress = result.progress
-    if progress.status == "stopped":
-        print(f"Stopped by {progress.signal} after step {progress.step}; the same command goes on from there.")
-        sys.exit(128 + getattr(signal.Signals, str(progress.signal), signal.SIGTERM))
+    end_if_stopped(progress)
     if int(os.environ.get("RANK", "0")) != 0:
         return  # the main rank tells the result
     if view.steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rfmedsam2 import __version__
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.records.checkpoint import TrainedRecord
 from rfmedsam2.records.plan import TrainConfig
@@ -49,6 +51,16 @@ class Position:
     def as_json(self) -> dict[str, Any]:
         """Give the fields as plain data."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+def made_now() -> dict[str, Any]:
+    """What a record says of where and when it was made; the digest is filled in when it is written."""
+    return {
+        "weights_sha256": "",
+        "code_version": __version__,
+        "torch_version": torch.__version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def save_training(

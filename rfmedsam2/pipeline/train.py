@@ -6,13 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
-from rfmedsam2 import __version__
-from rfmedsam2.engine.checkpoint import FINAL, LATEST
+from rfmedsam2.engine.checkpoint import FINAL, LATEST, made_now
 from rfmedsam2.engine.curves import progress_png
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.log import StepReport
@@ -176,10 +174,7 @@ def describe(plan: Plan, stage: str, fold: str, *, step: int, scores: dict[str, 
         fold=fold,
         step=step,
         scores=scores,
-        weights_sha256="",
-        code_version=__version__,
-        torch_version=torch.__version__,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **made_now(),
     )
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from rfmedsam2.cli.entry import Device, command, say
+from rfmedsam2.cli.entry import Device, command, end_if_stopped, say
 
 if TYPE_CHECKING:
     from segment_anything_hq.datasets import ImageSet
@@ -137,11 +135,9 @@ def _plan(method: Method, backbone: Backbone, file: Path | None, *, samples: int
 
 
 def _tell(result: TrainResult, output: Path) -> None:
-    """How the training ended; an exit code that a scheduler understands where it was stopped."""
+    """How the training ended."""
     progress = result.progress
-    if progress.status == "stopped":
-        print(f"Stopped by {progress.signal} after step {progress.step}; the same command goes on from there.")
-        sys.exit(128 + getattr(signal.Signals, str(progress.signal), signal.SIGTERM))
+    end_if_stopped(progress)
     if int(os.environ.get("RANK", "0")) != 0:
         return  # the main rank tells the result
     print(f"Trained {progress.step} steps in {progress.seconds / 60:.1f} min: {output}")

@@ -127,14 +127,8 @@ class ObjectFeed:
 
 def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Picture and truth, which fit together and show an object."""
-    picture, truth = sample.picture(), sample.truth()
-    if truth.shape != picture.shape[:2]:
-        raise ImageError(
-            "The mask has another size than its picture",
-            where=sample.mask.source,
-            expected=f"{picture.shape[0]} x {picture.shape[1]}",
-            found=f"{truth.shape[0]} x {truth.shape[1]}",
-        )
+    picture = sample.picture()
+    truth = sample.truth_of(picture)
     if not (truth == 1).any():
         remedy = "Leave this sample out; samhq_check_data lists all such"
         raise ImageError(
