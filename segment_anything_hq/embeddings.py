@@ -32,6 +32,8 @@ from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 from segment_anything_hq.nn.sam_ref import SamRef
 
 logger = logging.getLogger(__name__)
+AT_ONCE = 4
+"""Frames that the encoder sees at once: a ViT-H takes gigabytes for a large batch, and is no quicker with it."""
 Frozen = dict[str, Tensor]
 """Fields of `Embedded` or `Views` by name, rows for frames; on disk of one frame, without the row."""
 
@@ -105,10 +107,13 @@ class Embeddings:
     def _encoded(self, frames: Tensor) -> Frozen:
         """What is read of the frozen encoding of frames, in float16 on their device."""
         self.encoded += len(frames)
+        parts: list[Frozen] = []
         with _evaluating(self.network):
             network = self.network
-            made = network.look(frames) if isinstance(network, SAM2Refiner) else network.encode(frames)
-        return {name: _half(getattr(made, name)) for name in self._names}
+            for some in frames.split(AT_ONCE):
+                made = network.look(some) if isinstance(network, SAM2Refiner) else network.encode(some)
+                parts.append({name: _half(getattr(made, name)) for name in self._names})
+        return {name: torch.cat([part[name] for part in parts]) for name in self._names}
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None

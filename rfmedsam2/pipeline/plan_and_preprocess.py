@@ -34,6 +34,7 @@ from rfmedsam2.records.plan import PLAN_NAMES, Plan, Split, is_plan_name
 from rfmedsam2.store.files import atomic, read_record, write_record
 from rfmedsam2.store.images import read_header
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.lock import sole_run
 from rfmedsam2.store.raw import RawDataset
 
 MEMORY_SHARE = 0.25
@@ -108,9 +109,23 @@ def plan_and_preprocess(
         track: progress display.
 
     Raises:
-        RfMedSamError: faults of the data (all of them), an impossible plan, a folder that cannot be written.
+        RfMedSamError: faults of the data (all of them), an impossible plan, a folder that cannot be written, another
+            run for this dataset.
     """
     _check(options)
+    with sole_run(layout.splits_file(dataset.name).parent):
+        return _set_up(dataset, layout, options, stages=stages, workers=workers, track=track)
+
+
+def _set_up(
+    dataset: RawDataset,
+    layout: Layout,
+    options: PlanOptions,
+    *,
+    stages: Sequence[str] | None,
+    workers: int,
+    track: Track,
+) -> SetUp:
     budget = int(MEMORY_SHARE * psutil.virtual_memory().available) if stages != () else 0
     source = CaseSource(dataset, budget_bytes=budget)
     found = fingerprint(source, layout, workers=workers, clean=options.clean, track=track)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.store.images import read_header
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.lock import sole_run
 from rfmedsam2.store.raw import Case, RawDataset
 from rfmedsam2.transforms.foreground import sample_foreground
 from rfmedsam2.transforms.prepare import Prepared, prepare
@@ -80,6 +82,8 @@ def preprocess(
         PlanError: a stage that the plan does not have.
         DatasetError: cases that cannot be prepared; all of them are named, the others are done.
         StoreError: the disk is full or a folder cannot be written; finished cases are kept.
+        UsageError: another run stores cases there.
+        WorkerError: memory ran out also with fewer workers, or a case failed; finished cases are kept.
     """
     begun = time.monotonic()
     source = dataset if isinstance(dataset, CaseSource) else CaseSource(dataset)
@@ -96,9 +100,12 @@ def preprocess(
         except RfMedSamError as error:
             return _Outcome(fault=f"{case.id}: {error}")
 
-    outcomes = list(
-        map_cases(work, cases, workers=workers, name=lambda case: case.id, track=track, description="Preprocessing")
-    )
+    with ExitStack() as held:
+        for folder in dict.fromkeys(store.folder for store in stores.values()):
+            held.enter_context(sole_run(folder))
+        outcomes = list(
+            map_cases(work, cases, workers=workers, name=lambda case: case.id, track=track, description="Preprocessing")
+        )
     _raise_faults(outcomes, len(cases))
     return PreprocessSummary(
         done=sum(o.done for o in outcomes),

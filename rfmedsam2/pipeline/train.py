@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.store.files import move_aside
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.lock import sole_run
 from rfmedsam2.store.raw import open_dataset
 from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
 from rfmedsam2.tasks.unet import UNetTask
@@ -101,7 +103,7 @@ def train(
 
     Raises:
         PlanError: no such stage.
-        UsageError: no such fold, cases that are not preprocessed.
+        UsageError: no such fold, cases that are not preprocessed, another run that trains this fold.
         RfMedSamError: what the engine, prediction and evaluation raise.
     """
     options = options or TrainOptions()
@@ -111,9 +113,14 @@ def train(
     split = fold_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
     _require_preprocessed(split, store, plan, stage)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
-    with start_runtime(options.device, precision=config.train.precision) as runtime:
-        if options.restart and runtime.is_main:
-            move_aside(folder)
+    with ExitStack() as held:
+        runtime = held.enter_context(start_runtime(options.device, precision=config.train.precision))
+        if runtime.is_main:
+            if options.restart:
+                with sole_run(folder):
+                    pass  # nobody trains in it
+                move_aside(folder)
+            held.enter_context(sole_run(folder))
         runtime.any(False)  # no rank looks at the folder before it has been moved
         task = _task(layout, plan, stage, fold, store=store, split=split, runtime=runtime, options=options)
         run = Run(

@@ -17,6 +17,8 @@ from rfmedsam2.records.base import Record
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R", bound=Record)
+PARTIAL = ".partial-"
+"""What the name of a file begins with while it is being written."""
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="-" + path.name, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=PARTIAL, suffix="-" + path.name, dir=path.parent)
         os.close(handle)
     temporary = Path(name)
     try:
