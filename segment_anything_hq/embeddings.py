@@ -101,8 +101,7 @@ class Embeddings:
             for index, key in enumerate(missing):
                 rows[key] = {name: tensor[index] for name, tensor in made.items()}
                 self._write(paths[key], key, rows[key])
-        with torch.autocast("cpu", enabled=False):  # which does not take float16 as it is
-            return {name: torch.stack([rows[key][name] for key in keys]) for name in self._names}
+        return {name: _joined([rows[key][name][None] for key in keys]) for name in self._names}
 
     def _encoded(self, frames: Tensor) -> Frozen:
         """What is read of the frozen encoding of frames, in float16 on their device."""
@@ -113,7 +112,7 @@ class Embeddings:
             for some in frames.split(AT_ONCE):
                 made = network.look(some) if isinstance(network, SAM2Refiner) else network.encode(some)
                 parts.append({name: _half(getattr(made, name)) for name in self._names})
-        return {name: torch.cat([part[name] for part in parts]) for name in self._names}
+        return {name: _joined([part[name] for part in parts]) for name in self._names}
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
@@ -158,6 +157,12 @@ def _half(tensor: Tensor) -> Tensor:
     """In float16, what is too large for it as its largest; laid out as files are, which sums depend on."""
     limit = torch.finfo(torch.float16).max
     return tensor.detach().clamp(-limit, limit).half().contiguous()
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    """Rows one after the other, in float16, which autocast on a CPU does not take as it is."""
+    with torch.autocast(rows[0].device.type, enabled=False):
+        return torch.cat(rows)
 
 
 def _key(image: Tensor) -> str:
