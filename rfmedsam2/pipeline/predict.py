@@ -23,8 +23,9 @@ from rfmedsam2.pipeline.given_boxes import BoxSource
 from rfmedsam2.pipeline.predictor import Predictor
 from rfmedsam2.pipeline.trained import TrainedModel, checkpoints_of, find_models
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
-from rfmedsam2.store.files import read_record, write_record, writing_to
+from rfmedsam2.store.files import read_record, write_record
 from rfmedsam2.store.images import ImageHeader, image_ending, read_header, read_label, write_label
+from rfmedsam2.store.lock import sole_run
 from rfmedsam2.store.raw import Case, read_case
 
 __all__ = [
@@ -92,19 +93,24 @@ def predict_files(
 
     Raises:
         UsageError: no cases, two of one name, an output that would overwrite an input; a step that the model does not
-            have, boxes that it takes not or lacks (`Options.boxes`).
+            have, boxes that it takes not or lacks (`Options.boxes`); another run that predicts into the folder.
         StoreError: the folder cannot be written.
         RfMedSamError: names every case that was not predicted, and why; all others are written.
     """
     started = time.perf_counter()
     options = predictor.options
     require_possible(predictor.config.model, step=options.step, boxes=options.boxes is not None)
-    run = _Run(predictor, out, probabilities=probabilities, continue_=continue_)
-    _check(cases, run)
-    if options.boxes is not None:
-        run.boxes = BoxSource.open(options.boxes, cases, predictor.plan.labels)
-    with writing_to(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with sole_run(out):
+        run = _Run(predictor, out, probabilities=probabilities, continue_=continue_)
+        _check(cases, run)
+        if options.boxes is not None:
+            run.boxes = BoxSource.open(options.boxes, cases, predictor.plan.labels)
+        written, kept = _predict_all(run, cases, workers=workers, track=track)
+    return PredictionSummary(written=tuple(written), kept=tuple(kept), seconds=time.perf_counter() - started)
+
+
+def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track) -> tuple[list[Path], list[Path]]:
+    """Predict and write; gives the label maps that were written and those that were kept."""
     written: list[Path] = []
     kept: list[Path] = []
     faults: list[str] = []
@@ -127,11 +133,11 @@ def predict_files(
     if faults:
         raise RfMedSamError(
             f"{len(faults)} of {len(cases)} cases were not predicted",
-            where=out,
+            where=run.out,
             found="; ".join(faults),
             remedy="Mend what is named and run the same command with --continue: finished cases are kept",
         )
-    return PredictionSummary(written=tuple(written), kept=tuple(kept), seconds=time.perf_counter() - started)
+    return written, kept
 
 
 class _Run:
