@@ -79,6 +79,10 @@ class WorkerError(RfMedSamError, RuntimeError):
     """A data loading or case worker that died, was killed or stalled; names the cause and the case."""
 
 
+class MemoryShortError(WorkerError, MemoryError):
+    """A worker that ran out of memory, as far as can be told; work is tried once more with fewer of them."""
+
+
 class DivergedError(RfMedSamError, ArithmeticError):
     """Training whose loss is no longer finite; names the cases of the batch."""
 

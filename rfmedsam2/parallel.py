@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Protocol, TypeVar
 
-from rfmedsam2.errors import RfMedSamError, WorkerError
+import psutil
 
+from rfmedsam2.errors import MemoryShortError, RfMedSamError, WorkerError
+
+logger = logging.getLogger(__name__)
 C = TypeVar("C")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -38,7 +42,8 @@ def map_cases(
     """Apply `function` to every case; results come in the order of the cases.
 
     At most `workers` cases are worked on at once, and at most as many more wait as results. After the first error no
-    further case is begun; those under way are let to end.
+    further case is begun; those under way are let to end. Where memory ran out, half as many workers then try once
+    more, from the first case on whose result has not been given yet.
 
     Args:
         function: one case -> result; runs in a thread.
@@ -50,10 +55,23 @@ def map_cases(
 
     Raises:
         RfMedSamError: as raised by `function`.
+        MemoryShortError: memory ran out, also with fewer workers.
         WorkerError: any other exception, with the name of the case.
     """
-    results = _in_turn(function, cases, name) if workers <= 1 else _threaded(function, cases, workers, name)
+    results = _in_turn(function, cases, name) if workers <= 1 else _sparing(function, cases, workers, name)
     yield from track(results, description, len(cases))
+
+
+def _sparing(function: Callable[[C], R], cases: Sequence[C], workers: int, name: Callable[[C], str]) -> Iterator[R]:
+    """As `_threaded`, and once more with half as many threads where memory ran out."""
+    given = 0
+    try:
+        for result in _threaded(function, cases, workers, name):
+            given += 1
+            yield result
+    except MemoryShortError as error:
+        logger.warning("%s Going on once with %d worker(s)", error, workers // 2)
+        yield from _threaded(function, cases[given:], workers // 2, name)
 
 
 def _in_turn(function: Callable[[C], R], cases: Sequence[C], name: Callable[[C], str]) -> Iterator[R]:
@@ -83,8 +101,12 @@ def _named(function: Callable[[C], R], case: C, name: Callable[[C], str]) -> R:
     except RfMedSamError:
         raise
     except MemoryError as error:
-        raise WorkerError(
-            "Memory ran out", where=name(case), remedy="Run again with fewer workers; finished cases are kept"
+        used, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+        raise MemoryShortError(
+            "Memory ran out",
+            where=name(case),
+            found=f"{used / 2**30:.1f} GiB in use by this process, {free / 2**30:.1f} GiB of the machine free",
+            remedy="Run again with fewer workers; finished cases are kept",
         ) from error
     except Exception as error:
         raise WorkerError(f"A case failed ({type(error).__name__}: {error})", where=name(case)) from error

@@ -1,6 +1,7 @@
 """Batches by number, made ahead in worker processes: batch i is a function of (seed, i), workers change nothing.
 
 A worker that raises, is killed or stalls ends in one sentence that names the cause and the cases, never in a hang.
+Where memory was the cause, the same batches are made once more by half as many workers first.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from rfmedsam2.engine.generators import preserved, seed_all
-from rfmedsam2.errors import RfMedSamError, UsageError, WorkerError
+from rfmedsam2.errors import MemoryShortError, RfMedSamError, UsageError, WorkerError
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -41,6 +42,8 @@ MEMORY_PER_WORKER = 1.5 * 2**30
 MOST_WORKERS = 12
 PREFETCH = 2
 POLL_SECONDS = 1.0
+MEMORY_SIGNALS = {getattr(signal, name, None) for name in ("SIGKILL", "SIGBUS")}
+"""What a worker dies of when memory, or shared memory, runs out."""
 REMEDY = "Start the same command again, it resumes; with fewer workers (train.workers, 0: none) where memory is short"
 
 
@@ -69,20 +72,49 @@ def batches(
 
     Raises:
         WorkerError: a worker died, was killed or stalled, or make_batch raised (an RfMedSamError keeps its kind).
+        MemoryShortError: the kind of WorkerError where memory was the cause, also with half as many workers.
     """
     workers = min(default_workers() if workers is None else workers, max(stop - start, 0))
-    if workers == 0:
-        for number in range(start, stop):
-            with _one_thread():
-                batch = _attempt(make_batch, number, seed)
-            yield _opened(batch, number, describe)
-        return
-    board = torch.full((workers, 2), -1.0, dtype=torch.float64).share_memory_()
-    numbered = _Numbered(make_batch, seed, board)
-    iterator = _started(numbered, range(start, stop), workers, timeout_seconds)
-    team = _Team(iterator, board, timeout_seconds, describe)
+    made, spared = start, False
+    while made < stop:
+        numbers = range(made, stop)
+        if workers == 0:
+            stream = _made_here(make_batch, numbers, seed, describe)
+        else:
+            board = torch.full((workers, 2), -1.0, dtype=torch.float64).share_memory_()
+            numbered = _Numbered(make_batch, seed, board)
+            stream = _made_by_workers(numbered, board, numbers, timeout_seconds, describe)
+        try:
+            with closing(stream):
+                for batch in stream:
+                    made += 1
+                    yield batch
+        except MemoryShortError as error:
+            if spared or workers == 0:
+                raise
+            workers, spared = workers // 2, True
+            logger.warning("%s Going on once with %s", error, f"{workers} worker(s)" if workers else "no workers")
+
+
+def _made_here(
+    make_batch: Callable[[int], Batch], numbers: range, seed: int, describe: Callable[[int], str]
+) -> Generator[Batch, None, None]:
+    for number in numbers:
+        with _one_thread():
+            batch = _attempt(make_batch, number, seed)
+        yield _opened(batch, number, describe)
+
+
+def _made_by_workers(
+    numbered: _Numbered[Batch],
+    board: Tensor,
+    numbers: range,
+    timeout_seconds: float,
+    describe: Callable[[int], str],
+) -> Generator[Batch, None, None]:
+    team = _Team(_started(numbered, numbers, len(board), timeout_seconds), board, timeout_seconds, describe)
     try:
-        for number in range(start, stop):
+        for number in numbers:
             yield _opened(team.take(number), number, describe)
     finally:
         team.end()
@@ -109,6 +141,8 @@ class _Failure:
     error: RfMedSamError | None
     found: str
     trace: str
+    memory: int | None = None
+    """Resident bytes when memory ran out."""
 
 
 class _Numbered(Dataset[Any], Generic[Batch]):
@@ -184,7 +218,9 @@ class _Team:
             }.get(name, "")
         resident, free = float(self._board[index, 1]), psutil.virtual_memory().available
         size = f"its memory was {resident / 2**30:.1f} GiB, " if resident >= 0 else ""
-        return WorkerError(
+        # who is killed from outside is most often killed for memory; nothing says so for certain
+        kind = MemoryShortError if code is not None and -code in MEMORY_SIGNALS else WorkerError
+        return kind(
             f"Data loading worker {index} (pid {process.pid}) was killed or died ({cause})",
             where=self._work(index),
             found=f"{size}{free / 2**30:.1f} GiB of the machine's memory are free now",
@@ -204,7 +240,9 @@ def _attempt(make_batch: Callable[[int], Batch], number: int, seed: int) -> Batc
         except RfMedSamError as error:
             return _Failure(error, str(error), traceback.format_exc())
         except Exception as error:  # noqa: BLE001 - the border of a process: whatever it is, it is told, with its case
-            return _Failure(None, f"{type(error).__name__}: {error}", traceback.format_exc())
+            short = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+            used = psutil.Process().memory_info().rss if short else None
+            return _Failure(None, f"{type(error).__name__}: {error}", traceback.format_exc(), used)
 
 
 def _opened(result: Batch | _Failure, number: int, describe: Callable[[int], str]) -> Batch:
@@ -215,6 +253,14 @@ def _opened(result: Batch | _Failure, number: int, describe: Callable[[int], str
     where = f"batch {number} ({describe(number)})"
     if result.error is not None:
         raise type(result.error)(f"While loading {where}: {result.error}")
+    if result.memory is not None:
+        free = psutil.virtual_memory().available
+        raise MemoryShortError(
+            "Memory ran out while a batch was made",
+            where=where,
+            found=f"its process held {result.memory / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of the machine are free",
+            remedy=REMEDY,
+        )
     raise WorkerError(
         "A batch could not be made", where=where, found=re.sub(r"\s+", " ", result.found), remedy="Check these cases"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -142,15 +143,17 @@ def test_a_killed_worker_is_told_within_seconds():
         assert part in str(caught.value)
 
 
-def test_a_worker_killed_while_the_main_process_works_does_not_break_into_that_work():
-    stream = batches(draw, 0, 100, workers=1, seed=0, timeout_seconds=60.0, describe=lambda number: f"case_{number}")
-    next(stream)
+def test_a_worker_killed_while_the_main_process_works_does_not_break_into_that_work(alone, caplog):
+    stream = batches(draw, 0, 6, workers=1, seed=1, timeout_seconds=60.0, describe=lambda number: f"case_{number}")
+    first = next(stream)
     os.kill(workers_alive()[0].pid, signal.SIGKILL)
     end = time.monotonic() + 0.5
     while time.monotonic() < end:
         pass
-    with pytest.raises(WorkerError, match="SIGKILL"):
-        list(stream)
+    with caplog.at_level(logging.WARNING):
+        assert same([first, *stream], alone)
+    assert "SIGKILL, probably out of memory" in caplog.text
+    assert "Going on once with no workers" in caplog.text
 
 
 def test_a_stalled_worker_is_told_after_the_timeout_and_ended():

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rfmedsam2.errors import ImageError, WorkerError
+from rfmedsam2.errors import ImageError, MemoryShortError, WorkerError
 from rfmedsam2.parallel import map_cases
 
 
@@ -44,8 +44,31 @@ def test_no_memory_is_said_so():
     def fail(n):
         raise MemoryError
 
-    with pytest.raises(WorkerError, match=r"Memory ran out: 0.*fewer workers"):
+    with pytest.raises(MemoryShortError, match=r"Memory ran out: 0.*GiB in use.*fewer workers"):
         list(map_cases(fail, range(2), workers=2, name=str))
+
+
+def test_what_was_too_much_for_many_is_tried_once_more_with_half_as_many(caplog):
+    running, lock, tried = 0, threading.Lock(), []
+
+    def work(n):
+        nonlocal running
+        with lock:
+            running += 1
+            crowded = running > 2
+            tried.append(n)
+        try:
+            time.sleep(0.02)
+            if crowded:
+                raise MemoryError
+            return n * n
+        finally:
+            with lock:
+                running -= 1
+
+    assert list(map_cases(work, range(12), workers=4, name=str)) == [n * n for n in range(12)]
+    assert caplog.text.count("Going on once with 2 worker(s)") == 1
+    assert len(tried) > 12
 
 
 def test_no_more_cases_than_workers_run_at_once_and_few_results_wait():
