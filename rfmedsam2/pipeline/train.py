@@ -18,9 +18,9 @@ from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run
 from rfmedsam2.engine.task import silent as show_nothing
-from rfmedsam2.errors import RfMedSamError, UsageError
+from rfmedsam2.errors import RfMedSamError, StoreError, UsageError
 from rfmedsam2.inference.volume import Options
-from rfmedsam2.parallel import Track, silent
+from rfmedsam2.parallel import Track, map_cases, silent
 from rfmedsam2.pipeline.evaluate import evaluate
 from rfmedsam2.pipeline.predict import Predictor, predict_files
 from rfmedsam2.pipeline.pretrained import load_pretrained
@@ -42,6 +42,8 @@ from rfmedsam2.tasks.unet import UNetTask
 
 logger = logging.getLogger(__name__)
 VALIDATION = "validation"
+CHECKS_AT_ONCE = 4
+"""Cases whose files are looked at together before a training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,7 @@ def train(
     Raises:
         PlanError: no such stage.
         UsageError: no such fold, cases that are not preprocessed, another run that trains this fold.
+        StoreError: preprocessed cases that are damaged, a folder that cannot be written.
         RfMedSamError: what the engine, prediction and evaluation raise.
     """
     options = options or TrainOptions()
@@ -244,12 +247,22 @@ def _case_ids(layout: Layout, plan: Plan, store: CaseStore) -> tuple[str, ...]:
 
 
 def _require_preprocessed(split: Split, store: CaseStore, plan: Plan, stage: str) -> None:
-    there = set(store.ids())
-    missing = sorted({*split.train, *split.val} - there)
+    there, wanted = set(store.ids()), sorted({*split.train, *split.val})
+    missing = [name for name in wanted if name not in there]
     if missing:
         raise UsageError(
-            f"{len(missing)} of {len({*split.train, *split.val})} cases are not preprocessed",
+            f"{len(missing)} of {len(wanted)} cases are not preprocessed",
             where=store.folder,
             found=f"none of {', '.join(missing[:5])}" + (" ..." if len(missing) > 5 else ""),
             remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {stage} with the options that made {plan.name}",
+        )
+    # a copied dataset has new modification times: then all of it is read once
+    sound = map_cases(store.is_sound, wanted, workers=CHECKS_AT_ONCE, name=str)
+    damaged = [name for name, whole in zip(wanted, sound, strict=True) if not whole]
+    if damaged:
+        raise StoreError(
+            f"{len(damaged)} of {len(wanted)} preprocessed cases were damaged or changed",
+            where=store.folder,
+            found=", ".join(damaged[:5]) + (" ..." if len(damaged) > 5 else ""),
+            remedy="Run rfmed_plan_and_preprocess again with the same options: it rebuilds broken cases",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Literal
 
 from rfmedsam2.records.base import Record
@@ -58,3 +59,16 @@ class CaseRecord(Record):
     foreground: tuple[ForegroundClass, ...]
     files: dict[str, StoredFile]
     """Suffix -> file."""
+    crc32: int | None = None
+    """Of all the other fields, see `sealed`; None: written before there was one."""
+
+    def sealed(self) -> CaseRecord:
+        """Give the record with its checksum."""
+        return self.model_copy(update={"crc32": self._checksum()})
+
+    def is_intact(self) -> bool:
+        """Tell whether the fields are those that were sealed."""
+        return self.crc32 is None or self.crc32 == self._checksum()
+
+    def _checksum(self) -> int:
+        return zlib.crc32(self.model_copy(update={"crc32": None}).model_dump_json().encode())

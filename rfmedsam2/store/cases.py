@@ -126,7 +126,7 @@ class CaseStore:
             StoreError: there is no such case, or its record is broken.
         """
         try:
-            record = read_record(self.folder / (name + RECORD), CaseRecord)
+            record = self._record(name)
         except RecordError as error:
             raise StoreError(
                 "A preprocessed case is missing or its record is broken",
@@ -135,22 +135,36 @@ class CaseStore:
             ) from error
         return StoredCase(folder=self.folder, record=record)
 
+    def is_sound(self, name: str) -> bool:
+        """Tell whether the case is there and its files are as they were written.
+
+        Sizes are always compared; contents are read and compared only where a modification time has changed.
+        """
+        try:
+            record = self._record(name)
+        except RecordError:
+            return False
+        return record.id == name and all(
+            _unchanged(self.folder / (name + suffix), file) for suffix, file in record.files.items()
+        )
+
     def begun(self, name: str) -> bool:
         """Tell whether any file of this case is there."""
         return any((self.folder / (name + suffix)).exists() for suffix in (IMAGE, LABEL, FOREGROUND, RECORD))
 
     def is_complete(self, name: str, source: str) -> bool:
-        """Tell whether the case was made from this source and its files are as they were written.
-
-        Sizes are always compared; contents are read and compared only where a modification time has changed.
-        """
+        """Tell whether the case was made from this source and is sound."""
         try:
-            record = read_record(self.folder / (name + RECORD), CaseRecord)
+            return self._record(name).source == source and self.is_sound(name)
         except RecordError:
             return False
-        if record.source != source or record.id != name:
-            return False
-        return all(_unchanged(self.folder / (name + suffix), file) for suffix, file in record.files.items())
+
+    def _record(self, name: str) -> CaseRecord:
+        path = self.folder / (name + RECORD)
+        record = read_record(path, CaseRecord)
+        if not record.is_intact():
+            raise RecordError("The record does not match its checksum", where=path)
+        return record
 
     def remove(self, name: str) -> None:
         """Remove a case, its record first."""
@@ -201,7 +215,7 @@ class CaseStore:
             foreground=tuple(ForegroundClass(key=k, voxels=n, count=len(i)) for k, n, i in entries),
             files=files,
         )
-        write_record(self.folder / (name + RECORD), record)
+        write_record(self.folder / (name + RECORD), record.sealed())
         return sum(file.size for file in files.values())
 
     def _pack(self, array: np.ndarray) -> bytes:

@@ -1,11 +1,12 @@
 """The header of a checkpoint file, read without torch: what the file says about itself.
 
 A checkpoint is one safetensors file (8 bytes of header length, a JSON header, tensor bytes). Nothing in it can
-execute. Its metadata hold our record, the training state and the digest of all that is not weights.
+execute. Its metadata hold our record, the training state, the digest of all that is not weights, and the record's own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ RecordT = TypeVar("RecordT", bound=TrainedRecord)
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
+METADATA = {"format", "record", "record_sha256", "state", "rest_sha256"}
 REMEDY = "Use a checkpoint (.safetensors) that rfmed_train wrote, or import a model archive with rfmed_import_model"
 DISGUISES = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes (.pth, .pt): these can execute code and are never opened"),
@@ -63,6 +65,14 @@ def read_header(path: Path, kind: type[RecordT]) -> CheckpointHeader[RecordT]:
             found=f"{len(header)} tensors without them",
             remedy=REMEDY,
         )
+    # the first files had no digest of the record
+    digest = metadata.get("record_sha256", None)
+    if not metadata.keys() <= METADATA or (digest is not None and digest != record_sha256(metadata["record"])):
+        raise CheckpointError(
+            "The record in this checkpoint does not match its digest: the file was damaged or changed",
+            where=path,
+            remedy="Copy it again, or use another checkpoint of the same folder",
+        )
     try:
         record = kind.from_json(metadata["record"], where=path)
         state = json.loads(metadata["state"])
@@ -73,6 +83,11 @@ def read_header(path: Path, kind: type[RecordT]) -> CheckpointHeader[RecordT]:
     if not isinstance(state, dict):
         raise CheckpointError("The checkpoint's training state is damaged", where=path, found=type(state).__name__)
     return CheckpointHeader(record=record, state=state, rest_sha256=metadata["rest_sha256"], tensors=tuple(header))
+
+
+def record_sha256(text: str) -> str:
+    """Digest of a record as it stands in the header."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_record_of(path: Path) -> CheckpointRecord:

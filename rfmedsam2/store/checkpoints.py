@@ -1,7 +1,7 @@
 """Checkpoint files: weights with their record and, while training, optimizer and random state.
 
 One safetensors file each: tensors "model/NAME", "optimizer/...", "random/..."; metadata "record" (a TrainedRecord),
-"state" (plain JSON) and "rest_sha256". Nothing is unpickled, everything is checked against digests when read.
+"state" (plain JSON) and digests of both. Nothing is unpickled, everything is checked against digests when read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
-from rfmedsam2.store.checkpoint_header import CheckpointHeader, RecordT, read_header, read_record_of
+from rfmedsam2.store.checkpoint_header import CheckpointHeader, RecordT, read_header, read_record_of, record_sha256
 from rfmedsam2.store.files import atomic, writing_to
 
 __all__ = ["read_all", "read_record_of", "read_weights", "weights_sha256", "write_checkpoint"]
@@ -61,11 +61,12 @@ def write_checkpoint(
     """
     weights = {name.removeprefix(MODEL): t for name, t in tensors.items() if name.startswith(MODEL)}
     record = record.model_copy(update={"weights_sha256": weights_sha256(weights)})
-    state_text = json.dumps(dict(state))
+    record_text, state_text = json.dumps(record.model_dump(mode="json")), json.dumps(dict(state))
     header: dict[str, Any] = {
         "__metadata__": {
             "format": "pt",
-            "record": json.dumps(record.model_dump(mode="json")),
+            "record": record_text,
+            "record_sha256": record_sha256(record_text),
             "state": state_text,
             "rest_sha256": _rest_sha256(state_text, tensors),
         }

@@ -508,6 +508,21 @@ def test_a_truncated_checkpoint_is_neither_trained_nor_predicted_with(trained_ro
     assert leftovers(tmp_path) == []
 
 
+def test_a_damaged_case_is_not_trained_with_and_is_rebuilt(planned_root, root_of):
+    root = root_of(planned_root)
+    path = next((root / "preprocessed").rglob("rfmed_cpu_3d_fullres/phantom_002.b2nd"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    words = ("3d_fullres", 0, *SHORT, "--no-validate", "--root", root)
+    sentence = refused("train", *words)
+    assert "1 of 5 preprocessed cases were damaged" in sentence
+    assert "phantom_002" in sentence
+    assert not fold_of(root).exists()
+    assert "1 rebuilt" in good("plan_and_preprocess", *PLANNING, "--root", root).out
+    good("train", *words)
+
+
 class Bomb:
     """Runs when it is unpickled."""
 

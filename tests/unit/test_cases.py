@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 
@@ -127,6 +128,19 @@ def test_a_broken_record_counts_as_unfinished(store):
     assert not store.is_complete("case_1", "s1")
     with pytest.raises(StoreError, match=r"case_1\.json.*rfmed_plan_and_preprocess"):
         store.open("case_1")
+
+
+def test_a_changed_record_is_noticed_and_one_without_checksum_is_read(store):
+    write(store)
+    record = store.folder / "case_1.json"
+    fields = json.loads(record.read_text())
+    record.write_text(json.dumps(fields | {"channels": 3}))
+    assert not store.is_sound("case_1")
+    with pytest.raises(StoreError, match=r"record is broken.*rfmed_plan_and_preprocess"):
+        store.open("case_1")
+    record.write_text(json.dumps(fields | {"crc32": None}))
+    assert store.is_sound("case_1")
+    assert store.open("case_1").channels == 2
 
 
 def test_a_truncated_array_is_named_when_read(store):

@@ -15,6 +15,7 @@ import torch
 from engine_toys import make_record
 
 from rfmedsam2.errors import CheckpointError, StoreError
+from rfmedsam2.store.checkpoint_header import record_sha256
 from rfmedsam2.store.checkpoints import read_all, read_record_of, read_weights, weights_sha256, write_checkpoint
 
 
@@ -183,10 +184,25 @@ def test_foreign_safetensors_are_refused(tmp_path):
 def test_a_record_of_another_format_is_refused(path):
     header, body = _split(path)
     record = json.loads(header["__metadata__"]["record"])
-    header["__metadata__"]["record"] = json.dumps(record | {"format": 2})
+    text = json.dumps(record | {"format": 2})
+    header["__metadata__"] |= {"record": text, "record_sha256": record_sha256(text)}
     _join(path, header, body)
     with pytest.raises(CheckpointError, match="format"):
         read_record_of(path)
+
+
+def test_a_changed_record_is_noticed_and_one_without_digest_is_read(path):
+    header, body = _split(path)
+    metadata = header["__metadata__"]
+    digest = metadata.pop("record_sha256")
+    _join(path, header, body)
+    assert read_record_of(path).step == 5
+    changed = metadata["record"].replace('"step": 5', '"step": 6')
+    for name in ("record_sha256", "rfcord_sha256"):
+        header["__metadata__"] = metadata | {"record": changed, name: digest}
+        _join(path, header, body)
+        with pytest.raises(CheckpointError, match="record in this checkpoint does not match its digest"):
+            read_record_of(path)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
