@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from rfmedsam2.errors import CheckpointError, RecordError
+from rfmedsam2.errors import CheckpointError, RecordError, RfMedSamError
 from rfmedsam2.records.archive import ArchivedFile, Manifest
 from rfmedsam2.store.files import atomic, writing_to
 
@@ -37,6 +37,10 @@ _BROKEN = (
     EOFError,
     NotImplementedError,
     UnicodeDecodeError,
+    # offsets of damaged directories lead before the file's beginning, or nowhere
+    OSError,
+    ValueError,
+    OverflowError,
 )
 
 
@@ -113,6 +117,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
+    except RfMedSamError:
+        raise
     except FileNotFoundError:
         raise CheckpointError("There is no such archive", where=path) from None
     except IsADirectoryError:
