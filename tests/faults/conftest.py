@@ -1,0 +1,58 @@
+"""One small phantom, preprocessed and trained once; and processes that can be killed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from commands import TINY, good
+from launcher import Launcher
+
+PLANNING = ("--preset", "cpu", "-c", "3d_fullres", "--set", *TINY)
+
+
+@pytest.fixture(scope="session")
+def raw_root(tmp_path_factory) -> Path:
+    """A root with the raw phantom alone. Nobody changes it."""
+    root = tmp_path_factory.mktemp("raw_root")
+    good("make_phantom", "--cases", 5, "--test-cases", 2, "--shape", 16, 40, 40, "--root", root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def planned_root(raw_root, tmp_path_factory) -> Path:
+    """A root with the phantom planned and preprocessed. Nobody changes it."""
+    root = tmp_path_factory.mktemp("planned") / "root"
+    shutil.copytree(raw_root, root)
+    good("plan_and_preprocess", *PLANNING, "--root", root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained_root(planned_root, tmp_path_factory) -> Path:
+    """A root with fold 0 trained for two steps. Nobody changes it."""
+    root = tmp_path_factory.mktemp("trained") / "root"
+    shutil.copytree(planned_root, root)
+    good("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--no-validate", "--root", root)
+    return root
+
+
+@pytest.fixture
+def root_of(tmp_path) -> Callable[[Path], Path]:
+    """Copy a root, to change the copy."""
+
+    def copied(root: Path) -> Path:
+        target = tmp_path / "root"
+        shutil.copytree(root, target)
+        return target
+
+    return copied
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Starts commands as processes of their own; none is left behind."""
+    with Launcher() as started:
+        yield started
