@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.context
 import os
 import re
 import shutil
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -42,6 +44,7 @@ MEMORY_PER_WORKER = 1.5 * 2**30
 MOST_WORKERS = 12
 PREFETCH = 2
 POLL_SECONDS = 1.0
+DEATH_SECONDS = 2.0
 MEMORY_SIGNALS = {getattr(signal, name, None) for name in ("SIGKILL", "SIGBUS")}
 """What a worker dies of when memory, or shared memory, runs out."""
 REMEDY = "Start the same command again, it resumes; with fewer workers (train.workers, 0: none) where memory is short"
@@ -179,11 +182,14 @@ class _Team:
         while True:
             try:
                 return next(self._iterator)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
+                late = "timed out" in str(error)
+                if not late:  # a batch whose maker died meanwhile cannot be fetched; who it was shows in a moment
+                    multiprocessing.connection.wait([p.sentinel for p in self._processes], DEATH_SECONDS)
                 dead = [i for i, process in enumerate(self._processes) if not process.is_alive()]
                 if dead:
                     raise self._died(dead[0], self._processes[dead[0]]) from None
-                if "timed out" not in str(error):
+                if not late:
                     where = f"batch {number} ({self._describe(number)})"
                     raise WorkerError("Batches cannot be handed over", where=where, found=error) from error
                 if time.monotonic() - began >= self._timeout:
@@ -346,9 +352,17 @@ def _kill(processes: list[Any]) -> None:
 
 
 def _begin_worker(_: int) -> None:
-    """Keep to one core."""
+    """Keep to one core, and do not outlive the main process."""
     torch.set_num_threads(1)
     blosc2.set_nthreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End when the main process is gone: torch's own watch sees the server instead, which stays while a worker does."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _shared_memory_free() -> float:

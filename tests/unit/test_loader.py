@@ -241,3 +241,38 @@ def test_default_workers_follow_cores_and_memory(monkeypatch):
     assert default_workers() == 2
     monkeypatch.setattr(loader.os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert default_workers() == 1
+
+
+def test_a_batch_whose_maker_died_on_its_way_is_no_traceback(caplog):
+    stream = batches(draw, 0, 40, workers=2, seed=0, timeout_seconds=60.0, describe=lambda number: f"case_{number}")
+    next(stream)
+    for expected in (2, 1):
+        workers = workers_alive()
+        assert len(workers) == expected
+        time.sleep(0.5)  # batches are waiting to be fetched
+        for worker in workers:
+            worker.kill()
+        psutil.wait_procs(workers, timeout=10)
+        if expected == 2:
+            next(stream)
+    assert "Going on once with 1 worker(s)" in caplog.text
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        list(stream)
+
+
+def test_workers_do_not_outlive_a_main_process_that_is_killed():
+    code = """
+import sys, time
+from test_loader import *
+stream = batches(draw, 0, 1000, workers=2, seed=0, timeout_seconds=60.0, describe=str)
+next(stream)
+print(*(p.pid for p in psutil.Process().children(recursive=True)), flush=True)
+time.sleep(600)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    children = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    assert len(children) >= 3
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(children, timeout=8)[1]
