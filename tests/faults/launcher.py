@@ -42,7 +42,7 @@ class Process:
         """Send a signal."""
         os.kill(self.pid, number)
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 120) -> int:
         """Exit code, or minus the signal."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -52,7 +52,7 @@ class Process:
             time.sleep(5 * POLL_SECONDS)
         raise AssertionError(f"process {self.pid} did not end within {seconds} s: {self.text()[-2000:]}")
 
-    def until(self, happened: Callable[[], object], seconds: float = 60) -> None:
+    def until(self, happened: Callable[[], object], seconds: float = 120) -> None:
         """Wait until something is so; the process must still be there then."""
         end = time.monotonic() + seconds
         while not happened():
