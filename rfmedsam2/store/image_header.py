@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import psutil
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from pydicom.errors import BytesLengthException, InvalidDicomError
@@ -182,7 +183,6 @@ _PARSER_ERRORS = (
     ImageFileError,
     InvalidDicomError,
     LookupError,
-    MemoryError,
     NotImplementedError,
     OSError,
     RuntimeError,
@@ -204,6 +204,13 @@ def parsing(path: Path) -> Iterator[None]:
         yield
     except RfMedSamError:
         raise
+    except MemoryError as error:
+        raise ImageError(
+            "There is too little memory to read the image, or its header is damaged",
+            where=path,
+            found=f"{psutil.virtual_memory().available / 2**30:.1f} GiB free",
+            remedy="Run again with fewer workers; if the file is small, copy or convert it again",
+        ) from error
     except _PARSER_ERRORS as error:
         raise ImageError(
             "The image cannot be read",

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import psutil
 import pytest
@@ -39,6 +40,22 @@ def work(n):
     time.sleep(0.3)
     return n + int(array[-1])
 print(list(map_cases(work, range(4), workers=int(sys.argv[1]), name="case_{}".format)))
+"""
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from rfmedsam2.errors import ImageError
+from rfmedsam2.store.images import read_image
+np.ones((64, 64)) @ np.ones((64, 64))  # BLAS takes its memory at its first use
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (40 << 20),) * 2)
+try:
+    read_image(Path(sys.argv[1]))
+except ImageError as error:
+    print(error)
 """
 
 
@@ -92,6 +109,15 @@ def test_cases_that_do_not_fit_at_once_are_done_one_by_one():
     assert "Memory ran out: case_" in done.stderr
     assert "GiB in use by this process" in done.stderr
     assert "Going on once with 1 worker(s)" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of memory are Linux's")
+def test_an_image_larger_than_memory_is_not_called_damaged(tmp_path):
+    path = tmp_path / "large.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((512, 512, 100), np.int16), np.eye(4)), path)
+    done = subprocess.run([sys.executable, "-c", LARGE, path], capture_output=True, text=True, timeout=120)
+    assert "There is too little memory to read the image" in done.stdout, done.stderr
+    assert "fewer workers" in done.stdout
 
 
 def test_preprocessing_killed_at_random_moments_goes_on(raw_root, planned_root, root_of, launcher: Launcher, tmp_path):
