@@ -27,7 +27,7 @@ DATASET = "Dataset900_PhantomCT"
 CASES = Path("preprocessed", DATASET, "rfmed_cpu_3d_fullres")
 FOLD = Path("results", DATASET, "rfmed_cpu__3d_fullres", "fold_0")
 TOLD_SECONDS = 10.0
-GONE_SECONDS = 8.0
+GONE_SECONDS = 5.0
 
 CROWDED = """
 import resource, sys, threading, time
