@@ -12,12 +12,13 @@ import torch
 from rfmedsam2.engine.checkpoint import FINAL, LATEST, made_now
 from rfmedsam2.engine.curves import progress_png
 from rfmedsam2.engine.fit import fit
+from rfmedsam2.engine.folder import training_folder
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.engine.task import Progress, Run
 from rfmedsam2.engine.task import silent as show_nothing
 from rfmedsam2.errors import UsageError
-from rfmedsam2.store.files import move_aside, write_text
+from rfmedsam2.store.files import write_text
 from segment_anything_hq import models
 from segment_anything_hq.datasets import ImageSet
 from segment_anything_hq.records import RefinerPlan, RefinerRecord
@@ -87,7 +88,7 @@ def train(
     Raises:
         PlanError: a frame size or backbone that the method cannot take.
         CheckpointError: weights of another model, or a checkpoint of another training.
-        UsageError: no weights, or views kept that are never seen twice.
+        UsageError: no weights, views kept that are never seen twice, or another run that trains in the folder.
         RfMedSamError: what the engine and the data raise.
     """
     options = options or TrainOptions()
@@ -113,10 +114,10 @@ def train(
             **made_now(),
         )
 
-    with start_runtime(options.device, precision=plan.train.precision) as runtime:
-        if options.restart and runtime.is_main:
-            move_aside(folder)
-        runtime.any(False)  # no rank looks at the folder before it has been moved
+    with (
+        start_runtime(options.device, precision=plan.train.precision) as runtime,
+        training_folder(folder, runtime, restart=options.restart),
+    ):
         task = RefinerTask(
             plan, network, training=training, validation=validation, runtime=runtime, cache=options.cache
         )

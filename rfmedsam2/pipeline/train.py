@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from rfmedsam2.engine.checkpoint import FINAL, LATEST, made_now
 from rfmedsam2.engine.curves import progress_png
 from rfmedsam2.engine.fit import fit
+from rfmedsam2.engine.folder import training_folder
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run
@@ -33,9 +33,7 @@ from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.cases import CaseStore
-from rfmedsam2.store.files import move_aside
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.lock import sole_run
 from rfmedsam2.store.raw import open_dataset
 from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
 from rfmedsam2.tasks.unet import UNetTask
@@ -116,15 +114,10 @@ def train(
     split = fold_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
     _require_preprocessed(split, store, plan, stage)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
-    with ExitStack() as held:
-        runtime = held.enter_context(start_runtime(options.device, precision=config.train.precision))
-        if runtime.is_main:
-            if options.restart:
-                with sole_run(folder):
-                    pass  # nobody trains in it
-                move_aside(folder)
-            held.enter_context(sole_run(folder))
-        runtime.any(False)  # no rank looks at the folder before it has been moved
+    with (
+        start_runtime(options.device, precision=config.train.precision) as runtime,
+        training_folder(folder, runtime, restart=options.restart),
+    ):
         task = _task(layout, plan, stage, fold, store=store, split=split, runtime=runtime, options=options)
         run = Run(
             folder=folder,

@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import TINY, good
-from launcher import Launcher
-
-PLANNING = ("--preset", "cpu", "-c", "3d_fullres", "--set", *TINY)
+from commands import good
+from launcher import PLANNING, Launcher
 
 
 @pytest.fixture(scope="session")

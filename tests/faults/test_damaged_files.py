@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from commands import good, refused
-from conftest import PLANNING
+from launcher import PLANNING
 
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.records.plan import Plan

@@ -13,8 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from commands import leftovers
-from conftest import PLANNING
-from launcher import Launcher, Process
+from launcher import PLANNING, Launcher, Process
 
 from rfmedsam2.engine.loader import batches
 from rfmedsam2.errors import MemoryShortError
