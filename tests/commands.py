@@ -26,6 +26,8 @@ TINY = (
     "2d.validation.patches_while_training=1",
 )
 """Changes of a cpu plan of the phantom that let a training take a second."""
+PLANNING = ("--preset", "cpu", "-c", "3d_fullres", "--set", *TINY)
+"""Options that make such a plan."""
 
 
 @dataclass(frozen=True, slots=True)

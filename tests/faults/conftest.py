@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import good
-from launcher import PLANNING, Launcher
+from commands import PLANNING, good
+from launcher import Launcher
 
 
 @pytest.fixture(scope="session")

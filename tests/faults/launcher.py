@@ -20,10 +20,6 @@ from types import TracebackType
 from typing import Any
 
 import psutil
-from commands import TINY
-
-PLANNING = ("--preset", "cpu", "-c", "3d_fullres", "--set", *TINY)
-"""How every plan here is made."""
 
 OURS = ("RFMED_ROOT", "RFMED_DATASET", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 POLL_SECONDS = 0.002

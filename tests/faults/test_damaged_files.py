@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from commands import good, refused
-from launcher import PLANNING
+from commands import PLANNING, good, refused
 
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.records.plan import Plan

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import good, leftovers, refused
-from launcher import PLANNING, Launcher
+from launcher import Launcher
 
 from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.store.checkpoints import read_all

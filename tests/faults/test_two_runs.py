@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launcher import PLANNING, Launcher
+from launcher import Launcher
 
 pytestmark = pytest.mark.timeout(200)
 FOLD = Path("results/Dataset900_PhantomCT/rfmed_cpu__3d_fullres/fold_0")
