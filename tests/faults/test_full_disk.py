@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import good, leftovers, refused
+from commands import PLANNING, good, leftovers, refused
 from launcher import Launcher
 
 from rfmedsam2.store.cases import CaseStore

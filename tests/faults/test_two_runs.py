@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import PLANNING
 from launcher import Launcher
 
 pytestmark = pytest.mark.timeout(200)

@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
-from commands import leftovers
-from launcher import PLANNING, Launcher, Process
+from commands import PLANNING, leftovers
+from launcher import Launcher, Process
 
 from rfmedsam2.engine.loader import batches
 from rfmedsam2.errors import MemoryShortError
