@@ -21,7 +21,7 @@ import numpy as np
 from rfmedsam2.errors import RecordError, StoreError
 from rfmedsam2.geometry import Shape
 from rfmedsam2.records.case import CaseGeometry, CaseRecord, ForegroundClass, StoredFile
-from rfmedsam2.store.files import atomic, read_record, write_record, writing_to
+from rfmedsam2.store.files import PARTIAL, atomic, read_record, write_record, writing_to
 
 IMAGE, LABEL, FOREGROUND, RECORD = ".b2nd", "_label.b2nd", "_foreground.npy", ".json"
 BLOCK_BYTES = 128 * 1024
@@ -117,7 +117,9 @@ class CaseStore:
 
     def ids(self) -> tuple[str, ...]:
         """Names of all cases that have a record, sorted."""
-        return tuple(sorted(path.name.removesuffix(RECORD) for path in self.folder.glob("*" + RECORD)))
+        # what a killed run had half written has the same ending
+        names = (path.name for path in self.folder.glob("*" + RECORD) if not path.name.startswith(PARTIAL))
+        return tuple(sorted(name.removesuffix(RECORD) for name in names))
 
     def open(self, name: str) -> StoredCase:
         """Give a finished case.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import locale
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,14 @@ HEAD = 1000
 SLOWEST_SECONDS = 10.0
 FOLD = Path("results/Dataset900_PhantomCT/rfmed_cpu__3d_fullres/fold_0")
 CASES = Path("preprocessed/Dataset900_PhantomCT/rfmed_cpu_3d_fullres")
+
+
+@pytest.fixture(autouse=True)
+def same_locale() -> Iterator[None]:
+    """A library that fails on a damaged file may leave its own locale behind, in which text is read otherwise."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
