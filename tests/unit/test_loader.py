@@ -253,8 +253,8 @@ def test_a_batch_whose_maker_died_on_its_way_is_no_traceback(caplog):
         for worker in workers:
             worker.kill()
         psutil.wait_procs(workers, timeout=10)
-        if expected == 2:
-            next(stream)
+        while expected == 2 and "Going on once" not in caplog.text:
+            next(stream)  # batches that had arrived before come first
     assert "Going on once with 1 worker(s)" in caplog.text
     with pytest.raises(WorkerError, match="SIGKILL"):
         list(stream)
