@@ -5,6 +5,7 @@ All take a checkpoint's path or none. What is not HQ-SAM's own has no gradient.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from segment_anything_hq.nn.hq_decoder import MaskDecoder, MaskDecoderHQ
 from segment_anything_hq.nn.hq_sam import HqSam, Sam, freeze_sam, load_sam
 from segment_anything_hq.nn.vit import TINY_EARLY, ImageEncoderViT, TinyViT
 
+logger = logging.getLogger(__name__)
 CHANNELS = 256
 FRAME_SIZE = 1024
 PATCH = 16
@@ -143,7 +145,9 @@ def _transformer() -> TwoWayTransformer:
 
 def _loaded(sam: SamT, checkpoint: Checkpoint) -> SamT:
     if checkpoint is not None:
-        load_sam(sam, read_published(Path(checkpoint)), where=checkpoint)
+        new = load_sam(sam, read_published(Path(checkpoint)), where=checkpoint).missing
+        if new:
+            logger.warning("%s has no weights of what HQ-SAM adds to SAM: %d tensors are new", checkpoint, len(new))
     return sam
 
 

@@ -220,8 +220,6 @@ def load_sam(sam: Sam, weights: Mapping[str, Tensor], *, where: object) -> LoadR
         missing=tuple(missing),
         unexpected=tuple(name for name in weights if name not in wanted),
     )
-    if missing:
-        logger.warning("%s has no weights of what HQ-SAM adds to SAM: %d tensors are new", where, len(missing))
     strange = [n for n in sam.load_report.unexpected if not n.removeprefix("image_encoder.").startswith(CLASSIFIER)]
     if strange:
         logger.warning("%s has %d tensors that HQ-SAM has no place for: %s", where, len(strange), strange[:5])
