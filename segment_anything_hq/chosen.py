@@ -149,7 +149,8 @@ def chosen_network(named: Named) -> ChosenNetwork:
 
 
 def _of_checkpoint(choice: Choice, model: Path) -> Named:
-    plan = read_header(model, RefinerRecord).record.plan
+    record = read_header(model, RefinerRecord).record
+    plan = record.plan
     said = {"method": choice.method, "backbone": choice.backbone, "frame size": choice.frame_size}
     is_of = {"method": plan.method, "backbone": plan.backbone, "frame size": plan.frame_size}
     for name, value in said.items():
@@ -161,11 +162,16 @@ def _of_checkpoint(choice: Choice, model: Path) -> Named:
                 found=is_of[name],
                 remedy=f"Leave the {name} out: the checkpoint says it",
             )
-    return _with_weights(choice, plan.method, plan.backbone, plan.frame_size)
+    return _with_weights(choice, plan.method, plan.backbone, plan.frame_size, record)
 
 
-def _with_weights(choice: Choice, method: Method | ZeroShot, backbone: Backbone, frame_size: int) -> Named:
-    record = None if choice.model is None else read_header(choice.model, RefinerRecord).record
+def _with_weights(
+    choice: Choice,
+    method: Method | ZeroShot,
+    backbone: Backbone,
+    frame_size: int,
+    record: RefinerRecord | None = None,
+) -> Named:
     if choice.weights is None and not backbone.endswith(NANO):
         raise UsageError(
             f"{method} on {backbone} needs the weights of {backbone}",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
-
-from torch import nn
 
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
 from rfmedsam2.store.checkpoint_header import read_header
@@ -28,15 +25,6 @@ Network = HqSam | HqSam2 | SamRef | SAM2Refiner | SamSegmenter | Sam2Segmenter
 """Every one is a `Segmenter` and an `nn.Module`."""
 STRIDE = 32
 """Sides of frames are multiples of this, whatever the network."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Parameters of one part of a network."""
-
-    name: str
-    parameters: int
-    trained: bool
 
 
 def build(
@@ -121,28 +109,17 @@ def load_trained(network: Network, path: Path) -> RefinerRecord:
             expected=f"the trained part of {type(network).__name__}: {len(wanted)} tensors",
             found=f"{record.plan.method} on {record.plan.backbone}, {len(weights)} tensors",
         )
-    if base_sha256(network) != record.base_sha256:
+    base = base_sha256(network)
+    if base != record.base_sha256:
         raise CheckpointError(
             "This checkpoint was trained on other frozen weights",
             where=path,
             expected=f"the base of {record.base} ({record.base_sha256[:12]})",
-            found=f"another one ({base_sha256(network)[:12]})",
+            found=f"another one ({base[:12]})",
             remedy="Give the weights (and the fine-tuned decoder, if there was one) that it was trained with",
         )
     part.load_state_dict(weights)
     return record
-
-
-def parts_of(network: nn.Module) -> tuple[Part, ...]:
-    """The network's parts, frozen and trained parameters apart, in their order."""
-    counts: dict[tuple[str, bool], int] = {}
-    for name, parameter in network.named_parameters():
-        words = name.split(".")
-        while words[0] in ("base", "sam"):  # a base is no part: its encoder and its decoder are
-            words.pop(0)
-        key = words[0] if len(words) > 1 else "embeddings", parameter.requires_grad
-        counts[key] = counts.get(key, 0) + parameter.numel()
-    return tuple(Part(name=name, parameters=count, trained=trained) for (name, trained), count in counts.items())
 
 
 def _base(backbone: Backbone, frame_size: int, weights: Path | None, *, trained: bool) -> SamSegmenter | Sam2Segmenter:

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from segment_anything_hq.build_sam import FRAME_SIZE
-from segment_anything_hq.models import build, parts_of
+from segment_anything_hq.models import build
 from segment_anything_hq.records import Backbone, Method, ZeroShot
 
 BYTES = 4
@@ -119,15 +120,23 @@ def network_size(method: Method | ZeroShot, backbone: Backbone, *, frame_size: i
     """
     with torch.device("meta"):
         network = build(method, backbone, frame_size=frame_size)
-    sizes: dict[str, list[int]] = {}
-    for part in parts_of(network):
-        size = sizes.setdefault(part.name, [0, 0])
-        size[0] += part.parameters
-        size[1] += part.parameters if part.trained else 0
     return NetworkSize(
         method=method,
         backbone=backbone,
         frame_size=frame_size,
-        parts=tuple(PartSize(name=name, parameters=size[0], trained=size[1]) for name, size in sizes.items()),
+        parts=parts_of(network),
         published=PUBLISHED.get((method, backbone)),
     )
+
+
+def parts_of(network: nn.Module) -> tuple[PartSize, ...]:
+    """The network's parts, in their order."""
+    sizes: dict[str, list[int]] = {}
+    for name, parameter in network.named_parameters():
+        words = name.split(".")
+        while words[0] in ("base", "sam"):  # a base is no part: its encoder and its decoder are
+            words.pop(0)
+        size = sizes.setdefault(words[0] if len(words) > 1 else "embeddings", [0, 0])
+        size[0] += parameter.numel()
+        size[1] += parameter.numel() if parameter.requires_grad else 0
+    return tuple(PartSize(name=name, parameters=size[0], trained=size[1]) for name, size in sizes.items())

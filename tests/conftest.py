@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import good
 
 # as the commands do, before torch is imported: waiting threads sleep
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,3 +22,23 @@ def data_root() -> Path:
     if not folder.is_dir():
         pytest.skip("the real data sets are not here: set RFMED_TEST_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def raw_root(tmp_path_factory) -> Path:
+    """A root with the raw phantom alone. Nobody changes it."""
+    root = tmp_path_factory.mktemp("raw_root")
+    good("make_phantom", "--cases", 5, "--test-cases", 2, "--shape", 16, 40, 40, "--root", root)
+    return root
+
+
+@pytest.fixture
+def root_of(tmp_path) -> Callable[[Path], Path]:
+    """Copy a root, to change the copy."""
+
+    def copied(root: Path) -> Path:
+        target = tmp_path / "root"
+        shutil.copytree(root, target)
+        return target
+
+    return copied

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from rfmedsam2.cli.entry import AsJson, command
+from segment_anything_hq.cli.names import AnyBackbone, AnyMethod, MaskRule
 
-AnyMethod = Literal[
-    "hq_sam", "hq_sam2", "sam_ref", "sam2_ref", "sam2_refiner", "sam_decoder", "sam2_decoder", "sam", "sam2"
-]
-Backbone = Literal[
-    "vit_b", "vit_l", "vit_h", "vit_tiny", "vit_nano", "hiera_t", "hiera_s", "hiera_b+", "hiera_l", "hiera_nano"
-]
-MaskRule = Literal["above_128", "ignore_128", "any"]
 MOST_FAULTS = 100
 """Rows of the table; --json lists all."""
 
@@ -72,7 +66,7 @@ def check_data(
 def summary(
     method: Annotated[Positional[AnyMethod], arg(metavar="METHOD")],
     *,
-    backbone: Annotated[Backbone, arg(aliases=("-b",), metavar="NAME")],
+    backbone: Annotated[AnyBackbone, arg(aliases=("-b",), metavar="NAME")],
     frame_size: Annotated[int, arg(metavar="PIXELS")] = 1024,
     as_json: AsJson = False,
 ) -> None:

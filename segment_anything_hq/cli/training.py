@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 from rfmedsam2.cli.entry import Device, command, end_if_stopped, say
+from segment_anything_hq.cli.names import AnyBackbone, MaskRule, Trainable
 
 if TYPE_CHECKING:
     from segment_anything_hq.datasets import ImageSet
     from segment_anything_hq.records import RefinerPlan
     from segment_anything_hq.training import TrainResult
 
-Method = Literal["hq_sam", "hq_sam2", "sam_ref", "sam2_ref", "sam2_refiner", "sam_decoder", "sam2_decoder"]
-Backbone = Literal[
-    "vit_b", "vit_l", "vit_h", "vit_tiny", "vit_nano", "hiera_t", "hiera_s", "hiera_b+", "hiera_l", "hiera_nano"
-]
 Data = Annotated[tuple[str, ...], arg(metavar="[NAME=]FOLDER")]
-MaskRule = Literal["above_128", "ignore_128", "any"]
 Weights = Annotated[Path | None, arg(aliases=("-w",), metavar="FILE", help="Published weights of the backbone.")]
 Decoder = Annotated[
     Path | None,
@@ -42,9 +38,9 @@ Set = Annotated[
 
 
 def train(
-    method: Annotated[Positional[Method], arg(metavar="METHOD")],
+    method: Annotated[Positional[Trainable], arg(metavar="METHOD")],
     *,
-    backbone: Annotated[Backbone, arg(aliases=("-b",), metavar="NAME")],
+    backbone: Annotated[AnyBackbone, arg(aliases=("-b",), metavar="NAME")],
     data: Data,
     output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")],
     weights: Weights = None,
@@ -123,7 +119,9 @@ def _parts(
     return held_out(training, share) if share else (training, ())
 
 
-def _plan(method: Method, backbone: Backbone, file: Path | None, *, samples: int, changes: list[str]) -> RefinerPlan:
+def _plan(
+    method: Trainable, backbone: AnyBackbone, file: Path | None, *, samples: int, changes: list[str]
+) -> RefinerPlan:
     """The method's recipe, or an earlier training's plan, changed."""
     from rfmedsam2.records.changes import with_changes
     from rfmedsam2.store.files import read_record

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 from rfmedsam2.cli.entry import AsJson, Device, command, say
 from rfmedsam2.errors import UsageError
+from segment_anything_hq.cli.names import AnyBackbone, AnyMethod, MaskRule
 
 if TYPE_CHECKING:
     from segment_anything_hq.chosen import ChosenNetwork, Named
@@ -16,13 +17,6 @@ if TYPE_CHECKING:
     from segment_anything_hq.evaluation.named import EvaluationRecord, Found
     from segment_anything_hq.evaluation.scores import Column
 
-AnyMethod = Literal[
-    "hq_sam", "hq_sam2", "sam_ref", "sam2_ref", "sam2_refiner", "sam_decoder", "sam2_decoder", "sam", "sam2"
-]
-AnyBackbone = Literal[
-    "vit_b", "vit_l", "vit_h", "vit_tiny", "vit_nano", "hiera_t", "hiera_s", "hiera_b+", "hiera_l", "hiera_nano"
-]
-MaskRule = Literal["above_128", "ignore_128", "any"]
 # what chooses the network is the same in both commands
 Method = Annotated[
     Positional[AnyMethod | None],

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import PLANNING, good
 from launcher import Launcher
-
-
-@pytest.fixture(scope="session")
-def raw_root(tmp_path_factory) -> Path:
-    """A root with the raw phantom alone. Nobody changes it."""
-    root = tmp_path_factory.mktemp("raw_root")
-    good("make_phantom", "--cases", 5, "--test-cases", 2, "--shape", 16, 40, 40, "--root", root)
-    return root
 
 
 @pytest.fixture(scope="session")
@@ -35,18 +27,6 @@ def trained_root(planned_root, tmp_path_factory) -> Path:
     shutil.copytree(planned_root, root)
     good("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--no-validate", "--root", root)
     return root
-
-
-@pytest.fixture
-def root_of(tmp_path) -> Callable[[Path], Path]:
-    """Copy a root, to change the copy."""
-
-    def copied(root: Path) -> Path:
-        target = tmp_path / "root"
-        shutil.copytree(root, target)
-        return target
-
-    return copied
 
 
 @pytest.fixture(scope="session")

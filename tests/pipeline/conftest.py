@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import TINY, good
 
 PHANTOM = "Dataset900_PhantomCT"
-
-
-@pytest.fixture(scope="session")
-def raw_root(tmp_path_factory) -> Path:
-    """A root with the raw phantom alone. Nobody changes it."""
-    root = tmp_path_factory.mktemp("raw_root")
-    good("make_phantom", "--cases", 5, "--test-cases", 2, "--shape", 16, 40, 40, "--root", root)
-    return root
 
 
 @pytest.fixture(scope="session")
@@ -36,15 +27,3 @@ def trained_root(planned_root, tmp_path_factory) -> Path:
     shutil.copytree(planned_root, root)
     good("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--root", root)
     return root
-
-
-@pytest.fixture
-def root_of(tmp_path) -> Callable[[Path], Path]:
-    """Copy a root, to change the copy."""
-
-    def copied(root: Path) -> Path:
-        target = tmp_path / "root"
-        shutil.copytree(root, target)
-        return target
-
-    return copied

@@ -8,11 +8,16 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 from samhq_commands import SIZES, good, pictures, refused, run, written
+
+from segment_anything_hq import records
+from segment_anything_hq.cli import names
+from segment_anything_hq.pictures import MaskRule
 
 COMMANDS = {"looking": ("check_data", "summary"), "using": ("predict", "evaluate")}
 HEAVY = {"torch", "numba", "pandas", "scipy", "nibabel", "SimpleITK", "matplotlib"}
@@ -357,3 +362,10 @@ def test_mobile_sam_masks_a_real_picture_with_a_box(data_root, tmp_path):
     assert "Note" not in outcome.err
     mask = np.asarray(Image.open(tmp_path / "out" / f"{picture.stem}.png")) > 0
     assert (mask & truth).sum() / (mask | truth).sum() > 0.8
+
+
+def test_commands_take_the_names_that_there_are() -> None:
+    assert get_args(names.Trainable) == get_args(records.Method)
+    assert get_args(names.AnyMethod) == (*get_args(records.Method), *get_args(records.ZeroShot))
+    assert get_args(names.AnyBackbone) == get_args(records.Backbone)
+    assert get_args(names.MaskRule) == get_args(MaskRule)
