@@ -1,15 +1,47 @@
-"""What the benchmarks share: seconds and growth of memory of one call."""
+"""What the benchmarks share: seconds and memory of a call, or of a command with all its processes."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
 
 T = TypeVar("T")
+SAMPLING_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a command took.
+
+    Attributes:
+        wall_s: from its start to its end.
+        cpu_s: processor seconds of the command and of all its children.
+        peak_mib: the most memory that all its processes held at once; pages that several share count once (PSS).
+        output: what it wrote to standard output and standard error.
+        stopped: it was killed because it passed the limit of memory.
+    """
+
+    wall_s: float
+    cpu_s: float
+    peak_mib: int
+    output: str
+    stopped: bool = False
+
+    def __str__(self) -> str:
+        """Give the figures on one line."""
+        return f"{self.wall_s:.1f} s, {self.cpu_s:.1f} CPU-s, {self.peak_mib} MiB"
 
 
 def best(function: Callable[[], T], repeats: int) -> tuple[T, float]:
@@ -42,3 +74,91 @@ def measured(function: Callable[[], T]) -> tuple[T, float, int]:
         done.set()
         watcher.join()
     return result, seconds, (max(peak) - before) >> 20
+
+
+def program(name: str) -> str:
+    """Path of a command that was installed beside this Python."""
+    return str(Path(sys.executable).parent / name)
+
+
+def tree(
+    command: Sequence[object],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    limit_mib: int | None = None,
+) -> Usage:
+    """Run a command and watch all its processes.
+
+    Args:
+        command: program and arguments.
+        env: variables beside those of this process.
+        cwd: where it runs.
+        limit_mib: kill all of it when it holds more memory than this.
+
+    Raises:
+        SystemExit: the command failed; its output is shown.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [str(word) for word in command],
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        watcher = _Watcher(process.pid, limit_mib)
+        watcher.start()
+        output, _ = process.communicate()
+        wall = time.perf_counter() - started
+        watcher.finish()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode and not watcher.stopped:
+        sys.exit(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{output[-4000:]}")
+    return Usage(
+        wall_s=wall,
+        cpu_s=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        peak_mib=watcher.peak >> 20,
+        output=output,
+        stopped=watcher.stopped,
+    )
+
+
+class _Watcher(threading.Thread):
+    """Samples the memory of a process and its descendants."""
+
+    def __init__(self, pid: int, limit_mib: int | None) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.stopped = False
+        self._pid = pid
+        self._limit = limit_mib
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        """Look until `finish`."""
+        while not self._done.wait(SAMPLING_S):
+            self.peak = max(self.peak, self._held())
+            if self._limit is not None and self.peak >> 20 > self._limit:
+                self.stopped = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._pid, signal.SIGKILL)
+                return
+
+    def finish(self) -> None:
+        """Stop looking."""
+        self._done.set()
+        self.join()
+
+    def _held(self) -> int:
+        total = 0
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(self._pid)
+            for process in (root, *root.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    total += process.memory_full_info().pss
+        return total
