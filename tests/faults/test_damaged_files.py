@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import locale
+import os
 import shutil
 import time
 import warnings
@@ -142,21 +143,21 @@ def archive(root: Path, folder: Path) -> Kind:
 
 
 def case(suffix: str) -> Callable[[Path, Path], Kind]:
-    """A preprocessed case, as a training looks at it before it begins."""
+    """A preprocessed case, as a training reads it; its times stay as they were, as on a disk that loses bits."""
 
     def kind(root: Path, folder: Path) -> Kind:
         for path in (root / CASES).glob("phantom_002*"):
-            shutil.copy(path, folder / path.name)
-        store = CaseStore(folder)
+            shutil.copy2(path, folder / path.name)
+        store, file = CaseStore(folder), folder / f"phantom_002{suffix}"
+        written = file.stat().st_mtime_ns
 
         def read() -> object:
-            if not store.is_sound("phantom_002"):
-                raise RfMedSamError("damaged")
+            os.utime(file, ns=(written, written))
             found = store.open("phantom_002")
             places = {key: index.tobytes() for key, index in found.foreground.items()}
             return found.record.geometry, found.image().tobytes(), found.label().tobytes(), places
 
-        return Kind(file=folder / f"phantom_002{suffix}", read=read, checked=True)
+        return Kind(file=file, read=read, checked=True)
 
     return kind
 
@@ -248,3 +249,20 @@ def test_the_commands_say_it_in_a_sentence(trained_root, root_of, tmp_path, shar
         path.write_bytes(whole[: int(share * len(whole))])
         assert path.name.removesuffix(".nii.gz") in refused(words[0], *words[1:], "--root", root)
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("suffix", [".b2nd", "_label.b2nd", "_foreground.npy"])
+def test_a_case_that_the_disk_has_changed_stops_a_training_and_is_rebuilt(trained_root, root_of, suffix):
+    root = root_of(trained_root)
+    words = ("3d_fullres", 0, "--restart", "--epochs", 1, "--iterations", 9, "--no-validate", "--root", root)
+    for path in sorted((root / CASES).glob(f"phantom_00?{suffix}")):
+        before = path.stat()
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 16
+        path.write_bytes(damaged)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    sentence = refused("train", *words)
+    assert "A preprocessed case is damaged" in sentence
+    assert "Run rfmed_plan_and_preprocess again" in sentence
+    assert "5 rebuilt" in good("plan_and_preprocess", *PLANNING, "--root", root).out
+    good("train", *words)

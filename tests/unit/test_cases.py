@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 
+import rfmedsam2.store.cases as cases
 from rfmedsam2.errors import StoreError
 from rfmedsam2.records.case import CaseGeometry
 from rfmedsam2.records.dataset import LabelSet
@@ -149,6 +150,34 @@ def test_a_truncated_array_is_named_when_read(store):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(StoreError, match=r"case_1\.b2nd.*rebuilds broken cases"):
         store.open("case_1").image()
+
+
+@pytest.mark.parametrize("suffix", [".b2nd", "_label.b2nd", "_foreground.npy"])
+def test_a_bit_that_the_disk_has_changed_is_noticed_by_who_reads_the_case(store, suffix):
+    """Size and modification time say nothing about it."""
+    write(store)
+    path = store.folder / ("case_1" + suffix)
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    case = store.open("case_1")
+    with pytest.raises(StoreError, match=rf"damaged.*case_1{suffix}.*rebuilds broken cases"):
+        _ = case.image(), case.label(), case.foreground
+    assert not store.is_complete("case_1", "s1")
+
+
+def test_a_file_is_compared_with_its_checksum_once_and_anew_in_another_process(store, monkeypatch):
+    write(store)
+    compared: list[str] = []
+    real = cases._as_written
+    monkeypatch.setattr(cases, "_as_written", lambda path, file: compared.append(path.name) or real(path, file))
+    case = store.open("case_1")
+    for _ in range(3):
+        case.image_patch([(0, 4)] * 3)
+    assert compared == ["case_1.b2nd"]
+    pickle.loads(pickle.dumps(case)).image_patch([(0, 4)] * 3)
+    assert compared == ["case_1.b2nd"] * 2
 
 
 def test_a_full_disk_leaves_no_record_and_no_partial_file(store, monkeypatch):
