@@ -104,7 +104,7 @@ def move_aside(folder: Path) -> Path | None:
     """Rename a folder of results so that a new one can take its place; gives the new name, None if there is none."""
     if not folder.exists():
         return None
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")  # one second sees two begin anew
     target = folder.with_name(f"before-{stamp}-{folder.name}")
     with writing_to(folder.parent):
         folder.rename(target)
