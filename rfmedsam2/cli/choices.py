@@ -14,7 +14,7 @@ from rfmedsam2.pipeline.trained import TrainedModel, find_models
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
-from rfmedsam2.store.files import read_record
+from rfmedsam2.store.files import PARTIAL, read_record
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import RawDataset, open_dataset
 
@@ -79,10 +79,12 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
 
     Raises:
         UsageError: there is none, or several and no name.
+        RecordError: it is damaged; a damaged one counts as a plan, so that no other is taken in its place.
         PlanError: it has no such stage.
     """
     folder = layout.preprocessed / dataset
-    names = sorted(path.stem for path in folder.glob("*.json") if _is_plan(path))
+    others = {"dataset.json", layout.splits_file(dataset).name, layout.fingerprint_file(dataset).name}
+    names = sorted(path.stem for path in folder.glob("*.json") if path.name not in others and _is_plan(path))
     if wanted is None and len(names) > 1 and "rfmed" in names:
         wanted = "rfmed"
     if wanted is None and len(names) == 1:
@@ -109,12 +111,13 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
 
 
 def _is_plan(path: Path) -> bool:
-    """Ours, not one of the other files beside it, nnU-Net's plans among them."""
+    """Ours, whole or damaged; not one of the files that nnU-Net keeps beside it, its plans among them."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "stages" in content and "format" in content
+        return not path.name.startswith(PARTIAL)
+    # a damaged one may have lost either
+    return isinstance(content, dict) and ("stages" in content or "format" in content)
 
 
 def trained_model(

@@ -239,7 +239,7 @@ def test_the_commands_say_it_in_a_sentence(trained_root, root_of, tmp_path, shar
     files = {
         root / FOLD / "checkpoint_final.safetensors": ("predict", "-i", raw / "imagesTs", "-o", tmp_path / "out"),
         root / FOLD / "checkpoint_latest.safetensors": ("train", "3d_fullres", 0, "--epochs", 1, "--iterations", 2),
-        (root / CASES).with_name("rfmed_cpu.json"): ("train", "3d_fullres", 0, "-p", "rfmed_cpu"),
+        (root / CASES).with_name("rfmed_cpu.json"): ("train", "3d_fullres", 0),
         raw / "dataset.json": ("plan_and_preprocess", *PLANNING),
         raw / "labelsTr" / "phantom_001.nii.gz": ("plan_and_preprocess", *PLANNING),
         tmp_path / "model.zip": ("import_model", tmp_path / "model.zip", "--force"),

@@ -112,8 +112,9 @@ def test_files_beside_the_plans_are_no_plans(layout):
     folder = layout.preprocessed / BTCV
     folder.mkdir(parents=True)
     (folder / "nnUNetPlans.json").write_text('{"plans_name": "nnUNetPlans"}')
-    (folder / "torn.json").write_text('{"stages": ')
     (folder / "list.json").write_text("[1]")
+    for name in ("dataset", "splits_final", "rfmed_fingerprint", ".partial-1-rfmed"):
+        (folder / f"{name}.json").write_text('{"format": ')
     with pytest.raises(UsageError, match=r"There is no such plan.*rfmed_plan_and_preprocess -d Dataset217_BTCV"):
         planned(layout, BTCV, None, stage="3d_fullres")
 
@@ -129,6 +130,19 @@ def test_several_plans_ask_for_a_name_and_a_broken_one_is_a_sentence(layout):
         planned(layout, BTCV, "three", stage="3d_fullres")
     with pytest.raises(RecordError, match=r"patch|name"):
         planned(layout, BTCV, "one", stage="3d_fullres")
+
+
+@pytest.mark.parametrize("wanted", ["torn", None])
+@pytest.mark.parametrize("text", ['{"format": 1, "stages": ', '{"format": 1, "stbges": {}}'])
+def test_a_damaged_plan_is_named_with_what_is_wrong(layout, wanted, text):
+    folder = layout.preprocessed / BTCV
+    folder.mkdir(parents=True)
+    (folder / "torn.json").write_text(text)
+    with pytest.raises(RecordError, match=r"Plan (is not valid JSON|has .* fault).*torn\.json"):
+        planned(layout, BTCV, wanted, stage="3d_fullres")
+    (folder / "whole.json").write_text('{"format": 1, "stages": {}}')
+    with pytest.raises(UsageError if wanted is None else RecordError, match="torn"):  # the other is not taken instead
+        planned(layout, BTCV, wanted, stage="3d_fullres")
 
 
 def test_labels_come_from_a_file_a_dataset_or_beside(layout, tmp_path):
