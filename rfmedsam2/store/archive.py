@@ -27,6 +27,8 @@ MOST_MEMBERS = 200
 MOST_BYTES = 64 << 30
 """Of all members together, unpacked; far above any model, far below a zip bomb."""
 MOST_JSON_BYTES = 64 << 20
+MOST_RATIO = 100
+"""How far a member may be packed, beyond its first MiB: weights hardly are (1.1), a bomb is by 1000."""
 _DATE = (1980, 1, 1, 0, 0, 0)
 _BLOCK = 1 << 20
 _BROKEN = (
@@ -177,6 +179,14 @@ def _checked_member(member: zipfile.ZipInfo, *, where: Path) -> None:
     if member.flag_bits & 0x1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise CheckpointError(
             "The archive is encrypted or packed in an unknown way", where=where, found=member.filename
+        )
+    if member.file_size > MOST_RATIO * member.compress_size + (1 << 20):
+        raise CheckpointError(
+            "The archive holds a file that is packed too far to be weights",
+            where=where,
+            expected=f"at most {MOST_RATIO} to 1",
+            found=f"{member.filename}: {member.file_size} bytes packed to {member.compress_size}",
+            remedy="Do not trust this archive; ask its source for one made with rfmed_export_model",
         )
     if member.filename.endswith(".json") and member.file_size > MOST_JSON_BYTES:
         raise CheckpointError("The archive holds a JSON file that is too large", where=where, found=member.filename)

@@ -281,8 +281,16 @@ def test_a_member_larger_than_its_header_says_is_not_unpacked_whole(good, tmp_pa
     path = good.with_name("bomb.zip")
     with zipfile.ZipFile(good) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
         target.writestr("manifest.json", source.read("manifest.json"))
-        target.writestr(WEIGHTS, b"\0" * 5_000_000)
+        target.writestr(WEIGHTS, source.read(WEIGHTS) * 100)
     refused(path, tmp_path, "does not hold what its manifest lists")
+
+
+def test_a_member_that_is_packed_too_far_is_refused_before_it_is_unpacked(good, tmp_path) -> None:
+    path = good.with_name("bomb.zip")
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        target.writestr("manifest.json", source.read("manifest.json"))
+        target.writestr(WEIGHTS, b"\0" * 5_000_000)
+    refused(path, tmp_path, "packed too far")
 
 
 def test_folds_without_a_checkpoint_cannot_be_exported(model, tmp_path) -> None:
