@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Predict the test volumes end to end: nnUNetv2_predict against rfmed_predict with the same small network, one run.
+
+usage: predict.py [--raw DATASET_FOLDER] [--work DIR] [--processes 2] [--mirror] [--quick]
+
+Both run a U-Net of a few thousand random weights on the CPU and write .nii.gz; nnU-Net with one process that prepares
+and one that exports. What matters is all but the network: the seconds of the network's forward passes are taken off
+both. Prints wall seconds, those of the network, the most memory that all processes held at once, and how many voxels
+differ; the last line is JSON: ratios are theirs over ours. Needs the extra `nnunet`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import network_timed
+import numpy as np
+from both_sides import STAGE, Sides, add_arguments, both_sides, write_models
+from measuring import Usage, tree
+
+from rfmedsam2.store.images import read_label
+
+NNUNET = (
+    "nnunetv2.inference.predict_from_raw_data:nnUNetPredictor._internal_maybe_mirror_and_predict",
+    "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
+)
+OURS = ("rfmedsam2.inference.sliding_window:_Ensemble.__call__", "rfmedsam2.cli.pipeline:predict_command")
+"""The method that runs the network, and the command."""
+
+
+def main() -> None:
+    """Run both sides and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--mirror", action="store_true", help="average over flips, as both do by default")
+    args = parser.parse_args()
+    with both_sides(args) as sides:
+        write_models(sides)
+        volumes = len(list((sides.raw / "imagesTs").iterdir()))
+        peer, peer_s = one_side(sides, NNUNET, nnunet_words(sides, mirror=args.mirror))
+        mine, mine_s = one_side(sides, OURS, our_words(sides, mirror=args.mirror))
+        different, voxels = differences(sides.work / "preds_nnunet", sides.work / "preds_ours")
+    for name, usage, network in (("nnunetv2", peer, peer_s), ("ours", mine, mine_s)):
+        print(f"{name}: {volumes} volumes, {usage}, of it {network:.1f} s in the network")
+    print(f"{different} of {voxels} voxels differ")
+    ours, theirs = mine.wall_s - mine_s, peer.wall_s - peer_s
+    figures = {"name": "predict", "ours": round(ours, 2), "peer": round(theirs, 2), "ratio": round(theirs / ours, 2)}
+    figures |= {"ours_mib": mine.peak_mib, "peer_mib": peer.peak_mib}
+    print(json.dumps({**figures, "ratio_memory": round(peer.peak_mib / mine.peak_mib, 2)}))
+
+
+def one_side(sides: Sides, side: tuple[str, str], words: list[object]) -> tuple[Usage, float]:
+    """What a side took, and the seconds of its network."""
+    shutil.rmtree(str(words[words.index("-o") + 1]), ignore_errors=True)
+    usage = tree([sys.executable, Path(network_timed.__file__), *side, *words], env=sides.nnunet_variables)
+    told = re.search(rf"{network_timed.TOLD} ([\d.]+)", usage.output)
+    assert told is not None, usage.output
+    return usage, float(told[1])
+
+
+def nnunet_words(sides: Sides, *, mirror: bool) -> list[object]:
+    """Arguments of nnUNetv2_predict."""
+    places = ["-i", sides.raw / "imagesTs", "-o", sides.work / "preds_nnunet", "-d", sides.number, "-c", STAGE]
+    words = [*places, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1, "--disable_progress_bar"]
+    return words if mirror else [*words, "--disable_tta"]
+
+
+def our_words(sides: Sides, *, mirror: bool) -> list[object]:
+    """Arguments of rfmed_predict."""
+    places = ["-i", sides.raw / "imagesTs", "-o", sides.work / "preds_ours", "-m", sides.work / "model"]
+    return [*places, "--device", "cpu", "--mirror", "on" if mirror else "off"]
+
+
+def differences(theirs: Path, ours: Path) -> tuple[int, int]:
+    """Voxels that differ, of how many."""
+    different, voxels = 0, 0
+    for path in sorted(theirs.glob("*.nii.gz")):
+        expected, found = (read_label(folder / path.name)[0].array for folder in (theirs, ours))
+        different += int(np.count_nonzero(expected != found))
+        voxels += expected.size
+    return different, voxels
+
+
+if __name__ == "__main__":
+    main()
