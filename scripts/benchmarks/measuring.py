@@ -29,6 +29,7 @@ class Usage:
         wall_s: from its start to its end.
         cpu_s: processor seconds of the command and of all its children.
         peak_mib: the most memory that all its processes held at once; pages that several share count once (PSS).
+        written_mib: that it handed to file systems on disk (not tmpfs).
         output: what it wrote to standard output and standard error.
         stopped: it was killed because it passed the limit of memory.
     """
@@ -36,6 +37,7 @@ class Usage:
     wall_s: float
     cpu_s: float
     peak_mib: int
+    written_mib: float
     output: str
     stopped: bool = False
 
@@ -123,6 +125,7 @@ def tree(
         wall_s=wall,
         cpu_s=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         peak_mib=watcher.peak >> 20,
+        written_mib=(after.ru_oublock - before.ru_oublock) / 2048,
         output=output,
         stopped=watcher.stopped,
     )
