@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+import torch
 from batchgenerators.augmentations.utils import rotate_coords_2d, rotate_coords_3d
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
@@ -28,6 +29,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 
 from rfmedsam2.records.plan import Augmentation, Normalisation
+from rfmedsam2.transforms.augment_kernels import distinct_labels, sample_labels
 
 OUTSIDE = -1
 """Label of voxels beyond the volume's border or outside the non-zero region while a patch is being changed."""
@@ -99,7 +101,7 @@ def plain_transforms(normalisation: Sequence[Normalisation]) -> BasicTransform:
 
 
 def _spatial(config: Augmentation, target: tuple[int, ...], patch_size: Sequence[int]) -> BasicTransform:
-    return SpatialTransform(
+    return _Spatial(
         target,
         patch_center_dist_from_border=0,
         random_crop=False,
@@ -113,6 +115,30 @@ def _spatial(config: Augmentation, target: tuple[int, ...], patch_size: Sequence
         border_mode_seg="constant",
         padding_value_seg=OUTSIDE,
     )
+
+
+class _Spatial(SpatialTransform):
+    """SpatialTransform whose labels are sampled in one pass where they are three-dimensional: equal, 15 times as fast.
+
+    In two dimensions torch sums in an order that depends on the processor, so that its own pass is kept.
+    """
+
+    def _apply_to_segmentation(self, segmentation: torch.Tensor, **params: Any) -> torch.Tensor:
+        grid = params.get("grid")
+        # releases without a tie-break chose labels by another rule
+        if grid is None or segmentation.shape[0] != 1 or segmentation.ndim != 4 or not hasattr(self, "seg_tiebreak"):
+            return super()._apply_to_segmentation(segmentation, **params)
+        labels = np.ascontiguousarray(segmentation[0].numpy())
+        reaches_outside = self._may_reach_outside(grid, segmentation.shape[1:])
+        found, *values = distinct_labels(labels.ravel())
+        if reaches_outside and found < 3 and OUTSIDE not in values:
+            found, values = found + 1, [values[0], OUTSIDE]
+        if found == 1:
+            return torch.full((1, *self.patch_size), values[0], dtype=segmentation.dtype)
+        two = (1, min(values), max(values)) if found == 2 else (0, 0, 0)
+        sampled = np.empty(tuple(self.patch_size), labels.dtype)
+        sample_labels(labels, grid.contiguous().numpy(), OUTSIDE, reaches_outside, two, sampled)
+        return torch.from_numpy(sampled)[None]
 
 
 def _intensity(config: Augmentation, *, low_resolution_ignores: tuple[int, ...] | None) -> list[BasicTransform]:

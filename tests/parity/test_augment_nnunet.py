@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from rfmedsam2.records.plan import Augmentation, Normalisation
-from rfmedsam2.transforms.augment import in_plane_only, read_size, rotation_range, training_transforms
+from rfmedsam2.transforms.augment import _Spatial, in_plane_only, read_size, rotation_range, training_transforms
 
 PATCHES = [(16, 20, 24), (8, 32, 32), (32, 32), (16, 40)]
 
@@ -64,3 +65,31 @@ def test_same_seed_gives_nnunets_patch(patch):
 def test_no_rotation_and_scaling_reads_only_the_patch():
     config = Augmentation(rotation_probability=0, scale_probability=0)
     assert read_size(config, (16, 20, 24)) == (16, 20, 24)
+
+
+def label_maps(generator):
+    """Noise, blocks and flat areas of one, two and many labels, some with "outside" (-1) among them."""
+    shape = (22, 26, 30)
+    yield np.full(shape, 5)
+    for values in ([0, 7], [-1, 3], [0, 1, 2], np.arange(-1, 14)):
+        noise = generator.choice(values, shape)
+        yield noise
+        yield np.kron(noise[:4, :5, :5], np.ones((6, 6, 6), int))[: shape[0], : shape[1], : shape[2]]
+
+
+@pytest.mark.parametrize("patch", [(14, 16, 18), (30, 30, 30)])
+@pytest.mark.parametrize("scale", [(0.7, 1.4), (0.5, 0.5), (2.0, 2.0)])
+def test_labels_sampled_in_one_pass_equal_batchgenerators(patch, scale):
+    generator = np.random.default_rng(5)
+    turning = (-0.5, 0.5) if scale == (0.7, 1.4) else (0.0, 0.0)  # halves and doubles alone make ties everywhere
+    figures = {"p_rotation": 1, "rotation": turning, "p_scaling": 1, "scaling": scale, "border_mode_seg": "constant"}
+    figures |= {"padding_value_seg": -1, "p_synchronize_scaling_across_axes": 1}
+    ours, theirs = (kind(patch, 0, False, **figures) for kind in (_Spatial, SpatialTransform))
+    for labels in label_maps(generator):
+        label = torch.from_numpy(labels.astype(np.int16))[None]
+        results = []
+        for transform in (ours, theirs):
+            np.random.seed(1)  # noqa: NPY002 - the generator that batchgeneratorsv2 draws from
+            results.append(transform(image=label.float(), segmentation=label.clone()))
+        assert torch.equal(results[0]["segmentation"], results[1]["segmentation"])
+        assert results[0]["segmentation"].dtype == torch.int16
