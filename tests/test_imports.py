@@ -49,6 +49,10 @@ def test_predicting_loads_no_training_code() -> None:
     assert not modules & set(AUGMENTERS)
 
 
+def test_training_starts_without_what_few_trainings_use() -> None:
+    assert not loaded_by("import rfmedsam2.pipeline.train") & {"torchvision", "torch._dynamo", "monai", "timm"}
+
+
 def test_public_names_are_found_where_they_are_promised() -> None:
     code = "import rfmedsam2\nfor name in rfmedsam2.__all__: getattr(rfmedsam2, name)"
     assert "rfmedsam2.pipeline.predict" in loaded_by(code)

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import generalized_box_iou_loss
 
 from rfmedsam2 import models
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.inference.refinement import Request, Tiling, predict_refined_slabs, steps_of
-from rfmedsam2.losses import deep_supervision_losses, memberships, segmentation_losses
+from rfmedsam2.losses import deep_supervision_losses, generalised_box_iou_loss, memberships, segmentation_losses
 from rfmedsam2.nn.feature_cache import feature_cache
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2, Steps
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
@@ -168,7 +167,7 @@ def generator_losses(steps: Steps, reference: Prompts, size: int) -> dict[str, T
         # a sum over an empty selection is 0 and keeps the graph
         count = max(1, len(found))
         parts["step0/box_l1"] = (found - wanted).abs().sum() / count
-        parts["step0/box_giou"] = generalized_box_iou_loss(found, wanted, reduction="sum") / count
+        parts["step0/box_giou"] = generalised_box_iou_loss(found, wanted).sum() / count
     return parts
 
 
