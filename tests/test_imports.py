@@ -49,6 +49,11 @@ def test_predicting_loads_no_training_code() -> None:
     assert not modules & set(AUGMENTERS)
 
 
+@pytest.mark.parametrize("module", ["plan_and_preprocess", "verify", "evaluate", "report"])
+def test_work_without_networks_loads_no_torch(module: str) -> None:
+    assert "torch" not in loaded_by(f"import rfmedsam2.pipeline.{module}")
+
+
 def test_training_starts_without_what_few_trainings_use() -> None:
     assert not loaded_by("import rfmedsam2.pipeline.train") & {"torchvision", "torch._dynamo", "monai", "timm"}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rfmedsam2.nn.sam2.tiny_vit import seen_side
+from rfmedsam2.nn.sam2.sizes import seen_side
 
 FLOAT = 4
 PROMPT_TOKENS = 9

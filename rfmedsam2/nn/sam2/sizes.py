@@ -11,6 +11,8 @@ from rfmedsam2.records.model import Backbone
 
 FITTED_WINDOWS = (8, 4, 16, 8)
 """Windows that divide the maps of 256 and 512 pixels without padding; large has them as published."""
+LITE_SIZE = 256
+"""Pixels a side of the images that LiteMedSAM was trained on; its embedding has a position for every 4 x 4 of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,3 +107,11 @@ def sizes_of(backbone: Backbone, *, fitted_windows: bool = False) -> Sizes:
             return Sizes(scaling="unit", from_sam=True, residual_memory=True)
         case _:
             assert_never(backbone)
+
+
+def seen_side(side: int, frame_size: int) -> int:
+    """Pixels a side that LiteMedSAM sees of frames of `side`, where the decoder's frames have `frame_size`.
+
+    Its own strides where the frames have no more detail, up to what it was trained on where they do.
+    """
+    return max(min(side, frame_size, LITE_SIZE), frame_size // 4)

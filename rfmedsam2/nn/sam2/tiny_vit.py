@@ -19,14 +19,13 @@ from typing_extensions import assert_never
 
 from rfmedsam2.errors import PlanError
 from rfmedsam2.nn.sam2.positions import SinePositions
+from rfmedsam2.nn.sam2.sizes import seen_side
 
 WIDTHS = (64, 128, 160, 320)
 DEPTHS = (2, 2, 6, 2)
 HEADS = (2, 4, 5, 10)
 WINDOWS = (7, 7, 14, 7)
 NECK_CHANNELS = 256
-LITE_SIZE = 256
-"""Pixels a side of the images that LiteMedSAM was trained on; its embedding has a position for every 4 x 4 of them."""
 
 Scaling = Literal["none", "unit"]
 
@@ -271,14 +270,6 @@ class TinyVitEncoder(nn.Module):
         """Feature maps averaged to one position for `stride` x `stride` pixels of the frame."""
         side = self.frame_size // stride
         return features if features.shape[-1] == side else F.adaptive_avg_pool2d(features, side)
-
-
-def seen_side(side: int, frame_size: int) -> int:
-    """Pixels a side that LiteMedSAM sees of frames of `side`, where the decoder's frames have `frame_size`.
-
-    Its own strides where the frames have no more detail, up to what it was trained on where they do.
-    """
-    return max(min(side, frame_size, LITE_SIZE), frame_size // 4)
 
 
 def build_tiny_vit_encoder(frame_size: int, scaling: Scaling = "none") -> TinyVitEncoder:
