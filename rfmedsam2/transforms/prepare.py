@@ -131,18 +131,25 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
         marks = np.array(marks, dtype=np.int16, order="C")
         if outside is not None:
             np.copyto(marks, np.int16(OUTSIDE_LABEL), where=outside & (marks == 0))
-    image = _normalised(cropped, plan, config, outside=outside, marks=marks)
+    inside = None
+    if outside is not None:
+        # labelled voxels count as inside even where the image is zero
+        inside = ~outside if marks is None else marks >= 0
+        del outside
     axis = separate_axis(restore.spacing_source, restore.spacing_planned, config.resampling.anisotropy_threshold)
     how = config.resampling
-    image = resample_image(
-        image, restore.shape_planned, separate=axis, order=how.order_image, order_z=how.order_z, threads=threads
-    )
+    # before the image is made float32: then both of its versions are all that is held
     if marks is not None:
         marks = resample_label(
             marks, restore.shape_planned, separate=axis, order=how.order_label, order_z=how.order_z, threads=threads
         )
         if not masked:
             np.maximum(marks, 0, out=marks)
+    image = _normalised(cropped, plan, config, inside=inside)
+    del inside
+    image = resample_image(
+        image, restore.shape_planned, separate=axis, order=how.order_image, order_z=how.order_z, threads=threads
+    )
     return Prepared(image=image, label=marks, restore=restore)
 
 
@@ -173,14 +180,8 @@ def _planned_view(array: np.ndarray, restore: Restore) -> np.ndarray:
     return cropped.transpose(0, *(axis + 1 for axis in restore.transpose_forward))
 
 
-def _normalised(
-    cropped: np.ndarray, plan: Plan, stage: Stage, *, outside: np.ndarray | None, marks: np.ndarray | None
-) -> np.ndarray:
+def _normalised(cropped: np.ndarray, plan: Plan, stage: Stage, *, inside: np.ndarray | None) -> np.ndarray:
     image = np.array(cropped, dtype=np.float32, order="C")
-    inside = None
-    if outside is not None:
-        # labelled voxels count as inside even where the image is zero
-        inside = ~outside if marks is None else marks >= 0
     for channel, how, statistics in zip(image, stage.normalisation, plan.intensities, strict=True):
         normalise(channel, how, statistics, inside=inside)
     return image
