@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
 import numpy as np
-from numba import njit
 
-F = TypeVar("F", bound=Callable[..., Any])
+from rfmedsam2.compiling import compiled
 
-
-def _kernel(function: F) -> F:
-    """Compile; releases the interpreter lock, so that cases run side by side in threads."""
-    return cast(F, njit(cache=True, nogil=True, error_model="numpy")(function))
+_kernel = compiled(error_model="numpy")
 
 
 @_kernel

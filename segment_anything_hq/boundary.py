@@ -6,15 +6,10 @@ picture's edge, within `d` rows and columns. Here 64 pixels are one word, and d 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
 import numpy as np
-from numba import njit
 
+from rfmedsam2.compiling import compiled
 from rfmedsam2.errors import UsageError
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 DILATION_RATIO = 0.02
 """Width of the boundary as a part of the picture's diagonal."""
@@ -103,9 +98,7 @@ def _boundary(mask: np.ndarray, width: int) -> np.ndarray:
     return _without_shifted(words, inner, width)
 
 
-def _kernel(function: F) -> F:
-    """Compile; releases the interpreter lock."""
-    return cast(F, njit(cache=True, nogil=True, error_model="numpy")(function))
+_kernel = compiled(error_model="numpy")
 
 
 @_kernel

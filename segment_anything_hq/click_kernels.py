@@ -5,21 +5,15 @@ Distances are squared whole numbers, so that ties are ties on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
 import numpy as np
-from numba import njit
 
-F = TypeVar("F", bound=Callable[..., Any])
+from rfmedsam2.compiling import compiled
 
 MISSED, WRONG = 0, 1
 """Kinds of error: object that was not predicted (false negative), prediction that is no object (false positive)."""
 
 
-def _kernel(function: F) -> F:
-    """Compile; releases the interpreter lock, so that pictures run side by side in threads."""
-    return cast(F, njit(cache=True, nogil=True, error_model="numpy")(function))
+_kernel = compiled(error_model="numpy")
 
 
 @_kernel

@@ -18,6 +18,8 @@ LEVELS = {
     "geometry": 1,
     "records": 2,
     "parallel": 2,
+    "compiling": 0,
+    "free_memory": 0,
     "store": 3,
     "transforms": 3,
     "prompts": 3,
@@ -34,7 +36,7 @@ LEVELS = {
     "cli": 9,
 }
 # what the second package may use of the first
-SHARED_WITH_IMAGES = {"errors", "prompts", "metrics", "losses", "engine", "records", "store", "nn"}
+SHARED_WITH_IMAGES = {"compiling", "errors", "prompts", "metrics", "losses", "engine", "records", "store", "nn"}
 # how commands parse, print and end is the same in both
 SHARED_BY_COMMANDS = SHARED_WITH_IMAGES | {"cli"}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}

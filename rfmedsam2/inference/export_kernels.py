@@ -10,11 +10,12 @@ and the taps (index, weight) of both target axes: source index and index + 1, we
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
+from rfmedsam2.compiling import compiled
 
-@nb.njit(nogil=True, cache=True)
+
+@compiled()
 def paint_classes(logits, plane, table, rows, columns, out):
     """Write the label of the largest interpolated logit into `out` (B, C); the first of equals wins."""
     classes = logits.shape[0]
@@ -41,7 +42,7 @@ def paint_classes(logits, plane, table, rows, columns, out):
             out[i, j] = table[label]
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def paint_regions(logits, plane, table, rows, columns, out):
     """Write the value of the last region whose interpolated logit is above 0 into `out` (B, C); table[0] for none."""
     regions = logits.shape[0]
@@ -67,7 +68,7 @@ def paint_regions(logits, plane, table, rows, columns, out):
             out[i, j] = table[label]
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _largest(logits, plane):
     height, width = logits.shape[2], logits.shape[3]
     winner = np.zeros((height, width), np.int32)
@@ -84,7 +85,7 @@ def _largest(logits, plane):
     return winner
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _last_positive(logits, plane):
     height, width = logits.shape[2], logits.shape[3]
     winner = np.zeros((height, width), np.int32)

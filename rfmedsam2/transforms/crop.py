@@ -7,9 +7,9 @@ fills the holes of the non-zero mask, which is the same).
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
+from rfmedsam2.compiling import compiled
 from rfmedsam2.geometry import Box
 
 
@@ -55,7 +55,7 @@ def outside_mask(image: np.ndarray) -> np.ndarray | None:
 _ZERO, _OUTSIDE = 1, 2
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _flood(state):
     """Turn every 1 that is face-connected with the surface into a 2, in place."""
     depth, height, width = state.shape
@@ -88,7 +88,7 @@ def _flood(state):
                 stack, top = _push(stack, top, near)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _push(stack, top, item):
     if top == stack.size:
         larger = np.empty(2 * stack.size, np.int64)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba as nb
 import numpy as np
 
+from rfmedsam2.compiling import compiled
 from rfmedsam2.records.dataset import LabelSet
 
 ANNOTATED = -1
@@ -66,7 +66,7 @@ def sample_foreground(label: np.ndarray, labels: LabelSet, *, seed: int = 1234) 
     )
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _count(flat):
     """Voxels per value 0, 1, ..."""
     highest = 0
@@ -79,7 +79,7 @@ def _count(flat):
     return counts
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _draw(flat, member, totals, wanted, places, seed):
     """Sample by selection in one pass (Knuth, The Art of Computer Programming, vol. 2, 3.4.2, algorithm S)."""
     keys, values = member.shape

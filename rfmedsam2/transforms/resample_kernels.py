@@ -10,8 +10,9 @@ Beyond both ends the signal goes on with its last value for ever; the sums over 
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
+
+from rfmedsam2.compiling import compiled
 
 POLE = np.float32(np.sqrt(3.0) - 2.0)
 GAIN = np.float32(6.0)
@@ -25,7 +26,7 @@ _DECAY = np.float32(-POLE / (1.0 - float(POLE) * float(POLE)))
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 def cubic_rows(source, target, start, weight, low, high):  # noqa: D417
     """Resample along axis 1: `source` (n, m) float32 -> `target` (n, k), values clipped to [low, high].
 
@@ -63,7 +64,7 @@ def cubic_rows(source, target, start, weight, low, high):  # noqa: D417
             target[i, j] = min(max(value, low), high)
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 def cubic_columns(source, target, start, weight, low, high):
     """Resample along axis 0: `source` (n, m) float32 -> `target` (k, m); arguments as for `cubic_rows`."""
     height, width = source.shape
@@ -98,7 +99,7 @@ def cubic_columns(source, target, start, weight, low, high):
             out[j] = min(max(a * p0[j] + b * p1[j] + c * p2[j] + d * p3[j], low), high)
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 def linear_rows(source, target, index, weight):
     """Blend neighbours along axis 1: target[:, j] = (1 - w) source[:, i] + w source[:, i + 1], i = index[j]."""
     last = source.shape[1] - 1
@@ -109,7 +110,7 @@ def linear_rows(source, target, index, weight):
             target[i, j] = a + weight[j] * (source[i, min(q + 1, last)] - a)
 
 
-@nb.njit(nogil=True, cache=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 def linear_columns(source, target, index, weight):
     """Blend neighbours along axis 0; arguments as for `linear_rows`."""
     last = source.shape[0] - 1
@@ -119,7 +120,7 @@ def linear_columns(source, target, index, weight):
             out[j] = a[j] + w * (b[j] - a[j])
 
 
-@nb.njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _elect(labels, votes, count, nearest):
     """Find the label with most votes; a tie goes to `nearest` if it is among the tied, else to the smallest label.
 
@@ -140,7 +141,7 @@ def _elect(labels, votes, count, nearest):
     return np.int64(nearest) if nearest_on_top else best
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def vote_plane(source, target, taps_y, taps_x, nearest_y, nearest_x):
     """Label map (h, w) -> (k, l): each voxel takes the label with the largest bilinear share of its 4 neighbours.
 
@@ -167,7 +168,7 @@ def vote_plane(source, target, taps_y, taps_x, nearest_y, nearest_x):
             target[i, j] = _elect(labels, votes, 4, nearest[nearest_x[j]])
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def vote_between(planes, target, weight_z, taps_y, taps_x, nearest):
     """One output plane of a trilinear vote: the 8 neighbours lie in two source planes.
 
