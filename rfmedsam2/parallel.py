@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 import psutil
 
 from rfmedsam2.errors import MemoryShortError, RfMedSamError, WorkerError
+from rfmedsam2.free_memory import free_bytes
 
 logger = logging.getLogger(__name__)
 C = TypeVar("C")
@@ -83,13 +84,20 @@ def _threaded(function: Callable[[C], R], cases: Sequence[C], workers: int, name
     waiting: deque[Future[R]] = deque()
     remaining = iter(cases)
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="case")
+
+    def begin(case: C) -> None:
+        try:
+            waiting.append(pool.submit(_named, function, case, name))
+        except RuntimeError as error:  # no memory for one more thread
+            raise _short(name(case)) from error
+
     try:
         for case in islice(remaining, 2 * workers):
-            waiting.append(pool.submit(_named, function, case, name))
+            begin(case)
         while waiting:
             result = waiting.popleft().result()
             for case in islice(remaining, 1):
-                waiting.append(pool.submit(_named, function, case, name))
+                begin(case)
             yield result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -101,12 +109,18 @@ def _named(function: Callable[[C], R], case: C, name: Callable[[C], str]) -> R:
     except RfMedSamError:
         raise
     except MemoryError as error:
-        used, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
-        raise MemoryShortError(
-            "Memory ran out",
-            where=name(case),
-            found=f"{used / 2**30:.1f} GiB in use by this process, {free / 2**30:.1f} GiB of the machine free",
-            remedy="Run again with fewer workers; finished cases are kept",
-        ) from error
+        raise _short(name(case)) from error
     except Exception as error:
+        if "can't start new thread" in str(error):
+            raise _short(name(case)) from error
         raise WorkerError(f"A case failed ({type(error).__name__}: {error})", where=name(case)) from error
+
+
+def _short(case: str) -> MemoryShortError:
+    used, free = psutil.Process().memory_info().rss, free_bytes()
+    return MemoryShortError(
+        "Memory ran out",
+        where=case,
+        found=f"{used / 2**30:.1f} GiB in use by this process, {free / 2**30:.1f} GiB more could be had",
+        remedy="Run again with fewer workers; finished cases are kept",
+    )

@@ -7,11 +7,13 @@ is imported.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +26,7 @@ from rfmedsam2.store.layout import Layout
 
 if TYPE_CHECKING:
     from rfmedsam2.engine.task import Progress
+    from rfmedsam2.pipeline.preprocess_memory import MemoryNeed
 
 ROOT = "Folder of raw/ preprocessed/ results/; else RFMED_ROOT, nnU-Net's three variables, or ./rfmed_data."
 DATASET = "Id (217), name (BTCV) or folder (Dataset217_BTCV); else RFMED_DATASET, or the only one there is."
@@ -58,6 +61,7 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
     """
 
     def run() -> None:
+        _understand_every_name()
         words = [word for word in sys.argv[1:] if word != "--debug"]
         debug = len(words) != len(sys.argv) - 1
         logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
@@ -79,6 +83,20 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
             sys.exit(130)
 
     return run
+
+
+def _understand_every_name() -> None:
+    """Read names of files as UTF-8 whatever the locale is, and never fail at showing one.
+
+    In a locale without UTF-8 (LC_ALL=C, Latin-1) names cannot be told from bytes, nor written into records: the command
+    begins anew in Python's UTF-8 mode, in the same process.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        words = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+        os.execve(sys.executable, words, {**os.environ, "PYTHONUTF8": "1"})  # noqa: S606 - itself
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a terminal, or PYTHONIOENCODING, without these letters
 
 
 def _plainly(function: Callable[..., None]) -> Callable[..., None]:
@@ -110,6 +128,13 @@ def say(text: str) -> None:
     """Tell the user something that is not the answer: standard error, main rank only."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr)
+
+
+def say_memory(need: MemoryNeed) -> None:
+    """Tell, before preprocessing begins, what it will take."""
+    who = "1 worker" if need.workers == 1 else f"{need.workers} workers"
+    most = math.ceil(need.peak_bytes / 1e8) / 10  # never less than it may be
+    say(f"Memory: at most {most:.1f} GB with {who} ({need.free_bytes / 1e9:.1f} GB free)")
 
 
 def end_if_stopped(progress: Progress) -> None:

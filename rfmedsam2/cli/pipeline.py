@@ -26,6 +26,7 @@ from rfmedsam2.cli.entry import (
     end_if_stopped,
     layout_of,
     say,
+    say_memory,
     trained_folder,
 )
 from rfmedsam2.errors import UsageError
@@ -118,6 +119,7 @@ def plan_and_preprocess(
         spacing_zyx_mm=spacing,
         group_regex=group_regex,
         clean=clean,
+        tell=say_memory,
     )
     stages = (configurations or None) if preprocess else ()
     result = run(raw, layout, options, stages=stages, workers=workers, track=bars)

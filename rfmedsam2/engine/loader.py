@@ -35,6 +35,7 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from rfmedsam2.engine.generators import preserved, seed_all
 from rfmedsam2.errors import MemoryShortError, RfMedSamError, UsageError, WorkerError
+from rfmedsam2.free_memory import free_bytes
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -126,7 +127,7 @@ def _made_by_workers(
 def default_workers(local_ranks: int = 1) -> int:
     """As many workers as cores and free memory allow, at most 12; 0 where shared memory is too small for any."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    by_memory = int(psutil.virtual_memory().available / MEMORY_PER_WORKER)
+    by_memory = int(free_bytes() / MEMORY_PER_WORKER)
     if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total < 2**29:
         logger.warning(
             "%s holds only %.0f MiB: batches are made in this process. In a container, start it with --shm-size=8g.",

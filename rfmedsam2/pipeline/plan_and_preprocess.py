@@ -8,14 +8,13 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from rfmedsam2.errors import RecordError, UsageError
+from rfmedsam2.free_memory import free_bytes
 from rfmedsam2.geometry import Triple
 from rfmedsam2.parallel import Track, silent
 from rfmedsam2.pipeline.changes import changed, moved
@@ -24,6 +23,7 @@ from rfmedsam2.pipeline.nnunet_plans import import_nnunet_plans
 from rfmedsam2.pipeline.plan import plan as make_plan
 from rfmedsam2.pipeline.plan_rfmedsam2 import plan_rfmedsam2
 from rfmedsam2.pipeline.preprocess import PreprocessSummary, preprocess
+from rfmedsam2.pipeline.preprocess_memory import MemoryNeed, memory_need
 from rfmedsam2.pipeline.presets import Preset
 from rfmedsam2.pipeline.sides import note_on_mirroring
 from rfmedsam2.pipeline.source import CaseSource
@@ -56,6 +56,7 @@ class PlanOptions:
         spacing_zyx_mm: target spacing instead of nnU-Net's rule.
         group_regex: ids with the same first group are one patient.
         clean: take a new fingerprint although no file has changed.
+        tell: is told how much memory preprocessing takes, before it begins.
     """
 
     preset: Preset = "default"
@@ -68,6 +69,7 @@ class PlanOptions:
     spacing_zyx_mm: Triple | None = None
     group_regex: str | None = None
     clean: bool = False
+    tell: Callable[[MemoryNeed], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,7 @@ def _set_up(
     workers: int,
     track: Track,
 ) -> SetUp:
-    budget = int(MEMORY_SHARE * psutil.virtual_memory().available) if stages != () else 0
+    budget = int(MEMORY_SHARE * free_bytes()) if stages != () else 0
     source = CaseSource(dataset, budget_bytes=budget)
     found = fingerprint(source, layout, workers=workers, clean=options.clean, track=track)
     plan = _planned(dataset, found, options)
@@ -137,6 +139,8 @@ def _set_up(
     notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
     notes += _write(dataset, layout, plan) + _notes_on(plan)
     notes += note_on_mirroring(plan, read_header(dataset.training[0].images[0]).grid)
+    if wanted and options.tell is not None:
+        options.tell(memory_need(source, plan, wanted, workers))
     done = preprocess(source, plan, wanted, layout, workers=workers, track=track) if wanted else None
     return SetUp(fingerprint=found, plan=plan, splits=tuple(splits), notes=tuple(notes), preprocessed=done)
 

@@ -12,23 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-import numpy as np
-import psutil
-
 from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError
 from rfmedsam2.parallel import Track, map_cases, silent
-from rfmedsam2.pipeline.source import CaseSource, Decoded, files_digest
+from rfmedsam2.pipeline.preprocess_memory import memory_need
+from rfmedsam2.pipeline.source import CaseSource, files_digest
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.cases import CaseStore
-from rfmedsam2.store.images import read_header
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import sole_run
 from rfmedsam2.store.raw import Case, RawDataset
 from rfmedsam2.transforms.foreground import sample_foreground
 from rfmedsam2.transforms.prepare import Prepared, prepare
-
-MEMORY_SHARE = 0.6
-"""Part of the free memory that the workers may fill."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +83,7 @@ def preprocess(
     source = dataset if isinstance(dataset, CaseSource) else CaseSource(dataset)
     stores = _stores(plan, stages, layout, source.dataset.name)
     cases = source.dataset.training
-    workers = affordable_workers(cases, plan, stages, workers)
+    workers = memory_need(source, plan, stages, workers).workers
     threads = max(1, workers // max(1, len(cases)))
 
     def work(case: Case) -> _Outcome:
@@ -114,14 +108,6 @@ def preprocess(
         seconds=time.monotonic() - begun,
         bytes=sum(o.bytes for o in outcomes),
     )
-
-
-def affordable_workers(cases: Sequence[Case], plan: Plan, stages: Sequence[str], wanted: int) -> int:
-    """At most `wanted`, and no more than the free memory can hold at the size of the largest case; at least 1."""
-    if wanted <= 1:
-        return 1
-    free = MEMORY_SHARE * psutil.virtual_memory().available
-    return max(1, min(wanted, int(free // max(_working_bytes(cases, plan, stages), 1))))
 
 
 def case_digest(case: Case, plan: Plan, stage: str) -> str:
@@ -167,14 +153,11 @@ def _preprocess_case(
     for stage in due:
         by_recipe.setdefault(recipe(plan, stage), []).append(stage)
     for same in by_recipe.values():
-        prepared = _prepared(decoded, plan, same[0], threads)
+        prepared = prepare(decoded.volume, plan, same[0], label=decoded.label, threads=threads)
         for stage in same:
             written += _store(stores[stage], case.id, prepared, plan, digests[stage])
+        del prepared  # before the next one is made
     return replace(outcome, bytes=written)
-
-
-def _prepared(decoded: Decoded, plan: Plan, stage: str, threads: int) -> Prepared:
-    return prepare(decoded.volume, plan, stage, label=decoded.label, threads=threads)
 
 
 def _store(store: CaseStore, name: str, prepared: Prepared, plan: Plan, digest: str) -> int:
@@ -188,22 +171,6 @@ def _store(store: CaseStore, name: str, prepared: Prepared, plan: Plan, digest: 
         foreground=[(f.key, f.voxels, f.index) for f in places],
         source=digest,
     )
-
-
-def _working_bytes(cases: Sequence[Case], plan: Plan, stages: Sequence[str]) -> int:
-    """Of the largest case: as read, normalised, resampled and packed."""
-    largest = 0
-    for case in cases:
-        try:
-            grid = read_header(case.images[0]).grid
-        except RfMedSamError:
-            continue  # reported when its turn comes
-        voxels = int(np.prod(grid.shape_zyx))
-        volume = voxels * float(np.prod(grid.spacing_zyx_mm))
-        after = max(volume / float(np.prod(plan.stages[stage].spacing_mm)) for stage in stages)
-        each = len(plan.channels) * (4 * voxels + 4 * voxels + 6 * after) + 4 * voxels + 4 * after
-        largest = max(largest, int(each))
-    return largest
 
 
 def _raise_faults(outcomes: Iterable[_Outcome], total: int) -> None:

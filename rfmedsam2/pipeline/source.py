@@ -9,11 +9,34 @@ from threading import Lock
 
 import numpy as np
 
-from rfmedsam2.errors import DatasetError, ImageError
-from rfmedsam2.geometry import Volume
+from rfmedsam2.errors import DatasetError, ImageError, RfMedSamError
+from rfmedsam2.geometry import Grid, Shape, Triple, Volume
 from rfmedsam2.pipeline.verify import examine_case
+from rfmedsam2.store.images import read_header
 from rfmedsam2.store.orientation import reoriented
 from rfmedsam2.store.raw import Case, Fault, RawDataset, require_no_errors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """Size of a case's image, as it will be in memory.
+
+    Attributes:
+        shape_zyx: voxels.
+        spacing_zyx_mm: mm.
+        channels: of the image.
+        itemsize: bytes a voxel and channel.
+    """
+
+    shape_zyx: Shape
+    spacing_zyx_mm: Triple
+    channels: int
+    itemsize: int
+
+    @property
+    def voxels(self) -> int:
+        """Of one channel."""
+        return self.shape_zyx[0] * self.shape_zyx[1] * self.shape_zyx[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +82,7 @@ class CaseSource:
         self.dataset = dataset
         self._budget = budget_bytes
         self._kept: dict[str, tuple[str, Decoded]] = {}
+        self._extents: dict[str, Extent] = {}
         self._lock = Lock()
 
     def read(self, case: Case, *, last: bool = True) -> Decoded:
@@ -85,6 +109,25 @@ class CaseSource:
                     self._kept[case.id] = (digest, decoded)
         return decoded
 
+    def extents(self) -> list[Extent]:
+        """Sizes of the training cases, from those that were decoded or else from headers; unreadable ones left out."""
+        for case in self.dataset.training:
+            if case.id not in self._extents:
+                try:
+                    header = read_header(case.images[0])
+                except RfMedSamError:
+                    continue
+                self._note(case, header.grid, max(header.channels, len(case.images)), np.dtype(header.dtype))
+        return [self._extents[case.id] for case in self.dataset.training if case.id in self._extents]
+
+    def _note(self, case: Case, grid: Grid, channels: int, dtype: np.dtype) -> None:
+        self._extents[case.id] = Extent(
+            shape_zyx=grid.shape_zyx,
+            spacing_zyx_mm=grid.spacing_zyx_mm,
+            channels=channels,
+            itemsize=dtype.itemsize,
+        )
+
     def require_sound_names(self) -> None:
         """Raise when names alone show that training cases cannot be used (files missing, ids twice ...).
 
@@ -105,6 +148,7 @@ class CaseSource:
         if self.dataset.reorient is not None:
             volume, turn = reoriented(volume, self.dataset.reorient)
             label = turn.apply(label)
+        self._note(case, volume.grid, len(volume.array), volume.array.dtype)
         return Decoded(volume=volume, label=label, voxels_by_label=found.voxels_by_label, warnings=found.faults)
 
 

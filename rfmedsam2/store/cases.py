@@ -254,6 +254,7 @@ class CaseStore:
             array,
             chunks=(*lead, *chunks),
             blocks=(*lead, *blocks),
+            contiguous=True,  # else `to_cframe` holds what is packed three times
             cparams={
                 "codec": blosc2.Codec.LZ4,
                 "clevel": 1,

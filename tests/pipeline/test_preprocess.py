@@ -14,7 +14,8 @@ import pytest
 import rfmedsam2.pipeline.source as source_module
 from rfmedsam2.errors import DatasetError, PlanError, StoreError
 from rfmedsam2.pipeline.fingerprint import Distribution, fingerprint, mixture_statistics
-from rfmedsam2.pipeline.preprocess import affordable_workers, preprocess
+from rfmedsam2.pipeline.preprocess import preprocess
+from rfmedsam2.pipeline.preprocess_memory import case_bytes, memory_need
 from rfmedsam2.pipeline.source import CaseSource
 from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import Normalisation, Plan, Stage
@@ -265,19 +266,17 @@ def test_one_worker_gives_what_three_give(toy, tmp_path):
 
 
 def test_fewer_workers_when_memory_is_short(toy, monkeypatch):
-    plan = toy.plan()
+    plan, source = toy.plan(), CaseSource(toy.dataset())
 
-    def available(free):
-        memory = type("Memory", (), {"available": free})
-        monkeypatch.setattr("rfmedsam2.pipeline.preprocess.psutil.virtual_memory", lambda: memory)
+    def workers(free):
+        monkeypatch.setattr("rfmedsam2.pipeline.preprocess_memory.free_bytes", lambda: free)
+        need = memory_need(source, plan, ["3d_fullres"], 8)
+        assert need.free_bytes == free
+        return need.workers
 
-    cases = toy.dataset().training
-    available(1 << 34)
-    assert affordable_workers(cases, plan, ["3d_fullres"], 8) == 8
-    available(200_000)
-    assert 1 <= affordable_workers(cases, plan, ["3d_fullres"], 8) < 8
-    available(10)
-    assert affordable_workers(cases, plan, ["3d_fullres"], 8) == 1
+    each = case_bytes(source.extents()[0], plan, ["3d_fullres"])
+    assert workers(1 << 34) == 8
+    assert [workers(int(n * each / 0.6) + 10) for n in (0, 1, 2, 3)] == [1, 1, 2, 8]
 
 
 def test_the_fingerprint_is_taken_once(toy, reads):

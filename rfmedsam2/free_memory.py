@@ -1,0 +1,71 @@
+"""How much memory may still be taken: of the machine, of the control group, under the process's own limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None
+
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN = Path("/proc/self/cgroup")
+
+
+def free_bytes() -> int:
+    """Memory that this process may still take before it is refused or killed; never below 0.
+
+    The least of what the machine has available, what its control groups leave (Docker, Slurm: their limits are below
+    the machine's memory, and who exceeds them is killed), and what `ulimit -v` leaves.
+    """
+    return max(0, min(psutil.virtual_memory().available, *group_bytes(), *_limit_bytes()))
+
+
+def group_bytes(groups: Path = _GROUPS, own: Path = _OWN) -> Iterator[int]:
+    """What each control group above this process leaves; pages of files that can be dropped at once count as free.
+
+    Args:
+        groups: where the control groups are mounted, version 1 or 2.
+        own: the file that says which are this process's.
+    """
+    try:
+        lines = own.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers == "":
+            folder, names = groups, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            folder = groups / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # inside a container the path may be the host's, and its own group then is the mounted one
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            left = _left(folder.joinpath(*parts[:depth]), *names)
+            if left is not None:
+                yield left
+
+
+def _left(folder: Path, limit: str, usage: str, droppable: str) -> int | None:
+    """Bytes that one group leaves; None where it has no limit, or is not there."""
+    try:
+        granted, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return granted - used + int(fields.get(droppable, 0))
+    except (OSError, ValueError):  # no such file, "max"
+        return None
+
+
+def _limit_bytes() -> Iterator[int]:
+    if resource is None:
+        return
+    granted, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if granted != resource.RLIM_INFINITY:
+        yield granted - psutil.Process().memory_info().vms

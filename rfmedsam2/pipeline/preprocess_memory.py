@@ -1,0 +1,98 @@
+"""How much memory preprocessing takes at most: said before it begins, and what the number of workers follows from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import psutil
+
+from rfmedsam2.free_memory import free_bytes
+from rfmedsam2.pipeline.source import CaseSource, Extent
+from rfmedsam2.records.plan import Plan
+from rfmedsam2.transforms.prepare import target_spacing
+from rfmedsam2.transforms.resample import planned_shape, separate_axis
+
+MEMORY_SHARE = 0.6
+"""Part of the free memory that the workers may fill."""
+BESIDE_BYTES = 128 << 20
+"""Beside arrays: compiling the loops at the first run (63 MB were measured), buffers of reading and packing."""
+READING = 14
+"""Bytes a voxel while one channel or label map is read: the worst is a label map stored in floating point."""
+LABEL = 2
+"""Bytes a voxel of a label map in memory, as read (1 or 2) and as prepared (2)."""
+FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeed:
+    """What preprocessing takes.
+
+    Attributes:
+        workers: cases worked on at once.
+        peak_bytes: what the process will hold at most, all that it holds already included.
+        free_bytes: what could still be taken when it was asked.
+    """
+
+    workers: int
+    peak_bytes: int
+    free_bytes: int
+
+
+def memory_need(source: CaseSource, plan: Plan, stages: Sequence[str], wanted: int) -> MemoryNeed:
+    """Choose workers by the free memory, and say how much they will take.
+
+    An upper bound: every worker has the largest cases in hand, all at their worst moment, and no array can be packed.
+
+    Args:
+        source: whose training cases; those that cannot be read count as nothing (they are reported in their turn).
+        plan: how they are prepared.
+        stages: of the plan, that they are prepared for.
+        wanted: workers, if memory suffices; never fewer than 1 are taken.
+    """
+    sizes = [case_bytes(extent, plan, stages) for extent in source.extents()]
+    sums = list(accumulate(sorted(sizes, reverse=True)))
+    free = free_bytes()
+    fitting = sum(total <= MEMORY_SHARE * free for total in sums)
+    workers = max(1, wanted if fitting == len(sums) else min(wanted, fitting))
+    at_once = min(workers, len(sums))
+    held = psutil.Process().memory_info().rss + BESIDE_BYTES
+    return MemoryNeed(workers=workers, peak_bytes=held + (sums[at_once - 1] if sums else 0), free_bytes=free)
+
+
+def case_bytes(extent: Extent, plan: Plan, stages: Sequence[str]) -> int:
+    """Bytes that one case takes at the worst moment of being read, prepared and stored for some stages of a plan.
+
+    Args:
+        extent: of its image.
+        plan: how it is prepared.
+        stages: of the plan.
+    """
+    voxels = extent.voxels
+    read = (extent.channels * extent.itemsize + LABEL) * voxels
+    reading = read + READING * voxels
+    return max(reading, *(read + _preparing_bytes(extent, plan, stage) for stage in stages))
+
+
+def _preparing_bytes(extent: Extent, plan: Plan, name: str) -> int:
+    """Of preparing and storing for one stage, beside what was read; nothing is cropped in the worst case."""
+    stage, order, channels = plan.stage(name), plan.transpose_forward, extent.channels
+    a, b, c = (extent.shape_zyx[axis] for axis in order)
+    before = (extent.spacing_zyx_mm[order[0]], extent.spacing_zyx_mm[order[1]], extent.spacing_zyx_mm[order[2]])
+    target = target_spacing(stage, before)
+    new = planned_shape((a, b, c), before, target)
+    after = new[0] * new[1] * new[2]
+    # the non-zero region and its inside, one byte each, beside the label map
+    marks = (LABEL + 2) * extent.voxels
+    normalising = marks + (FLOAT * channels + LABEL) * extent.voxels
+    resampling = 0
+    if new != (a, b, c):
+        apart = separate_axis(before, target, stage.resampling.anisotropy_threshold)
+        axis = 0 if apart is None else apart
+        # one channel, resampled along two axes of three
+        planes = FLOAT * (a, b, c)[axis] * after // new[axis]
+        resampling = marks + FLOAT * channels * (extent.voxels + after) + planes + LABEL * after
+    # the image, and twice what it is packed to; the label map, and its narrow copy
+    storing = 3 * FLOAT * channels * after + (LABEL + 1) * after
+    return max(normalising, resampling, storing)
