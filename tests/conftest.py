@@ -14,6 +14,35 @@ from commands import good
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="tests/faults with all its kills, places and surroundings")
+    parser.addoption("--fault-seed", type=int, default=0, metavar="N", help="other moments and places for tests/faults")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "whole: takes its time: only with --whole")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--whole"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("whole")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def whole(request: pytest.FixtureRequest) -> bool:
+    """Whether the fault suite is asked for at full length."""
+    return bool(request.config.getoption("--whole"))
+
+
+@pytest.fixture(scope="session")
+def fault_seed(request: pytest.FixtureRequest) -> int:
+    """What decides where and when damage is done."""
+    return int(request.config.getoption("--fault-seed"))
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """Folder of the real data sets: RFMED_TEST_DATA, else shared/data beside the repository."""

@@ -32,7 +32,7 @@ from rfmedsam2.store.images import read_image
 from rfmedsam2.store.raw import open_dataset
 
 pytestmark = pytest.mark.timeout(120)
-PLACES = 200
+PLACES, PLACES_OF_THE_SHORT_FORM = 200, 60
 HEAD = 1000
 """Bytes at the beginning where half of the places lie: headers are short, and the worst places to damage."""
 SLOWEST_SECONDS = 10.0
@@ -185,9 +185,15 @@ KINDS = {
 }
 
 
-def places(size: int, rng: np.random.Generator) -> list[int]:
+@pytest.fixture
+def many(whole) -> int:
+    """At how many places each file is damaged."""
+    return PLACES if whole else PLACES_OF_THE_SHORT_FORM
+
+
+def places(size: int, many: int, rng: np.random.Generator) -> list[int]:
     """Half of them anywhere, half near the beginning."""
-    anywhere, near = rng.integers(size, size=PLACES // 2), rng.integers(min(size, HEAD), size=PLACES // 2)
+    anywhere, near = rng.integers(size, size=many // 2), rng.integers(min(size, HEAD), size=many // 2)
     return [int(place) for place in (*anywhere, *near)]
 
 
@@ -205,30 +211,32 @@ def outcome(kind: Kind) -> object:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_cut_file_is_refused(trained_root, tmp_path, name):
+def test_a_cut_file_is_refused(trained_root, tmp_path, many, fault_seed, name):
     kind = KINDS[name](trained_root, tmp_path)
-    whole, sound = kind.file.read_bytes(), outcome(kind)
+    content, sound = kind.file.read_bytes(), outcome(kind)
     assert sound is not None
-    rng = np.random.default_rng(5)
-    for place in places(len(whole), rng):
-        kind.file.write_bytes(whole[:place])
+    rng = np.random.default_rng((5, fault_seed))
+    for place in places(len(content), many, rng):
+        kind.file.write_bytes(content[:place])
         found = outcome(kind)
-        assert found is None or found == sound, f"cut at {place} of {len(whole)}"
+        assert found is None or found == sound, f"cut at {place} of {len(content)}"
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_flipped_byte_is_refused_or_read_as_what_it_says(trained_root, tmp_path, name):
+def test_a_flipped_byte_is_refused_or_read_as_what_it_says(trained_root, tmp_path, many, fault_seed, name):
     kind = KINDS[name](trained_root, tmp_path)
-    whole, sound = kind.file.read_bytes(), outcome(kind)
+    content, sound = kind.file.read_bytes(), outcome(kind)
     assert sound is not None
-    rng = np.random.default_rng(6)
-    for place in places(len(whole), rng):
-        damaged = bytearray(whole)
+    rng = np.random.default_rng((6, fault_seed))
+    for place in places(len(content), many, rng):
+        damaged = bytearray(content)
         damaged[place] ^= int(rng.integers(1, 256))
         kind.file.write_bytes(damaged)
         found = outcome(kind)
         if kind.checked:
-            assert found is None or found == sound, f"byte {place} of {len(whole)}: {whole[place]} -> {damaged[place]}"
+            assert found is None or found == sound, (
+                f"byte {place} of {len(content)}: {content[place]} -> {damaged[place]}"
+            )
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])

@@ -19,7 +19,7 @@ from rfmedsam2.store.checkpoints import read_all, read_record_of
 
 pytestmark = pytest.mark.timeout(300)
 FOLD = Path("results/Dataset900_PhantomCT/rfmed_cpu__3d_fullres/fold_0")
-KILLS = 20
+KILLS, KILLS_OF_THE_SHORT_FORM = 20, 5
 EPOCHS, STEPS_AN_EPOCH = 5, 20
 WORKERS = "3d_fullres.train.workers=1"
 LONGEST_SECONDS = 10.0
@@ -57,7 +57,9 @@ def saved(root: Path, step: int) -> bool:
     return latest(root).exists() and read_record_of(latest(root)).step >= step
 
 
-def test_killed_twenty_times_it_ends_as_if_unbroken(planned_root, root_of, launcher: Launcher, tmp_path):
+def test_killed_many_times_it_ends_as_if_unbroken(
+    planned_root, root_of, launcher: Launcher, tmp_path, whole, fault_seed
+):
     """Kills hit the start, steps, checkpoints being written, validations and the writing of logs."""
     unbroken = root_of(planned_root).rename(tmp_path / "unbroken")
     broken = root_of(planned_root)
@@ -65,8 +67,8 @@ def test_killed_twenty_times_it_ends_as_if_unbroken(planned_root, root_of, launc
     launcher.finished("train", *training(unbroken, OFTEN), folder=tmp_path)
     events = read_events(unbroken / FOLD / "metrics.jsonl")
     step_seconds = median(event["seconds"] for event in events if event["event"] == "step")
-    rng, before = np.random.default_rng(11), 0
-    for _ in range(KILLS):
+    rng, before = np.random.default_rng((11, fault_seed)), 0
+    for _ in range(KILLS if whole else KILLS_OF_THE_SHORT_FORM):
         process = launcher.start("train", *words, folder=tmp_path)
         wanted = before + int(rng.integers(0, 5))  # what it may save before it is killed; nothing: while it starts
         if wanted > before:

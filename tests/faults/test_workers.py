@@ -119,10 +119,12 @@ def test_an_image_larger_than_memory_is_not_called_damaged(tmp_path):
     assert "fewer workers" in done.stdout
 
 
-def test_preprocessing_killed_at_random_moments_goes_on(raw_root, planned_root, root_of, launcher: Launcher, tmp_path):
+def test_preprocessing_killed_at_random_moments_goes_on(
+    raw_root, planned_root, root_of, launcher: Launcher, tmp_path, fault_seed
+):
     root = root_of(raw_root)
     words = (*PLANNING, "--workers", 2, "--root", root)
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng((3, fault_seed))
     store = CaseStore(root / CASES)
     for finished in range(4):
         process = launcher.start("plan_and_preprocess", *words, folder=tmp_path)

@@ -1,0 +1,178 @@
+"""The commands, as processes of their own, where a machine is odd: its clock, home, rights, names, locale or limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from commands import OURS, PLANNING
+
+from rfmedsam2.records.report import Evaluation
+from rfmedsam2.store.files import read_record
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and mounts are Linux's"),
+]
+DATASET = "Dataset900_PhantomCT"
+FOLD = Path("results", DATASET, "rfmed_cpu__3d_fullres", "fold_0")
+REPOSITORY = Path(__file__).resolve().parents[2]
+YEAR_SECONDS = 365 * 24 * 3600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """Where a command runs.
+
+    Attributes:
+        variables: of the environment; None: not there.
+        before: what a shell does before the command begins.
+        mounts: that shell may mount what nobody else sees.
+    """
+
+    variables: Mapping[str, str | None]
+    before: str = "true"
+    mounts: bool = False
+
+    def run(self, name: str, *words: object) -> str:
+        """Run rfmed_NAME to its good end; gives all that it said."""
+        program = Path(sys.executable).with_name(f"rfmed_{name}")
+        shell = ["sh", "-ec", f'{self.before}; exec "$@"', "sh", str(program), *map(str, words)]
+        environment = {key: value for key, value in os.environ.items() if key not in OURS} | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*(["unshare", "--mount"] if self.mounts else []), *shell],
+            env={k: v for k, v in (environment | dict(self.variables)).items() if v is not None},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=200,
+        )
+        said = done.stdout.decode("utf-8", errors="surrogateescape")
+        assert done.returncode == 0, said[-3000:]
+        assert "Traceback" not in said, said[-3000:]
+        return said
+
+
+@pytest.fixture(scope="module")
+def may_mount() -> None:
+    """Skip where this user may not mount a file system of their own."""
+    try:
+        done = subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if done.returncode:
+        pytest.skip("this user may not mount")
+
+
+def read_only(folder: Path) -> str:
+    """What a shell does so that nobody may write to a folder, root included."""
+    return f'mount --bind "{folder}" "{folder}" && mount -o remount,ro,bind "{folder}"'
+
+
+def training(root: Path | None, *, workers: int | None) -> list[object]:
+    words = ["3d_fullres", 0, "--epochs", 1, "--iterations", 2, "--no-validate"]
+    count = "null" if workers is None else workers
+    return [*words, "--set", f"3d_fullres.train.workers={count}", *([] if root is None else ["--root", root])]
+
+
+def renamed(raw: Path) -> Path:
+    """The phantom under other names: of the dataset, two cases and a class."""
+    folder = shutil.copytree(raw, raw.with_name("Dataset900_Phäntom"))
+    for path in [*folder.rglob("phantom_001*"), *folder.rglob("phantom_007*")]:
+        path.rename(path.with_name(path.name.replace("phantom", "pha nöm")))
+    described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    names = {("Leber ß 肝" if name == "liver" else name): value for name, value in described["labels"].items()}
+    text = json.dumps(described | {"labels": names}, ensure_ascii=False)
+    (folder / "dataset.json").write_text(text, encoding="utf-8")
+    shutil.rmtree(raw)
+    return folder
+
+
+def test_spaces_and_foreign_letters_in_a_locale_without_utf8(raw_root, tmp_path):
+    root = tmp_path / "Ein Ördner mit 数据"
+    shutil.copytree(raw_root, root)
+    raw = renamed(root / "raw" / DATASET)
+    out = root / "zwei Wörter"
+    variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    here = Surroundings(variables=variables)
+    assert "Train one fold" in here.run("train", "--help")
+    assert "Preprocessed: 5 new" in here.run("plan_and_preprocess", *PLANNING, "--root", root)
+    assert "Trained 2 steps" in here.run("train", *training(root, workers=1))
+    here.run("predict", "-i", raw / "imagesTs", "-o", out, "--root", root)
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == ["pha nöm_007.nii.gz", "phantom_006.nii.gz"]
+    said = here.run("evaluate", "-p", out, "-g", raw / "labelsTs", "-o", out / "Maße", "--root", root)
+    assert "Leber \\xdf \\u809d" in said  # what this locale cannot show
+    scores = read_record(out / "Maße" / "metrics.json", Evaluation)
+    assert "Leber ß 肝" in scores.classes
+    assert "pha nöm_007" in {case.id for case in scores.cases}
+    here.run("report", "-e", out / "Maße" / "metrics.json", "-o", out / "Seite.html")
+    assert "Leber ß 肝" in (out / "Seite.html").read_text(encoding="utf-8")
+
+
+def test_an_unknown_time_zone_and_files_of_the_future(raw_root, root_of):
+    root = root_of(raw_root)
+    future = time.time() + YEAR_SECONDS
+    for path in root.rglob("*"):
+        os.utime(path, (future, future))
+    here = Surroundings(variables={"TZ": "Nowhere/Nothing"})
+    words = (*PLANNING, "--root", root)
+    assert "Preprocessed: 5 new" in here.run("plan_and_preprocess", *words)
+    for path in (root / "preprocessed").rglob("*"):
+        os.utime(path, (future, future))
+    assert "0 rebuilt, 5 finished before" in here.run("plan_and_preprocess", *words)
+
+
+@pytest.mark.whole
+def test_no_home(trained_root, root_of, tmp_path):
+    root = root_of(trained_root)
+    here = Surroundings(variables={"HOME": None, "XDG_CACHE_HOME": None})
+    here.run("train", "--restart", *training(root, workers=0))
+    here.run("report", "-t", root / FOLD, "-o", tmp_path / "page.html")
+
+
+def test_a_home_that_is_not_there_and_a_package_that_may_not_be_written(trained_root, tmp_path, may_mount):
+    """Compiled loops can then be kept nowhere."""
+    here = Surroundings(
+        variables={"HOME": "/proc/nothing", "XDG_CACHE_HOME": None, "NUMBA_CACHE_DIR": None},
+        before=read_only(REPOSITORY),
+        mounts=True,
+    )
+    raw, out = trained_root / "raw" / DATASET, tmp_path / "out"
+    here.run("predict", "-i", raw / "imagesTs", "-o", out, "--root", trained_root)
+    here.run("evaluate", "-p", out, "-g", raw / "labelsTs", "-o", out, "--root", trained_root)
+    here.run("report", "-e", out / "metrics.json", "-i", raw / "imagesTs", "-o", tmp_path / "page.html")
+
+
+def test_inputs_that_may_not_be_written(trained_root, root_of, tmp_path, may_mount):
+    root, other = root_of(trained_root), tmp_path / "other"
+    raw, ours = root / "raw" / DATASET, {"nnUNet_raw": f"{root}/raw", "nnUNet_results": f"{other}/results"}
+    before = read_only(root)
+    making = Surroundings(variables=ours | {"nnUNet_preprocessed": f"{other}/made"}, before=before, mounts=True)
+    assert "Preprocessed: 5 new" in making.run("plan_and_preprocess", *PLANNING)
+    using = Surroundings(variables=ours | {"nnUNet_preprocessed": f"{root}/preprocessed"}, before=before, mounts=True)
+    assert "Trained 2 steps" in using.run("train", *training(None, workers=0))
+    using.run("predict", "-m", (root / FOLD).parent, "-i", raw / "imagesTs", "-o", other / "out")
+    assert not list(root.rglob(".lock"))
+
+
+def test_few_open_files(planned_root, root_of):
+    root = root_of(planned_root)
+    here = Surroundings(variables={}, before="ulimit -n 256")
+    assert "Trained 2 steps" in here.run("train", *training(root, workers=2))
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(None, marks=pytest.mark.whole)])
+def test_little_shared_memory(planned_root, root_of, may_mount, workers):
+    root = root_of(planned_root)
+    here = Surroundings(variables={}, before="mount -t tmpfs -o size=64m tmpfs /dev/shm", mounts=True)
+    said = here.run("train", *training(root, workers=workers))
+    assert "Trained 2 steps" in said
+    assert ("/dev/shm holds only 64 MiB: batches are made in this process" in said) == (workers is None)
