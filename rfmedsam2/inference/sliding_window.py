@@ -34,6 +34,9 @@ EMPTY_RANGE = 1e-3
 """A tile is empty when no channel's normalised intensities vary by more than this."""
 SLICES_AT_ONCE = 8
 """Fewest slices that a 2D network sees in one forward pass."""
+PLANES_A_SLAB = 8
+"""Most planes of a slab: as many as are exported at once. A row of 3D tiles finishes more, which would double what the
+sums of 14 classes of 512 x 512 hold."""
 
 
 def untracked(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:  # noqa: ARG001 - a `Tracker`
@@ -157,11 +160,13 @@ def predict_slabs(
     for row, stop in zip(execution.track(rows, "tiles", len(rows)), stops, strict=True):
         for tiles, corners in _batches(padded, row, skip_empty=execution.skip_empty):
             _accumulate(ring, ensemble(tiles), weights, row, corners)
-        logits = ring.finish(row.start, stop)
-        first, last = max(row.start, lows[0]), min(stop, lows[0] + a)
-        if last > first:
-            window = logits[:, first - row.start : last - row.start, lows[1] : lows[1] + b, lows[2] : lows[2] + c]
-            yield Slab(start=first - lows[0], logits=finite(window))
+        for low in range(row.start, stop, PLANES_A_SLAB):
+            high = min(low + PLANES_A_SLAB, stop)
+            logits = ring.finish(low, high)
+            first, last = max(low, lows[0]), min(high, lows[0] + a)
+            if last > first:
+                window = logits[:, first - low : last - low, lows[1] : lows[1] + b, lows[2] : lows[2] + c]
+                yield Slab(start=first - lows[0], logits=finite(window))
 
 
 def predict_logits(

@@ -119,7 +119,7 @@ def write_volume(path: Path, source: Path, slices: int) -> None:
     sitk.WriteImage(longer, str(path), useCompression=True, compressionLevel=1)
 
 
-def write_models(sides: Sides, *, classes: int | None = None, features: Sequence[int] = (4, 8)) -> Path:
+def write_models(sides: Sides, *, classes: int | None = None, features: Sequence[int] = (2, 4)) -> Path:
     """Plan by nnU-Net, then write one small random U-Net as a model of both sides; gives our model folder.
 
     Args:

@@ -3,7 +3,7 @@
 
 usage: predict.py [--raw DATASET_FOLDER] [--work DIR] [--processes 2] [--mirror] [--quick]
 
-Both run a U-Net of a few thousand random weights on the CPU and write .nii.gz; nnU-Net with one process that prepares
+Both run a U-Net of some hundred random weights on the CPU and write .nii.gz; nnU-Net with one process that prepares
 and one that exports. What matters is all but the network: the seconds of the network's forward passes are taken off
 both. Prints wall seconds, those of the network, the most memory that all processes held at once, and how many voxels
 differ; the last line is JSON: ratios are theirs over ours. Needs the extra `nnunet`.
