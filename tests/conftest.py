@@ -40,7 +40,9 @@ def whole(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def fault_seed(request: pytest.FixtureRequest) -> int:
     """What decides where and when damage is done."""
-    return int(request.config.getoption("--fault-seed"))
+    seed = request.config.getoption("--fault-seed")
+    assert isinstance(seed, int)
+    return seed
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError
 from rfmedsam2.parallel import Track, map_cases, silent
 from rfmedsam2.pipeline.preprocess_memory import memory_need
-from rfmedsam2.pipeline.source import CaseSource, files_digest
+from rfmedsam2.pipeline.source import CaseSource, Decoded, files_digest
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.store.layout import Layout
@@ -147,13 +147,17 @@ def _preprocess_case(
     outcome = _Outcome(done=len(due) - rebuilt, skipped=len(stores) - len(due), rebuilt=rebuilt)
     if not due:
         return outcome
-    decoded = source.read(case)
+    decoded: Decoded | None = source.read(case)
     written = 0
     by_recipe: dict[str, list[str]] = {}
     for stage in due:
         by_recipe.setdefault(recipe(plan, stage), []).append(stage)
-    for same in by_recipe.values():
+    alike = list(by_recipe.values())
+    while alike and decoded is not None:
+        same = alike.pop()
         prepared = prepare(decoded.volume, plan, same[0], label=decoded.label, threads=threads)
+        if not alike:
+            decoded = None  # while it is stored, as much again is needed for what is packed
         for stage in same:
             written += _store(stores[stage], case.id, prepared, plan, digests[stage])
         del prepared  # before the next one is made

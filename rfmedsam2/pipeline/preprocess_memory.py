@@ -18,8 +18,6 @@ MEMORY_SHARE = 0.6
 """Part of the free memory that the workers may fill."""
 BESIDE_BYTES = 128 << 20
 """Beside arrays: compiling the loops at the first run (63 MB were measured), buffers of reading and packing."""
-READING = 14
-"""Bytes a voxel while one channel or label map is read: the worst is a label map stored in floating point."""
 LABEL = 2
 """Bytes a voxel of a label map in memory, as read (1 or 2) and as prepared (2)."""
 FLOAT = 4
@@ -51,13 +49,16 @@ def memory_need(source: CaseSource, plan: Plan, stages: Sequence[str], wanted: i
         stages: of the plan, that they are prepared for.
         wanted: workers, if memory suffices; never fewer than 1 are taken.
     """
-    sizes = [case_bytes(extent, plan, stages) for extent in source.extents()]
-    sums = list(accumulate(sorted(sizes, reverse=True)))
+    extents = sorted(source.extents(), key=lambda extent: case_bytes(extent, plan, stages), reverse=True)
+    sums = list(accumulate(case_bytes(extent, plan, stages) for extent in extents))
     free = free_bytes()
     fitting = sum(total <= MEMORY_SHARE * free for total in sums)
     workers = max(1, wanted if fitting == len(sums) else min(wanted, fitting))
     at_once = min(workers, len(sums))
-    held = psutil.Process().memory_info().rss + BESIDE_BYTES
+    # cases that are kept from the survey are worked on first: those in hand are not counted twice
+    kept = source.kept_bytes()
+    others = max(0, kept - sum(_read_bytes(extent) for extent in extents[:at_once]))
+    held = psutil.Process().memory_info().rss - kept + others + BESIDE_BYTES
     return MemoryNeed(workers=workers, peak_bytes=held + (sums[at_once - 1] if sums else 0), free_bytes=free)
 
 
@@ -69,14 +70,20 @@ def case_bytes(extent: Extent, plan: Plan, stages: Sequence[str]) -> int:
         plan: how it is prepared.
         stages: of the plan.
     """
-    voxels = extent.voxels
-    read = (extent.channels * extent.itemsize + LABEL) * voxels
-    reading = read + READING * voxels
-    return max(reading, *(read + _preparing_bytes(extent, plan, stage) for stage in stages))
+    read = _read_bytes(extent)
+    reading = read + extent.reading * extent.voxels
+    phases = [_phases(extent, plan, stage) for stage in stages]
+    # what was read is let go before the last stage is stored
+    storing = max(storing for _, storing in phases) + (read if len(stages) > 1 else 0)
+    return max(reading, storing, *(read + preparing for preparing, _ in phases))
 
 
-def _preparing_bytes(extent: Extent, plan: Plan, name: str) -> int:
-    """Of preparing and storing for one stage, beside what was read; nothing is cropped in the worst case."""
+def _read_bytes(extent: Extent) -> int:
+    return (extent.channels * extent.itemsize + LABEL) * extent.voxels
+
+
+def _phases(extent: Extent, plan: Plan, name: str) -> tuple[int, int]:
+    """Of preparing and of storing for one stage, beside what was read; nothing is cropped in the worst case."""
     stage, order, channels = plan.stage(name), plan.transpose_forward, extent.channels
     a, b, c = (extent.shape_zyx[axis] for axis in order)
     before = (extent.spacing_zyx_mm[order[0]], extent.spacing_zyx_mm[order[1]], extent.spacing_zyx_mm[order[2]])
@@ -88,11 +95,13 @@ def _preparing_bytes(extent: Extent, plan: Plan, name: str) -> int:
     normalising = marks + (FLOAT * channels + LABEL) * extent.voxels
     resampling = 0
     if new != (a, b, c):
-        apart = separate_axis(before, target, stage.resampling.anisotropy_threshold)
+        how = stage.resampling
+        apart = separate_axis(before, target, how.anisotropy_threshold)
         axis = 0 if apart is None else apart
-        # one channel, resampled along two axes of three
-        planes = FLOAT * (a, b, c)[axis] * after // new[axis]
+        # one channel, resampled along two axes of three, where the third one is not left alone or chosen from
+        between = (a, b, c)[axis] != new[axis] and (apart is None or how.order_z > 0)
+        planes = FLOAT * (a, b, c)[axis] * after // new[axis] if between else 0
         resampling = marks + FLOAT * channels * (extent.voxels + after) + planes + LABEL * after
     # the image, and twice what it is packed to; the label map, and its narrow copy
     storing = 3 * FLOAT * channels * after + (LABEL + 1) * after
-    return max(normalising, resampling, storing)
+    return max(normalising, resampling), storing

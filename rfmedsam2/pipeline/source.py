@@ -10,7 +10,7 @@ from threading import Lock
 import numpy as np
 
 from rfmedsam2.errors import DatasetError, ImageError, RfMedSamError
-from rfmedsam2.geometry import Grid, Shape, Triple, Volume
+from rfmedsam2.geometry import Shape, Triple, Volume
 from rfmedsam2.pipeline.verify import examine_case
 from rfmedsam2.store.images import read_header
 from rfmedsam2.store.orientation import reoriented
@@ -26,12 +26,14 @@ class Extent:
         spacing_zyx_mm: mm.
         channels: of the image.
         itemsize: bytes a voxel and channel.
+        reading: bytes a voxel that reading a channel, or the label map, takes for a while beside what stays.
     """
 
     shape_zyx: Shape
     spacing_zyx_mm: Triple
     channels: int
     itemsize: int
+    reading: int
 
     @property
     def voxels(self) -> int:
@@ -109,24 +111,20 @@ class CaseSource:
                     self._kept[case.id] = (digest, decoded)
         return decoded
 
+    def kept_bytes(self) -> int:
+        """What is kept now."""
+        with self._lock:
+            return sum(decoded.nbytes for _, decoded in self._kept.values())
+
     def extents(self) -> list[Extent]:
-        """Sizes of the training cases, from those that were decoded or else from headers; unreadable ones left out."""
+        """Sizes of the training cases by their headers; unreadable ones are left out."""
         for case in self.dataset.training:
             if case.id not in self._extents:
                 try:
-                    header = read_header(case.images[0])
+                    self._extents[case.id] = _extent(case)
                 except RfMedSamError:
-                    continue
-                self._note(case, header.grid, max(header.channels, len(case.images)), np.dtype(header.dtype))
+                    continue  # reported when its turn comes
         return [self._extents[case.id] for case in self.dataset.training if case.id in self._extents]
-
-    def _note(self, case: Case, grid: Grid, channels: int, dtype: np.dtype) -> None:
-        self._extents[case.id] = Extent(
-            shape_zyx=grid.shape_zyx,
-            spacing_zyx_mm=grid.spacing_zyx_mm,
-            channels=channels,
-            itemsize=dtype.itemsize,
-        )
 
     def require_sound_names(self) -> None:
         """Raise when names alone show that training cases cannot be used (files missing, ids twice ...).
@@ -148,8 +146,22 @@ class CaseSource:
         if self.dataset.reorient is not None:
             volume, turn = reoriented(volume, self.dataset.reorient)
             label = turn.apply(label)
-        self._note(case, volume.grid, len(volume.array), volume.array.dtype)
         return Decoded(volume=volume, label=label, voxels_by_label=found.voxels_by_label, warnings=found.faults)
+
+
+def _extent(case: Case) -> Extent:
+    header = read_header(case.images[0])
+    image = np.dtype(header.dtype)
+    label = image if case.label is None else np.dtype(read_header(case.label).dtype)
+    # floats may lie in the file in double precision; a label map in floats is rounded, and compared with what it was
+    whole = label.itemsize + 2 if label.kind in "iu" else 18
+    return Extent(
+        shape_zyx=header.grid.shape_zyx,
+        spacing_zyx_mm=header.grid.spacing_zyx_mm,
+        channels=max(header.channels, len(case.images)),
+        itemsize=image.itemsize,
+        reading=max(image.itemsize if image.kind in "iu" else 8 + image.itemsize, whole),
+    )
 
 
 def files_digest(case: Case) -> str:
