@@ -25,6 +25,7 @@ pytestmark = [
 DATASET = "Dataset900_PhantomCT"
 FOLD = Path("results", DATASET, "rfmed_cpu__3d_fullres", "fold_0")
 REPOSITORY = Path(__file__).resolve().parents[2]
+LITTLE_SHARED_MEMORY = "mount -t tmpfs -o size=64m tmpfs /dev/shm"
 YEAR_SECONDS = 365 * 24 * 3600
 
 
@@ -163,16 +164,24 @@ def test_inputs_that_may_not_be_written(trained_root, root_of, tmp_path, may_mou
     assert not list(root.rglob(".lock"))
 
 
-def test_few_open_files(planned_root, root_of):
+def test_few_open_files_and_little_shared_memory(planned_root, root_of, may_mount):
     root = root_of(planned_root)
-    here = Surroundings(variables={}, before="ulimit -n 256")
+    here = Surroundings(variables={}, before=f"{LITTLE_SHARED_MEMORY} && ulimit -n 256", mounts=True)
     assert "Trained 2 steps" in here.run("train", *training(root, workers=2))
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(None, marks=pytest.mark.whole)])
-def test_little_shared_memory(planned_root, root_of, may_mount, workers):
+@pytest.mark.whole
+def test_few_open_files(raw_root, root_of):
+    root = root_of(raw_root)
+    here = Surroundings(variables={}, before="ulimit -n 256")
+    assert "5 new" in here.run("plan_and_preprocess", *PLANNING, "--workers", 4, "--root", root)
+    assert "Trained 2 steps" in here.run("train", *training(root, workers=2))
+
+
+@pytest.mark.whole
+def test_little_shared_memory_is_told_where_workers_are_not_named(planned_root, root_of, may_mount):
     root = root_of(planned_root)
-    here = Surroundings(variables={}, before="mount -t tmpfs -o size=64m tmpfs /dev/shm", mounts=True)
-    said = here.run("train", *training(root, workers=workers))
+    here = Surroundings(variables={}, before=LITTLE_SHARED_MEMORY, mounts=True)
+    said = here.run("train", *training(root, workers=None))
     assert "Trained 2 steps" in said
-    assert ("/dev/shm holds only 64 MiB: batches are made in this process" in said) == (workers is None)
+    assert "/dev/shm holds only 64 MiB: batches are made in this process" in said
