@@ -90,6 +90,8 @@ def labels_from_slabs(
             if file is not None:
                 for target in targets:
                     file.add(target.last - target.first, painter.interpolated(target))
+            target = None
+            targets.clear()  # the slab's logits need not be held while the next ones are computed
     return result
 
 
@@ -111,11 +113,13 @@ def _targets(slabs: Iterable[Slab], taps: Taps, shape: Sequence[int], outputs: i
             stop = done + 1
             while stop < ready and index[stop] == index[done] and weight[stop] == weight[done]:
                 stop += 1
-            pair = [_plane(logits, slab.start, last, int(i)) for i in (index[done], reach[done])]
-            targets.append(Target(first=done, last=stop, near=pair[0], far=pair[1], weight=float(weight[done])))
+            near, far = (_plane(logits, slab.start, last, int(i)) for i in (index[done], reach[done]))
+            targets.append(Target(first=done, last=stop, near=near, far=far, weight=float(weight[done])))
+            del near, far
             done = stop
-        yield targets
         last = (logits[:, -1:].clone(memory_format=torch.contiguous_format), end - 1)
+        del slab, logits  # only `targets` holds them, until they are painted
+        yield targets
     if end != shape[0] or done != len(index):
         raise PlanError("Slabs of logits are missing", expected=f"{shape[0]} planes", found=f"{end}")
 

@@ -160,13 +160,20 @@ def predict_slabs(
     for row, stop in zip(execution.track(rows, "tiles", len(rows)), stops, strict=True):
         for tiles, corners in _batches(padded, row, skip_empty=execution.skip_empty):
             _accumulate(ring, ensemble(tiles), weights, row, corners)
-        for low in range(row.start, stop, PLANES_A_SLAB):
-            high = min(low + PLANES_A_SLAB, stop)
-            logits = ring.finish(low, high)
-            first, last = max(low, lows[0]), min(high, lows[0] + a)
-            if last > first:
-                window = logits[:, first - low : last - low, lows[1] : lows[1] + b, lows[2] : lows[2] + c]
-                yield Slab(start=first - lows[0], logits=finite(window))
+        yield from _finished(ring, range(row.start, stop), lows, (a, b, c))
+
+
+def _finished(ring: Ring, planes: range, lows: Sequence[int], size: Sequence[int]) -> Iterator[Slab]:
+    """Averaged planes without what pads the image; no slab is held here while the next is made."""
+    rows, columns = (slice(low, low + n) for low, n in zip(lows[1:], size[1:], strict=True))
+    for low in planes[::PLANES_A_SLAB]:
+        high = min(low + PLANES_A_SLAB, planes.stop)
+        first, last = max(low, lows[0]), min(high, lows[0] + size[0])
+        if last > first:
+            inside = (slice(None), slice(first - low, last - low), rows, columns)
+            yield Slab(start=first - lows[0], logits=finite(ring.finish(low, high)[inside]))
+        else:
+            ring.finish(low, high)
 
 
 def predict_logits(

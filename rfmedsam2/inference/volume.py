@@ -215,5 +215,6 @@ class _Timed:
                 torch.cuda.synchronize(slab.logits.device)
             self.seconds += time.perf_counter() - started
             yield slab
+            del slab  # not held while the next is computed
             started = time.perf_counter()
         self.seconds += time.perf_counter() - started
