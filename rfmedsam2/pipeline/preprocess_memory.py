@@ -55,10 +55,7 @@ def memory_need(source: CaseSource, plan: Plan, stages: Sequence[str], wanted: i
     fitting = sum(total <= MEMORY_SHARE * free for total in sums)
     workers = max(1, wanted if fitting == len(sums) else min(wanted, fitting))
     at_once = min(workers, len(sums))
-    # cases that are kept from the survey are worked on first: those in hand are not counted twice
-    kept = source.kept_bytes()
-    others = max(0, kept - sum(_read_bytes(extent) for extent in extents[:at_once]))
-    held = psutil.Process().memory_info().rss - kept + others + BESIDE_BYTES
+    held = psutil.Process().memory_info().rss + BESIDE_BYTES
     return MemoryNeed(workers=workers, peak_bytes=held + (sums[at_once - 1] if sums else 0), free_bytes=free)
 
 
