@@ -10,6 +10,7 @@ from typing_extensions import assert_never
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
+from rfmedsam2.nn.shapes_only import shapes_only
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import ModelConfig, RFMedSam2Config, UNetConfig
@@ -64,7 +65,7 @@ def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tup
             expected=f"one of {', '.join(record.plan.stages)}",
             found=record.stage,
         )
-    with torch.device("meta"):  # shapes only: the weights below take the place of an initialisation
+    with shapes_only():  # shapes only: the weights below take the place of an initialisation
         network = build_stage(record.plan, stage)
     try:
         network.load_state_dict(read_weights(checkpoint), assign=True)

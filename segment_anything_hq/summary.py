@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from rfmedsam2.nn.shapes_only import shapes_only
 from segment_anything_hq.build_sam import FRAME_SIZE
 from segment_anything_hq.models import build
 from segment_anything_hq.records import Backbone, Method, ZeroShot
@@ -118,7 +118,7 @@ def network_size(method: Method | ZeroShot, backbone: Backbone, *, frame_size: i
         PlanError: a method that is not built on this backbone.
         UsageError: a frame size that cannot be.
     """
-    with torch.device("meta"):
+    with shapes_only():
         network = build(method, backbone, frame_size=frame_size)
     return NetworkSize(
         method=method,

@@ -58,6 +58,18 @@ def test_training_starts_without_what_few_trainings_use() -> None:
     assert not loaded_by("import rfmedsam2.pipeline.train") & {"torchvision", "torch._dynamo", "monai", "timm"}
 
 
+def test_counting_and_loading_networks_needs_no_compiler() -> None:
+    code = """
+from pathlib import Path
+from rfmedsam2.pipeline.summary import summary
+from rfmedsam2.records.plan import Plan
+from rfmedsam2.store.files import read_record
+for name in ("btcv", "btcv_unet"):
+    summary(read_record(Path("plans") / f"{name}.json", Plan), "3d_fullres")
+"""
+    assert "torch._dynamo" not in loaded_by(code)
+
+
 def test_public_names_are_found_where_they_are_promised() -> None:
     code = "import rfmedsam2\nfor name in rfmedsam2.__all__: getattr(rfmedsam2, name)"
     assert "rfmedsam2.pipeline.predict" in loaded_by(code)

@@ -26,7 +26,6 @@ def summary(
         plan: A plan's file (plans/btcv.json), or the name of a plan of the dataset given with -d.
         configuration: 2d, 3d_fullres or 3d_lowres.
     """
-    from rfmedsam2.cli import choices
     from rfmedsam2.cli.console import show_summary
     from rfmedsam2.pipeline.summary import summary as describe
     from rfmedsam2.records.plan import Plan
@@ -35,6 +34,8 @@ def summary(
     if plan.endswith(".json"):
         found = read_record(Path(plan), Plan)
     else:
+        from rfmedsam2.cli import choices
+
         layout = layout_of(root)
         name = choices.dataset_name(layout, dataset, os.environ, among="preprocessed")
         found = choices.planned(layout, name, plan, stage=configuration)

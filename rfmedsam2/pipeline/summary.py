@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from typing_extensions import assert_never
 
@@ -19,6 +18,7 @@ from rfmedsam2.models import build_stage
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.sam2.adapted import adapters_of
 from rfmedsam2.nn.sam2.sizes import sizes_of
+from rfmedsam2.nn.shapes_only import shapes_only
 from rfmedsam2.pipeline.memory import MemoryTerm, activation_terms, total_gib, weight_terms
 from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Stage
@@ -168,7 +168,7 @@ def _remedy(stage: Stage) -> str:
 
 
 def _shapes_only(plan: Plan, stage: Stage) -> nn.Module:
-    with torch.device("meta"):
+    with shapes_only():
         return build_stage(plan, stage)
 
 
