@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -66,11 +66,14 @@ class Execution:
         skip_empty: leave out tiles in which every channel is constant (range <= `EMPTY_RANGE` after normalisation, as
             air is in a clipped CT). A voxel that no other tile covers becomes background: `EMPTY_LOGIT` for class 0 and
             -`EMPTY_LOGIT` for the others (for all, with regions). A voxel covered by other tiles is their average.
+        recycle: a slab's logits lie where the last slab's lay: for those who are done with one when they ask for the
+            next. Of `predict_slabs` only.
         track: shows the progress over rows of tiles.
     """
 
     precision: Precision = "auto"
     skip_empty: bool = False
+    recycle: bool = False
     track: Tracker = untracked
 
 
@@ -160,10 +163,10 @@ def predict_slabs(
     for row, stop in zip(execution.track(rows, "tiles", len(rows)), stops, strict=True):
         for tiles, corners in _batches(padded, row, skip_empty=execution.skip_empty):
             _accumulate(ring, ensemble(tiles), weights, row, corners)
-        yield from _finished(ring, range(row.start, stop), lows, (a, b, c))
+        yield from _finished(ring, range(row.start, stop), lows, (a, b, c), recycle=execution.recycle)
 
 
-def _finished(ring: Ring, planes: range, lows: Sequence[int], size: Sequence[int]) -> Iterator[Slab]:
+def _finished(ring: Ring, planes: range, lows: Sequence[int], size: Sequence[int], *, recycle: bool) -> Iterator[Slab]:
     """Averaged planes without what pads the image; no slab is held here while the next is made."""
     rows, columns = (slice(low, low + n) for low, n in zip(lows[1:], size[1:], strict=True))
     for low in planes[::PLANES_A_SLAB]:
@@ -171,9 +174,9 @@ def _finished(ring: Ring, planes: range, lows: Sequence[int], size: Sequence[int
         first, last = max(low, lows[0]), min(high, lows[0] + size[0])
         if last > first:
             inside = (slice(None), slice(first - low, last - low), rows, columns)
-            yield Slab(start=first - lows[0], logits=finite(ring.finish(low, high)[inside]))
+            yield Slab(start=first - lows[0], logits=finite(ring.finish(low, high, recycle=recycle)[inside]))
         else:
-            ring.finish(low, high)
+            ring.finish(low, high, recycle=recycle)
 
 
 def predict_logits(
@@ -198,7 +201,7 @@ def predict_logits(
         device=device,
         outputs=outputs,
         regions=regions,
-        execution=execution,
+        execution=replace(execution or Execution(), recycle=False),
     )
     return torch.cat([slab.logits for slab in slabs], dim=1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -182,7 +182,7 @@ def _slabs(networks: Sequence[nn.Module], turned: Turned, plan: Plan, stage: Sta
         device=options.device,
         outputs=plan.labels.num_outputs,
         regions=plan.labels.has_regions,
-        execution=execution,
+        execution=replace(execution, recycle=True),  # exported one by one
     )
 
 

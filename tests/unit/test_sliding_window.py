@@ -224,3 +224,19 @@ def test_a_tile_that_never_fits_is_an_error() -> None:
 
     with pytest.raises(RfMedSamError, match="too little memory"):
         predict_logits([Full()], noise(1, 8, 8, 8), **settings())
+
+
+@pytest.mark.parametrize("patch", [(8, 8, 8), (8, 8)])
+def test_recycled_slabs_say_the_same_one_after_another(patch) -> None:
+    how = {"patch_size": patch, "mirror_axes": tuple(range(len(patch)))}
+    image = noise(1, 45, 12, 9)
+    expected = predict_logits([Recorder()], image, **settings(**how))
+    slabs = predict_slabs([Recorder()], image, **settings(**how, execution=Execution(recycle=True)))
+    places, start = set(), 0
+    for slab in slabs:
+        places.add(slab.logits.data_ptr())
+        stop = start + slab.logits.shape[1]
+        assert torch.equal(slab.logits, expected[:, start:stop])
+        start = stop
+    assert start == 45
+    assert len(places) < 45 // 8
