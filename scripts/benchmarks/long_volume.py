@@ -3,9 +3,9 @@
 
 usage: long_volume.py [--raw DATASET_FOLDER] [--work DIR] [--slices 1000] [--classes 16] [--limit-mib 20000] [--quick]
 
-The volume repeats the slices of a test volume to and fro. Both run the same small random U-Net on the CPU without
-mirroring, nnU-Net with one process that prepares and one that exports; it is killed where all its processes together
-pass the limit (0: it does not run). Prints wall seconds, peak memory, and what was written to disk beside the output;
+The volume repeats the slices of a test volume to and fro. Both run the same small random U-Net on the CPU, tiles side by
+side, no mirroring, nnU-Net with one process that prepares and one that exports; it is killed where all its processes
+together pass the limit (0: it does not run). Prints wall seconds, peak memory, and what was written to disk beside the output;
 the last line is JSON: figures are MiB, the ratio is theirs over ours (a lower bound where it was killed). Needs the
 extra `nnunet`.
 """
@@ -58,13 +58,27 @@ def main() -> None:
 def ours(sides: Sides) -> Usage:
     """Predict with our command."""
     places = ("-i", sides.work / "long", "-o", sides.work / "long_ours", "-m", sides.work / "model")
-    return sides.ours("rfmed_predict", *places, "--device", "cpu", "--mirror", "off")
+    return sides.ours("rfmed_predict", *places, "--device", "cpu", "--mirror", "off", "--step-size", 1)
 
 
 def nnunet(sides: Sides, limit_mib: int) -> Usage:
     """Predict with nnU-Net's command."""
     places = ("-i", sides.work / "long", "-o", sides.work / "long_nnunet", "-d", sides.number, "-c", STAGE)
-    words = (*places, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta", "--disable_progress_bar")
+    words = (
+        *places,
+        "-f",
+        0,
+        "-device",
+        "cpu",
+        "-npp",
+        1,
+        "-nps",
+        1,
+        "--disable_tta",
+        "--disable_progress_bar",
+        "-step_size",
+        1,
+    )
     return sides.nnunet("nnUNetv2_predict", *words, limit_mib=limit_mib)
 
 

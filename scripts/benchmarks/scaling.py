@@ -3,8 +3,8 @@
 
 usage: scaling.py [--raw DATASET_FOLDER] [--work DIR] [--slices 100 200 400 800] [--peer-slices 100 200] [--quick]
 
-Volumes repeat the slices of a test volume to and fro; a small random U-Net on the CPU, no mirroring. Prints wall
-seconds and peak memory by number of slices and, from the last two rows, what one slice more costs, beside what its
+Volumes repeat the slices of a test volume to and fro; a small random U-Net on the CPU, tiles side by side, no
+mirroring. Prints wall seconds and peak memory by number of slices and, from the last two rows, what one slice more costs, beside what its
 voxels take in the input (int16), as the network sees them (float32) and in the output (uint8). The last line is JSON:
 figures are seconds a slice, the ratio is theirs over ours. Needs the extra `nnunet`.
 """
@@ -67,7 +67,7 @@ def ours(sides: Sides, slices: int) -> Usage:
     out = sides.work / f"ours_{slices}"
     shutil.rmtree(out, ignore_errors=True)
     places = ("-i", sides.work / f"slices_{slices}", "-o", out, "-m", sides.work / "model")
-    return sides.ours("rfmed_predict", *places, "--device", "cpu", "--mirror", "off")
+    return sides.ours("rfmed_predict", *places, "--device", "cpu", "--mirror", "off", "--step-size", 1)
 
 
 def nnunet(sides: Sides, slices: int) -> Usage:
@@ -75,7 +75,7 @@ def nnunet(sides: Sides, slices: int) -> Usage:
     out = sides.work / f"nnunet_{slices}"
     shutil.rmtree(out, ignore_errors=True)
     places = ("-i", sides.work / f"slices_{slices}", "-o", out, "-d", sides.number, "-c", STAGE, "-f", 0)
-    words = ("-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta", "--disable_progress_bar")
+    words = ("-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta", "--disable_progress_bar", "-step_size", 1)
     return sides.nnunet("nnUNetv2_predict", *places, *words)
 
 
