@@ -4,9 +4,9 @@
 usage: scaling.py [--raw DATASET_FOLDER] [--work DIR] [--slices 100 200 400 800] [--peer-slices 100 200] [--quick]
 
 Volumes repeat the slices of a test volume to and fro; a small random U-Net on the CPU, tiles side by side, no
-mirroring. Prints wall seconds and peak memory by number of slices and, from the last two rows, what one slice more costs, beside what its
-voxels take in the input (int16), as the network sees them (float32) and in the output (uint8). The last line is JSON:
-figures are seconds a slice, the ratio is theirs over ours. Needs the extra `nnunet`.
+mirroring. Prints wall seconds and peak memory by number of slices and, from the last two rows, what one slice more
+costs, beside what its voxels take in the input (int16), as the network sees them (float32) and in the output (uint8).
+The last line is JSON: figures are seconds a slice, the ratio is theirs over ours. Needs the extra `nnunet`.
 """
 
 from __future__ import annotations
