@@ -22,7 +22,8 @@ def memberships(target: Tensor, labels: LabelSet) -> Tensor:
     Classes: K counts background, exactly one is true. Regions: one channel a region, which may overlap.
     """
     if labels.has_regions:
-        lookup = torch.zeros(max(labels.allowed_values) + 1, len(labels.foreground), dtype=torch.bool)
+        # one entry more: -1, which marks what lies outside a volume, is found there and belongs to nothing
+        lookup = torch.zeros(max(labels.allowed_values) + 2, len(labels.foreground), dtype=torch.bool)
         for channel, values in enumerate(labels.foreground.values()):
             lookup[list(values), channel] = True
         return lookup.to(target.device)[target.long()].movedim(-1, 1)
@@ -114,7 +115,7 @@ def shrink_labels(target: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _class_indices(target: Tensor, labels: LabelSet) -> Tensor:
     """(B, ...) label values -> int64 numbers of their outputs; an arg-max over memberships takes 50 times as long."""
-    lookup = torch.zeros(max(labels.allowed_values) + 1, dtype=torch.int64)
+    lookup = torch.zeros(max(labels.allowed_values) + 2, dtype=torch.int64)  # one entry more: as in `memberships`
     lookup[list(labels.values)] = torch.arange(len(labels.values))
     return lookup.to(target.device).take(target.long())
 
