@@ -2,7 +2,7 @@
 
 usage: network_timed.py MODULE:CLASS.METHOD MODULE:COMMAND ARGUMENTS...
 
-Nothing is imported here, since processes that the command spawns read this file again.
+Nothing heavy is imported here, since processes that the command spawns read this file again.
 """
 
 import importlib
