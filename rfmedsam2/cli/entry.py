@@ -133,8 +133,8 @@ def say(text: str) -> None:
 def say_memory(need: MemoryNeed) -> None:
     """Tell, before preprocessing begins, what it will take."""
     who = "1 worker" if need.workers == 1 else f"{need.workers} workers"
-    most = math.ceil(need.peak_bytes / 1e8) / 10  # never less than it may be
-    say(f"Memory: at most {most:.1f} GB with {who} ({need.free_bytes / 1e9:.1f} GB free)")
+    most = math.ceil(need.peak_bytes / 1e7) / 100  # never less than it may be
+    say(f"Memory: at most {most:.2f} GB with {who} ({need.free_bytes / 1e9:.1f} GB free)")
 
 
 def end_if_stopped(progress: Progress) -> None:

@@ -87,18 +87,21 @@ def _phases(extent: Extent, plan: Plan, name: str) -> tuple[int, int]:
     target = target_spacing(stage, before)
     new = planned_shape((a, b, c), before, target)
     after = new[0] * new[1] * new[2]
-    # the non-zero region and its inside, one byte each, beside the label map
-    marks = (LABEL + 2) * extent.voxels
-    normalising = marks + (FLOAT * channels + LABEL) * extent.voxels
+    resampled = new != (a, b, c)
+    # the label map beside two masks of a byte a voxel; then one of them, and the label map resampled
+    label = LABEL * after if resampled else LABEL * extent.voxels
+    marking = max((LABEL + 2) * extent.voxels, (LABEL + 1) * extent.voxels + label)
+    # it is ready when the image becomes floats
+    normalising = (1 + FLOAT * channels) * extent.voxels + label
     resampling = 0
-    if new != (a, b, c):
+    if resampled:
         how = stage.resampling
         apart = separate_axis(before, target, how.anisotropy_threshold)
         axis = 0 if apart is None else apart
         # one channel, resampled along two axes of three, where the third one is not left alone or chosen from
         between = (a, b, c)[axis] != new[axis] and (apart is None or how.order_z > 0)
         planes = FLOAT * (a, b, c)[axis] * after // new[axis] if between else 0
-        resampling = marks + FLOAT * channels * (extent.voxels + after) + planes + LABEL * after
+        resampling = FLOAT * channels * (extent.voxels + after) + planes + label
     # the image, and twice what it is packed to; the label map, and its narrow copy
     storing = 3 * FLOAT * channels * after + (LABEL + 1) * after
-    return max(normalising, resampling), storing
+    return max(marking, normalising, resampling), storing
