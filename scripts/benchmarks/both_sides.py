@@ -16,6 +16,7 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 from measuring import Usage, program, tree
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from small_plan import shrink
 
 from rfmedsam2 import models
 from rfmedsam2.nn.unet import load_nnunet_weights
@@ -174,14 +175,7 @@ def write_models(sides: Sides, *, classes: int | None = None, features: Sequence
 
 def _small(plans: dict[str, Any], features: Sequence[int]) -> dict[str, Any]:
     """The plans with a shallow, narrow U-Net in their full resolution; patch and spacing stay."""
-    stage, count = plans["configurations"][STAGE], len(features)
-    stage["architecture"]["arch_kwargs"].update(
-        n_stages=count,
-        features_per_stage=list(features),
-        kernel_sizes=[[3, 3, 3]] * count,
-        strides=[[1, 1, 1]] + [[1, 2, 2]] * (count - 1),
-        n_conv_per_stage=[1] * count,
-        n_conv_per_stage_decoder=[1] * (count - 1),
-    )
+    stage = plans["configurations"][STAGE]
+    shrink(stage, features, stride=(1, 2, 2), layers=1)
     plans["configurations"] = {STAGE: stage}
     return plans

@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from small_plan import shrink
+
 FEATURES, PATCH, BATCH = (16, 32, 64, 128), (40, 56, 40), 2
 
 
@@ -88,15 +90,7 @@ def _nnunet_training(args: argparse.Namespace, plans_file: Path) -> dict[str, ob
     plans = json.loads(plans_file.read_text())
     stage = plans["configurations"]["3d_fullres"]
     stage.update(patch_size=list(PATCH), batch_size=BATCH)
-    count = len(FEATURES)
-    stage["architecture"]["arch_kwargs"].update(
-        n_stages=count,
-        features_per_stage=list(FEATURES),
-        kernel_sizes=[[3, 3, 3]] * count,
-        strides=[[1, 1, 1]] + [[2, 2, 2]] * (count - 1),
-        n_conv_per_stage=[2] * count,
-        n_conv_per_stage_decoder=[2] * (count - 1),
-    )
+    shrink(stage, FEATURES)
     dataset_json = json.loads((plans_file.parent / "dataset.json").read_text())
     plans["continue_training"] = False
     trainer = SmallTrainer(plans, "3d_fullres", args.fold, dataset_json, device=torch.device("cpu"))

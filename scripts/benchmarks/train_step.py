@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import program
+from small_plan import shrink
 
 STAGE = "3d_fullres"
 PLAN = "nnUNetPlans"
@@ -187,25 +188,14 @@ def prepare(raw: Path | None, work: Path, size: Size) -> None:
     _run(work, "nnUNetv2_plan_and_preprocess", "-d", number, "-c", STAGE, "-npfp", "2", "--no_pp")
     plans_file = work / "nnunet" / "preprocessed" / raw.name / f"{PLAN}.json"
     plans = json.loads(plans_file.read_text())
-    _resize(plans["configurations"][STAGE], size)
+    stage = plans["configurations"][STAGE]
+    stage.update(patch_size=list(size.patch), batch_size=size.batch)
+    shrink(stage, size.features)
     plans_file.write_text(json.dumps(plans))
     _run(work, "nnUNetv2_preprocess", "-d", number, "-c", STAGE, "-plans_name", PLAN, "-np", "2")
     ours_from = ("--nnunet-plans", plans_file, "-p", PLAN, "-c", STAGE, "--root", work / "ours")
     _run(work, "rfmed_plan_and_preprocess", "-d", raw.name, *ours_from)
     (work / "ready").write_text(raw.name)
-
-
-def _resize(configuration: dict[str, Any], size: Size) -> None:
-    stages = len(size.features)
-    configuration.update(patch_size=list(size.patch), batch_size=size.batch)
-    configuration["architecture"]["arch_kwargs"].update(
-        n_stages=stages,
-        features_per_stage=list(size.features),
-        kernel_sizes=[[3, 3, 3]] * stages,
-        strides=[[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
-        n_conv_per_stage=[2] * stages,
-        n_conv_per_stage_decoder=[2] * (stages - 1),
-    )
 
 
 def _run(work: Path, name: str, *words: object) -> None:
