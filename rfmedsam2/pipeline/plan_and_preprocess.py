@@ -139,9 +139,13 @@ def _set_up(
     notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
     notes += _write(dataset, layout, plan) + _notes_on(plan)
     notes += note_on_mirroring(plan, read_header(dataset.training[0].images[0]).grid)
-    if wanted and options.tell is not None:
-        options.tell(memory_need(source, plan, wanted, workers))
-    done = preprocess(source, plan, wanted, layout, workers=workers, track=track) if wanted else None
+    done = None
+    if wanted:
+        need = memory_need(source, plan, wanted, workers)
+        if options.tell is not None:
+            options.tell(need)
+        # no more workers than were told, whatever memory has become free since
+        done = preprocess(source, plan, wanted, layout, workers=need.workers, track=track)
     return SetUp(fingerprint=found, plan=plan, splits=tuple(splits), notes=tuple(notes), preprocessed=done)
 
 
