@@ -10,14 +10,14 @@ __all__ = ["Grid", "Plan", "Predictor", "RfMedSamError", "Volume", "__version__"
 if TYPE_CHECKING:
     from rfmedsam2.errors import RfMedSamError
     from rfmedsam2.geometry import Grid, Volume
-    from rfmedsam2.pipeline.predict import Predictor
+    from rfmedsam2.pipeline.prediction.predict import Predictor
     from rfmedsam2.records.plan import Plan
 
 _HOMES = {
     "RfMedSamError": "rfmedsam2.errors",
     "Grid": "rfmedsam2.geometry",
     "Volume": "rfmedsam2.geometry",
-    "Predictor": "rfmedsam2.pipeline.predict",
+    "Predictor": "rfmedsam2.pipeline.prediction.predict",
     "Plan": "rfmedsam2.records.plan",
 }
 

@@ -9,8 +9,8 @@ from torch import nn
 from typing_extensions import assert_never
 
 from rfmedsam2.errors import CheckpointError
+from rfmedsam2.nn.meta_device import shapes_only
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
-from rfmedsam2.nn.shapes_only import shapes_only
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import ModelConfig, RFMedSam2Config, UNetConfig

@@ -1,11 +1,11 @@
-"""Write every plan of plans/ anew from rfmedsam2/pipeline/published.py: after a change there or in the planner."""
+"""Write every plan of plans/ again: after a change of the planner or of pipeline/planning/published_plans.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rfmedsam2.pipeline.published import PUBLISHED, published_plan
-from rfmedsam2.store.files import write_record
+from rfmedsam2.pipeline.planning.published_plans import PUBLISHED, published_plan
+from rfmedsam2.store.atomic import write_record
 
 FOLDER = Path(__file__).resolve().parents[1] / "plans"
 

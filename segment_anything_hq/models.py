@@ -17,7 +17,7 @@ from segment_anything_hq.nn.sam2_base import Sam2Backbone, Sam2Segmenter
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 from segment_anything_hq.nn.sam_base import ENCODERS, SamBackbone, SamSegmenter
 from segment_anything_hq.nn.sam_ref import SamRef
-from segment_anything_hq.nn.trained_part import TrainedPart
+from segment_anything_hq.nn.trainable_subset import TrainedPart
 from segment_anything_hq.nn.vit import TINY_EARLY, TinyViT
 from segment_anything_hq.records import ON_SAM2, Backbone, Method, RefinerRecord, ZeroShot, goes_on
 

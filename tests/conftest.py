@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import good
+from support.commands import good
 
 # as the commands do, before torch is imported: waiting threads sleep
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -47,10 +47,11 @@ def fault_seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """Folder of the real data sets: RFMED_TEST_DATA, else shared/data beside the repository."""
+    """Folder of the real data sets: RFMED_TEST_DATA, else one beside the repository that holds them."""
     named = os.environ.get("RFMED_TEST_DATA")
-    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not folder.is_dir():
+    places = [Path(named)] if named else sorted(Path(__file__).resolve().parents[2].glob("*/data"))
+    folder = next((place for place in places if (place / "hippocampus").is_dir()), None)
+    if folder is None:
         pytest.skip("the real data sets are not here: set RFMED_TEST_DATA to their folder")
     return folder
 

@@ -29,7 +29,7 @@ def loaded_by(statement: str) -> set[str]:
         "rfmedsam2.records.plan",
         "rfmedsam2.records.checkpoint",
         "rfmedsam2.store.layout",
-        "rfmedsam2.parallel",
+        "rfmedsam2.system.parallel",
         "rfmedsam2.cli",
     ],
 )
@@ -43,27 +43,29 @@ def test_importing_the_package_does_nothing() -> None:
 
 
 def test_predicting_loads_no_training_code() -> None:
-    modules = loaded_by("import rfmedsam2.pipeline.predict")
+    modules = loaded_by("import rfmedsam2.pipeline.prediction.predict")
     assert "torch" in modules
     assert not [m for m in modules if m.startswith(TRAINING_CODE)]
     assert not modules & set(AUGMENTERS)
 
 
-@pytest.mark.parametrize("module", ["plan_and_preprocess", "verify", "evaluate", "report"])
+@pytest.mark.parametrize(
+    "module", ["preprocessing.plan_and_preprocess", "datasets.verify", "evaluation.evaluate", "evaluation.report"]
+)
 def test_work_without_networks_loads_no_torch(module: str) -> None:
     assert "torch" not in loaded_by(f"import rfmedsam2.pipeline.{module}")
 
 
 def test_training_starts_without_what_few_trainings_use() -> None:
-    assert not loaded_by("import rfmedsam2.pipeline.train") & {"torchvision", "torch._dynamo", "monai", "timm"}
+    assert not loaded_by("import rfmedsam2.pipeline.training.train") & {"torchvision", "torch._dynamo", "monai", "timm"}
 
 
 def test_counting_and_loading_networks_needs_no_compiler() -> None:
     code = """
 from pathlib import Path
-from rfmedsam2.pipeline.summary import summary
+from rfmedsam2.pipeline.training.model_summary import summary
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.files import read_record
+from rfmedsam2.store.atomic import read_record
 for name in ("btcv", "btcv_unet"):
     summary(read_record(Path("plans") / f"{name}.json", Plan), "3d_fullres")
 """
@@ -72,4 +74,4 @@ for name in ("btcv", "btcv_unet"):
 
 def test_public_names_are_found_where_they_are_promised() -> None:
     code = "import rfmedsam2\nfor name in rfmedsam2.__all__: getattr(rfmedsam2, name)"
-    assert "rfmedsam2.pipeline.predict" in loaded_by(code)
+    assert "rfmedsam2.pipeline.prediction.predict" in loaded_by(code)

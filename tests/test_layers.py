@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -11,38 +13,61 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "rfmedsam2"
+PACKAGES = (PACKAGE, "segment_anything_hq")
+MOST_FILES = 15
 
-# lower may never import higher; modules of one level may import one another only inside the same part
-LEVELS = {
-    "errors": 0,
-    "geometry": 1,
-    "records": 2,
-    "parallel": 2,
-    "compiling": 0,
-    "free_memory": 0,
-    "store": 3,
-    "transforms": 3,
-    "prompts": 3,
-    "metric_kernels": 2,
-    "metrics": 3,
-    "devices": 2,
-    "losses": 4,
-    "nn": 4,
-    "models": 5,
-    "engine": 5,
-    "inference": 6,
-    "tasks": 7,
-    "pipeline": 8,
-    "cli": 9,
+# A room may import only rooms that stand above it in these lists: lower never imports higher, and no two rooms of one
+# line import each other.
+VOLUMES = (
+    "errors",
+    "geometry records prompts system",
+    "losses metrics nn store transforms",
+    "engine inference models pipeline.datasets pipeline.doctor",
+    "reporting tasks pipeline.planning pipeline.prediction",
+    "pipeline.preprocessing",
+    "pipeline.evaluation",
+    "pipeline.training",
+    "cli",
+)
+IMAGES = (
+    "records",
+    "nn prompts",
+    "data build_sam modeling onnx predictor",
+    "models automatic_mask_generator video",
+    "inference",
+    "evaluation",
+    "tasks",
+    "cli",
+)
+# on neighbouring levels, but strangers by design: (room, what it never imports)
+NEVER = {
+    ("engine", "nn"): "the loop knows no network",
+    ("engine", "models"): "the loop knows no network",
+    ("engine", "transforms"): "the loop knows no data",
+    ("inference", "engine"): "predicting loads no training code",
+    ("inference", "losses"): "predicting loads no training code",
+    ("pipeline.prediction", "losses"): "predicting loads no training code",
+    ("pipeline.prediction", "engine"): "predicting loads no training code",
 }
 # what the second package may use of the first
-SHARED_WITH_IMAGES = {"compiling", "errors", "prompts", "metrics", "losses", "engine", "records", "store", "nn"}
+SHARED_WITH_IMAGES = {
+    "errors",
+    "system",
+    "prompts",
+    "metrics",
+    "losses",
+    "engine",
+    "records",
+    "store",
+    "nn",
+    "reporting",
+}
 # how commands parse, print and end is the same in both
 SHARED_BY_COMMANDS = SHARED_WITH_IMAGES | {"cli"}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 UNPICKLERS = {"cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
-SOURCES = sorted(p for name in (PACKAGE, "segment_anything_hq") for p in (ROOT / name).rglob("*.py"))
+SOURCES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 OURS = [path for path in SOURCES if path.relative_to(ROOT).parts[0] == PACKAGE]
 
 
@@ -70,46 +95,87 @@ def imported_modules(path: Path) -> Iterator[tuple[str, int]]:
             yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
 
 
-def part_of(module: str) -> str | None:
-    """The part of the package that a module belongs to: "store" for rfmedsam2.store.files; None for other packages."""
+LEVELS = {
+    f"{package}.{room}": level
+    for package, levels in zip(PACKAGES, (VOLUMES, IMAGES), strict=True)
+    for level, rooms in enumerate(levels)
+    for room in rooms.split()
+}
+
+
+def room_of(module: str) -> str | None:
+    """The room that a module belongs to: "rfmedsam2.store" for rfmedsam2.store.atomic; None for other packages."""
     names = module.split(".")
-    return names[1] if names[0] == PACKAGE and len(names) > 1 and names[1] in LEVELS else None
+    return next((room for n in (3, 2) if (room := ".".join(names[:n])) in LEVELS), None)
+
+
+def own_room(path: Path) -> str | None:
+    """The room that a source file belongs to; None for the packages' own __init__."""
+    return room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+def part_of(module: str) -> str | None:
+    """The first name below the package of volumes: "store" for rfmedsam2.store.atomic; None for other packages."""
+    names = module.split(".")
+    return names[1] if names[0] == PACKAGE and len(names) > 1 else None
 
 
 def own_part(path: Path) -> str:
-    """The part that a source file of the package belongs to; "" for the package's __init__."""
-    name = path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
-    return "" if name == "__init__" else name
+    """The first name below its package that a source file belongs to."""
+    return path.relative_to(ROOT).parts[1].removesuffix(".py")
 
 
-def test_the_walk_sees_the_package() -> None:
+def test_the_walk_sees_the_packages() -> None:
     modules = {module for path in SOURCES for module, _ in imported_modules(path)}
-    assert len(SOURCES) > 20
-    assert {"rfmedsam2.errors", "rfmedsam2.records.base", "numpy"} <= modules
+    assert {"rfmedsam2.errors", "rfmedsam2.records.base", "segment_anything_hq.records", "numpy"} <= modules
+    files = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {str(path.relative_to(ROOT)) for path in SOURCES} >= {f for f in files.stdout.split() if f.endswith(".py")}
 
 
-def test_every_part_has_a_layer() -> None:
-    parts = {own_part(path) for path in OURS} - {""}
-    assert parts <= set(LEVELS), f"give {parts - set(LEVELS)} a place among {', '.join(LEVELS)}"
+def test_every_file_is_in_a_room() -> None:
+    facades = [ROOT / package / "__init__.py" for package in PACKAGES]
+    folders = {path.parent / "__init__.py" for path in SOURCES if any(path.parent in p.parents for p in SOURCES)}
+    homeless = [path for path in SOURCES if own_room(path) is None and path not in facades and path not in folders]
+    assert not homeless, f"give {homeless} a place in VOLUMES or IMAGES"
 
 
-def test_lower_layers_never_import_higher_ones() -> None:
+def test_no_room_is_crowded() -> None:
+    folders = Counter(path.parent for path in SOURCES if path.name != "__init__.py")
+    assert not {str(folder): count for folder, count in folders.items() if count > MOST_FILES}
+
+
+def test_lower_rooms_never_import_higher_ones() -> None:
     def faults(path: Path) -> list[str]:
-        part = own_part(path)
+        room = own_room(path)
         return [
-            f"line {line}: {part} (layer {LEVELS[part]}) imports {module} (layer {LEVELS[other]})"
+            f"line {line}: {room} (layer {LEVELS[room]}) imports {module} (layer {LEVELS[other]})"
             for module, line in imported_modules(path)
-            if (other := part_of(module)) is not None and other != part and LEVELS[other] >= LEVELS[part]
+            if room is not None and (other := room_of(module)) is not None and other != room
+            if other.split(".")[0] == room.split(".")[0] and LEVELS[other] >= LEVELS[room]
         ]
 
-    assert not offences(faults, [path for path in OURS if own_part(path) in LEVELS])
+    assert not offences(faults)
+
+
+@pytest.mark.parametrize("pair", sorted(NEVER))
+def test_rooms_that_are_strangers_stay_so(pair: tuple[str, str]) -> None:
+    room, never = (f"{PACKAGE}.{name}" for name in pair)
+
+    def faults(path: Path) -> list[str]:
+        return [f"line {n}: {NEVER[pair]}" for module, n in imported_modules(path) if room_of(module) == never]
+
+    sources = [path for path in OURS if own_room(path) == room]
+    assert sources
+    assert not offences(faults, sources)
 
 
 def test_parallel_work_is_for_the_pipeline() -> None:
     def faults(path: Path) -> list[str]:
         if own_part(path) in {"pipeline", "cli"}:
             return []
-        return [f"line {line}" for module, line in imported_modules(path) if part_of(module) == "parallel"]
+        return [
+            f"line {line}" for module, line in imported_modules(path) if module.startswith("rfmedsam2.system.parallel")
+        ]
 
     assert not offences(faults, OURS)
 

@@ -26,9 +26,9 @@ from rfmedsam2.records.model import RFMedSam2Config
 
 if TYPE_CHECKING:
     from rfmedsam2.engine.log import StepReport
+    from rfmedsam2.pipeline.datasets.amos22_submission import SubmissionReport
     from rfmedsam2.pipeline.doctor import DoctorReport
-    from rfmedsam2.pipeline.submit import SubmissionReport
-    from rfmedsam2.pipeline.summary import Summary
+    from rfmedsam2.pipeline.training.model_summary import Summary
     from rfmedsam2.records.model import ModelConfig
     from rfmedsam2.records.plan import Plan
     from rfmedsam2.records.report import Evaluation, Interval

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from rfmedsam2.cli.entry import (
+from rfmedsam2.cli.command import (
     AsJson,
     DatasetName,
     Device,
@@ -40,13 +40,13 @@ Backbone = Literal["sam2_tiny", "sam2_small", "sam2_base_plus", "sam2_large", "n
 
 def verify(*, dataset: DatasetName = None, root: Root = None, workers: Workers = 2, as_json: AsJson = False) -> None:
     """Read every file of a raw dataset once and report all faults of all cases."""
-    from rfmedsam2.cli import choices
+    from rfmedsam2.cli import resolve
     from rfmedsam2.cli.console import bars, table
-    from rfmedsam2.pipeline.splits import read_splits
-    from rfmedsam2.pipeline.verify import verify as run
+    from rfmedsam2.pipeline.datasets.splits import read_splits
+    from rfmedsam2.pipeline.datasets.verify import verify as run
 
     layout = layout_of(root)
-    raw = choices.raw_dataset(layout, dataset, os.environ)
+    raw = resolve.raw_dataset(layout, dataset, os.environ)
     splits = layout.splits_file(raw.name)
     folds = read_splits(splits, [case.id for case in raw.training]) if splits.is_file() else ()
     report = run(raw, splits=folds, workers=workers, track=bars)
@@ -101,13 +101,13 @@ def plan_and_preprocess(
         clean: Take a new fingerprint although no file has changed.
         preprocess: Only verify and plan.
     """
-    from rfmedsam2.cli import choices
+    from rfmedsam2.cli import resolve
     from rfmedsam2.cli.console import bars, show_plan
-    from rfmedsam2.pipeline.plan_and_preprocess import PlanOptions
-    from rfmedsam2.pipeline.plan_and_preprocess import plan_and_preprocess as run
+    from rfmedsam2.pipeline.preprocessing.plan_and_preprocess import PlanOptions
+    from rfmedsam2.pipeline.preprocessing.plan_and_preprocess import plan_and_preprocess as run
 
     layout = layout_of(root)
-    raw = choices.raw_dataset(layout, dataset, os.environ)
+    raw = resolve.raw_dataset(layout, dataset, os.environ)
     options = PlanOptions(
         preset=preset,
         model=model,
@@ -167,17 +167,17 @@ def train(
         validate: Leave out the last step: predicting and scoring the validation cases as whole volumes.
         tensorboard: Also write TensorBoard events (needs the extra `tensorboard`).
     """
-    from rfmedsam2.cli import choices
+    from rfmedsam2.cli import resolve
     from rfmedsam2.cli.console import TrainingView, bars, show_scores
-    from rfmedsam2.pipeline.train import TrainOptions
-    from rfmedsam2.pipeline.train import train as run
+    from rfmedsam2.pipeline.training.train import TrainOptions
+    from rfmedsam2.pipeline.training.train import train as run
 
     named, stage, fold = training_words(words)
     layout = layout_of(root)
-    name = choices.dataset_name(layout, named or dataset, os.environ, among="preprocessed")
+    name = resolve.dataset_name(layout, named or dataset, os.environ, among="preprocessed")
     fields = {"epochs": epochs, "iterations_per_epoch": iterations, "learning_rate": lr}
     changes = [f"{stage}.train.{field}={value}" for field, value in fields.items() if value is not None]
-    chosen = choices.planned(layout, name, plan, stage=stage, changes=[*changes, *set_])
+    chosen = resolve.planned(layout, name, plan, stage=stage, changes=[*changes, *set_])
     say(f"Training {name}, plan {chosen.name}, {stage}, fold {fold}")
     with TrainingView() as view:
         options = TrainOptions(
@@ -245,7 +245,7 @@ def predict(
         continue_: Keep label maps that the same model with the same options has already made.
     """
     from rfmedsam2.cli.console import bars
-    from rfmedsam2.pipeline.predict import Options, Predictor, predict_files
+    from rfmedsam2.pipeline.prediction.predict import Options, Predictor, predict_files
     from rfmedsam2.store.raw import find_cases
 
     folder = model or trained_folder(layout_of(root), dataset, plan, configuration)
@@ -288,12 +288,12 @@ def evaluate(
         tolerance: Of the normalised surface Dice.
         both_empty: How a class counts that neither label map holds.
     """
-    from rfmedsam2.cli import choices
+    from rfmedsam2.cli import resolve
     from rfmedsam2.cli.console import bars, show_scores
-    from rfmedsam2.pipeline.evaluate import evaluate as run
+    from rfmedsam2.pipeline.evaluation.evaluate import evaluate as run
 
     beside = (references, predictions)
-    names = choices.labels_for(layout_of(root), os.environ, dataset=dataset, file=labels, beside=beside)
+    names = resolve.labels_for(layout_of(root), os.environ, dataset=dataset, file=labels, beside=beside)
     result = run(
         predictions,
         references,
@@ -328,9 +328,9 @@ def report(
         images: Images of the evaluated cases, drawn below the contours.
         title: Heading of the page.
     """
-    from rfmedsam2.pipeline.report import write_report
+    from rfmedsam2.pipeline.evaluation.report import write_report
     from rfmedsam2.records.report import Evaluation
-    from rfmedsam2.store.files import read_record
+    from rfmedsam2.store.atomic import read_record
 
     if images is not None and not images.is_dir():
         raise UsageError("There is no such folder of images", where=images, remedy="Check the path given with -i")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from rfmedsam2.cli.entry import AsJson, DatasetName, Root, command, layout_of
+from rfmedsam2.cli.command import AsJson, DatasetName, Root, command, layout_of
 
 
 def summary(
@@ -27,18 +27,18 @@ def summary(
         configuration: 2d, 3d_fullres or 3d_lowres.
     """
     from rfmedsam2.cli.console import show_summary
-    from rfmedsam2.pipeline.summary import summary as describe
+    from rfmedsam2.pipeline.training.model_summary import summary as describe
     from rfmedsam2.records.plan import Plan
-    from rfmedsam2.store.files import read_record
+    from rfmedsam2.store.atomic import read_record
 
     if plan.endswith(".json"):
         found = read_record(Path(plan), Plan)
     else:
-        from rfmedsam2.cli import choices
+        from rfmedsam2.cli import resolve
 
         layout = layout_of(root)
-        name = choices.dataset_name(layout, dataset, os.environ, among="preprocessed")
-        found = choices.planned(layout, name, plan, stage=configuration)
+        name = resolve.dataset_name(layout, dataset, os.environ, among="preprocessed")
+        found = resolve.planned(layout, name, plan, stage=configuration)
     result = describe(found, configuration)
     if as_json:
         print(json.dumps(result.as_json(), indent=2))

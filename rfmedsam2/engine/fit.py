@@ -31,13 +31,13 @@ from rfmedsam2.engine.checkpoint import (
     save_model,
     save_training,
 )
-from rfmedsam2.engine.figures import Figures, Sent, send
-from rfmedsam2.engine.generators import capture, preserved, restore, seed_all
+from rfmedsam2.engine.distributed import compile_model, distribute
 from rfmedsam2.engine.log import MetricsLog, StepReport
-from rfmedsam2.engine.rehearsal import compile_model, distribute
+from rfmedsam2.engine.rng import capture, preserved, restore, seed_all
 from rfmedsam2.engine.runtime import determinism, lost_ranks_named, resident_mb, to_device
 from rfmedsam2.engine.schedule import learning_rate_factor, set_learning_rate
 from rfmedsam2.engine.signals import Interrupted, Signals, listening
+from rfmedsam2.engine.step_metrics import Figures, Sent, send
 from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.errors import DivergedError, UsageError
 from rfmedsam2.records.plan import TrainConfig

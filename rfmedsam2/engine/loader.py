@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from rfmedsam2.engine.generators import preserved, seed_all
+from rfmedsam2.engine.rng import preserved, seed_all
 from rfmedsam2.errors import MemoryShortError, RfMedSamError, UsageError, WorkerError
-from rfmedsam2.free_memory import free_bytes
+from rfmedsam2.system.memory import free_bytes
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")

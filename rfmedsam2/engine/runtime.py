@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rfmedsam2.devices import choose_device
 from rfmedsam2.errors import PlanError, WorkerError
+from rfmedsam2.system.devices import choose_device
 
 T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rfmedsam2.compiling import compiled
+from rfmedsam2.system.numba_cache import compiled
 
 
 @compiled()

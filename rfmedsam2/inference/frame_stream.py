@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rfmedsam2.nn.refinement_state import ABSENT, FirstStep, Memory, Size, Start, size_of
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
-from rfmedsam2.nn.sam2.parts import FrameFeatures, MemoryBank
-from rfmedsam2.nn.steps import ABSENT, FirstStep, Memory, Size, Start, size_of
+from rfmedsam2.nn.sam2.types import FrameFeatures, MemoryBank
 from rfmedsam2.prompts import Prompts
 
 StartOf = Callable[[FrameFeatures], Start]

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfmedsam2.inference.accumulator import EMPTY_LOGIT, Ring
 from rfmedsam2.inference.frame_stream import FrameStream, StartOf, clipped_boxes, flipped, flipped_boxes
-from rfmedsam2.inference.ring import EMPTY_LOGIT, Ring
 from rfmedsam2.inference.sliding_window import (
     EMPTY_RANGE,
     Execution,
@@ -26,10 +26,10 @@ from rfmedsam2.inference.sliding_window import (
     gaussian_weights,
     tile_starts,
 )
-from rfmedsam2.nn.cell_memory import at_once
+from rfmedsam2.nn.memory_budget import at_once
+from rfmedsam2.nn.refinement_state import Size, Start, one_against_rest, relative_to_background
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
-from rfmedsam2.nn.sam2.parts import FrameFeatures
-from rfmedsam2.nn.steps import Size, Start, one_against_rest, relative_to_background
+from rfmedsam2.nn.sam2.types import FrameFeatures
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.plan import Inference
 

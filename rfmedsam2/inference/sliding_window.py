@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rfmedsam2.errors import PlanError, RfMedSamError
-from rfmedsam2.inference.ring import Ring
+from rfmedsam2.inference.accumulator import Ring
 from rfmedsam2.records.plan import Inference
 
 Network = Callable[[Tensor], Any]

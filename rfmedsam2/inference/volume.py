@@ -13,7 +13,7 @@ from torch import nn
 
 from rfmedsam2.errors import ImageError, PlanError
 from rfmedsam2.geometry import Volume
-from rfmedsam2.inference.boxes import Given, planned_boxes
+from rfmedsam2.inference.box_prompts import Given, planned_boxes
 from rfmedsam2.inference.export import labels_from_slabs
 from rfmedsam2.inference.probabilities import ProbabilityFile
 from rfmedsam2.inference.refinement import Request, Tiling, predict_refined_slabs, require_possible

@@ -14,12 +14,23 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rfmedsam2.nn.cell_memory import CellSizes, at_once
-from rfmedsam2.nn.sam2.parts import CellPrompts, FrameFeatures, MemoryBank, Slots
-from rfmedsam2.nn.sam2.recall import prepare_frames, recall
-from rfmedsam2.nn.sam2.sam2 import Sam2
-from rfmedsam2.nn.sam2.selection import select
-from rfmedsam2.nn.steps import ABSENT, FirstStep, Memory, Size, Start, enlarged, placed, prompts_of, reduced, size_of
+from rfmedsam2.nn.memory_budget import CellSizes, at_once
+from rfmedsam2.nn.refinement_state import (
+    ABSENT,
+    FirstStep,
+    Memory,
+    Size,
+    Start,
+    enlarged,
+    placed,
+    prompts_of,
+    reduced,
+    size_of,
+)
+from rfmedsam2.nn.sam2.memory_attention import prepare_frames, recall
+from rfmedsam2.nn.sam2.memory_selection import select
+from rfmedsam2.nn.sam2.model import Sam2
+from rfmedsam2.nn.sam2.types import CellPrompts, FrameFeatures, MemoryBank, Slots
 from rfmedsam2.prompts import Prompts, resized
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Compute

@@ -18,18 +18,10 @@ from torch import Tensor, nn
 
 from rfmedsam2.errors import PlanError, UsageError
 from rfmedsam2.nn.adapters import ChannelAdapter
-from rfmedsam2.nn.cell_memory import at_once, frame_bytes
 from rfmedsam2.nn.feature_cache import FeatureCache
-from rfmedsam2.nn.generators import HierarchicalMasks, ObjectQueries, PointEmbeddings
-from rfmedsam2.nn.refiner import Refiner
-from rfmedsam2.nn.sam2.adapted import inject, remove
-from rfmedsam2.nn.sam2.build import build_base
-from rfmedsam2.nn.sam2.frozen import pretrained_parameters
-from rfmedsam2.nn.sam2.light_weights import load_light
-from rfmedsam2.nn.sam2.parts import FrameFeatures
-from rfmedsam2.nn.sam2.sam2 import Sam2
-from rfmedsam2.nn.sam2.weights import LoadReport, load_sam2
-from rfmedsam2.nn.steps import (
+from rfmedsam2.nn.memory_budget import at_once, frame_bytes
+from rfmedsam2.nn.prompt_generators import HierarchicalMasks, ObjectQueries, PointEmbeddings
+from rfmedsam2.nn.refinement_state import (
     ABSENT,
     FirstStep,
     Memory,
@@ -41,6 +33,14 @@ from rfmedsam2.nn.steps import (
     relative_to_background,
     with_background,
 )
+from rfmedsam2.nn.refiner import Refiner
+from rfmedsam2.nn.sam2.adapted import inject, remove
+from rfmedsam2.nn.sam2.build import build_base
+from rfmedsam2.nn.sam2.frozen import pretrained_parameters
+from rfmedsam2.nn.sam2.light_weights import load_light
+from rfmedsam2.nn.sam2.model import Sam2
+from rfmedsam2.nn.sam2.types import FrameFeatures
+from rfmedsam2.nn.sam2.weights import LoadReport, load_sam2
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.model import LIGHT_BACKBONES, RFMedSam2Config

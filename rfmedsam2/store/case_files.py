@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from rfmedsam2.records.base import Record
-from rfmedsam2.store.dicom import is_dicom_folder
+from rfmedsam2.store.formats.dicom import is_dicom_folder
 from rfmedsam2.store.images import image_ending
 
 FaultKind = Literal[

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
+from rfmedsam2.store.atomic import atomic, writing_to
 from rfmedsam2.store.checkpoint_header import CheckpointHeader, RecordT, read_header, read_record_of, record_sha256
-from rfmedsam2.store.files import atomic, writing_to
 
 __all__ = ["read_all", "read_record_of", "read_weights", "weights_sha256", "write_checkpoint"]
 

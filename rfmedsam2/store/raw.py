@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rfmedsam2.errors import DatasetError, ImageError
 from rfmedsam2.geometry import Volume
 from rfmedsam2.records.dataset import DatasetJson
+from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.case_files import (
     Case,
     Fault,
@@ -25,9 +26,8 @@ from rfmedsam2.store.case_files import (
     stem_of,
     what_is_in,
 )
-from rfmedsam2.store.files import read_record
 from rfmedsam2.store.images import IMAGE_ENDINGS, ImageHeader, read_channels
-from rfmedsam2.store.inputs import find_cases
+from rfmedsam2.store.input_discovery import find_cases
 
 __all__ = ["Case", "Fault", "RawDataset", "find_cases", "open_dataset", "read_case", "require_no_errors"]
 

@@ -10,7 +10,7 @@ from rfmedsam2.engine.loader import batches
 from rfmedsam2.engine.runtime import Runtime, to_device
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Split, Stage
-from rfmedsam2.store.cases import CaseStore, StoredCase
+from rfmedsam2.store.preprocessed import CaseStore, StoredCase
 from rfmedsam2.tasks.patches import PatchBatch, PatchSource
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from rfmedsam2.errors import RfMedSamError, StoreError
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Stage
-from rfmedsam2.store.cases import CaseStore, StoredCase
+from rfmedsam2.store.preprocessed import CaseStore, StoredCase
 from rfmedsam2.transforms.augment import OUTSIDE, plain_transforms, read_size, training_transforms
 
 ANNOTATED = -1

@@ -20,7 +20,7 @@ from rfmedsam2.nn.rfmedsam2 import RFMedSam2, Steps
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan, Split
-from rfmedsam2.store.cases import CaseStore
+from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.tasks.feed import PatchFeed
 from rfmedsam2.tasks.patches import PatchBatch
 from rfmedsam2.tasks.unet import overlap_counts, scores_of

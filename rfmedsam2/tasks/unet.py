@@ -19,7 +19,7 @@ from rfmedsam2.inference.sliding_window import predict_logits
 from rfmedsam2.losses import deep_supervision_losses, memberships
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan, Split
-from rfmedsam2.store.cases import CaseStore
+from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.tasks.feed import PatchFeed
 from rfmedsam2.tasks.patches import PatchBatch
 

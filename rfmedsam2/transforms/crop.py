@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rfmedsam2.compiling import compiled
 from rfmedsam2.geometry import Box
+from rfmedsam2.system.numba_cache import compiled
 
 
 def nonzero_box(image: np.ndarray) -> Box:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rfmedsam2.compiling import compiled
 from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.system.numba_cache import compiled
 
 ANNOTATED = -1
 LEAST = 10_000

@@ -15,7 +15,7 @@ from rfmedsam2.geometry import Box, Grid, Shape, Triple, Volume
 from rfmedsam2.records.case import CaseGeometry
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.transforms.crop import nonzero_box, outside_mask
-from rfmedsam2.transforms.normalise import normalise
+from rfmedsam2.transforms.normalize import normalise
 from rfmedsam2.transforms.resample import planned_shape, resample_image, resample_label, separate_axis
 
 OUTSIDE_LABEL = -1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rfmedsam2.compiling import compiled
+from rfmedsam2.system.numba_cache import compiled
 
 POLE = np.float32(np.sqrt(3.0) - 2.0)
 GAIN = np.float32(6.0)

@@ -18,10 +18,10 @@ import json
 from collections.abc import Callable
 
 import numpy as np
-from measuring import best
+from _harness.usage import best
 from scipy.ndimage import binary_erosion, gaussian_filter
 
-from segment_anything_hq.boundary import boundary_iou, boundary_width, mask_to_boundary
+from rfmedsam2.metrics.boundary import boundary_iou, boundary_width, mask_to_boundary
 
 HAS_CV2 = importlib.util.find_spec("cv2") is not None
 Erosion = Callable[[np.ndarray, int], np.ndarray]

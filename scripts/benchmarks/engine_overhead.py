@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from engine_toys import make_record  # pyright: ignore[reportMissingImports]
+from support.toy_task import make_record  # pyright: ignore[reportMissingImports]
 
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.optimizers import build_optimizer

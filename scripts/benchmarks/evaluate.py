@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 import surface_distance.metrics as deepmind
-from measuring import Usage, program, tree
+from _harness.usage import Usage, program, tree
 
-from rfmedsam2.metrics import NSD_TOLERANCE_MM
-from rfmedsam2.pipeline.phantom import make_phantom
+from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM
+from rfmedsam2.pipeline.datasets.phantom import make_phantom
 
 WORKERS = 2
 LARGEST_DIFFERENCE = 1e-6

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from measuring import measured
+from _harness.data import labels_with_most_organs
+from _harness.usage import measured
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
-from real_labels import labels_with_most_organs
 from scipy.ndimage import gaussian_filter, zoom
 
 from rfmedsam2.geometry import Grid

@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from small_plan import shrink
+from _harness.plans import shrink
 
 FEATURES, PATCH, BATCH = (16, 32, 64, 128), (40, 56, 40), 2
 

@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from real_labels import labels_with_most_organs
+from _harness.data import labels_with_most_organs
 from torch import Tensor
 
-from rfmedsam2.devices import choose_device
 from rfmedsam2.nn.sam2.build import build_base
-from rfmedsam2.nn.sam2.parts import CellPrompts, FrameFeatures, MemoryBank
-from rfmedsam2.nn.sam2.recall import prepare_frames, recall
-from rfmedsam2.nn.sam2.sam2 import Sam2
-from rfmedsam2.nn.sam2.selection import select
+from rfmedsam2.nn.sam2.memory_attention import prepare_frames, recall
+from rfmedsam2.nn.sam2.memory_selection import select
+from rfmedsam2.nn.sam2.model import Sam2
+from rfmedsam2.nn.sam2.types import CellPrompts, FrameFeatures, MemoryBank
+from rfmedsam2.system.devices import choose_device
 
 SIZE = 256
 REACH = 6

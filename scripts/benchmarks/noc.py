@@ -21,12 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from measuring import best
+from _harness.usage import best
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
-from segment_anything_hq.clicks import Click
-from segment_anything_hq.datasets import open_folders
+from segment_anything_hq.data.datasets import open_folders
 from segment_anything_hq.evaluation.interactive import ClickProtocol, click_run
+from segment_anything_hq.prompts.clicks import Click
 
 HAS_CV2 = importlib.util.find_spec("cv2") is not None
 Distances = Callable[[np.ndarray], np.ndarray]

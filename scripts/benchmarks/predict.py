@@ -18,10 +18,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import network_timed
 import numpy as np
-from both_sides import STAGE, Sides, add_arguments, both_sides, write_models
-from measuring import Usage, tree
+from _harness import stub_network
+from _harness.peers import STAGE, Sides, add_arguments, both_sides, write_models
+from _harness.usage import Usage, tree
 
 from rfmedsam2.store.images import read_label
 
@@ -57,8 +57,8 @@ def main() -> None:
 def one_side(sides: Sides, side: tuple[str, str], words: list[object]) -> tuple[Usage, float]:
     """What a side took, and the seconds of its network."""
     shutil.rmtree(str(words[words.index("-o") + 1]), ignore_errors=True)
-    usage = tree([sys.executable, Path(network_timed.__file__), *side, *words], env=sides.nnunet_variables)
-    told = re.search(rf"{network_timed.TOLD} ([\d.]+)", usage.output)
+    usage = tree([sys.executable, Path(stub_network.__file__), *side, *words], env=sides.nnunet_variables)
+    told = re.search(rf"{stub_network.TOLD} ([\d.]+)", usage.output)
     assert told is not None, usage.output
     return usage, float(told[1])
 

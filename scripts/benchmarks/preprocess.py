@@ -19,10 +19,10 @@ from typing import Any
 
 import blosc2
 import numpy as np
-from both_sides import STAGE, Sides, add_arguments, both_sides
-from measuring import Usage
+from _harness.peers import STAGE, Sides, add_arguments, both_sides
+from _harness.usage import Usage
 
-from rfmedsam2.store.cases import CaseStore
+from rfmedsam2.store.preprocessed import CaseStore
 
 PLAN = "benchmark"
 

@@ -18,12 +18,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from real_labels import labels_with_most_organs
+from _harness.data import labels_with_most_organs
 from sam2.utils.misc import mask_to_box
 from torch import Tensor
 
-from rfmedsam2.devices import choose_device
 from rfmedsam2.prompts import centre_points, prompts_from_labels, prompts_from_members
+from rfmedsam2.system.devices import choose_device
 
 FRAMES, CLASSES, SIZE = 32, 13, 256
 

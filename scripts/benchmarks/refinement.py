@@ -29,18 +29,18 @@ from unittest import mock
 
 import numpy as np
 import torch
-from real_labels import labels_with_most_organs
+from _harness.data import labels_with_most_organs
 from torch import Tensor
 
-from rfmedsam2.devices import choose_device
 from rfmedsam2.inference.refined_tiles import RefinedTiles, Request, Tiling
 from rfmedsam2.inference.sliding_window import Execution, Slab, tile_starts
 from rfmedsam2.models import build
 from rfmedsam2.nn import refiner
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
-from rfmedsam2.pipeline.phantom import phantom_case
+from rfmedsam2.pipeline.datasets.phantom import phantom_case
 from rfmedsam2.records.plan import Plan, Stage
-from rfmedsam2.store.files import read_record
+from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.devices import choose_device
 
 SIDE = 512
 CLASSES = 13

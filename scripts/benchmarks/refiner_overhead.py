@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfmedsam2.devices import choose_device
+from rfmedsam2.nn.segmenter import Prompted, Segmented
+from rfmedsam2.system.devices import choose_device
 from segment_anything_hq import models
-from segment_anything_hq.nn.parts import Prompted, Segmented
 from segment_anything_hq.records import Backbone, Method, ZeroShot
 
 METHODS: dict[Method, tuple[ZeroShot, float]] = {

@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 
 from rfmedsam2.engine.checkpoint import FINAL
-from rfmedsam2.records.changes import with_changes
+from rfmedsam2.records.overrides import with_changes
 from segment_anything_hq import models
-from segment_anything_hq.datasets import ImageSet
-from segment_anything_hq.evaluation.page import write_page
+from segment_anything_hq.data.datasets import ImageSet
+from segment_anything_hq.data.open_data import held_out, open_data
 from segment_anything_hq.evaluation.protocols import BoxRule, evaluate_prompted
+from segment_anything_hq.evaluation.report import write_page
 from segment_anything_hq.evaluation.scores import Evaluation
-from segment_anything_hq.interactive_predictor import InteractivePredictor
-from segment_anything_hq.recipes import recipe
+from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.records import Method, RefinerPlan
-from segment_anything_hq.sources import held_out, open_data
-from segment_anything_hq.training import TrainOptions, train
+from segment_anything_hq.tasks.defaults import recipe
+from segment_anything_hq.tasks.train import TrainOptions, train
 
 EPOCHS = 6
 SHORTENED: dict[Method, tuple[str, ...]] = {

@@ -16,8 +16,8 @@ import json
 import shutil
 from collections.abc import Sequence
 
-from both_sides import STAGE, Sides, add_arguments, both_sides, write_models, write_volume
-from measuring import Usage
+from _harness.peers import STAGE, Sides, add_arguments, both_sides, write_models, write_volume
+from _harness.usage import Usage
 
 from rfmedsam2.store.images import read_header
 

@@ -22,8 +22,8 @@ import sys
 import time
 from importlib.metadata import entry_points
 
-from both_sides import STAGE, Sides, add_arguments, both_sides
-from measuring import best, program
+from _harness.peers import STAGE, Sides, add_arguments, both_sides
+from _harness.usage import best, program
 
 PEERS = ("nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict", "nnUNetv2_evaluate_simple")
 NOT_YET = re.compile(r"^\s*$|^Data: |^Training \S+, plan")

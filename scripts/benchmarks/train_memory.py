@@ -32,14 +32,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from live_storage import LiveStorage, kept_by_autograd  # pyright: ignore[reportMissingImports]
+from support.live_storage import LiveStorage, kept_by_autograd  # pyright: ignore[reportMissingImports]
 
 from rfmedsam2.losses import deep_supervision_losses, segmentation_losses
 from rfmedsam2.models import build_stage
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.files import read_record
+from rfmedsam2.store.atomic import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMES, SIZE = 32, 256

@@ -31,8 +31,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import program
-from small_plan import shrink
+from _harness.plans import shrink
+from _harness.usage import program
 
 STAGE = "3d_fullres"
 PLAN = "nnUNetPlans"
@@ -179,7 +179,7 @@ def prepare(raw: Path | None, work: Path, size: Size) -> None:
     for side in ("nnunet", "ours"):
         (work / side / "raw").mkdir(parents=True)
     if raw is None:
-        from rfmedsam2.pipeline.phantom import make_phantom
+        from rfmedsam2.pipeline.datasets.phantom import make_phantom
 
         raw = make_phantom(work, cases=6, test_cases=0)
     for side in ("nnunet", "ours"):
@@ -235,11 +235,11 @@ def ours(args: argparse.Namespace) -> Timing:
     from rfmedsam2.engine.fit import fit
     from rfmedsam2.engine.runtime import Runtime
     from rfmedsam2.engine.task import Run
-    from rfmedsam2.pipeline.train import describe
+    from rfmedsam2.pipeline.training.train import describe
     from rfmedsam2.records.plan import Plan, Split
-    from rfmedsam2.store.cases import CaseStore
-    from rfmedsam2.store.files import read_record
+    from rfmedsam2.store.atomic import read_record
     from rfmedsam2.store.layout import Layout
+    from rfmedsam2.store.preprocessed import CaseStore
     from rfmedsam2.tasks.unet import UNetTask
 
     torch.set_num_threads(args.threads)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from rfmedsam2.cli.entry import AsJson, Device, command
+from rfmedsam2.cli.command import AsJson, Device, command
 from rfmedsam2.errors import UsageError
-from segment_anything_hq.cli.using import Backbone, Decoder, FrameSize, Method, Model, Weights, built
+from segment_anything_hq.cli.predict_evaluate import Backbone, Decoder, FrameSize, Method, Model, Weights, built
 
 File = Annotated[Path | None, arg(metavar="FILE")]
 
@@ -43,9 +43,9 @@ def evaluate_coco(
         overwrite: Replace the output file.
     """
     from rfmedsam2.cli.console import bars, table
-    from rfmedsam2.store.files import write_record
-    from segment_anything_hq.chosen import Choice, named_network
+    from rfmedsam2.store.atomic import write_record
     from segment_anything_hq.evaluation.average_precision import PrecisionRecord, average_precision
+    from segment_anything_hq.inference.network_spec import Choice, named_network
 
     named = named_network(
         Choice(method=method, backbone=backbone, weights=weights, decoder=decoder, model=model, frame_size=frame_size)

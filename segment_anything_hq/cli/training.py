@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from rfmedsam2.cli.entry import Device, command, end_if_stopped, say
+from rfmedsam2.cli.command import Device, command, end_if_stopped, say
 from segment_anything_hq.cli.names import AnyBackbone, MaskRule, Trainable
 
 if TYPE_CHECKING:
-    from segment_anything_hq.datasets import ImageSet
+    from segment_anything_hq.data.datasets import ImageSet
     from segment_anything_hq.records import RefinerPlan
-    from segment_anything_hq.training import TrainResult
+    from segment_anything_hq.tasks.train import TrainResult
 
 Data = Annotated[tuple[str, ...], arg(metavar="[NAME=]FOLDER")]
 Weights = Annotated[Path | None, arg(aliases=("-w",), metavar="FILE", help="Published weights of the backbone.")]
@@ -80,8 +80,8 @@ def train(
         tensorboard: Also write TensorBoard events (needs the extra `tensorboard`).
     """
     from rfmedsam2.cli.console import TrainingView
-    from segment_anything_hq.training import TrainOptions
-    from segment_anything_hq.training import train as run
+    from segment_anything_hq.tasks.train import TrainOptions
+    from segment_anything_hq.tasks.train import train as run
 
     training, held = _parts(data, validation, held_out, mask_rule)
     samples = sum(len(images.samples) for images in training)
@@ -111,7 +111,7 @@ def _parts(
     data: tuple[str, ...], validation: tuple[str, ...], share: float, rule: MaskRule
 ) -> tuple[tuple[ImageSet, ...], tuple[ImageSet, ...]]:
     """What to train on, and what is held out."""
-    from segment_anything_hq.sources import held_out, open_data
+    from segment_anything_hq.data.open_data import held_out, open_data
 
     training = open_data(data, rule=rule)
     if validation:
@@ -123,10 +123,10 @@ def _plan(
     method: Trainable, backbone: AnyBackbone, file: Path | None, *, samples: int, changes: list[str]
 ) -> RefinerPlan:
     """The method's recipe, or an earlier training's plan, changed."""
-    from rfmedsam2.records.changes import with_changes
-    from rfmedsam2.store.files import read_record
-    from segment_anything_hq.recipes import recipe
+    from rfmedsam2.records.overrides import with_changes
+    from rfmedsam2.store.atomic import read_record
     from segment_anything_hq.records import RefinerPlan
+    from segment_anything_hq.tasks.defaults import recipe
 
     plan = recipe(method, backbone, samples=samples) if file is None else read_record(file, RefinerPlan)
     return with_changes(plan, changes, where="the plan of this training")

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from rfmedsam2.errors import DatasetError, UsageError
+from rfmedsam2.nn.segmenter import Prompted
 from rfmedsam2.records.base import Record
-from segment_anything_hq.framing import Fit, device_of, embed, framing_of
+from segment_anything_hq.data.image_io import read_picture
+from segment_anything_hq.inference.image_transform import Fit, device_of, embed, framing_of
 from segment_anything_hq.models import Network
-from segment_anything_hq.nn.parts import Prompted
-from segment_anything_hq.pictures import read_picture
 
 AT_ONCE = 32
 """Boxes of a picture that are one batch."""

@@ -15,10 +15,10 @@ from typing import Protocol
 import numpy as np
 
 from rfmedsam2.errors import UsageError
-from segment_anything_hq.clicks import MOST_CLICKS, Click, iou, next_click
-from segment_anything_hq.datasets import Fault, ImageSet, read_ahead
+from segment_anything_hq.data.datasets import Fault, ImageSet, read_ahead
 from segment_anything_hq.evaluation.protocols import named_apart, predicted_mask
 from segment_anything_hq.evaluation.scores import Case, Chart, Column, Curve, Evaluation, SampleScore, Worst, mean
+from segment_anything_hq.prompts.clicks import MOST_CLICKS, Click, iou, next_click
 
 THRESHOLD = 0.49
 """A pixel is predicted where its probability is above this (RITM's default)."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rfmedsam2.errors import UsageError
-from segment_anything_hq.clicks import Click
 from segment_anything_hq.evaluation.interactive import Interactive
+from segment_anything_hq.prompts.clicks import Click
 
 SIZE = 1024
 GRID = 16

@@ -12,10 +12,10 @@ from typing import Protocol
 import numpy as np
 
 from rfmedsam2.errors import UsageError
-from segment_anything_hq.boundary import DILATION_RATIO, boundary_iou
-from segment_anything_hq.clicks import IGNORE, Click, iou, next_click
-from segment_anything_hq.datasets import Fault, ImageSet, read_ahead
+from rfmedsam2.metrics.boundary import DILATION_RATIO, boundary_iou
+from segment_anything_hq.data.datasets import Fault, ImageSet, read_ahead
 from segment_anything_hq.evaluation.scores import Case, Chart, Column, Curve, Evaluation, SampleScore, Worst, mean
+from segment_anything_hq.prompts.clicks import IGNORE, Click, Prompt, iou, next_click
 
 THRESHOLD = 0.5
 """A pixel is predicted where its probability is above this: where its logit is above 0."""
@@ -26,14 +26,6 @@ SAMPLE_COLUMNS = (
     Column(name="boundary_iou", title="BIoU", meaning="Boundary IoU", unit="%", scale=100),
     Column(name="iou", title="IoU", meaning="Intersection over union", unit="%", scale=100),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """One prompt in a picture's pixels: a box (4,) float32 xyxy, or points."""
-
-    box: np.ndarray | None = None
-    points: tuple[Click, ...] = ()
 
 
 class Promptable(Protocol):

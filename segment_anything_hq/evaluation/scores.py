@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2.store.files import write_text
-from segment_anything_hq.clicks import Click
-from segment_anything_hq.datasets import Fault, Sample
+from rfmedsam2.store.atomic import write_text
+from segment_anything_hq.data.datasets import Fault, Sample
+from segment_anything_hq.prompts.clicks import Click
 
 WORST = 6
 """Worst cases that are kept with their masks."""

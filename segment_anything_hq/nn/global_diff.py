@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 
-from segment_anything_hq.nn.parts import Embedded, Prompted
+from rfmedsam2.nn.segmenter import Embedded, Prompted
 
 WIDTH = 64
 """Channels of the fused features."""

@@ -17,7 +17,7 @@ from segment_anything.modeling.mask_decoder import MaskDecoder as SamMaskDecoder
 from segment_anything.modeling.transformer import TwoWayTransformer
 from torch import Tensor, nn
 
-from segment_anything_hq.nn.two_way import FirstLayer, attend, first_layer, rows_of
+from segment_anything_hq.nn.two_way_transformer import FirstLayer, attend, first_layer, rows_of
 
 HQ_PARTS = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
 """What HQ-SAM adds to SAM, and what is trained of it."""

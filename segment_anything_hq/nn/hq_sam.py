@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.nn.sam2.weights import LoadReport
+from rfmedsam2.nn.segmenter import DEVIATION, MEAN, Embedded, Prompted, Segmented, normalised
 from segment_anything_hq.nn.hq_decoder import HQ_PARTS, Decoded, MaskDecoder, MaskDecoderHQ, hq_parameters
-from segment_anything_hq.nn.parts import DEVIATION, MEAN, Embedded, Prompted, Segmented, normalised
 from segment_anything_hq.nn.sam_base import fitted_positions
 from segment_anything_hq.nn.vit import CLASSIFIER, ImageEncoderViT, TinyViT
 

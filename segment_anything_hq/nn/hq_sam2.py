@@ -17,7 +17,7 @@ from sam2.modeling.sam2_utils import MLP, LayerNorm2d
 from torch import Tensor, nn
 
 from rfmedsam2.nn.sam2.weights import LoadReport, load_sam2
-from segment_anything_hq.nn.parts import Embedded, Prompted, Segmented
+from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented
 from segment_anything_hq.nn.sam2_base import (
     PUBLISHED_SIZE,
     Sam2Backbone,

@@ -12,8 +12,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from rfmedsam2.nn.segmenter import Prompted
 from segment_anything_hq.nn.global_diff import WIDTH, ErrorDetailHeads, Refined, in_map
-from segment_anything_hq.nn.parts import Prompted
 
 EXPANSION = 1.4
 """Of the box of the change (FocalClick's factor; the paper names none)."""

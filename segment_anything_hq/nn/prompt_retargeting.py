@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rfmedsam2.nn.segmenter import Prompted
 from rfmedsam2.prompts import prompts_from_members
 from segment_anything_hq.nn.localization_augment import attend, zeroed
-from segment_anything_hq.nn.parts import Prompted
 
 Encode = Callable[[Tensor], Tensor]
 """Places (..., 2) XY in pixels of the frame -> (..., C) encoded."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rfmedsam2.nn.sam2.build import Base, build_base
 from rfmedsam2.nn.sam2.weights import LoadReport, load_sam2
+from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented, normalised
 from rfmedsam2.records.model import Backbone
-from segment_anything_hq.nn.parts import Embedded, Prompted, Segmented, normalised
 from segment_anything_hq.nn.sam_base import Trained, is_ambiguous
 
 Sam2Backbone = Literal["hiera_t", "hiera_s", "hiera_b+", "hiera_l", "hiera_nano"]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented
 from segment_anything_hq.nn.localization_augment import LocalizationAugment, grid_positions, stitched, sub_images
 from segment_anything_hq.nn.mask_refinement import Levels, MaskFeatures, MaskRefinement, Views
-from segment_anything_hq.nn.parts import Embedded, Prompted, Segmented
 from segment_anything_hq.nn.prompt_retargeting import PromptRetargeting
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter, prompt_embeddings
 from segment_anything_hq.nn.sam_base import is_ambiguous

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rfmedsam2.errors import CheckpointError, PlanError
 from rfmedsam2.nn.sam import VITS, SamName, Vit, sam_name
 from rfmedsam2.nn.sam2.tiny_vit import TinyVitEncoder
-from segment_anything_hq.nn.parts import Embedded, Prompted, Segmented, normalised
+from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented, normalised
 
 SamBackbone = Literal["vit_b", "vit_l", "vit_h", "vit_tiny", "vit_nano"]
 Trained = Literal["none", "decoder"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rfmedsam2.errors import UsageError
+from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented
 from segment_anything_hq.nn.global_diff import RADIUS, GlobalDiff, ImageMaps, dense_prompt_map
-from segment_anything_hq.nn.parts import Embedded, Prompted, Segmented
 from segment_anything_hq.nn.patch_diff import PatchDiff, change_windows, pasted
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter
 from segment_anything_hq.nn.sam_base import SamSegmenter

@@ -12,11 +12,20 @@ from torch import Tensor
 from rfmedsam2.engine.loader import batches
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import ImageError
-from segment_anything_hq.augment import GREY, Jitter, Placement, chosen, placed_image, placed_mask, placed_object, whole
-from segment_anything_hq.clicks import IGNORE
-from segment_anything_hq.datasets import ImageSet, Sample
-from segment_anything_hq.nn.parts import Prompted
-from segment_anything_hq.prompt_sampling import PromptMix, generator_of, training_prompts
+from rfmedsam2.nn.segmenter import Prompted
+from segment_anything_hq.data.augment import (
+    GREY,
+    Jitter,
+    Placement,
+    chosen,
+    placed_image,
+    placed_mask,
+    placed_object,
+    whole,
+)
+from segment_anything_hq.data.datasets import ImageSet, Sample
+from segment_anything_hq.prompts.clicks import IGNORE
+from segment_anything_hq.prompts.sampling import PromptMix, generator_of, training_prompts
 from segment_anything_hq.records import PromptFigures, RefinerPlan
 
 EPOCH, VIEW = 0, 1

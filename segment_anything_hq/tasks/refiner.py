@@ -12,17 +12,17 @@ from torch.optim import Optimizer
 
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
-from segment_anything_hq.datasets import ImageSet
-from segment_anything_hq.embeddings import Embeddings
+from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.evaluation.interactive import ClickProtocol, evaluate_clicks
 from segment_anything_hq.evaluation.protocols import BoxRule, evaluate_prompted
-from segment_anything_hq.interactive_predictor import InteractivePredictor
+from segment_anything_hq.inference.embedding_cache import Embeddings
+from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.models import Network
-from segment_anything_hq.nn.trained_part import TrainedPart
+from segment_anything_hq.nn.trainable_subset import TrainedPart
 from segment_anything_hq.records import ClickFigures, PromptFigures, RefinerPlan
+from segment_anything_hq.tasks.click_simulation import by_clicks
 from segment_anything_hq.tasks.feed import ObjectBatch, ObjectFeed
-from segment_anything_hq.tasks.guidance import by_clicks
-from segment_anything_hq.tasks.objectives import losses_of
+from segment_anything_hq.tasks.method_losses import losses_of
 
 VALIDATION_CLICKS = 5
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import PLANNING, good
-from launcher import Launcher
+from support.commands import PLANNING, good
+from support.live_process import Launcher
 
 
 @pytest.fixture(scope="session")

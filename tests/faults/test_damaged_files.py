@@ -20,15 +20,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from commands import PLANNING, good, refused
+from support.commands import PLANNING, good, refused
 
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.archive import unpack_archive
-from rfmedsam2.store.cases import CaseStore
+from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.checkpoints import read_all
-from rfmedsam2.store.files import read_record
 from rfmedsam2.store.images import read_image
+from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import open_dataset
 
 pytestmark = pytest.mark.timeout(120)

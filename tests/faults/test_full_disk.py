@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import PLANNING, good, leftovers, refused
-from launcher import Launcher
+from support.commands import PLANNING, good, leftovers, refused
+from support.live_process import Launcher
 
-from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.store.checkpoints import read_all
 from rfmedsam2.store.images import read_label
+from rfmedsam2.store.preprocessed import CaseStore
 
 pytestmark = pytest.mark.timeout(200)
 DATASET = "Dataset900_PhantomCT"

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import leftovers
-from launcher import Launcher, Process
+from support.commands import leftovers
+from support.live_process import Launcher, Process
 
 from rfmedsam2.engine.log import read_events
 from rfmedsam2.store.checkpoints import read_all, read_record_of

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import OURS, PLANNING
+from support.commands import OURS, PLANNING
 
 from rfmedsam2.records.report import Evaluation
-from rfmedsam2.store.files import read_record
+from rfmedsam2.store.atomic import read_record
 
 pytestmark = [
     pytest.mark.timeout(300),

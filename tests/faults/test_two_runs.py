@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import PLANNING
-from launcher import Launcher
+from support.commands import PLANNING
+from support.live_process import Launcher
 
 pytestmark = pytest.mark.timeout(200)
 FOLD = Path("results/Dataset900_PhantomCT/rfmed_cpu__3d_fullres/fold_0")

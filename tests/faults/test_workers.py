@@ -12,14 +12,14 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
-from commands import PLANNING, leftovers
-from launcher import Launcher, Process
+from support.commands import PLANNING, leftovers
+from support.live_process import Launcher, Process
 
 from rfmedsam2.engine.loader import batches
 from rfmedsam2.errors import MemoryShortError
-from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.store.checkpoints import read_all
 from rfmedsam2.store.images import read_label
+from rfmedsam2.store.preprocessed import CaseStore
 
 pytestmark = pytest.mark.timeout(200)
 DATASET = "Dataset900_PhantomCT"
@@ -31,7 +31,7 @@ GONE_SECONDS = 5.0
 CROWDED = """
 import resource, sys, threading, time
 import numpy as np
-from rfmedsam2.parallel import map_cases
+from rfmedsam2.system.parallel import map_cases
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (700 << 20),) * 2)
 def work(n):

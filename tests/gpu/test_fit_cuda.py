@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_toys import ToyTask, make_config, make_run, timeless, weights_of
+from support.toy_task import ToyTask, make_config, make_run, timeless, weights_of
 
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.runtime import Runtime, choose_precision

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import TINY, good
+from support.commands import TINY, good
 
 PHANTOM = "Dataset900_PhantomCT"
 

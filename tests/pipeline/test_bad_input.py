@@ -18,7 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from commands import TINY, good, leftovers, refused, run
+from support.commands import TINY, good, leftovers, refused, run
 
 from rfmedsam2.store import images
 from rfmedsam2.store.checkpoints import read_record_of

@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from commands import TINY, good, leftovers, refused, run
+from support.commands import TINY, good, leftovers, refused, run
 
 PHANTOM = "Dataset900_PhantomCT"
 COMMANDS = {

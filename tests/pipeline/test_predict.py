@@ -15,7 +15,7 @@ import torch
 
 from rfmedsam2 import models
 from rfmedsam2.errors import CheckpointError, ImageError, PlanError, RfMedSamError, UsageError
-from rfmedsam2.pipeline.predict import Options, Predictor, find_models, predict_files
+from rfmedsam2.pipeline.prediction.predict import Options, Predictor, find_models, predict_files
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
@@ -303,7 +303,7 @@ def test_models_are_found(model, tmp_path) -> None:
 
 def test_predicting_loads_no_training_code() -> None:
     code = (
-        "import sys, rfmedsam2.pipeline.predict\n"
+        "import sys, rfmedsam2.pipeline.prediction.predict\n"
         "bad = [m for m in sys.modules if m.startswith(('rfmedsam2.engine', 'rfmedsam2.tasks', 'rfmedsam2.losses',"
         " 'rfmedsam2.transforms.augment', 'batchgenerators'))]\n"
         "sys.exit(', '.join(bad) or 0)"

@@ -9,14 +9,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from commands import good, refused
+from support.commands import good, refused
 
 from rfmedsam2 import models
 from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
-from rfmedsam2.pipeline.predict import Options, Predictor, predict_files
-from rfmedsam2.pipeline.train import TrainOptions, train
-from rfmedsam2.records.boxes import GivenBox
+from rfmedsam2.pipeline.prediction.predict import Options, Predictor, predict_files
+from rfmedsam2.pipeline.training.train import TrainOptions, train
+from rfmedsam2.records.box_prompts import GivenBox
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
@@ -31,8 +31,8 @@ from rfmedsam2.records.plan import (
     TrainConfig,
     Validation,
 )
+from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.checkpoints import write_checkpoint
-from rfmedsam2.store.files import read_record
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import Case
 

@@ -11,16 +11,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import rfmedsam2.pipeline.source as source_module
+import rfmedsam2.pipeline.preprocessing.case_reader as source_module
 from rfmedsam2.errors import DatasetError, PlanError, StoreError
-from rfmedsam2.pipeline.fingerprint import Distribution, fingerprint, mixture_statistics
-from rfmedsam2.pipeline.preprocess import preprocess
-from rfmedsam2.pipeline.preprocess_memory import case_bytes, memory_need
-from rfmedsam2.pipeline.source import CaseSource
+from rfmedsam2.pipeline.preprocessing.case_reader import CaseSource
+from rfmedsam2.pipeline.preprocessing.fingerprint import Distribution, fingerprint, mixture_statistics
+from rfmedsam2.pipeline.preprocessing.memory_estimate import case_bytes, memory_need
+from rfmedsam2.pipeline.preprocessing.preprocess import preprocess
 from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import Normalisation, Plan, Stage
-from rfmedsam2.store.cases import CaseStore
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import RawDataset, open_dataset
 
 NAME = "Dataset001_Toy"
@@ -235,7 +235,7 @@ def test_an_unwritable_folder_is_a_sentence(toy, monkeypatch):
     def refuse(**where):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("rfmedsam2.store.files.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("rfmedsam2.store.atomic.tempfile.mkstemp", refuse)
     with pytest.raises(StoreError, match=r"folder cannot be written: .*plan_3d_fullres"):
         preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
 
@@ -270,7 +270,7 @@ def test_fewer_workers_when_memory_is_short(toy, monkeypatch):
     plan, source = toy.plan(), CaseSource(toy.dataset())
 
     def workers(free):
-        monkeypatch.setattr("rfmedsam2.pipeline.preprocess_memory.free_bytes", lambda: free)
+        monkeypatch.setattr("rfmedsam2.pipeline.preprocessing.memory_estimate.free_bytes", lambda: free)
         need = memory_need(source, plan, ["3d_fullres"], 8)
         assert need.free_bytes == free
         return need.workers

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import good, refused
+from support.commands import good, refused
 
 from rfmedsam2.nn.sam2.build import build_base
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from rfmedsam2.records.changes import with_changes
+from rfmedsam2.records.overrides import with_changes
 from segment_anything_hq import models
-from segment_anything_hq.recipes import recipe
-from segment_anything_hq.sources import open_data
-from segment_anything_hq.training import TrainOptions, train
+from segment_anything_hq.data.open_data import open_data
+from segment_anything_hq.tasks.defaults import recipe
+from segment_anything_hq.tasks.train import TrainOptions, train
 
 ROOT = Path(__file__).resolve().parents[2]
 

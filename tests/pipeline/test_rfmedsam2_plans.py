@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from commands import good, refused
+from support.commands import good, refused
 
 PHANTOM = "Dataset900_PhantomCT"
 PLANS = Path(__file__).resolve().parents[2] / "plans"

@@ -13,11 +13,11 @@ from typing import get_args
 import numpy as np
 import pytest
 from PIL import Image
-from samhq_commands import SIZES, good, pictures, refused, run, written
+from support.samhq_commands import SIZES, good, pictures, refused, run, written
 
 from segment_anything_hq import records
 from segment_anything_hq.cli import names
-from segment_anything_hq.pictures import MaskRule
+from segment_anything_hq.data.image_io import MaskRule
 
 COMMANDS = {"looking": ("check_data", "summary"), "using": ("predict", "evaluate")}
 HEAVY = {"torch", "numba", "pandas", "scipy", "nibabel", "SimpleITK", "matplotlib"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from rfmedsam2.geometry import Grid, Volume
-from rfmedsam2.store.image_header import ImageHeader, displacement_mm
+from rfmedsam2.store.formats.image_header import ImageHeader, displacement_mm
 from rfmedsam2.store.images import read_header, read_label, reoriented, write_label
 
 angles = st.floats(-180, 180)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfmedsam2.metrics import case_metrics, surface_distances
+from rfmedsam2.metrics.volumes import case_metrics, surface_distances
 from rfmedsam2.records.dataset import LabelSet
 
 LABELS = LabelSet(names={"background": 0, "a": 1, "b": 2})

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfmedsam2.pipeline.phantom import phantom_case
+from rfmedsam2.pipeline.datasets.phantom import phantom_case
 
 
 @settings(max_examples=30, deadline=None)

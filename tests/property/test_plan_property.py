@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rfmedsam2.pipeline.plan import coarsened, plan
-from rfmedsam2.pipeline.presets import PRESETS
-from rfmedsam2.pipeline.splits import leaks, make_splits
+from rfmedsam2.pipeline.datasets.splits import leaks, make_splits
+from rfmedsam2.pipeline.planning.plan import coarsened, plan
+from rfmedsam2.pipeline.planning.presets import PRESETS
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 

@@ -1,0 +1,188 @@
+"""Data and models in and out: phantoms, converters, submissions, model archives; and the doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from rfmedsam2.cli.command import (
+    AsJson,
+    DatasetName,
+    Folds,
+    Model,
+    PlanName,
+    Root,
+    StageName,
+    command,
+    layout_of,
+    trained_folder,
+)
+
+
+def make_phantom(
+    *,
+    output: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None,
+    cases: int = 8,
+    test_cases: int = 2,
+    shape: tuple[int, int, int] = (40, 96, 96),
+    modality: Literal["ct", "mr"] = "ct",
+    seed: int = 0,
+    force: bool = False,
+    root: Root = None,
+) -> None:
+    """Make a synthetic abdominal dataset with BTCV's 13 labels, to try everything without data.
+
+    Args:
+        output: Raw folder to put it in; else raw/ of the root.
+        cases: Labelled training cases.
+        test_cases: Further cases, with labels beside.
+        shape: Largest number of voxels z y x.
+        modality: CT with contrast phases, or MR with a bias field.
+        seed: The same seed gives the same dataset.
+        force: Replace what is there.
+    """
+    from rfmedsam2.cli.console import bars
+    from rfmedsam2.pipeline.datasets.phantom import make_phantom as run
+
+    folder = run(
+        output or layout_of(root).raw,
+        cases=cases,
+        test_cases=test_cases,
+        shape_zyx=shape,
+        modality=modality,
+        seed=seed,
+        force=force,
+        track=bars,
+    )
+    print(f"Written: {folder}")
+
+
+def convert(
+    source: Positional[Literal["btcv", "amos22", "msd"]],
+    *,
+    input_: Annotated[Path, arg(name="input", aliases=("-i",), metavar="DIR")],
+    task: Literal[1, 2] = 1,
+    dataset_id: Annotated[int | None, arg(metavar="N")] = None,
+    place: Literal["copy", "hardlink", "symlink"] = "copy",
+    force: bool = False,
+    root: Root = None,
+) -> None:
+    """Turn an official download into a raw dataset, checking all that is read.
+
+    Args:
+        source: Whose folder layout.
+        input_: The unpacked download.
+        task: Of AMOS22: 1 CT only, 2 CT and MR.
+        dataset_id: Of an MSD task, instead of its own number.
+        place: How files get there.
+        force: Replace a dataset of the same name.
+    """
+    from rfmedsam2.cli.console import bars
+    from rfmedsam2.pipeline.datasets.amos22 import convert_amos22
+    from rfmedsam2.pipeline.datasets.btcv import convert_btcv
+    from rfmedsam2.pipeline.datasets.conversion import ConvertOptions
+    from rfmedsam2.pipeline.datasets.msd import convert_msd
+
+    raw, options = layout_of(root).raw, ConvertOptions(how=place, force=force)
+    if source == "btcv":
+        done = convert_btcv(input_, raw, options=options, track=bars)
+    elif source == "amos22":
+        done = convert_amos22(input_, raw, task=task, options=options, track=bars)
+    else:
+        done = convert_msd(input_, raw, dataset_id=dataset_id, options=options, track=bars)
+    for warning in done.warnings:
+        print(f"Note: {warning}")
+    print(f"Written: {done.folder} ({done.training} training, {done.test} test cases)")
+
+
+def submit(
+    challenge: Positional[Literal["amos22"]],
+    *,
+    predictions: Annotated[Path, arg(aliases=("-i",), metavar="DIR")],
+    images: Annotated[Path, arg(metavar="DIR")],
+    output: Annotated[Path, arg(aliases=("-o",), metavar="ZIP")],
+    task: Literal[1, 2] | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check predictions against the images that a challenge expects them for, and pack them for upload.
+
+    Args:
+        challenge: Which rules.
+        predictions: Folder of predicted label maps.
+        images: Folder of the challenge's images.
+        output: The archive; nothing is written if there are faults.
+        task: 1: CT only, 2: CT and MR; else every image of the folder.
+    """
+    from rfmedsam2.cli.console import bars, show_submission
+    from rfmedsam2.pipeline.datasets.amos22_submission import RefusedSubmissionError, submit_amos22
+
+    _ = challenge  # one so far; argument parsing has checked it
+    try:
+        result = submit_amos22(predictions, images, output, task=task, track=bars)
+    except RefusedSubmissionError as refusal:
+        if as_json:
+            print(json.dumps(refusal.report.as_json(), indent=2))
+            sys.exit(2)
+        show_submission(refusal.report)
+        raise
+    print(json.dumps(result.as_json(), indent=2) if as_json else f"Written: {output} ({len(result.expected)} cases)")
+
+
+def export_model(
+    *,
+    output: Annotated[Path, arg(aliases=("-o",), metavar="ZIP")],
+    dataset: DatasetName = None,
+    plan: PlanName = None,
+    configuration: StageName = None,
+    folds: Folds = (),
+    model: Model = None,
+    root: Root = None,
+) -> None:
+    """Pack a trained model into one zip with a manifest and hashes."""
+    from rfmedsam2.pipeline.prediction.model_archive import export_model as run
+
+    folder = model or trained_folder(layout_of(root), dataset, plan, configuration)
+    manifest = run(folder, output, folds=folds or None)
+    print(f"Written: {output} ({len(manifest.files)} files of {folder})")
+
+
+def import_model(
+    archive: Annotated[Positional[Path], arg(metavar="ZIP")], *, force: bool = False, root: Root = None
+) -> None:
+    """Unpack a model that rfmed_export_model has packed, after checking every hash.
+
+    Args:
+        archive: The zip.
+        force: Replace a model of the same name.
+    """
+    from rfmedsam2.pipeline.prediction.model_archive import import_model as run
+
+    model = run(archive, layout_of(root).results, force=force)
+    print(f"Imported: {model.folder} (fold(s) {', '.join(model.folds)})")
+
+
+def doctor(*, root: Root = None, as_json: AsJson = False) -> None:
+    """Show versions, devices, memory and folders, and what to mend."""
+    from rfmedsam2.cli import resolve
+    from rfmedsam2.cli.console import show_doctor
+    from rfmedsam2.pipeline.doctor import doctor as run
+
+    chosen = resolve.places(root, os.environ)
+    result = run(chosen.layout, folders_from=chosen.source)
+    if as_json:
+        print(json.dumps(result.as_json(), indent=2))
+    else:
+        show_doctor(result)
+
+
+make_phantom_command = command(make_phantom)
+convert_command = command(convert)
+submit_command = command(submit)
+export_model_command = command(export_model)
+import_model_command = command(import_model)
+doctor_command = command(doctor)

@@ -1,0 +1,193 @@
+"""What the words of a command mean: which root, dataset, plan, trained model and labels. Used by the commands alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rfmedsam2.errors import UsageError
+from rfmedsam2.pipeline.planning.overrides import changed
+from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_models
+from rfmedsam2.pipeline.preprocessing.preprocess import recipe
+from rfmedsam2.records.dataset import DatasetJson, LabelSet
+from rfmedsam2.records.plan import Plan
+from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
+from rfmedsam2.store.atomic import PARTIAL, read_record
+from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.raw import RawDataset, open_dataset
+
+NNUNET_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """The folders that a command works in, and why these."""
+
+    layout: Layout
+    source: str
+
+
+def places(root: Path | None, environment: Mapping[str, str]) -> Places:
+    """--root, else RFMED_ROOT, else nnU-Net's three variables if all are set, else ./rfmed_data."""
+    if root is not None:
+        return Places(layout=Layout.under(root), source="--root")
+    if environment.get("RFMED_ROOT"):
+        return Places(layout=Layout.under(Path(environment["RFMED_ROOT"])), source="RFMED_ROOT")
+    if all(environment.get(name) for name in NNUNET_VARIABLES):
+        raw, preprocessed, results = (Path(environment[name]) for name in NNUNET_VARIABLES)
+        layout = Layout(raw=raw, preprocessed=preprocessed, results=results)
+        return Places(layout=layout, source="nnU-Net's variables")
+    return Places(layout=Layout.under(Path("rfmed_data")), source="the default, ./rfmed_data")
+
+
+def dataset_name(layout: Layout, wanted: str | None, environment: Mapping[str, str], *, among: str) -> str:
+    """The dataset named, or RFMED_DATASET's, or the only one that has got as far as this command needs.
+
+    Args:
+        layout: where to look.
+        wanted: id, short or full name, or None.
+        environment: for RFMED_DATASET.
+        among: "raw" or "preprocessed": where an only dataset must lie.
+
+    Raises:
+        UsageError: none or several fit.
+    """
+    wanted = wanted or environment.get("RFMED_DATASET")
+    if wanted:
+        return layout.dataset_name(wanted)
+    folder = layout.raw if among == "raw" else layout.preprocessed
+    found = [name for name in layout.known_datasets() if (folder / name).is_dir()]
+    if len(found) == 1:
+        return found[0]
+    raise UsageError(
+        "Several datasets could be meant" if found else f"No {among} dataset was found",
+        where=folder,
+        found=", ".join(found) or None,
+        remedy="Name one with -d or RFMED_DATASET" if found else "Put one there, or name another place with --root",
+    )
+
+
+def raw_dataset(layout: Layout, wanted: str | None, environment: Mapping[str, str]) -> RawDataset:
+    """The raw dataset that a command names."""
+    return open_dataset(layout.raw / dataset_name(layout, wanted, environment, among="raw"))
+
+
+def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, changes: Sequence[str] = ()) -> Plan:
+    """The plan named, else the only one, else `rfmed` among several; with fields changed (under the same name).
+
+    Raises:
+        UsageError: there is none, or several and no name.
+        RecordError: it is damaged; a damaged one counts as a plan, so that no other is taken in its place.
+        PlanError: it has no such stage.
+    """
+    folder = layout.preprocessed / dataset
+    others = {"dataset.json", layout.splits_file(dataset).name, layout.fingerprint_file(dataset).name}
+    names = sorted(path.stem for path in folder.glob("*.json") if path.name not in others and _is_plan(path))
+    if wanted is None and len(names) > 1 and "rfmed" in names:
+        wanted = "rfmed"
+    if wanted is None and len(names) == 1:
+        wanted = names[0]
+    if wanted is None or wanted not in names:
+        raise UsageError(
+            "Several plans could be meant" if wanted is None and names else "There is no such plan",
+            where=folder if wanted is None else layout.plan_file(dataset, wanted),
+            expected=f"one of {', '.join(names)}" if names else None,
+            remedy="Name one with -p" if names else f"Make one with rfmed_plan_and_preprocess -d {dataset}",
+        )
+    plan = read_record(layout.plan_file(dataset, wanted), Plan)
+    plan.stage(stage)
+    if not changes:
+        return plan
+    new = changed(plan, list(changes), name=plan.name)
+    if recipe(new, stage) != recipe(plan, stage):
+        raise UsageError(
+            "A change is about how cases are prepared, and they are prepared already",
+            where=" ".join(changes),
+            remedy="Give it to rfmed_plan_and_preprocess --set, with a name of its own: -p NAME",
+        )
+    return new
+
+
+def _is_plan(path: Path) -> bool:
+    """Ours, whole or damaged; not one of the files that nnU-Net keeps beside it, its plans among them."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return not path.name.startswith(PARTIAL)
+    # a damaged one may have lost either
+    return isinstance(content, dict) and ("stages" in content or "format" in content)
+
+
+def trained_model(
+    layout: Layout,
+    environment: Mapping[str, str],
+    *,
+    dataset: str | None,
+    plan: str | None,
+    configuration: str | None,
+) -> TrainedModel:
+    """The only trained model that fits what was named.
+
+    Raises:
+        UsageError: none or several; lists them.
+    """
+    wanted = dataset or environment.get("RFMED_DATASET")
+    name = layout.dataset_name(wanted) if wanted else None
+    every = find_models(layout.results)
+    fits = [
+        m
+        for m in every
+        if (name is None or m.dataset == name)
+        and (plan is None or m.plan == plan)
+        and (configuration is None or m.stage == configuration)
+    ]
+    if len(fits) == 1:
+        return fits[0]
+    shown = fits or every
+    listed = "; ".join(f"-d {m.dataset} -p {m.plan} -c {m.stage} (folds {', '.join(m.folds)})" for m in shown)
+    raise UsageError(
+        "Several trained models fit" if fits else "No trained model fits" if every else "There is no trained model",
+        where=layout.results,
+        found=listed or None,
+        remedy="Name one with -d, -p and -c" if every else "Train one with rfmed_train, or give its folder with -m",
+    )
+
+
+def labels_for(
+    layout: Layout,
+    environment: Mapping[str, str],
+    *,
+    dataset: str | None,
+    file: Path | None,
+    beside: Sequence[Path],
+) -> LabelSet:
+    """What label values mean: a dataset.json, a dataset's own, or what lies beside references or predictions.
+
+    Beside references a dataset.json is looked for (also one folder up), beside predictions their predictions.json.
+
+    Raises:
+        UsageError: nothing says what the labels mean.
+    """
+    if file is not None:
+        return read_record(file, DatasetJson).label_set
+    wanted = dataset or environment.get("RFMED_DATASET")
+    candidates: list[Path] = []
+    if wanted:
+        name = layout.dataset_name(wanted)
+        candidates = [folder / name / "dataset.json" for folder in (layout.raw, layout.preprocessed)]
+    else:
+        for path in beside:
+            folder = path if path.is_dir() else path.parent
+            candidates += [folder / "dataset.json", folder.parent / "dataset.json", folder / PREDICTIONS]
+    for candidate in candidates:
+        if candidate.name == PREDICTIONS and candidate.is_file():
+            return read_record(candidate, PredictionsRecord).label_set
+        if candidate.is_file():
+            return read_record(candidate, DatasetJson).label_set
+    raise UsageError(
+        "Nothing says what the label values mean",
+        expected=" or ".join(map(str, candidates)) or "a dataset.json",
+        remedy="Name the dataset with -d, or a dataset.json with --labels",
+    )

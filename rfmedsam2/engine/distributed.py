@@ -1,0 +1,80 @@
+"""One forward and backward pass that leaves no trace: does a compiled model run, do all parameters learn."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rfmedsam2.engine.rng import preserved
+from rfmedsam2.engine.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+Loss = Callable[[Any], dict[str, Tensor]]
+
+
+def compile_model(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> bool:
+    """Compile the model in place (names of its tensors stay) if a first pass with it works; else leave it as it was.
+
+    Returns:
+        True where the model is compiled now.
+    """
+    # a missing C compiler, headers or Triton show only when the first pass is generated
+    try:
+        model.compile()
+        _rehearse(model, loss, batch, runtime)
+    except (RuntimeError, ImportError, OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        logger.warning("torch.compile does not work here, training goes on without it (%s)", first)
+        model._compiled_call_impl = None
+        model.zero_grad(set_to_none=True)
+        return False
+    return True
+
+
+def distribute(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> DistributedDataParallel:
+    """Wrap a task's loss so that the ranks' gradients are averaged; called with a batch it gives the loss parts.
+
+    Looking for parameters without gradient costs time in every step; it is done where the first batch shows that, on
+    any rank, there are some.
+    """
+    missing = _rehearse(model, loss, batch, runtime)
+    if missing:
+        logger.info("%d parameters have no part in the loss, for instance %s", len(missing), missing[0])
+    return DistributedDataParallel(_LossModule(model, loss), find_unused_parameters=runtime.any(bool(missing)))
+
+
+class _LossModule(nn.Module):
+    """The task's loss as a module, so that torch's DDP sees the whole forward pass and the task sees no ranks."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Give the task's loss parts."""
+        return self._loss(batch)
+
+
+def _rehearse(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> list[str]:
+    """Names of the parameters without gradient; generators and buffers are put back, gradients dropped."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with preserved(runtime.device):
+        try:
+            with runtime.autocast():
+                parts = loss(batch)
+            torch.stack([part.float() for part in parts.values()]).sum().backward()
+            return [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        finally:
+            model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(buffers[name])

@@ -1,0 +1,1 @@
+"""How well masks agree: overlap, surface and boundary metrics of volumes and images."""

@@ -1,0 +1,143 @@
+"""SAM 2 on frames and cells as batches: encode frames, decode prompted cells, make memories of their masks.
+
+The official modules are run as the official video predictor runs them (`SAM2Base.forward_image`,
+`_forward_sam_heads`, `_encode_new_memory`), without its loop over frames and objects.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
+from torch import Tensor, nn
+
+from rfmedsam2.nn.sam2.positions import SinePositions
+from rfmedsam2.nn.sam2.types import CellPrompts, Decoded, FrameFeatures
+
+Pyramid = tuple[Tensor, Tensor, Tensor]
+"""(N, C, 4s, 4s), (N, C, 2s, 2s), (N, C, s, s): what the image encoder gives, strides 4, 8 and 16."""
+
+
+class Sam2(nn.Module):
+    """SAM 2 around a base of `build_base`, with or without adapters in it.
+
+    Args:
+        base: the official modules.
+        object_scores: cells whose score is not above 0 have empty masks, pointers and memories of "no object".
+
+    Attributes:
+        frame_size: S, pixels a side of the frames.
+        side: s, positions a side of the embedding.
+        channels: C.
+        memory_channels: M.
+        residual_memory: what memory attention gives is to be added to the embedding.
+    """
+
+    def __init__(self, base: SAM2Base, *, object_scores: bool = False) -> None:
+        super().__init__()
+        assert base.pred_obj_scores or not object_scores, "this base was built without object scores"
+        self.base = base
+        self.object_scores = object_scores
+        self.frame_size: int = base.image_size
+        self.side: int = base.sam_image_embedding_size
+        self.channels: int = base.hidden_dim
+        self.memory_channels: int = base.mem_dim
+        self.residual_memory: bool = getattr(base, "residual_memory", False)
+        self.padding_point: bool = getattr(base, "padding_point", True)
+        self.resizes_frames: bool = getattr(base, "resizes_frames", False)
+        self._image_positions = SinePositions(self.channels)
+        self._memory_positions = SinePositions(self.memory_channels)
+
+    def encode(self, frames: Tensor) -> FrameFeatures:
+        """Features of frames (N, 3, S, S)."""
+        return self.features(self.pyramid(frames))
+
+    def pyramid(self, frames: Tensor) -> Pyramid:
+        """Run the image encoder alone on frames (N, 3, S, S)."""
+        fine, middle, embedding = self.base.image_encoder(frames)["backbone_fpn"]
+        return fine, middle, embedding
+
+    def features(self, pyramid: Pyramid) -> FrameFeatures:
+        """What the mask decoder takes from the image encoder's maps: its own convolutions make the finer ones thin."""
+        fine, middle, embedding = pyramid
+        decoder = self.base.sam_mask_decoder
+        return FrameFeatures(embedding=embedding, middle=decoder.conv_s1(middle), fine=decoder.conv_s0(fine))
+
+    def decode(self, features: FrameFeatures, prompts: CellPrompts, *, embedding: Tensor | None = None) -> Decoded:
+        """Decode n cells, at least one, into the single mask of an unambiguous prompt.
+
+        Args:
+            features: of the cells' frames, n rows.
+            prompts: of the cells.
+            embedding: (n, C, s, s) memory-conditioned; None: the frame's own, marked as without memory.
+        """
+        base = self.base
+        if embedding is None:
+            embedding = features.embedding + base.no_mem_embed.reshape(1, -1, 1, 1)
+        sparse, dense, positions = self._prompt_embeddings(prompts, len(embedding))
+        masks, quality, tokens, scores = base.sam_mask_decoder(
+            image_embeddings=embedding,
+            image_pe=positions,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+            repeat_image=False,
+            high_res_features=[features.fine, features.middle],
+        )
+        pointers = base.obj_ptr_proj(tokens[:, 0])
+        if self.object_scores:
+            there = scores > 0
+            masks = torch.where(there[:, None, None], masks, NO_OBJ_SCORE)
+            pointers = there.float() * pointers + (1 - there.float()) * base.no_obj_ptr
+        return Decoded(masks=masks[:, 0].float(), pointers=pointers, scores=scores[:, 0], quality=quality[:, 0])
+
+    def remember(self, embedding: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
+        """Memories (n, M, s, s) of n cells.
+
+        Args:
+            embedding: (n, C, s, s) of the cells' frames, from the image encoder.
+            masks: (n, 4s, 4s) logits.
+            scores: (n,) object scores.
+        """
+        base = self.base
+        size = (self.frame_size, self.frame_size)
+        large = F.interpolate(masks[:, None].float(), size, mode="bilinear", align_corners=False)
+        scaled = torch.sigmoid(large) * base.sigmoid_scale_for_mem_enc + base.sigmoid_bias_for_mem_enc
+        maps = base.memory_encoder(embedding, scaled, skip_mask_sigmoid=True)["vision_features"]
+        if self.object_scores:
+            assert base.no_obj_embed_spatial is not None
+            absent = 1 - (scores > 0).float()
+            maps = maps + absent[:, None, None, None] * base.no_obj_embed_spatial[..., None, None]
+        return maps
+
+    def position(self) -> Tensor:
+        """(M, s, s) sine position encoding of a memory."""
+        return self._memory_positions.at(self.side, self.base.device)
+
+    def image_position(self) -> Tensor:
+        """(C, s, s) sine position encoding of the embedding."""
+        return self._image_positions.at(self.side, self.base.device)
+
+    def _prompt_embeddings(self, prompts: CellPrompts, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sparse (n, P, C) and dense (n, C, s, s) embeddings, and the dense positions (1, C, s, s).
+
+        At full precision: half of it misplaces a box's corner by as much as half a pixel of 256.
+        """
+        encoder = self.base.sam_prompt_encoder
+        given = prompts.boxes if prompts.tokens is None else prompts.tokens
+        empty = encoder.not_a_point_embed.weight.expand(count, 1, -1)
+        with torch.autocast(empty.device.type, enabled=False):
+            positions = encoder.get_dense_pe()
+            if prompts.tokens is not None:
+                sparse = prompts.tokens.float()
+            elif prompts.boxes is not None:
+                sparse = encoder(points=None, boxes=prompts.boxes.float(), masks=None)[0]
+            else:
+                sparse = empty[:, :0]
+        if self.padding_point:
+            # the official predictor feeds an empty point where there is no prompt, and appends one always
+            sparse = torch.cat([sparse, empty] if given is not None else [empty, empty], 1)
+        if prompts.masks is not None:
+            return sparse, encoder.mask_downscaling(prompts.masks[:, None]), positions
+        none = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        return sparse, none.expand(count, -1, self.side, self.side), positions

@@ -1,0 +1,1 @@
+"""Raw datasets: conversion of official downloads, synthetic data, checks, splits, submissions."""

@@ -1,0 +1,84 @@
+"""Building a raw dataset folder: it appears complete under its name, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rfmedsam2.errors import StoreError, UsageError
+from rfmedsam2.records.base import dump_json
+from rfmedsam2.records.dataset import DatasetJson
+from rfmedsam2.store.atomic import write_text, writing_to
+from rfmedsam2.store.layout import DATASET_FOLDER
+
+
+@contextmanager
+def new_dataset(raw: Path, name: str, *, force: bool = False) -> Iterator[Path]:
+    """Give an empty folder beside `raw`/`name`; on success it becomes that dataset, on any error nothing is left.
+
+    Raises:
+        UsageError: the name is no dataset name, or the dataset exists and `force` is not set.
+        StoreError: the folder cannot be written or the disk is full.
+    """
+    if DATASET_FOLDER.fullmatch(name) is None or Path(name).name != name:
+        raise UsageError("That is no name for a dataset", expected="a name like Dataset217_BTCV", found=name)
+    target = raw / name
+    if target.exists() and not force:
+        raise UsageError(
+            "The dataset exists already",
+            where=target,
+            remedy="Choose another name or raw folder, or ask for it to be replaced (--force)",
+        )
+    if raw.exists() and not raw.is_dir():
+        raise StoreError("A file stands where a folder is needed", where=raw, remedy="Choose another raw folder")
+    with writing_to(target):
+        raw.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".partial-", suffix=f"-{name}", dir=raw))
+    try:
+        with writing_to(target):
+            yield building
+            # mkdtemp makes folders private; give it the permissions of the folder that it lies in
+            building.chmod(raw.stat().st_mode & 0o777)
+            _swap_in(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_dataset_json(
+    folder: Path,
+    *,
+    channels: tuple[str, ...],
+    labels: Mapping[str, int],
+    training: int,
+    further: Mapping[str, object] | None = None,
+) -> None:
+    """Write nnU-Net v2's dataset.json for NIfTI files, validated; `further` fields are added as they are."""
+    record = DatasetJson.parse(
+        {
+            "channel_names": {str(i): channel for i, channel in enumerate(channels)},
+            "labels": dict(labels),
+            "numTraining": training,
+            "file_ending": ".nii.gz",
+            **(further or {}),
+        },
+        where=folder / "dataset.json",
+    )
+    write_text(folder / "dataset.json", dump_json(record.model_dump(mode="json", exclude_none=True)) + "\n")
+
+
+def _swap_in(building: Path, target: Path) -> None:
+    if not target.exists():
+        building.rename(target)
+        return
+    # keep the old dataset until the new one stands in its place
+    old = building.with_name(building.name + "-replaced")
+    target.rename(old)
+    try:
+        building.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)

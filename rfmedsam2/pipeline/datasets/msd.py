@@ -1,0 +1,133 @@
+"""Medical Segmentation Decathlon: TaskXX_Name as downloaded -> DatasetXXX_Name; 4D images become one file a channel."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rfmedsam2.errors import DatasetError, UsageError
+from rfmedsam2.pipeline.datasets.conversion import (
+    ENDING,
+    Conversion,
+    ConvertOptions,
+    Download,
+    Source,
+    convert,
+    folder_of,
+    listed,
+    pair,
+)
+from rfmedsam2.system.parallel import Track, silent
+
+_KEPT = ("description", "reference", "licence", "license", "release")
+
+
+def convert_msd(
+    download: Path,
+    raw: Path,
+    *,
+    dataset_id: int | None = None,
+    options: ConvertOptions | None = None,
+    track: Track = silent,
+) -> Conversion:
+    """Build DatasetXXX_Name from an MSD task's folder (dataset.json, imagesTr, labelsTr, imagesTs).
+
+    Args:
+        download: the folder TaskXX_Name.
+        raw: the raw folder in which the dataset appears.
+        dataset_id: another number than the task's.
+        options: copy or link, replace, workers. Images with several channels are always written anew.
+        track: progress display.
+
+    Raises:
+        DatasetError: this is no MSD task, or lists every fault of every case.
+        UsageError: no number for the dataset, or it exists and `options.force` is not set.
+        StoreError: the raw folder cannot be written, or files cannot be linked.
+    """
+    home = folder_of(download, ("imagesTr",), what="MSD", expected="dataset.json, imagesTr and labelsTr").parent
+    content = _content(home / "dataset.json")
+    found = Download(
+        what="MSD",
+        folder=home,
+        name=_dataset_name(home, content, dataset_id),
+        channels=tuple(content["modality"][str(i)] for i in range(len(content["modality"]))),
+        labels={str(name): int(value) for value, name in content["labels"].items()},
+        further={key: content[key] for key in _KEPT if key in content},
+    )
+    images, labels, tests = (listed(home / part) for part in ("imagesTr", "labelsTr", "imagesTs"))
+    named = [_id_of(entry) for entry in content["training"]]
+    pair(found, images, labels, declared=named)
+    for case in sorted({*tests, *(_id_of(entry) for entry in content.get("test", []))}):
+        if case in tests:
+            found.sources.append(Source(id=case, image=tests[case]))
+        else:
+            found.faults.append(f"{case}: dataset.json names this test case, there is no image")
+    _compare_with_declared(found, content, set(images) - set(named))
+    return convert(found, raw, options=options or ConvertOptions(), track=track)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Read the download's dataset.json with the fields that a conversion needs.
+
+    Raises:
+        DatasetError: missing, not JSON, or without one of these fields.
+    """
+    if not path.is_file():
+        raise DatasetError(
+            "The MSD download has no dataset.json", where=path.parent, remedy="Extract the archive again"
+        )
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        channels = sorted(int(number) for number in content["modality"])
+        sound = channels == list(range(len(channels))) and all(int(value) >= 0 for value in content["labels"])
+        _ = [_id_of(entry) for entry in [*content["training"], *content.get("test", [])]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DatasetError(
+            "The MSD download's dataset.json cannot be understood",
+            where=path,
+            expected="modality, labels and training as the Decathlon writes them",
+            found=f"{type(error).__name__}: {error}",
+            remedy="Extract the archive again; datasets in nnU-Net's own layout need no conversion",
+        ) from error
+    if not sound:
+        raise DatasetError(
+            "The MSD download's dataset.json numbers its channels or labels wrongly",
+            where=path,
+            expected="channels 0, 1, ... and no negative label",
+            found=f"channels {list(content['modality'])}, labels {list(content['labels'])}",
+        )
+    return content
+
+
+def _dataset_name(home: Path, content: dict[str, Any], dataset_id: int | None) -> str:
+    match = re.fullmatch(r"Task(\d+)_(\w+)", home.resolve().name)
+    number = dataset_id if dataset_id is not None else int(match.group(1)) if match else None
+    name = match.group(2) if match else re.sub(r"\W+", "_", str(content.get("name", ""))).strip("_")
+    if number is None or not name or not 0 < number < 1000:
+        raise UsageError(
+            "The dataset has no usable number or name",
+            where=home,
+            expected="a folder like Task04_Hippocampus, or a number from 1 to 999 (--dataset-id)",
+            found=home.name if dataset_id is None else dataset_id,
+        )
+    return f"Dataset{number:03d}_{name}"
+
+
+def _compare_with_declared(found: Download, content: dict[str, Any], unnamed: set[str]) -> None:
+    if unnamed:
+        names = ", ".join(sorted(unnamed)[:10]) + (" ..." if len(unnamed) > 10 else "")
+        found.warnings.append(
+            f"dataset.json does not name {len(unnamed)} training case(s): {names}; taken all the same"
+        )
+    tests = sum(source.label is None for source in found.sources)
+    for key, count in (("numTraining", len(found.sources) - tests), ("numTest", tests)):
+        if key in content and content[key] != count:
+            found.warnings.append(f"{key} is {content[key]} in dataset.json, {count} were found")
+
+
+def _id_of(entry: Any) -> str:
+    """Case id of {"image": "./imagesTr/x.nii.gz", ...} or of the path alone; only the file name counts."""
+    name = entry["image"] if isinstance(entry, dict) else entry
+    return Path(name).name.removesuffix(ENDING)

@@ -1,0 +1,331 @@
+"""Splits: who trains, who validates. Decided when a dataset is planned, kept in nnU-Net's splits_final.json.
+
+Five seeded folds equal nnU-Net's; with groups (patients) whole groups are dealt out. Splits that the field names
+(BTCV 24/6, Synapse 18/12, AMOS22) stand beside them in splits_named.json and are chosen by name instead of a number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from rfmedsam2.errors import DatasetError, RecordError, UsageError
+from rfmedsam2.pipeline.datasets.published_splits import PUBLISHED, published_split
+from rfmedsam2.records.base import dump_json
+from rfmedsam2.records.dataset import DatasetJson
+from rfmedsam2.records.plan import Split
+from rfmedsam2.store.atomic import write_text
+from rfmedsam2.store.layout import Layout
+
+FOLDS = 5
+SEED = 12345
+"""nnU-Net's."""
+NAMED_FILE = "splits_named.json"
+
+
+class SplittableCase(Protocol):
+    """What splitting reads of a case."""
+
+    @property
+    def id(self) -> str:
+        """Case id."""
+        ...
+
+    @property
+    def group(self) -> str | None:
+        """Patient or other group of dataset.json, None if it names none."""
+        ...
+
+
+class SplittableDataset(Protocol):
+    """What splitting reads of a raw dataset."""
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """The raw folder."""
+        ...
+
+    @property
+    def json(self) -> DatasetJson:
+        """Its dataset.json."""
+        ...
+
+    @property
+    def training(self) -> Sequence[SplittableCase]:
+        """Training cases."""
+        ...
+
+
+def groups_of(dataset: SplittableDataset, pattern: str | None = None) -> dict[str, str]:
+    """Case id -> group. A case without a group is a group of its own.
+
+    Args:
+        dataset: cases with the groups of dataset.json.
+        pattern: regular expression searched in each id; its first bracket (or the whole match) is the group. None: the
+            groups of dataset.json.
+
+    Raises:
+        UsageError: the pattern is no regular expression, or fits no id.
+    """
+    if pattern is None:
+        named = dataset.json.groups or {}
+        return {case.id: case.group or named.get(case.id) or case.id for case in dataset.training}
+    try:
+        matches = {case.id: re.search(pattern, case.id) for case in dataset.training}
+    except re.error as error:
+        raise UsageError(f"--group-regex is no regular expression ({error})", where=pattern) from None
+    if not any(matches.values()):
+        raise UsageError(
+            "--group-regex fits no case id",
+            where=pattern,
+            found=", ".join(list(matches)[:3]),
+            remedy="Write it so that the first bracket holds the patient, for instance '(sub\\d+)_'",
+        )
+    return {i: (m.group(1) if m.re.groups else m.group()) or i if m else i for i, m in matches.items()}
+
+
+def make_splits(groups: Mapping[str, str], *, folds: int = FOLDS, seed: int = SEED) -> list[Split]:
+    """Seeded folds over groups; equal to nnU-Net's `generate_crossval_split` where every case is its own group.
+
+    Fewer groups than folds: one fold a group. A single group: one fold that validates on its training cases (see
+    `warnings_of`).
+
+    Args:
+        groups: case id -> group (`groups_of`).
+        folds: wanted number.
+        seed: of the shuffle.
+
+    Raises:
+        DatasetError: no cases.
+    """
+    if not groups:
+        raise DatasetError("There are no training cases to split")
+    members: dict[str, list[str]] = {}
+    # groups in the order of their first case: without groups this is the sorted list of ids, as in nnU-Net
+    for case in sorted(groups):
+        members.setdefault(groups[case], []).append(case)
+    names = list(members)
+    if len(names) == 1:
+        return [Split(train=tuple(sorted(groups)), val=tuple(sorted(groups)))]
+    splits = []
+    for chosen in _kfold(len(names), min(folds, len(names)), seed):
+        val = {case for index in chosen for case in members[names[index]]}
+        splits.append(
+            Split(
+                train=tuple(case for case in sorted(groups) if case not in val),
+                val=tuple(case for case in sorted(groups) if case in val),
+            )
+        )
+    return splits
+
+
+def _kfold(count: int, folds: int, seed: int) -> list[list[int]]:
+    """Deal out indices to folds: scikit-learn's KFold(folds, shuffle=True, random_state=seed)."""
+    if folds < 2:
+        raise UsageError("Too few folds", expected="at least 2", found=folds)
+    order = np.arange(count)
+    np.random.RandomState(seed).shuffle(order)
+    sizes = [count // folds + (fold < count % folds) for fold in range(folds)]
+    ends = np.cumsum(sizes)
+    return [order[end - size : end].tolist() for end, size in zip(ends, sizes, strict=True)]
+
+
+def named_splits(dataset: SplittableDataset) -> dict[str, Split]:
+    """Every split with a name that these cases allow.
+
+    Those that dataset.json gives under "splits" (name -> {"train": [...], "val": [...]}), and the published ones
+    whose case numbers are exactly these.
+
+    Raises:
+        DatasetError: a split of dataset.json does not fit the cases.
+    """
+    ids = [case.id for case in dataset.training]
+    given = (dataset.json.model_extra or {}).get("splits") or {}
+    where = dataset.folder / "dataset.json"
+    if not isinstance(given, dict):
+        raise DatasetError('"splits" must map names to {"train": [...], "val": [...]}', where=where)
+    splits = {name: published_split(name, ids) for name in PUBLISHED}
+    found = {name: split for name, split in splits.items() if split is not None}
+    found |= {name: Split.parse(split, where=f"{where}, splits.{name}") for name, split in given.items()}
+    for name, split in found.items():
+        _check({name: split}, ids, where)
+    return found
+
+
+def leaks(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[str]:
+    """One sentence for every group (patient) that stands on both sides of a split."""
+    found = []
+    for name, split in splits.items():
+        train = {groups.get(case, case) for case in split.train}
+        both = sorted(train & {groups.get(case, case) for case in split.val})
+        if both and set(split.train) != set(split.val):
+            shown = ", ".join(both[:5]) + (" ..." if len(both) > 5 else "")
+            found.append(f"Split {name} has {len(both)} patient(s) in training and validation: {shown}.")
+    return found
+
+
+def _advised(found: list[str]) -> list[str]:
+    """Leaks, and what to do about them."""
+    return [*found, "Delete splits_final.json and plan again to have folds that keep patients whole."] if found else []
+
+
+def warnings_of(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[str]:
+    """Say what a user should know about splits that are allowed, one sentence each."""
+    found = _advised(leaks(splits, groups))
+    for name, split in splits.items():
+        if set(split.train) == set(split.val):
+            found.append(f"Split {name} validates on its training cases: its scores say nothing about new cases.")
+    used = {case for split in splits.values() for case in (*split.train, *split.val)}
+    unused = sorted(set(groups) - used)
+    if splits and unused:
+        found.append(f"{len(unused)} case(s) are in no split: {', '.join(unused[:5])}.")
+    return found
+
+
+def settle_splits(
+    dataset: SplittableDataset, layout: Layout, *, group_regex: str | None = None, folds: int = FOLDS, seed: int = SEED
+) -> list[Split]:
+    """Give the folds of a dataset: those that exist (checked), else new ones; written with the named ones.
+
+    An existing splits_final.json in the preprocessed folder is kept; else one in the raw folder is taken.
+
+    Raises:
+        DatasetError: existing splits do not fit the cases, or raw and preprocessed folder disagree.
+        RecordError: an existing file is no splits file.
+    """
+    ids = [case.id for case in dataset.training]
+    target = layout.splits_file(dataset.name)
+    own, users = (_read_if_there(path, ids) for path in (target, dataset.folder / "splits_final.json"))
+    if own is not None and users is not None and not _same(users, own[: len(users)]):
+        raise DatasetError(
+            "Two files of splits disagree",
+            where=target,
+            expected=f"the folds of {dataset.folder / 'splits_final.json'}",
+            found="others",
+            remedy="Delete the file that is out of date",
+        )
+    splits = own or users
+    if splits is None:
+        splits = make_splits(groups_of(dataset, group_regex), folds=folds, seed=seed)
+    if own is None:
+        write_text(target, dump_json([split.model_dump(mode="json") for split in splits]) + "\n")
+    named = named_splits(dataset)
+    if named:
+        plain = {name: split.model_dump(mode="json") for name, split in named.items()}
+        write_text(target.with_name(NAMED_FILE), dump_json(plain) + "\n")
+    return splits
+
+
+def read_splits(path: Path, ids: Sequence[str] | None = None) -> list[Split]:
+    """Read and check nnU-Net's splits_final.json.
+
+    Args:
+        path: the file.
+        ids: of the training cases; None: the file is not compared with the dataset.
+
+    Raises:
+        RecordError: missing or not such a file.
+        DatasetError: a split names unknown cases, or a case on both sides.
+    """
+    data = _load(path)
+    if not isinstance(data, list) or not data:
+        raise RecordError(
+            "A splits file holds no list of folds", where=path, expected='[{"train": [...], "val": [...]}]'
+        )
+    splits = [Split.parse(entry, where=f"{path}, fold {fold}") for fold, entry in enumerate(data)]
+    _check({f"fold {fold}": split for fold, split in enumerate(splits)}, ids, path)
+    return splits
+
+
+def read_named_splits(path: Path, ids: Sequence[str] | None = None) -> dict[str, Split]:
+    """Read and check splits_named.json; arguments and errors as in `read_splits`."""
+    data = _load(path)
+    if not isinstance(data, dict):
+        raise RecordError("A file of named splits holds no names", where=path, remedy="Delete it and plan again")
+    named = {str(name): Split.parse(split, where=f"{path}, {name}") for name, split in data.items()}
+    _check(named, ids, path)
+    return named
+
+
+def fold_split(layout: Layout, dataset: str, fold: str, *, ids: Sequence[str] | None = None) -> Split:
+    """Find the split of a fold: a number, "all" (train and validate on everything) or a name.
+
+    Args:
+        layout: where the splits lie.
+        dataset: folder name.
+        fold: what the user named.
+        ids: of the training cases; None: all that the numbered folds name.
+
+    Raises:
+        UsageError: no such fold; lists those there are.
+        RecordError: the file of splits is missing or broken.
+        DatasetError: the splits do not fit the cases.
+    """
+    path = layout.splits_file(dataset)
+    folds = {str(number): split for number, split in enumerate(read_splits(path, ids))}
+    if fold == "all":
+        everything = sorted(ids if ids is not None else {c for s in folds.values() for c in (*s.train, *s.val)})
+        return Split(train=tuple(everything), val=tuple(everything))
+    named_path = path.with_name(NAMED_FILE)
+    if named_path.is_file():
+        folds |= read_named_splits(named_path, ids)
+    if fold not in folds:
+        raise UsageError("No such fold", where=fold, expected=f"one of {', '.join([*folds, 'all'])}")
+    return folds[fold]
+
+
+def _load(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise RecordError(
+            "There is no file of splits", where=path, remedy="Run rfmed_plan_and_preprocess for this dataset"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"A splits file is not valid JSON ({error})", where=path) from None
+
+
+def _read_if_there(path: Path, ids: Sequence[str]) -> list[Split] | None:
+    return read_splits(path, ids) if path.is_file() else None
+
+
+def _same(one: Sequence[Split], other: Sequence[Split]) -> bool:
+    def plain(splits: Sequence[Split]) -> list[tuple[set[str], set[str]]]:
+        return [(set(split.train), set(split.val)) for split in splits]
+
+    return plain(one) == plain(other)
+
+
+def _check(splits: Mapping[str, Split], ids: Sequence[str] | None, where: Path) -> None:
+    faults = []
+    for name, split in splits.items():
+        unknown = [] if ids is None else sorted({*split.train, *split.val} - set(ids))
+        both = sorted(set(split.train) & set(split.val))
+        twice = sorted(c for side in (split.train, split.val) for c, n in Counter(side).items() if n > 1)
+        if unknown:
+            faults.append(f"{name} names {len(unknown)} unknown case(s): {', '.join(unknown[:5])}")
+        if both and set(split.train) != set(split.val):
+            faults.append(f"{name} trains and validates on {len(both)} case(s): {', '.join(both[:5])}")
+        if twice:
+            faults.append(f"{name} names {', '.join(twice[:5])} twice")
+        if not split.train or not split.val:
+            faults.append(f"{name} has {len(split.train)} training and {len(split.val)} validation cases")
+    if faults:
+        raise DatasetError(
+            "The splits do not fit the dataset",
+            where=where,
+            expected="ids of training cases, each on one side",
+            found="; ".join(faults),
+            remedy="Correct the file, or delete it to have five folds made anew",
+        )

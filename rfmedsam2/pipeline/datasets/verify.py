@@ -1,0 +1,300 @@
+"""Reading every file of a dataset once and reporting all faults of all cases in one go.
+
+`examine_case` gives what it read as well, so that fingerprinting can verify on the way without a second read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rfmedsam2.errors import GeometryError, RfMedSamError
+from rfmedsam2.geometry import Grid, Volume
+from rfmedsam2.records.base import Record
+from rfmedsam2.records.dataset import DatasetJson
+from rfmedsam2.records.plan import Split
+from rfmedsam2.store.case_files import FaultKind
+from rfmedsam2.store.images import (
+    ChangedWhileReadingError,
+    ImageHeader,
+    NotLabelsError,
+    TruncatedImageError,
+    disagreement,
+    read_image,
+    read_label,
+    with_channel,
+)
+from rfmedsam2.store.raw import Case, Fault, RawDataset, require_no_errors
+from rfmedsam2.system.parallel import Track, map_cases, silent
+
+__all__ = ["CaseExamination", "Fault", "VerifyReport", "examine_case", "split_faults", "verify"]
+
+_TOLD_BY_NAMES = ("missing-channel", "extra-channel", "missing-image", "missing-label")
+
+
+class VerifyReport(Record):
+    """What verification found."""
+
+    dataset: str
+    cases: int
+    """Training and test cases looked at."""
+    files: int
+    """Image and label files read."""
+    seconds: float
+    faults: tuple[Fault, ...]
+    """Errors first, then by case."""
+
+    @property
+    def errors(self) -> tuple[Fault, ...]:
+        """Faults that forbid training."""
+        return tuple(f for f in self.faults if f.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Fault, ...]:
+        """Faults that should be looked at."""
+        return tuple(f for f in self.faults if f.severity == "warning")
+
+    @property
+    def clean(self) -> bool:
+        """True without errors."""
+        return not self.errors
+
+    def require_clean(self) -> None:
+        """Raise when there are errors.
+
+        Raises:
+            DatasetError: lists every one.
+        """
+        require_no_errors(self.faults, where=self.dataset)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseExamination:
+    """One case, read once.
+
+    Attributes:
+        case: what was read.
+        volume: all channels (C,Z,Y,X) in the orientation of the file; None if a channel is missing or unreadable.
+        header: header of the first readable channel, None without one.
+        label: label map (Z,Y,X), uint8 or uint16; None without label, when unreadable, or of another shape.
+        voxels_by_label: label value -> voxels, background left out; empty without label.
+        faults: everything that is wrong.
+    """
+
+    case: Case
+    volume: Volume | None
+    header: ImageHeader | None
+    label: np.ndarray | None
+    voxels_by_label: dict[int, int]
+    faults: tuple[Fault, ...]
+
+
+def verify(
+    dataset: RawDataset, *, splits: Sequence[Split] = (), workers: int = 2, track: Track = silent
+) -> VerifyReport:
+    """Read every image and label of a dataset once and collect every fault; never stops at the first.
+
+    Args:
+        dataset: from `open_dataset`.
+        splits: folds to check for patients on both sides.
+        workers: cases read at once.
+        track: progress display.
+    """
+    begin = time.monotonic()
+    cases = [*dataset.training, *dataset.test]
+
+    def faults_of(case: Case) -> tuple[Fault, ...]:
+        return examine_case(case, dataset.json).faults
+
+    faults = [*dataset.faults, *split_faults(dataset, splits)]
+    for found in map_cases(
+        faults_of, cases, workers=workers, name=lambda case: case.id, track=track, description="Verifying"
+    ):
+        faults += [fault for fault in found if not _known(fault, dataset.faults)]
+    return VerifyReport(
+        dataset=dataset.name,
+        cases=len(cases),
+        files=sum(len(case.images) + (case.label is not None) for case in cases),
+        seconds=time.monotonic() - begin,
+        faults=tuple(sorted(faults, key=lambda f: (f.severity, f.case, f.kind))),
+    )
+
+
+def examine_case(case: Case, json: DatasetJson) -> CaseExamination:
+    """Read the files of a case once and say everything that is wrong with them; raises nothing for bad files."""
+    faults: list[Fault] = []
+    volume, header = _examine_image(case, json, faults)
+    label, counts = None, {}
+    if case.label is not None:
+        label, grid = _examine_label(case, case.label, faults)
+        if label is not None:
+            counts = label_counts(label)
+            faults += _value_faults(case, case.label, counts, json)
+        if label is not None and grid is not None and header is not None:
+            faults += _grid_faults(case, case.label, header.grid, grid, "the image")
+            if label.shape != header.grid.shape_zyx:
+                label = None
+    return CaseExamination(
+        case=case, volume=volume, header=header, label=label, voxels_by_label=counts, faults=tuple(faults)
+    )
+
+
+def label_counts(label_zyx: np.ndarray) -> dict[int, int]:
+    """Label value -> number of voxels, background left out; counted by plane, because counting widens its input."""
+    counts = np.zeros(int(label_zyx.max()) + 1, dtype=np.int64)
+    for plane in label_zyx:
+        counts += np.bincount(plane.ravel(), minlength=counts.size)
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts) if value != 0}
+
+
+def split_faults(dataset: RawDataset, splits: Sequence[Split]) -> list[Fault]:
+    """Cases or patients on both sides of a fold, and cases that do not exist."""
+    groups = {case.id: case.group for case in dataset.training}
+    faults = []
+    for number, split in enumerate(splits):
+        faults += [
+            _fault(case, "", "split-overlap", f"Fold {number} trains and validates on this case", "Make new splits")
+            for case in sorted(set(split.train) & set(split.val))
+        ]
+        faults += [
+            _fault(case, "", "split-unknown", f"Fold {number} names a case that does not exist", "Make new splits")
+            for case in sorted((set(split.train) | set(split.val)) - set(groups))
+        ]
+        trained = {groups.get(case): case for case in sorted(split.train, reverse=True) if groups.get(case)}
+        for case in sorted(set(split.val) - set(split.train)):
+            group = groups.get(case)
+            if group is not None and group in trained:
+                message = f"Fold {number} validates on patient {group}, whom it also trains on ({trained[group]})"
+                faults.append(_fault(case, "", "split-overlap", message, "Make new splits, grouped by patient"))
+    return faults
+
+
+def _known(fault: Fault, layout: Sequence[Fault]) -> bool:
+    """True for what the names have told already: channels of a case, files that are not there."""
+    told = [f for f in layout if f.case == fault.case and f.kind in _TOLD_BY_NAMES]
+    return any(f.kind == fault.kind or f.file == fault.file for f in told)
+
+
+def _examine_image(case: Case, json: DatasetJson, faults: list[Fault]) -> tuple[Volume | None, ImageHeader | None]:
+    stack, header, broken = None, None, False
+    for index, path in enumerate(case.images):
+        try:
+            volume, found = read_image(path)
+            stack_header = header or found
+            differ = _grid_faults(case, path, stack_header.grid, volume.grid, case.images[0].name)
+            faults += differ + _header_faults(case, path, found) + _intensity_faults(case, path, volume.array)
+            header = stack_header
+            if len(case.images) == 1:
+                stack = volume.array
+            elif all(fault.kind != "shape-mismatch" for fault in differ):
+                stack = with_channel(stack, volume.array, index=index, count=len(case.images), where=path)
+            else:
+                broken = True
+        except RfMedSamError as error:
+            faults.append(_fault_of(case, path, error))
+            broken = True
+    if stack is None or header is None or broken:
+        return None, header
+    expected = len(json.channels)
+    if stack.shape[0] != expected:
+        kind = "missing-channel" if stack.shape[0] < expected else "extra-channel"
+        message = f"{stack.shape[0]} channel(s) in the image, but dataset.json declares {expected}"
+        faults.append(_fault(case, case.images[0], kind, message, "Correct channel_names or the files"))
+        return None, header
+    return Volume(array=stack, grid=header.grid), header
+
+
+def _examine_label(case: Case, path: Path, faults: list[Fault]) -> tuple[np.ndarray | None, Grid | None]:
+    try:
+        volume, header = read_label(path)
+    except RfMedSamError as error:
+        faults.append(_fault_of(case, path, error))
+        return None, None
+    faults += _header_faults(case, path, header)
+    return volume.array[0], volume.grid
+
+
+def _intensity_faults(case: Case, path: Path, array: np.ndarray) -> list[Fault]:
+    faults = []
+    for number, channel in enumerate(array):
+        which = f" in channel {number}" if len(array) > 1 else ""
+        with np.errstate(invalid="ignore"):
+            low, high = channel.min(), channel.max()  # NaN and infinity show in them
+        if not (np.isfinite(low) and np.isfinite(high)):
+            count = int(np.count_nonzero(~np.isfinite(channel)))
+            message = f"{count} voxel(s) are NaN or infinite{which}"
+            faults.append(_fault(case, path, "not-finite", message, "Replace them, for instance by the background"))
+        elif low == high:
+            message = f"All voxels have the same value {low}{which}"
+            faults.append(_warning(case, path, "constant-image", message, "Check the conversion of this image"))
+    return faults
+
+
+def _value_faults(case: Case, path: Path, counts: dict[int, int], json: DatasetJson) -> list[Fault]:
+    labels = json.label_set
+    foreign = {value: n for value, n in counts.items() if value not in labels.allowed_values}
+    faults = []
+    if foreign:
+        found = ", ".join(f"{value} ({n} voxels)" for value, n in list(foreign.items())[:10])
+        message = f"Undeclared label value(s) {found}; declared are {', '.join(map(str, labels.allowed_values))}"
+        faults.append(_fault(case, path, "undeclared-label", message, "Correct the label map, or declare the value"))
+    if not any(value in counts for value in labels.values):
+        faults.append(_warning(case, path, "empty-label", "No foreground voxel", "Check that this is meant"))
+    return faults
+
+
+def _header_faults(case: Case, path: Path, header: ImageHeader) -> list[Fault]:
+    faults = []
+    if header.skew_degrees > 0.01:  # less is rounding
+        message = f"Axes are {header.skew_degrees:.3f} degrees from perpendicular (repaired)"
+        faults.append(_warning(case, path, "skewed-axes", message, "Nothing: labels are written with the file's axes"))
+    nifti = header.nifti
+    if nifti is not None and nifti.forms_differ_mm > 0.5 * min(header.grid.spacing_zyx_mm):
+        message = f"qform and sform put the same voxel {nifti.forms_differ_mm:.2f} mm apart"
+        faults.append(_warning(case, path, "forms-differ", message, "Check which one is right; the sform is used"))
+    return faults
+
+
+def _grid_faults(case: Case, path: Path, one: Grid, other: Grid, whose: str) -> list[Fault]:
+    differ = disagreement(one, other)
+    if differ is None:
+        return []
+    phrase, harmless = differ
+    if one.shape_zyx != other.shape_zyx:
+        return [_fault(case, path, "shape-mismatch", f"Not the grid of {whose}: {phrase}", "Resample one to the other")]
+    if harmless:
+        message = f"Not quite the grid of {whose}: {phrase}; less than half a voxel"
+        return [_warning(case, path, "affine-mismatch", message, "Nothing, or copy the image's header")]
+    message = f"Not the grid of {whose}: {phrase}"
+    return [_fault(case, path, "affine-mismatch", message, "Resample one to the other, or correct the wrong header")]
+
+
+def _fault_of(case: Case, path: Path, error: RfMedSamError) -> Fault:
+    kind: FaultKind = "unreadable"
+    if isinstance(error, ChangedWhileReadingError):
+        kind = "changed-while-reading"
+    elif isinstance(error, TruncatedImageError):
+        kind = "truncated"
+    elif isinstance(error, NotLabelsError):
+        kind = "not-a-label"
+    elif isinstance(error, GeometryError):
+        kind = "bad-geometry"
+    parts = [error.what]
+    if error.expected is not None:
+        parts.append(f"expected {error.expected}")
+    if error.found is not None:
+        parts.append(f"found {error.found}")
+    return _fault(case, error.where or path, kind, "; ".join(parts), error.remedy or "Replace the file")
+
+
+def _fault(case: Case | str, file: object, kind: FaultKind, message: str, remedy: str) -> Fault:
+    name = case if isinstance(case, str) else case.id
+    return Fault(case=name, file=str(file), kind=kind, severity="error", message=message, remedy=remedy)
+
+
+def _warning(case: Case | str, file: object, kind: FaultKind, message: str, remedy: str) -> Fault:
+    return _fault(case, file, kind, message, remedy).model_copy(update={"severity": "warning"})

@@ -1,0 +1,1 @@
+"""Scores of predictions, the report page, and the zero-shot prompt study."""

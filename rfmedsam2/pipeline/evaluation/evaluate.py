@@ -1,0 +1,290 @@
+"""Evaluate a folder of predicted label maps against references: metrics.json and metrics.csv.
+
+Every case is checked before anything is written; all faults of all cases come in one error.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from rfmedsam2.errors import DatasetError, RfMedSamError, UsageError
+from rfmedsam2.geometry import Volume
+from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, case_metrics, empty_policy
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation, Interval
+from rfmedsam2.store.atomic import atomic, write_record
+from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending, read_label
+from rfmedsam2.system.parallel import Track, map_cases, silent
+
+logger = logging.getLogger(__name__)
+
+METRICS: tuple[str, ...] = ("dsc", "iou", "nsd", "hd95_mm", "volume_error_ml", "relative_volume_error")
+"""Scores that are averaged; volumes themselves are not."""
+CONFIDENCE = 0.95
+BOOTSTRAP_SAMPLES = 2000
+MAX_FAULTS_SHOWN = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One case: a reference and the prediction for it."""
+
+    id: str
+    reference: Path
+    prediction: Path
+
+
+def evaluate(
+    predictions: Path,
+    references: Path,
+    labels: LabelSet,
+    *,
+    out: Path | None = None,
+    cases: Sequence[str] | None = None,
+    nsd_tolerance_mm: float = NSD_TOLERANCE_MM,
+    both_empty: BothEmpty = "skip",
+    workers: int = 2,
+    track: Track = silent,
+) -> Evaluation:
+    """Score label maps against references with the same file names (endings may differ).
+
+    Args:
+        predictions: folder of label maps, or one file.
+        references: folder of label maps, or one file.
+        labels: what the values mean.
+        out: folder for metrics.json and metrics.csv; None: write nothing.
+        cases: ids to score; None: every reference must have a prediction.
+        nsd_tolerance_mm: tolerance of the normalised surface Dice, mm.
+        both_empty: what a class counts that neither mask holds, see `metrics.empty_policy`.
+        workers: cases scored at the same time.
+        track: progress display.
+
+    Returns:
+        All scores with bootstrap confidence intervals (percentile, over cases, seeded).
+
+    Raises:
+        UsageError: nothing to score, a path that does not exist, a tolerance below 0.
+        DatasetError: lists every fault of every case: no prediction, unreadable file, other grid, undeclared values.
+    """
+    if not nsd_tolerance_mm >= 0:
+        raise UsageError("The NSD tolerance is negative", expected="0 mm or more", found=nsd_tolerance_mm)
+    pairs, faults, warnings = find_pairs(predictions, references, cases=cases)
+    score = partial(_score, labels=labels, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
+    scored: list[CaseMetrics] = []
+    results = map_cases(score, pairs, workers=workers, name=lambda p: p.id, track=track, description="Evaluating")
+    for result in results:
+        if isinstance(result, CaseMetrics):
+            scored.append(result)
+        else:
+            faults.append(result)
+    if faults:
+        raise _all_faults(faults)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    classes, mean = summarise(scored, tuple(labels.foreground))
+    evaluation = Evaluation(
+        nsd_tolerance_mm=nsd_tolerance_mm,
+        empty_policy=empty_policy(both_empty),
+        confidence=CONFIDENCE,
+        bootstrap_samples=BOOTSTRAP_SAMPLES,
+        cases=tuple(scored),
+        classes=classes,
+        mean=mean,
+        warnings=tuple(warnings),
+    )
+    if out is not None:
+        write_evaluation(out, evaluation)
+    return evaluation
+
+
+def find_pairs(
+    predictions: Path, references: Path, *, cases: Sequence[str] | None = None
+) -> tuple[list[Pair], list[str], list[str]]:
+    """Pair label maps by id (file name without ending).
+
+    Returns:
+        The pairs by id, faults (no prediction, doubled ids, asked for but absent), warnings (no reference).
+
+    Raises:
+        UsageError: a path does not exist, or there is no reference at all.
+    """
+    for what, path in (("predictions", predictions), ("references", references)):
+        if not path.exists():
+            raise UsageError(f"The {what} do not exist", where=path, remedy="Check the path")
+    if predictions.is_file() and references.is_file():
+        return [Pair(id=_id_of(references), reference=references, prediction=predictions)], [], []
+    if predictions.is_file() or references.is_file():
+        raise UsageError("Predictions and references must both be folders or both be files", where=predictions)
+    faults: list[str] = []
+    wanted, found = _label_files(references, faults), _label_files(predictions, faults)
+    warnings: list[str] = []
+    if cases is None:
+        ids = sorted(wanted)
+        warnings = [f"{found[id].name}: there is no reference, left out" for id in sorted(set(found) - set(wanted))]
+    else:
+        ids = sorted(set(cases))
+        faults += [f"{id}: there is no reference in {references}" for id in ids if id not in wanted]
+    if not ids or not wanted:
+        raise UsageError(
+            "There is no reference to score against",
+            where=references,
+            expected=f"label maps ({', '.join(IMAGE_ENDINGS)}) named like the predictions",
+        )
+    faults += [f"{id}: there is no prediction in {predictions}" for id in ids if id in wanted and id not in found]
+    pairs = [Pair(id=id, reference=wanted[id], prediction=found[id]) for id in ids if id in wanted and id in found]
+    return pairs, faults, warnings
+
+
+def summarise(
+    cases: Sequence[CaseMetrics], classes: Sequence[str], *, seed: int = 0
+) -> tuple[dict[str, dict[str, Interval]], dict[str, Interval]]:
+    """Means with bootstrap confidence intervals.
+
+    Args:
+        cases: scores per case.
+        classes: class names.
+        seed: of the resampling.
+
+    Returns:
+        class -> metric -> mean over cases where defined; metric -> mean over cases of each case's mean over its
+        defined classes.
+    """
+    table = np.array(
+        [[[_number(getattr(case.classes[name], m)) for m in METRICS] for name in classes] for case in cases],
+        dtype=float,
+    ).reshape(len(cases), len(classes), len(METRICS))
+    defined = ~np.isnan(table)
+    count = defined.sum(axis=1, keepdims=True)
+    total = np.where(defined, table, 0.0).sum(axis=1, keepdims=True)
+    overall = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    columns = np.concatenate([table, overall], axis=1)
+    intervals = bootstrap(columns.reshape(len(cases), -1), seed=seed)
+    rows = [
+        dict(zip(METRICS, intervals[i : i + len(METRICS)], strict=True)) for i in range(0, len(intervals), len(METRICS))
+    ]
+    return dict(zip(classes, rows[:-1], strict=True)), rows[-1]
+
+
+def bootstrap(
+    values: np.ndarray, *, samples: int = BOOTSTRAP_SAMPLES, confidence: float = CONFIDENCE, seed: int = 0
+) -> list[Interval]:
+    """Percentile bootstrap of the mean over cases, for many columns with the same draws.
+
+    Args:
+        values: (cases, columns), NaN where undefined; those cases count in no mean.
+        samples: number of draws, with replacement, of as many cases as there are.
+        confidence: share of the draws' means inside the interval.
+        seed: of the draws.
+
+    Returns:
+        One interval a column; no mean without defined values, no bounds with fewer than two.
+    """
+    cases, columns = values.shape
+    defined = ~np.isnan(values)
+    number = defined.sum(axis=0)
+    filled = np.where(defined, values, 0.0)
+    random = np.random.default_rng(seed)
+    draws = random.multinomial(cases, np.full(cases, 1.0 / max(cases, 1)), size=samples).astype(float)
+    weight = draws @ defined
+    means = np.where(weight > 0, draws @ filled / np.maximum(weight, 1), np.nan)
+    tail = (1 - confidence) / 2
+    bounds = np.full((2, columns), np.nan)
+    enough = number >= 2
+    if enough.any():
+        bounds[:, enough] = np.nanquantile(means[:, enough], [tail, 1 - tail], axis=0)
+    return [
+        Interval(
+            mean=float(filled[:, i].sum() / number[i]) if number[i] else None,
+            low=float(bounds[0, i]) if enough[i] else None,
+            high=float(bounds[1, i]) if enough[i] else None,
+            cases=int(number[i]),
+        )
+        for i in range(columns)
+    ]
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write metrics.json and metrics.csv: both or neither.
+
+    The CSV has one row a score: case, class, metric, value (empty where undefined).
+    """
+    fields = tuple(ClassMetrics.model_fields)
+    with atomic(folder / "metrics.csv") as temporary:
+        with temporary.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(("case", "class", "metric", "value"))
+            for case in evaluation.cases:
+                for name, scores in case.classes.items():
+                    writer.writerows((case.id, name, field, getattr(scores, field)) for field in fields)
+        write_record(folder / "metrics.json", evaluation)
+
+
+def _score(pair: Pair, *, labels: LabelSet, nsd_tolerance_mm: float, both_empty: BothEmpty) -> CaseMetrics | str:
+    """Scores of one case, or what is wrong with it."""
+    volumes: list[Volume] = []
+    faults: list[str] = []
+    for side, path in (("reference", pair.reference), ("prediction", pair.prediction)):
+        try:
+            volumes.append(read_label(path)[0])
+        except RfMedSamError as error:
+            faults.append(f"{side}: {error}")
+    if faults:
+        return f"{pair.id}: " + " ".join(faults)
+    reference, prediction = volumes
+    difference = reference.grid.mismatch(prediction.grid)
+    if difference is not None:
+        return (
+            f"{pair.id}: reference and prediction lie on different grids: {difference} (reference against prediction)"
+        )
+    try:
+        classes = case_metrics(
+            reference.array[0],
+            prediction.array[0],
+            labels,
+            reference.grid.spacing_zyx_mm,
+            nsd_tolerance_mm=nsd_tolerance_mm,
+            both_empty=both_empty,
+        )
+    except RfMedSamError as error:
+        return f"{pair.id}: {error}"
+    return CaseMetrics(id=pair.id, reference=str(pair.reference), prediction=str(pair.prediction), classes=classes)
+
+
+def _label_files(folder: Path, faults: list[str]) -> dict[str, Path]:
+    """Id -> file of the label maps in a folder; a doubled id is a fault."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        id = _id_of(path)
+        if id == path.name or path.name.startswith(".") or not path.is_file():
+            continue
+        if id in files:
+            faults.append(f"{id}: two files have this id in {folder}: {files[id].name}, {path.name}")
+        files.setdefault(id, path)
+    return files
+
+
+def _id_of(path: Path) -> str:
+    """File name without an image ending; the whole name if it has none."""
+    return path.name.removesuffix(image_ending(path) or "")
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
+
+
+def _all_faults(faults: Sequence[str]) -> DatasetError:
+    shown = list(faults[:MAX_FAULTS_SHOWN])
+    if len(faults) > len(shown):
+        shown.append(f"... and {len(faults) - len(shown)} more")
+    return DatasetError(
+        f"{len(faults)} fault(s); nothing was written",
+        found="\n  ".join(["", *shown]),
+        remedy="\nCorrect the files named, or name the cases to score",
+    )

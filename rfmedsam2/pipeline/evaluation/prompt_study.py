@@ -1,0 +1,318 @@
+"""Zero-shot SAM and SAM 2 on a labelled dataset, by kind and number of prompts (RFMedSAM 2 paper, Table 1).
+
+Prompts come from the reference: a tight box, or the pixel nearest to the centre of gravity, one for each class and
+frame. Frames are the slices along z as stored. Of frames prompted, `one` is the middle one of those that a class
+appears on, `two` are the ones at a quarter and at three quarters. Classes are painted into one label map (the highest
+logit wins) and scored as whole volumes on the original grid.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sam2.modeling.sam2_base import SAM2Base
+from torch import Tensor
+
+from rfmedsam2.errors import CheckpointError, DatasetError, UsageError
+from rfmedsam2.inference.video_tracking import Tracker, as_published
+from rfmedsam2.inference.zero_shot import reference_prompts, segment_frames
+from rfmedsam2.metrics.volumes import case_metrics, empty_policy
+from rfmedsam2.nn.sam import Sam, build_sam, sam_name
+from rfmedsam2.nn.sam2.build import build_base
+from rfmedsam2.nn.sam2.sizes import sizes_of
+from rfmedsam2.nn.sam2.weights import BLOCKS, STEM, load_sam2
+from rfmedsam2.pipeline.evaluation.evaluate import summarise
+from rfmedsam2.pipeline.preprocessing.case_reader import CaseSource
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.model import Backbone
+from rfmedsam2.records.report import CaseMetrics
+from rfmedsam2.records.study import Prompted, PromptKind, PromptStudy, Step2, StudyRow
+from rfmedsam2.store.atomic import atomic, write_record
+from rfmedsam2.store.published_weights import read_published
+from rfmedsam2.store.raw import Case, RawDataset
+from rfmedsam2.system.devices import choose_device
+from rfmedsam2.system.parallel import Track, silent
+
+SOFT_TISSUE_HU = (-160.0, 240.0)
+"""Window of CT, the usual one for the abdomen."""
+PERCENTILES = (0.5, 99.5)
+"""Window of everything else, of the voxels above the volume's minimum."""
+SAM2_NAMES: dict[Backbone, str] = {
+    "sam2_tiny": "SAM 2 tiny",
+    "sam2_small": "SAM 2 small",
+    "sam2_base_plus": "SAM 2 base+",
+    "sam2_large": "SAM 2 large",
+    "nano": "nano",
+}
+
+SamModel = Sam | SAM2Base
+Setting = tuple[PromptKind, Prompted, Step2]
+"""Kind of prompt, frames prompted, frames of Step 2."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyOptions:
+    """What to study.
+
+    Attributes:
+        prompts: kinds of prompt.
+        prompted: frames prompted, of SAM 2; SAM is prompted on all.
+        cases: of the training cases, the first so many; None: all.
+        channel: name or number of the one to look at; None: all of three, else the first.
+        window: intensities that become black and white; None: by the channel's name.
+        frame_size: pixels a side of SAM 2's frames.
+        max_conditioning: prompted frames that SAM 2 attends to, the nearest; None: all, as published.
+        device: see `devices.choose_device`.
+    """
+
+    prompts: tuple[PromptKind, ...] = ("box", "point")
+    prompted: tuple[Prompted, ...] = ("all", "two", "one")
+    cases: int | None = None
+    channel: str | None = None
+    window: tuple[float, float] | None = None
+    frame_size: int = 1024
+    max_conditioning: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """How volumes are shown: numbers and names of the channels, and the window if one is asked for."""
+
+    channels: tuple[int, ...]
+    names: tuple[str, ...]
+    window: tuple[float, float] | None
+
+
+def prompt_study(
+    dataset: RawDataset,
+    *,
+    sam: Sequence[Path] = (),
+    sam2: Sequence[Path] = (),
+    options: StudyOptions | None = None,
+    out: Path | None = None,
+    track: Track = silent,
+) -> PromptStudy:
+    """Segment labelled cases with prompts from their labels, and score the result.
+
+    Args:
+        dataset: with labels; its training cases are used.
+        sam: checkpoints of MobileSAM, LiteMedSAM, or official ones of SAM.
+        sam2: checkpoints of SAM 2 or 2.1.
+        options: what to study.
+        out: folder for prompt_study.json and prompt_study.csv; None: nothing is written.
+        track: progress display.
+
+    Raises:
+        UsageError: nothing to study, or options that do not fit the dataset.
+        CheckpointError: a file that is no such checkpoint.
+        DatasetError: a case that cannot be used, or no labelled voxel in any.
+    """
+    options = options or StudyOptions()
+    checkpoints = [*((path, False) for path in sam), *((path, True) for path in sam2)]
+    _require_something(dataset, options, checkpoints=len(checkpoints))
+    cases, look = dataset.training[: options.cases], chosen_look(dataset, options)
+    rows: list[StudyRow] = []
+    seconds: dict[str, float] = {}
+    for path, is_sam2 in checkpoints:
+        name, model = _load(path, sam2=is_sam2, options=options)
+        began = time.perf_counter()
+        scores = _scores(model, dataset, track(cases, name, len(cases)), look, options)
+        rows += _rows(name, path, scores, dataset.json.label_set)
+        seconds[str(path)] = round(time.perf_counter() - began, 1)
+    study = PromptStudy(
+        dataset=dataset.name,
+        cases=tuple(case.id for case in cases),
+        channels=look.names,
+        window="; ".join(f"{name}: {_window_words(name, look.window)}" for name in look.names),
+        empty_policy=empty_policy("skip"),
+        seconds=seconds,
+        rows=tuple(rows),
+    )
+    if out is not None:
+        write_study(out, study)
+    return study
+
+
+def chosen_look(dataset: RawDataset, options: StudyOptions) -> Look:
+    """Which channels are shown: the one wanted, else three as the colours, else the first.
+
+    Raises:
+        UsageError: there is no such channel.
+    """
+    names, wanted = dataset.json.channels, options.channel
+    if wanted is None:
+        channels = (0, 1, 2) if len(names) == 3 else (0,)
+    else:
+        channels = tuple(i for i, name in enumerate(names) if wanted.lower() in (name.lower(), str(i)))[:1]
+    if not channels:
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        raise UsageError("There is no such channel", where=wanted, expected=f"one of {listed} (--channel)")
+    return Look(channels=channels, names=tuple(names[i] for i in channels), window=options.window)
+
+
+def as_pictures(image: np.ndarray, look: Look) -> Tensor:
+    """Frames (Z, 3, Y, X) of 0 to 255 from an image (C, Z, Y, X).
+
+    CT is shown in the window of soft tissue, everything else between percentiles of what is above its minimum.
+    """
+    shown = np.empty((len(look.channels), *image.shape[1:]), np.float32)
+    for i, (number, name) in enumerate(zip(look.channels, look.names, strict=True)):
+        channel = image[number]
+        low, high = look.window or (SOFT_TISSUE_HU if _is_ct(name) else _percentiles(channel))
+        grey = (channel.astype(np.float32) - low) * np.float32(255 / max(high - low, 1e-8))
+        shown[i] = np.clip(grey, 0, 255)
+    frames = torch.from_numpy(shown).transpose(0, 1)
+    return frames if frames.shape[1] == 3 else frames.expand(-1, 3, -1, -1)
+
+
+def sam2_backbone(weights: Mapping[str, Tensor]) -> Backbone | None:
+    """Size of SAM 2 that weights are of, by the channels of the stem and the number of blocks; None: none of them."""
+    if STEM not in weights:
+        return None
+    blocks = len({key[len(BLOCKS) :].split(".")[0] for key in weights if key.startswith(BLOCKS)})
+    found = len(weights[STEM]), blocks
+    for name in SAM2_NAMES:
+        sizes = sizes_of(name).hiera
+        if sizes is not None and (sizes.channels, sum(sizes.stages)) == found:
+            return name
+    return None
+
+
+def write_study(folder: Path, study: PromptStudy) -> None:
+    """Write prompt_study.json and prompt_study.csv (one row a setting, DSC): both or neither."""
+    classes = list(study.rows[0].classes)
+    with atomic(folder / "prompt_study.csv") as temporary:
+        with temporary.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(("model", "checkpoint", "prompts", "prompted", "step2", "mean", *classes))
+            for row in study.rows:
+                scores = (row.mean.mean, *(row.classes[name].mean for name in classes))
+                writer.writerow((row.model, row.checkpoint, row.prompts, row.prompted, row.step2, *scores))
+        write_record(folder / "prompt_study.json", study)
+
+
+def _require_something(dataset: RawDataset, options: StudyOptions, *, checkpoints: int) -> None:
+    if not checkpoints:
+        raise UsageError(
+            "There is nothing to study", expected="checkpoints of SAM or of SAM 2", remedy="Give --sam or --sam2 FILE"
+        )
+    if not options.prompts or not options.prompted:
+        raise UsageError("There is nothing to study", expected="at least one kind of prompt and of prompted frames")
+    if options.cases is not None and options.cases < 1:
+        raise UsageError("There is no case to study", expected="1 or more (--cases)", found=options.cases)
+    if options.window is not None and options.window[0] >= options.window[1]:
+        raise UsageError("A window ends above its beginning", expected="--window LOW HIGH", found=options.window)
+    CaseSource(dataset).require_sound_names()
+    if not dataset.json.label_set.foreground:
+        raise DatasetError("The dataset declares no class to prompt for", where=dataset.folder / "dataset.json")
+
+
+def _load(path: Path, *, sam2: bool, options: StudyOptions) -> tuple[str, SamModel]:
+    weights = read_published(path)
+    if not sam2:
+        model = build_sam(weights, where=path)
+        return model.name, model
+    backbone = sam2_backbone(weights)
+    if backbone is None:
+        raise CheckpointError(
+            "These are weights of no SAM 2 that is known",
+            where=path,
+            expected="sam2.1_hiera_*.pt or sam2_hiera_*.pt of tiny, small, base_plus or large",
+            found=f"{len(weights)} tensors ({', '.join(list(weights)[:3])} ...)",
+            remedy="Give files of SAM with --sam" if sam_name(weights) is not None else None,
+        )
+    base = build_base(backbone, frame_size=options.frame_size)
+    report = load_sam2(base, weights, where=path)
+    name = SAM2_NAMES[backbone]
+    if not report.missing:
+        name = name.replace("SAM 2", "SAM 2.1")
+    return name, as_published(base, max_conditioning=options.max_conditioning)
+
+
+def _scores(
+    model: SamModel, dataset: RawDataset, cases: Iterable[Case], look: Look, options: StudyOptions
+) -> dict[Setting, list[CaseMetrics]]:
+    """Scores of every case by setting."""
+    device = choose_device(options.device)
+    model.to(device)
+    labels, source = dataset.json.label_set, CaseSource(dataset)
+    scores: dict[Setting, list[CaseMetrics]] = {}
+    seen = 0
+    for case in cases:
+        decoded = source.read(case)
+        seen += sum(decoded.voxels_by_label.get(v, 0) for values in labels.foreground.values() for v in values)
+        # the official predictor's precision; on the CPU bfloat16 gains nothing
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            maps = _segmented(model, as_pictures(decoded.volume.array, look), decoded.label, labels, options)
+        spacing = decoded.volume.grid.spacing_zyx_mm
+        for setting, found in maps.items():
+            classes = case_metrics(decoded.label, found, labels, spacing)
+            scored = CaseMetrics(id=case.id, reference=str(case.label), prediction="", classes=classes)
+            scores.setdefault(setting, []).append(scored)
+    if not seen:
+        raise DatasetError(
+            "There is nothing to prompt for: no voxel of any class",
+            where=dataset.folder,
+            remedy="Take more cases, or check their labels",
+        )
+    return scores
+
+
+def _segmented(
+    model: SamModel, frames: Tensor, reference: np.ndarray, labels: LabelSet, options: StudyOptions
+) -> dict[Setting, np.ndarray]:
+    """Label maps of one case by setting."""
+    prompts = tuple(reference_prompts(reference, labels, kind) for kind in options.prompts)
+    if isinstance(model, Sam):
+        return {(kind, "all", "none"): found for kind, found in segment_frames(model, frames, prompts, labels).items()}
+    return {
+        (each.kind, *setting): found
+        for each in prompts
+        for setting, found in Tracker(model, frames, each, labels).run(options.prompted).items()
+    }
+
+
+def _rows(name: str, path: Path, scores: dict[Setting, list[CaseMetrics]], labels: LabelSet) -> list[StudyRow]:
+    rows = []
+    for (kind, prompted, step2), cases in scores.items():
+        classes, mean = summarise(cases, tuple(labels.foreground))
+        rows.append(
+            StudyRow(
+                model=name,
+                checkpoint=str(path),
+                prompts=kind,
+                prompted=prompted,
+                step2=step2,
+                mean=mean["dsc"],
+                classes={each: found["dsc"] for each, found in classes.items()},
+                cases=tuple(cases),
+            )
+        )
+    return rows
+
+
+def _is_ct(name: str) -> bool:
+    return name.lower() == "ct" or name.lower().startswith("ct_") or name.lower().startswith("ct ")
+
+
+def _percentiles(channel: np.ndarray) -> tuple[float, float]:
+    above = channel[channel > channel.min()]
+    if above.size == 0:
+        return float(channel.min()), float(channel.min()) + 1
+    low, high = np.percentile(above, PERCENTILES)
+    return float(low), float(high)
+
+
+def _window_words(name: str, window: tuple[float, float] | None) -> str:
+    if window is not None:
+        return f"{window[0]:g} to {window[1]:g}"
+    if _is_ct(name):
+        return f"{SOFT_TISSUE_HU[0]:g} to {SOFT_TISSUE_HU[1]:g} HU"
+    return f"percentiles {PERCENTILES[0]:g} to {PERCENTILES[1]:g} of the voxels above the minimum"

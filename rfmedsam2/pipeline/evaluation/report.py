@@ -1,0 +1,273 @@
+"""One self-contained HTML page for a training, an evaluation, or both: readable offline, printable, light and dark."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rfmedsam2.errors import RfMedSamError, UsageError
+from rfmedsam2.pipeline.evaluation.overlays import PREDICTION_COLOUR, REFERENCE_COLOUR, case_png
+from rfmedsam2.pipeline.evaluation.score_plot import spread_png
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.model import ModelConfig, UNetConfig
+from rfmedsam2.records.report import CaseMetrics, Evaluation, Interval
+from rfmedsam2.reporting.html import png_uri, write_html
+from rfmedsam2.reporting.training_curves import Theme, Training, read_training, training_png
+from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.images import image_ending
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+PICTURED_CASES = 3
+"""Worst cases shown, and as many best ones."""
+MAX_CLASS_COLUMNS = 16
+NAMED_CLASSES = 4
+"""Classes named below a picture."""
+CHECKPOINTS = ("checkpoint_best.safetensors", "checkpoint_final.safetensors", "checkpoint_latest.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """How a metric is shown."""
+
+    name: str
+    title: str
+    unit: str
+    digits: int
+    meaning: str
+
+
+METRICS = (
+    Metric(name="dsc", title="DSC", unit="", digits=3, meaning="Dice similarity coefficient, 0 to 1"),
+    Metric(name="iou", title="IoU", unit="", digits=3, meaning="Intersection over union, 0 to 1"),
+    Metric(name="nsd", title="NSD", unit="", digits=3, meaning="Normalised surface Dice at the tolerance, 0 to 1"),
+    Metric(name="hd95_mm", title="HD95", unit="mm", digits=2, meaning="95th percentile Hausdorff distance"),
+    Metric(name="volume_error_ml", title="Volume error", unit="ml", digits=2, meaning="Predicted minus reference"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A pictured case."""
+
+    id: str
+    group: str
+    score: float
+    source: str
+    details: str
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    training: Path | None = None,
+    evaluation: Evaluation | None = None,
+    images: Path | None = None,
+    labels: LabelSet | None = None,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write the page.
+
+    Args:
+        path: the HTML file, written atomically.
+        title: heading.
+        training: folder of a trained fold with metrics.jsonl; its checkpoint, if there, says what was trained.
+        evaluation: scores; their files are drawn for the best and worst cases.
+        images: folder with the cases' images (ID_0000.nii.gz or ID.nii.gz ...), drawn below the contours.
+        labels: for the ignore label in pictures; taken from the checkpoint if there is one.
+        about: further facts for the head of the page, name -> text.
+
+    Raises:
+        UsageError: neither training nor evaluation.
+        RecordError: a training folder without metrics.
+        StoreError: the file cannot be written.
+    """
+    if training is None and evaluation is None:
+        raise UsageError("A report needs a training or an evaluation", where=path)
+    record = None if training is None else _checkpoint(training)
+    curves = None if training is None else read_training(training)
+    if labels is None and record is not None:
+        labels = record.plan.labels
+    facts = {**(_about_model(record) if record is not None else {}), **(about or {})}
+    context = {
+        "title": title,
+        "facts": facts,
+        "figures": [*_evaluation_figures(evaluation), *_training_figures(curves)],
+        "training": None if curves is None else _themed(lambda theme: training_png(curves, theme=theme)),
+        "steps": {} if curves is None else curves.scores_by_step(),
+        "evaluation": None if evaluation is None else _evaluation_context(evaluation, images, labels),
+        "reference_colour": REFERENCE_COLOUR,
+        "prediction_colour": PREDICTION_COLOUR,
+    }
+    write_html(path, TEMPLATE, context, figure=_figure)
+
+
+def _figure(value: float | None, digits: int) -> str:
+    """Format a number with fixed digits; a dash where it is undefined."""
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _themed(draw: Callable[[Theme], bytes]) -> dict[str, str]:
+    return {"light": png_uri(draw("light")), "dark": png_uri(draw("dark"))}
+
+
+def _checkpoint(folder: Path) -> CheckpointRecord | None:
+    """Read what the folder's checkpoint says about itself, if there is a readable one."""
+    for name in CHECKPOINTS:
+        if (folder / name).is_file():
+            try:
+                return read_record_of(folder / name)
+            except RfMedSamError as error:
+                logger.warning("%s", error)
+    return None
+
+
+def _about_model(record: CheckpointRecord) -> dict[str, str]:
+    stage = record.plan.stages[record.stage]
+    return {
+        "Dataset": record.plan.dataset,
+        "Plan": record.plan.name,
+        "Stage": record.stage,
+        "Fold": record.fold,
+        "Model": _about_network(stage.model),
+        "Patch": f"{_times(stage.patch_size)} voxels at {_times([f'{s:.3g}' for s in stage.spacing_mm])} mm",
+        "Batch": str(stage.batch_size),
+        "Trained": f"{record.step} of {stage.train.iterations} steps",
+        "Labels": ", ".join(record.plan.labels.foreground),
+        "Model hash": record.weights_sha256[:16],
+        "Code": f"rfmedsam2 {record.code_version}, torch {record.torch_version}",
+    }
+
+
+def _about_network(model: ModelConfig) -> str:
+    if isinstance(model, UNetConfig):
+        return f"{model.kind}, {model.block} blocks, features {_times(model.features, ', ')}"
+    frames = f"frames of {model.frame_size} × {model.frame_size}"
+    prompts = _about_network(model.unet) if model.unet is not None else model.generator
+    return f"{model.kind}, {model.backbone} on {frames}, {model.refinements} steps; prompts: {prompts}"
+
+
+def _times(values: object, between: str = " × ") -> str:
+    return between.join(str(v) for v in list(values))  # type: ignore[call-overload]
+
+
+def _evaluation_figures(evaluation: Evaluation | None) -> list[dict[str, str]]:
+    if evaluation is None:
+        return []
+    shown = [_key_figure(m, evaluation.mean[m.name]) for m in METRICS if m.name in ("dsc", "nsd", "hd95_mm")]
+    number = f"{len(evaluation.classes)} classes" if len(evaluation.classes) != 1 else "1 class"
+    return [*shown, {"title": "Cases", "value": str(len(evaluation.cases)), "note": number}]
+
+
+def _key_figure(metric: Metric, interval: Interval) -> dict[str, str]:
+    value = _figure(interval.mean, metric.digits) + (f" {metric.unit}" if metric.unit else "")
+    note = "mean over cases"
+    if interval.low is not None:
+        note = f"{_figure(interval.low, metric.digits)} to {_figure(interval.high, metric.digits)}"
+    return {"title": f"Mean {metric.title}", "value": value, "note": note}
+
+
+def _training_figures(training: Training | None) -> list[dict[str, str]]:
+    if training is None or not training.epochs:
+        return []
+    rows = training.epochs
+    figures = []
+    scored = [row for row in rows if "score" in row]
+    if scored:
+        best = max(scored, key=lambda row: row["score"])
+        note = f"best, epoch {int(best['epoch'])}; last {scored[-1]['score']:.3f}"
+        figures.append({"title": "Validation score", "value": f"{best['score']:.3f}", "note": note})
+    if "loss" in rows[-1]:
+        figures.append({"title": "Training loss", "value": f"{rows[-1]['loss']:.3f}", "note": "mean of the last epoch"})
+    seconds = sum(row.get("seconds", 0.0) for row in rows)
+    steps = int(rows[-1]["step"])
+    note = f"{steps} steps, {len(rows)} epoch{'s' if len(rows) != 1 else ''}"
+    figures.append({"title": "Training time", "value": _duration(seconds), "note": note})
+    return figures
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def _evaluation_context(evaluation: Evaluation, images: Path | None, labels: LabelSet | None) -> dict[str, object]:
+    names = list(evaluation.classes)
+    pictures, unshown = _pictures(evaluation, images, labels)
+    return {
+        "metrics": METRICS,
+        "tolerance": f"{evaluation.nsd_tolerance_mm:g}",
+        "confidence": f"{100 * evaluation.confidence:g}",
+        "samples": evaluation.bootstrap_samples,
+        "policy": evaluation.empty_policy,
+        "warnings": evaluation.warnings,
+        "classes": evaluation.classes,
+        "mean": evaluation.mean,
+        "spread": _themed(lambda theme: spread_png(evaluation, "dsc", "DSC", theme=theme)),
+        "columns": names if 1 < len(names) <= MAX_CLASS_COLUMNS else [],
+        "cases": [_case_row(case, names) for case in evaluation.cases],
+        "pictures": pictures,
+        "unshown": unshown,
+    }
+
+
+def _case_row(case: CaseMetrics, names: list[str]) -> dict[str, object]:
+    return {
+        "id": case.id,
+        "means": {m.name: _case_mean(case, m.name) for m in METRICS},
+        "dsc": [case.classes[name].dsc for name in names],
+    }
+
+
+def _case_mean(case: CaseMetrics, metric: str) -> float | None:
+    """Mean over the classes where it is defined."""
+    values = [v for v in (getattr(scores, metric) for scores in case.classes.values()) if v is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _pictures(evaluation: Evaluation, images: Path | None, labels: LabelSet | None) -> tuple[list[Picture], list[str]]:
+    """Draw the worst and the best cases by mean DSC, each once; what could not be drawn, and why."""
+    scored = [(score, case) for case in evaluation.cases if (score := _case_mean(case, "dsc")) is not None]
+    ranked = sorted(scored, key=lambda pair: pair[0])
+    worst = ranked[: min(PICTURED_CASES, (len(ranked) + 1) // 2)]
+    best = ranked[len(worst) :][::-1][:PICTURED_CASES]
+    pictures: list[Picture] = []
+    unshown: list[str] = []
+    for group, chosen in (("Worst", worst), ("Best", best)):
+        for score, case in chosen:
+            try:
+                png = case_png(Path(case.reference), Path(case.prediction), _image_of(case.id, images), labels)
+            except RfMedSamError as error:
+                unshown.append(f"{case.id}: {error}")
+                continue
+            pictures.append(Picture(id=case.id, group=group, score=score, source=png_uri(png), details=_lowest(case)))
+    return pictures, unshown
+
+
+def _lowest(case: CaseMetrics) -> str:
+    """Name the classes with their DSC; where there are many, those that fit worst."""
+    scored = [(s.dsc, name) for name, s in case.classes.items() if s.dsc is not None]
+    if len(scored) > NAMED_CLASSES:
+        return "lowest: " + ", ".join(f"{name} {dsc:.3f}" for dsc, name in sorted(scored)[:NAMED_CLASSES])
+    return ", ".join(f"{name} {dsc:.3f}" for dsc, name in scored)
+
+
+def _image_of(id: str, folder: Path | None) -> Path | None:
+    """Find the file of a case's first channel."""
+    if folder is None or not folder.is_dir():
+        return None
+    fitting = {f"{id}_0000", id}
+    found = [p for p in folder.iterdir() if p.name.startswith(id) and _stem(p) in fitting]
+    return min(found, default=None, key=lambda p: len(p.name))
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(image_ending(path) or "")

@@ -1,0 +1,134 @@
+"""How much memory a training step needs, from the plan alone: each term by its own rule, no network built.
+
+Estimates, for planning and for a word before a training fails: they count what a step keeps for its backward pass. The
+U-Net's term follows nnU-Net's measure, the others count the tensors of RFMedSAM 2's steps with every class present on
+every frame. Against the peaks of five steps in float32 on the CPU (nano and tiny, 0.9 to 4 GiB, with and without
+checkpointing) they were between 14 % too low and 40 % too high; on a GPU nothing has been measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from typing_extensions import assert_never
+
+from rfmedsam2.nn.memory_budget import CellSizes, frame_bytes
+from rfmedsam2.nn.sam2.sizes import sizes_of
+from rfmedsam2.pipeline.planning.topology import feature_map_size
+from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
+from rfmedsam2.records.plan import Stage
+
+FLOAT = 4
+FEATURE_BYTES = {False: 12.5, True: 7.1}
+"""Bytes a value of the U-Net's feature maps, float32 and 16 bit: a float32 step of nnU-Net on 32x256x256 (6989 MiB, 587
+million values), and nnU-Net's 560 million values for 8 GB at batch 2. Gradients and work spaces are in it."""
+CLASS_MAP_FACTOR = 8
+"""Full-size maps a class and step: masks as enlarged, class map, soft-max, cross-entropy, Dice, their gradients."""
+PYRAMID_FACTOR = 25
+"""Kept of a frame's features, in tensors of (C, s, s): three levels at 1, 4 and 16 times the positions and their
+reduced copies."""
+BACKWARD = 2
+"""What is alive in a chunk's backward pass: its activations and as much in gradients."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryTerm:
+    """One part of the estimate."""
+
+    name: str
+    gib: float
+    rule: str
+    """How it is reckoned."""
+
+
+def activation_terms(stage: Stage, *, outputs: int, classes: int, half: bool) -> tuple[MemoryTerm, ...]:
+    """What one training step keeps, beside weights.
+
+    Args:
+        stage: of a plan.
+        outputs: channels of the logits.
+        classes: K, foreground classes or regions.
+        half: activations of 16 bit (mixed precision).
+    """
+    match stage.model:
+        case UNetConfig():
+            return (_unet_term(stage.model, stage, outputs=outputs, half=half),)
+        case RFMedSam2Config():
+            terms = _refinement_terms(stage.model, stage, classes=classes, half=half)
+            if stage.model.unet is None:
+                return terms
+            return (_unet_term(stage.model.unet, stage, outputs=outputs, half=half), *terms)
+        case _:
+            assert_never(stage.model)
+
+
+def weight_terms(stage: Stage, *, parameters: int, trained: int, half: bool) -> tuple[MemoryTerm, ...]:
+    """Weights, their gradients and the optimizer's state (SGD one value a trained parameter, AdamW two)."""
+    kept = 1 if stage.train.optimizer.kind == "sgd" else 2
+    state = FLOAT * trained * (1 + kept)
+    copies = parameters * FLOAT // 2 if half else 0
+    return (
+        _term("weights", parameters * FLOAT + copies, "4 bytes a parameter, and 2 for mixed precision's copies"),
+        _term("gradients and optimizer", state, f"{1 + kept} x 4 bytes a trained parameter"),
+    )
+
+
+def total_gib(terms: tuple[MemoryTerm, ...]) -> float:
+    """Sum of the terms."""
+    return sum(term.gib for term in terms)
+
+
+def _unet_term(network: UNetConfig, stage: Stage, *, outputs: int, half: bool) -> MemoryTerm:
+    patch, samples = stage.patch_size, stage.batch_size
+    if len(patch) > network.dimensions:  # single frames of a volume
+        patch, samples = patch[1:], samples * patch[0]
+    values = feature_map_size(network, patch, outputs=outputs) * samples
+    rule = f"{values / 1e6:.0f} million values of feature maps x {FEATURE_BYTES[half]} bytes"
+    return _term("U-Net", values * FEATURE_BYTES[half], rule)
+
+
+def _refinement_terms(model: RFMedSam2Config, stage: Stage, *, classes: int, half: bool) -> tuple[MemoryTerm, ...]:
+    frames, pixels = stage.batch_size * stage.patch_size[0], math.prod(stage.patch_size[1:])
+    side = model.frame_size // 16
+    every = frames * classes
+    cells = min(every, stage.sampling.cells or every)
+    sizes = sizes_of(model.backbone)
+    value = FLOAT / 2 if half else FLOAT
+    maps = every * pixels * FLOAT * CLASS_MAP_FACTOR * model.refinements
+    features = frames * PYRAMID_FACTOR * sizes.channels * side**2 * value
+    memories = cells * (sizes.memory_channels * side**2 + sizes.channels + 6 * 16 * side**2) * FLOAT
+    return (
+        _term("class maps and losses", maps, f"{every} cells x {CLASS_MAP_FACTOR} maps, a step"),
+        _term("features of frames", features, f"{frames} frames x three levels"),
+        _term("masks and memories of cells", memories, f"{cells} cells"),
+        _working_term(model, stage, frames=frames, cells=cells, half=half),
+    )
+
+
+def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, cells: int, half: bool) -> MemoryTerm:
+    """SAM 2's own activations: one chunk's with checkpointing, else all."""
+    sizes, share = sizes_of(model.backbone), 0.5 if half else 1.0
+    cell = CellSizes(
+        side=model.frame_size // 16,
+        channels=sizes.channels,
+        memory_channels=sizes.memory_channels,
+        memory_layers=sizes.memory_layers,
+        memory_width=sizes.memory_width,
+    )
+    sees = model.memory_frames * (2 if model.strategy == "both" else 1) + 1
+    learns = model.adapters.encoder or not model.freeze_backbone
+    frame = frame_bytes(model.backbone, model.frame_size, side=stage.patch_size[-1], training=learns)
+    parts = [(frames if learns else 0, frame), (cells, cell.decode())]
+    if model.refinements > 1:
+        parts += [(cells, cell.remember()), (cells, cell.recall(sees, training=True))]
+    if stage.compute.checkpointing:
+        budget = stage.compute.memory_mb * 1e6
+        chunk = max(frame, *(max(each, min(budget, count * each)) for count, each in parts))
+        return _term("SAM 2 at work", chunk * BACKWARD * share, "the largest chunk (compute.memory_mb), twice")
+    everything = sum(count * each for count, each in parts)
+    return _term("SAM 2 at work", everything * share, f"{frames} frames, {cells} cells, nothing computed again")
+
+
+def _term(name: str, amount: float, rule: str) -> MemoryTerm:
+    return MemoryTerm(name=name, gib=amount / 2**30, rule=rule)

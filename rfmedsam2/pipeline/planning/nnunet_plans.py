@@ -1,0 +1,342 @@
+"""Reading nnU-Net v2's plans.json into a plan of ours. No class or function that it names is ever imported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+from rfmedsam2.errors import PlanError, UsageError
+from rfmedsam2.pipeline.planning.presets import figures_of
+from rfmedsam2.records.base import Record
+from rfmedsam2.records.dataset import DatasetJson
+from rfmedsam2.records.fingerprint import IntensityStatistics
+from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.plan import Augmentation, Plan, SegmentationLoss, Stage
+from rfmedsam2.store.atomic import read_record
+
+LOGGER = logging.getLogger(__name__)
+NORMALISATIONS = {
+    "CTNormalization": "ct",
+    "ZScoreNormalization": "zscore",
+    "RescaleTo01Normalization": "rescale_0_1",
+    "RGBTo01Normalization": "rgb_0_1",
+    "NoNormalization": "none",
+}
+BLOCKS = {"PlainConvUNet": ("plain", "n_conv_per_stage"), "ResidualEncoderUNet": ("residual", "n_blocks_per_stage")}
+NETWORK_DEFAULTS: dict[str, tuple[object, ...]] = {
+    "conv_bias": (True,),
+    "norm_op_kwargs": ({"eps": 1e-5, "affine": True},),
+    "dropout_op": (None,),
+    "nonlin": ("torch.nn.LeakyReLU", "torch.nn.modules.activation.LeakyReLU"),
+    "nonlin_kwargs": ({"inplace": True}, {}, None),
+    "nonlin_first": (False, None),
+    "bottleneck_channels": (None,),
+    "stem_channels": (None,),
+    "deep_supervision": (True, False, None),
+}
+"""Arguments of the network that have one meaning here: any other value is unsupported."""
+READ_ELSEWHERE = {
+    "n_stages",
+    "features_per_stage",
+    "conv_op",
+    "norm_op",
+    "kernel_sizes",
+    "strides",
+    "n_conv_per_stage",
+    "n_blocks_per_stage",
+    "n_conv_per_stage_decoder",
+    "dropout_op_kwargs",
+}
+RESAMPLING = "resample_data_or_seg_to_shape"
+PREPROCESSORS = {"DefaultPreprocessor"}
+NEVER_SEPARATE = 1e6
+"""An anisotropy threshold that no image reaches: nnU-Net's force_separate_z = False."""
+
+
+class _Loose(Record):
+    """nnU-Net writes more fields than matter here."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+PerStage = int | tuple[int, ...]
+PerAxis = int | tuple[int | tuple[int, ...], ...]
+
+
+class _Arguments(_Loose):
+    n_stages: int | None = None
+    features_per_stage: PerStage
+    kernel_sizes: PerAxis
+    strides: PerAxis
+    n_conv_per_stage: PerStage | None = None
+    n_blocks_per_stage: PerStage | None = None
+    n_conv_per_stage_decoder: PerStage
+
+
+class _Architecture(_Loose):
+    network_class_name: str
+    arch_kwargs: dict[str, Any]
+
+
+class _OldArchitecture(_Loose):
+    """How plans of nnU-Net before 2.3 describe the network, among the fields of the configuration."""
+
+    UNet_class_name: str
+    UNet_base_num_features: int
+    unet_max_num_features: int
+    n_conv_per_stage_encoder: tuple[int, ...]
+    n_conv_per_stage_decoder: tuple[int, ...]
+    conv_kernel_sizes: PerAxis
+    pool_op_kernel_sizes: PerAxis
+
+
+class _Configuration(_Loose):
+    patch_size: Annotated[tuple[int, ...], Field(min_length=2, max_length=3)]
+    spacing: Annotated[tuple[float, ...], Field(min_length=2, max_length=3)]
+    median_image_size_in_voxels: Annotated[tuple[float, ...], Field(min_length=2, max_length=3)]
+    batch_size: int
+    batch_dice: bool = True
+    normalization_schemes: tuple[str, ...]
+    use_mask_for_norm: tuple[bool, ...]
+    preprocessor_name: str = "DefaultPreprocessor"
+    previous_stage: str | None = None
+    resampling_fn_data: str = RESAMPLING
+    resampling_fn_seg: str = RESAMPLING
+    resampling_fn_probabilities: str = RESAMPLING
+    resampling_fn_data_kwargs: dict[str, Any] = Field(default_factory=dict)
+    resampling_fn_seg_kwargs: dict[str, Any] = Field(default_factory=dict)
+    resampling_fn_probabilities_kwargs: dict[str, Any] = Field(default_factory=dict)
+    architecture: _Architecture
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        if len(self.normalization_schemes) != len(self.use_mask_for_norm):
+            raise ValueError("normalization_schemes and use_mask_for_norm must have one entry per channel")
+        if not len(self.patch_size) == len(self.spacing) == len(self.median_image_size_in_voxels):
+            raise ValueError("patch_size, spacing and median_image_size_in_voxels must have as many axes")
+        return self
+
+
+class _NnunetPlans(_Loose):
+    dataset_name: str
+    plans_name: str
+    original_median_spacing_after_transp: tuple[float, float, float]
+    original_median_shape_after_transp: tuple[int, int, int]
+    image_reader_writer: str = ""
+    transpose_forward: tuple[int, int, int]
+    label_manager: str = "LabelManager"
+    configurations: dict[str, dict[str, Any]]
+    foreground_intensity_properties_per_channel: dict[str, dict[str, float]]
+
+
+def import_nnunet_plans(
+    path: Path,
+    dataset: DatasetJson,
+    *,
+    fingerprint: str = "",
+    name: str | None = None,
+    stages: Sequence[str] | None = None,
+) -> Plan:
+    """Read nnU-Net's plans.json.
+
+    Args:
+        path: nnUNetPlans.json or any other plans file of nnU-Net v2.
+        dataset: the dataset.json beside it (channels, labels, file ending are not in the plans).
+        fingerprint: digest of this package's fingerprint of the dataset, if there is one.
+        name: of the plan; None: rfmed_ and nnU-Net's plans_name (its own name is that of its files).
+        stages: configurations to take; None: all but those of a cascade's second step.
+
+    Returns:
+        A plan with nnU-Net's training figures.
+
+    Raises:
+        RecordError: missing, not JSON or not such a file.
+        UsageError: a configuration of `stages` does not exist.
+        PlanError: something that this package does not have; lists all of it.
+    """
+    source = read_record(path, _NnunetPlans)
+    resolved = {stage: _resolved(source.configurations, stage, path) for stage in source.configurations}
+    unknown = [stage for stage in stages or () if stage not in resolved]
+    if unknown:
+        raise UsageError("No such configuration", where=", ".join(unknown), expected=f"one of {', '.join(resolved)}")
+    cascaded = [stage for stage, plain in resolved.items() if plain.get("previous_stage")]
+    if stages is None and cascaded:
+        LOGGER.warning("Left out of %s: %s (cascades are not supported)", path.name, ", ".join(cascaded))
+    wanted = [stage for stage in resolved if stage not in cascaded] if stages is None else list(stages)
+    parsed = {stage: _Configuration.parse(resolved[stage], where=f"{path}, {stage}") for stage in wanted}
+    faults = [f"{stage}: {fault}" for stage in wanted for fault in _unsupported(parsed[stage])]
+    if source.label_manager != "LabelManager":
+        faults.append(f"label_manager {source.label_manager}")
+    if faults:
+        raise PlanError(
+            f"nnU-Net's plans hold what this package does not have ({'; '.join(faults)})",
+            where=path,
+            remedy="Import other configurations, or plan anew with --preset nnunet",
+        )
+    channels = range(len(dataset.channels))
+    return Plan.parse(
+        {
+            "name": name or f"rfmed_{source.plans_name}",
+            "dataset": source.dataset_name,
+            "fingerprint": fingerprint,
+            "channels": dataset.channels,
+            "labels": dataset.label_set,
+            "file_ending": dataset.file_ending,
+            "reorient": "RAS" if source.image_reader_writer.endswith("WithReorient") else None,
+            "transpose_forward": source.transpose_forward,
+            "intensities": [_intensities(source, channel, path) for channel in channels],
+            "stages": {stage: _stage(parsed[stage], source, f"{path}, {stage}") for stage in wanted},
+        },
+        where=path,
+    )
+
+
+def _resolved(configurations: Mapping[str, dict[str, Any]], name: str, path: Path) -> dict[str, Any]:
+    """Collect a configuration with everything that it inherits."""
+    chain, parent = [], name
+    while parent is not None:
+        if parent in chain or parent not in configurations:
+            raise PlanError(
+                "A configuration inherits from itself" if parent in chain else "A configuration inherits from nothing",
+                where=f"{path}, {name}",
+                found=" -> ".join([*chain, parent]),
+            )
+        chain.append(parent)
+        parent = configurations[parent].get("inherits_from")
+        parent = parent if parent is None else str(parent)
+    merged: dict[str, Any] = {}
+    for ancestor in reversed(chain):
+        merged.update(configurations[ancestor])
+    return _modernised(merged, f"{path}, {name}")
+
+
+def _modernised(plain: dict[str, Any], where: str) -> dict[str, Any]:
+    if "architecture" in plain or "UNet_class_name" not in plain:
+        return plain
+    old = _OldArchitecture.parse(plain, where=where)
+    _, blocks_key = BLOCKS.get(old.UNet_class_name, ("", "n_conv_per_stage"))
+    widths = (old.UNet_base_num_features * 2**i for i in range(len(old.n_conv_per_stage_encoder)))
+    arguments = {
+        "features_per_stage": [min(width, old.unet_max_num_features) for width in widths],
+        "kernel_sizes": old.conv_kernel_sizes,
+        "strides": old.pool_op_kernel_sizes,
+        blocks_key: old.n_conv_per_stage_encoder,
+        "n_conv_per_stage_decoder": old.n_conv_per_stage_decoder,
+    }
+    return {**plain, "architecture": {"network_class_name": old.UNet_class_name, "arch_kwargs": arguments}}
+
+
+def _resamplings(configuration: _Configuration) -> list[tuple[str, dict[str, Any]]]:
+    """List function and arguments for image, label and probabilities."""
+    return [
+        (configuration.resampling_fn_data, configuration.resampling_fn_data_kwargs),
+        (configuration.resampling_fn_seg, configuration.resampling_fn_seg_kwargs),
+        (configuration.resampling_fn_probabilities, configuration.resampling_fn_probabilities_kwargs),
+    ]
+
+
+def _unsupported(configuration: _Configuration) -> list[str]:
+    """Say what of a configuration cannot be had here."""
+    faults = ["the second step of a cascade"] if configuration.previous_stage else []
+    if configuration.preprocessor_name not in PREPROCESSORS:
+        faults.append(f"preprocessor {configuration.preprocessor_name}")
+    faults += [f"normalisation {s}" for s in configuration.normalization_schemes if s not in NORMALISATIONS]
+    for function, arguments in _resamplings(configuration):
+        if function != RESAMPLING:
+            faults.append(f"resampling function {function}")
+        elif arguments.get("force_separate_z"):
+            faults.append("force_separate_z")
+    return faults + _unsupported_network(configuration.architecture, len(configuration.patch_size))
+
+
+def _unsupported_network(architecture: _Architecture, dimensions: int) -> list[str]:
+    network = architecture.network_class_name.rsplit(".", 1)[-1]
+    if network not in BLOCKS:
+        return [f"network {network}"]
+    arguments, faults = architecture.arch_kwargs, []
+    for key, value in arguments.items():
+        if key in NETWORK_DEFAULTS and value not in NETWORK_DEFAULTS[key]:
+            faults.append(f"network argument {key} = {value!r}")
+        if key not in NETWORK_DEFAULTS and key not in READ_ELSEWHERE:
+            faults.append(f"network argument {key}")
+    for key, stem in (("conv_op", "Conv"), ("norm_op", "InstanceNorm")):
+        value = str(arguments.get(key, f"{stem}{dimensions}d"))
+        if value.rsplit(".", 1)[-1] != f"{stem}{dimensions}d":
+            faults.append(f"network argument {key} = {value!r}")
+    return faults
+
+
+def _stage(configuration: _Configuration, source: _NnunetPlans, where: str) -> Stage:
+    dimensions = len(configuration.patch_size)
+    spacing, shape = configuration.spacing, configuration.median_image_size_in_voxels
+    if dimensions == 2:
+        # a 2D stage leaves slices where they are: describe the first axis by the median case
+        spacing = (source.original_median_spacing_after_transp[0], *spacing)
+        shape = (source.original_median_shape_after_transp[0], *shape)
+    schemes = zip(configuration.normalization_schemes, configuration.use_mask_for_norm, strict=True)
+    nnunet = figures_of("nnunet")
+    return Stage.parse(
+        {
+            "spacing_mm": spacing,
+            "median_shape": [round(n) for n in shape],
+            "patch_size": configuration.patch_size,
+            "batch_size": configuration.batch_size,
+            "normalisation": [{"kind": NORMALISATIONS[scheme], "use_mask": mask} for scheme, mask in schemes],
+            "resampling": _resampling(configuration),
+            "augmentation": Augmentation(mirror_axes=tuple(range(dimensions))),
+            "model": _network(configuration.architecture, dimensions, where),
+            "loss": SegmentationLoss(batch_dice=configuration.batch_dice),
+            "train": nnunet.train,
+            "inference": nnunet.inference,
+        },
+        where=where,
+    )
+
+
+def _resampling(configuration: _Configuration) -> dict[str, Any]:
+    image, label, logits = (arguments for _, arguments in _resamplings(configuration))
+    return {
+        "order_image": image.get("order", 3),
+        "order_label": label.get("order", 1),
+        "order_logits": logits.get("order", 1),
+        "order_z": image.get("order_z", 0),
+        "anisotropy_threshold": NEVER_SEPARATE if image.get("force_separate_z") is False else 3.0,
+    }
+
+
+def _network(architecture: _Architecture, dimensions: int, where: str) -> UNetConfig:
+    block, blocks_key = BLOCKS[architecture.network_class_name.rsplit(".", 1)[-1]]
+    arguments = _Arguments.parse(architecture.arch_kwargs, where=where)
+    features = arguments.features_per_stage
+    stages = (arguments.n_stages or 0) if isinstance(features, int) else len(features)
+
+    def repeated(value: Any, count: int) -> list[Any]:
+        """Repeat a single number, which the library takes for all stages or axes."""
+        return list(value) if isinstance(value, tuple) else [value] * count
+
+    def per_axis(value: Any) -> list[list[int]]:
+        return [repeated(entry, dimensions) for entry in repeated(value, stages)]
+
+    return UNetConfig.parse(
+        {
+            "block": block,
+            "features": repeated(features, stages),
+            "kernel_sizes": per_axis(arguments.kernel_sizes),
+            "strides": per_axis(arguments.strides),
+            "encoder_blocks": repeated(getattr(arguments, blocks_key), stages),
+            "decoder_blocks": repeated(arguments.n_conv_per_stage_decoder, stages - 1),
+        },
+        where=where,
+    )
+
+
+def _intensities(source: _NnunetPlans, channel: int, path: Path) -> IntensityStatistics:
+    where = f"{path}, foreground_intensity_properties_per_channel, {channel}"
+    return IntensityStatistics.parse(
+        source.foreground_intensity_properties_per_channel.get(str(channel), {}), where=where
+    )

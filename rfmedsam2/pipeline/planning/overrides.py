@@ -1,0 +1,57 @@
+"""Changing figures of a plan: `--set stage.field=value` and moving a plan to another dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rfmedsam2.errors import PlanError
+from rfmedsam2.pipeline.planning.plan import PlannableDataset, check_fingerprint
+from rfmedsam2.records.fingerprint import Fingerprint
+from rfmedsam2.records.overrides import with_changes
+from rfmedsam2.records.plan import Plan
+
+
+def changed(plan: Plan, assignments: Sequence[str], name: str) -> Plan:
+    """Change some figures of a plan and give it a new name.
+
+    Args:
+        plan: the plan to begin with.
+        assignments: each PATH=VALUE. PATH is a stage and its fields ("3d_fullres.train.epochs") or a field of the plan
+            itself; items of lists are numbers ("3d_fullres.normalisation.0.use_mask"). VALUE is JSON, or else a word.
+            Changing a `kind` ("3d_fullres.train.optimizer.kind=adamw") takes the defaults of that kind.
+        name: of the new plan.
+
+    Raises:
+        UsageError: an assignment without "=", or a field that does not exist; lists what does.
+        RecordError: a value that the field cannot have; lists all such.
+    """
+    changed_plan = with_changes(plan, assignments, within="stages", where=f"plan {name}")
+    return Plan.parse(changed_plan.model_dump(mode="json") | {"name": name}, where=f"plan {name}")
+
+
+def moved(plan: Plan, dataset: PlannableDataset, fingerprint: Fingerprint) -> Plan:
+    """Adopt a published (or another dataset's) plan: its sizes and figures, this dataset's intensities.
+
+    Raises:
+        PlanError: channels or labels differ, or the fingerprint is of another dataset.
+    """
+    check_fingerprint(dataset, fingerprint)
+    labels = dataset.json.label_set
+    if len(dataset.json.channels) != len(plan.channels) or labels.num_outputs != plan.labels.num_outputs:
+        raise PlanError(
+            "The plan is for other data",
+            where=plan.name,
+            expected=f"{len(plan.channels)} channel(s) and {plan.labels.num_outputs} classes with background",
+            found=f"{len(dataset.json.channels)} channel(s) and {labels.num_outputs} classes in {dataset.name}",
+            remedy="Make a plan of its own with rfmed_plan_and_preprocess",
+        )
+    return plan.model_copy(
+        update={
+            "dataset": dataset.name,
+            "fingerprint": fingerprint.digest,
+            "channels": dataset.json.channels,
+            "labels": labels,
+            "file_ending": dataset.json.file_ending,
+            "intensities": fingerprint.intensities,
+        }
+    )

@@ -1,0 +1,369 @@
+"""Planning: dataset.json and fingerprint -> plan.
+
+Target spacing, axis order, normalisation, the low-resolution rule and the median shape are nnU-Net 2.8's; patch, batch,
+network and training figures come from a preset (presets.py) through nnU-Net's topology rule (topology.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from rfmedsam2.errors import PlanError
+from rfmedsam2.geometry import Triple
+from rfmedsam2.pipeline.planning.presets import Figures, Preset, Sizing, figures_of
+from rfmedsam2.pipeline.planning.topology import (
+    Topology,
+    batch_that_fits,
+    feature_map_size,
+    fitted_topology,
+    isotropic_start,
+)
+from rfmedsam2.records.dataset import DatasetJson
+from rfmedsam2.records.fingerprint import Fingerprint
+from rfmedsam2.records.plan import Normalisation, Plan, SegmentationLoss, Stage
+
+ANISOTROPY = 3.0
+SMALL_AFTER_CROP = 0.75
+"""Below this median share of voxels left by the crop, z-score statistics are taken within the mask."""
+SPACING_STEP = 1.03
+NORMALISATION_OF_CHANNEL = {
+    "ct": "ct",
+    "nonorm": "none",
+    "zscore": "zscore",
+    "rescale_to_0_1": "rescale_0_1",
+    "rgb_to_0_1": "rgb_0_1",
+}
+
+__all__ = [
+    "PlannableDataset",
+    "Sized",
+    "Survey",
+    "check_fingerprint",
+    "coarsened",
+    "median_shape",
+    "normalisation_of",
+    "plan",
+    "plan_of",
+    "stage_of",
+    "survey_of",
+    "target_spacing",
+]
+
+
+class PlannableDataset(Protocol):
+    """What planning reads of a raw dataset."""
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        ...
+
+    @property
+    def json(self) -> DatasetJson:
+        """Its dataset.json."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What sizing a stage needs to know about a dataset. Planned axis order."""
+
+    transpose_forward: tuple[int, int, int]
+    spacing_mm: np.ndarray
+    """(3,) target spacing of 3d_fullres."""
+    median_shape: np.ndarray
+    """(3,) at that spacing; may hold halves."""
+    median_slices: float
+    """Median number of slices along the first axis, as stored."""
+    median_slice_distance_mm: float
+    cases: int
+    outputs: int
+    """Output channels by which nnU-Net estimates memory: all declared labels."""
+    normalisation: tuple[Normalisation, ...]
+
+
+def plan(
+    dataset: PlannableDataset,
+    fingerprint: Fingerprint,
+    *,
+    preset: Preset = "default",
+    name: str | None = None,
+    spacing_zyx_mm: Triple | None = None,
+) -> Plan:
+    """Make the plan of a dataset.
+
+    Args:
+        dataset: its name and dataset.json.
+        fingerprint: of its training cases.
+        preset: the table of figures to size stages by.
+        name: of the plan; None: the preset's.
+        spacing_zyx_mm: target spacing of 3d_fullres in the axis order of the files; None: nnU-Net's rule.
+
+    Returns:
+        A plan with the stages 3d_fullres, 3d_lowres (where cases are large against the patch) and 2d; only 2d where
+        the median case is a single slice.
+
+    Raises:
+        UsageError: no such preset.
+        PlanError: the fingerprint is of another dataset or has no cases, or nothing fits the memory.
+    """
+    figures = figures_of(preset)
+    survey = survey_of(dataset, fingerprint, spacing_zyx_mm, figures.max_case_voxels)
+    stages: dict[str, Stage] = {}
+    if survey.median_shape[0] != 1:
+        stages = _volume_stages(survey, figures)
+    stages["2d"] = _slice_stage(survey, figures)
+    return plan_of(dataset, fingerprint, survey, name=name or figures.plan_name, stages=stages)
+
+
+def plan_of(
+    dataset: PlannableDataset, fingerprint: Fingerprint, survey: Survey, *, name: str, stages: dict[str, Stage]
+) -> Plan:
+    """Put stages together with what a plan says about its dataset."""
+    reader = dataset.json.overwrite_image_reader_writer or ""
+    return Plan(
+        name=name,
+        dataset=dataset.name,
+        fingerprint=fingerprint.digest,
+        channels=dataset.json.channels,
+        labels=dataset.json.label_set,
+        file_ending=dataset.json.file_ending,
+        reorient="RAS" if reader.endswith("WithReorient") else None,
+        transpose_forward=survey.transpose_forward,
+        intensities=fingerprint.intensities,
+        stages=stages,
+    )
+
+
+def target_spacing(fingerprint: Fingerprint) -> np.ndarray:
+    """nnU-Net's target spacing in the axis order of the files, (3,) mm.
+
+    The median; along a strongly anisotropic axis the 10th percentile, so that thin slices are not thrown away.
+    """
+    spacings = np.array([case.spacing_zyx_mm for case in fingerprint.cases], dtype=float)
+    shapes = np.array([case.shape_after_crop_zyx for case in fingerprint.cases], dtype=float)
+    target, shape = np.percentile(spacings, 50, 0), np.percentile(shapes, 50, 0)
+    worst = int(np.argmax(target))
+    others = [axis for axis in range(3) if axis != worst]
+    coarsest_other = max(target[others])
+    is_coarse = target[worst] > ANISOTROPY * coarsest_other
+    has_few_slices = shape[worst] * ANISOTROPY < min(shape[others])
+    if is_coarse and has_few_slices:
+        fine = float(np.percentile(spacings[:, worst], 10))
+        target[worst] = fine if fine >= coarsest_other else coarsest_other + 1e-5
+    return target
+
+
+def normalisation_of(channels: tuple[str, ...], median_relative_size_after_crop: float) -> tuple[Normalisation, ...]:
+    """nnU-Net's scheme by channel name (z-score unless the name says otherwise) and its rule for masks."""
+    kinds = [NORMALISATION_OF_CHANNEL.get(channel.casefold(), "zscore") for channel in channels]
+    masked = median_relative_size_after_crop < SMALL_AFTER_CROP
+    return tuple(Normalisation.parse({"kind": kind, "use_mask": masked and kind == "zscore"}) for kind in kinds)
+
+
+def median_shape(fingerprint: Fingerprint, spacing_zyx_mm: np.ndarray) -> np.ndarray:
+    """Median over cases of the shape after crop and resampling, (3,), axis order of the files; may hold halves."""
+    shapes = [
+        [
+            round(old / new * n)
+            for old, new, n in zip(case.spacing_zyx_mm, spacing_zyx_mm, case.shape_after_crop_zyx, strict=True)
+        ]
+        for case in fingerprint.cases
+    ]
+    return np.median(shapes, 0)
+
+
+def coarsened(spacing_mm: np.ndarray, shape: np.ndarray, max_voxels: int | None) -> np.ndarray:
+    """Raise the spacing, finest axes first and then all alike, until the shape has at most `max_voxels`."""
+    if max_voxels is None:
+        return spacing_mm
+    level, coarse = float(spacing_mm.min()), spacing_mm
+    while np.prod(spacing_mm / coarse * shape) > max_voxels:
+        level *= SPACING_STEP
+        coarse = np.maximum(spacing_mm, level)
+    return coarse
+
+
+def check_fingerprint(dataset: PlannableDataset, fingerprint: Fingerprint) -> None:
+    """Raise a PlanError unless there are classes, and the fingerprint has cases of this dataset and its channels."""
+    if not dataset.json.label_set.foreground:
+        raise PlanError(
+            "The dataset names no class beside the background: there is nothing to segment",
+            where=f"dataset.json of {dataset.name}",
+            expected='one label or more, for instance "labels": {"background": 0, "liver": 1}',
+        )
+    channels = len(dataset.json.channels)
+    if fingerprint.cases and fingerprint.dataset == dataset.name and len(fingerprint.intensities) == channels:
+        return
+    raise PlanError(
+        "The fingerprint does not fit the dataset",
+        where=dataset.name,
+        expected=f"at least one training case and {channels} channel(s) of {dataset.name}",
+        found=f"{len(fingerprint.cases)} case(s), {len(fingerprint.intensities)} channel(s) of {fingerprint.dataset}",
+        remedy="Make the fingerprint anew (rfmed_plan_and_preprocess --clean)",
+    )
+
+
+def survey_of(
+    dataset: PlannableDataset, fingerprint: Fingerprint, spacing_zyx_mm: Triple | None, max_case_voxels: int | None
+) -> Survey:
+    """Target spacing, axis order, median shape and normalisation of a dataset; see `plan` for arguments and errors."""
+    check_fingerprint(dataset, fingerprint)
+    json = dataset.json
+    target = target_spacing(fingerprint) if spacing_zyx_mm is None else np.asarray(spacing_zyx_mm, dtype=float)
+    if not np.all(np.isfinite(target)) or not np.all(target > 0):
+        raise PlanError("A target spacing is not positive", expected="three spacings above 0 mm", found=target.tolist())
+    forward = _axis_order(target, fingerprint)
+    target = coarsened(target, median_shape(fingerprint, target), max_case_voxels)
+    order = list(forward)
+    return Survey(
+        transpose_forward=forward,
+        spacing_mm=target[order],
+        median_shape=median_shape(fingerprint, target)[order],
+        median_slices=float(np.median([case.shape_after_crop_zyx[forward[0]] for case in fingerprint.cases])),
+        median_slice_distance_mm=float(np.median([case.spacing_zyx_mm[forward[0]] for case in fingerprint.cases])),
+        cases=len(fingerprint.cases),
+        outputs=len(json.labels),
+        normalisation=normalisation_of(json.channels, fingerprint.median_relative_size_after_crop),
+    )
+
+
+def _axis_order(spacing: np.ndarray, fingerprint: Fingerprint) -> tuple[int, int, int]:
+    # pictures stored as volumes: the axis of one voxel is the slice axis, whatever spacing is written beside it
+    flat = [axis for axis in range(3) if all(case.shape_zyx[axis] == 1 for case in fingerprint.cases)]
+    first = flat[0] if flat else int(np.argmax(spacing))
+    second, third = (axis for axis in range(3) if axis != first)
+    return first, second, third
+
+
+def _volume_stages(survey: Survey, figures: Figures) -> dict[str, Stage]:
+    full = _size(survey, survey.spacing_mm, survey.median_shape, figures.volume)
+    low_spacing, low = _low_resolution(survey, figures, full)
+    dice = figures.batch_dice
+    stages = {
+        "3d_fullres": stage_of(
+            survey,
+            figures,
+            full,
+            spacing_mm=survey.spacing_mm,
+            median_shape=survey.median_shape,
+            batch_dice=low is not None if dice is None else dice,
+        )
+    }
+    if low is not None:
+        stages["3d_lowres"] = stage_of(
+            survey,
+            figures,
+            low,
+            spacing_mm=low_spacing,
+            median_shape=survey.spacing_mm / low_spacing * survey.median_shape,
+            batch_dice=False if dice is None else dice,
+        )
+    return stages
+
+
+def _slice_stage(survey: Survey, figures: Figures) -> Stage:
+    # slices are taken as they lie: the first axis is never resampled, its entries only describe the median case
+    sized = _size(survey, survey.spacing_mm[1:], survey.median_shape[1:], figures.slice)
+    return stage_of(
+        survey,
+        figures,
+        sized,
+        spacing_mm=np.array([survey.median_slice_distance_mm, *survey.spacing_mm[1:]]),
+        median_shape=np.array([survey.median_slices, *survey.median_shape[1:]]),
+        batch_dice=True if figures.batch_dice is None else figures.batch_dice,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sized:
+    """Patch and network shape, the figures they follow from, and the batch."""
+
+    topology: Topology
+    sizing: Sizing
+    batch_size: int
+
+
+def _size(
+    survey: Survey,
+    spacing_mm: np.ndarray,
+    shape: np.ndarray,
+    sizing: Sizing,
+    *,
+    dataset_voxels: float | None = None,
+) -> Sized:
+    """Patch, topology and batch of a stage at a spacing and median shape, both (2,) or (3,)."""
+
+    def samples(topology: Topology) -> float:
+        """How many samples the preset's limits allow."""
+        limits = [math.inf]
+        if sizing.feature_budget is not None:
+            network = sizing.width.network(topology)
+            estimate = feature_map_size(network, topology.patch_size, outputs=survey.outputs)
+            limits.append(sizing.feature_budget / estimate * sizing.budget_batch)
+        if sizing.max_batch_voxels is not None:
+            limits.append(sizing.max_batch_voxels / math.prod(topology.patch_size))
+        return min(limits)
+
+    topology = fitted_topology(
+        spacing_mm.tolist(),
+        shape.tolist(),
+        start=sizing.start or isotropic_start(spacing_mm.tolist()),
+        fits=lambda candidate: samples(candidate) >= sizing.least_batch,
+    )
+    if dataset_voxels is None:
+        dataset_voxels = float(np.prod(survey.median_shape)) * survey.cases
+    batch_size = sizing.batch_size or batch_that_fits(
+        samples(topology),
+        patch_voxels=math.prod(topology.patch_size),
+        allowed_voxels=dataset_voxels * sizing.max_dataset_share,
+    )
+    return Sized(topology=topology, sizing=sizing, batch_size=batch_size)
+
+
+def _low_resolution(survey: Survey, figures: Figures, full: Sized) -> tuple[np.ndarray, Sized | None]:
+    """nnU-Net's low-resolution rule: coarsen until the patch covers enough of a case; None if hardly coarser."""
+    voxels = full_voxels = float(np.prod(survey.median_shape))
+    patch_voxels, spacing, sized = math.prod(full.topology.patch_size), survey.spacing_mm.copy(), None
+    while patch_voxels / voxels < figures.low_resolution_share:
+        # the finer axes first, until none is more than a factor 2 finer than the coarsest
+        finer = spacing.max() / spacing > 2
+        spacing[finer if finer.any() else slice(None)] *= SPACING_STEP
+        shape = survey.spacing_mm / spacing * survey.median_shape
+        voxels = float(np.prod(shape))
+        rounded = np.array([max(1, round(float(n))) for n in shape])
+        sized = _size(survey, spacing, rounded, figures.volume, dataset_voxels=voxels * survey.cases)
+        patch_voxels = math.prod(sized.topology.patch_size)
+    return spacing, None if full_voxels / voxels < 2 else sized
+
+
+def stage_of(
+    survey: Survey,
+    figures: Figures,
+    sized: Sized,
+    *,
+    spacing_mm: np.ndarray,
+    median_shape: np.ndarray,
+    batch_dice: bool,
+) -> Stage:
+    """A stage of a preset's figures whose network is a U-Net of the topology found."""
+    patch = sized.topology.patch_size
+    a, b, c = (float(s) for s in spacing_mm)
+    k, m, n = (max(1, round(float(size))) for size in median_shape)
+    return Stage(
+        spacing_mm=(a, b, c),
+        median_shape=(k, m, n),
+        patch_size=patch,
+        batch_size=sized.batch_size,
+        normalisation=survey.normalisation,
+        augmentation=figures.augmentation.model_copy(update={"mirror_axes": tuple(range(len(patch)))}),
+        model=sized.sizing.width.network(sized.topology),
+        loss=SegmentationLoss(batch_dice=batch_dice),
+        train=figures.train,
+        validation=figures.validation,
+        inference=figures.inference,
+    )

@@ -1,0 +1,157 @@
+"""Planning RFMedSAM 2: square patches, the U-Net of the same rules as Step 0, and SAM 2 on frames of a fitting size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from rfmedsam2.errors import PlanError
+from rfmedsam2.geometry import Triple
+from rfmedsam2.pipeline.planning.memory_estimate import activation_terms, total_gib
+from rfmedsam2.pipeline.planning.plan import PlannableDataset, Sized, Survey, plan_of, stage_of, survey_of
+from rfmedsam2.pipeline.planning.presets import Preset, Refinement, refinement_of
+from rfmedsam2.pipeline.planning.topology import Topology, square_topology
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.fingerprint import Fingerprint
+from rfmedsam2.records.model import LIGHT_BACKBONES, AdapterConfig, Backbone, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.plan import Plan, Stage
+
+LEAST_FRAME = {"nano": 128}
+"""Frames are enlarged 2 or 4 times to reach so many pixels: SAM 2's masks have a quarter of them. Else LEAST."""
+LEAST = 192
+"""LiteMedSAM was trained on frames of 256, SAM 2 and MobileSAM of 1024; from here on, enlarging is left out: it costs
+four times the encoder."""
+LARGEST_FRAME = 1024
+
+
+def plan_rfmedsam2(
+    dataset: PlannableDataset,
+    fingerprint: Fingerprint,
+    *,
+    preset: Preset = "default",
+    name: str | None = None,
+    spacing_zyx_mm: Triple | None = None,
+    backbone: Backbone | None = None,
+) -> Plan:
+    """Make the RFMedSAM 2 plan of a dataset: one stage, 3d_fullres, whose frames lie along the first planned axis.
+
+    Args:
+        dataset: its name and dataset.json.
+        fingerprint: of its training cases.
+        preset: default, 8gb, 24gb, 80gb or cpu.
+        name: of the plan; None: the preset's.
+        spacing_zyx_mm: target spacing in the axis order of the files; None: nnU-Net's rule.
+        backbone: what encodes the frames; None: the preset's.
+
+    Raises:
+        UsageError: no such preset, or one of nnU-Net's.
+        PlanError: the fingerprint is of another dataset, the dataset has no classes or single slices, nothing fits.
+    """
+    refinement = refinement_of(preset)
+    if backbone is not None and backbone != refinement.backbone:
+        refinement = replace(refinement, backbone=backbone, plan_name=f"{refinement.plan_name}_{backbone}")
+    return refined_plan(dataset, fingerprint, refinement, name=name, spacing_zyx_mm=spacing_zyx_mm)
+
+
+def refined_plan(
+    dataset: PlannableDataset,
+    fingerprint: Fingerprint,
+    refinement: Refinement,
+    *,
+    name: str | None = None,
+    spacing_zyx_mm: Triple | None = None,
+) -> Plan:
+    """Make the plan of figures that need not be a preset's; see `plan_rfmedsam2`."""
+    survey = survey_of(dataset, fingerprint, spacing_zyx_mm, refinement.figures.max_case_voxels)
+    if survey.median_shape[0] <= 1:
+        raise PlanError(
+            "RFMedSAM 2 looks from frame to frame of a volume, and these cases are single slices",
+            where=dataset.name,
+            remedy="Plan a U-Net for them (--model unet)",
+        )
+    labels = dataset.json.label_set
+
+    def fits(topology: Topology) -> bool:
+        """Whether a patch keeps to the preset's limits."""
+        limit = refinement.max_patch_voxels
+        if limit is not None and math.prod(topology.patch_size) > limit:
+            return False
+        if refinement.activations_gb is None:
+            return True
+        stage = _stage(survey, refinement, topology, labels)
+        return _activations_gb(stage, labels, half=True) <= refinement.activations_gb
+
+    spacing = survey.spacing_mm.tolist()
+    topology = square_topology(spacing, survey.median_shape.tolist(), start=refinement.start, fits=fits)
+    stages = {"3d_fullres": _stage(survey, refinement, topology, labels)}
+    return plan_of(dataset, fingerprint, survey, name=name or refinement.plan_name, stages=stages)
+
+
+def model_of(
+    backbone: Backbone, unet: UNetConfig, side: int, *, adapt_encoder: bool, propagate_loss: bool
+) -> RFMedSam2Config:
+    """RFMedSAM 2 on frames of `side` voxels, by what the backbone knows: published SAM 2, a light SAM, or nothing.
+
+    Published parts stay frozen beside trained adapters. nano has no published weights and is trained whole, as a
+    correction of Step 0 that starts at zero and does not disturb it.
+    """
+    frame_size = enlarged_side(side, LEAST_FRAME.get(backbone, LEAST))
+    if backbone == "nano":
+        return RFMedSam2Config(
+            unet=unet,
+            backbone=backbone,
+            frame_size=frame_size,
+            output="correct",
+            propagate_loss=False,
+            freeze_backbone=False,
+            adapters=AdapterConfig(blocks="none", convolutions="none"),
+        )
+    return RFMedSam2Config(
+        unet=unet,
+        backbone=backbone,
+        frame_size=frame_size,
+        # a light SAM's masks are no better than a trained U-Net's; added to its evidence they start close to it
+        propagate_loss=propagate_loss,
+        output="correct" if backbone in LIGHT_BACKBONES else "replace",
+        adapters=AdapterConfig(encoder=adapt_encoder),
+    )
+
+
+def enlarged_side(side: int, least: int) -> int:
+    """`side` times 1, 2 or 4, the first that reaches `least`; at most LARGEST_FRAME."""
+    sizes = [side * factor for factor in (1, 2, 4)]
+    reached = next((size for size in sizes if size >= least), sizes[-1])
+    return min(reached, max(side, LARGEST_FRAME))
+
+
+def _stage(survey: Survey, refinement: Refinement, topology: Topology, labels: LabelSet) -> Stage:
+    figures, patch = refinement.figures, topology.patch_size
+    small = refinement.backbone == "nano"
+    batch = refinement.batch_size if small else refinement.large_batch_size
+    share = math.prod(patch) / math.prod(survey.median_shape.tolist())
+    stage = stage_of(
+        survey,
+        figures,
+        Sized(topology=topology, sizing=figures.volume, batch_size=batch),
+        spacing_mm=survey.spacing_mm,
+        median_shape=survey.median_shape,
+        # nnU-Net's rule in short: over the batch where a patch sees little of a case
+        batch_dice=share < figures.low_resolution_share if figures.batch_dice is None else figures.batch_dice,
+    )
+    assert isinstance(stage.model, UNetConfig)
+    model = model_of(
+        refinement.backbone,
+        stage.model,
+        patch[1],
+        adapt_encoder=refinement.adapt_encoder,
+        propagate_loss=refinement.propagate_loss,
+    )
+    sampling = stage.sampling.model_copy(update={"cells": refinement.cells if small else refinement.large_cells})
+    stage = stage.model_copy(update={"model": model, "sampling": sampling})
+    keeping = stage.model_copy(update={"compute": stage.compute.model_copy(update={"checkpointing": False})})
+    return keeping if _activations_gb(keeping, labels, half=False) <= refinement.keep_gb else stage
+
+
+def _activations_gb(stage: Stage, labels: LabelSet, *, half: bool) -> float:
+    terms = activation_terms(stage, outputs=labels.num_outputs, classes=len(labels.foreground), half=half)
+    return total_gib(terms) * 2**30 / 1e9

@@ -1,0 +1,1 @@
+"""From trained models to label maps: files, arrays, boxes, model archives."""

@@ -1,0 +1,123 @@
+"""Where the boxes of cases come from that RFMedSAM 2 is prompted with: label maps, or a JSON of boxes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from typing_extensions import Self
+
+from rfmedsam2.errors import ImageError, UsageError
+from rfmedsam2.inference.box_prompts import Given, classes_of
+from rfmedsam2.records.box_prompts import GivenBox, GivenBoxes
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.store.atomic import read_record
+from rfmedsam2.store.case_files import Case, entries_of, stem_of, what_is_in
+from rfmedsam2.store.formats.image_header import ImageHeader, disagreement
+from rfmedsam2.store.images import image_ending, read_label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoxSource:
+    """Boxes of cases: `labels` (case -> file) or `boxes` (case -> boxes one by one), never both for a case."""
+
+    labels: Mapping[str, Path]
+    boxes: Mapping[str, Sequence[GivenBox]]
+
+    @classmethod
+    def open(cls, path: Path, cases: Sequence[Case], labels: LabelSet) -> Self:
+        """Find the boxes of cases.
+
+        Args:
+            path: a folder of label maps named CASE + ending, one such file for a single case, or a JSON of boxes.
+            cases: what is to be predicted.
+            labels: of the model.
+
+        Raises:
+            UsageError: no such path, cases without boxes, boxes of cases that are not predicted or of unknown labels.
+            RecordError: the JSON has faults, all listed.
+        """
+        ids = [case.id for case in cases]
+        if path.is_dir():
+            files = _by_case([entry for entry in entries_of(path, None) if entry.is_file()], ids)
+            _require_all(ids, files, where=path, found=what_is_in(path), kind="label map")
+            return cls(labels=files, boxes={})
+        if not path.exists():
+            raise UsageError("There is no such folder or file of boxes", where=path, remedy="Check --boxes")
+        if image_ending(path):
+            if len(cases) != 1:
+                raise UsageError(
+                    "One label map gives the boxes of one case",
+                    where=path,
+                    expected="a folder",
+                    found=f"{len(ids)} cases",
+                )
+            return cls(labels={ids[0]: path}, boxes={})
+        boxes = read_record(path, GivenBoxes).cases
+        unknown = sorted(set(boxes) - set(ids))
+        if unknown:
+            raise UsageError(
+                f"{len(unknown)} case(s) of the boxes are not among those to predict",
+                where=path,
+                expected=f"cases of {_some(ids)}",
+                found=_some(unknown),
+                remedy="Name cases as their files, without channel number and ending",
+            )
+        _require_all(ids, boxes, where=path, found=_some(sorted(boxes)) or "none", kind="entry")
+        classes_of([box for own in boxes.values() for box in own], labels)
+        return cls(labels={}, boxes=boxes)
+
+    def of(self, case: Case, header: ImageHeader) -> Given:
+        """Read the boxes of a case whose image has this header.
+
+        Raises:
+            ImageError: a label map that cannot be read, or does not lie on the image's grid.
+        """
+        if case.id not in self.labels:
+            return self.boxes[case.id]
+        path = self.labels[case.id]
+        label, _ = read_label(path)
+        differ = disagreement(header.grid, label.grid)
+        if differ is not None and not differ[1]:
+            raise ImageError("A label map does not lie on the grid of its image", where=path, found=differ[0])
+        return label.array[0]
+
+    def digest(self, case: Case) -> bytes:
+        """SHA-256 of what is given for a case."""
+        if case.id in self.labels:
+            path = self.labels[case.id]
+            try:
+                return hashlib.sha256(path.read_bytes()).digest()
+            except OSError as error:
+                raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from None
+        text = "\n".join(box.model_dump_json() for box in self.boxes[case.id])
+        return hashlib.sha256(text.encode()).digest()
+
+
+def _by_case(paths: Iterable[Path], ids: Collection[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in paths:
+        case = stem_of(path, None)
+        if case in found and case in ids:
+            names = f"{found[case].name} and {path.name}"
+            raise UsageError("Two label maps are of the same case", where=path.parent, found=names)
+        found[case] = path
+    return {case: path for case, path in found.items() if case in ids}
+
+
+def _require_all(ids: Sequence[str], given: Collection[str], *, where: Path, found: str, kind: str) -> None:
+    lacking = [case for case in ids if case not in given]
+    if lacking:
+        raise UsageError(
+            f"{len(lacking)} of {len(ids)} cases have no boxes",
+            where=where,
+            expected=f"a {kind} for {_some(lacking)}",
+            found=found,
+            remedy="Give boxes for every case (in a JSON an empty list where there is nothing), or predict fewer cases",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

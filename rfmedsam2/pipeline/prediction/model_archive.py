@@ -1,0 +1,174 @@
+"""Hand a trained model on: one zip out, one zip in."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rfmedsam2 import __version__
+from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.pipeline.prediction.checkpoints import CHECKPOINT, FOLD, TrainedModel, Which, checkpoints_of
+from rfmedsam2.records.archive import Manifest
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.prediction import PredictingModel
+from rfmedsam2.store.archive import describe, unpack_archive, write_archive
+from rfmedsam2.store.atomic import writing_to
+from rfmedsam2.store.checkpoints import read_all, read_record_of, read_weights, write_checkpoint
+from rfmedsam2.store.layout import DATASET_FOLDER
+
+EXTRAS = ("metrics.json", "summary.json")
+"""Files of a fold that travel with its checkpoint where they are there."""
+
+
+def export_model(
+    model_folder: Path, out: Path, *, folds: Sequence[str] | None = None, checkpoint: Which = "final"
+) -> Manifest:
+    """Pack the weights of a model into a zip; optimizer and random state stay behind.
+
+    Args:
+        model_folder: results/DATASET/PLAN__STAGE.
+        out: the zip; replaced if it is there. Equal models give equal bytes.
+        folds: names; None: all that are found.
+        checkpoint: final (latest where training has not ended), best or latest.
+
+    Raises:
+        UsageError: no such model or fold.
+        CheckpointError: a checkpoint that is broken, or folds of different trainings.
+        StoreError: `out` cannot be written.
+    """
+    paths = checkpoints_of(model_folder, folds=folds, checkpoint=checkpoint)
+    records = [read_record_of(path) for path in paths]
+    names = {(record.plan.dataset, record.plan.name, record.stage) for record in records}
+    if len(names) > 1:
+        raise CheckpointError(
+            "The folds are of different models", where=model_folder, found="; ".join(" ".join(n) for n in sorted(names))
+        )
+    with writing_to(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".export-", dir=out.parent))
+    try:
+        files: dict[str, Path] = {}
+        for path, record in zip(paths, records, strict=True):
+            fold = f"{FOLD}{record.fold}"
+            name = f"{fold}/{CHECKPOINT.format('final')}"
+            files[name] = work / name
+            weights = {f"model/{key}": tensor for key, tensor in read_weights(path).items()}
+            write_checkpoint(files[name], record, weights, {})
+            extras = [path.parent / extra for extra in EXTRAS]
+            files |= {f"{fold}/{extra.name}": extra for extra in extras if extra.is_file()}
+        manifest = _manifest(records, files)
+        write_archive(out, manifest, files)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def import_model(archive: Path, results: Path, *, force: bool = False) -> TrainedModel:
+    """Unpack a model below a results folder, whole or not at all.
+
+    Every checkpoint is read and checked before anything is moved into place.
+
+    Args:
+        archive: a zip from `export_model`.
+        results: root/results.
+        force: replace a model that is there (it is kept if anything fails).
+
+    Raises:
+        CheckpointError: a damaged, foreign or unsafe archive, or a checkpoint in it that is not what it says.
+        UsageError: the model is there already.
+        StoreError: the folder cannot be written, the disk is full.
+    """
+    with writing_to(results):
+        results.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".import-", dir=results))
+    try:
+        unpacked = work / "model"
+        unpacked.mkdir()
+        manifest = unpack_archive(archive, unpacked)
+        records = _checked_folds(archive, manifest, unpacked)
+        first = records[0]
+        target = results / first.plan.dataset / f"{first.plan.name}__{first.stage}"
+        if target.exists() and not force:
+            raise UsageError(
+                "This model is there already", where=target, remedy="Replace it with --force, or move it away first"
+            )
+        with writing_to(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                target.rename(work / "replaced")
+            try:
+                unpacked.rename(target)
+            except OSError:
+                if (work / "replaced").exists():
+                    (work / "replaced").rename(target)
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return TrainedModel(
+        dataset=first.plan.dataset,
+        plan=first.plan.name,
+        stage=first.stage,
+        folds=tuple(sorted(record.fold for record in records)),
+        folder=target,
+    )
+
+
+def _manifest(records: Sequence[CheckpointRecord], files: dict[str, Path]) -> Manifest:
+    first = records[0]
+    return Manifest(
+        dataset=first.plan.dataset,
+        plan=first.plan.name,
+        stage=first.stage,
+        models=tuple(_identity(record) for record in records),
+        code_version=__version__,
+        created=max(record.created for record in records),
+        files=describe(files),
+    )
+
+
+def _identity(record: CheckpointRecord) -> PredictingModel:
+    return PredictingModel(
+        fold=record.fold,
+        step=record.step,
+        weights_sha256=record.weights_sha256,
+        checkpoint=CHECKPOINT.format("final"),
+    )
+
+
+def _checked_folds(archive: Path, manifest: Manifest, folder: Path) -> list[CheckpointRecord]:
+    """Read all checkpoints: each is sound, lies where its fold belongs, and is the one of the manifest."""
+    wanted = {f"{FOLD}{model.fold}/{model.checkpoint}": model for model in manifest.models}
+    found = {file.name for file in manifest.files if file.name.endswith(".safetensors")}
+    if not found or set(wanted) != found:
+        raise CheckpointError(
+            "The archive's checkpoints are not those that its manifest names",
+            where=archive,
+            expected=", ".join(sorted(wanted)) or "at least one checkpoint",
+            found=", ".join(sorted(found)) or "none",
+        )
+    records = []
+    for name, model in wanted.items():
+        record, _, _ = read_all(folder / name)
+        plan = record.plan
+        said = (manifest.dataset, manifest.plan, manifest.stage, model.fold, model.weights_sha256)
+        if said != (plan.dataset, plan.name, record.stage, record.fold, record.weights_sha256):
+            raise CheckpointError("A checkpoint is another than its manifest says", where=f"{archive}: {name}")
+        records.append(record)
+    _safe_names(archive, records[0])
+    return records
+
+
+def _safe_names(archive: Path, record: CheckpointRecord) -> None:
+    """Dataset, plan and stage become folder names: they must be plain ones."""
+    parts = (record.plan.name, record.stage)
+    plain = all(part and part.replace("_", "").replace("-", "").replace(".", "").isalnum() for part in parts)
+    dots = any(".." in part or part.startswith(".") for part in (*parts, record.plan.dataset))
+    folder = DATASET_FOLDER.fullmatch(record.plan.dataset)
+    if not plain or dots or folder is None or any(c in record.plan.dataset for c in '/\\:*?"<>|\0'):
+        raise CheckpointError(
+            "The model's dataset, plan or stage is no folder name",
+            where=archive,
+            found=f"{record.plan.dataset!r}, {record.plan.name!r}, {record.stage!r}",
+        )

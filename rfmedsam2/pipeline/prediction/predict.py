@@ -1,0 +1,306 @@
+"""Predict files: read and prepare one case ahead, predict, write behind; keep a record of what made which file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rfmedsam2 import __version__
+from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
+from rfmedsam2.inference.refinement import require_possible
+from rfmedsam2.inference.volume import Options, Turned, VolumePrediction, predict_turned, turn_and_prepare
+from rfmedsam2.pipeline.prediction.box_prompts import BoxSource
+from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, checkpoints_of, find_models
+from rfmedsam2.pipeline.prediction.predictor import Predictor
+from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
+from rfmedsam2.store.atomic import read_record, write_record
+from rfmedsam2.store.images import ImageHeader, image_ending, read_header, read_label, write_label
+from rfmedsam2.store.lock import sole_run
+from rfmedsam2.store.raw import Case, read_case
+from rfmedsam2.system.parallel import Track, silent
+
+__all__ = [
+    "Options",
+    "PredictionSummary",
+    "Predictor",
+    "TrainedModel",
+    "checkpoints_of",
+    "find_models",
+    "predict_files",
+]
+
+UNWRITABLE = (".dcm", ".nhdr")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionSummary:
+    """What a run did.
+
+    Attributes:
+        written: label maps made now.
+        kept: label maps that were there, valid and made by the same model and options.
+        seconds: of the whole run.
+    """
+
+    written: tuple[Path, ...]
+    kept: tuple[Path, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready:
+    """A case that was read and prepared."""
+
+    turned: Turned
+    header: ImageHeader
+    input_sha256: str
+    read_seconds: float
+
+
+def predict_files(
+    predictor: Predictor,
+    cases: Sequence[Case],
+    out: Path,
+    *,
+    continue_: bool = False,
+    probabilities: bool = False,
+    workers: int = 1,
+    track: Track = silent,
+) -> PredictionSummary:
+    """Predict cases into a folder: CASE + ending, and predictions.json with what made them.
+
+    The ending is the plan's; where it cannot be written (DICOM), the input file's, else .nii.gz. The geometry of each
+    input is restored exactly. A case with a fault does not stop the others.
+
+    Args:
+        predictor: the model.
+        cases: what to predict (`store.raw.find_cases`).
+        out: folder; made if it is not there.
+        continue_: keep label maps that are readable, of the right shape, and were made from the same input by the same
+            model and options, as predictions.json says.
+        probabilities: write CASE.probabilities.b2nd beside each label map.
+        workers: cases read and prepared ahead of the one on the device; each holds one prepared volume.
+        track: progress over cases.
+
+    Raises:
+        UsageError: no cases, two of one name, an output that would overwrite an input; a step that the model does not
+            have, boxes that it takes not or lacks (`Options.boxes`); another run that predicts into the folder.
+        StoreError: the folder cannot be written.
+        RfMedSamError: names every case that was not predicted, and why; all others are written.
+    """
+    started = time.perf_counter()
+    options = predictor.options
+    require_possible(predictor.config.model, step=options.step, boxes=options.boxes is not None)
+    with sole_run(out):
+        run = _Run(predictor, out, probabilities=probabilities, continue_=continue_)
+        _check(cases, run)
+        if options.boxes is not None:
+            run.boxes = BoxSource.open(options.boxes, cases, predictor.plan.labels)
+        written, kept = _predict_all(run, cases, workers=workers, track=track)
+    return PredictionSummary(written=tuple(written), kept=tuple(kept), seconds=time.perf_counter() - started)
+
+
+def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track) -> tuple[list[Path], list[Path]]:
+    """Predict and write; gives the label maps that were written and those that were kept."""
+    written: list[Path] = []
+    kept: list[Path] = []
+    faults: list[str] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        pending: Future[Path] | None = None
+        for case, ready in track(_ahead(cases, run.load, max(1, workers)), "predict", len(cases)):
+            try:
+                item = ready.result()
+                if item is None:
+                    kept.append(run.target(case))
+                    continue
+                prediction = run.predict(case, item)
+                if pending is not None:
+                    _collect(pending, written, faults)
+                pending = writer.submit(run.write, case, item, prediction)
+            except (RfMedSamError, MemoryError, torch.OutOfMemoryError) as error:
+                faults.append(f"{case.id}: {_sentence(error)}")
+        if pending is not None:
+            _collect(pending, written, faults)
+    if faults:
+        raise RfMedSamError(
+            f"{len(faults)} of {len(cases)} cases were not predicted",
+            where=run.out,
+            found="; ".join(faults),
+            remedy="Mend what is named and run the same command with --continue: finished cases are kept",
+        )
+    return written, kept
+
+
+class _Run:
+    """One run into one folder: what is there, and what was made by whom."""
+
+    def __init__(self, predictor: Predictor, out: Path, *, probabilities: bool, continue_: bool) -> None:
+        self.predictor = predictor
+        self.out = out
+        self.probabilities = probabilities
+        self.continue_ = continue_
+        self.made_by = predictor.made_by()
+        self.boxes: BoxSource | None = None
+        self.known: dict[str, PredictedCase] = {}
+        # none yet, or one that says nothing: every case is predicted anew
+        with contextlib.suppress(RecordError):
+            self.known.update(read_record(out / PREDICTIONS, PredictionsRecord).cases)
+        self.before = dict(self.known)
+
+    def target(self, case: Case) -> Path:
+        """Name the label map of a case."""
+        ending = self.predictor.plan.file_ending
+        if ending.lower() in UNWRITABLE or image_ending(Path(f"x{ending}")) is None:
+            ending = image_ending(case.images[0]) or ".nii.gz"
+            if ending.lower() in UNWRITABLE or case.images[0].is_dir():
+                ending = ".nii.gz"
+        return self.out / f"{case.id}{ending}"
+
+    def probabilities_of(self, case: Case) -> Path:
+        """Name the probability file of a case."""
+        return self.out / f"{case.id}.probabilities.b2nd"
+
+    def load(self, case: Case) -> _Ready | None:
+        """Read and prepare a case; None where its label map may stay."""
+        started = time.perf_counter()
+        digest = _digest(case.images, also=b"" if self.boxes is None else self.boxes.digest(case))
+        if self.continue_ and self._may_stay(case, digest):
+            return None
+        plan = self.predictor.plan
+        volume, header = read_case(case, channels=len(plan.channels))
+        seconds = time.perf_counter() - started
+        boxes = None if self.boxes is None else self.boxes.of(case, header)
+        turned = turn_and_prepare(volume, plan, self.predictor.stage, options=self.predictor.options, boxes=boxes)
+        return _Ready(turned=turned, header=header, input_sha256=digest, read_seconds=seconds)
+
+    def predict(self, case: Case, item: _Ready) -> VolumePrediction:
+        """Labels of a prepared case; probabilities go to their file."""
+        options = self.predictor.options
+        path = self.probabilities_of(case) if self.probabilities else None
+        return predict_turned(
+            self.predictor.networks,
+            item.turned,
+            self.predictor.plan,
+            self.predictor.stage,
+            options=replace(options, probabilities=path),
+        )
+
+    def write(self, case: Case, item: _Ready, prediction: VolumePrediction) -> Path:
+        """Write the label map, then its entry: an entry is only ever about a finished file."""
+        started = time.perf_counter()
+        target = self.target(case)
+        write_label(target, prediction.labels, item.header)
+        seconds = {"read": item.read_seconds, **prediction.seconds, "write": time.perf_counter() - started}
+        z, y, x = prediction.labels.shape
+        self.known[case.id] = PredictedCase(
+            file=target.name,
+            probabilities=self.probabilities_of(case).name if self.probabilities else None,
+            inputs=tuple(path.name for path in case.images),
+            input_sha256=item.input_sha256,
+            made_by=self.made_by,
+            shape_zyx=(z, y, x),
+            seconds={part: round(value, 4) for part, value in seconds.items()},
+        )
+        write_record(self.out / PREDICTIONS, self._record())
+        return target
+
+    def _record(self) -> PredictionsRecord:
+        plan = self.predictor.plan
+        return PredictionsRecord(
+            dataset=plan.dataset,
+            plan=plan.name,
+            stage=self.predictor.stage,
+            labels=dict(plan.labels.names),
+            regions_class_order=plan.labels.regions_class_order,
+            ignore=plan.labels.ignore,
+            models=self.predictor.models,
+            options=self.predictor.settings(),
+            made_by=self.made_by,
+            code_version=__version__,
+            cases=dict(sorted(self.known.items())),
+        )
+
+    def _may_stay(self, case: Case, digest: str) -> bool:
+        entry, target = self.before.get(case.id), self.target(case)
+        if entry is None or (entry.file, entry.made_by, entry.input_sha256) != (target.name, self.made_by, digest):
+            return False
+        if self.probabilities and not (entry.probabilities and self.probabilities_of(case).is_file()):
+            return False
+        try:
+            labels, _ = read_label(target)
+        except RfMedSamError:
+            return False
+        shape = read_header(case.images[0]).grid.shape_zyx
+        return labels.grid.shape_zyx == shape and bool(
+            np.isin(np.unique(labels.array), (*self.predictor.plan.labels.values,)).all()
+        )
+
+
+def _ahead(
+    cases: Sequence[Case], load: Callable[[Case], _Ready | None], count: int
+) -> Iterator[tuple[Case, Future[_Ready | None]]]:
+    """Every case with its result under way; at most `count` later cases are loaded meanwhile."""
+    with ThreadPoolExecutor(count, thread_name_prefix="read") as pool:
+        waiting: deque[tuple[Case, Future[_Ready | None]]] = deque()
+        try:
+            for case in cases:
+                waiting.append((case, pool.submit(load, case)))
+                if len(waiting) > count:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check(cases: Sequence[Case], run: _Run) -> None:
+    if not cases:
+        raise UsageError("There is no case to predict", remedy="Check the input folder and the file endings in it")
+    ids = Counter(case.id for case in cases)
+    twice = sorted(name for name, count in ids.items() if count > 1)
+    if twice:
+        raise UsageError("Two inputs have the same case name", found=", ".join(twice), remedy="Rename one of them")
+    for case in cases:
+        if run.target(case).resolve() in {path.resolve() for path in case.images}:
+            raise UsageError(
+                "The prediction would overwrite its own input",
+                where=run.target(case),
+                remedy="Choose another output folder with -o",
+            )
+
+
+def _digest(images: Sequence[Path], *, also: bytes) -> str:
+    """SHA-256 over the bytes of all files of a case, in order; a DICOM folder by its files' names."""
+    digest = hashlib.sha256(also)
+    for image in images:
+        files = sorted(p for p in image.iterdir() if p.is_file()) if image.is_dir() else [image]
+        for path in files:
+            try:
+                with path.open("rb") as stream:
+                    while block := stream.read(1 << 20):
+                        digest.update(block)
+            except OSError as error:
+                raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from None
+    return digest.hexdigest()
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, RfMedSamError):
+        return str(error).rstrip(".")
+    return "Memory ran out. Free memory, or predict with fewer workers"
+
+
+def _collect(pending: Future[Path], written: list[Path], faults: list[str]) -> None:
+    try:
+        written.append(pending.result())
+    except RfMedSamError as error:
+        faults.append(_sentence(error))

@@ -1,0 +1,1 @@
+"""Fingerprints and preprocessed cases of a raw dataset."""

@@ -1,0 +1,205 @@
+"""Reading training cases once, with every check: what one step decodes is kept for the next while memory allows."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, cast
+
+import blosc2
+import numpy as np
+
+from rfmedsam2.errors import DatasetError, ImageError, RfMedSamError
+from rfmedsam2.geometry import Shape, Triple, Volume
+from rfmedsam2.pipeline.datasets.verify import examine_case
+from rfmedsam2.store.images import read_header
+from rfmedsam2.store.orientation import reoriented
+from rfmedsam2.store.raw import Case, Fault, RawDataset, require_no_errors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """Size of a case's image, as it will be in memory.
+
+    Attributes:
+        shape_zyx: voxels.
+        spacing_zyx_mm: mm.
+        channels: of the image.
+        itemsize: bytes a voxel and channel.
+        reading: bytes a voxel that reading a channel, or the label map, takes for a while beside what stays.
+    """
+
+    shape_zyx: Shape
+    spacing_zyx_mm: Triple
+    channels: int
+    itemsize: int
+    reading: int
+
+    @property
+    def voxels(self) -> int:
+        """Of one channel."""
+        return self.shape_zyx[0] * self.shape_zyx[1] * self.shape_zyx[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """A training case in memory, turned as dataset.json asks (`RawDataset.reorient`).
+
+    Attributes:
+        volume: (C, Z, Y, X) as read.
+        label: (Z, Y, X) unsigned, on the same grid.
+        voxels_by_label: label value -> voxels, background left out.
+        warnings: what should be looked at but does not forbid training.
+    """
+
+    volume: Volume
+    label: np.ndarray
+    voxels_by_label: dict[int, int]
+    warnings: tuple[Fault, ...] = ()
+
+
+class _Kept:
+    """A decoded case, its arrays packed: of a CT a quarter of the bytes, unpacked in a quarter of reading's time."""
+
+    def __init__(self, decoded: Decoded, files: str) -> None:
+        self.files = files
+        self._grid, self._voxels, self._warnings = decoded.volume.grid, decoded.voxels_by_label, decoded.warnings
+        self._image, self._label = _packed(decoded.volume.array), _packed(decoded.label)
+        self.nbytes = int(self._image.schunk.cbytes + self._label.schunk.cbytes)
+
+    def unpacked(self) -> Decoded:
+        """Give the case as it was decoded."""
+        volume = Volume(array=self._image[...], grid=self._grid)
+        return Decoded(volume=volume, label=self._label[...], voxels_by_label=self._voxels, warnings=self._warnings)
+
+
+def _packed(array: np.ndarray) -> Any:
+    """Pack an array in memory, in one thread: cases are read in several."""
+    cparams = {"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
+    return cast(Any, blosc2).asarray(np.ascontiguousarray(array), cparams=cparams, dparams={"nthreads": 1})
+
+
+class FaultyCaseError(DatasetError):
+    """A case with errors; `faults` holds them all, at least one."""
+
+    def __init__(self, name: str, faults: tuple[Fault, ...]) -> None:
+        listed = " | ".join(f"{fault.file}: {fault.message}" for fault in faults)
+        super().__init__(f"Case {name} cannot be used ({listed})", remedy=faults[0].remedy)
+        self.faults = faults
+
+
+class CaseSource:
+    """Decodes and checks the training cases of a dataset; may be used from several threads.
+
+    Args:
+        dataset: whose cases.
+        budget_bytes: how much may be kept in memory between two steps; 0: nothing.
+    """
+
+    def __init__(self, dataset: RawDataset, *, budget_bytes: int = 0) -> None:
+        self.dataset = dataset
+        self._budget = budget_bytes
+        self._full = budget_bytes <= 0
+        self._kept: dict[str, _Kept] = {}
+        self._extents: dict[str, Extent] = {}
+        self._lock = Lock()
+
+    def read(self, case: Case, *, last: bool = True) -> Decoded:
+        """Image and label of a case, from memory if they were kept and their files have not changed since.
+
+        Args:
+            case: one of `dataset.training`.
+            last: False: another step will want it; keep it if there is room.
+
+        Raises:
+            FaultyCaseError: a file that cannot be used, or image, label and dataset.json that do not fit each other.
+            DatasetError: a training case without label.
+        """
+        digest = files_digest(case)
+        with self._lock:
+            kept = self._kept.pop(case.id, None)
+            if kept is not None:
+                self._budget += kept.nbytes
+                self._full = False
+        if kept is None or kept.files != digest:
+            kept, decoded = None, self._decode(case)
+        else:
+            decoded = kept.unpacked()
+        if not last and not self._full:
+            kept = kept or _Kept(decoded, digest)
+            with self._lock:
+                self._full = kept.nbytes > self._budget
+                if not self._full:
+                    self._budget -= kept.nbytes
+                    self._kept[case.id] = kept
+        return decoded
+
+    def extents(self) -> list[Extent]:
+        """Sizes of the training cases by their headers; unreadable ones are left out."""
+        for case in self.dataset.training:
+            if case.id not in self._extents:
+                try:
+                    self._extents[case.id] = _extent(case)
+                except RfMedSamError:
+                    continue  # reported when its turn comes
+        return [self._extents[case.id] for case in self.dataset.training if case.id in self._extents]
+
+    def require_sound_names(self) -> None:
+        """Raise when names alone show that training cases cannot be used (files missing, ids twice ...).
+
+        Raises:
+            DatasetError: lists every fault.
+        """
+        concerned = {"", *(case.id for case in self.dataset.training)}
+        require_no_errors([f for f in self.dataset.faults if f.case in concerned], where=self.dataset.folder)
+
+    def _decode(self, case: Case) -> Decoded:
+        found = examine_case(case, self.dataset.json)
+        errors = tuple(fault for fault in found.faults if fault.severity == "error")
+        if errors:
+            raise FaultyCaseError(case.id, errors)
+        if found.volume is None or found.label is None:
+            raise DatasetError("A training case lacks its image or its label", where=case.id)
+        volume, label = found.volume, found.label
+        if self.dataset.reorient is not None:
+            volume, turn = reoriented(volume, self.dataset.reorient)
+            label = turn.apply(label)
+        return Decoded(volume=volume, label=label, voxels_by_label=found.voxels_by_label, warnings=found.faults)
+
+
+def _extent(case: Case) -> Extent:
+    header = read_header(case.images[0])
+    image = np.dtype(header.dtype)
+    label = image if case.label is None else np.dtype(read_header(case.label).dtype)
+    # floats may lie in the file in double precision; a label map in floats is rounded, and compared with what it was
+    whole = label.itemsize + 2 if label.kind in "iu" else 18
+    return Extent(
+        shape_zyx=header.grid.shape_zyx,
+        spacing_zyx_mm=header.grid.spacing_zyx_mm,
+        channels=max(header.channels, len(case.images)),
+        itemsize=image.itemsize,
+        reading=max(image.itemsize if image.kind in "iu" else 8 + image.itemsize, whole),
+    )
+
+
+def files_digest(case: Case) -> str:
+    """SHA-256 over name, size and modification time of every file of a case.
+
+    Raises:
+        ImageError: a file is missing.
+    """
+    digest = hashlib.sha256()
+    for path in _files(case):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise ImageError(f"A file of case {case.id} cannot be reached ({error.strerror})", where=path) from error
+        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(case: Case) -> list[Path]:
+    listed = [*case.images, *([] if case.label is None else [case.label])]
+    return [file for path in listed for file in (sorted(path.iterdir()) if path.is_dir() else [path])]

@@ -1,0 +1,249 @@
+"""From a raw dataset to everything training needs: verify, fingerprint, plan, splits, preprocessed cases.
+
+Training files are read once where memory allows: what the fingerprint decodes (and checks) is kept for preprocessing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rfmedsam2.errors import RecordError, UsageError
+from rfmedsam2.geometry import Triple
+from rfmedsam2.pipeline.datasets.splits import groups_of, settle_splits, warnings_of
+from rfmedsam2.pipeline.planning.mirroring import note_on_mirroring
+from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
+from rfmedsam2.pipeline.planning.overrides import changed, moved
+from rfmedsam2.pipeline.planning.plan import plan as make_plan
+from rfmedsam2.pipeline.planning.presets import Preset
+from rfmedsam2.pipeline.planning.rfmedsam2 import plan_rfmedsam2
+from rfmedsam2.pipeline.preprocessing.case_reader import CaseSource
+from rfmedsam2.pipeline.preprocessing.fingerprint import fingerprint
+from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed, memory_need
+from rfmedsam2.pipeline.preprocessing.preprocess import PreprocessSummary, preprocess
+from rfmedsam2.records.fingerprint import Fingerprint
+from rfmedsam2.records.model import Backbone, RFMedSam2Config
+from rfmedsam2.records.plan import PLAN_NAMES, Plan, Split, is_plan_name
+from rfmedsam2.store.atomic import atomic, read_record, write_record
+from rfmedsam2.store.images import read_header
+from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.lock import sole_run
+from rfmedsam2.store.raw import RawDataset
+from rfmedsam2.system.memory import free_bytes
+from rfmedsam2.system.parallel import Track, silent
+
+MEMORY_SHARE = 0.25
+"""Of the free memory, kept for decoded cases between fingerprint and preprocessing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """How to plan.
+
+    Attributes:
+        preset: sizes for what is at hand.
+        model: unet alone, or rfmedsam2: a U-Net refined by SAM 2.
+        backbone: of rfmedsam2, instead of the preset's.
+        plan_name: instead of the preset's.
+        changes: FIELD=VALUE assignments on the finished plan.
+        nnunet_plans: nnU-Net's plans.json to take decisions from instead of planning.
+        published: a plan of ours (as in plans/) to adopt instead of planning.
+        spacing_zyx_mm: target spacing instead of nnU-Net's rule.
+        group_regex: ids with the same first group are one patient.
+        clean: take a new fingerprint although no file has changed.
+        tell: is told how much memory preprocessing takes, before it begins.
+    """
+
+    preset: Preset = "default"
+    model: Literal["unet", "rfmedsam2"] = "unet"
+    backbone: Backbone | None = None
+    plan_name: str | None = None
+    changes: tuple[str, ...] = ()
+    nnunet_plans: Path | None = None
+    published: Path | None = None
+    spacing_zyx_mm: Triple | None = None
+    group_regex: str | None = None
+    clean: bool = False
+    tell: Callable[[MemoryNeed], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetUp:
+    """What was made.
+
+    Attributes:
+        fingerprint: of the dataset.
+        plan: as written.
+        splits: folds as written.
+        notes: sentences that a user should read.
+        preprocessed: what preprocessing did; None if it was not asked for.
+    """
+
+    fingerprint: Fingerprint
+    plan: Plan
+    splits: tuple[Split, ...]
+    notes: tuple[str, ...]
+    preprocessed: PreprocessSummary | None
+
+
+def plan_and_preprocess(
+    dataset: RawDataset,
+    layout: Layout,
+    options: PlanOptions,
+    *,
+    stages: Sequence[str] | None = None,
+    workers: int = 2,
+    track: Track = silent,
+) -> SetUp:
+    """Fingerprint (with every check of rfmed_verify), plan, write splits, preprocess.
+
+    Args:
+        dataset: the raw dataset.
+        layout: where results go.
+        options: how to plan.
+        stages: stages to preprocess; None: all of the plan but 2d (which reads the same cases again); (): none.
+        workers: cases worked on at once.
+        track: progress display.
+
+    Raises:
+        RfMedSamError: faults of the data (all of them), an impossible plan, a folder that cannot be written, another
+            run for this dataset.
+    """
+    _check(options)
+    with sole_run(layout.splits_file(dataset.name).parent):
+        return _set_up(dataset, layout, options, stages=stages, workers=workers, track=track)
+
+
+def _set_up(
+    dataset: RawDataset,
+    layout: Layout,
+    options: PlanOptions,
+    *,
+    stages: Sequence[str] | None,
+    workers: int,
+    track: Track,
+) -> SetUp:
+    budget = int(MEMORY_SHARE * free_bytes()) if stages != () else 0
+    source = CaseSource(dataset, budget_bytes=budget)
+    found = fingerprint(source, layout, workers=workers, clean=options.clean, track=track)
+    plan = _planned(dataset, found, options)
+    wanted = tuple(stages) if stages is not None else tuple(s for s in plan.stages if s != "2d") or tuple(plan.stages)
+    for stage in wanted:
+        plan.stage(stage)  # before anything is written
+    splits = settle_splits(dataset, layout, group_regex=options.group_regex)
+    notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
+    notes += _write(dataset, layout, plan) + _notes_on(plan)
+    notes += note_on_mirroring(plan, read_header(dataset.training[0].images[0]).grid)
+    done = None
+    if wanted:
+        need = memory_need(source, plan, wanted, workers)
+        if options.tell is not None:
+            options.tell(need)
+        # no more workers than were told, whatever memory has become free since
+        done = preprocess(source, plan, wanted, layout, workers=need.workers, track=track)
+    return SetUp(fingerprint=found, plan=plan, splits=tuple(splits), notes=tuple(notes), preprocessed=done)
+
+
+def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> Plan:
+    if options.nnunet_plans is not None:
+        plan = import_nnunet_plans(
+            options.nnunet_plans, dataset.json, fingerprint=found.digest, name=options.plan_name
+        ).model_copy(update={"dataset": dataset.name})
+    elif options.published is not None:
+        plan = moved(read_record(options.published, Plan), dataset, found)
+        plan = plan.model_copy(update={"name": options.plan_name or plan.name})
+    elif options.model == "rfmedsam2":
+        plan = plan_rfmedsam2(
+            dataset,
+            found,
+            preset=options.preset,
+            name=options.plan_name,
+            spacing_zyx_mm=options.spacing_zyx_mm,
+            backbone=options.backbone,
+        )
+    else:
+        plan = make_plan(
+            dataset, found, preset=options.preset, name=options.plan_name, spacing_zyx_mm=options.spacing_zyx_mm
+        )
+    return changed(plan, list(options.changes), plan.name) if options.changes else plan
+
+
+def _check(options: PlanOptions) -> None:
+    """Raise a UsageError for a name that no plan can have, and for options of which one would be ignored."""
+    if options.plan_name is not None and not is_plan_name(options.plan_name):
+        raise UsageError("No plan can have this name", where=options.plan_name, expected=PLAN_NAMES)
+    default = PlanOptions()
+    planning = ("preset", "model", "backbone", "spacing_zyx_mm")
+    asked = [name for name in planning if getattr(options, name) != getattr(default, name)]
+    given = [name for name in ("nnunet_plans", "published") if getattr(options, name) is not None]
+    if len(given) > 1 or (given and asked):
+        raise UsageError(
+            "Decisions are taken from a file, or made here, not both",
+            found=", ".join("--" + name.removesuffix("_zyx_mm").replace("_", "-") for name in [*given, *asked]),
+            remedy="Leave one out; single figures can be changed with --set",
+        )
+    if options.backbone is not None and options.model == "unet":
+        raise UsageError(
+            "A U-Net has no backbone", where=f"--backbone {options.backbone}", remedy="Add --model rfmedsam2"
+        )
+
+
+def _notes_on(plan: Plan) -> list[str]:
+    """What training this plan calls for."""
+    models = [stage.model for stage in plan.stages.values() if isinstance(stage.model, RFMedSam2Config)]
+    published = {model.backbone for model in models if model.backbone != "nano"}
+    return [
+        f"The backbone {backbone} starts from published weights: give their file to rfmed_train with --sam2. Without "
+        "it nothing is there to freeze: --set 3d_fullres.model.freeze_backbone=false trains it from scratch."
+        for backbone in sorted(published)
+    ]
+
+
+def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
+    """Write plan and dataset.json; another plan of this name, such as one that a person has edited, is kept beside it.
+
+    Raises:
+        UsageError: a file of another program (nnU-Net may share the folder) has this name.
+    """
+    path, notes = layout.plan_file(dataset.name, plan.name), []
+    if _is_foreign(path):
+        raise UsageError(
+            "A file that is no plan of this package has this name", where=path, remedy="Name the plan with -p"
+        )
+    if path.is_file() and not _is_the_same(path, plan):
+        kept = _unused(path)
+        shutil.copyfile(path, kept)
+        notes.append(f"The plan {plan.name} was another before; that one is kept as {kept.name}.")
+    write_record(path, plan)
+    described = (dataset.folder / "dataset.json").read_bytes()
+    # as it is: nnU-Net reads the same file, and takes an empty field for a given one
+    with atomic(path.with_name("dataset.json")) as temporary:
+        temporary.write_bytes(described)
+    return notes
+
+
+def _is_the_same(path: Path, plan: Plan) -> bool:
+    try:
+        return read_record(path, Plan) == plan
+    except RecordError:
+        return False
+
+
+def _unused(path: Path) -> Path:
+    """A free name for an older file; with its ending it is no plan."""
+    return next(
+        name for number in itertools.count(1) if not (name := path.with_name(f"{path.name}.older{number}")).exists()
+    )
+
+
+def _is_foreign(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return not isinstance(content, dict) or "stages" not in content

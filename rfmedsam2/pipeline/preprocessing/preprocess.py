@@ -1,0 +1,186 @@
+"""Preprocessing: every training case is read once, prepared for every stage and stored.
+
+Finished cases are skipped; a case whose files are broken, or whose source files or plan have changed, is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError
+from rfmedsam2.pipeline.preprocessing.case_reader import CaseSource, Decoded, files_digest
+from rfmedsam2.pipeline.preprocessing.memory_estimate import memory_need
+from rfmedsam2.records.plan import Plan
+from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.lock import sole_run
+from rfmedsam2.store.preprocessed import CaseStore
+from rfmedsam2.store.raw import Case, RawDataset
+from rfmedsam2.system.parallel import Track, map_cases, silent
+from rfmedsam2.transforms.foreground import sample_foreground
+from rfmedsam2.transforms.prepare import Prepared, prepare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessSummary:
+    """What was done; a case counts once for each stage.
+
+    Attributes:
+        done: stored for the first time.
+        skipped: were finished already.
+        rebuilt: stored anew because they were broken, or their source or the plan had changed.
+        seconds: wall time.
+        bytes: written.
+    """
+
+    done: int
+    skipped: int
+    rebuilt: int
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    done: int = 0
+    skipped: int = 0
+    rebuilt: int = 0
+    bytes: int = 0
+    fault: str | None = None
+
+
+def preprocess(
+    dataset: RawDataset | CaseSource,
+    plan: Plan,
+    stages: Sequence[str],
+    layout: Layout,
+    *,
+    workers: int = 2,
+    track: Track = silent,
+) -> PreprocessSummary:
+    """Prepare and store all training cases for some stages of a plan.
+
+    Args:
+        dataset: a dataset, or the source that the fingerprint was taken with (what it kept is not read again).
+        plan: how.
+        stages: names of the plan's stages.
+        layout: where cases are stored.
+        workers: cases worked on at once; fewer if memory does not suffice for as many.
+        track: progress display.
+
+    Raises:
+        PlanError: a stage that the plan does not have.
+        DatasetError: cases that cannot be prepared; all of them are named, the others are done.
+        StoreError: the disk is full or a folder cannot be written; finished cases are kept.
+        UsageError: another run stores cases there.
+        WorkerError: memory ran out also with fewer workers, or a case failed; finished cases are kept.
+    """
+    begun = time.monotonic()
+    source = dataset if isinstance(dataset, CaseSource) else CaseSource(dataset)
+    stores = _stores(plan, stages, layout, source.dataset.name)
+    cases = source.dataset.training
+    workers = memory_need(source, plan, stages, workers).workers
+    threads = max(1, workers // max(1, len(cases)))
+
+    def work(case: Case) -> _Outcome:
+        try:
+            return _preprocess_case(case, source, plan, stores, threads=threads)
+        except StoreError:
+            raise
+        except RfMedSamError as error:
+            return _Outcome(fault=f"{case.id}: {error}")
+
+    with ExitStack() as held:
+        for folder in dict.fromkeys(store.folder for store in stores.values()):
+            held.enter_context(sole_run(folder))
+        outcomes = list(
+            map_cases(work, cases, workers=workers, name=lambda case: case.id, track=track, description="Preprocessing")
+        )
+    _raise_faults(outcomes, len(cases))
+    return PreprocessSummary(
+        done=sum(o.done for o in outcomes),
+        skipped=sum(o.skipped for o in outcomes),
+        rebuilt=sum(o.rebuilt for o in outcomes),
+        seconds=time.monotonic() - begun,
+        bytes=sum(o.bytes for o in outcomes),
+    )
+
+
+def case_digest(case: Case, plan: Plan, stage: str) -> str:
+    """SHA-256 over the case's files (name, size, time) and all that shapes its arrays: the stored case's identity."""
+    return hashlib.sha256(f"{files_digest(case)}\n{recipe(plan, stage)}".encode()).hexdigest()
+
+
+def recipe(plan: Plan, stage: str) -> str:
+    """Write down what decides how a stage's arrays come out; stages of equal recipe share the work."""
+    config = plan.stages[stage]
+    parts = {
+        "spacing": config.spacing_mm,
+        "slices": config.is_2d,
+        "normalisation": [n.model_dump(mode="json") for n in config.normalisation],
+        "resampling": config.resampling.model_dump(mode="json"),
+        "transpose": plan.transpose_forward,
+        "reorient": plan.reorient,
+        "intensities": [i.model_dump(mode="json") for i in plan.intensities],
+        "labels": plan.labels.model_dump(mode="json"),
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def _stores(plan: Plan, stages: Sequence[str], layout: Layout, dataset: str) -> dict[str, CaseStore]:
+    return {
+        stage: CaseStore(layout.cases_folder(dataset, plan.name, stage), plan.stage(stage).patch_size)
+        for stage in stages
+    }
+
+
+def _preprocess_case(
+    case: Case, source: CaseSource, plan: Plan, stores: Mapping[str, CaseStore], *, threads: int
+) -> _Outcome:
+    digests = {stage: case_digest(case, plan, stage) for stage in stores}
+    due = [stage for stage, store in stores.items() if not store.is_complete(case.id, digests[stage])]
+    rebuilt = sum(stores[stage].begun(case.id) for stage in due)
+    outcome = _Outcome(done=len(due) - rebuilt, skipped=len(stores) - len(due), rebuilt=rebuilt)
+    if not due:
+        return outcome
+    decoded: Decoded | None = source.read(case)
+    written = 0
+    by_recipe: dict[str, list[str]] = {}
+    for stage in due:
+        by_recipe.setdefault(recipe(plan, stage), []).append(stage)
+    alike = list(by_recipe.values())
+    while alike and decoded is not None:
+        same = alike.pop()
+        prepared = prepare(decoded.volume, plan, same[0], label=decoded.label, threads=threads)
+        if not alike:
+            decoded = None  # while it is stored, as much again is needed for what is packed
+        for stage in same:
+            written += _store(stores[stage], case.id, prepared, plan, digests[stage])
+        del prepared  # before the next one is made
+    return replace(outcome, bytes=written)
+
+
+def _store(store: CaseStore, name: str, prepared: Prepared, plan: Plan, digest: str) -> int:
+    assert prepared.label is not None
+    places = sample_foreground(prepared.label, plan.labels)
+    return store.write(
+        name,
+        prepared.image,
+        prepared.label,
+        geometry=prepared.restore.to_record(),
+        foreground=[(f.key, f.voxels, f.index) for f in places],
+        source=digest,
+    )
+
+
+def _raise_faults(outcomes: Iterable[_Outcome], total: int) -> None:
+    faults = [o.fault for o in outcomes if o.fault is not None]
+    if faults:
+        raise DatasetError(
+            f"{len(faults)} of {total} cases could not be prepared; the others are done. " + " | ".join(faults),
+            remedy="Correct these cases, then run the same command again",
+        )

@@ -1,0 +1,246 @@
+"""What a plan's network is made of, before anything is trained: parameters by part, sizes of layers, memory.
+
+Networks are built without values (torch's meta device): seconds at most, and hardly any memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from typing_extensions import assert_never
+
+from rfmedsam2.errors import PlanError
+from rfmedsam2.models import build_stage
+from rfmedsam2.nn.meta_device import shapes_only
+from rfmedsam2.nn.rfmedsam2 import RFMedSam2
+from rfmedsam2.nn.sam2.adapted import adapters_of
+from rfmedsam2.nn.sam2.sizes import sizes_of
+from rfmedsam2.pipeline.planning.memory_estimate import MemoryTerm, activation_terms, total_gib, weight_terms
+from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
+from rfmedsam2.records.plan import Plan, Stage
+
+PARTS = {
+    "unet.": "U-Net (Step 0)",
+    "generator.": "prompt generator",
+    "channel_adapter.": "channel adapter",
+    "sam.base.image_encoder.": "image encoder",
+    "sam.base.memory_attention.": "memory attention",
+    "sam.base.memory_encoder.": "memory encoder",
+    "sam.base.sam_prompt_encoder.": "prompt encoder",
+    "sam.base.sam_mask_decoder.": "mask decoder",
+    "sam.base.": "pointers and embeddings",
+}
+"""Parts by the beginning of their parameters' names; the first that fits."""
+TOLERANCE = 1.25
+"""A plan is refused when its estimate is so many times what there is: estimates err to both sides."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Parameters of one part of a network.
+
+    Attributes:
+        group: U-Net, SAM 2, adapters or prompts (RFMedSAM 2 paper, Table 8 has a column for each of the first three).
+        name: the part.
+        parameters: in all.
+        trained: of them.
+    """
+
+    group: str
+    name: str
+    parameters: int
+    trained: int
+
+    @property
+    def frozen(self) -> int:
+        """Those that stay as they were loaded."""
+        return self.parameters - self.trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """Size of what a part of the network computes for one sample, or frame, or cell."""
+
+    part: str
+    name: str
+    channels: int
+    size: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a stage's network is made of.
+
+    Attributes:
+        plan: name.
+        stage: name.
+        parts: parameters.
+        layers: sizes, from input to output.
+        memory: terms of a training step's memory at float32.
+        memory_half: the same in mixed precision.
+    """
+
+    plan: str
+    stage: str
+    parts: tuple[Part, ...]
+    layers: tuple[Layer, ...]
+    memory: tuple[MemoryTerm, ...]
+    memory_half: tuple[MemoryTerm, ...]
+
+    @property
+    def parameters(self) -> int:
+        """In all parts."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def trained(self) -> int:
+        """In all parts."""
+        return sum(part.trained for part in self.parts)
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Parameters by group."""
+        found: Counter[str] = Counter()
+        for part in self.parts:
+            found[part.group] += part.parameters
+        return dict(found)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        totals = {"parameters": self.parameters, "trained": self.trained, "frozen": self.parameters - self.trained}
+        memory = {"memory_gib": total_gib(self.memory), "memory_half_gib": total_gib(self.memory_half)}
+        return asdict(self) | totals | {"groups": self.groups} | memory
+
+
+def summary(plan: Plan, stage: str) -> Summary:
+    """Describe the network of a stage.
+
+    Raises:
+        PlanError: the plan has no such stage.
+    """
+    found = plan.stage(stage)
+    parts = _parts(_shapes_only(plan, found))
+    memory, memory_half = (_memory(plan, found, parts, half=half) for half in (False, True))
+    return Summary(
+        plan=plan.name, stage=stage, parts=parts, layers=_layers(plan, found), memory=memory, memory_half=memory_half
+    )
+
+
+def check_memory(plan: Plan, stage: str, available_bytes: int, *, half: bool = False) -> None:
+    """Refuse a training that cannot fit, before it starts.
+
+    Args:
+        plan: what is to be trained.
+        stage: of it.
+        available_bytes: free memory of the device.
+        half: mixed precision.
+
+    Raises:
+        PlanError: its estimate is far above what there is; says what it would need, and what helps.
+    """
+    found = plan.stage(stage)
+    terms = _memory(plan, found, _parts(_shapes_only(plan, found)), half=half)
+    needed, available = total_gib(terms), available_bytes / 2**30
+    if needed <= TOLERANCE * available:
+        return
+    largest = sorted(terms, key=lambda term: -term.gib)[:2]
+    raise PlanError(
+        "There is not enough memory to train this plan",
+        where=f"{plan.name}, {stage}",
+        expected=f"about {needed:.1f} GiB ({', '.join(f'{term.gib:.1f} for {term.name}' for term in largest)})",
+        found=f"{available:.1f} GiB free",
+        remedy=_remedy(found),
+    )
+
+
+def _remedy(stage: Stage) -> str:
+    words = [f"a smaller batch_size (now {stage.batch_size})"] if stage.batch_size > 1 else []
+    words.append(f"a smaller patch (now {' x '.join(map(str, stage.patch_size))}): another --preset")
+    if isinstance(stage.model, RFMedSam2Config):
+        words.append(f"a smaller model.frame_size (now {stage.model.frame_size}) or backbone")
+        if not stage.compute.checkpointing:
+            words.append("compute.checkpointing=true")
+    return "Plan with " + ", or ".join(words)
+
+
+def _shapes_only(plan: Plan, stage: Stage) -> nn.Module:
+    with shapes_only():
+        return build_stage(plan, stage)
+
+
+def _memory(plan: Plan, stage: Stage, parts: tuple[Part, ...], *, half: bool) -> tuple[MemoryTerm, ...]:
+    parameters, trained = sum(part.parameters for part in parts), sum(part.trained for part in parts)
+    labels = plan.labels
+    return (
+        *weight_terms(stage, parameters=parameters, trained=trained, half=half),
+        *activation_terms(stage, outputs=labels.num_outputs, classes=len(labels.foreground), half=half),
+    )
+
+
+def _parts(network: nn.Module) -> tuple[Part, ...]:
+    adapters: tuple[str, ...] = ()
+    if isinstance(network, RFMedSam2):
+        adapters = tuple(f"sam.base.{path}." for path in adapters_of(network.sam.base))
+    counted: dict[tuple[str, str], list[int]] = {}
+    for name, parameter in network.named_parameters():
+        counts = counted.setdefault(_place(name, network, adapters), [0, 0])
+        counts[0] += parameter.numel()
+        counts[1] += parameter.numel() * parameter.requires_grad
+    order = ["U-Net", "prompts", "adapters", "SAM 2"]
+    return tuple(
+        Part(group=group, name=part, parameters=total, trained=trained)
+        for (group, part), (total, trained) in sorted(counted.items(), key=lambda item: order.index(item[0][0]))
+    )
+
+
+def _place(name: str, network: nn.Module, adapters: tuple[str, ...]) -> tuple[str, str]:
+    """(group, part) of a parameter."""
+    if not isinstance(network, RFMedSam2):
+        return "U-Net", name.split(".")[0]
+    part = next(part for start, part in PARTS.items() if name.startswith(start))
+    if name.startswith(adapters) or part == "channel adapter":
+        return "adapters", part
+    if part == PARTS["unet."]:
+        return "U-Net", part
+    return ("prompts" if part == PARTS["generator."] else "SAM 2"), part
+
+
+def _layers(plan: Plan, stage: Stage) -> tuple[Layer, ...]:
+    model, outputs = stage.model, plan.labels.num_outputs
+    match model:
+        case UNetConfig():
+            return _unet_layers(model, stage.patch_size, channels=len(plan.channels), outputs=outputs)
+        case RFMedSam2Config():
+            refined = _sam_layers(model)
+            if model.unet is None:
+                return refined
+            patch = stage.patch_size[-model.unet.dimensions :]
+            return (*_unet_layers(model.unet, patch, channels=len(plan.channels), outputs=outputs), *refined)
+        case _:
+            assert_never(model)
+
+
+def _unet_layers(network: UNetConfig, patch: tuple[int, ...], *, channels: int, outputs: int) -> tuple[Layer, ...]:
+    found = [Layer(part="U-Net", name="input", channels=channels, size=patch)]
+    size = patch
+    for i, (stride, features) in enumerate(zip(network.strides, network.features, strict=True)):
+        size = tuple(n // step for n, step in zip(size, stride, strict=True))
+        found.append(Layer(part="U-Net", name=f"stage {i}", channels=features, size=size))
+    return (*found, Layer(part="U-Net", name="logits", channels=outputs, size=patch))
+
+
+def _sam_layers(model: RFMedSam2Config) -> tuple[Layer, ...]:
+    sizes, side = sizes_of(model.backbone), model.frame_size // 16
+    wide: Mapping[str, tuple[int, int]] = {
+        "frame": (3, 16 * side),
+        "features, stride 4": (sizes.channels // 8, 4 * side),
+        "features, stride 8": (sizes.channels // 4, 2 * side),
+        "embedding, stride 16": (sizes.channels, side),
+        "mask of a cell": (1, 4 * side),
+        "memory of a cell": (sizes.memory_channels, side),
+    }
+    return tuple(Layer(part="SAM 2", name=name, channels=c, size=(n, n)) for name, (c, n) in wide.items())

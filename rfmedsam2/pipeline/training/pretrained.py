@@ -1,0 +1,99 @@
+"""What a training of RFMedSAM 2 starts from: published weights of its backbone, a trained U-Net for Step 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.nn.rfmedsam2 import RFMedSam2
+from rfmedsam2.pipeline.prediction.checkpoints import FOLD, checkpoints_of
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.model import Backbone, UNetConfig
+from rfmedsam2.records.plan import Plan
+from rfmedsam2.store.checkpoints import read_record_of, read_weights
+from rfmedsam2.store.published_weights import read_published
+
+FILES: dict[Backbone, str] = {
+    "sam2_tiny": "sam2.1_hiera_tiny.pt",
+    "sam2_small": "sam2.1_hiera_small.pt",
+    "sam2_base_plus": "sam2.1_hiera_base_plus.pt",
+    "sam2_large": "sam2.1_hiera_large.pt",
+    "mobile_sam": "mobile_sam.pt",
+    "lite_medsam": "lite_medsam.pth",
+}
+"""What the published weights of each backbone are called."""
+
+
+def load_pretrained(network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | None, unet: Path | None) -> list[str]:
+    """Load what a training starts from.
+
+    Args:
+        network: freshly built; changed in place.
+        plan: that it was built by.
+        fold: that is to be trained.
+        sam: published weights of its backbone.
+        unet: a trained U-Net for Step 0: a checkpoint, a fold's folder, or a model folder: of it, the same fold.
+
+    Returns:
+        Sentences about what was loaded and what starts untrained.
+
+    Raises:
+        UsageError: weights are frozen that were never loaded, or the plan has no place for what is given.
+        CheckpointError: a file that cannot be read, or is of another network.
+    """
+    backbone = network.config.backbone
+    notes: list[str] = []
+    if sam is not None:
+        report = network.load_backbone(read_published(sam), where=sam)
+        new = f", {len(report.missing)} tensors start untrained" if report.missing else ""
+        notes.append(f"{sam}: {len(report.loaded)} tensors loaded into {backbone}{new}")
+    elif network.config.freeze_backbone:
+        raise UsageError(
+            "The plan freezes pre-trained weights, and none were given",
+            where=f"backbone {backbone}",
+            expected=f"--sam2 {FILES[backbone]}" if backbone in FILES else "a backbone that has published weights",
+            remedy="Give the file with --sam2, or train all from scratch: --set STAGE.model.freeze_backbone=false",
+        )
+    else:
+        notes.append(f"{backbone} starts from scratch")
+    if unet is not None:
+        notes += _load_unet(network, plan, unet, fold=fold)
+    return notes
+
+
+def _load_unet(network: RFMedSam2, plan: Plan, path: Path, *, fold: str) -> list[str]:
+    if network.unet is None:
+        raise UsageError("The plan has no U-Net to load into", where=path, expected="generator unet")
+    if path.name.startswith(FOLD) and path.is_dir():
+        path = checkpoints_of(path.parent, folds=[path.name.removeprefix(FOLD)])[0]
+    elif not path.is_file():
+        path = checkpoints_of(path, folds=[fold])[0]
+    record = read_record_of(path)
+    _require_same_step0(network, plan, record, path)
+    network.unet.load_state_dict(read_weights(path))
+    notes = [f"{path}: Step 0 starts from this U-Net (step {record.step})"]
+    if record.fold != fold:
+        notes.append(f"It was trained on fold {record.fold}: it has seen cases that fold {fold} is validated on")
+    return notes
+
+
+def _require_same_step0(network: RFMedSam2, plan: Plan, record: CheckpointRecord, path: Path) -> None:
+    stage = record.plan.stages[record.stage]
+    own = network.config.unet
+    faults = []
+    if not isinstance(stage.model, UNetConfig):
+        faults.append((f"a model of kind {stage.model.kind}", "a U-Net"))
+    elif stage.model != own:
+        faults.append(("another network", "the U-Net of the plan"))
+    if record.plan.labels != plan.labels:
+        faults.append((f"classes {', '.join(record.plan.labels.foreground)}", ", ".join(plan.labels.foreground)))
+    if record.plan.channels != plan.channels:
+        faults.append((f"channels {', '.join(record.plan.channels)}", ", ".join(plan.channels)))
+    if faults:
+        raise CheckpointError(
+            "The U-Net was trained for something else",
+            where=path,
+            expected="; ".join(wanted for _, wanted in faults),
+            found="; ".join(found for found, _ in faults),
+            remedy="Train it with the same preset, patch and data set, or leave --unet out: Step 0 learns from scratch",
+        )

@@ -1,0 +1,261 @@
+"""Train one fold, then predict and score its validation cases as whole volumes, then write its report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from rfmedsam2.engine.checkpoint import FINAL, LATEST, made_now
+from rfmedsam2.engine.fit import fit
+from rfmedsam2.engine.log import StepReport
+from rfmedsam2.engine.run_folder import training_folder
+from rfmedsam2.engine.runtime import Runtime, start_runtime
+from rfmedsam2.engine.task import Progress, Run
+from rfmedsam2.engine.task import silent as show_nothing
+from rfmedsam2.errors import RfMedSamError, StoreError, UsageError
+from rfmedsam2.inference.volume import Options
+from rfmedsam2.pipeline.datasets.splits import fold_split
+from rfmedsam2.pipeline.evaluation.evaluate import evaluate
+from rfmedsam2.pipeline.evaluation.report import write_report
+from rfmedsam2.pipeline.prediction.checkpoints import CHECKPOINTS
+from rfmedsam2.pipeline.prediction.predict import Predictor, predict_files
+from rfmedsam2.pipeline.training.model_summary import check_memory
+from rfmedsam2.pipeline.training.pretrained import load_pretrained
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
+from rfmedsam2.records.plan import Plan, Split
+from rfmedsam2.records.report import Evaluation
+from rfmedsam2.reporting.training_curves import progress_png
+from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.preprocessed import CaseStore
+from rfmedsam2.store.raw import open_dataset
+from rfmedsam2.system.parallel import Track, map_cases, silent
+from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
+from rfmedsam2.tasks.unet import UNetTask
+
+logger = logging.getLogger(__name__)
+VALIDATION = "validation"
+CHECKS_AT_ONCE = 4
+"""Cases whose files are looked at together before a training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """How to run a training; nothing here changes what is learned.
+
+    Attributes:
+        device: auto, cpu, cuda, cuda:1, mps.
+        restart: begin anew; what is there is moved aside.
+        validate: predict and score the validation cases at the end.
+        tensorboard: also write TensorBoard events.
+        sam: published weights of the backbone (RFMedSAM 2).
+        unet: a trained U-Net that Step 0 starts from (RFMedSAM 2).
+        show: called after every step.
+        track: progress over validation cases.
+    """
+
+    device: str = "auto"
+    restart: bool = False
+    validate: bool = True
+    tensorboard: bool = False
+    sam: Path | None = None
+    unet: Path | None = None
+    show: Callable[[StepReport], None] = show_nothing
+    track: Track = silent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """How it ended.
+
+    Attributes:
+        folder: of the fold.
+        progress: what the engine says.
+        evaluation: scores of whole volumes; None if not validated (stopped early, not wanted, or not this rank).
+        seconds: of this call.
+    """
+
+    folder: Path
+    progress: Progress
+    evaluation: Evaluation | None
+    seconds: float
+
+
+def train(
+    layout: Layout, plan: Plan, stage: str, *, fold: str = "0", options: TrainOptions | None = None
+) -> TrainResult:
+    """Train a stage of a plan on one fold; goes on where an interrupted training of the same plan was.
+
+    Leaves in results/DATASET/PLAN__STAGE/fold_FOLD: checkpoints, metrics.jsonl, metrics.csv, progress.png,
+    validation/ (label maps, metrics.json, metrics.csv) and report.html.
+
+    Args:
+        layout: where data and results are.
+        plan: the plan.
+        stage: one of its stages.
+        fold: a number, "all" or the name of a split.
+        options: how to run.
+
+    Raises:
+        PlanError: no such stage.
+        UsageError: no such fold, cases that are not preprocessed, another run that trains this fold.
+        StoreError: preprocessed cases that are damaged, a folder that cannot be written.
+        RfMedSamError: what the engine, prediction and evaluation raise.
+    """
+    options = options or TrainOptions()
+    began = time.monotonic()
+    config = plan.stage(stage)
+    store = CaseStore(layout.cases_folder(plan.dataset, plan.name, stage), config.patch_size)
+    split = fold_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
+    _require_preprocessed(split, store, plan, stage)
+    folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
+    with (
+        start_runtime(options.device, precision=config.train.precision) as runtime,
+        training_folder(folder, runtime, restart=options.restart),
+    ):
+        task = _task(layout, plan, stage, fold, store=store, split=split, runtime=runtime, options=options)
+        run = Run(
+            folder=folder,
+            record=lambda step, scores: describe(plan, stage, fold, step=step, scores=scores),
+            runtime=runtime,
+            show=options.show,
+            tensorboard=options.tensorboard,
+        )
+        progress = fit(task, config.train, run, resume=True)
+        del task
+        evaluation = None
+        if runtime.is_main:
+            progress_png(folder)
+            if progress.status == "finished":
+                evaluation = _finish(layout, plan, folder, split, runtime, options)
+    return TrainResult(folder=folder, progress=progress, evaluation=evaluation, seconds=time.monotonic() - began)
+
+
+def _task(
+    layout: Layout,
+    plan: Plan,
+    stage: str,
+    fold: str,
+    *,
+    store: CaseStore,
+    split: Split,
+    runtime: Runtime,
+    options: TrainOptions,
+) -> UNetTask | RFMedSam2Task:
+    """The task of a stage, with the weights that it starts from unless a checkpoint of this training is there."""
+    config, folder = plan.stages[stage], layout.fold_folder(plan.dataset, plan.name, stage, fold)
+    began = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
+    if isinstance(config.model, UNetConfig):
+        if options.sam is not None or options.unet is not None:
+            raise UsageError(
+                "A plain U-Net takes no weights of SAM 2 and of no other U-Net",
+                where=f"{plan.name}, {stage}",
+                remedy="Leave --sam2 and --unet out, or plan with --model rfmedsam2",
+            )
+        return UNetTask(plan, stage, store=store, split=split, runtime=runtime)
+    check_memory(plan, stage, runtime.free_bytes(), half=runtime.precision != torch.float32)
+    task = RFMedSam2Task(plan, stage, store=store, split=split, runtime=runtime)
+    if not began:
+        unet = options.unet
+        if unet is None and config.starts_from is not None:
+            unet = layout.fold_folder(plan.dataset, plan.name, config.starts_from, fold) / FINAL
+        for note in load_pretrained(task.model, plan, fold=fold, sam=options.sam, unet=unet):
+            logger.warning(note) if runtime.is_main else None
+    return task
+
+
+def describe(plan: Plan, stage: str, fold: str, *, step: int, scores: dict[str, float]) -> CheckpointRecord:
+    """The record of a checkpoint; the digest is filled in when it is written."""
+    return CheckpointRecord(
+        plan=plan,
+        stage=stage,
+        fold=fold,
+        step=step,
+        scores=scores,
+        **made_now(),
+    )
+
+
+def validate_fold(
+    layout: Layout, plan: Plan, folder: Path, cases: Sequence[str], *, options: Options, track: Track = silent
+) -> Evaluation | None:
+    """Predict the raw images of a fold's validation cases and score them; None where the raw dataset is not here.
+
+    Predictions and scores go to folder/validation; cases that the same model has already predicted are kept. A model
+    that is prompted with boxes gets those of the reference labels: its score is an upper bound.
+    """
+    raw = layout.raw / plan.dataset
+    if not raw.is_dir():
+        logger.warning("The raw dataset is not in %s: no validation on whole volumes", raw)
+        return None
+    wanted = set(cases)
+    inputs = [case for case in open_dataset(raw).training if case.id in wanted]
+    predictor = Predictor.load([folder / CHECKPOINTS[0]], options=options)
+    out = folder / VALIDATION
+    labels = {case.id: case.label for case in inputs}
+    references = {path.parent for path in labels.values() if path is not None}
+    model = predictor.config.model
+    if isinstance(model, RFMedSam2Config) and model.generator == "gt" and options.boxes is None:
+        if len(references) != 1:
+            logger.warning("Labels lie in several folders: predict with rfmed_predict --boxes")
+            return None
+        predictor = predictor.using(replace(predictor.options, boxes=next(iter(references))))
+    predict_files(predictor, inputs, out, continue_=True, track=track)
+    if len(references) != 1:
+        logger.warning("Labels lie in several folders: score the predictions in %s with rfmed_evaluate", out)
+        return None
+    return evaluate(out, references.pop(), plan.labels, out=out, cases=sorted(wanted), track=track)
+
+
+def _finish(
+    layout: Layout, plan: Plan, folder: Path, split: Split, runtime: Runtime, options: TrainOptions
+) -> Evaluation | None:
+    evaluation = None
+    if options.validate:
+        how = Options(device=str(runtime.device))
+        evaluation = validate_fold(layout, plan, folder, split.val, options=how, track=options.track)
+    raw = layout.raw / plan.dataset / "imagesTr"
+    write_report(
+        folder / "report.html",
+        title=f"{plan.dataset}: {plan.name}, {folder.name}",
+        training=folder,
+        evaluation=evaluation,
+        images=raw if raw.is_dir() else None,
+        labels=plan.labels,
+    )
+    return evaluation
+
+
+def _case_ids(layout: Layout, plan: Plan, store: CaseStore) -> tuple[str, ...]:
+    """All training cases: those of the raw dataset where it is here, else those that are preprocessed."""
+    try:
+        return tuple(case.id for case in open_dataset(layout.raw / plan.dataset).training)
+    except RfMedSamError:
+        return store.ids()
+
+
+def _require_preprocessed(split: Split, store: CaseStore, plan: Plan, stage: str) -> None:
+    there, wanted = set(store.ids()), sorted({*split.train, *split.val})
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise UsageError(
+            f"{len(missing)} of {len(wanted)} cases are not preprocessed",
+            where=store.folder,
+            found=f"none of {', '.join(missing[:5])}" + (" ..." if len(missing) > 5 else ""),
+            remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {stage} with the options that made {plan.name}",
+        )
+    # a copied dataset has new modification times: then all of it is read once
+    sound = map_cases(store.is_sound, wanted, workers=CHECKS_AT_ONCE, name=str)
+    damaged = [name for name, whole in zip(wanted, sound, strict=True) if not whole]
+    if damaged:
+        raise StoreError(
+            f"{len(damaged)} of {len(wanted)} preprocessed cases were damaged or changed",
+            where=store.folder,
+            found=", ".join(damaged[:5]) + (" ..." if len(damaged) > 5 else ""),
+            remedy="Run rfmed_plan_and_preprocess again with the same options: it rebuilds broken cases",
+        )

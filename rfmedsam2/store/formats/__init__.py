@@ -1,0 +1,1 @@
+"""Image file formats: one module per family, all giving voxels and a header."""

@@ -1,0 +1,91 @@
+"""Bytes of image files, inflated where compressed, with damage noticed: checksums are always read to the end."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Generator, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from rfmedsam2.errors import ImageError
+from rfmedsam2.store.formats.image_header import TruncatedImageError
+
+CHUNK = 1 << 20
+_GZIP_MAGIC = b"\x1f\x8b"
+_AUTO_WINDOW = zlib.MAX_WBITS | 32  # gzip or zlib by its header
+
+
+def chunks_of(path: Path) -> Generator[bytes, None, None]:
+    """The content of a file, inflated when it begins as gzip does (whatever it is called), in pieces of about 1 MB.
+
+    Raises:
+        ImageError: the file cannot be opened.
+        TruncatedImageError: the gzip stream ends early or its checksum is wrong.
+    """
+    try:
+        with path.open("rb") as stream:
+            packed = stream.read(2) == _GZIP_MAGIC
+            stream.seek(0)
+            if packed:
+                yield from inflated(stream, path)
+            else:
+                while piece := stream.read(CHUNK):
+                    yield piece
+    except OSError as error:
+        raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from error
+
+
+def inflated(stream: BinaryIO, path: Path) -> Generator[bytes, None, None]:
+    """Inflate gzip (also several members in a row) or zlib data to the end of the stream, checking the checksum.
+
+    Raises:
+        TruncatedImageError: the stream ends early or is damaged.
+    """
+    inflater, done = zlib.decompressobj(_AUTO_WINDOW), 0
+    waiting = b""
+    try:
+        while True:
+            waiting = waiting or stream.read(CHUNK)
+            if not waiting:
+                break
+            piece = inflater.decompress(waiting, 4 * CHUNK)
+            done += len(piece)
+            yield piece
+            waiting = inflater.unconsumed_tail
+            if inflater.eof:
+                waiting = inflater.unused_data or stream.read(CHUNK)
+                if not waiting.startswith(_GZIP_MAGIC):
+                    return
+                inflater = zlib.decompressobj(_AUTO_WINDOW)
+    except zlib.error as error:
+        raise damaged(path, f"bad data after {done} inflated bytes ({error})") from None
+    raise damaged(path, f"the compressed data end after {done} inflated bytes, without their checksum")
+
+
+def fill(chunks: Iterator[bytes], first: bytes, size: int) -> tuple[np.ndarray, int]:
+    """Copy `first` and then the chunks into a new uint8 array of `size`; the chunks are read to their end.
+
+    Returns:
+        The array, and how many of its bytes were filled (less than `size`: the file is too short).
+    """
+    target, done = np.empty(size, dtype=np.uint8), 0
+    view = target.data
+    for piece in chain((first,), chunks):
+        room = min(len(piece), size - done)
+        view[done : done + room] = piece[:room]
+        done += room
+    return target, done
+
+
+def damaged(path: Path, found: str) -> TruncatedImageError:
+    """The error for a file that ends early or is damaged."""
+    return TruncatedImageError(
+        "The image file is truncated or damaged",
+        where=path,
+        expected="a complete file",
+        found=found,
+        remedy="Copy or download the file again, or leave the case out",
+    )

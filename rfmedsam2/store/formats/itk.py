@@ -1,0 +1,183 @@
+"""NRRD, MHA, MHD and pictures through SimpleITK; compressed voxels of NRRD and MetaImage through `itk_packed`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+
+from rfmedsam2.errors import GeometryError, ImageError, StoreError
+from rfmedsam2.geometry import Grid
+from rfmedsam2.store.formats.decompression import damaged
+from rfmedsam2.store.formats.image_header import FLAT_SPACING_MM, ImageHeader, checked_spacing, repaired
+from rfmedsam2.store.formats.itk_compressed import METAIMAGE_ENDINGS, metaimage_spacing, packed_voxels
+
+PICTURE_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
+
+
+def read_itk_header(path: Path) -> ImageHeader:
+    """Header of an NRRD, MHA, MHD or picture file."""
+    return _header(path, _information(path))
+
+
+def read_itk(path: Path) -> tuple[np.ndarray, ImageHeader]:
+    """Voxels (C,Z,Y,X) and header. float64 becomes float32, integers stay.
+
+    Raises:
+        TruncatedImageError: voxels are missing or the compressed stream is damaged.
+        ImageError: not an image that ITK can read.
+        GeometryError: impossible spacing or direction.
+    """
+    reader = _information(path)
+    header = _header(path, reader)
+    array = packed_voxels(path, header, components=reader.GetNumberOfComponents())
+    if array is None:
+        array = _itk_voxels(path, reader, header)
+    return array, header
+
+
+def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
+    """Write labels (Z,Y,X), uint8 or uint16, in the format that the ending of `path` names (not atomic).
+
+    Raises:
+        StoreError: ITK could not write (it does not say whether space or permission lacked).
+    """
+    grid = header.source_grid
+    image = sitk.GetImageFromArray(labels_zyx[0] if header.flat else labels_zyx)
+    if header.format != "picture":
+        axes = 2 if header.flat else 3
+        image.SetSpacing(grid.spacing_zyx_mm[::-1][:axes])
+        image.SetOrigin(grid.origin_xyz_mm[:axes])
+        image.SetDirection(np.asarray(grid.direction)[:axes, :axes].ravel().tolist())
+    try:
+        sitk.WriteImage(image, str(path), useCompression=True)
+    except RuntimeError as error:
+        raise StoreError(
+            "The label map cannot be written",
+            where=path.parent,
+            found=_reason(error),
+            remedy="Check free space and write permission there",
+        ) from error
+
+
+def write_mhd_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
+    """Write an MHD header and its data file beside it; the header, which makes the pair valid, comes last."""
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        write_itk_label(Path(folder) / path.name, labels_zyx, header)
+        for file in sorted(Path(folder).iterdir(), key=lambda f: f.suffix == ".mhd"):
+            file.replace(path.parent / file.name)
+
+
+def _information(path: Path) -> sitk.ImageFileReader:
+    if path.suffix.lower() in METAIMAGE_ENDINGS:
+        checked_spacing(metaimage_spacing(path), where=path)  # ITK replaces impossible ones silently
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise _unreadable(path, error) from error
+    return reader
+
+
+def _header(path: Path, reader: sitk.ImageFileReader) -> ImageHeader:
+    size, axes = reader.GetSize(), reader.GetDimension()
+    components = reader.GetNumberOfComponents()
+    if axes not in (2, 3, 4) or (axes == 4 and components > 1):
+        raise ImageError(
+            "The image has no usable shape",
+            where=path,
+            expected="2 to 3 axes, and at most one more for channels",
+            found=f"{tuple(size)} with {components} component(s)",
+            remedy="Split the file into one volume each",
+        )
+    picture = path.suffix.lower() in PICTURE_ENDINGS
+    source = _grid(path, reader, picture=picture)
+    straight, skew = repaired(source, where=path)
+    return ImageHeader(
+        grid=straight,
+        source_grid=source,
+        channels=size[3] if axes == 4 else components,
+        dtype=_dtype(path, reader.GetPixelID()).name,
+        format="picture" if picture else "itk",
+        skew_degrees=skew,
+        flat=axes == 2,
+    )
+
+
+def _grid(path: Path, reader: sitk.ImageFileReader, *, picture: bool) -> Grid:
+    axes = reader.GetDimension()
+    space = min(axes, 3)
+    spacing, origin, direction = np.ones(3), np.zeros(3), np.eye(3)
+    if picture:
+        spacing[2] = FLAT_SPACING_MM
+    else:
+        spacing[:space] = reader.GetSpacing()[:space]
+        if axes == 2:
+            spacing[2] = 999 * spacing[:2].max()
+        origin[:space] = reader.GetOrigin()[:space]
+        direction[:space, :space] = np.reshape(reader.GetDirection(), (axes, axes))[:space, :space]
+    size = (*reader.GetSize(), 1)[:3] if axes == 2 else reader.GetSize()[:3]
+    x, y, z = checked_spacing(spacing.tolist(), where=path)
+    rows = tuple(tuple(row) for row in direction.tolist())
+    corner_x, corner_y, corner_z = origin.tolist()
+    try:
+        return Grid(
+            shape_zyx=(size[2], size[1], size[0]),
+            spacing_zyx_mm=(z, y, x),
+            origin_xyz_mm=(corner_x, corner_y, corner_z),
+            direction=rows,  # pyright: ignore[reportArgumentType] - three rows of three
+        )
+    except GeometryError as error:
+        raise GeometryError(error.what, where=path, expected=error.expected, found=error.found) from None
+
+
+def _dtype(path: Path, pixel: int) -> np.dtype:
+    """NumPy type of what reading gives."""
+    names = {
+        "8-bit signed": "int8",
+        "16-bit signed": "int16",
+        "32-bit signed": "int32",
+        "64-bit signed": "int64",
+        "8-bit unsigned": "uint8",
+        "16-bit unsigned": "uint16",
+        "32-bit unsigned": "uint32",
+        "64-bit unsigned": "uint64",
+        "32-bit float": "float32",
+        "64-bit float": "float32",
+    }
+    text = sitk.GetPixelIDValueAsString(pixel)
+    for name, dtype in names.items():
+        if name in text and "omplex" not in text:
+            return np.dtype(dtype)
+    raise ImageError("The image's data type is no intensity", where=path, expected="integers or floats", found=text)
+
+
+def _itk_voxels(path: Path, reader: sitk.ImageFileReader, header: ImageHeader) -> np.ndarray:
+    vector = reader.GetNumberOfComponents() > 1
+    if "64-bit float" in sitk.GetPixelIDValueAsString(reader.GetPixelID()):
+        reader.SetOutputPixelType(sitk.sitkVectorFloat32 if vector else sitk.sitkFloat32)
+    try:
+        array = sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        raise _unreadable(path, error) from error
+    if vector:
+        array = np.moveaxis(array, -1, 0)
+    return np.ascontiguousarray(array).reshape(header.channels, *header.grid.shape_zyx)
+
+
+def _unreadable(path: Path, error: RuntimeError) -> ImageError:
+    reason = _reason(error)
+    cut = ("got only", "but received", "gzFile", "data read error", "EOF")
+    if any(word in str(error) for word in cut):
+        return damaged(path, reason)
+    return ImageError("The image cannot be read", where=path, found=reason, remedy="Check what wrote the file")
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last telling line of an ITK message, which begins with source files and object addresses."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("sitk::ERROR: Exception", "Exception thrown"))]
+    return (telling or lines or ["no reason given"])[-1].split("): ")[-1][:200]

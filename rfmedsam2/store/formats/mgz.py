@@ -1,0 +1,74 @@
+"""FreeSurfer's MGH and MGZ volumes through nibabel."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.freesurfer.mghformat import MGHImage
+from nibabel.spatialimages import HeaderDataError
+
+from rfmedsam2.errors import ImageError
+from rfmedsam2.geometry import Grid
+from rfmedsam2.store.formats.decompression import damaged
+from rfmedsam2.store.formats.image_header import ImageHeader, checked_spacing, repaired
+
+_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def read_mgz_header(path: Path) -> ImageHeader:
+    """Header of an MGH or MGZ file."""
+    return _header(path, _load(path))
+
+
+def read_mgz(path: Path) -> tuple[np.ndarray, ImageHeader]:
+    """Voxels (C,Z,Y,X) and header; integers stay.
+
+    Raises:
+        TruncatedImageError: the file ends early or is damaged.
+        ImageError: not an MGH file.
+    """
+    image = _load(path)
+    header = _header(path, image)
+    try:
+        data = np.asanyarray(image.dataobj)
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise damaged(path, str(error)) from error
+    array = data.T if data.ndim == 4 else data.T[None]
+    return np.ascontiguousarray(array, dtype=header.dtype), header
+
+
+def write_mgz_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
+    """Write labels (Z,Y,X); values above 255 as int32, for the format knows no uint16 (not atomic)."""
+    affine = _RAS_TO_LPS @ header.source_grid.affine_lps
+    stored = labels_zyx if labels_zyx.dtype == np.uint8 else labels_zyx.astype(np.int32)
+    MGHImage(cast(Any, stored.T), affine).to_filename(path)
+
+
+def _load(path: Path) -> MGHImage:
+    try:
+        return MGHImage.from_filename(path)
+    except (EOFError, zlib.error) as error:
+        raise damaged(path, str(error)) from error
+    except (OSError, TypeError, ValueError, KeyError, HeaderDataError, ImageFileError) as error:
+        raise ImageError("The file is no MGH volume", where=path, found=error) from error
+
+
+def _header(path: Path, image: MGHImage) -> ImageHeader:
+    shape = tuple(int(n) for n in image.shape)
+    x, y, z = checked_spacing([float(s) for s in image.header.get_zooms()[:3]], where=path)
+    source = Grid.from_affine_lps(_RAS_TO_LPS @ np.asarray(image.affine), (shape[2], shape[1], shape[0]))
+    source = replace(source, spacing_zyx_mm=(z, y, x))
+    straight, skew = repaired(source, where=path)
+    return ImageHeader(
+        grid=straight,
+        source_grid=source,
+        channels=shape[3] if len(shape) == 4 else 1,
+        dtype=image.get_data_dtype().newbyteorder("=").name,
+        format="mgz",
+        skew_degrees=skew,
+    )

@@ -1,0 +1,260 @@
+"""NIfTI-1 and NIfTI-2, plain or gzipped: read in one pass straight into the array, written with the source's header.
+
+nibabel understands the header (it accepts directions that other readers refuse); the voxels are inflated here, because
+a gzip checksum is only seen by who reads to the end of the file.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
+
+from rfmedsam2.errors import GeometryError, ImageError
+from rfmedsam2.geometry import Grid
+from rfmedsam2.store.formats.decompression import chunks_of, damaged, fill
+from rfmedsam2.store.formats.image_header import (
+    MAX_SKEW_DEGREES,
+    ImageHeader,
+    NiftiGeometry,
+    checked_spacing,
+    displacement_mm,
+    repaired,
+)
+
+_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_LARGEST_RATIO = 1100  # deflate cannot pack better than 1032 to 1
+
+
+def read_nifti_header(path: Path) -> ImageHeader:
+    """Header of a NIfTI file; at most one chunk of the file is inflated."""
+    with closing(chunks_of(path)) as chunks:
+        raw, _ = _raw_header(path, chunks)
+    return _image_header(path, raw)
+
+
+def read_nifti(path: Path) -> tuple[np.ndarray, ImageHeader]:
+    """Voxels (C,Z,Y,X) and header of a NIfTI file. Scaled data and float64 become float32, integers stay.
+
+    Raises:
+        TruncatedImageError: fewer voxels than the header promises, or a damaged gzip stream.
+        ImageError: not NIfTI, or a data type that is no intensity.
+        GeometryError: impossible spacing or direction.
+    """
+    with closing(chunks_of(path)) as chunks:
+        raw, first = _raw_header(path, chunks)
+        header = _image_header(path, raw)
+        dtype = raw.get_data_dtype()
+        shape = (header.channels, *header.grid.shape_zyx)
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        offset = max(int(raw.get_data_offset()), int(raw.sizeof_hdr))
+        if size > path.stat().st_size * _LARGEST_RATIO:
+            raise damaged(path, f"{path.stat().st_size} bytes for {size} bytes of voxels")
+        while len(first) < offset and (more := next(chunks, None)) is not None:
+            first += more
+        data, found = fill(chunks, first[offset:], size)
+    if found < size:
+        raise damaged(path, f"{found} of {size} bytes of voxels")
+    array = data.view(dtype).reshape(shape)
+    if not dtype.isnative:
+        array = array.byteswap(inplace=True).view(dtype.newbyteorder("="))
+    return _scaled(array, raw, header.dtype), header
+
+
+def write_nifti_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
+    """Write labels (Z,Y,X), uint8 or uint16, as NIfTI at `path` (not atomic). A NIfTI source's header is kept.
+
+    Bytes depend on the labels and the header alone (no time stamp).
+    """
+    raw = _label_header(header, labels_zyx)
+    block = raw.binaryblock + b"\0\0\0\0"  # no extensions
+    voxels = np.ascontiguousarray(labels_zyx, dtype=raw.get_data_dtype()).data.cast("B")
+    with path.open("wb") as stream:
+        if path.name.endswith(".gz"):
+            with gzip.GzipFile(filename="", mode="wb", compresslevel=3, fileobj=stream, mtime=0) as packed:
+                packed.write(block)
+                packed.write(voxels)
+        else:
+            stream.write(block)
+            stream.write(voxels)
+
+
+def _raw_header(path: Path, chunks: Iterator[bytes]) -> tuple[Nifti1Header, bytes]:
+    """The header as nibabel sees it, and the bytes read so far."""
+    first = b""
+    while len(first) < 544 and (more := next(chunks, None)) is not None:
+        first += more
+    for kind, size in ((Nifti1Header, 348), (Nifti2Header, 540)):
+        lengths = {int.from_bytes(first[:4], "little"), int.from_bytes(first[:4], "big")}
+        if len(first) >= size and size in lengths:
+            raw = kind(binaryblock=first[:size], check=False)
+            if not bytes(raw["magic"]).startswith((b"n+1", b"n+2")):
+                break
+            return raw, first
+    if len(first) < 348:
+        raise damaged(path, f"{len(first)} bytes, less than a NIfTI header")
+    raise ImageError(
+        "The file is not a single-file NIfTI image",
+        where=path,
+        expected="a header of 348 or 540 bytes with the mark n+1 or n+2",
+        found=f"bytes {first[:4].hex()} ...",
+        remedy="Check what wrote the file; convert it to NIfTI",
+    )
+
+
+def _image_header(path: Path, raw: Nifti1Header) -> ImageHeader:
+    shape_xyz, channels = _shape(path, raw)
+    grid, forms_differ = _source_grid(path, raw, shape_xyz)
+    straight, skew = repaired(grid, where=path)
+    native = raw.as_byteswapped("<")
+    return ImageHeader(
+        grid=straight,
+        source_grid=grid,
+        channels=channels,
+        dtype=_dtype(path, raw),
+        format="nifti",
+        skew_degrees=skew,
+        flat=len(raw.get_data_shape()) == 2,
+        nifti=NiftiGeometry(
+            block=native.binaryblock,
+            sform_code=int(raw["sform_code"]),
+            qform_code=int(raw["qform_code"]),
+            forms_differ_mm=forms_differ,
+        ),
+    )
+
+
+def _shape(path: Path, raw: Nifti1Header) -> tuple[tuple[int, int, int], int]:
+    """Voxels along x, y, z, and channels: (x,y), (x,y,z), (x,y,z,c) or (x,y,z,1,c)."""
+    dims = [int(n) for n in raw.get_data_shape()]
+    while len(dims) < 3:
+        dims.append(1)
+    rest = [n for n in dims[3:] if n != 1]
+    if min(dims) < 1 or len(rest) > 1:
+        raise ImageError(
+            "The image has no usable shape",
+            where=path,
+            expected="2 to 3 axes, and at most one more for channels",
+            found=tuple(dims),
+            remedy="Split the file into one volume each",
+        )
+    return (dims[0], dims[1], dims[2]), (rest[0] if rest else 1)
+
+
+def _dtype(path: Path, raw: Nifti1Header) -> str:
+    try:
+        dtype = raw.get_data_dtype()
+    except HeaderDataError:
+        dtype = np.dtype("V0")
+    if dtype.kind not in "iuf":
+        raise ImageError(
+            "The image's data type is no intensity",
+            where=path,
+            expected="integers or floating point",
+            found=f"NIfTI data type {int(raw['datatype'])} ({dtype})",
+            remedy="Store colours or complex parts as channels",
+        )
+    return "float32" if dtype.kind == "f" or _scaling(raw) is not None else dtype.newbyteorder("=").name
+
+
+def _scaling(raw: Nifti1Header) -> tuple[float, float] | None:
+    """Slope and intercept, None where voxels mean what they are (slope 0 or not finite: NIfTI's "not used")."""
+    slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
+    if not np.isfinite(slope) or slope == 0:
+        return None
+    intercept = intercept if np.isfinite(intercept) else 0.0
+    return None if (slope, intercept) == (1.0, 0.0) else (slope, intercept)
+
+
+def _scaled(array: np.ndarray, raw: Nifti1Header, dtype: str) -> np.ndarray:
+    scaling = _scaling(raw)
+    if scaling is None:
+        return array.astype(dtype, copy=False)
+    result = np.empty(array.shape, dtype=np.float32)
+    for channel, out in zip(array, result, strict=True):
+        for plane, out_plane in zip(channel, out, strict=True):  # in double precision, one plane at a time
+            out_plane[...] = plane.astype(np.float64) * scaling[0] + scaling[1]
+    return result
+
+
+def _source_grid(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int]) -> tuple[Grid, float]:
+    """The grid by sform, or by qform where there is no sform or it is no rigid motion (a 12-parameter alignment).
+
+    Spacing is pixdim, as every reader of the field takes it.
+    """
+    spacing_xyz = checked_spacing(_zooms(raw), where=path)
+    shape_zyx = (shape_xyz[2], shape_xyz[1], shape_xyz[0])
+    affines = []
+    if int(raw["sform_code"]) > 0:
+        affines.append(raw.get_sform())
+    try:
+        if int(raw["qform_code"]) > 0:
+            affines.append(raw.get_qform())
+        if not affines:
+            affines.append(raw.get_base_affine())
+    except (ValueError, HeaderDataError) as error:
+        raise GeometryError("The NIfTI qform is impossible", where=path, found=error) from None
+    usable = [a for a in affines if np.all(np.isfinite(a)) and np.all(np.linalg.norm(a[:3, :3], axis=0) > 0)]
+    grids = [Grid.from_affine_lps(_RAS_TO_LPS @ affine, shape_zyx) for affine in usable]
+    if not grids:
+        raise GeometryError(
+            "The NIfTI affine is not finite or has a zero column", where=path, remedy="Convert the file again"
+        )
+    chosen = next((g for g in grids if g.skew_degrees <= MAX_SKEW_DEGREES and _scales_agree(g, spacing_xyz)), None)
+    if chosen is None:
+        _ = repaired(grids[0], where=path)  # a skew has its own sentence
+        raise GeometryError(
+            "The NIfTI header gives two different spacings",
+            where=path,
+            expected=f"the affine to have pixdim's spacing {spacing_xyz} mm (x, y, z)",
+            found=tuple(round(s, 4) for s in grids[0].spacing_zyx_mm[::-1]),
+            remedy="Correct pixdim or the affine",
+        )
+    differ = displacement_mm(grids[0], grids[1]) if len(grids) == 2 else 0.0
+    return replace(chosen, spacing_zyx_mm=(spacing_xyz[2], spacing_xyz[1], spacing_xyz[0])), differ
+
+
+def _zooms(raw: Nifti1Header) -> list[float]:
+    """Spacing by pixdim along x, y, z, mm."""
+    zooms = [float(s) for s in raw["pixdim"][1:4]]
+    if len(raw.get_data_shape()) == 2:
+        # a flat image: the missing axis gets a spacing far above the others, so that it counts as the coarse one
+        zooms[2] = max(zooms[:2]) * 999
+    return zooms
+
+
+def _scales_agree(grid: Grid, spacing_xyz: tuple[float, float, float]) -> bool:
+    return bool(np.allclose(grid.spacing_zyx_mm[::-1], spacing_xyz, rtol=1e-2))
+
+
+def _label_header(header: ImageHeader, labels_zyx: np.ndarray) -> Nifti1Header:
+    shape_xyz = labels_zyx.shape[::-1]
+    if header.nifti is None:
+        raw = Nifti1Header(endianness="<")
+        raw.set_data_shape(shape_xyz)
+        # a quaternion can only hold perpendicular axes; the sform keeps the source's
+        raw.set_qform(_RAS_TO_LPS @ header.grid.affine_lps, code=1)
+        raw.set_sform(_RAS_TO_LPS @ header.source_grid.affine_lps, code=1)
+        raw.set_xyzt_units("mm")
+    else:
+        kind = Nifti1Header if len(header.nifti.block) == 348 else Nifti2Header
+        raw = kind(binaryblock=header.nifti.block, endianness="<", check=False)
+        pixdim = np.array(raw["pixdim"])
+        raw.set_data_shape(shape_xyz[:2] if header.flat else shape_xyz)
+        raw["pixdim"] = pixdim
+        for text in ("descrip", "aux_file", "intent_name"):
+            raw[text] = b""
+        for number in ("intent_code", "cal_min", "cal_max", "slice_code", "slice_start", "slice_end", "dim_info"):
+            raw[number] = 0
+    raw.set_data_dtype(labels_zyx.dtype)
+    raw["magic"] = b"n+1" if len(raw.binaryblock) == 348 else raw["magic"]
+    raw["vox_offset"] = len(raw.binaryblock) + 4
+    raw["scl_slope"], raw["scl_inter"] = 1, 0
+    return raw

@@ -1,0 +1,183 @@
+"""What to predict: a folder, a file, a list of files, a DICOM series, told apart by looking."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rfmedsam2.errors import DatasetError, UsageError
+from rfmedsam2.store.case_files import Case, case_clashes, case_of, entries_of, grouped, stem_of, what_is_in
+from rfmedsam2.store.formats.dicom import is_dicom_file, is_dicom_folder
+from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending
+
+_LISTS = (".csv", ".json", ".txt")
+
+
+def find_cases(source: Path | Sequence[Path], *, channels: int, file_ending: str | None) -> tuple[Case, ...]:
+    """The cases to predict, sorted by id.
+
+    Args:
+        source: a folder of images (with or without _0000, or of DICOM folders), a DICOM series folder, one image file
+            (its other channels are looked for beside it), a .csv, .json or .txt list, or a sequence of paths.
+        channels: number of channels that the model takes.
+        file_ending: ending of image files in a folder, any format where none has it or for None.
+
+    Raises:
+        DatasetError: nothing was found (says what was expected, what is there), channels are missing, ids clash.
+        UsageError: the source does not exist or is a file of unknown kind.
+    """
+    if not isinstance(source, Path):
+        return _cases([Path(p) for p in source], channels, None, where="the list given")
+    if not source.exists():
+        raise UsageError("There is no such input", where=source, expected="a folder, an image file or a list of files")
+    if source.is_dir():
+        return _in_folder(source, channels, file_ending)
+    if source.suffix.lower() in _LISTS:
+        return _in_list(source, channels)
+    if image_ending(source) is None and not is_dicom_file(source):
+        raise UsageError(
+            "The input is no image and no list",
+            where=source,
+            expected=f"{' '.join(IMAGE_ENDINGS)}, DICOM, or a list in {' '.join(_LISTS)}",
+        )
+    return _cases(_with_siblings(source, channels), channels, None, where=source)
+
+
+def _in_folder(folder: Path, channels: int, ending: str | None) -> tuple[Case, ...]:
+    entries = entries_of(folder, ending)
+    only_slices = all(p.is_file() and image_ending(p) in (None, ".dcm") for p in entries)
+    if only_slices and is_dicom_folder(folder):
+        return (Case(id=folder.resolve().name, images=(folder,)),)
+    if not entries and (others := entries_of(folder, None)):
+        # no file of the model's own format: any that can be read will do
+        return _cases(others, channels, None, where=folder)
+    if not entries:
+        remedy = "Check the folder; images/ of a dataset are in imagesTr or imagesTs below it"
+        below = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and entries_of(p, ending)]
+        if below:
+            remedy = f"Give the folder below that holds images: {', '.join(below[:4])}"
+        name = f"CASE_0000{ending or '.nii.gz'}"
+        raise DatasetError(
+            "There are 0 cases to predict",
+            where=folder,
+            expected=f"files like {name}"
+            + (f" to _{channels - 1:04d}" if channels > 1 else " (_0000 may be left out)"),
+            found=what_is_in(folder),
+            remedy=remedy,
+        )
+    return _cases(entries, channels, ending, where=folder)
+
+
+def _cases(paths: Sequence[Path], channels: int, ending: str | None, *, where: object) -> tuple[Case, ...]:
+    lost = [str(p) for p in paths if not p.exists()]
+    if lost or not paths:
+        raise DatasetError(
+            f"{len(lost)} input file(s) are not there" if lost else "There are 0 cases to predict",
+            where=where,
+            found=", ".join(lost[:10]) if lost else "an empty list",
+            remedy="Correct the paths" if lost else "Name at least one image",
+        )
+    names = [f"channel {i}" for i in range(channels)]
+    cases, faults = [], []
+    for case, files in grouped(paths, channels=channels, ending=ending).items():
+        images, found = case_of(case, files, channels=names)
+        cases.append(Case(id=case, images=images))
+        faults += found
+    _require_sound([*faults, *case_clashes(c.id for c in cases)], where)
+    return tuple(cases)
+
+
+def _require_sound(faults: Sequence, where: object) -> None:
+    if faults:
+        shown = "; ".join(f"{f.case}: {f.message}" for f in faults[:20])
+        raise DatasetError(
+            f"{len(faults)} input case(s) cannot be used",
+            where=where,
+            found=shown + (f"; and {len(faults) - 20} more" if len(faults) > 20 else ""),
+            remedy="Give every channel of a case exactly once",
+        )
+
+
+def _with_siblings(path: Path, channels: int) -> list[Path]:
+    """The other channels of a single file CASE_0000, where the model takes several."""
+    ending = image_ending(path) or ""
+    stem = stem_of(path, ending)
+    if channels == 1 or len(stem) < 6 or stem[-5] != "_" or not stem[-4:].isdigit():
+        return [path]
+    siblings = [path.with_name(f"{stem[:-4]}{n:04d}{ending}") for n in range(channels)]
+    return [p for p in siblings if p.exists()]
+
+
+def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
+    """Cases of a list file; relative paths start at the file's folder."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        named, plain = _LIST_READERS[path.suffix.lower()](text)
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, TypeError, ValueError, AttributeError) as error:
+        raise DatasetError(
+            "The list of inputs cannot be understood",
+            where=path,
+            expected="a path a line (.txt), columns id, image, image ... (.csv), or paths by case id (.json)",
+            found=error,
+        ) from None
+    folder = path.parent
+    cases = list(_cases([folder / p for p in plain], channels, None, where=path)) if plain else []
+    for case, images in named.items():
+        files = tuple(folder / p for p in images)
+        if lost := [str(p) for p in files if not p.exists()]:
+            raise DatasetError(
+                "Input files are not there", where=path, found=", ".join(lost), remedy="Correct the list"
+            )
+        if len(files) not in (1, channels):
+            raise DatasetError(
+                f"Case {case} has another number of images than the model takes",
+                where=path,
+                expected=f"{channels} file(s), or one with all channels",
+                found=len(files),
+            )
+        cases.append(Case(id=case, images=files))
+    if not cases:
+        raise DatasetError("There are 0 cases to predict", where=path, found="an empty list")
+    _require_sound(case_clashes(c.id for c in cases), path)
+    return tuple(sorted(cases, key=lambda c: c.id))
+
+
+_Listed = tuple[dict[str, list[str]], list[str]]
+
+
+def _text_list(text: str) -> _Listed:
+    return {}, [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def _json_list(text: str) -> _Listed:
+    data = json.loads(text)
+    if isinstance(data, list) and all(isinstance(p, str) for p in data):
+        return {}, data
+    if isinstance(data, list):
+        data = {entry["id"]: entry["images"] for entry in data}
+    named = {str(case): [files] if isinstance(files, str) else list(files) for case, files in data.items()}
+    if not all(isinstance(p, str) for files in named.values() for p in files):
+        raise ValueError("a path is not a text")
+    return named, []
+
+
+def _csv_list(text: str) -> _Listed:
+    """Rows "id, image, image ..." with or without a heading; rows of one column are paths."""
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in csv.reader(io.StringIO(text))]
+    rows = [row for row in rows if row]
+    if rows and not any(image_ending(Path(cell)) or "/" in cell for cell in rows[0]):
+        rows = rows[1:]
+    plain = [row[0] for row in rows if len(row) == 1]
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        if len(row) > 1:
+            if row[0] in named:
+                raise ValueError(f"the id {row[0]} stands twice")
+            named[row[0]] = row[1:]
+    return named, plain
+
+
+_LIST_READERS = {".txt": _text_list, ".json": _json_list, ".csv": _csv_list}

@@ -1,0 +1,325 @@
+"""Preprocessed cases: compressed arrays in patch-sized chunks, sampled foreground locations, and a record.
+
+CASE.b2nd (image, float32), CASE_label.b2nd (int8 or int16), CASE_foreground.npy (flat indices) and CASE.json, which is
+written last: a case with a record that fits its files is finished. Arrays are blosc2, LZ4 level 1 with bit shuffling:
+on CT it writes seven times as fast as LZ4HC level 5 and is a sixth larger.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import blosc2
+import numpy as np
+
+from rfmedsam2.errors import RecordError, StoreError
+from rfmedsam2.geometry import Shape
+from rfmedsam2.records.case import CaseGeometry, CaseRecord, ForegroundClass, StoredFile
+from rfmedsam2.store.atomic import PARTIAL, atomic, read_record, write_record, writing_to
+
+REBUILT = "Run rfmed_plan_and_preprocess again: it rebuilds broken cases"
+IMAGE, LABEL, FOREGROUND, RECORD = ".b2nd", "_label.b2nd", "_foreground.npy", ".json"
+BLOCK_BYTES = 128 * 1024
+CHUNK_BYTES = 4 * 1024**2
+
+Ranges = Sequence[tuple[int, int]]
+Location = tuple[int, int, np.ndarray]
+"""Key, voxels in the case, sampled flat indices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredCase:
+    """A finished case; arrays are read on demand and one patch at a time.
+
+    Nothing is held open between reads, so an instance may go through a fork or a pickle to any process. Before the
+    first read from a file the whole of it is compared with its checksum, in pieces; a pickle does not carry that over.
+    """
+
+    folder: Path
+    record: CaseRecord
+
+    @property
+    def id(self) -> str:
+        """Name of the case."""
+        return self.record.id
+
+    @property
+    def shape(self) -> Shape:
+        """Voxels along the planned axes."""
+        return self.record.shape
+
+    @property
+    def channels(self) -> int:
+        """Channels of the image."""
+        return self.record.channels
+
+    @property
+    def properties(self) -> CaseGeometry:
+        """How the case was cropped, turned and resampled."""
+        return self.record.geometry
+
+    @cached_property
+    def foreground(self) -> dict[int, np.ndarray]:
+        """Key (see `ForegroundClass`) -> flat indices into (a, b, c), mapped from disk."""
+        places = np.load(self._sound(FOREGROUND), mmap_mode="r", allow_pickle=False)
+        stops = np.cumsum([entry.count for entry in self.record.foreground])
+        return {
+            entry.key: places[stop - entry.count : stop]
+            for entry, stop in zip(self.record.foreground, stops.tolist(), strict=True)
+        }
+
+    def image_patch(self, box: Ranges) -> np.ndarray:
+        """(C, ...) float32 of half-open ranges inside the volume."""
+        return self._read(IMAGE, (slice(None), *(slice(*limits) for limits in box)))
+
+    def label_patch(self, box: Ranges) -> np.ndarray:
+        """(...) int16 of half-open ranges inside the volume."""
+        return self._read(LABEL, tuple(slice(*limits) for limits in box)).astype(np.int16, copy=False)
+
+    def image(self) -> np.ndarray:
+        """Read the whole image, (C, a, b, c) float32."""
+        return self.image_patch([(0, n) for n in self.shape])
+
+    def label(self) -> np.ndarray:
+        """Read the whole label map, (a, b, c) int16."""
+        return self.label_patch([(0, n) for n in self.shape])
+
+    def _read(self, suffix: str, ranges: tuple[slice, ...]) -> np.ndarray:
+        path = self._sound(suffix)
+        try:
+            # the package's own annotations are wrong here (mmap_mode) or say too little
+            array: Any = cast(Any, blosc2).open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+            return array[ranges]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise StoreError(
+                f"A preprocessed case cannot be read ({error})",
+                where=path,
+                remedy=REBUILT,
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "record": self.record}
+
+    @cached_property
+    def _checked(self) -> set[str]:
+        """Files that have been compared with their checksums."""
+        return set()
+
+    def _sound(self, suffix: str) -> Path:
+        """A file of this case; read to its end once, because nothing else notices a bit that has changed on disk.
+
+        Raises:
+            StoreError: it is not as it was written, or gone.
+        """
+        path = self.folder / (self.id + suffix)
+        if suffix not in self._checked:
+            if not _as_written(path, self.record.files.get(suffix)):
+                raise StoreError("A preprocessed case is damaged or its file is gone", where=path, remedy=REBUILT)
+            self._checked.add(suffix)
+        return path
+
+
+class CaseStore:
+    """All preprocessed cases of one stage of a plan.
+
+    Args:
+        folder: where they lie; made when the first case is written.
+        patch_size: of the stage (2 or 3 entries); decides how arrays are cut into chunks. Needed for writing only.
+    """
+
+    def __init__(self, folder: Path, patch_size: Sequence[int] = (128, 128, 128)) -> None:
+        self.folder = Path(folder)
+        self._patch = (1, *patch_size) if len(patch_size) == 2 else tuple(patch_size)
+
+    def ids(self) -> tuple[str, ...]:
+        """Names of all cases that have a record, sorted."""
+        # what a killed run had half written has the same ending
+        names = (path.name for path in self.folder.glob("*" + RECORD) if not path.name.startswith(PARTIAL))
+        return tuple(sorted(name.removesuffix(RECORD) for name in names))
+
+    def open(self, name: str) -> StoredCase:
+        """Give a finished case.
+
+        Raises:
+            StoreError: there is no such case, or its record is broken.
+        """
+        try:
+            record = self._record(name)
+        except RecordError as error:
+            raise StoreError(
+                "A preprocessed case is missing or its record is broken",
+                where=self.folder / (name + RECORD),
+                remedy="Run rfmed_plan_and_preprocess for this dataset and plan",
+            ) from error
+        return StoredCase(folder=self.folder, record=record)
+
+    def is_sound(self, name: str) -> bool:
+        """Tell at once whether the case is there and its files look as they were written.
+
+        Sizes are always compared; contents are read and compared only where a modification time has changed. What a
+        disk has changed in place is noticed by `is_complete`, and when a case is read.
+        """
+        try:
+            record = self._record(name)
+        except RecordError:
+            return False
+        return record.id == name and all(
+            _unchanged(self.folder / (name + suffix), file) for suffix, file in record.files.items()
+        )
+
+    def begun(self, name: str) -> bool:
+        """Tell whether any file of this case is there."""
+        return any((self.folder / (name + suffix)).exists() for suffix in (IMAGE, LABEL, FOREGROUND, RECORD))
+
+    def is_complete(self, name: str, source: str) -> bool:
+        """Tell whether the case was made from this source; all of its files are read and compared (1 to 4 GB/s)."""
+        try:
+            record = self._record(name)
+        except RecordError:
+            return False
+        return (record.id, record.source) == (name, source) and all(
+            _as_written(self.folder / (name + suffix), file) for suffix, file in record.files.items()
+        )
+
+    def _record(self, name: str) -> CaseRecord:
+        path = self.folder / (name + RECORD)
+        record = read_record(path, CaseRecord)
+        if not record.is_intact():
+            raise RecordError("The record does not match its checksum", where=path)
+        return record
+
+    def remove(self, name: str) -> None:
+        """Remove a case, its record first."""
+        with writing_to(self.folder):
+            for suffix in (RECORD, FOREGROUND, LABEL, IMAGE):
+                (self.folder / (name + suffix)).unlink(missing_ok=True)
+
+    def write(
+        self,
+        name: str,
+        image: np.ndarray,
+        label: np.ndarray,
+        *,
+        geometry: CaseGeometry,
+        foreground: Iterable[Location],
+        source: str,
+    ) -> int:
+        """Write a case; returns bytes written.
+
+        Args:
+            name: of the case.
+            image: (C, a, b, c) float32, contiguous.
+            label: (a, b, c) int16, contiguous; -1: outside (see `transforms.prepare`).
+            geometry: how to go back to the source.
+            foreground: sampled locations.
+            source: digest that `is_complete` is asked with.
+
+        Raises:
+            StoreError: full disk or unwritable folder; what was there before is then gone, nothing is left half.
+        """
+        entries = tuple(foreground)
+        # without its record the case counts as unfinished while the arrays change
+        with writing_to(self.folder):
+            (self.folder / (name + RECORD)).unlink(missing_ok=True)
+        narrow = label.astype(np.int8) if label.max(initial=0) <= 127 else label
+        places = np.concatenate([index for _, _, index in entries]) if entries else np.empty(0, np.int32)
+        files = {
+            IMAGE: self._put(name + IMAGE, self._pack(image)),
+            LABEL: self._put(name + LABEL, self._pack(narrow)),
+            FOREGROUND: self._put(name + FOREGROUND, _npy(places)),
+        }
+        record = CaseRecord(
+            id=name,
+            source=source,
+            channels=image.shape[0],
+            shape=(image.shape[1], image.shape[2], image.shape[3]),
+            geometry=geometry,
+            foreground=tuple(ForegroundClass(key=k, voxels=n, count=len(i)) for k, n, i in entries),
+            files=files,
+        )
+        write_record(self.folder / (name + RECORD), record.sealed())
+        return sum(file.size for file in files.values())
+
+    def _pack(self, array: np.ndarray) -> bytes:
+        """Make a whole blosc2 file in memory, so that a full disk shows as the system's error."""
+        blocks, chunks = cut(array.shape[-3:], self._patch, array.itemsize)
+        lead = (1,) * (array.ndim - 3)
+        packed = cast(Any, blosc2).asarray(
+            array,
+            chunks=(*lead, *chunks),
+            blocks=(*lead, *blocks),
+            contiguous=True,  # else `to_cframe` holds what is packed three times
+            cparams={
+                "codec": blosc2.Codec.LZ4,
+                "clevel": 1,
+                "filters": [blosc2.Filter.BITSHUFFLE],
+                "nthreads": 1,
+            },
+        )
+        return packed.to_cframe()
+
+    def _put(self, file: str, content: bytes) -> StoredFile:
+        path = self.folder / file
+        with atomic(path) as temporary:
+            temporary.write_bytes(content)
+        return StoredFile(size=len(content), crc32=zlib.crc32(content), modified_ns=path.stat().st_mtime_ns)
+
+
+def cut(shape: Sequence[int], patch: Sequence[int], itemsize: int) -> tuple[Shape, Shape]:
+    """Choose block and chunk shape: powers of two that follow the patch, and several of them up to about a patch.
+
+    A patch read unpacks only the blocks that it touches; a chunk is what is found and read at once.
+    """
+    block = [min(n, 1 << (p - 1).bit_length()) for n, p in zip(shape, patch, strict=True)]
+    while np.prod(block) * itemsize > BLOCK_BYTES:
+        widest = max(range(3), key=lambda axis: (block[axis] / patch[axis], axis))
+        block[widest] = max(1, 1 << ((block[widest] - 1).bit_length() - 1))
+    chunk = list(block)
+    growing = True
+    while growing:
+        growing = False
+        for axis in sorted(range(3), key=lambda axis: chunk[axis] / patch[axis]):
+            larger = min(chunk[axis] + block[axis], shape[axis])
+            size = np.prod(chunk) // chunk[axis] * larger * itemsize
+            if chunk[axis] < min(patch[axis], shape[axis]) and size <= CHUNK_BYTES:
+                chunk[axis], growing = larger, True
+                break
+    return (block[0], block[1], block[2]), (chunk[0], chunk[1], chunk[2])
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def _unchanged(path: Path, file: StoredFile) -> bool:
+    """Tell whether a file looks as it did; it is read only where its modification time is another."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    same_time = status.st_mtime_ns == file.modified_ns
+    return status.st_size == file.size and (same_time or _as_written(path, file))
+
+
+def _as_written(path: Path, file: StoredFile | None) -> bool:
+    """Tell whether a file's content is what was written."""
+    if file is None:
+        return False
+    value = 0
+    try:
+        if path.stat().st_size != file.size:
+            return False
+        with path.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                value = zlib.crc32(piece, value)
+    except OSError:
+        return False
+    return value == file.crc32

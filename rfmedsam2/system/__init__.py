@@ -1,0 +1,1 @@
+"""The machine: devices, memory limits, threads, the cache of compiled loops."""

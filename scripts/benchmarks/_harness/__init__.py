@@ -1,0 +1,1 @@
+"""What the benchmarks share: peers side by side, measured resources, plans and data."""

@@ -1,0 +1,251 @@
+"""Using networks: masks of prompted objects, and how good they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from rfmedsam2.cli.command import AsJson, Device, command, say
+from rfmedsam2.errors import UsageError
+from segment_anything_hq.cli.names import AnyBackbone, AnyMethod, MaskRule
+
+if TYPE_CHECKING:
+    from segment_anything_hq.data.datasets import ImageSet
+    from segment_anything_hq.evaluation.run import EvaluationRecord, Found
+    from segment_anything_hq.evaluation.scores import Column
+    from segment_anything_hq.inference.network_spec import ChosenNetwork, Named
+
+# what chooses the network is the same in both commands
+Method = Annotated[
+    Positional[AnyMethod | None],
+    arg(
+        metavar="[METHOD]",
+        help="hq_sam, hq_sam2, sam_ref, sam2_ref, sam2_refiner, sam_decoder, sam2_decoder, or sam, sam2 as published.",
+    ),
+]
+Backbone = Annotated[
+    AnyBackbone | None,
+    arg(
+        aliases=("-b",),
+        metavar="NAME",
+        help="vit_b, vit_l, vit_h, vit_tiny (MobileSAM), hiera_t, hiera_s, hiera_b+ or hiera_l.",
+    ),
+]
+Weights = Annotated[Path | None, arg(aliases=("-w",), metavar="FILE", help="Published weights of the backbone.")]
+Decoder = Annotated[
+    Path | None, arg(metavar="FILE", help="Checkpoint of the fine-tuned mask decoder that was refined.")
+]
+Model = Annotated[
+    Path | None,
+    arg(
+        aliases=("-m",),
+        metavar="FILE",
+        help="Checkpoint of samhq_train, which says method, backbone and size of frames.",
+    ),
+]
+FrameSize = Annotated[int | None, arg(metavar="PIXELS", help="A side of the frames; else the checkpoint's, or 1024.")]
+
+
+def predict(
+    method: Method = None,
+    *,
+    images: Annotated[tuple[Path, ...], arg(aliases=("-i",), metavar="PATH")],
+    output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")],
+    prompts: Annotated[Path, arg(aliases=("-p",), metavar="FILE")],
+    backbone: Backbone = None,
+    weights: Weights = None,
+    decoder: Decoder = None,
+    model: Model = None,
+    frame_size: FrameSize = None,
+    overwrite: bool = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Mask prompted objects of pictures: one PNG an object, 255 where it is, and predictions.json.
+
+    Args:
+        images: Pictures, or folders of them.
+        output: Folder for the masks.
+        prompts: JSON: [{"image": "a.jpg", "box": [x0, y0, x1, y1], "points": [[x, y]], "labels": [1], "name": "cat"}];
+            box or points or both. CSV: columns image, x0, y0, x1, y1, or image, object, x, y, label (a point a row).
+        overwrite: Replace masks that are there.
+    """
+    from rfmedsam2.cli.console import bars, table
+    from segment_anything_hq.data.prompt_files import pictures_in, read_prompts
+    from segment_anything_hq.inference.files import predict_objects, require_free
+    from segment_anything_hq.inference.network_spec import Choice, named_network
+
+    named = named_network(
+        Choice(method=method, backbone=backbone, weights=weights, decoder=decoder, model=model, frame_size=frame_size)
+    )
+    pictures = pictures_in(images)
+    objects = read_prompts(prompts, pictures)
+    require_free(output, objects, overwrite=overwrite)
+    chosen = built(named, device)
+    record = predict_objects(chosen, objects, output, track=bars)
+    if as_json:
+        print(record.to_json())
+        return
+    rows = [(o.file, o.image, f"{o.score:.3f}", o.pixels, f"{o.seconds:.3f}") for o in record.objects]
+    table("Masks", ("file", "picture", "score", "pixels", "seconds"), rows)
+    without = len(pictures) - len(record.embedding_seconds)
+    unprompted = f"; {without} without prompts" if without else ""
+    counts = f"{_counted(len(rows), 'mask')} of {_counted(len(record.embedding_seconds), 'picture')}"
+    print(f"Written: {counts} in {output}{unprompted}")
+
+
+def evaluate(
+    method: Method = None,
+    *,
+    data: Annotated[tuple[str, ...], arg(metavar="[NAME=]FOLDER")] = (),
+    output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")],
+    protocol: Annotated[tuple[str, ...], arg(metavar="NAME")] = ("box",),
+    backbone: Backbone = None,
+    weights: Weights = None,
+    decoder: Decoder = None,
+    model: Model = None,
+    frame_size: FrameSize = None,
+    held_out: Annotated[float | None, arg(metavar="SHARE")] = None,
+    samples: Annotated[int | None, arg(metavar="N")] = None,
+    mask_rule: Annotated[MaskRule, arg(metavar="RULE")] = "above_128",
+    clicks: Annotated[int, arg(metavar="N")] = 20,
+    seed: int = 0,
+    overwrite: bool = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score a network by boxes, points, clicks or latency: a CSV a protocol, one page, evaluation.json.
+
+    Args:
+        data: Pictures with masks: a folder with images/ and masks/ (or with both side by side), or NAME=FOLDER with
+            hqseg44k_test, grabcut, berkeley, davis, sbd and others (an unknown name lists them).
+        output: Folder for the results.
+        protocol: Several of: box, box_0.2 and box_0.4 (noised), centre, points_N (N random points), clicks (NoC, NoF
+            strictly and as published, 5-mIoU, seconds per click), sat (latency of 16 x 16 points; needs no data).
+        held_out: Only the share of the pictures that samhq_train --held-out SHARE keeps away from training.
+        samples: Only the first so many of each set.
+        mask_rule: What values of masks mean: above_128, ignore_128 (128 is ignored) or any (all but 0).
+        clicks: The most that are made on an object.
+        seed: Of noise and random points.
+        overwrite: Replace an evaluation that is there.
+    """
+    from rfmedsam2.cli.console import bars
+    from segment_anything_hq.evaluation.run import require_free, rule_of, run_protocols, write_found
+    from segment_anything_hq.inference.interactive import InteractivePredictor
+    from segment_anything_hq.inference.network_spec import Choice, named_network
+
+    named = named_network(
+        Choice(method=method, backbone=backbone, weights=weights, decoder=decoder, model=model, frame_size=frame_size)
+    )
+    rules = {name: rule_of(name, clicks=clicks) for name in protocol}
+    needs_data = any(rule is not None for rule in rules.values())
+    sets = _sets(data, mask_rule, held_out=held_out, samples=samples) if data or needs_data else ()
+    require_free(output, tuple(rules), overwrite=overwrite)
+    chosen = built(named, device)
+    predictor = InteractivePredictor(chosen.network, fit=chosen.fit)
+    found = run_protocols(predictor, sets, tuple(rules), clicks=clicks, seed=seed, track=bars)
+    record = _record(chosen, found, sets, seed=seed, data=data, held_out=held_out)
+    about = {**record.network, "data": ", ".join(f"{n} ({k})" for n, k in record.data.items()), "device": record.device}
+    files = write_found(output, found, record, about=about)
+    if as_json:
+        print(record.to_json())
+        return
+    _show(found)
+    print(f"Written: {', '.join(path.name for path in files)} in {output}")
+
+
+def built(named: Named, device: str) -> ChosenNetwork:
+    """The network on its device; what is not trained of it is said."""
+    from rfmedsam2.engine.runtime import choose_device
+    from segment_anything_hq.inference.network_spec import chosen_network
+
+    place = choose_device(device)
+    chosen = chosen_network(named)
+    for note in chosen.notes:
+        say(f"Note: {note}.")
+    chosen.network.to(place)
+    return chosen
+
+
+def _sets(
+    words: tuple[str, ...], rule: MaskRule, *, held_out: float | None, samples: int | None
+) -> tuple[ImageSet, ...]:
+    """The data, or what a training held out of them, or the first samples."""
+    from dataclasses import replace
+
+    from segment_anything_hq.data.open_data import held_out as parted
+    from segment_anything_hq.data.open_data import open_data
+
+    if samples is not None and samples < 1:
+        raise UsageError("So few samples cannot be evaluated", expected="--samples of 1 or more", found=samples)
+    sets = open_data(words, rule=rule)
+    if held_out is not None:
+        sets = parted(sets, held_out)[1]
+    if samples is None:
+        return sets
+    return tuple(replace(images, samples=images.samples[:samples], expected=None) for images in sets)
+
+
+def _record(
+    chosen: ChosenNetwork,
+    found: Found,
+    sets: tuple[ImageSet, ...],
+    *,
+    seed: int,
+    data: tuple[str, ...],
+    held_out: float | None,
+) -> EvaluationRecord:
+    from datetime import datetime, timezone
+
+    import rfmedsam2
+    from segment_anything_hq.evaluation.run import EvaluationRecord, figures_of
+    from segment_anything_hq.inference.image_transform import device_of
+
+    protocols, latency = figures_of(found)
+    return EvaluationRecord(
+        network=chosen.facts(),
+        weights_sha256=chosen.weights_sha256,
+        device=str(device_of(chosen.network)),
+        seed=seed,
+        data={images.name: len(images.samples) for images in sets},
+        data_words=data,
+        held_out=held_out,
+        protocols=protocols,
+        latency=latency,
+        code_version=rfmedsam2.__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _show(found: Found) -> None:
+    """A table a protocol."""
+    from rfmedsam2.cli.console import table
+
+    for name, evaluation in found.evaluations.items():
+        rows = [(images, *_figures(values, evaluation.columns)) for images, values in evaluation.sets.items()]
+        rows.append(("all", *_figures(evaluation.overall, evaluation.columns)))
+        titles = (f"{c.title} {c.unit}".strip() for c in evaluation.columns)
+        print(evaluation.protocol)
+        table(name, ("set", *titles), rows)
+        for fault in evaluation.skipped:
+            say(f"Not evaluated: {fault}.")
+    if found.latency is not None:
+        sat = found.latency
+        print(
+            f"SAT latency: {sat.total_s:.2f} s for {len(sat.points_s)} points, {sat.encode_s:.2f} s of it for the "
+            f"picture; a point {1000 * sat.point_median_s:.1f} ms (median), {1000 * sat.point_95_s:.1f} ms (95 %)"
+        )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _figures(values: dict[str, float], columns: tuple[Column, ...]) -> list[str]:
+    return [f"{c.scale * values[c.name]:.{c.digits}f}" for c in columns]
+
+
+predict_command = command(predict, family="samhq")
+evaluate_command = command(evaluate, family="samhq")

@@ -1,0 +1,1 @@
+"""Image datasets, COCO annotations, prompt files, image files and augmentation."""

@@ -1,0 +1,384 @@
+"""Sets of pictures and masks: HQSeg-44K in sam-hq's layout, RITM's evaluation sets, any folder of pictures.
+
+Opening a set only lists it: which files belong together, and what does not pair. `dataset_checks` looks into the files,
+`coco` reads annotations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from scipy.io import loadmat
+
+from rfmedsam2.errors import DatasetError, ImageError
+from segment_anything_hq.data.image_io import ENDINGS, MaskRule, read_picture, read_truth
+
+HQSEG_TRAINING_PICTURES = 44_320
+HQSEG_TEST_PICTURES = 1_537
+
+
+class Mask(Protocol):
+    """Where a mask comes from."""
+
+    @property
+    def source(self) -> Path:
+        """The file it is read from."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """(H, W) int8: 1 object, 0 background, -1 ignored."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskFile:
+    """A mask that is a picture."""
+
+    path: Path
+    rule: MaskRule = "above_128"
+
+    @property
+    def source(self) -> Path:
+        """The picture."""
+        return self.path
+
+    def read(self) -> np.ndarray:
+        """(H, W) int8: 1 object, 0 background, -1 ignored."""
+        return read_truth(self.path, self.rule)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatInstance:
+    """One instance of SBD's .mat files."""
+
+    path: Path
+    instance: int
+
+    @property
+    def source(self) -> Path:
+        """The .mat file."""
+        return self.path
+
+    def read(self) -> np.ndarray:
+        """(H, W) int8: 1 object, 0 background."""
+        return np.ascontiguousarray(_mat_instances(self.path) == self.instance, np.int8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One object of one picture.
+
+    Attributes:
+        id: name within its set.
+        image: file of the picture; samples of one picture follow one another.
+        mask: where its mask comes from.
+    """
+
+    id: str
+    image: Path
+    mask: Mask
+
+    def picture(self) -> np.ndarray:
+        """(H, W, 3) uint8, RGB."""
+        return read_picture(self.image)
+
+    def truth(self) -> np.ndarray:
+        """(H, W) int8: 1 object, 0 background, -1 ignored."""
+        return self.mask.read()
+
+    def truth_of(self, picture: np.ndarray) -> np.ndarray:
+        """The truth, as large as the picture (H, W, 3).
+
+        Raises:
+            ImageError: it has another size.
+        """
+        truth = self.truth()
+        if truth.shape != picture.shape[:2]:
+            raise ImageError(
+                "The mask has another size than its picture",
+                where=self.mask.source,
+                expected=f"{picture.shape[0]} x {picture.shape[1]}",
+                found=f"{truth.shape[0]} x {truth.shape[1]}",
+            )
+        return truth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What is wrong, and with which file or sample."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSet:
+    """A set of samples.
+
+    Attributes:
+        name: as the field calls it.
+        samples: in the order of their pictures' names.
+        faults: what was found while listing: pictures without masks, masks without pictures, missing folders.
+        expected: how many samples the published set has; None where that is not known.
+    """
+
+    name: str
+    samples: tuple[Sample, ...]
+    faults: tuple[Fault, ...] = ()
+    expected: int | None = None
+
+    def only(self, ids: Collection[str]) -> ImageSet:
+        """The samples of these ids, in their order here.
+
+        Raises:
+            DatasetError: an id that the set does not have.
+        """
+        chosen = set(ids)
+        samples = tuple(s for s in self.samples if s.id in chosen)
+        unknown = sorted(chosen - {s.id for s in samples})
+        if unknown:
+            raise DatasetError("The set has no such samples", where=self.name, found=", ".join(unknown[:10]))
+        return replace(self, samples=samples, expected=None)
+
+    def required(self) -> ImageSet:
+        """The set itself, if it has samples.
+
+        Raises:
+            DatasetError: it has none; names the first faults.
+        """
+        if self.samples:
+            return self
+        reasons = "; ".join(str(fault) for fault in self.faults[:3])
+        raise DatasetError("The set has no samples", where=self.name, found=reasons or None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where a set's pictures and masks lie below a root."""
+
+    name: str
+    images: str
+    masks: str
+    rule: MaskRule = "above_128"
+    expected: int | None = None
+
+
+# sam-hq, train/train.py
+HQSEG_TRAINING = (
+    Layout(name="DIS5K-TR", images="DIS5K/DIS-TR/im", masks="DIS5K/DIS-TR/gt", expected=3000),
+    Layout(
+        name="ThinObject5k-TR",
+        images="thin_object_detection/ThinObject5K/images_train",
+        masks="thin_object_detection/ThinObject5K/masks_train",
+        expected=4748,
+    ),
+    Layout(name="FSS", images="cascade_psp/fss_all", masks="cascade_psp/fss_all", expected=10_000),
+    Layout(name="DUTS-TR", images="cascade_psp/DUTS-TR", masks="cascade_psp/DUTS-TR", expected=10_553),
+    Layout(name="DUTS-TE", images="cascade_psp/DUTS-TE", masks="cascade_psp/DUTS-TE", expected=5019),
+    Layout(name="ECSSD", images="cascade_psp/ecssd", masks="cascade_psp/ecssd", expected=1000),
+    Layout(name="MSRA10K", images="cascade_psp/MSRA_10K", masks="cascade_psp/MSRA_10K", expected=10_000),
+)
+HQSEG_TEST = (
+    Layout(name="DIS5K-VD", images="DIS5K/DIS-VD/im", masks="DIS5K/DIS-VD/gt", expected=470),
+    Layout(
+        name="COIFT",
+        images="thin_object_detection/COIFT/images",
+        masks="thin_object_detection/COIFT/masks",
+        expected=280,
+    ),
+    Layout(
+        name="HRSOD",
+        images="thin_object_detection/HRSOD/images",
+        masks="thin_object_detection/HRSOD/masks_max255",
+        expected=287,
+    ),
+    Layout(
+        name="ThinObject5k-TE",
+        images="thin_object_detection/ThinObject5K/images_test",
+        masks="thin_object_detection/ThinObject5K/masks_test",
+        expected=500,
+    ),
+)
+# RITM, isegm/data/datasets
+GRABCUT = Layout(name="GrabCut", images="data_GT", masks="boundary_GT", rule="ignore_128", expected=50)
+BERKELEY = Layout(name="Berkeley", images="images", masks="masks", rule="ignore_128", expected=100)
+DAVIS = Layout(name="DAVIS", images="img", masks="gt", rule="any", expected=345)
+COCO_MVAL = Layout(name="COCO_MVal", images="img", masks="gt", rule="any", expected=800)
+SBD_INSTANCES = 6671
+"""Instances of SBD's 2,857 validation pictures."""
+
+
+def hqseg_training(root: Path) -> tuple[ImageSet, ...]:
+    """HQSeg-44K's training sets: six by the paper's count, in seven folders."""
+    return tuple(open_layout(layout, root) for layout in HQSEG_TRAINING)
+
+
+def hqseg_test(root: Path) -> tuple[ImageSet, ...]:
+    """The four test sets that HQ-SAM is evaluated on."""
+    return tuple(open_layout(layout, root) for layout in HQSEG_TEST)
+
+
+def open_layout(layout: Layout, root: Path) -> ImageSet:
+    """List a set of a known layout."""
+    samples, faults = pairs(root / layout.images, root / layout.masks, rule=layout.rule)
+    return ImageSet(name=layout.name, samples=samples, faults=faults, expected=layout.expected)
+
+
+def open_folders(images: Path, masks: Path, *, name: str | None = None, rule: MaskRule = "above_128") -> ImageSet:
+    """List any folder of pictures and folder of masks, which may be the same one.
+
+    A mask has its picture's name (without the ending), or that and "_", "-" or "#" and a number where a
+    picture has several objects. In a folder of both, .png files beside a .jpg of the same name are
+    masks.
+    """
+    samples, faults = pairs(images, masks, rule=rule)
+    return ImageSet(name=name or images.parent.name or images.name, samples=samples, faults=faults)
+
+
+def open_sbd(root: Path, split: str = "val") -> ImageSet:
+    """SBD as RITM evaluates it: root/img, root/inst/*.mat, root/val.txt; each instance is a sample.
+
+    Reads every .mat file once, for the numbers of its instances.
+    """
+    listing = root / f"{split}.txt"
+    expected = SBD_INSTANCES if split == "val" else None
+    if not listing.is_file():
+        fault = Fault(where=str(listing), what="the list of pictures is missing")
+        return ImageSet(name="SBD", samples=(), faults=(fault,), expected=expected)
+    names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    samples: list[Sample] = []
+    faults: list[Fault] = []
+    with ThreadPoolExecutor() as threads:
+        for name, found in zip(names, threads.map(lambda n: _mat_ids(root / "inst" / f"{n}.mat"), names), strict=True):
+            image = root / "img" / f"{name}.jpg"
+            if isinstance(found, Fault) or not image.is_file():
+                faults.append(
+                    found if isinstance(found, Fault) else Fault(where=str(image), what="the picture is missing")
+                )
+                continue
+            path = root / "inst" / f"{name}.mat"
+            samples += [Sample(id=f"{name}_{i}", image=image, mask=MatInstance(path=path, instance=i)) for i in found]
+    return ImageSet(name="SBD", samples=tuple(samples), faults=tuple(faults), expected=expected)
+
+
+COLLECTIONS: dict[str, Callable[[Path], tuple[ImageSet, ...]]] = {
+    "hqseg44k_train": hqseg_training,
+    "hqseg44k_test": hqseg_test,
+    "grabcut": lambda root: (open_layout(GRABCUT, root),),
+    "berkeley": lambda root: (open_layout(BERKELEY, root),),
+    "davis": lambda root: (open_layout(DAVIS, root),),
+    "coco_mval": lambda root: (open_layout(COCO_MVAL, root),),
+    "sbd": lambda root: (open_sbd(root),),
+}
+"""Sets by name, each opened by the root of its published layout."""
+
+
+def pairs(images: Path, masks: Path, *, rule: MaskRule = "above_128") -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
+    """Which pictures and masks belong together, and what is left over; see `open_folders`."""
+    missing = [f for f in dict.fromkeys((images, masks)) if not f.is_dir()]
+    if missing:
+        return (), tuple(Fault(where=str(f), what="the folder is missing") for f in missing)
+    pictures, truths = _split(images) if images == masks else (_files(images), _files(masks))
+    by_stem, faults = _by_stem(pictures)
+    mask_by_stem, mask_faults = _by_stem(truths)
+    objects: dict[str, list[str]] = defaultdict(list)
+    for stem in mask_by_stem:
+        owner = stem if stem in by_stem else _owner(stem, by_stem)
+        if owner is None:
+            faults.append(Fault(where=str(mask_by_stem[stem]), what="the mask has no picture"))
+        else:
+            objects[owner].append(stem)
+    faults += [Fault(where=str(p), what="the picture has no mask") for s, p in by_stem.items() if s not in objects]
+    if not pictures:
+        faults.append(Fault(where=str(images), what="the folder holds no pictures"))
+    samples = [
+        Sample(id=stem, image=by_stem[owner], mask=MaskFile(path=mask_by_stem[stem], rule=rule))
+        for owner in by_stem
+        for stem in objects.get(owner, ())
+    ]
+    return tuple(samples), tuple(faults + mask_faults)
+
+
+def read_ahead(samples: Iterable[Sample], *, ahead: int = 2) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
+    """Samples with picture and truth, read by a thread while the one before is worked on.
+
+    A picture that several samples in a row share is read once, and is the same array.
+
+    Raises:
+        ImageError: a file that cannot be read, or a mask of another size than its picture.
+    """
+    queue: list = []
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        last: tuple[Path | None, np.ndarray | None] = (None, None)
+
+        def read(sample: Sample) -> tuple[Sample, np.ndarray, np.ndarray]:
+            nonlocal last
+            picture = last[1] if last[0] == sample.image and last[1] is not None else sample.picture()
+            last = (sample.image, picture)
+            return sample, picture, sample.truth_of(picture)
+
+        for sample in samples:
+            queue.append(thread.submit(read, sample))
+            if len(queue) > ahead:
+                yield queue.pop(0).result()
+        while queue:
+            yield queue.pop(0).result()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and not p.name.startswith("."))
+
+
+def _split(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Pictures and masks of one folder: masks are .png, pictures everything else."""
+    files = _files(folder)
+    return [p for p in files if p.suffix.lower() != ".png"], [p for p in files if p.suffix.lower() == ".png"]
+
+
+def _by_stem(files: list[Path]) -> tuple[dict[str, Path], list[Fault]]:
+    found: dict[str, Path] = {}
+    faults = []
+    for path in files:
+        if path.stem in found:
+            faults.append(Fault(where=str(path), what=f"has the name of {found[path.stem].name}, which is taken"))
+        else:
+            found[path.stem] = path
+    return found, faults
+
+
+def _owner(stem: str, pictures: Collection[str]) -> str | None:
+    """The picture that a mask of one of several objects belongs to."""
+    match = re.fullmatch(r"(.+)[_#-]\d+", stem)
+    return match[1] if match and match[1] in pictures else None
+
+
+def _mat_instances(path: Path) -> np.ndarray:
+    """(H, W) instance numbers of an SBD file.
+
+    Raises:
+        ImageError: no such file, or not one of SBD's.
+    """
+    try:
+        return np.asarray(loadmat(path)["GTinst"]["Segmentation"][0, 0])
+    except Exception as error:  # the reader has no error of its own for damage
+        found = f"{type(error).__name__}: {error}"
+        raise ImageError("Instances cannot be read", where=path, expected="SBD's GTinst", found=found) from error
+
+
+def _mat_ids(path: Path) -> list[int] | Fault:
+    if not path.is_file():
+        return Fault(where=str(path), what="the instances are missing")
+    try:
+        return [int(i) for i in np.unique(_mat_instances(path)) if i != 0]
+    except ImageError as error:
+        return Fault(where=str(path), what=str(error))

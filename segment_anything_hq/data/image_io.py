@@ -1,0 +1,133 @@
+"""Pictures and masks from files: any common format and colour mode, to the two arrays that everything here works on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from rfmedsam2.errors import ImageError
+from segment_anything_hq.prompts.clicks import IGNORE
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+# only these decoders: some of Pillow's others start programs
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+
+MaskRule = Literal["above_128", "ignore_128", "any"]
+"""What a mask's values mean.
+
+above_128: object where the first channel is above 128 (sam-hq). ignore_128: the same, and 128 itself is ignored (RITM's
+GrabCut and Berkeley). any: object where any colour channel is above 0 (RITM's DAVIS).
+"""
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Read a picture of any colour mode.
+
+    Grey and palette pictures become RGB, transparency is dropped, 16 bits become 8; a turned photograph is put upright
+    as viewers show it.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+
+    Raises:
+        ImageError: no such file, not a picture, or damaged.
+    """
+    with _opened(path) as image:
+        image = ImageOps.exif_transpose(image)
+        channels = _channels(image, path)
+    return np.ascontiguousarray(np.broadcast_to(channels, (*channels.shape[:2], 3)))
+
+
+def read_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
+    """Read a mask of any colour mode.
+
+    Returns:
+        (H, W) int8: 1 object, 0 background, -1 ignored.
+
+    Raises:
+        ImageError: no such file, not a picture, or damaged.
+    """
+    values = read_mask_values(path)
+    if rule == "any":
+        return np.asarray((values > 0).any(-1), np.int8)
+    first = values[..., 0]
+    truth = (first > 128).astype(np.int8)
+    if rule == "ignore_128":
+        truth[first == 128] = IGNORE
+    return truth
+
+
+def read_mask_values(path: Path) -> np.ndarray:
+    """Read a mask's values as (H, W, 1) or (H, W, 3) uint8: grey or colours, without transparency.
+
+    Raises:
+        ImageError: no such file, not a picture, or damaged.
+    """
+    with _opened(path) as image:
+        return _channels(image, path)
+
+
+def picture_size(path: Path, *, upright: bool = True) -> tuple[int, int]:
+    """Height and width from the head of a file.
+
+    Args:
+        path: picture or mask.
+        upright: of the picture as `read_picture` gives it; False: as stored, which is how masks are read.
+
+    Raises:
+        ImageError: no such file, not a picture, or damaged.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        turned = upright and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+class _opened:  # noqa: N801  used as a function
+    """Open an image lazily; what Pillow raises while it is open becomes a sentence."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Image.Image:
+        try:
+            self.image = Image.open(self.path, formats=_FORMATS)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise _refused(self.path, error) from error
+        return self.image
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.image.close()
+        if isinstance(error, (OSError, SyntaxError, ValueError)) and not isinstance(error, ImageError):
+            raise _refused(self.path, error) from error
+
+
+def _refused(path: Path, error: BaseException) -> ImageError:
+    if isinstance(error, FileNotFoundError):
+        return ImageError("There is no such file", where=path)
+    return ImageError(
+        "The file cannot be read as a picture",
+        where=path,
+        expected="a whole " + ", ".join(sorted(e[1:] for e in ENDINGS)),
+        found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+    )
+
+
+def _channels(image: Image.Image, path: Path) -> np.ndarray:
+    """(H, W, 1) or (H, W, 3) uint8."""
+    mode = image.mode
+    if mode.startswith("I"):
+        values = np.asarray(image)[..., None]
+        return (values >> 8 if values.max(initial=0) > 255 else values).astype(np.uint8)
+    if mode == "F":
+        raise ImageError("The picture holds floating-point numbers", where=path, expected="8 or 16 bits a channel")
+    if mode in ("L", "1", "LA", "La"):
+        return np.array(image.convert("L"))[..., None]
+    if mode in ("P", "PA") and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if mode != "RGB":
+        image = image.convert("RGB")
+    return np.array(image)

@@ -1,0 +1,323 @@
+"""Files of prompts, JSON or CSV: which objects of which pictures are to be masked; all faults at once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rfmedsam2.errors import ImageError, UsageError
+from segment_anything_hq.data.image_io import ENDINGS, picture_size
+
+BOX = ("x0", "y0", "x1", "y1")
+POINT = ("x", "y", "label")
+FIELDS = ("image", "box", "points", "labels", "name")
+COLUMNS = ("image", "object", *BOX, *POINT)
+MOST_FAULTS = 50
+"""That many are told."""
+Corners = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptedObject:
+    """One object to be masked.
+
+    Attributes:
+        image: the picture's file.
+        file: name of the mask's file.
+        box: xyxy, pixels of the picture; None: there is none.
+        points: xy, likewise.
+        labels: of the points, 1 on the object, 0 off it.
+    """
+
+    image: Path
+    file: str
+    box: Corners | None = None
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Asked:
+    """What a file says of an object; `where` names the place."""
+
+    where: str
+    image: str
+    box: Any = None
+    points: list[Any] = field(default_factory=list)
+    labels: list[Any] | None = None
+    name: str | None = None
+    """Of the mask's file."""
+    part: str | None = None
+    """What tells objects of one picture apart."""
+
+
+class _Faults(list[str]):
+    """Sentences, all of them to be told at once."""
+
+    def add(self, where: str, what: str) -> None:
+        self.append(f"{where}: {what}")
+
+
+def pictures_in(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Picture files, and those directly in folders.
+
+    Raises:
+        UsageError: nothing was named, a path that is not there, or no picture at all.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS and not p.name.startswith("."))
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UsageError("There is no such picture or folder", where=path)
+    if not found:
+        where = ", ".join(map(str, paths)) or None
+        raise UsageError("There are no pictures", where=where, expected=f"files that end in {', '.join(ENDINGS)}")
+    return tuple(dict.fromkeys(found))
+
+
+def read_prompts(path: Path, pictures: Sequence[Path]) -> tuple[PromptedObject, ...]:
+    """Read a file of prompts and hold it against the pictures.
+
+    JSON: a list (or {"prompts": list}) of {"image", "box": [x0, y0, x1, y1], "points": [[x, y] ...], "labels": [1, 0
+    ...], "name"}; box or points or both. CSV: the columns image, x0, y0, x1, y1 (a box a row) or image, object, x, y,
+    label (a point a row), or all of them; rows of one picture and object belong together, a box of no object is one by
+    itself.
+
+    Args:
+        path: the file, .json or .csv.
+        pictures: files that prompts may name, by name with or without ending.
+
+    Returns:
+        at least one object; those of one picture follow one another. A mask is named by `name`, else by its picture,
+        with `object` or a number behind where it has several.
+
+    Raises:
+        UsageError: the file cannot be read, or has faults: all of them are told.
+    """
+    faults = _Faults()
+    reader = {".json": _from_json, ".csv": _from_csv}.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError("Prompts are read from JSON or CSV", where=path, expected="a name that ends in .json or .csv")
+    asked = reader(_text(path), path, faults)
+    objects = _checked(asked, pictures, faults)
+    if not faults and not objects:
+        raise UsageError("The file holds no prompt", where=path)
+    if faults:
+        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise UsageError(f"The prompts have {count}", where=path, found="; ".join([*faults[:MOST_FAULTS], *more]))
+    return objects
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError("There is no such file of prompts", where=path) from None
+    except UnicodeDecodeError as error:
+        raise UsageError("The prompts are no text", where=path, expected="UTF-8", found=error.reason) from None
+    except OSError as error:
+        raise UsageError(f"The file of prompts cannot be read ({error.strerror})", where=path) from error
+
+
+def _from_json(text: str, path: Path, faults: _Faults) -> list[_Asked]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+        raise UsageError("The prompts are not valid JSON", where=path, found=str(error)) from None
+    if isinstance(content, dict) and set(content) == {"prompts"}:
+        content = content["prompts"]
+    if not isinstance(content, list):
+        expected = 'a list, or {"prompts": [...]}, of {"image": "name.jpg", "box": [x0, y0, x1, y1]}'
+        raise UsageError("These are no prompts", where=path, expected=expected, found=f"a {type(content).__name__}")
+    asked = []
+    for number, entry in enumerate(content, 1):
+        where = f"prompt {number}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+            faults.add(where, 'it names no picture ("image")')
+            continue
+        where += f" ({entry['image']})"
+        unknown = sorted(set(entry) - set(FIELDS))
+        if unknown:
+            faults.add(where, f"unknown fields {', '.join(unknown)}; known are {', '.join(FIELDS)}")
+        given = {key: entry[key] for key in FIELDS if entry.get(key) is not None}
+        lists = [key for key in ("points", "labels") if not isinstance(given.get(key, []), list)]
+        if lists or not isinstance(given.get("name", ""), str):
+            faults.add(where, f"{lists[0]} is no list" if lists else "name is no text")
+            continue
+        asked.append(_Asked(where=where, **given))
+    return asked
+
+
+def _from_csv(text: str, path: Path, faults: _Faults) -> list[_Asked]:
+    try:
+        return _from_rows(csv.DictReader(io.StringIO(text), restkey="", skipinitialspace=True), path, faults)
+    except csv.Error as error:
+        raise UsageError("The prompts are not valid CSV", where=path, found=str(error)) from None
+
+
+def _from_rows(rows: csv.DictReader, path: Path, faults: _Faults) -> list[_Asked]:
+    names = [name.strip() for name in rows.fieldnames or ()]
+    rows.fieldnames = names
+    unknown = [name or "(no name)" for name in names if name not in COLUMNS]
+    if "image" not in names or unknown or len(set(names)) < len(names):
+        raise UsageError(
+            "These columns are not those of prompts",
+            where=path,
+            expected=f"image, {', '.join(BOX)} or image, object, {', '.join(POINT)}",
+            found=", ".join(names) or "an empty file",
+        )
+    asked: dict[object, _Asked] = {}
+    for row in rows:
+        where = f"line {rows.line_num}"
+        if "" in row:
+            faults.add(where, "it has more values than there are columns")
+            continue
+        _read_row({key: (value or "").strip() for key, value in row.items()}, where, asked, faults)
+    return list(asked.values())
+
+
+def _read_row(row: dict[str, str], where: str, asked: dict[object, _Asked], faults: _Faults) -> None:
+    """Take one row of a CSV: a box, a point, or both, of a new object or one that is known."""
+    where += f" ({row['image']})"
+    part = row.get("object") or None
+    given = [[row.get(name, "") for name in kind] for kind in (BOX, POINT)]
+    for values, kind, what in zip(given, (BOX, POINT), ("box", "point"), strict=True):
+        if any(values) and not all(values):
+            lacking = [name for name, value in zip(kind, values, strict=True) if not value]
+            faults.add(where, f"the {what} has no {', '.join(lacking)}")
+            return
+    box, point = ([_read_number(value) for value in values] if all(values) else None for values in given)
+    # a box of no object is an object; points of no object are of one
+    key = (row["image"], part) if part or not box else where
+    known = asked.setdefault(key, _Asked(where=where, image=row["image"], part=part))
+    if box:
+        if known.box is not None:
+            faults.add(where, f"object {part} has a box already")
+        known.box = box
+    if point:
+        known.points.append(point[:2])
+        known.labels = [*(known.labels or []), point[2]]
+
+
+def _read_number(text: str) -> float | str:
+    """The number, or what stands there instead."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _checked(asked: Iterable[_Asked], pictures: Sequence[Path], faults: _Faults) -> tuple[PromptedObject, ...]:
+    """What is asked, held against the pictures, with names for the masks."""
+    by_name = {path.name: path for path in pictures}
+    stems = Counter(path.stem for path in pictures)
+    by_name |= {path.stem: path for path in pictures if stems[path.stem] == 1 and path.stem not in by_name}
+    sizes: dict[Path, tuple[int, int] | None] = {}
+    of: dict[Path, list[tuple[_Asked, PromptedObject]]] = defaultdict(list)
+    for one in asked:
+        image = by_name.get(one.image)
+        if image is None:
+            faults.add(one.where, "there is no such picture")
+            continue
+        if image not in sizes:
+            try:
+                sizes[image] = picture_size(image)
+            except ImageError as error:
+                faults.add(one.where, str(error))
+                sizes[image] = None
+        size = sizes[image]
+        if size is not None:
+            of[image].append((one, _object(one, image, size, faults)))
+    return _with_names(of, faults)
+
+
+def _object(one: _Asked, image: Path, size: tuple[int, int], faults: _Faults) -> PromptedObject:
+    """An object of a picture of (H, W) pixels; what is wrong with it goes to the faults."""
+    if one.box is None and not one.points:
+        faults.add(one.where, "it has neither a box nor points")
+    box = None if one.box is None else _box(one, size, faults)
+    points = [place for point in one.points if (place := _point(one, point, size, faults)) is not None]
+    labels = one.labels or []
+    if len(labels) != len(one.points):
+        counts = (
+            f"{len(n)} {what}{'' if len(n) == 1 else 's'}" for n, what in ((one.points, "point"), (labels, "label"))
+        )
+        faults.add(one.where, f"it has {' and '.join(counts)}; each point needs one, 1 (on the object) or 0 (off it)")
+    wrong = [label for label in labels if isinstance(label, bool) or label not in (0, 1)]
+    for label in wrong:
+        faults.add(one.where, f"a label is not 1 (on the object) or 0 (off it), but {_shown(label)}")
+    fine = () if wrong else tuple(int(label) for label in labels)
+    return PromptedObject(image=image, file="", box=box, points=tuple(points), labels=fine)
+
+
+def _box(one: _Asked, size: tuple[int, int], faults: _Faults) -> Corners | None:
+    numbers = _numbers(one.box, 4)
+    if numbers is None:
+        faults.add(one.where, f"the box is not four numbers x0, y0, x1, y1, but {_shown(one.box)}")
+        return None
+    x0, y0, x1, y1 = numbers
+    if x1 <= x0 or y1 <= y0:
+        faults.add(one.where, f"the box has no size: {_shown(numbers)}")
+    elif min(x0, y0) < 0 or x1 > size[1] or y1 > size[0]:
+        faults.add(one.where, f"the box lies outside: {_shown(numbers)}, {_extent(size)}")
+    return x0, y0, x1, y1
+
+
+def _point(one: _Asked, point: object, size: tuple[int, int], faults: _Faults) -> tuple[float, float] | None:
+    numbers = _numbers(point, 2)
+    if numbers is None:
+        faults.add(one.where, f"a point is not two numbers x, y, but {_shown(point)}")
+        return None
+    x, y = numbers
+    if not (0 <= x < size[1] and 0 <= y < size[0]):
+        faults.add(one.where, f"a point lies outside: {_shown(numbers)}, {_extent(size)}")
+    return x, y
+
+
+def _extent(size: tuple[int, int]) -> str:
+    return f"the picture is {size[1]} wide and {size[0]} high"
+
+
+def _with_names(of: dict[Path, list[tuple[_Asked, PromptedObject]]], faults: _Faults) -> tuple[PromptedObject, ...]:
+    taken: dict[str, str] = {}
+    objects = []
+    for image, found in of.items():
+        for number, (one, prompted) in enumerate(found, 1):
+            name = one.name or (f"{image.stem}_{one.part or number}" if len(found) > 1 else image.stem)
+            if not re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,199}", name):
+                faults.add(one.where, f"no file can be named {name!r}")
+            elif name in taken:
+                faults.add(one.where, f"its mask would be {name}.png, which is that of {taken[name]}")
+            taken[name] = one.where
+            objects.append(replace(prompted, file=f"{name}.png"))
+    return tuple(objects)
+
+
+def _numbers(values: object, count: int) -> list[float] | None:
+    """So many finite numbers, or None where that is something else."""
+    if not isinstance(values, list) or len(values) != count:
+        return None
+    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        return None
+    try:
+        numbers = [float(v) for v in values]
+    except OverflowError:
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+def _shown(value: object) -> str:
+    text = ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value) if isinstance(value, list) else None
+    return (repr(value) if text is None else text)[:80]

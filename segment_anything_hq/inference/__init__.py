@@ -1,0 +1,1 @@
+"""Interactive prediction, prediction of files, the embedding cache."""

@@ -1,0 +1,73 @@
+"""How a picture lies in the frame that a segmenter sees, and how prompts and masks get from one to the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from rfmedsam2.nn.segmenter import Embedded
+
+Fit = Literal["pad", "stretch"]
+"""pad: the longer side is resized to the frame's, as SAM does; stretch: both are, as SAM 2 and SAM-REF do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Framing:
+    """A picture's place in its frame.
+
+    Attributes:
+        size: (H, W) of the picture.
+        resized: (h, w) that it has in the frame, at the top left.
+        frame_size: S.
+    """
+
+    size: tuple[int, int]
+    resized: tuple[int, int]
+    frame_size: int
+
+    def pixels(self, image: np.ndarray) -> Tensor:
+        """The picture (H, W, 3) uint8, resized: (1, 3, h, w) uint8."""
+        resized = Image.fromarray(image).resize((self.resized[1], self.resized[0]), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
+
+    def places(self, xy: np.ndarray) -> np.ndarray:
+        """Places (..., 2) XY of the picture as places of the frame."""
+        return np.asarray(xy) * np.divide(self.resized[::-1], self.size[::-1])
+
+    def logits(self, masks: Tensor) -> Tensor:
+        """Mask logits (P, h, w) of the whole frame, at any resolution, as those of the picture's pixels (P, H, W)."""
+        frame_size = (self.frame_size, self.frame_size)
+        frame = F.interpolate(masks[:, None].float(), frame_size, mode="bilinear", align_corners=False)
+        cut = frame[..., : self.resized[0], : self.resized[1]]
+        return F.interpolate(cut, self.size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def framing_of(size: tuple[int, int], frame_size: int, fit: Fit) -> Framing:
+    """Where a picture of (H, W) pixels lies in a frame of S a side."""
+    scale = frame_size / max(size)
+    fitted = (max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5)))
+    return Framing(size=size, resized=(frame_size, frame_size) if fit == "stretch" else fitted, frame_size=frame_size)
+
+
+def embed(segmenter: Any, image: np.ndarray, framing: Framing) -> Embedded:
+    """Embed one picture (H, W, 3) uint8, with what a method prepares of it for many prompts.
+
+    Args:
+        segmenter: a `Segmenter` and `nn.Module`, in evaluation mode, on its device.
+        image: of the framing's size.
+        framing: its place in the segmenter's frame.
+    """
+    embedded = segmenter.encode(segmenter.normalise(framing.pixels(image).to(device_of(segmenter))))
+    prepare = getattr(segmenter, "prepare", None)
+    return embedded if prepare is None else prepare(embedded)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network is."""
+    return next(network.parameters()).device

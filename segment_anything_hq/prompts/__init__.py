@@ -1,0 +1,1 @@
+"""Simulated clicks and sampled prompts."""

@@ -1,0 +1,1 @@
+"""Objects tracked through videos by the refiners on SAM 2."""

@@ -1,0 +1,1 @@
+"""What the test suites share: running commands, toy tasks, live processes."""

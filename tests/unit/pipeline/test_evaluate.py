@@ -1,0 +1,204 @@
+"""Evaluating folders: pairing, faults in one error, files, confidence intervals."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from rfmedsam2.errors import DatasetError, StoreError, UsageError
+from rfmedsam2.pipeline.evaluation.evaluate import bootstrap, evaluate, find_pairs, summarise
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
+from rfmedsam2.store.atomic import read_record
+
+LABELS = LabelSet(names={"background": 0, "a": 1, "b": 2})
+SPACING = (3.0, 1.0, 0.5)
+
+
+def write(path: Path, array: np.ndarray, spacing: tuple[float, float, float] = SPACING) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = SimpleITK.GetImageFromArray(array)
+    image.SetSpacing(spacing[::-1])
+    SimpleITK.WriteImage(image, str(path))
+
+
+def block(value: int = 1, start: int = 1, shape: tuple[int, int, int] = (4, 6, 8)) -> np.ndarray:
+    array = np.zeros(shape, np.uint8)
+    array[1:3, 1:4, start : start + 3] = value
+    return array
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    predictions, references = tmp_path / "predictions", tmp_path / "references"
+    for i in range(3):
+        write(references / f"case_{i}.nii.gz", block())
+        write(predictions / f"case_{i}.nii.gz", block(start=1 + i))
+    return predictions, references
+
+
+def test_scores_and_files_of_a_folder(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    evaluation = evaluate(*folders, LABELS, out=out)
+    assert [c.id for c in evaluation.cases] == ["case_0", "case_1", "case_2"]
+    assert [c.classes["a"].dsc for c in evaluation.cases] == pytest.approx([1, 2 / 3, 1 / 3])
+    assert evaluation.classes["a"]["dsc"].mean == pytest.approx(2 / 3)
+    assert evaluation.classes["b"]["dsc"].mean is None
+    assert evaluation.mean["dsc"].mean == pytest.approx(2 / 3)
+    assert evaluation.cases[2].classes["a"].hd95_mm == pytest.approx(1.0)
+    assert evaluation.cases[0].classes["a"].reference_ml == pytest.approx(18 * 1.5 / 1000)
+    assert read_record(out / "metrics.json", Evaluation) == evaluation
+    with (out / "metrics.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 3 * 2 * len(ClassMetrics.model_fields)
+    of_case = {(r["case"], r["class"], r["metric"]): r["value"] for r in rows}
+    assert float(of_case["case_1", "a", "dsc"]) == pytest.approx(2 / 3)
+    assert of_case["case_1", "b", "dsc"] == ""
+
+
+def test_formats_may_differ_between_the_folders(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    (predictions / "case_0.nii.gz").unlink()
+    (predictions / "case_1.nii.gz").unlink()
+    write(predictions / "case_0.nrrd", block())
+    write(predictions / "case_1.mha", block())
+    evaluation = evaluate(predictions, references, LABELS)
+    assert [c.classes["a"].dsc for c in evaluation.cases] == pytest.approx([1, 1, 1 / 3])
+
+
+def test_two_single_files_are_a_pair(folders: tuple[Path, Path]) -> None:
+    evaluation = evaluate(folders[0] / "case_1.nii.gz", folders[1] / "case_0.nii.gz", LABELS)
+    assert evaluation.cases[0].classes["a"].dsc == pytest.approx(2 / 3)
+
+
+def test_all_faults_of_all_cases_come_in_one_error_and_nothing_is_written(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    predictions, references = folders
+    write(predictions / "case_0.nii.gz", block(value=7))
+    write(predictions / "case_1.nii.gz", block(shape=(4, 6, 9)))
+    (predictions / "case_2.nii.gz").unlink()
+    write(references / "case_3.nii.gz", block())
+    (predictions / "case_3.nii.gz").write_bytes(b"\x1f\x8b broken")
+    write(references / "case_4.nii.gz", block())
+    write(predictions / "case_4.nii.gz", block(), spacing=(3.0, 2.0, 0.5))
+    out = tmp_path / "out"
+    with pytest.raises(DatasetError, match="5 fault") as caught:
+        evaluate(predictions, references, LABELS, out=out)
+    lines = str(caught.value).splitlines()
+    expected = {
+        "case_0": "prediction holds 7",
+        "case_1": "(4, 6, 8) against (4, 6, 9)",
+        "case_2": "there is no prediction",
+        "case_3": "case_3.nii.gz",
+        "case_4": "spacing",
+    }
+    for case, words in expected.items():
+        assert any(case in line and words in line for line in lines), (case, lines)
+    assert not out.exists()
+
+
+def test_prediction_without_reference_is_a_warning(
+    folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    write(folders[0] / "stranger.nii.gz", block())
+    with caplog.at_level(logging.WARNING):
+        evaluation = evaluate(*folders, LABELS)
+    assert len(evaluation.cases) == 3
+    assert evaluation.warnings == ("stranger.nii.gz: there is no reference, left out",)
+    assert "stranger" in caplog.text
+
+
+def test_named_cases_alone_are_scored(folders: tuple[Path, Path]) -> None:
+    (folders[0] / "case_0.nii.gz").unlink()
+    evaluation = evaluate(*folders, LABELS, cases=["case_2"])
+    assert [c.id for c in evaluation.cases] == ["case_2"]
+    with pytest.raises(DatasetError, match="case_9: there is no reference"):
+        evaluate(*folders, LABELS, cases=["case_2", "case_9"])
+
+
+def test_other_files_are_left_alone_and_doubled_ids_are_faults(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    (predictions / "dataset.json").write_text("{}")
+    (predictions / ".case_7.nii.gz").write_text("")
+    write(predictions / "case_1.nrrd", block())
+    pairs, faults, warnings = find_pairs(predictions, references)
+    assert [p.id for p in pairs] == ["case_0", "case_1", "case_2"]
+    assert len(faults) == 1
+    assert "case_1.nii.gz, case_1.nrrd" in faults[0]
+    assert warnings == []
+
+
+def test_nothing_to_score_is_said(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no reference"):
+        evaluate(tmp_path / "empty", tmp_path / "empty", LABELS)
+    with pytest.raises(UsageError, match="do not exist"):
+        evaluate(tmp_path / "absent", tmp_path / "empty", LABELS)
+
+
+def test_negative_tolerance_is_refused(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(UsageError, match="tolerance"):
+        evaluate(*folders, LABELS, nsd_tolerance_mm=-1)
+
+
+def test_unwritable_place_leaves_nothing(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="folder is needed"):
+        evaluate(*folders, LABELS, out=tmp_path / "file" / "out")
+
+
+def test_ignore_and_regions_reach_the_scores(tmp_path: Path) -> None:
+    labels = LabelSet(names={"background": 0, "whole": (1, 2), "core": 2}, regions_class_order=(1, 2), ignore=3)
+    reference, prediction = block(), block(value=2)
+    reference[3] = 3
+    prediction[3] = 1
+    write(tmp_path / "r" / "x.nii.gz", reference)
+    write(tmp_path / "p" / "x.nii.gz", prediction)
+    scores = evaluate(tmp_path / "p", tmp_path / "r", labels).cases[0].classes
+    assert (scores["whole"].dsc, scores["core"].dsc) == (1.0, 0.0)
+
+
+def test_both_empty_as_perfect_enters_means_and_the_policy(folders: tuple[Path, Path]) -> None:
+    evaluation = evaluate(*folders, LABELS, both_empty="perfect")
+    assert evaluation.classes["b"]["dsc"].mean == 1.0
+    assert "count as 1" in evaluation.empty_policy
+
+
+def _case(id: str, dsc_a: float | None, dsc_b: float | None) -> CaseMetrics:
+    def scores(dsc: float | None) -> ClassMetrics:
+        return ClassMetrics(
+            dsc=dsc, iou=dsc, nsd=dsc, hd95_mm=None, volume_error_ml=0.0, relative_volume_error=None,
+            reference_ml=1.0, predicted_ml=1.0,
+        )  # fmt: skip
+
+    return CaseMetrics(id=id, reference="r", prediction="p", classes={"a": scores(dsc_a), "b": scores(dsc_b)})
+
+
+def test_undefined_scores_are_left_out_of_means() -> None:
+    classes, mean = summarise([_case("1", 0.5, None), _case("2", 0.9, 0.1)], ("a", "b"))
+    assert classes["a"]["dsc"].mean == pytest.approx(0.7)
+    assert (classes["b"]["dsc"].mean, classes["b"]["dsc"].cases) == (pytest.approx(0.1), 1)
+    assert mean["dsc"].mean == pytest.approx((0.5 + (0.9 + 0.1) / 2) / 2)
+    assert mean["hd95_mm"].mean is None
+
+
+def test_interval_is_seeded_and_near_the_normal_one() -> None:
+    values = np.random.default_rng(1).normal(0.8, 0.1, (200, 1))
+    first, again = bootstrap(values)[0], bootstrap(values)[0]
+    assert first == again
+    assert first.low is not None
+    assert first.high is not None
+    half = 1.96 * values.std(ddof=1) / np.sqrt(200)
+    assert first.low == pytest.approx(values.mean() - half, abs=0.003)
+    assert first.high == pytest.approx(values.mean() + half, abs=0.003)
+
+
+def test_one_defined_case_has_a_mean_but_no_interval() -> None:
+    interval = bootstrap(np.array([[0.5], [np.nan]]))[0]
+    assert (interval.mean, interval.low, interval.high, interval.cases) == (0.5, None, None, 1)

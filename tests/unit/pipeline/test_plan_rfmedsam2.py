@@ -1,0 +1,166 @@
+"""Planning RFMedSAM 2: square patches, frame sizes, backbones and their settings, what cannot be planned."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+from test_plan import BODY_CT, BTCV, HIPPOCAMPUS, SAGITTAL, described
+
+from rfmedsam2.cli import pipeline as commands
+from rfmedsam2.errors import PlanError, RecordError, UsageError
+from rfmedsam2.pipeline.planning.overrides import changed
+from rfmedsam2.pipeline.planning.plan import plan
+from rfmedsam2.pipeline.planning.presets import REFINEMENTS, Preset
+from rfmedsam2.pipeline.planning.rfmedsam2 import enlarged_side, plan_rfmedsam2
+from rfmedsam2.pipeline.preprocessing.plan_and_preprocess import PlanOptions, plan_and_preprocess
+from rfmedsam2.records.model import Backbone, RFMedSam2Config
+from rfmedsam2.records.plan import Plan, Stage
+from rfmedsam2.store.layout import Layout
+
+DATA = {"hippocampus": HIPPOCAMPUS, "btcv": BTCV, "body": BODY_CT, "sagittal": SAGITTAL}
+
+
+def planned(data: dict, preset: Preset = "default", backbone: Backbone | None = None) -> tuple[Stage, RFMedSam2Config]:
+    stage = plan_rfmedsam2(*described(**data), preset=preset, backbone=backbone).stages["3d_fullres"]
+    assert isinstance(stage.model, RFMedSam2Config)
+    return stage, stage.model
+
+
+@pytest.mark.parametrize("preset", REFINEMENTS)
+@pytest.mark.parametrize("data", DATA)
+def test_frames_are_square_and_fit_the_case(data, preset):
+    stage, model = planned(DATA[data], preset)
+    depth, height, width = stage.patch_size
+    assert height == width
+    assert height % 32 == 0
+    assert model.frame_size % height == 0
+    assert model.frame_size % 32 == 0
+    assert height < max(stage.median_shape[1:]) + 64
+    assert depth < stage.median_shape[0] + 16
+    # the record itself checks the U-Net's strides against the patch
+    Stage.parse(stage.model_dump(mode="json"))
+
+
+def test_the_default_is_the_papers():
+    stage, model = planned(BTCV)
+    assert (stage.patch_size, stage.batch_size, model.frame_size, model.backbone) == (
+        (32, 256, 256),
+        2,
+        256,
+        "sam2_large",
+    )
+    alone = plan(*described(**BTCV)).stages["3d_fullres"]
+    assert (model.unet, stage.train, stage.loss) == (alone.model, alone.train, alone.loss)
+
+
+def test_names_follow_the_preset():
+    assert [plan_rfmedsam2(*described(), preset=p).name for p in ("default", "cpu")] == ["rfmedsam2", "rfmedsam2_cpu"]
+
+
+def test_a_laptop_trains_nano_from_scratch():
+    stage, model = planned(HIPPOCAMPUS, "cpu")
+    assert (stage.patch_size, model.backbone, model.frame_size) == ((32, 64, 64), "nano", 128)
+    assert (model.output, model.freeze_backbone, model.adapters.blocks) == ("correct", False, "none")
+    assert not stage.compute.checkpointing  # all of its activations fit
+    assert math.prod(planned(BODY_CT, "cpu")[0].patch_size) <= 140_000
+
+
+@pytest.mark.parametrize("backbone", ["mobile_sam", "lite_medsam"])
+def test_light_backbones_stay_frozen_and_correct_the_prompts(backbone):
+    stage, model = planned(HIPPOCAMPUS, "cpu", backbone)
+    assert (model.frame_size, model.output, model.freeze_backbone) == (256, "correct", True)
+    assert (model.adapters.encoder, model.adapters.blocks, stage.batch_size) == (False, "dwconv", 1)
+    assert planned(HIPPOCAMPUS, "default", backbone)[1].adapters.encoder
+
+
+@pytest.mark.parametrize(
+    ("preset", "backbone", "cells", "propagates"),
+    [
+        ("cpu", "nano", 96, False),
+        ("cpu", "lite_medsam", 24, False),
+        ("default", "lite_medsam", None, True),
+        ("default", "nano", None, False),
+        ("default", "sam2_large", None, True),
+    ],
+)
+def test_short_trainings_and_those_from_scratch_leave_the_prompter_alone(preset, backbone, cells, propagates):
+    stage, model = planned(HIPPOCAMPUS, preset, backbone)
+    assert (stage.sampling.cells, model.propagate_loss) == (cells, propagates)
+
+
+@pytest.mark.parametrize(
+    ("side", "least", "size"), [(64, 128, 128), (32, 128, 128), (32, 192, 128), (64, 192, 256), (224, 192, 224)]
+)
+def test_small_frames_are_enlarged_by_whole_factors(side, least, size):
+    assert enlarged_side(side, least) == size
+
+
+def test_more_memory_gives_no_smaller_patch():
+    sizes = [math.prod(planned(BODY_CT, preset)[0].patch_size) for preset in ("8gb", "24gb", "80gb")]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+
+
+def test_what_the_planner_cannot_do_is_a_sentence():
+    with pytest.raises(UsageError, match=r"no RFMedSAM 2.*nnunet.*default, 8gb, 24gb, 80gb, cpu"):
+        plan_rfmedsam2(*described(), preset="nnunet")
+    with pytest.raises(UsageError, match="No such preset: huge"):
+        plan_rfmedsam2(*described(), preset="huge")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"single slices.*--model unet"):
+        plan_rfmedsam2(*described(shape=(1, 64, 64)))
+    with pytest.raises(PlanError, match=r"no class beside the background.*dataset\.json of Dataset001_A"):
+        plan_rfmedsam2(*described(classes=0))
+    with pytest.raises(PlanError, match="no class beside the background"):
+        plan(*described(classes=0))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            "model.backbone=hiera_xl",
+            r"model\.rfmedsam2\.backbone: Input should be 'sam2_tiny'.*'lite_medsam', found 'hie",
+        ),
+        ("model.generator=magic", r"generator: Input should be 'unet', 'object_queries'.*or 'gt', found 'magic'"),
+        ("model.strategy=past", r"strategy: Input should be 'sam2', 'preceding', 'following' or 'both', found 'past'"),
+        ("model.frame_size=100", r"model\.rfmedsam2: frame_size 100 is not a multiple of 32\)"),
+        ("patch_size=[32,256,192]", r"3d_fullres: frames are square for RFMedSAM 2, but the patch is \(32, 256, 192\)"),
+        ("model.generator=gt", r"generator gt takes no unet"),
+        ("model.refinements=3", r"refinements: Input should be 1 or 2, found 3"),
+    ],
+)
+def test_bad_figures_are_named_with_what_would_be_right(change, sentence):
+    found = plan_rfmedsam2(*described(**BTCV))
+    with pytest.raises(RecordError, match=sentence) as caught:
+        changed(found, [f"3d_fullres.{change}"], "mine")
+    assert "Value error" not in str(caught.value)
+
+
+def test_a_plan_without_classes_is_refused():
+    data = plan_rfmedsam2(*described(**BTCV)).model_dump(mode="json")
+    data["labels"]["names"] = {"background": 0}
+    with pytest.raises(RecordError, match="no class beside the background"):
+        Plan.parse(data)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"backbone": "nano"}, r"A U-Net has no backbone: --backbone nano.*--model rfmedsam2"),
+        ({"published": "a.json", "model": "rfmedsam2", "preset": "cpu"}, r"--published, --preset, --model"),
+        ({"published": "a.json", "nnunet_plans": "b.json"}, r"--nnunet-plans, --published"),
+        ({"nnunet_plans": "b.json", "spacing_zyx_mm": (1, 1, 1)}, r"--nnunet-plans, --spacing"),
+        ({"plan_name": "a/b"}, r"No plan can have this name"),
+    ],
+)
+def test_options_that_clash_are_named_before_anything_is_read(tmp_path, options, sentence):
+    nothing: object = None
+    with pytest.raises(UsageError, match=sentence):
+        plan_and_preprocess(nothing, Layout.under(tmp_path), PlanOptions(**options))  # type: ignore[arg-type]
+
+
+def test_the_flags_offer_what_the_records_know():
+    assert get_args(commands.Backbone) == get_args(Backbone)
+    assert set(get_args(commands.Preset)) == set(get_args(Preset))

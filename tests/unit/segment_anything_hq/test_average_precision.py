@@ -1,0 +1,117 @@
+"""COCO's average precision by given boxes: what is right counts 1, what is wrong 0, as pycocotools has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.samhq_commands import good, refused
+
+from rfmedsam2.errors import DatasetError
+from rfmedsam2.nn.segmenter import Embedded, Segmented
+from segment_anything_hq import models
+from segment_anything_hq.evaluation.average_precision import average_precision
+
+pytest.importorskip("pycocotools")
+SIDE = 64
+BOXES = {1: [(4, 6, 30, 20), (40, 30, 20, 30)], 2: [(10, 10, 40, 40)]}
+"""x, y, width, height of rectangles, by picture."""
+
+
+class Filling(torch.nn.Module):
+    """A segmenter whose answer is the whole box."""
+
+    frame_size = SIDE
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+        self.calls = 0
+
+    def normalise(self, images):
+        return images
+
+    def encode(self, frames):
+        self.calls += 1
+        return Embedded(embedding=frames)
+
+    def segment(self, embedded, prompted, *, previous=None):
+        y, x = (torch.arange(SIDE) + 0.5)[:, None], (torch.arange(SIDE) + 0.5)[None]
+        x0, y0, x1, y1 = (v[:, None, None] for v in prompted.boxes.unbind(1))
+        inside = (x > x0) & (x < x1) & (y > y0) & (y < y1)
+        return Segmented(logits=torch.where(inside, 8.0, -8.0), scores=torch.full((len(inside),), 0.9))
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> SimpleNamespace:
+    images, annotations = [], []
+    for number, boxes in BOXES.items():
+        Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(tmp_path / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": SIDE, "width": SIDE})
+        for x, y, w, h in boxes:
+            polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+            entry = {"id": len(annotations) + 1, "image_id": number, "category_id": 7, "bbox": [x, y, w, h]}
+            annotations.append(entry | {"area": w * h, "segmentation": [polygon], "iscrowd": 0})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "thing"}]}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    return SimpleNamespace(root=tmp_path, path=tmp_path / "instances.json", content=content)
+
+
+def test_right_masks_by_the_annotations_boxes_count_one(coco) -> None:
+    network = Filling()
+    found = average_precision(network, coco.path, coco.root, fit="stretch")
+    assert found.figures["AP"] == pytest.approx(1.0)
+    assert (found.pictures, found.boxes) == (2, 3)
+    assert network.calls == 2, "a picture is embedded once"
+    assert np.isnan(found.figures["APl"])
+
+
+def test_boxes_of_a_detector_are_ranked_by_its_scores(coco) -> None:
+    right = [{"image_id": p, "category_id": 7, "bbox": list(b), "score": 0.9} for p, bs in BOXES.items() for b in bs]
+    wrong = [{"image_id": 1, "category_id": 7, "bbox": [0, 50, 10, 10], "score": 0.1}]
+    late, early = coco.root / "late.json", coco.root / "early.json"
+    late.write_text(json.dumps(right + wrong))
+    early.write_text(json.dumps([*right, wrong[0] | {"score": 1.0}]))
+    figures = [
+        average_precision(Filling(), coco.path, coco.root, fit="stretch", detections=p).figures for p in (late, early)
+    ]
+    assert figures[0]["AP"] == pytest.approx(1.0)
+    # one wrong before three right: precision is 3/4 at every recall
+    assert figures[1]["AP"] == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_real_network_is_masked_by_boxes(coco) -> None:
+    torch.manual_seed(0)
+    network = models.build("hq_sam", "vit_nano", frame_size=SIDE)
+    found = average_precision(network, coco.path, coco.root, fit="pad", most=1)
+    assert found.pictures == 1
+    assert 0 <= found.figures["AP"] <= 1
+
+
+def test_the_command_writes_what_it_found(coco) -> None:
+    out = coco.root / "ap.json"
+    words = ("sam", "-b", "vit_nano", "--frame-size", 64, "--annotations", coco.path, "-i", coco.root, "-o", out)
+    assert "3 in 2 pictures" in good("evaluate_coco", *words).out.replace("\n", " ")
+    record = json.loads(out.read_text())
+    assert (record["pictures"], record["boxes"], record["figures"]["APl"]) == (2, 3, None)
+    assert "is there already" in refused("evaluate_coco", *words)
+
+
+def test_wrong_files_are_sentences(coco) -> None:
+    def fails(match: str, **changes) -> None:
+        with pytest.raises(DatasetError, match=match):
+            average_precision(Filling(), **{"annotations": coco.path, "images": coco.root, "fit": "pad"} | changes)
+
+    fails("missing", annotations=coco.root / "none.json")
+    (coco.root / "list.json").write_text("[]")
+    fails("no instances", annotations=coco.root / "list.json")
+    fails("no box", detections=coco.root / "list.json")
+    (coco.root / "bad.json").write_text('[{"bbox": [1, 2, 3, 4]}]')
+    fails("no detections", detections=coco.root / "bad.json")
+    (coco.root / "other.json").write_text('[{"image_id": 9, "category_id": 7, "bbox": [0, 0, 2, 2], "score": 1}]')
+    fails("pictures that the annotations do not have", detections=coco.root / "other.json")

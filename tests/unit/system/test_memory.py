@@ -1,0 +1,69 @@
+"""How much memory may still be taken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rfmedsam2.system.memory import free_bytes, group_bytes
+
+UNLIMITED = (1 << 63) - 4096
+LIMITED = """
+import resource
+from rfmedsam2.system.memory import free_bytes
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (300 << 20),) * 2)
+print(free_bytes() >> 20)
+"""
+
+
+def group(folder: Path, version: int, limit: object, used: int, droppable: int) -> None:
+    """The files of a control group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    field = "inactive_file" if version == 2 else "total_inactive_file"
+    (folder / "memory.stat").write_text(f"anon 5\n{field} {droppable}\nfile 7\n")
+
+
+def test_without_limits_it_is_what_the_machine_has_left():
+    assert 0 < free_bytes() <= psutil.virtual_memory().total
+
+
+def test_every_group_above_the_process_counts(tmp_path):
+    own = tmp_path / "cgroup"
+    own.write_text("0::/slurm/job_1\n")
+    group(tmp_path / "slurm", 2, 5000, 1000, 100)
+    group(tmp_path / "slurm" / "job_1", 2, "max", 900, 0)
+    assert list(group_bytes(tmp_path, own)) == [4100]
+    group(tmp_path / "slurm" / "job_1", 2, 2000, 900, 300)
+    assert list(group_bytes(tmp_path, own)) == [4100, 1400]
+
+
+def test_groups_of_the_first_version_and_of_a_container(tmp_path):
+    """Inside a container the path is the host's, and the mounted group its own."""
+    own = tmp_path / "cgroup"
+    own.write_text("7:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n0::/\n")
+    group(tmp_path / "memory", 1, 3000, 2500, 400)
+    assert list(group_bytes(tmp_path, own)) == [900]
+    group(tmp_path / "memory" / "docker" / "1", 1, UNLIMITED, 2500, 400)
+    assert min(group_bytes(tmp_path, own)) == 900
+
+
+@pytest.mark.parametrize("text", ["", "nonsense\n", "0::/gone\n"])
+def test_where_nothing_can_be_told_there_is_no_limit(tmp_path, text):
+    own = tmp_path / "cgroup"
+    assert list(group_bytes(tmp_path, own)) == []
+    own.write_text(text)
+    assert list(group_bytes(tmp_path, own)) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's")
+def test_the_limit_of_the_process_counts():
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=60)
+    assert 250 < int(done.stdout) <= 300, done.stderr
