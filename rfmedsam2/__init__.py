@@ -10,7 +10,7 @@ __all__ = ["Grid", "Plan", "Predictor", "RfMedSamError", "Volume", "__version__"
 if TYPE_CHECKING:
     from rfmedsam2.errors import RfMedSamError
     from rfmedsam2.geometry import Grid, Volume
-    from rfmedsam2.pipeline.prediction.predict import Predictor
+    from rfmedsam2.pipeline.prediction.predictor import Predictor
     from rfmedsam2.records.plan import Plan
 
 _HOMES = {

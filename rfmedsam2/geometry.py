@@ -1,6 +1,6 @@
 """Grids: how voxels lie in the world.
 
-A `Grid` ties array indices (z, y, x) to millimetres in LPS world coordinates (DICOM and ITK: +x left, +y posterior,
+A `Grid` ties array indices (z, y, x) to millimeters in LPS world coordinates (DICOM and ITK: +x left, +y posterior,
 +z superior). It holds no voxels; a `Volume` is an array with its grid.
 """
 
@@ -27,8 +27,8 @@ class Grid:
 
     Attributes:
         shape_zyx: number of voxels along the array axes z, y, x.
-        spacing_zyx_mm: distance of voxel centres along the array axes, mm, all positive.
-        origin_xyz_mm: LPS world position of the centre of voxel (0, 0, 0).
+        spacing_zyx_mm: distance of voxel centers along the array axes, mm, all positive.
+        origin_xyz_mm: LPS world position of the center of voxel (0, 0, 0).
         direction: 3x3 matrix, row major; column j is the LPS unit vector of index axis j in the order x, y, z
             (as in ITK's direction cosines).
     """
@@ -79,7 +79,7 @@ class Grid:
         cosines = np.abs(gram[np.triu_indices(3, 1)])
         return float(np.degrees(np.arcsin(np.clip(cosines.max(), 0, 1))))
 
-    def orthonormalised(self) -> Grid:
+    def orthonormalized(self) -> Grid:
         """The grid with the nearest orthonormal direction (polar decomposition)."""
         u, _, vt = np.linalg.svd(np.asarray(self.direction))
         direction = u @ vt

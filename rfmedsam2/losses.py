@@ -149,7 +149,7 @@ def _over_ranks(value: Tensor) -> Tensor:
     return _SumOverRanks.apply(value)  # type: ignore[return-value]
 
 
-def generalised_box_iou_loss(boxes: Tensor, references: Tensor) -> Tensor:
+def generalized_box_iou_loss(boxes: Tensor, references: Tensor) -> Tensor:
     """1 - GIoU of pairs of boxes: their IoU less the share of their hull that neither covers.
 
     Equal to torchvision.ops.generalized_box_iou_loss, whose import takes longer than all others of a training together.

@@ -9,17 +9,18 @@ from torch import nn
 from typing_extensions import assert_never
 
 from rfmedsam2.errors import CheckpointError
-from rfmedsam2.nn.meta_device import shapes_only
+from rfmedsam2.nn.meta_device import skip_init
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import ModelConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Stage
-from rfmedsam2.store.checkpoints import read_record_of, read_weights
+from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.checkpoints import read_weights
 
 
 def build(config: ModelConfig, *, channels: int, outputs: int, regions: bool = False) -> nn.Module:
-    """Build the network of a model record, freshly initialised from torch's current random state.
+    """Build the network of a model record, freshly initialized from torch's current random state.
 
     Args:
         config: any model record.
@@ -65,7 +66,7 @@ def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tup
             expected=f"one of {', '.join(record.plan.stages)}",
             found=record.stage,
         )
-    with shapes_only():  # shapes only: the weights below take the place of an initialisation
+    with skip_init():  # shapes only: the weights below take the place of an initialization
         network = build_stage(record.plan, stage)
     try:
         network.load_state_dict(read_weights(checkpoint), assign=True)

@@ -1,4 +1,4 @@
-"""Prompts from masks: a box, or a centre point, for every class on every frame, and which of them are there.
+"""Prompts from masks: a box, or a center point, for every class on every frame, and which of them are there.
 
 A cell is one class on one frame. All cells come out of one vectorised pass, on the CPU or on a GPU: the labels of a
 row are gathered as bits of one word, so that no mask a class is ever made.
@@ -64,10 +64,10 @@ def resized(prompts: Prompts, from_size: tuple[int, int], to_size: tuple[int, in
     return Prompts(boxes=torch.where(prompts.present[..., None], boxes, 0), present=prompts.present)
 
 
-def centre_points(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """One point a cell: the pixel of the class that is nearest to the class's centre of gravity.
+def center_points(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """One point a cell: the pixel of the class that is nearest to the class's center of gravity.
 
-    A point prompt must lie on its object, which the centre of a bent or split organ does not.
+    A point prompt must lie on its object, which the center of a bent or split organ does not.
 
     Args:
         labels: (N, H, W) integers; class k has the value k + 1, every value outside 1..classes belongs to none.

@@ -69,7 +69,7 @@ class SamPredictor(PlainPredictor):
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise ImageError(
-                "SamPredictor needs a colour image",
+                "SamPredictor needs a color image",
                 expected="an array (height, width, 3) of 8 bits",
                 found=f"{image.shape} of {image.dtype}",
                 remedy='With PIL: np.asarray(Image.open(path).convert("RGB"))',

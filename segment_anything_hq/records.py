@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from rfmedsam2.records.base import Record
+from rfmedsam2.records.base import Record, VersionedRecord, renamed
 from rfmedsam2.records.checkpoint import TrainedRecord
 from rfmedsam2.records.plan import TrainConfig
 
@@ -31,7 +31,7 @@ def goes_on(method: Method | ZeroShot, backbone: Backbone) -> bool:
     return backbone.startswith("hiera") == (method in ON_SAM2)
 
 
-class PromptFigures(Record):
+class PromptConfig(Record):
     """Training by prompts that are drawn from the masks, one an object; see `prompt_sampling.PromptMix`."""
 
     kind: Literal["prompts"] = "prompts"
@@ -44,45 +44,58 @@ class PromptFigures(Record):
     """Points of a prompt."""
 
 
-class ClickFigures(Record):
+class ClickConfig(Record):
     """Training by clicks, one after the other, each where the answer before was wrong (SAM-REF supplement, 1.3)."""
 
     kind: Literal["clicks"] = "clicks"
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """How much less likely each further click is."""
-    most: Count = 20
+    max_clicks: Count = 20
     box: Share = 0.0
     """How often an object is shown by its box first."""
 
 
-class JitterFigures(Record):
+class JitterConfig(Record):
     """Large-scale jitter and flips; see `augment.Jitter`."""
 
-    smallest: Positive = 0.1
-    largest: Positive = 2.0
+    scale_range: tuple[Positive, Positive] = (0.1, 2.0)
+    """Smallest and largest scale of the image, as a share of the frame."""
     flip: Share = 0.5
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.smallest > self.largest:
-            raise ValueError(f"images cannot be scaled to {self.smallest} to {self.largest} of the frame")
+        if self.scale_range[0] > self.scale_range[1]:
+            raise ValueError(f"scale_range {list(self.scale_range)} must be (smallest, largest)")
         return self
 
 
-class RefinerPlan(Record):
+def _refiner_plan_1_to_2(data: dict[str, Any]) -> dict[str, Any]:
+    """`guidance`, `views` and the fields of clicks and jitter got the names that the field uses."""
+    data = renamed(data, {"guidance": "prompting", "views": "views_per_object"})
+    if isinstance(prompting := data.get("prompting"), dict):
+        data["prompting"] = renamed(prompting, {"most": "max_clicks"})
+    if isinstance(jitter := data.get("jitter"), dict) and {"smallest", "largest"} <= jitter.keys():
+        jitter = dict(jitter)
+        data["jitter"] = {"scale_range": [jitter.pop("smallest"), jitter.pop("largest")], **jitter}
+    return data
+
+
+class RefinerPlan(VersionedRecord):
     """Everything about training one method on one backbone; the data and the base's weights are given beside it."""
 
-    format: Literal[1] = 1
+    upgrades = (_refiner_plan_1_to_2,)
+
+    format: Literal[2] = 2
     method: Method
     backbone: Backbone
     frame_size: Annotated[int, Field(ge=64)] = 1024
     """S: pixels a side of the frames that the image encoder sees."""
     batch_size: Count = 4
     """Objects of a batch, each on a frame of its own."""
-    guidance: Annotated[PromptFigures | ClickFigures, Field(discriminator="kind")]
-    jitter: JitterFigures | None = JitterFigures()
+    prompting: Annotated[PromptConfig | ClickConfig, Field(discriminator="kind")]
+    jitter: JitterConfig | None = JitterConfig()
     """None: every picture is seen whole."""
-    views: Count | None = None
+    views_per_object: Count | None = None
     """Different frames that are drawn of an object; None: a new one every time. Few are worth keeping embedded."""
     validation_samples: Count = 50
     """Held-out objects that are scored while training."""

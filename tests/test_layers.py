@@ -39,7 +39,7 @@ IMAGES = (
     "tasks",
     "cli",
 )
-# on neighbouring levels, but strangers by design: (room, what it never imports)
+# on neighboring levels, but strangers by design: (room, what it never imports)
 NEVER = {
     ("engine", "nn"): "the loop knows no network",
     ("engine", "models"): "the loop knows no network",

@@ -129,7 +129,7 @@ def show_plan(plan: Plan) -> None:
         ["patch", *(_by(stage.patch_size) for stage in stages)],
         ["batch", *(stage.batch_size for stage in stages)],
         *_network_rows([stage.model for stage in stages]),
-        ["normalisation", *(_counted([n.kind for n in stage.normalisation]) for stage in stages)],
+        ["normalization", *(_counted([n.kind for n in stage.normalization]) for stage in stages)],
         ["optimizer", *(f"{s.train.optimizer.kind}, lr {s.train.learning_rate:g}" for s in stages)],
         ["training", *(f"{s.train.epochs} epochs x {s.train.iterations_per_epoch}" for s in stages)],
     ]

@@ -39,7 +39,7 @@ def make_phantom(
 
     Args:
         output: Raw folder to put it in; else raw/ of the root.
-        cases: Labelled training cases.
+        cases: Labeled training cases.
         test_cases: Further cases, with labels beside.
         shape: Largest number of voxels z y x.
         modality: CT with contrast phases, or MR with a bias field.

@@ -245,12 +245,14 @@ def predict(
         continue_: Keep label maps that the same model with the same options has already made.
     """
     from rfmedsam2.cli.console import bars
-    from rfmedsam2.pipeline.prediction.predict import Options, Predictor, predict_files
-    from rfmedsam2.store.raw import find_cases
+    from rfmedsam2.inference.volume import PredictOptions
+    from rfmedsam2.pipeline.prediction.predict import predict_files
+    from rfmedsam2.pipeline.prediction.predictor import Predictor
+    from rfmedsam2.store.input_discovery import find_cases
 
     folder = model or trained_folder(layout_of(root), dataset, plan, configuration)
     flips = None if mirror is None else mirror == "on"
-    options = Options(
+    options = PredictOptions(
         step_size=step_size, mirror=flips, tile_batch=tile_batch, skip_empty=skip_empty, step=step, boxes=boxes
     )
     predictor = Predictor.load(folder, folds=folds or None, checkpoint=checkpoint, device=device, options=options)
@@ -285,7 +287,7 @@ def evaluate(
         references: Folder of reference label maps, or one file.
         output: Folder for metrics.json and metrics.csv.
         labels: A dataset.json that names the labels; else that of -d, or what lies beside the label maps.
-        tolerance: Of the normalised surface Dice.
+        tolerance: Of the normalized surface Dice.
         both_empty: How a class counts that neither label map holds.
     """
     from rfmedsam2.cli import resolve

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.pipeline.planning.overrides import changed
+from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_models
-from rfmedsam2.pipeline.preprocessing.preprocess import recipe
+from rfmedsam2.pipeline.preprocessing.preprocess import preprocessing_settings
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
@@ -100,8 +100,8 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
     plan.stage(stage)
     if not changes:
         return plan
-    new = changed(plan, list(changes), name=plan.name)
-    if recipe(new, stage) != recipe(plan, stage):
+    new = apply_overrides(plan, list(changes), name=plan.name)
+    if preprocessing_settings(new, stage) != preprocessing_settings(plan, stage):
         raise UsageError(
             "A change is about how cases are prepared, and they are prepared already",
             where=" ".join(changes),

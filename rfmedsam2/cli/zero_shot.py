@@ -34,16 +34,16 @@ def prompt_study(
     root: Root = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score zero-shot SAM and SAM 2 on a labelled dataset, with prompts from its labels.
+    """Score zero-shot SAM and SAM 2 on a labeled dataset, with prompts from its labels.
 
     Args:
         sam: MobileSAM, LiteMedSAM, sam_vit_b, sam_vit_l or sam_vit_h; prompted on all frames.
         sam2: sam2.1_hiera_* or sam2_hiera_*.
         output: Folder for prompt_study.json and prompt_study.csv.
         cases: Only the first so many training cases.
-        prompts: A tight box, the pixel nearest to the centre of gravity, or both, for each class and frame.
+        prompts: A tight box, the pixel nearest to the center of gravity, or both, for each class and frame.
         prompted: Of the frames that a class appears on, those that SAM 2 is prompted on.
-        channel: Name or number of the channel to look at; else three as colours, or the first.
+        channel: Name or number of the channel to look at; else three as colors, or the first.
         window: Intensities shown as black and white; else -160 to 240 HU for CT, percentiles for others.
         frame_size: Pixels a side of the frames that SAM 2 sees, a multiple of 32.
         max_conditioning: Prompted frames that SAM 2 attends to, the nearest; else all, as published.

@@ -27,7 +27,7 @@ def compile_model(model: nn.Module, loss: Loss, batch: object, runtime: Runtime)
     # a missing C compiler, headers or Triton show only when the first pass is generated
     try:
         model.compile()
-        _rehearse(model, loss, batch, runtime)
+        _dry_run(model, loss, batch, runtime)
     except (RuntimeError, ImportError, OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -39,13 +39,13 @@ def compile_model(model: nn.Module, loss: Loss, batch: object, runtime: Runtime)
     return True
 
 
-def distribute(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> DistributedDataParallel:
+def wrap_ddp(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> DistributedDataParallel:
     """Wrap a task's loss so that the ranks' gradients are averaged; called with a batch it gives the loss parts.
 
     Looking for parameters without gradient costs time in every step; it is done where the first batch shows that, on
     any rank, there are some.
     """
-    missing = _rehearse(model, loss, batch, runtime)
+    missing = _dry_run(model, loss, batch, runtime)
     if missing:
         logger.info("%d parameters have no part in the loss, for instance %s", len(missing), missing[0])
     return DistributedDataParallel(_LossModule(model, loss), find_unused_parameters=runtime.any(bool(missing)))
@@ -64,7 +64,7 @@ class _LossModule(nn.Module):
         return self._loss(batch)
 
 
-def _rehearse(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> list[str]:
+def _dry_run(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> list[str]:
     """Names of the parameters without gradient; generators and buffers are put back, gradients dropped."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with preserved(runtime.device):

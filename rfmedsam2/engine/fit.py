@@ -31,19 +31,17 @@ from rfmedsam2.engine.checkpoint import (
     save_model,
     save_training,
 )
-from rfmedsam2.engine.distributed import compile_model, distribute
+from rfmedsam2.engine.distributed import compile_model, wrap_ddp
 from rfmedsam2.engine.log import MetricsLog, StepReport
 from rfmedsam2.engine.rng import capture, preserved, restore, seed_all
 from rfmedsam2.engine.runtime import determinism, lost_ranks_named, resident_mb, to_device
 from rfmedsam2.engine.schedule import learning_rate_factor, set_learning_rate
-from rfmedsam2.engine.signals import Interrupted, Signals, listening
-from rfmedsam2.engine.step_metrics import Figures, Sent, send
+from rfmedsam2.engine.signals import Interrupted, Signals, handle_signals
+from rfmedsam2.engine.step_metrics import PendingMetrics, StepMetrics, reduce_async
 from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.errors import DivergedError, UsageError
 from rfmedsam2.records.plan import TrainConfig
 from rfmedsam2.store.checkpoints import read_all
-
-__all__ = ["Progress", "Run", "Task", "fit"]
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -68,7 +66,12 @@ def fit(task: Task[Batch], config: TrainConfig, run: Run, *, resume: bool = Fals
         StoreError: the folder cannot be written.
     """
     device = run.runtime.device
-    with determinism(config.deterministic), preserved(device), lost_ranks_named(run.runtime), listening() as signals:
+    with (
+        determinism(config.deterministic),
+        preserved(device),
+        lost_ranks_named(run.runtime),
+        handle_signals() as signals,
+    ):
         if resume and run.runtime.any((run.folder / FINAL).is_file() and not (run.folder / LATEST).is_file()):
             return _already_finished(task, config, run)
         return _Loop(task, config, run, signals, resume=resume).train()
@@ -87,7 +90,7 @@ class _Loop(Generic[Batch]):
         fp16 = run.runtime.precision == torch.float16
         self._scaler = torch.amp.GradScaler(run.runtime.device.type, enabled=fp16)
         self._position = Position()
-        self._waiting: list[Sent] = []
+        self._waiting: list[PendingMetrics] = []
         self._last = (float("nan"), float("nan"), 0.0)
         self._saved_at = self._clock = time.monotonic()
         self._stop = self._save_wanted = False
@@ -159,7 +162,7 @@ class _Loop(Generic[Batch]):
         if compiling:
             compile_model(self._model, self._task.loss, rehearsed, runtime)
         if runtime.world_size > 1:
-            self._forward = distribute(self._model, self._task.loss, rehearsed, runtime)
+            self._forward = wrap_ddp(self._model, self._task.loss, rehearsed, runtime)
         return chain([first], stream)
 
     def _epochs(self, stream: Iterator[Batch]) -> None:
@@ -173,7 +176,7 @@ class _Loop(Generic[Batch]):
             if self._stop:
                 self._save()
 
-    def _step(self, stream: Iterator[Batch]) -> Sent:
+    def _step(self, stream: Iterator[Batch]) -> PendingMetrics:
         """One optimizer step over `accumulation` micro-batches."""
         config, number = self._config, self._position.step
         lr = set_learning_rate(self._optimizer, learning_rate_factor(config, number))
@@ -210,16 +213,20 @@ class _Loop(Generic[Batch]):
             return self._forward.no_sync()
         return nullcontext()
 
-    def _sent(self, number: int, sums: dict[str, Tensor], norm: Tensor, ids: tuple[str, ...], lr: float) -> Sent:
+    def _sent(
+        self, number: int, sums: dict[str, Tensor], norm: Tensor, ids: tuple[str, ...], lr: float
+    ) -> PendingMetrics:
         """Send the step's figures off to the CPU without waiting for them."""
         due = time.monotonic() - self._saved_at >= self._config.checkpoint_minutes * 60 and self._runtime.is_main
         # the loss scale finds infinite gradients by itself
         norm = torch.zeros_like(norm) if self._scaler.is_enabled() else norm
         wishes = (self._signals.stop is not None, self._signals.save or due)
-        values, ready = send(torch.stack([*sums.values(), norm.float()]), wishes, self._runtime)
+        values, ready = reduce_async(torch.stack([*sums.values(), norm.float()]), wishes, self._runtime)
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        return Sent(number=number, ids=ids, lr=lr, seconds=seconds, names=tuple(sums), values=values, ready=ready)
+        return PendingMetrics(
+            number=number, ids=ids, lr=lr, seconds=seconds, names=tuple(sums), values=values, ready=ready
+        )
 
     def _after_step(self) -> None:
         """Take in the figures that have arrived; at the end of an epoch validate; save where it is time to."""
@@ -245,7 +252,7 @@ class _Loop(Generic[Batch]):
             self._position = replace(self._position, seconds=self._position.seconds + step.seconds)
             self._tell(step, figures)
 
-    def _diverged(self, step: Sent, figures: Figures) -> DivergedError:
+    def _diverged(self, step: PendingMetrics, figures: StepMetrics) -> DivergedError:
         ids = dict.fromkeys(i for rank in self._runtime.gather(step.ids) for i in rank)
         losses = ", ".join(f"{name} {value:g}" for name, value in figures.losses.items())
         return DivergedError(
@@ -255,7 +262,7 @@ class _Loop(Generic[Batch]):
             remedy="Look at these cases (rfmed_verify), or lower train.learning_rate; the last good checkpoint is kept",
         )
 
-    def _tell(self, step: Sent, figures: Figures) -> None:
+    def _tell(self, step: PendingMetrics, figures: StepMetrics) -> None:
         if self._log is None:
             return
         event = {
@@ -296,7 +303,7 @@ class _Loop(Generic[Batch]):
             # ranks wait for one another in here: with several, a stop is heeded at the next step
             alone = self._runtime.world_size == 1
             with (
-                self._signals.breakable() if alone else nullcontext(),
+                self._signals.interruptible() if alone else nullcontext(),
                 preserved(self._runtime.device),
                 torch.no_grad(),
                 self._runtime.autocast(),

@@ -85,9 +85,9 @@ def batches(
         if workers == 0:
             stream = _made_here(make_batch, numbers, seed, describe)
         else:
-            board = torch.full((workers, 2), -1.0, dtype=torch.float64).share_memory_()
-            numbered = _Numbered(make_batch, seed, board)
-            stream = _made_by_workers(numbered, board, numbers, timeout_seconds, describe)
+            heartbeat = torch.full((workers, 2), -1.0, dtype=torch.float64).share_memory_()
+            numbered = _Numbered(make_batch, seed, heartbeat)
+            stream = _made_by_workers(numbered, heartbeat, numbers, timeout_seconds, describe)
         try:
             with closing(stream):
                 for batch in stream:
@@ -105,23 +105,25 @@ def _made_here(
 ) -> Generator[Batch, None, None]:
     for number in numbers:
         with _one_thread():
-            batch = _attempt(make_batch, number, seed)
-        yield _opened(batch, number, describe)
+            batch = _safe_call(make_batch, number, seed)
+        yield _unwrap(batch, number, describe)
 
 
 def _made_by_workers(
     numbered: _Numbered[Batch],
-    board: Tensor,
+    heartbeat: Tensor,
     numbers: range,
     timeout_seconds: float,
     describe: Callable[[int], str],
 ) -> Generator[Batch, None, None]:
-    team = _Team(_started(numbered, numbers, len(board), timeout_seconds), board, timeout_seconds, describe)
+    pool = _WorkerPool(
+        _started(numbered, numbers, len(heartbeat), timeout_seconds), heartbeat, timeout_seconds, describe
+    )
     try:
         for number in numbers:
-            yield _opened(team.take(number), number, describe)
+            yield _unwrap(pool.take(number), number, describe)
     finally:
-        team.end()
+        pool.end()
 
 
 def default_workers(local_ranks: int = 1) -> int:
@@ -152,24 +154,26 @@ class _Failure:
 class _Numbered(Dataset[Any], Generic[Batch]):
     """Batches by number, with each worker's work noted on a board in shared memory: (number, resident bytes)."""
 
-    def __init__(self, make_batch: Callable[[int], Batch], seed: int, board: Tensor) -> None:
-        self.make_batch, self._seed, self._board = make_batch, seed, board
+    def __init__(self, make_batch: Callable[[int], Batch], seed: int, heartbeat: Tensor) -> None:
+        self.make_batch, self._seed, self._heartbeat = make_batch, seed, heartbeat
 
     def __getitem__(self, number: int) -> Batch | _Failure:
         info = get_worker_info()
         worker = info.id if info is not None else 0
-        self._board[worker, 0] = number
-        batch = _attempt(self.make_batch, number, self._seed)
+        self._heartbeat[worker, 0] = number
+        batch = _safe_call(self.make_batch, number, self._seed)
         short = _shared_memory_short(batch)
-        self._board[worker, 1] = psutil.Process().memory_info().rss
+        self._heartbeat[worker, 1] = psutil.Process().memory_info().rss
         return batch if short is None else short
 
 
-class _Team:
+class _WorkerPool:
     """The worker processes: waits for their batches, notices what happens to them, ends them."""
 
-    def __init__(self, iterator: Any, board: Tensor, timeout_seconds: float, describe: Callable[[int], str]) -> None:
-        self._iterator, self._board, self._timeout, self._describe = iterator, board, timeout_seconds, describe
+    def __init__(
+        self, iterator: Any, heartbeat: Tensor, timeout_seconds: float, describe: Callable[[int], str]
+    ) -> None:
+        self._iterator, self._heartbeat, self._timeout, self._describe = iterator, heartbeat, timeout_seconds, describe
         self._processes = list(iterator._workers)
         # torch would raise out of any line of the main thread when a worker dies; here it is noticed while waiting
         _remove_worker_pids(id(iterator))
@@ -223,7 +227,7 @@ class _Team:
                 "SIGKILL": ", probably out of memory",
                 "SIGBUS": f", probably because {SHARED_MEMORY} is full ({_shared_memory_free():.0f} MiB free)",
             }.get(name, "")
-        resident, free = float(self._board[index, 1]), psutil.virtual_memory().available
+        resident, free = float(self._heartbeat[index, 1]), psutil.virtual_memory().available
         size = f"its memory was {resident / 2**30:.1f} GiB, " if resident >= 0 else ""
         # who is killed from outside is most often killed for memory; nothing says so for certain
         kind = MemoryShortError if code is not None and -code in MEMORY_SIGNALS else WorkerError
@@ -235,11 +239,11 @@ class _Team:
         )
 
     def _work(self, index: int) -> str:
-        number = int(self._board[index, 0])
+        number = int(self._heartbeat[index, 0])
         return f"batch {number} ({self._describe(number)})" if number >= 0 else "no batch yet"
 
 
-def _attempt(make_batch: Callable[[int], Batch], number: int, seed: int) -> Batch | _Failure:
+def _safe_call(make_batch: Callable[[int], Batch], number: int, seed: int) -> Batch | _Failure:
     with preserved():
         seed_all(seed, number)
         try:
@@ -252,7 +256,7 @@ def _attempt(make_batch: Callable[[int], Batch], number: int, seed: int) -> Batc
             return _Failure(None, f"{type(error).__name__}: {error}", traceback.format_exc(), used)
 
 
-def _opened(result: Batch | _Failure, number: int, describe: Callable[[int], str]) -> Batch:
+def _unwrap(result: Batch | _Failure, number: int, describe: Callable[[int], str]) -> Batch:
     """Give the batch, or raise what happened instead of it."""
     if not isinstance(result, _Failure):
         return result
@@ -288,7 +292,7 @@ def _context(make_batch: Callable[[int], Any]) -> multiprocessing.context.BaseCo
 
 def _started(numbered: _Numbered[Any], numbers: range, workers: int, timeout_seconds: float) -> Any:
     """Start the processes, deaf to signals sent to the whole group: the main process ends them, by SIGKILL."""
-    with _deaf(), warnings.catch_warnings():
+    with _block_signals(), warnings.catch_warnings():
         # more workers than cores were asked for; what cannot be pickled is told below
         warnings.simplefilter("ignore", UserWarning)
         loader = DataLoader(
@@ -320,7 +324,7 @@ def _unsendable(found: object) -> UsageError:
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
+def _block_signals() -> Iterator[None]:
     """Block the signals of the whole group; processes started inside never hear them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield

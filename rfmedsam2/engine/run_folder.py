@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rfmedsam2.engine.runtime import Runtime
-from rfmedsam2.store.atomic import move_aside
-from rfmedsam2.store.lock import sole_run
+from rfmedsam2.store.atomic import backup_folder
+from rfmedsam2.store.lock import exclusive_lock
 
 
 @contextmanager
@@ -27,9 +27,9 @@ def training_folder(folder: Path, runtime: Runtime, *, restart: bool) -> Iterato
     with ExitStack() as held:
         if runtime.is_main:
             if restart:
-                with sole_run(folder):
+                with exclusive_lock(folder):
                     pass  # nobody trains in it
-                move_aside(folder)
-            held.enter_context(sole_run(folder))
+                backup_folder(folder)
+            held.enter_context(exclusive_lock(folder))
         runtime.any(False)  # no rank looks at the folder before it has been moved
         yield

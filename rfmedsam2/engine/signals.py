@@ -23,18 +23,18 @@ class Signals:
         self.stop: str | None = None
         """Name of the signal that asks to save and stop."""
         self.save = False
-        self._breakable = False
+        self._interruptible = False
 
     @contextmanager
-    def breakable(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """Run work that a stop may break off at any point (raises Interrupted there)."""
-        self._breakable = True
+        self._interruptible = True
         try:
             if self.stop:
                 raise Interrupted
             yield
         finally:
-            self._breakable = False
+            self._interruptible = False
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Note a signal; a second Ctrl-C stops at once."""
@@ -46,12 +46,12 @@ class Signals:
             raise KeyboardInterrupt
         self.stop = name
         logger.info("%s: saving a checkpoint, then stopping", name)
-        if self._breakable:
+        if self._interruptible:
             raise Interrupted
 
 
 @contextmanager
-def listening() -> Iterator[Signals]:
+def handle_signals() -> Iterator[Signals]:
     """Handle the signals for the time inside; outside the main thread, where Python allows none, nothing is handled."""
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():

@@ -14,7 +14,7 @@ from rfmedsam2.engine.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class StepMetrics:
     """What one step came to, the same on every rank."""
 
     losses: dict[str, float]
@@ -29,7 +29,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sent:
+class PendingMetrics:
     """One step whose figures may still be on their way.
 
     Attributes:
@@ -50,28 +50,28 @@ class Sent:
     values: Tensor
     ready: torch.cuda.Event | None
 
-    def read(self) -> Figures:
+    def read(self) -> StepMetrics:
         """Wait for the figures."""
         if self.ready is not None:
             self.ready.synchronize()
         *losses, norm, stop, save = self.values.tolist()
         named = dict(zip(self.names, losses, strict=True))
-        return Figures(losses=named, gradient_norm=norm, stop=stop > 0, save=save > 0)
+        return StepMetrics(losses=named, gradient_norm=norm, stop=stop > 0, save=save > 0)
 
 
-def send(values: Tensor, wishes: tuple[bool, bool], runtime: Runtime) -> tuple[Tensor, torch.cuda.Event | None]:
+def reduce_async(values: Tensor, flags: tuple[bool, bool], runtime: Runtime) -> tuple[Tensor, torch.cuda.Event | None]:
     """Average over the ranks and start the copy to the CPU.
 
     Args:
         values: (n,) float32 on the device.
-        wishes: this rank wants to stop, to save.
+        flags: this rank is asked to stop, to save.
         runtime: device and ranks.
 
     Returns:
         (n + 2,) float32 on the CPU, and the event after which it may be read (None: at once).
     """
-    flags = torch.tensor(wishes, dtype=torch.float32)
-    mean = runtime.mean(torch.cat([values, flags.to(runtime.device, non_blocking=True)]))
+    packed = torch.tensor(flags, dtype=torch.float32)
+    mean = runtime.mean(torch.cat([values, packed.to(runtime.device, non_blocking=True)]))
     if runtime.device.type != "cuda":
         return mean, None
     host = torch.empty(mean.shape, pin_memory=True).copy_(mean, non_blocking=True)

@@ -38,7 +38,7 @@ class Task(Protocol[Batch]):
         ...
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Named parts, scalars; their sum is minimised."""
+        """Named parts, scalars; their sum is minimized."""
         ...
 
     def validate(self) -> dict[str, float]:

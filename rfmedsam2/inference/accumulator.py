@@ -12,7 +12,7 @@ EMPTY_LOGIT = 10.0
 """Logit given to background (and its negative to everything else) where `skip_empty` left out every tile."""
 
 
-class Ring:
+class SlabAccumulator:
     """Weighted sums of the planes that a later tile may still touch; plane p lies at p modulo the depth.
 
     Args:

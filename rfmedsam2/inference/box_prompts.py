@@ -14,20 +14,20 @@ import torch
 from rfmedsam2.errors import GeometryError, ImageError, UsageError
 from rfmedsam2.geometry import Shape
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
-from rfmedsam2.records.box_prompts import GivenBox
+from rfmedsam2.records.box_prompts import BoxPrompt
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Resampling
 from rfmedsam2.store.orientation import Orientation
 from rfmedsam2.transforms.prepare import Restore
 from rfmedsam2.transforms.resample import resample_label, separate_axis
 
-Given = np.ndarray | Sequence[GivenBox]
+BoxPrompts = np.ndarray | Sequence[BoxPrompt]
 """A label map (Z, Y, X), or boxes, in the axes of the image file."""
 FRAMES_AT_ONCE = 16
 
 
 def planned_boxes(
-    given: Given, restore: Restore, orientation: Orientation | None, labels: LabelSet, resampling: Resampling
+    given: BoxPrompts, restore: Restore, orientation: Orientation | None, labels: LabelSet, resampling: Resampling
 ) -> Prompts:
     """Boxes of all frames and classes of an image.
 
@@ -89,13 +89,13 @@ def _boxes_on(frames: np.ndarray, labels: LabelSet) -> Prompts:
 
 
 def _from_boxes(
-    given: Sequence[GivenBox], restore: Restore, orientation: Orientation | None, labels: LabelSet
+    given: Sequence[BoxPrompt], restore: Restore, orientation: Orientation | None, labels: LabelSet
 ) -> Prompts:
     kinds = np.array(classes_of(given, labels), np.int64)
     lows, highs = _planned_edges(_edges(given, _shape_of_file(restore, orientation)), restore, orientation)
     frames, rows, columns = restore.shape_planned
     first, stop = np.ceil(lows[:, 0] - 0.5), np.ceil(highs[:, 0] - 0.5)
-    # a slice between the centres of two coarser frames goes to the frame that it lies in
+    # a slice between the centers of two coarser frames goes to the frame that it lies in
     between = stop <= first
     first = np.where(between, np.floor((lows[:, 0] + highs[:, 0]) / 2), first)
     stop = np.where(between, first + 1, stop)
@@ -115,7 +115,7 @@ def _from_boxes(
     return Prompts(boxes=torch.from_numpy(boxes.astype(np.float32)), present=torch.from_numpy(present))
 
 
-def _edges(given: Sequence[GivenBox], shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+def _edges(given: Sequence[BoxPrompt], shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     """Near and far edges (q, 3) of boxes along z, y, x of the file, in voxels."""
     outside = []
     lows, highs = np.empty((len(given), 3)), np.empty((len(given), 3))
@@ -157,7 +157,7 @@ def _shape_of_file(restore: Restore, orientation: Orientation | None) -> Shape:
     return (z, y, x)
 
 
-def classes_of(given: Sequence[GivenBox], labels: LabelSet) -> list[int]:
+def classes_of(given: Sequence[BoxPrompt], labels: LabelSet) -> list[int]:
     """Class number, from 0, of each box.
 
     Raises:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rfmedsam2.nn.refinement_state import ABSENT, FirstStep, Memory, Size, Start, size_of
+from rfmedsam2.nn.refinement_state import ABSENT, Memory, RefinementInput, Size, Step1Output, size_of
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.sam2.types import FrameFeatures, MemoryBank
 from rfmedsam2.prompts import Prompts
 
-StartOf = Callable[[FrameFeatures], Start]
+StartOf = Callable[[FrameFeatures], RefinementInput]
 """Makes the start of frames from their features (prompt generators on features)."""
 
 
@@ -47,7 +47,9 @@ class FrameStream:
         return 0 if self._memory is None else len(self._memory.rows)
 
     @torch.inference_mode()
-    def add(self, frames: Tensor, start: Start | StartOf, *, seen: Tensor | None = None, last: bool = False) -> Tensor:
+    def add(
+        self, frames: Tensor, start: RefinementInput | StartOf, *, seen: Tensor | None = None, last: bool = False
+    ) -> Tensor:
         """Take the next n frames, and give the class maps of all frames that nothing to come can change.
 
         Frames without a prompt are not encoded where the prompts are known before.
@@ -61,7 +63,7 @@ class FrameStream:
         Returns:
             (m, K, H, W): those that waited before come first, those that wait for later ones are missing.
         """
-        if not isinstance(start, Start):
+        if not isinstance(start, RefinementInput):
             seen = torch.arange(len(frames), device=frames.device) if seen is None else seen
             features = self._encoded(_rows(frames, seen))
             start = start(features)
@@ -72,14 +74,14 @@ class FrameStream:
             active = _prompted(start)
             features = self._encoded(_rows(frames, active)) if len(active) else None
         if self.step == 0:
-            return start.evidence
-        return self._refined(_Part(features=features, logits=start.evidence, active=active), start, last=last)
+            return start.base_logits
+        return self._refined(_Part(features=features, logits=start.base_logits, active=active), start, last=last)
 
     def _encoded(self, frames: Tensor) -> FrameFeatures:
         self.encoded += len(frames)
         return self.network.encode(frames)
 
-    def _refined(self, part: _Part, start: Start, *, last: bool) -> Tensor:
+    def _refined(self, part: _Part, start: RefinementInput, *, last: bool) -> Tensor:
         first = None
         if part.features is not None and len(part.active):
             first = self.network.first(part.features, chosen(start, part.active))
@@ -98,14 +100,14 @@ class FrameStream:
         final = self.network.second(now.features, _rows(now.logits, now.active), memory, at=at)
         return _with_rows(now.logits, now.active, final)
 
-    def _remembered(self, part: _Part, first: FirstStep | None) -> Memory:
+    def _remembered(self, part: _Part, first: Step1Output | None) -> Memory:
         """Give what is held, followed by the memories of a part."""
         rows = torch.full((len(part.logits), 1, part.logits.shape[1]), -1, device=part.logits.device)
         held = self._memory
         bank = self._nothing(part.logits) if held is None else held.bank
         if first is not None:
             assert part.features is not None
-            new = self.network.remember(part.features, first, 1)
+            new = self.network.encode_memory(part.features, first, 1)
             rows[part.active] = torch.where(new.rows >= 0, new.rows + len(bank.maps), -1)
             bank = _joined(bank, new.bank)
         return Memory(bank=bank, rows=rows if held is None else torch.cat([held.rows, rows]))
@@ -152,16 +154,16 @@ class _Part:
         return parts[0], parts[1]
 
 
-def chosen(start: Start, frames: Tensor) -> Start:
+def chosen(start: RefinementInput, frames: Tensor) -> RefinementInput:
     """The start of the frames (n,) named; itself where that is all of them."""
-    if len(frames) == len(start.evidence):
+    if len(frames) == len(start.base_logits):
         return start
     masks, tokens = (None if t is None else t[frames] for t in (start.masks, start.tokens))
     prompts = Prompts(boxes=start.prompts.boxes[frames], present=start.prompts.present[frames])
-    return Start(prompts=prompts, evidence=start.evidence[frames], masks=masks, tokens=tokens)
+    return RefinementInput(prompts=prompts, base_logits=start.base_logits[frames], masks=masks, tokens=tokens)
 
 
-def spread(start: Start, frames: Tensor, count: int) -> Start:
+def spread(start: RefinementInput, frames: Tensor, count: int) -> RefinementInput:
     """The start of `count` frames of which only those (n,) named have one; the others hold nothing."""
     if len(frames) == count:
         return start
@@ -170,21 +172,21 @@ def spread(start: Start, frames: Tensor, count: int) -> Start:
         return values.new_full((count, *values.shape[1:]), nothing).index_copy_(0, frames, values)
 
     given = start.prompts
-    return Start(
+    return RefinementInput(
         prompts=Prompts(boxes=among(given.boxes, 0), present=among(given.present, 0)),
-        evidence=among(start.evidence, ABSENT),
+        base_logits=among(start.base_logits, ABSENT),
         masks=None if start.masks is None else among(start.masks, ABSENT),
         tokens=None if start.tokens is None else among(start.tokens, 0),
     )
 
 
-def flipped(start: Start, dims: tuple[int, ...]) -> Start:
+def flipped(start: RefinementInput, dims: tuple[int, ...]) -> RefinementInput:
     """The start of frames that are flipped along dims -2 (rows) and -1 (columns)."""
     if not dims:
         return start
     masks = None if start.masks is None else start.masks.flip(dims)
-    prompts = flipped_boxes(start.prompts, dims, size_of(start.evidence))
-    return Start(prompts=prompts, evidence=start.evidence.flip(dims), masks=masks, tokens=start.tokens)
+    prompts = flipped_boxes(start.prompts, dims, size_of(start.base_logits))
+    return RefinementInput(prompts=prompts, base_logits=start.base_logits.flip(dims), masks=masks, tokens=start.tokens)
 
 
 def flipped_boxes(prompts: Prompts, dims: tuple[int, ...], size: Size) -> Prompts:
@@ -210,7 +212,7 @@ def clipped_boxes(prompts: Prompts, corner: tuple[int, int], size: Size) -> Prom
     return Prompts(boxes=torch.where(present[..., None], boxes, 0), present=present)
 
 
-def _prompted(start: Start) -> Tensor:
+def _prompted(start: RefinementInput) -> Tensor:
     """(n,) numbers of the frames that have a prompt."""
     return start.prompts.present.any(1).nonzero()[:, 0]
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfmedsam2.inference.accumulator import EMPTY_LOGIT, Ring
+from rfmedsam2.inference.accumulator import EMPTY_LOGIT, SlabAccumulator
 from rfmedsam2.inference.frame_stream import FrameStream, StartOf, clipped_boxes, flipped, flipped_boxes
 from rfmedsam2.inference.sliding_window import (
     EMPTY_RANGE,
@@ -26,8 +26,8 @@ from rfmedsam2.inference.sliding_window import (
     gaussian_weights,
     tile_starts,
 )
-from rfmedsam2.nn.memory_budget import at_once
-from rfmedsam2.nn.refinement_state import Size, Start, one_against_rest, relative_to_background
+from rfmedsam2.nn.memory_budget import chunk_size
+from rfmedsam2.nn.refinement_state import RefinementInput, Size, one_against_rest, relative_to_background
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.sam2.types import FrameFeatures
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
@@ -117,7 +117,7 @@ class _Window:
 class _Plane:
     """Step 0 of n frames for all tiles: evidence and mask prompts (n, K, b, c), labels (n, b, c) or members."""
 
-    evidence: Tensor
+    base_logits: Tensor
     masks: Tensor | None
     classes: Tensor
 
@@ -174,7 +174,7 @@ class RefinedTiles:
     def _frames_at_once(self) -> int:
         network = self._networks[0]
         pixels = self._padded[0] * self._padded[1]
-        fitting = at_once(network.refiner.compute.memory_mb, PLANE_BYTES * network.outputs * pixels)
+        fitting = chunk_size(network.refiner.compute.memory_mb, PLANE_BYTES * network.outputs * pixels)
         return min(fitting, MOST_FRAMES_CPU if self._device.type == "cpu" else MOST_FRAMES)
 
     def slabs(self, given: Iterable[Slab] | None, execution: Execution) -> Iterator[Slab]:
@@ -184,7 +184,7 @@ class RefinedTiles:
         weights = gaussian_weights((depth, *self._size) if self._apart else self._size).to(self._device)
         network = self._networks[0]
         depth += network.config.memory_frames
-        ring = Ring(network.classes, depth, self._padded, self._device, background=False)
+        ring = SlabAccumulator(network.classes, depth, self._padded, self._device, background=False)
         done = 0
         for window in execution.track(self._windows, "frames", len(self._windows)):
             if self._apart:
@@ -214,12 +214,12 @@ class RefinedTiles:
             inside = F.pad(torch.ones_like(logits[:1]), around) > 0
             logits = torch.where(inside, F.pad(logits, around), sure)
         logits = logits.transpose(0, 1)
-        evidence = relative_to_background(logits, regions=network.regions)
+        base_logits = relative_to_background(logits, regions=network.regions)
         masks = one_against_rest(logits, regions=network.regions) if network.config.mask_prompt else None
         if network.regions:
-            return _Plane(evidence=evidence, masks=masks, classes=evidence > 0)
-        best, index = evidence.max(1)
-        return _Plane(evidence=evidence, masks=masks, classes=torch.where(best > 0, index + 1, 0))
+            return _Plane(base_logits=base_logits, masks=masks, classes=base_logits > 0)
+        best, index = base_logits.max(1)
+        return _Plane(base_logits=base_logits, masks=masks, classes=torch.where(best > 0, index + 1, 0))
 
     def _around(self, maps: Tensor) -> tuple[int, int, int, int]:
         """Pixels to add left, right, above and below maps (..., rows, columns) of a plane smaller than a tile."""
@@ -242,7 +242,7 @@ class RefinedTiles:
         streams, total = self._streams[corner], None
         last = self._apart or window.stop == self._image.shape[1]
         for stream, dims in zip(streams, self._flips * len(self._networks), strict=True):
-            start: Start | StartOf
+            start: RefinementInput | StartOf
             if known is not None:
                 start = flipped(known, dims)
             else:
@@ -257,7 +257,9 @@ class RefinedTiles:
         assert total is not None
         return total / len(streams) if len(streams) > 1 else total
 
-    def _start(self, window: _Window, plane: _Plane | None, corner: Corner) -> tuple[Start | None, Prompts | None]:
+    def _start(
+        self, window: _Window, plane: _Plane | None, corner: Corner
+    ) -> tuple[RefinementInput | None, Prompts | None]:
         """What a tile's frames start with; None where it is made from features. Also the boxes given, if any."""
         boxes = None
         if self._boxes is not None:
@@ -277,9 +279,9 @@ class RefinedTiles:
         else:
             found = boxes
         masks = None if plane.masks is None else plane.masks[inside]
-        return Start(prompts=found, evidence=plane.evidence[inside], masks=masks), boxes
+        return RefinementInput(prompts=found, base_logits=plane.base_logits[inside], masks=masks), boxes
 
-    def _nothing(self, frames: int) -> Start:
+    def _nothing(self, frames: int) -> RefinementInput:
         network = self._networks[0]
         boxes = torch.zeros(frames, network.classes, 4, device=self._device)
         return network.start_from_boxes(Prompts(boxes=boxes, present=boxes[..., 0] > 0), self._size)
@@ -302,7 +304,9 @@ class RefinedTiles:
         return maps if self._networks[0].regions else F.pad(maps, (0, 0, 0, 0, 0, 0, 1, 0))
 
 
-def _from_features(features: FrameFeatures, *, network: RFMedSam2, size: Size, boxes: Prompts | None) -> Start:
+def _from_features(
+    features: FrameFeatures, *, network: RFMedSam2, size: Size, boxes: Prompts | None
+) -> RefinementInput:
     start = network.start(features, size, None)
     return start if boxes is None else replace(start, prompts=boxes)
 

@@ -23,8 +23,6 @@ from rfmedsam2.inference.sliding_window import Execution, Slab, predict_slabs, u
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.records.model import ModelConfig, RFMedSam2Config
 
-__all__ = ["Request", "Tiling", "predict_refined_slabs", "require_possible", "steps_of"]
-
 
 def steps_of(model: ModelConfig) -> tuple[int, ...]:
     """Steps whose logits a model can give."""
@@ -76,7 +74,7 @@ def predict_refined_slabs(
 
     Args:
         networks: folds of one model on `device`, in eval mode, averaged.
-        image: float32 (C, a, b, c), planned axes; padded with 0 about its centre where a plane is smaller than a tile.
+        image: float32 (C, a, b, c), planned axes; padded with 0 about its center where a plane is smaller than a tile.
         tiling: patch, overlap and flips.
         device: where everything is computed; the image stays where it is.
         request: step and boxes.

@@ -21,17 +21,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rfmedsam2.errors import PlanError, RfMedSamError
-from rfmedsam2.inference.accumulator import Ring
+from rfmedsam2.inference.accumulator import SlabAccumulator
 from rfmedsam2.records.plan import Inference
 
 Network = Callable[[Tensor], Any]
 """A module in eval mode, or a method of one: (n, C, *patch) -> logits (n, K, *patch)."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Tracker = Callable[[Iterable[Any], str, int], Iterable[Any]]
+ProgressFn = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Wraps an iterable for progress display: (items, description, total) -> the same items."""
 
 EMPTY_RANGE = 1e-3
-"""A tile is empty when no channel's normalised intensities vary by more than this."""
+"""A tile is empty when no channel's normalized intensities vary by more than this."""
 SLICES_AT_ONCE = 8
 """Fewest slices that a 2D network sees in one forward pass."""
 PLANES_A_SLAB = 8
@@ -39,7 +39,7 @@ PLANES_A_SLAB = 8
 sums of 14 classes of 512 x 512 hold."""
 
 
-def untracked(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:  # noqa: ARG001 - a `Tracker`
+def untracked(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:  # noqa: ARG001 - a `ProgressFn`
     """Show no progress."""
     return items
 
@@ -63,7 +63,7 @@ class Execution:
 
     Attributes:
         precision: of the networks on CUDA; auto is bf16 where the GPU has it, else fp16. CPU and MPS run fp32.
-        skip_empty: leave out tiles in which every channel is constant (range <= `EMPTY_RANGE` after normalisation, as
+        skip_empty: leave out tiles in which every channel is constant (range <= `EMPTY_RANGE` after normalization, as
             air is in a clipped CT). A voxel that no other tile covers becomes background: `EMPTY_LOGIT` for class 0 and
             -`EMPTY_LOGIT` for the others (for all, with regions). A voxel covered by other tiles is their average.
         recycle: a slab's logits lie where the last slab's lay: for those who are done with one when they ask for the
@@ -74,7 +74,7 @@ class Execution:
     precision: Precision = "auto"
     skip_empty: bool = False
     recycle: bool = False
-    track: Tracker = untracked
+    track: ProgressFn = untracked
 
 
 def tile_starts(image_size: Sequence[int], patch_size: Sequence[int], step_size: float) -> list[list[int]]:
@@ -101,7 +101,7 @@ def tile_starts(image_size: Sequence[int], patch_size: Sequence[int], step_size:
 
 
 def gaussian_weights(patch_size: Sequence[int], *, sigma_scale: float = 1 / 8) -> Tensor:
-    """Weigh the voxels of a tile: a Gaussian about the centre, sigma = patch * `sigma_scale`, maximum 1.
+    """Weigh the voxels of a tile: a Gaussian about the center, sigma = patch * `sigma_scale`, maximum 1.
 
     Voxels that the truncated Gaussian leaves at 0 get its smallest positive value, so that no division by 0 follows.
 
@@ -135,7 +135,7 @@ def predict_slabs(
 
     Args:
         networks: equal models (folds) on `device`, in eval mode, each giving (n, K, *patch) logits; averaged.
-        image: float32 (C, a, b, c), planned axes; padded with 0 about its centre where smaller than the patch.
+        image: float32 (C, a, b, c), planned axes; padded with 0 about its center where smaller than the patch.
         patch_size: three entries, or two for a 2D network that sees slices along the first axis.
         inference: step size, mirroring, tiles per forward pass.
         mirror_axes: axes of the patch that are flipped if `inference.mirror`; all combinations are averaged.
@@ -156,7 +156,7 @@ def predict_slabs(
     ensemble = _Ensemble(networks, flips=_flips(axes), device=place, precision=execution.precision)
     padded, lows = _padded(tensor, patch_size)
     rows = _rows(padded, patch_size, inference)
-    ring = Ring(outputs, rows[0].depth, (padded.shape[2], padded.shape[3]), place, background=not regions)
+    ring = SlabAccumulator(outputs, rows[0].depth, (padded.shape[2], padded.shape[3]), place, background=not regions)
     weights = gaussian_weights(patch_size).to(place)
     stops = [row.start for row in rows[1:]] + [padded.shape[1]]
     a, b, c = tensor.shape[1:]
@@ -166,7 +166,9 @@ def predict_slabs(
         yield from _finished(ring, range(row.start, stop), lows, (a, b, c), recycle=execution.recycle)
 
 
-def _finished(ring: Ring, planes: range, lows: Sequence[int], size: Sequence[int], *, recycle: bool) -> Iterator[Slab]:
+def _finished(
+    ring: SlabAccumulator, planes: range, lows: Sequence[int], size: Sequence[int], *, recycle: bool
+) -> Iterator[Slab]:
     """Averaged planes without what pads the image; no slab is held here while the next is made."""
     rows, columns = (slice(low, low + n) for low, n in zip(lows[1:], size[1:], strict=True))
     for low in planes[::PLANES_A_SLAB]:
@@ -258,7 +260,7 @@ def _is_empty(tile: Tensor) -> bool:
 
 @torch.inference_mode()
 def _accumulate(
-    ring: Ring, predictions: Tensor, weights: Tensor, row: _Row, corners: Sequence[tuple[int, int]]
+    ring: SlabAccumulator, predictions: Tensor, weights: Tensor, row: _Row, corners: Sequence[tuple[int, int]]
 ) -> None:
     stacked = predictions.transpose(0, 1)[None] if row.flat else predictions
     for prediction, corner in zip(stacked, corners, strict=True):

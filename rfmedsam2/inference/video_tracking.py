@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
-from rfmedsam2.inference.zero_shot import FramePrompts, Painter
+from rfmedsam2.inference.zero_shot import Painter, SlicePrompts
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.study import Step2
 
@@ -50,7 +50,7 @@ class Encoded:
         }
 
 
-class Tracker:
+class VideoSegmenter:
     """SAM 2 on the frames of one volume.
 
     Args:
@@ -60,7 +60,7 @@ class Tracker:
         labels: what the classes are.
     """
 
-    def __init__(self, base: SAM2Base, frames: Tensor, prompts: FramePrompts, labels: LabelSet) -> None:
+    def __init__(self, base: SAM2Base, frames: Tensor, prompts: SlicePrompts, labels: LabelSet) -> None:
         self.base, self.frames, self.labels = base, frames, labels
         self.size = (frames.shape[2], frames.shape[3])
         self.present = prompts.present
@@ -89,9 +89,9 @@ class Tracker:
             encoded = self._encoded(z)
             for setting in running:
                 masks = self._second_step(encoded, z, memories[setting])
-                for step2, cells in masks.items():
-                    classes = torch.tensor(sorted(cells))
-                    logits = torch.cat([cells[int(k)] for k in classes])
+                for step2, objects in masks.items():
+                    classes = torch.tensor(sorted(objects))
+                    logits = torch.cat([objects[int(k)] for k in classes])
                     logits = F.interpolate(logits.float(), self.size, mode="bilinear", align_corners=False)[:, 0]
                     painter.paint(logits, classes, out[setting, step2][z])
         return out
@@ -110,7 +110,7 @@ class Tracker:
         """Class -> what track_step remembers of it, at first the frames that are prompted."""
         memories: Memories = {}
         for k in range(self.present.shape[1]):
-            frames = prompted_frames(self.present[:, k].nonzero()[:, 0].tolist(), setting)
+            frames = prompted_slices(self.present[:, k].nonzero()[:, 0].tolist(), setting)
             if frames:
                 kept = {z: first[z, k] for z in frames}
                 memories[k] = {"cond_frame_outputs": kept, "non_cond_frame_outputs": {}}
@@ -157,7 +157,7 @@ class Tracker:
         return Encoded(features=features, positions=positions, sizes=sizes)
 
 
-def prompted_frames(present: list[int], setting: Prompted) -> list[int]:
+def prompted_slices(present: list[int], setting: Prompted) -> list[int]:
     """Of the frames that a class appears on, those prompted: all, or one in the middle, or two at the quarters."""
     if setting == "all":
         return present

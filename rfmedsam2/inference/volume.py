@@ -13,11 +13,12 @@ from torch import nn
 
 from rfmedsam2.errors import ImageError, PlanError
 from rfmedsam2.geometry import Volume
-from rfmedsam2.inference.box_prompts import Given, planned_boxes
+from rfmedsam2.inference.box_prompts import BoxPrompts, planned_boxes
 from rfmedsam2.inference.export import labels_from_slabs
 from rfmedsam2.inference.probabilities import ProbabilityFile
-from rfmedsam2.inference.refinement import Request, Tiling, predict_refined_slabs, require_possible
-from rfmedsam2.inference.sliding_window import Execution, Precision, Slab, Tracker, predict_slabs, untracked
+from rfmedsam2.inference.refined_tiles import Request, Tiling
+from rfmedsam2.inference.refinement import predict_refined_slabs, require_possible
+from rfmedsam2.inference.sliding_window import Execution, Precision, ProgressFn, Slab, predict_slabs, untracked
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.plan import Inference, Plan, Stage
@@ -26,7 +27,7 @@ from rfmedsam2.transforms.prepare import Prepared, prepare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class PredictOptions:
     """How to predict; None takes the plan's figure.
 
     Attributes:
@@ -54,7 +55,7 @@ class Options:
     device: torch.device | str = "cpu"
     probabilities: Path | None = None
     threads: int | None = None
-    track: Tracker = untracked
+    track: ProgressFn = untracked
 
     def inference(self, stage: Stage) -> Inference:
         """Put what is given here in the place of the plan's figures.
@@ -76,7 +77,7 @@ class VolumePrediction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turned:
+class PreparedCase:
     """A prepared volume, how it was turned before (None: not at all), the boxes given for it, the seconds it took."""
 
     prepared: Prepared
@@ -91,8 +92,8 @@ def predict_volume(
     plan: Plan,
     stage: str,
     *,
-    options: Options,
-    boxes: Given | None = None,
+    options: PredictOptions,
+    boxes: BoxPrompts | None = None,
 ) -> VolumePrediction:
     """Predict the label map of a volume.
 
@@ -106,14 +107,16 @@ def predict_volume(
 
     Raises:
         PlanError: no such stage, another number of channels.
-        ImageError: voxels that are not finite, or not allowed by the planned normalisation.
+        ImageError: voxels that are not finite, or not allowed by the planned normalization.
         UsageError: a step or boxes that the model has not or takes not, a box outside the image, an unknown label.
     """
-    turned = turn_and_prepare(volume, plan, stage, options=options, boxes=boxes)
-    return predict_turned(networks, turned, plan, stage, options=options)
+    prepared_case = preprocess_case(volume, plan, stage, options=options, boxes=boxes)
+    return predict_prepared(networks, prepared_case, plan, stage, options=options)
 
 
-def turn_and_prepare(volume: Volume, plan: Plan, stage: str, *, options: Options, boxes: Given | None = None) -> Turned:
+def preprocess_case(
+    volume: Volume, plan: Plan, stage: str, *, options: PredictOptions, boxes: BoxPrompts | None = None
+) -> PreparedCase:
     """Do the first half of `predict_volume`: everything before the network (no device is touched)."""
     started = time.perf_counter()
     orientation = None
@@ -133,35 +136,37 @@ def turn_and_prepare(volume: Volume, plan: Plan, stage: str, *, options: Options
         resampling = plan.stage(stage).resampling
         prompts = planned_boxes(boxes, prepared.restore, orientation, plan.labels, resampling)
     seconds = time.perf_counter() - started
-    return Turned(prepared=prepared, orientation=orientation, seconds=seconds, boxes=prompts)
+    return PreparedCase(prepared=prepared, orientation=orientation, seconds=seconds, boxes=prompts)
 
 
-def predict_turned(
-    networks: Sequence[nn.Module], turned: Turned, plan: Plan, stage: str, *, options: Options
+def predict_prepared(
+    networks: Sequence[nn.Module], prepared_case: PreparedCase, plan: Plan, stage: str, *, options: PredictOptions
 ) -> VolumePrediction:
     """Do the second half of `predict_volume`: tiles, export, and the turn back."""
     started = time.perf_counter()
     config = plan.stages[stage]
-    restore = turned.prepared.restore
+    restore = prepared_case.prepared.restore
     file = None
     if options.probabilities is not None:
-        file = ProbabilityFile(options.probabilities, restore, plan.labels, orientation=turned.orientation)
-    slabs = _Timed(_slabs(networks, turned, plan, config, options))
+        file = ProbabilityFile(options.probabilities, restore, plan.labels, orientation=prepared_case.orientation)
+    slabs = _Timed(_slabs(networks, prepared_case, plan, config, options))
     labels = labels_from_slabs(
         slabs, restore, plan.labels, config.resampling, probabilities=file, threads=options.threads
     )
-    if turned.orientation is not None:
-        labels = np.ascontiguousarray(turned.orientation.undo(labels))
+    if prepared_case.orientation is not None:
+        labels = np.ascontiguousarray(prepared_case.orientation.undo(labels))
     export = time.perf_counter() - started - slabs.seconds
     return VolumePrediction(
-        labels=labels, seconds={"prepare": turned.seconds, "network": slabs.seconds, "export": export}
+        labels=labels, seconds={"prepare": prepared_case.seconds, "network": slabs.seconds, "export": export}
     )
 
 
-def _slabs(networks: Sequence[nn.Module], turned: Turned, plan: Plan, stage: Stage, options: Options) -> Iterator[Slab]:
+def _slabs(
+    networks: Sequence[nn.Module], prepared_case: PreparedCase, plan: Plan, stage: Stage, options: PredictOptions
+) -> Iterator[Slab]:
     """Slabs of logits, by the kind of the networks: a plain sliding window, or refinement after it."""
-    require_possible(stage.model, step=options.step, boxes=turned.boxes is not None)
-    image, inference = turned.prepared.image, options.inference(stage)
+    require_possible(stage.model, step=options.step, boxes=prepared_case.boxes is not None)
+    image, inference = prepared_case.prepared.image, options.inference(stage)
     execution = Execution(precision=options.precision, skip_empty=options.skip_empty, track=options.track)
     refining = [network for network in networks if isinstance(network, RFMedSam2)]
     if refining:
@@ -170,7 +175,7 @@ def _slabs(networks: Sequence[nn.Module], turned: Turned, plan: Plan, stage: Sta
             image,
             tiling=Tiling(patch_size=stage.patch_size, inference=inference, mirror_axes=mirror_axes(stage)),
             device=options.device,
-            request=Request(step=options.step, boxes=turned.boxes),
+            request=Request(step=options.step, boxes=prepared_case.boxes),
             execution=execution,
         )
     return predict_slabs(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rfmedsam2.nn.sam import Sam
-from rfmedsam2.prompts import centre_points, prompts_from_labels
+from rfmedsam2.prompts import center_points, prompts_from_labels
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.study import PromptKind
 
@@ -18,7 +18,7 @@ AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FramePrompts:
+class SlicePrompts:
     """One prompt for every class on every frame that it appears on.
 
     Attributes:
@@ -40,8 +40,8 @@ class FramePrompts:
         return self.points * scale - back
 
 
-def reference_prompts(labels_zyx: np.ndarray, labels: LabelSet, kind: PromptKind) -> FramePrompts:
-    """Prompts from a reference label map (Z, Y, X): tight boxes, or the pixel nearest to the centre of gravity."""
+def reference_prompts(labels_zyx: np.ndarray, labels: LabelSet, kind: PromptKind) -> SlicePrompts:
+    """Prompts from a reference label map (Z, Y, X): tight boxes, or the pixel nearest to the center of gravity."""
     points, present = [], []
     for values in labels.foreground.values():
         mask = torch.from_numpy(np.isin(labels_zyx, values).view(np.uint8))
@@ -51,10 +51,10 @@ def reference_prompts(labels_zyx: np.ndarray, labels: LabelSet, kind: PromptKind
             points.append(corners)
             present.append(found.present)
         else:
-            centres, there = centre_points(mask, 1)
-            points.append(centres[:, :, None] + 0.5)
+            centers, there = center_points(mask, 1)
+            points.append(centers[:, :, None] + 0.5)
             present.append(there)
-    return FramePrompts(kind=kind, points=torch.cat(points, 1), present=torch.cat(present, 1))
+    return SlicePrompts(kind=kind, points=torch.cat(points, 1), present=torch.cat(present, 1))
 
 
 class Painter:
@@ -89,8 +89,8 @@ class Painter:
             target[mask] = value
 
 
-def segment_frames(
-    sam: Sam, frames: Tensor, prompts: tuple[FramePrompts, ...], labels: LabelSet
+def segment_slices(
+    sam: Sam, frames: Tensor, prompts: tuple[SlicePrompts, ...], labels: LabelSet
 ) -> dict[PromptKind, np.ndarray]:
     """SAM on every frame that has a prompt.
 

@@ -37,7 +37,7 @@ def mask_to_boundary(mask: np.ndarray, dilation_ratio: float = DILATION_RATIO) -
 
 
 def boundary_iou(
-    truth: np.ndarray,
+    ground_truth: np.ndarray,
     predicted: np.ndarray,
     *,
     dilation_ratio: float = DILATION_RATIO,
@@ -46,7 +46,7 @@ def boundary_iou(
     """Intersection over union of two masks' boundaries; 1 where both masks are empty.
 
     Args:
-        truth: (H, W), 0 outside the object.
+        ground_truth: (H, W), 0 outside the object.
         predicted: (H, W), 0 outside the object.
         dilation_ratio: width of the boundary as a part of the picture's diagonal.
         ignored: (H, W), not 0 where boundaries do not count. The published rule knows no such pixels.
@@ -55,11 +55,11 @@ def boundary_iou(
         UsageError: shapes differ.
     """
     others = [predicted] if ignored is None else [predicted, ignored]
-    if any(other.shape != truth.shape for other in others):
-        found = " and ".join(str(m.shape) for m in (truth, *others))
+    if any(other.shape != ground_truth.shape for other in others):
+        found = " and ".join(str(m.shape) for m in (ground_truth, *others))
         raise UsageError("Masks do not fit together", expected="the same (H, W)", found=found)
-    width = boundary_width(*_size(truth), dilation_ratio)
-    first, second = (_boundary(mask, width) for mask in (truth, predicted))
+    width = boundary_width(*_size(ground_truth), dilation_ratio)
+    first, second = (_boundary(mask, width) for mask in (ground_truth, predicted))
     kept = np.full_like(first, ~np.uint64(0)) if ignored is None else ~_packed(ignored)
     both, either = _overlap(first, second, kept)
     return both / either if either else 1.0
@@ -94,7 +94,7 @@ def _boundary(mask: np.ndarray, width: int) -> np.ndarray:
             step = min(done, 2 * width + 1 - done)
             axis_erode(inner, step)
             done += step
-    # what begins at a pixel is centred `width` pixels right of it and below it
+    # what begins at a pixel is centered `width` pixels right of it and below it
     return _without_shifted(words, inner, width)
 
 

@@ -10,7 +10,7 @@ _kernel = compiled(error_model="numpy")
 
 
 @_kernel
-def tally(
+def joint_histogram(
     reference: np.ndarray,
     prediction: np.ndarray,
     table: np.ndarray,
@@ -35,7 +35,7 @@ def tally(
 
 
 @_kernel
-def encode(
+def surface_codes(
     labels: np.ndarray,
     reference: np.ndarray,
     member: np.ndarray,

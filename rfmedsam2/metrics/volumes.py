@@ -19,7 +19,7 @@ from surface_distance.lookup_tables import create_table_neighbour_code_to_surfac
 
 from rfmedsam2.errors import GeometryError, ImageError
 from rfmedsam2.geometry import Triple
-from rfmedsam2.metrics.kernels import distances_at, encode, tally
+from rfmedsam2.metrics.kernels import distances_at, joint_histogram, surface_codes
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import ClassMetrics
 
@@ -119,11 +119,11 @@ def confusion(reference: np.ndarray, prediction: np.ndarray, labels: LabelSet) -
     boxes = np.zeros((len(known) + 1, 6), np.int64)
     boxes[:, :3] = np.asarray(reference.shape)
     boxes[:, 3:] = -1
-    tally(reference, prediction, table, len(known) - 1 if labels.ignore is not None else -1, counts, boxes)
-    strangers = (("reference", reference, counts[-1].sum()), ("prediction", prediction, counts[:, -1].sum()))
+    joint_histogram(reference, prediction, table, len(known) - 1 if labels.ignore is not None else -1, counts, boxes)
+    undeclared = (("reference", reference, counts[-1].sum()), ("prediction", prediction, counts[:, -1].sum()))
     faults = [
         f"the {side} holds {', '.join(map(str, sorted(set(np.unique(array).tolist()) - set(known))))}"
-        for side, array, number in strangers
+        for side, array, number in undeclared
         if number
     ]
     if faults:
@@ -149,7 +149,7 @@ class SurfaceDistances:
     areas_prediction: np.ndarray
 
     def nsd(self, tolerance_mm: float) -> float:
-        """Normalised surface Dice: share of both surfaces' area within the tolerance of the other surface."""
+        """Normalized surface Dice: share of both surfaces' area within the tolerance of the other surface."""
         near = self.areas_reference[self.reference_to_prediction <= tolerance_mm].sum()
         near += self.areas_prediction[self.prediction_to_reference <= tolerance_mm].sum()
         return float(near / (self.areas_reference.sum() + self.areas_prediction.sum()))
@@ -284,8 +284,8 @@ def _surfaces(masks: _Masks, box: np.ndarray, spacing_zyx_mm: Triple) -> Surface
     spacing = np.asarray(spacing_zyx_mm, dtype=np.float64)
     area_of_code = _areas(tuple(float(s) for s in spacing_zyx_mm))
     codes = [np.empty(tuple(box[3:] - box[:3] + 2), np.uint8) for _ in range(2)]
-    encode(masks.reference, masks.reference, member, kept, box, codes[0])
-    encode(masks.prediction, masks.reference, member, kept, box, codes[1])
+    surface_codes(masks.reference, masks.reference, member, kept, box, codes[0])
+    surface_codes(masks.prediction, masks.reference, member, kept, box, codes[1])
     # 0: all eight voxels outside, 255: all inside; the surface runs through every other corner. One less wraps 0
     points = [np.flatnonzero((code - np.uint8(1)).ravel() < 254) for code in codes]
     areas = [area_of_code[code.ravel()[at]] for code, at in zip(codes, points, strict=True)]
@@ -301,5 +301,5 @@ def _surfaces(masks: _Masks, box: np.ndarray, spacing_zyx_mm: Triple) -> Surface
 
 @lru_cache(maxsize=64)
 def _areas(spacing_zyx_mm: tuple[float, ...]) -> np.ndarray:
-    """Area (mm^2) of each of the 256 neighbour codes; kept, as making the table takes longer than a small class."""
+    """Area (mm^2) of each of the 256 neighbor codes; kept, as making the table takes longer than a small class."""
     return create_table_neighbour_code_to_surface_area(spacing_zyx_mm)

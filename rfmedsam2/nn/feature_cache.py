@@ -1,6 +1,6 @@
 """Features of a frozen image encoder, kept for frames that come again.
 
-A frame is recognised by its content, not by the place it was cut from: whatever reaches the encoder with the same
+A frame is recognized by its content, not by the place it was cut from: whatever reaches the encoder with the same
 values in every pixel has the same features. So nothing between the stored case and the network has to be known here,
 and validation patches, padding and frames of overlapping patches are found too.
 """

@@ -32,11 +32,11 @@ DECODE = Counts(34, 16)
 """Tensors of (C, s, s): two-way transformer, upscaling, gathered fine features."""
 DECODE_TOKENS = Counts(50, 25)
 """Vectors of C for each token."""
-REMEMBER = Counts(34, 11)
+ENCODE_MEMORY = Counts(34, 11)
 """Tensors of (C, s, s) of the memory encoder,"""
-REMEMBER_MASKS = Counts(22, 4)
+ENCODE_MEMORY_MASKS = Counts(22, 4)
 """and maps of the frame's size, before the mask is reduced to s x s."""
-RECALL = 13
+CONDITION_ON_MEMORY = 13
 """Tensors of (s*s, C) that a layer of memory attention keeps, beside its MLP's hidden one and what memories add."""
 
 
@@ -64,7 +64,7 @@ ENCODERS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CellSizes:
+class ObjectSizes:
     """Sizes that working memory depends on: s, C, M of `nn.sam2.parts`, layers and width of memory attention."""
 
     side: int
@@ -78,17 +78,19 @@ class CellSizes:
         positions = DECODE.when(training) * self.side**2
         return int(FLOAT * self.channels * (positions + DECODE_TOKENS.when(training) * PROMPT_TOKENS))
 
-    def remember(self, *, training: bool = True) -> int:
+    def encode_memory(self, *, training: bool = True) -> int:
         """Bytes a cell of memory encoding."""
-        maps = REMEMBER.when(training) * self.channels * self.side**2
-        return int(FLOAT * (maps + REMEMBER_MASKS.when(training) * (16 * self.side) ** 2))
+        maps = ENCODE_MEMORY.when(training) * self.channels * self.side**2
+        return int(FLOAT * (maps + ENCODE_MEMORY_MASKS.when(training) * (16 * self.side) ** 2))
 
     def recall(self, memories: int, *, training: bool = True) -> int:
         """Bytes a cell of Step 2: memory attention over so many maps, and decoding."""
         tokens = self.side**2
         keys = memories * (tokens + self.channels // self.memory_channels)  # a pointer is several tokens
         if training:
-            layer = keys * (tokens + self.channels) + tokens * (RECALL * self.channels + self.memory_width + tokens)
+            layer = keys * (tokens + self.channels) + tokens * (
+                CONDITION_ON_MEMORY * self.channels + self.memory_width + tokens
+            )
             return FLOAT * self.memory_layers * layer + self.decode()
         attention = keys * (2 * tokens + 3 * self.channels) + 2 * tokens * self.channels
         mlp = tokens * (2 * self.memory_width + 5 * self.channels)
@@ -104,6 +106,6 @@ def frame_bytes(backbone: str, frame_size: int, *, side: int, training: bool) ->
     return int(kept * 2**20 * (seen / 256) ** 2)
 
 
-def at_once(budget_mb: int, bytes_each: int) -> int:
+def chunk_size(budget_mb: int, bytes_each: int) -> int:
     """How many fit; at least one."""
     return max(1, int(budget_mb * 1e6) // max(1, bytes_each))

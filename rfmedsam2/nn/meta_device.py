@@ -12,14 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def shapes_only() -> Iterator[None]:
+def skip_init() -> Iterator[None]:
     """Build modules within: their tensors have shapes and nothing else, and no random number is drawn."""
-    with torch.device("meta"), _NoNumbers():
+    with torch.device("meta"), _SkipInit():
         yield
 
 
-class _NoNumbers(TorchFunctionMode):
-    """Leaves tensors as they are where modules are initialised: drawn from a distribution, or scaled by a number.
+class _SkipInit(TorchFunctionMode):
+    """Leaves tensors as they are where modules are initialized: drawn from a distribution, or scaled by a number.
 
     On "meta", torch does these in Python, for which it imports its compiler: two seconds and 150 MB.
     """

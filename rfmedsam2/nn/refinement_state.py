@@ -24,7 +24,7 @@ PROBABILITY_FLOOR = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class RefinementInput:
     """What Step 1 begins with.
 
     Attributes:
@@ -37,7 +37,7 @@ class Start:
     """
 
     prompts: Prompts
-    evidence: Tensor
+    base_logits: Tensor
     masks: Tensor | None = None
     tokens: Tensor | None = None
     found: Tensor | None = None
@@ -58,21 +58,21 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FirstStep:
+class Step1Output:
     """What Step 1 leaves: its class map (N, K, H, W), the cells (q, 2) of (frame, class) decoded, and what they gave.
 
     `masks` (q, 4s, 4s) and `scores` (q,) are SAM 2's own, `pointers` (q, C) the object pointers.
     """
 
     logits: Tensor
-    cells: Tensor
+    objects: Tensor
     masks: Tensor
     pointers: Tensor
     scores: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
+class StepOutputs:
     """What all steps of patches give.
 
     Attributes:
@@ -86,7 +86,7 @@ class Steps:
 
     logits: dict[int, Tensor | list[Tensor]]
     scores: Tensor | None = None
-    cells: Tensor | None = None
+    objects: Tensor | None = None
     found: Tensor | None = None
     presence: Tensor | None = None
 
@@ -117,21 +117,21 @@ def prompts_of(class_map: Tensor, *, regions: bool) -> Prompts:
     return prompts_from_labels(torch.where(best > 0, index + 1, 0), class_map.shape[1])
 
 
-def placed(class_map: Tensor, cells: Tensor, values: Tensor) -> Tensor:
+def scatter_masks(class_map: Tensor, objects: Tensor, values: Tensor) -> Tensor:
     """(N, K, H, W) with the cells (q, 2) replaced by values (q, H, W); differentiable in both."""
-    if not len(cells):
+    if not len(objects):
         return class_map
-    return class_map.index_put((cells[:, 0], cells[:, 1]), values.to(class_map.dtype))
+    return class_map.index_put((objects[:, 0], objects[:, 1]), values.to(class_map.dtype))
 
 
-def enlarged(masks: Tensor, size: tuple[int, int]) -> Tensor:
+def upsample(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """(q, h, w) logits -> (q, *size), bilinear as SAM 2 enlarges its masks."""
     if tuple(masks.shape[-2:]) == tuple(size):
         return masks
     return F.interpolate(masks[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def reduced(masks: Tensor, size: tuple[int, int]) -> Tensor:
+def downsample(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """(q, H, W) logits -> (q, *size), bilinear and anti-aliased as SAM 2 reduces mask prompts."""
     if tuple(masks.shape[-2:]) == tuple(size):
         return masks

@@ -14,23 +14,23 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rfmedsam2.nn.memory_budget import CellSizes, at_once
+from rfmedsam2.nn.memory_budget import ObjectSizes, chunk_size
 from rfmedsam2.nn.refinement_state import (
     ABSENT,
-    FirstStep,
     Memory,
+    RefinementInput,
     Size,
-    Start,
-    enlarged,
-    placed,
+    Step1Output,
+    downsample,
     prompts_of,
-    reduced,
+    scatter_masks,
     size_of,
+    upsample,
 )
-from rfmedsam2.nn.sam2.memory_attention import prepare_frames, recall
+from rfmedsam2.nn.sam2.memory_attention import condition_on_memory, prepare_frames
 from rfmedsam2.nn.sam2.memory_selection import select
 from rfmedsam2.nn.sam2.model import Sam2
-from rfmedsam2.nn.sam2.types import CellPrompts, FrameFeatures, MemoryBank, Slots
+from rfmedsam2.nn.sam2.types import FrameFeatures, MemoryBank, ObjectPrompts, Slots
 from rfmedsam2.prompts import Prompts, resized
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Compute
@@ -53,17 +53,17 @@ class Refiner:
     def __init__(self, sam: Sam2, config: RFMedSam2Config, *, regions: bool) -> None:
         self.sam, self.config, self.regions = sam, config, regions
         self.compute = Compute()
-        self.most_cells: int | None = None
+        self.max_objects: int | None = None
 
-    def first(self, features: FrameFeatures, start: Start) -> FirstStep:
+    def first(self, features: FrameFeatures, start: RefinementInput) -> Step1Output:
         """Step 1: decode every prompted cell of N frames."""
-        cells = self._drawn(start.prompts.present.nonzero())
-        size = size_of(start.evidence)
-        prompts = self._prompts(start.prompts, cells, size)
+        objects = self._drawn(start.prompts.present.nonzero())
+        size = size_of(start.base_logits)
+        prompts = self._prompts(start.prompts, objects, size)
 
         def chunk(part: Tensor, boxes: Tensor | None) -> tuple[Tensor, ...]:
             frames, classes = part.unbind(1)
-            given = CellPrompts(
+            given = ObjectPrompts(
                 boxes=boxes,
                 masks=None if start.masks is None else self._reduced(start.masks[frames, classes]),
                 tokens=None if start.tokens is None else start.tokens[frames, classes],
@@ -71,23 +71,23 @@ class Refiner:
             decoded = self.sam.decode(features.at(frames), given)
             return decoded.masks, decoded.pointers, decoded.scores
 
-        count = at_once(self.compute.memory_mb, self._cell_sizes().decode(training=torch.is_grad_enabled()))
-        masks, pointers, scores = self._cells(chunk, cells, prompts, count)
-        values = self._output(masks, start.evidence, start.masks, cells)
-        logits = placed(start.evidence, cells, values)
-        return FirstStep(logits=logits, cells=cells, masks=masks, pointers=pointers, scores=scores)
+        count = chunk_size(self.compute.memory_mb, self._object_sizes().decode(training=torch.is_grad_enabled()))
+        masks, pointers, scores = self._cells(chunk, objects, prompts, count)
+        values = self._output(masks, start.base_logits, start.masks, objects)
+        logits = scatter_masks(start.base_logits, objects, values)
+        return Step1Output(logits=logits, objects=objects, masks=masks, pointers=pointers, scores=scores)
 
-    def remember(self, features: FrameFeatures, first: FirstStep, volumes: int) -> Memory:
+    def encode_memory(self, features: FrameFeatures, first: Step1Output, volumes: int) -> Memory:
         """Memories of what Step 1 decoded; the N frames are D of each of `volumes`."""
 
         def chunk(frames: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
-            return self.sam.remember(features.embedding[frames], masks, scores)
+            return self.sam.encode_memory(features.embedding[frames], masks, scores)
 
-        count = at_once(self.compute.memory_mb, self._cell_sizes().remember(training=torch.is_grad_enabled()))
-        parts = zip(first.cells[:, 0].split(count), first.masks.split(count), first.scores.split(count), strict=True)
-        maps = [self.run(chunk, *part) for part in parts] if len(first.cells) else [self._no_memory(features)]
-        rows = torch.full(first.logits.shape[:2], -1, dtype=torch.long, device=first.cells.device)
-        rows[first.cells[:, 0], first.cells[:, 1]] = torch.arange(len(first.cells), device=rows.device)
+        count = chunk_size(self.compute.memory_mb, self._object_sizes().encode_memory(training=torch.is_grad_enabled()))
+        parts = zip(first.objects[:, 0].split(count), first.masks.split(count), first.scores.split(count), strict=True)
+        maps = [self.run(chunk, *part) for part in parts] if len(first.objects) else [self._no_memory(features)]
+        rows = torch.full(first.logits.shape[:2], -1, dtype=torch.long, device=first.objects.device)
+        rows[first.objects[:, 0], first.objects[:, 1]] = torch.arange(len(first.objects), device=rows.device)
         rows = rows.unflatten(0, (volumes, -1)).transpose(0, 1)
         return Memory(bank=MemoryBank(maps=torch.cat(maps), pointers=first.pointers), rows=rows)
 
@@ -106,13 +106,13 @@ class Refiner:
         prompts = prompts_of(logits, regions=self.regions)
         at = torch.arange(len(memory.rows), device=logits.device) if at is None else at
         rows = memory.rows[at].transpose(0, 1).flatten(0, 1)
-        cells = (prompts.present & (rows >= 0)).nonzero()
-        if not len(cells):
+        objects = (prompts.present & (rows >= 0)).nonzero()
+        if not len(objects):
             return logits
-        boxes = self._prompts(prompts, cells, size_of(logits))
-        values = self._recalled(features, logits, memory, cells=cells, boxes=boxes, at=at)
+        boxes = self._prompts(prompts, objects, size_of(logits))
+        values = self._recalled(features, logits, memory, objects=objects, boxes=boxes, at=at)
         asked = logits if self.config.mask_prompt else None
-        return placed(logits, cells, self._output(values, logits, asked, cells))
+        return scatter_masks(logits, objects, self._output(values, logits, asked, objects))
 
     def _recalled(
         self,
@@ -120,89 +120,89 @@ class Refiner:
         logits: Tensor,
         memory: Memory,
         *,
-        cells: Tensor,
+        objects: Tensor,
         boxes: Tensor,
         at: Tensor,
     ) -> Tensor:
         """Masks (q, 4s, 4s) of cells with memories."""
         volumes, classes = memory.rows.shape[1:]
         each = len(logits) // volumes
-        frames, kinds = cells.unbind(1)
+        frames, kinds = objects.unbind(1)
         places = torch.stack([at[frames % each], frames // each * classes + kinds], 1)
         buckets = select(self.config.strategy, memory.rows.flatten(1), places, reach=self.config.memory_frames)
         prepared = self.run(lambda embedding: prepare_frames(self.sam, embedding), features.embedding)
 
         def chunk(part: Tensor, slots: Slots) -> Tensor:
             own = frames[part]
-            embedding = recall(self.sam, prepared, own, memory.bank, slots)
+            embedding = condition_on_memory(self.sam, prepared, own, memory.bank, slots)
             asked = self._reduced(logits[own, kinds[part]]) if self.config.mask_prompt else None
             return self.sam.decode(
-                features.at(own), CellPrompts(boxes=boxes[part], masks=asked), embedding=embedding
+                features.at(own), ObjectPrompts(boxes=boxes[part], masks=asked), embedding=embedding
             ).masks
 
-        sizes, training = self._cell_sizes(), torch.is_grad_enabled()
+        sizes, training = self._object_sizes(), torch.is_grad_enabled()
         order, masks = [], []
         for bucket in buckets:
             memories = bucket.slots.maps.shape[1]
-            count = at_once(self.compute.memory_mb, sizes.recall(memories, training=training))
-            for part in torch.arange(len(bucket.cells), device=cells.device).split(count):
-                order.append(bucket.cells[part])
-                masks.append(self.run(chunk, bucket.cells[part], bucket.slots.at(part)))
+            count = chunk_size(self.compute.memory_mb, sizes.recall(memories, training=training))
+            for part in torch.arange(len(bucket.objects), device=objects.device).split(count):
+                order.append(bucket.objects[part])
+                masks.append(self.run(chunk, bucket.objects[part], bucket.slots.at(part)))
         placeholder = torch.cat(masks)
         return torch.empty_like(placeholder).index_copy(0, torch.cat(order), placeholder)
 
-    def _output(self, masks: Tensor, base: Tensor, asked: Tensor | None, cells: Tensor) -> Tensor:
+    def _output(self, masks: Tensor, base: Tensor, asked: Tensor | None, objects: Tensor) -> Tensor:
         """Put SAM 2's masks (q, 4s, 4s) at the size of the class map, by `config.output`: (q, H, W)."""
         size = size_of(base)
         # where object scores empty a mask, it becomes as unlikely as a class that nothing speaks for
-        large = enlarged(torch.where(masks > NO_OBJ_SCORE, masks, ABSENT), size)
-        frames, classes = cells.unbind(1)
+        large = upsample(torch.where(masks > NO_OBJ_SCORE, masks, ABSENT), size)
+        frames, classes = objects.unbind(1)
         match self.config.output:
             case "correct":
                 return base[frames, classes] + large
             case "detail" if asked is not None:
                 prompt = asked[frames, classes]
-                return large + prompt - enlarged(self._reduced(prompt), size)
+                return large + prompt - upsample(self._reduced(prompt), size)
             case _:
                 return large
 
-    def _drawn(self, cells: Tensor) -> Tensor:
+    def _drawn(self, objects: Tensor) -> Tensor:
         """Bound what a training step costs: a prompter that knows nothing yet sees every class on every frame."""
-        most = self.most_cells
-        if most is None or len(cells) <= most or not torch.is_grad_enabled():
-            return cells
-        return cells[torch.randperm(len(cells), device=cells.device)[:most].sort().values]
+        most = self.max_objects
+        if most is None or len(objects) <= most or not torch.is_grad_enabled():
+            return objects
+        return objects[torch.randperm(len(objects), device=objects.device)[:most].sort().values]
 
-    def _prompts(self, prompts: Prompts, cells: Tensor, size: Size) -> Tensor:
+    def _prompts(self, prompts: Prompts, objects: Tensor, size: Size) -> Tensor:
         """Boxes (q, 4) of cells in pixels of SAM 2's frames."""
         frame = (self.config.frame_size, self.config.frame_size)
-        return resized(prompts, size, frame).boxes[cells[:, 0], cells[:, 1]]
+        return resized(prompts, size, frame).boxes[objects[:, 0], objects[:, 1]]
 
     def _reduced(self, masks: Tensor) -> Tensor:
         side = 4 * self.sam.side
-        return reduced(masks, (side, side))
+        return downsample(masks, (side, side))
 
     def _cells(
-        self, chunk: Callable[..., tuple[Tensor, ...]], cells: Tensor, boxes: Tensor, count: int
+        self, chunk: Callable[..., tuple[Tensor, ...]], objects: Tensor, boxes: Tensor, count: int
     ) -> list[Tensor]:
         """Run a function of cells in chunks and join what it gives."""
-        if not len(cells):
+        if not len(objects):
             sam = self.sam
             return [
                 boxes.new_zeros(0, 4 * sam.side, 4 * sam.side),
                 boxes.new_zeros(0, sam.channels),
                 boxes.new_zeros(0),
             ]
-        parts = [self.run(chunk, *part) for part in zip(cells.split(count), boxes.split(count), strict=True)]
+        parts = [self.run(chunk, *part) for part in zip(objects.split(count), boxes.split(count), strict=True)]
         return [torch.cat(results) for results in zip(*parts, strict=True)]
 
     def _no_memory(self, features: FrameFeatures) -> Tensor:
         side = self.sam.side
         return features.embedding.new_zeros(0, self.sam.memory_channels, side, side)
 
-    def _cell_sizes(self) -> CellSizes:
+    def _object_sizes(self) -> ObjectSizes:
         attention = self.sam.base.memory_attention
-        return CellSizes(
+        return ObjectSizes(
             side=self.sam.side,
             channels=self.sam.channels,
             memory_channels=self.sam.memory_channels,

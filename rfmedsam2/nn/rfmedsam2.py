@@ -1,7 +1,7 @@
 """RFMedSAM 2: prompts from a generator, SAM 2 on them, SAM 2 again with memories at their true distances.
 
 Step 0 predicts class maps (or boxes), Step 1 decodes every prompted cell (one class on one frame) from the current
-frame alone, Step 2 decodes it again with the memories that Step 1 left on the neighbouring frames. Since those come
+frame alone, Step 2 decodes it again with the memories that Step 1 left on the neighboring frames. Since those come
 from Step 1, Step 2 is one batched call over all cells and not a loop in time.
 """
 
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from rfmedsam2.errors import PlanError, UsageError
 from rfmedsam2.nn.adapters import ChannelAdapter
 from rfmedsam2.nn.feature_cache import FeatureCache
-from rfmedsam2.nn.memory_budget import at_once, frame_bytes
+from rfmedsam2.nn.memory_budget import chunk_size, frame_bytes
 from rfmedsam2.nn.prompt_generators import HierarchicalMasks, ObjectQueries, PointEmbeddings
 from rfmedsam2.nn.refinement_state import (
     ABSENT,
-    FirstStep,
     Memory,
+    RefinementInput,
     Size,
-    Start,
-    Steps,
+    Step1Output,
+    StepOutputs,
     one_against_rest,
     prompts_of,
     relative_to_background,
@@ -156,7 +156,7 @@ class RFMedSam2(nn.Module):
         training = self.encoder_learns and torch.is_grad_enabled()
         side = frames.shape[-1]
         each = frame_bytes(self.config.backbone, size, side=side, training=training)
-        count = at_once(self.refiner.compute.memory_mb, each)
+        count = chunk_size(self.refiner.compute.memory_mb, each)
         resized = side != size and not self.sam.resizes_frames
 
         def chunk(part: Tensor) -> tuple[Tensor, ...]:
@@ -173,26 +173,28 @@ class RFMedSam2(nn.Module):
             fine, middle, embedding = encoded(frames) if self.cache is None else self.cache.levels(frames, encoded)
         return self.sam.features((fine, middle, embedding))
 
-    def start_from_logits(self, logits: Tensor) -> Start:
+    def start_from_logits(self, logits: Tensor) -> RefinementInput:
         """Begin with Step 0's logits (N, outputs, H, W)."""
         if not self.config.propagate_loss:
             logits = logits.detach()
-        evidence = relative_to_background(logits.float(), regions=self.regions)
+        base_logits = relative_to_background(logits.float(), regions=self.regions)
         masks = one_against_rest(logits.float(), regions=self.regions) if self.config.mask_prompt else None
-        return Start(prompts=prompts_of(evidence, regions=self.regions), evidence=evidence, masks=masks)
+        return RefinementInput(
+            prompts=prompts_of(base_logits, regions=self.regions), base_logits=base_logits, masks=masks
+        )
 
-    def start_from_boxes(self, prompts: Prompts, size: Size, *, tokens: Tensor | None = None) -> Start:
+    def start_from_boxes(self, prompts: Prompts, size: Size, *, tokens: Tensor | None = None) -> RefinementInput:
         """Begin with boxes in pixels of frames of `size`: nothing else is known of the masks."""
-        evidence = prompts.boxes.new_full((*prompts.present.shape, *size), ABSENT)
-        return Start(prompts=prompts, evidence=evidence, tokens=tokens)
+        base_logits = prompts.boxes.new_full((*prompts.present.shape, *size), ABSENT)
+        return RefinementInput(prompts=prompts, base_logits=base_logits, tokens=tokens)
 
-    def first(self, features: FrameFeatures, start: Start) -> FirstStep:
+    def first(self, features: FrameFeatures, start: RefinementInput) -> Step1Output:
         """Step 1; see `Refiner.first`."""
         return self.refiner.first(features, start)
 
-    def remember(self, features: FrameFeatures, first: FirstStep, volumes: int) -> Memory:
-        """Memories of Step 1; see `Refiner.remember`."""
-        return self.refiner.remember(features, first, volumes)
+    def encode_memory(self, features: FrameFeatures, first: Step1Output, volumes: int) -> Memory:
+        """Memories of Step 1; see `Refiner.encode_memory`."""
+        return self.refiner.encode_memory(features, first, volumes)
 
     def second(self, features: FrameFeatures, logits: Tensor, memory: Memory, *, at: Tensor | None = None) -> Tensor:
         """Step 2; see `Refiner.second`."""
@@ -200,7 +202,7 @@ class RFMedSam2(nn.Module):
 
     # ---- whole patches
 
-    def steps(self, volumes: Tensor, boxes: Prompts | None = None) -> Steps:
+    def steps(self, volumes: Tensor, boxes: Prompts | None = None) -> StepOutputs:
         """All steps of patches (B, M, D, H, W).
 
         Args:
@@ -214,23 +216,25 @@ class RFMedSam2(nn.Module):
         if self.config.generator == "unet":
             outputs = logits[0] = self.prompt_volumes(volumes)
             if self.step == 0 and not self.training:
-                return Steps(logits=logits)
+                return StepOutputs(logits=logits)
             full = outputs if isinstance(outputs, Tensor) else outputs[0]
             start = self.start_from_logits(full.transpose(1, 2).flatten(0, 1))
         features = self.encode(volumes.transpose(1, 2).flatten(0, 1))
         if start is None:
             start = self.start(features, size, boxes)
             if self.config.generator == "hierarchical_masks":
-                logits[0] = with_background(start.evidence, count, regions=self.regions)
+                logits[0] = with_background(start.base_logits, count, regions=self.regions)
         first = self.first(features, start)
         logits[1] = with_background(first.logits, count, regions=self.regions)
         if self.last_step > 1 and (self.training or self.step != 1):
-            memory = self.remember(features, first, count)
+            memory = self.encode_memory(features, first, count)
             second = self.second(features, first.logits, memory)
             logits[2] = with_background(second, count, regions=self.regions)
-        return Steps(logits=logits, scores=first.scores, cells=first.cells, found=start.found, presence=start.presence)
+        return StepOutputs(
+            logits=logits, scores=first.scores, objects=first.objects, found=start.found, presence=start.presence
+        )
 
-    def start(self, features: FrameFeatures, size: Size, boxes: Prompts | None) -> Start:
+    def start(self, features: FrameFeatures, size: Size, boxes: Prompts | None) -> RefinementInput:
         """Begin without a U-Net: with given boxes, or with what a generator makes of the frames' features."""
         match self.config.generator:
             case "gt":
@@ -248,7 +252,7 @@ class RFMedSam2(nn.Module):
             case _:
                 return self._start_from_queries(features, size, boxes)
 
-    def _start_from_queries(self, features: FrameFeatures, size: Size, teacher: Prompts | None) -> Start:
+    def _start_from_queries(self, features: FrameFeatures, size: Size, teacher: Prompts | None) -> RefinementInput:
         assert self.generator is not None
         found, presence = self.generator(features)
         present = presence.detach() > 0 if teacher is None else teacher.present

@@ -52,7 +52,7 @@ class Embedded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompted:
+class PromptBatch:
     """Prompts of P objects; None leaves that kind out for all of them.
 
     Attributes:
@@ -82,9 +82,9 @@ class Prompted:
     def __len__(self) -> int:
         return len(self.images)
 
-    def at(self, index: Tensor | slice) -> Prompted:
+    def at(self, index: Tensor | slice) -> PromptBatch:
         """The prompts named."""
-        return Prompted(
+        return PromptBatch(
             images=self.images[index],
             points=_rows(self.points, index),
             point_labels=_rows(self.point_labels, index),
@@ -92,7 +92,7 @@ class Prompted:
             masks=_rows(self.masks, index),
         )
 
-    def by_click_count(self) -> list[tuple[Tensor, Prompted]]:
+    def by_click_count(self) -> list[tuple[Tensor, PromptBatch]]:
         """The prompts in groups of equally many points, without padding: (rows (p,), their prompts).
 
         A decoder takes padding for a prompt of its own, so that rows of one tensor would depend on the longest of
@@ -108,7 +108,7 @@ class Prompted:
         groups = []
         for count in counts.unique().tolist():
             rows = (counts == count).nonzero()[:, 0]
-            chosen = Prompted(images=self.images[rows], boxes=_rows(self.boxes, rows), masks=_rows(self.masks, rows))
+            chosen = PromptBatch(images=self.images[rows], boxes=_rows(self.boxes, rows), masks=_rows(self.masks, rows))
             if count:
                 clicks = {"points": points[rows, :count], "point_labels": labels[rows, :count]}
                 chosen = replace(chosen, **clicks)
@@ -150,18 +150,18 @@ class Segmenter(Protocol):
     frame_size: int
     channels: int
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255 that are already resized to at most S x S.
 
-        What is missing is padded with zeros to the right and below, after normalising, as SAM does.
+        What is missing is padded with zeros to the right and below, after normalizing, as SAM does.
         """
         ...
 
     def encode(self, frames: Tensor) -> Embedded:
-        """Embed normalised frames (B, 3, S, S)."""
+        """Embed normalized frames (B, 3, S, S)."""
         ...
 
-    def segment(self, embedded: Embedded, prompted: Prompted, *, previous: Segmented | None = None) -> Segmented:
+    def segment(self, embedded: Embedded, prompted: PromptBatch, *, previous: Segmented | None = None) -> Segmented:
         """Mask the prompted objects.
 
         Args:
@@ -180,8 +180,8 @@ def _rows(tensor: Tensor | None, index: Tensor | slice) -> Tensor | None:
     return None if tensor is None else tensor[index]
 
 
-def normalised(images: Tensor, frame_size: int) -> Tensor:
-    """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255, h and w at most S: SAM's and SAM 2's `normalise`."""
+def normalized(images: Tensor, frame_size: int) -> Tensor:
+    """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255, h and w at most S: SAM's and SAM 2's `normalize`."""
     images = images.float()
     mean, deviation = (images.new_tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     frames = (images / 255 - mean) / deviation

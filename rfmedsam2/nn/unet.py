@@ -1,7 +1,7 @@
 """The U-Net: dynamic-network-architectures' plain or residual encoder and decoder, as nnU-Net trains them.
 
 Built from a `UNetConfig`: instance norm (affine, eps 1e-5), leaky ReLU, convolutions with bias, nnU-Net's He
-initialisation. Parameter names are a subset of nnU-Net's: what the library registers twice is kept once, so that a
+initialization. Parameter names are a subset of nnU-Net's: what the library registers twice is kept once, so that a
 state dict holds every tensor exactly once.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rfmedsam2.records.base import Record
+from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.prediction import PredictingModel
 
 
@@ -17,7 +17,7 @@ class ArchivedFile(Record):
     sha256: str
 
 
-class Manifest(Record):
+class Manifest(VersionedRecord):
     """The member manifest.json, first in the archive."""
 
     format: Literal[1] = 1

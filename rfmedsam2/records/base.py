@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
 from rfmedsam2.errors import RecordError
@@ -47,6 +48,39 @@ class Record(BaseModel):
     def to_json(self) -> str:
         """Readable JSON: one field a line, lists of numbers or words on one line."""
         return dump_json(self.model_dump(mode="json"))
+
+
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
+"""Plain data of one format -> plain data of the next; its argument is a copy that it may change."""
+
+
+def renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A copy with some keys renamed, in the same order; what else it holds stays."""
+    return {names.get(key, key): value for key, value in data.items()}
+
+
+class VersionedRecord(Record):
+    """A record with a format number, which is raised when a field is renamed or gets another meaning.
+
+    A subclass of format N lists N - 1 upgrades, from format 1 on: files of every earlier format are read, in any place
+    where the record stands (a plan within a checkpoint, too), and written back in the newest. A later format than this
+    version knows is a fault.
+    """
+
+    upgrades: ClassVar[tuple[Upgrade, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _climb(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        newest = len(cls.upgrades) + 1
+        found = data.get("format", newest)
+        if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= newest:
+            return data  # the field's own validation says what is wrong
+        for number, upgrade in enumerate(cls.upgrades[found - 1 :], start=found + 1):
+            data = upgrade(dict(data)) | {"format": number}
+        return data
 
 
 def dump_json(value: object, indent: int = 0) -> str:

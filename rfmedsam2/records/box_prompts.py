@@ -12,7 +12,7 @@ from rfmedsam2.records.base import Record
 Place = Annotated[FiniteFloat, Field(ge=0)]
 
 
-class GivenBox(Record):
+class BoxPrompt(Record):
     """A rectangle about one object on one slice, in voxels of the image file, counted from 0."""
 
     label: str | int
@@ -30,10 +30,10 @@ class GivenBox(Record):
         return self
 
 
-class GivenBoxes(Record):
+class BoxPromptFile(Record):
     """The file {case: [{"label": ..., "slice": ..., "box": [x0, y0, x1, y1]}, ...], ...}."""
 
-    cases: dict[str, tuple[GivenBox, ...]]
+    cases: dict[str, tuple[BoxPrompt, ...]]
 
     @model_validator(mode="before")
     @classmethod

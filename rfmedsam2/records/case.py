@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from typing import Literal
 
-from rfmedsam2.records.base import Record
+from rfmedsam2.records.base import Record, VersionedRecord
 
 ThreeInts = tuple[int, int, int]
 ThreeFloats = tuple[float, float, float]
@@ -46,7 +46,7 @@ class ForegroundClass(Record):
     """How many locations were kept."""
 
 
-class CaseRecord(Record):
+class CaseRecord(VersionedRecord):
     """The file CASE.json: written last, so that a case with a record is a finished case."""
 
     format: Literal[1] = 1

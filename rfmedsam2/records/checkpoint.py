@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rfmedsam2.records.base import Record
+from rfmedsam2.records.base import VersionedRecord
 from rfmedsam2.records.plan import Plan
 
 STAGE_CHANGEABLE = {"train", "validation", "inference", "compute"}
 """Fields of a Stage that may change when a training goes on; `train` is compared by itself."""
 
 
-class TrainedRecord(Record):
+class TrainedRecord(VersionedRecord):
     """What every checkpoint says, whatever was trained; each kind of training adds what it was trained by."""
 
     format: Literal[1] = 1

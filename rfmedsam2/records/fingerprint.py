@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rfmedsam2.records.base import Record
+from rfmedsam2.records.base import Record, VersionedRecord
 
 
 class CaseFingerprint(Record):
@@ -37,7 +37,7 @@ class IntensityStatistics(Record):
     percentile_99_5: float
 
 
-class Fingerprint(Record):
+class Fingerprint(VersionedRecord):
     """What `rfmed_plan_and_preprocess` found out about a dataset."""
 
     format: Literal[1] = 1

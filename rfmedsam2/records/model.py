@@ -65,10 +65,10 @@ LIGHT_BACKBONES: tuple[Backbone, ...] = ("mobile_sam", "lite_medsam")
 PromptGenerator = Literal[
     "unet", "object_queries", "scored_object_queries", "point_embeddings", "hierarchical_masks", "gt"
 ]
-"""Seed 004, Fig. 4(4): unet is e and f, object_queries a, scored_object_queries b, point_embeddings c,
+"""RFMedSAM 2 paper, Fig. 4(4): unet is e and f, object_queries a, scored_object_queries b, point_embeddings c,
 hierarchical_masks d; gt takes boxes from reference labels or from a person."""
 MemoryStrategy = Literal["sam2", "preceding", "following", "both"]
-"""Seed 004, Fig. 4(2): sam2 is a, preceding b, following c, both d."""
+"""RFMedSAM 2 paper, Fig. 4(2): sam2 is a, preceding b, following c, both d."""
 
 
 class AdapterConfig(Record):

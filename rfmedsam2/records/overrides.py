@@ -13,13 +13,13 @@ from rfmedsam2.records.base import Record
 RecordT = TypeVar("RecordT", bound=Record)
 
 
-def with_changes(record: RecordT, assignments: Sequence[str], *, within: str | None = None, where: object) -> RecordT:
+def with_overrides(record: RecordT, assignments: Sequence[str], *, within: str | None = None, where: object) -> RecordT:
     """Change some fields of a record.
 
     Args:
         record: stays as it is.
         assignments: each PATH=VALUE. PATH is a field and those below it ("train.epochs"); items of lists are numbers
-            ("normalisation.0.use_mask"). VALUE is JSON, or else a word. Changing a `kind`
+            ("normalization.0.use_mask"). VALUE is JSON, or else a word. Changing a `kind`
             ("train.optimizer.kind=adamw") takes the defaults of that kind.
         within: a field whose own fields may be named without it.
         where: what error messages name.

@@ -2,19 +2,19 @@
 
 Every figure that a user may want to change is a field here. Tuples over axes follow the planned axis order
 (`transpose_forward` applied to z, y, x), lengths are mm. Defaults of training and augmentation are those of RFMedSAM 2
-(seed paper, appendix G) and, where it is silent, nnU-Net's.
+(its paper, appendix G) and, where it is silent, nnU-Net's.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from rfmedsam2.errors import PlanError
-from rfmedsam2.records.base import Record
+from rfmedsam2.records.base import Record, VersionedRecord, renamed
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import (
@@ -40,7 +40,7 @@ def is_plan_name(name: str) -> bool:
     return plain and "__" not in name and name not in TAKEN_NAMES
 
 
-class Normalisation(Record):
+class Normalization(Record):
     """How one channel's intensities are scaled (nnU-Net's schemes by their meaning)."""
 
     kind: Literal["ct", "zscore", "rescale_0_1", "rgb_0_1", "none"]
@@ -63,8 +63,9 @@ class Sampling(Record):
 
     oversample_foreground: Probability = 0.33
     """Share of a batch's samples that must hold a voxel of a random foreground class."""
-    cells: Count | None = None
-    """RFMedSAM 2: decode at most so many cells (one class on one frame) of a batch, drawn at random; None: all."""
+    max_prompted_objects: Count | None = None
+    """RFMedSAM 2: decode at most this many object prompts (one class on one slice) per batch,
+    drawn at random; None: all."""
 
 
 class Augmentation(Record):
@@ -222,7 +223,7 @@ class Stage(Record):
     patch_size: tuple[Count, ...]
     """Two entries for a 2D stage (slices along the first planned axis), else three."""
     batch_size: Count
-    normalisation: tuple[Normalisation, ...]
+    normalization: tuple[Normalization, ...]
     """One per channel."""
     resampling: Resampling = Resampling()
     sampling: Sampling = Sampling()
@@ -256,10 +257,29 @@ class Stage(Record):
         return self
 
 
-class Plan(Record):
+def _plan_1_to_2(data: dict[str, Any]) -> dict[str, Any]:
+    """`normalisation` became `normalization`; `cells` of `sampling` became `max_prompted_objects`."""
+    stages = data.get("stages")
+    if isinstance(stages, dict):
+        data["stages"] = {name: _stage_1_to_2(stage) for name, stage in stages.items()}
+    return data
+
+
+def _stage_1_to_2(stage: object) -> object:
+    if not isinstance(stage, dict):
+        return stage
+    stage = renamed(stage, {"normalisation": "normalization"})
+    if isinstance(sampling := stage.get("sampling"), dict):
+        stage["sampling"] = renamed(sampling, {"cells": "max_prompted_objects"})
+    return stage
+
+
+class Plan(VersionedRecord):
     """The plan of one dataset: what `rfmed_plan_and_preprocess` decides and every other command follows."""
 
-    format: Literal[1] = 1
+    upgrades = (_plan_1_to_2,)
+
+    format: Literal[2] = 2
     name: str
     """Name of the plan (file name without .json): rfmed, rfmed_cpu, nnunet ..."""
     dataset: str
@@ -312,8 +332,8 @@ class Plan(Record):
     @model_validator(mode="after")
     def _channels_agree(self) -> Self:
         for name, stage in self.stages.items():
-            if len(stage.normalisation) != len(self.channels):
-                raise ValueError(f"stage {name} normalises {len(stage.normalisation)} of {len(self.channels)} channels")
+            if len(stage.normalization) != len(self.channels):
+                raise ValueError(f"stage {name} normalizes {len(stage.normalization)} of {len(self.channels)} channels")
         if len(self.intensities) != len(self.channels):
             raise ValueError(f"intensities of {len(self.intensities)} of {len(self.channels)} channels")
         if sorted(self.transpose_forward) != [0, 1, 2]:

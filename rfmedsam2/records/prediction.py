@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rfmedsam2.records.base import Record
+from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.dataset import LabelSet
 
 
@@ -38,7 +38,7 @@ class PredictedCase(Record):
 PREDICTIONS = "predictions.json"
 
 
-class PredictionsRecord(Record):
+class PredictionsRecord(VersionedRecord):
     """The file predictions.json, beside label maps."""
 
     format: Literal[1] = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rfmedsam2.records.base import Record
+from rfmedsam2.records.base import Record, VersionedRecord
 
 
 class ClassMetrics(Record):
@@ -41,7 +41,7 @@ class Interval(Record):
     """Cases with a defined value."""
 
 
-class Evaluation(Record):
+class Evaluation(VersionedRecord):
     """The file metrics.json."""
 
     format: Literal[1] = 1

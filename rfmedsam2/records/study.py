@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rfmedsam2.records.base import Record
+from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.report import CaseMetrics, Interval
 
 PromptKind = Literal["box", "point"]
@@ -30,14 +30,14 @@ class StudyRow(Record):
     cases: tuple[CaseMetrics, ...]
 
 
-class PromptStudy(Record):
+class PromptStudy(VersionedRecord):
     """The file prompt_study.json."""
 
     format: Literal[1] = 1
     dataset: str
     cases: tuple[str, ...]
     channels: tuple[str, ...]
-    """What the three colours were made of."""
+    """What the three colors were made of."""
     window: str
     """How intensities became 0 to 255."""
     empty_policy: str

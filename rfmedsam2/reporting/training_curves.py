@@ -169,7 +169,7 @@ def _legend(ax: Axes) -> None:
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most RAW_POINTS points: means of neighbours."""
+    """At most RAW_POINTS points: means of neighbors."""
     group = -(-len(steps) // RAW_POINTS) if len(steps) else 1
     whole = len(steps) // group * group
     return steps[:whole].reshape(-1, group).mean(axis=1), values[:whole].reshape(-1, group).mean(axis=1)

@@ -100,7 +100,7 @@ def read_record(path: Path, kind: type[R]) -> R:
     return kind.from_json(text, where=path)
 
 
-def move_aside(folder: Path) -> Path | None:
+def backup_folder(folder: Path) -> Path | None:
     """Rename a folder of results so that a new one can take its place; gives the new name, None if there is none."""
     if not folder.exists():
         return None

@@ -75,7 +75,7 @@ class Case:
     group: str | None = None
 
 
-def entries_of(folder: Path, ending: str | None) -> list[Path]:
+def list_images(folder: Path, ending: str | None) -> list[Path]:
     """Files of a folder with this ending (None: any image ending), and folders that hold a DICOM series, sorted."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -89,7 +89,7 @@ def entries_of(folder: Path, ending: str | None) -> list[Path]:
     return found
 
 
-def stem_of(path: Path, ending: str | None) -> str:
+def file_stem(path: Path, ending: str | None) -> str:
     """The name without its ending; a folder's whole name."""
     if path.is_dir():
         return path.name
@@ -108,7 +108,7 @@ def grouped(
     """
     by_stem: dict[str, list[Path]] = {}
     for path in paths:
-        by_stem.setdefault(stem_of(path, ending), []).append(path)
+        by_stem.setdefault(file_stem(path, ending), []).append(path)
     numbers: dict[str, set[int]] = {}
     for stem in by_stem:
         if match := _SUFFIXED.fullmatch(stem):
@@ -184,7 +184,7 @@ def case_of(
     return tuple(files[n][0] for n in numbers if n < len(channels)), faults
 
 
-def case_clashes(ids: Iterable[str]) -> list[Fault]:
+def case_insensitive_duplicates(ids: Iterable[str]) -> list[Fault]:
     """Ids that differ only in letter case: one and the same on many file systems."""
     by_lower: dict[str, list[str]] = {}
     for case in ids:
@@ -203,7 +203,7 @@ def case_clashes(ids: Iterable[str]) -> list[Fault]:
     ]
 
 
-def what_is_in(folder: Path) -> str:
+def describe_contents(folder: Path) -> str:
     """A phrase for error messages: how many files of which endings a folder holds, with an example."""
     if not folder.is_dir():
         return "no such folder"
@@ -218,7 +218,7 @@ def what_is_in(folder: Path) -> str:
     return (", ".join(parts) + example) if parts else "an empty folder"
 
 
-def nearest(name: str, folder: Path) -> str | None:
+def closest_name(name: str, folder: Path) -> str | None:
     """The entry of a folder whose name is closest to `name`, None when none is near."""
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.6)

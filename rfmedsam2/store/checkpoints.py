@@ -19,9 +19,7 @@ from safetensors import SafetensorError, safe_open
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
 from rfmedsam2.store.atomic import atomic, writing_to
-from rfmedsam2.store.checkpoint_header import CheckpointHeader, RecordT, read_header, read_record_of, record_sha256
-
-__all__ = ["read_all", "read_record_of", "read_weights", "weights_sha256", "write_checkpoint"]
+from rfmedsam2.store.checkpoint_header import CheckpointHeader, RecordT, read_header, record_sha256
 
 MODEL = "model/"
 DTYPES = {

@@ -16,43 +16,15 @@ from rfmedsam2.geometry import Volume
 from rfmedsam2.store.atomic import atomic, writing_to
 from rfmedsam2.store.formats.dicom import dicom_files, is_dicom_file, read_dicom, read_dicom_header
 from rfmedsam2.store.formats.image_header import (
-    MAX_SKEW_DEGREES,
-    ChangedWhileReadingError,
     ImageHeader,
-    NiftiGeometry,
     NotLabelsError,
-    TruncatedImageError,
     disagreement,
-    displacement_mm,
     parsing,
     unchanged,
 )
 from rfmedsam2.store.formats.itk import PICTURE_ENDINGS, read_itk, read_itk_header, write_itk_label, write_mhd_label
 from rfmedsam2.store.formats.mgz import read_mgz, read_mgz_header, write_mgz_label
 from rfmedsam2.store.formats.nifti import read_nifti, read_nifti_header, write_nifti_label
-from rfmedsam2.store.orientation import Orientation, reoriented
-
-__all__ = [
-    "IMAGE_ENDINGS",
-    "MAX_SKEW_DEGREES",
-    "ChangedWhileReadingError",
-    "ImageHeader",
-    "NiftiGeometry",
-    "NotLabelsError",
-    "Orientation",
-    "TruncatedImageError",
-    "as_labels",
-    "disagreement",
-    "displacement_mm",
-    "image_ending",
-    "read_channels",
-    "read_header",
-    "read_image",
-    "read_label",
-    "reoriented",
-    "with_channel",
-    "write_label",
-]
 
 _NIFTI = (".nii.gz", ".nii")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -201,7 +173,7 @@ def as_labels(array: np.ndarray, *, where: object) -> np.ndarray:
             where=where,
             expected="integers",
             found=f"{int((away > _INTEGER_TOLERANCE).sum())} such voxels, for instance {array.flat[away.argmax()]:.6g}",
-            remedy="Resample label maps with nearest neighbour, and store them as integers",
+            remedy="Resample label maps with nearest neighbor, and store them as integers",
         )
     return labels
 

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rfmedsam2.errors import DatasetError, UsageError
-from rfmedsam2.store.case_files import Case, case_clashes, case_of, entries_of, grouped, stem_of, what_is_in
+from rfmedsam2.store.case_files import (
+    Case,
+    case_insensitive_duplicates,
+    case_of,
+    describe_contents,
+    file_stem,
+    grouped,
+    list_images,
+)
 from rfmedsam2.store.formats.dicom import is_dicom_file, is_dicom_folder
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending
 
@@ -47,16 +55,16 @@ def find_cases(source: Path | Sequence[Path], *, channels: int, file_ending: str
 
 
 def _in_folder(folder: Path, channels: int, ending: str | None) -> tuple[Case, ...]:
-    entries = entries_of(folder, ending)
+    entries = list_images(folder, ending)
     only_slices = all(p.is_file() and image_ending(p) in (None, ".dcm") for p in entries)
     if only_slices and is_dicom_folder(folder):
         return (Case(id=folder.resolve().name, images=(folder,)),)
-    if not entries and (others := entries_of(folder, None)):
+    if not entries and (others := list_images(folder, None)):
         # no file of the model's own format: any that can be read will do
         return _cases(others, channels, None, where=folder)
     if not entries:
         remedy = "Check the folder; images/ of a dataset are in imagesTr or imagesTs below it"
-        below = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and entries_of(p, ending)]
+        below = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and list_images(p, ending)]
         if below:
             remedy = f"Give the folder below that holds images: {', '.join(below[:4])}"
         name = f"CASE_0000{ending or '.nii.gz'}"
@@ -65,7 +73,7 @@ def _in_folder(folder: Path, channels: int, ending: str | None) -> tuple[Case, .
             where=folder,
             expected=f"files like {name}"
             + (f" to _{channels - 1:04d}" if channels > 1 else " (_0000 may be left out)"),
-            found=what_is_in(folder),
+            found=describe_contents(folder),
             remedy=remedy,
         )
     return _cases(entries, channels, ending, where=folder)
@@ -86,7 +94,7 @@ def _cases(paths: Sequence[Path], channels: int, ending: str | None, *, where: o
         images, found = case_of(case, files, channels=names)
         cases.append(Case(id=case, images=images))
         faults += found
-    _require_sound([*faults, *case_clashes(c.id for c in cases)], where)
+    _require_sound([*faults, *case_insensitive_duplicates(c.id for c in cases)], where)
     return tuple(cases)
 
 
@@ -104,7 +112,7 @@ def _require_sound(faults: Sequence, where: object) -> None:
 def _with_siblings(path: Path, channels: int) -> list[Path]:
     """The other channels of a single file CASE_0000, where the model takes several."""
     ending = image_ending(path) or ""
-    stem = stem_of(path, ending)
+    stem = file_stem(path, ending)
     if channels == 1 or len(stem) < 6 or stem[-5] != "_" or not stem[-4:].isdigit():
         return [path]
     siblings = [path.with_name(f"{stem[:-4]}{n:04d}{ending}") for n in range(channels)]
@@ -141,7 +149,7 @@ def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
         cases.append(Case(id=case, images=files))
     if not cases:
         raise DatasetError("There are 0 cases to predict", where=path, found="an empty list")
-    _require_sound(case_clashes(c.id for c in cases), path)
+    _require_sound(case_insensitive_duplicates(c.id for c in cases), path)
     return tuple(sorted(cases, key=lambda c: c.id))
 
 

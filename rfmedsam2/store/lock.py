@@ -23,7 +23,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def sole_run(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of `folder` while inside; also clears away what a killed run had half written there.
 
     The folder is made if it is not there, and removed again if nothing was put into it. Where the file system knows no

@@ -18,18 +18,16 @@ from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.case_files import (
     Case,
     Fault,
-    case_clashes,
+    case_insensitive_duplicates,
     case_of,
-    entries_of,
+    closest_name,
+    describe_contents,
+    file_stem,
     grouped,
-    nearest,
-    stem_of,
-    what_is_in,
+    list_images,
 )
-from rfmedsam2.store.images import IMAGE_ENDINGS, ImageHeader, read_channels
-from rfmedsam2.store.input_discovery import find_cases
-
-__all__ = ["Case", "Fault", "RawDataset", "find_cases", "open_dataset", "read_case", "require_no_errors"]
+from rfmedsam2.store.formats.image_header import ImageHeader
+from rfmedsam2.store.images import IMAGE_ENDINGS, read_channels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +70,7 @@ def open_dataset(folder: Path) -> RawDataset:
         training, faults = _discovered(folder, json)
     if not training:
         raise _no_cases(folder, json)
-    faults += case_clashes(case.id for case in training)
+    faults += case_insensitive_duplicates(case.id for case in training)
     if json.numTraining is not None and json.numTraining != len(training):
         faults.append(
             Fault(
@@ -133,18 +131,18 @@ def require_no_errors(faults: Sequence[Fault], *, where: object) -> None:
 
 def _dataset_json(folder: Path) -> DatasetJson:
     if not folder.is_dir():
-        close = nearest(folder.name, folder.parent)
+        close = closest_name(folder.name, folder.parent)
         raise DatasetError(
             "There is no such dataset folder", where=folder, remedy=f"Did you mean {close}" if close else None
         )
     path = folder / "dataset.json"
     if not path.is_file():
-        close = nearest("dataset.json", folder)
+        close = closest_name("dataset.json", folder)
         raise DatasetError(
             "The dataset has no dataset.json",
             where=folder,
             expected='a file dataset.json with "channel_names", "labels", "numTraining" and "file_ending"',
-            found=what_is_in(folder),
+            found=describe_contents(folder),
             remedy=f"Rename {close} to dataset.json" if close else "Write one, as nnU-Net v2 describes it",
         )
     return read_record(path, DatasetJson)
@@ -154,11 +152,11 @@ def _discovered(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault
     ending = json.file_ending
     # labels of a DICOM dataset cannot be .dcm themselves
     label_ending = None if ending == ".dcm" else ending
-    label_files = [p for p in entries_of(folder / "labelsTr", label_ending) if not p.is_dir()]
+    label_files = [p for p in list_images(folder / "labelsTr", label_ending) if not p.is_dir()]
     labels: dict[str, list[Path]] = {}
     for path in label_files:
-        labels.setdefault(stem_of(path, label_ending), []).append(path)
-    images = entries_of(folder / "imagesTr", ending)
+        labels.setdefault(file_stem(path, label_ending), []).append(path)
+    images = list_images(folder / "imagesTr", ending)
     groups = grouped(images, channels=len(json.channels), ending=ending, known_ids=labels)
     cases, faults = [], _wrong_endings(folder, json, {*groups})
     for case, files in groups.items():
@@ -213,12 +211,12 @@ def _wrong_endings(folder: Path, json: DatasetJson, ids: set[str]) -> list[Fault
     """Images and labels with another ending than file_ending: no reader of the layout would see them."""
     faults = []
     for name in ("imagesTr", "labelsTr"):
-        for path in entries_of(folder / name, None):
+        for path in list_images(folder / name, None):
             if path.is_dir() or path.name.endswith(json.file_ending):
                 continue
             if json.file_ending == ".dcm" and name == "labelsTr":
                 continue
-            stem = stem_of(path, None)
+            stem = file_stem(path, None)
             case = next((i for i in (stem, stem[:-5]) if i in ids), None)
             faults.append(
                 Fault(
@@ -285,7 +283,7 @@ def _entry(folder: Path, case: str, entry: Mapping[str, Any]) -> tuple[tuple[Pat
 
 
 def _test_cases(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault]]:
-    entries = entries_of(folder / "imagesTs", json.file_ending)
+    entries = list_images(folder / "imagesTs", json.file_ending)
     cases, faults = [], []
     for case, files in grouped(entries, channels=len(json.channels), ending=json.file_ending).items():
         paths, found = case_of(case, files, channels=json.channels)
@@ -307,7 +305,7 @@ def _no_cases(folder: Path, json: DatasetJson) -> DatasetError:
         "The dataset has no training cases",
         where=folder,
         expected=expected,
-        found=f"in imagesTr: {what_is_in(images)}; in labelsTr: {what_is_in(labels)}",
+        found=f"in imagesTr: {describe_contents(images)}; in labelsTr: {describe_contents(labels)}",
         remedy=_hint(folder, json),
     )
 
@@ -315,10 +313,10 @@ def _no_cases(folder: Path, json: DatasetJson) -> DatasetError:
 def _hint(folder: Path, json: DatasetJson) -> str:
     for name in ("imagesTr", "labelsTr"):
         if not (folder / name).is_dir():
-            close = nearest(name, folder)
+            close = closest_name(name, folder)
             return f"Rename {close} to {name}" if close else f"Make the folder {name}"
-        others = [p for p in entries_of(folder / name, None) if not p.name.endswith(json.file_ending)]
-        if others and not entries_of(folder / name, json.file_ending):
+        others = [p for p in list_images(folder / name, None) if not p.name.endswith(json.file_ending)]
+        if others and not list_images(folder / name, json.file_ending):
             ending = next((e for e in IMAGE_ENDINGS if others[0].name.lower().endswith(e)), others[0].suffix)
             return f'Set "file_ending" in dataset.json to "{ending}", if that is the format of images and labels'
     return "Check that names and file_ending fit each other"

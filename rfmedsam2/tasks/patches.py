@@ -64,9 +64,9 @@ class PatchSource:
         self._final = stage.patch_size
         self._read = read_size(stage.augmentation, self._final) if augment else tuple(self._final)
         if augment:
-            self._transforms = training_transforms(stage.augmentation, self._final, stage.normalisation)
+            self._transforms = training_transforms(stage.augmentation, self._final, stage.normalization)
         else:
-            self._transforms = plain_transforms(stage.normalisation)
+            self._transforms = plain_transforms(stage.normalization)
 
     def cases(self, step: int) -> tuple[str, ...]:
         """Ids of the cases of batch `step`, without reading anything."""
@@ -78,9 +78,9 @@ class PatchSource:
         The places are drawn from (seed, rank, step); the random changes from the global generators, which the caller
         has seeded.
         """
-        generator = self._generator(step)
-        ids = self._drawn(generator)
-        samples = [self._sample(name, slot, generator) for slot, name in enumerate(ids)]
+        rng = self._generator(step)
+        ids = self._drawn(rng)
+        samples = [self._sample(name, slot, rng) for slot, name in enumerate(ids)]
         return PatchBatch(
             image=torch.stack([image for image, _ in samples]),
             target=torch.stack([label for _, label in samples]),
@@ -90,8 +90,8 @@ class PatchSource:
     def _generator(self, step: int) -> np.random.Generator:
         return np.random.default_rng((self._seed, self._rank, step))
 
-    def _drawn(self, generator: np.random.Generator) -> tuple[str, ...]:
-        picks = generator.integers(len(self._ids), size=self._stage.batch_size)
+    def _drawn(self, rng: np.random.Generator) -> tuple[str, ...]:
+        picks = rng.integers(len(self._ids), size=self._stage.batch_size)
         return tuple(self._ids[i] for i in picks)
 
     def _open(self, name: str) -> StoredCase:
@@ -99,10 +99,10 @@ class PatchSource:
             self._cases[name] = self._store.open(name)
         return self._cases[name]
 
-    def _sample(self, name: str, slot: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _sample(self, name: str, slot: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         try:
             case = self._open(name)
-            box = self._box(case, self._forced(slot), generator)
+            box = self._box(case, self._forced(slot), rng)
             image, label = read_padded(case, box)
         except RfMedSamError:
             raise
@@ -127,7 +127,7 @@ class PatchSource:
             total * (1 - self._stage.sampling.oversample_foreground)
         )
 
-    def _box(self, case: StoredCase, forced: bool, generator: np.random.Generator) -> tuple[tuple[int, int], ...]:
+    def _box(self, case: StoredCase, forced: bool, rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
         """Half-open ranges, possibly beyond the volume, of the region to read."""
         read = (1, *self._read) if self._stage.is_2d else self._read
         final = (1, *self._final) if self._stage.is_2d else self._final
@@ -135,23 +135,23 @@ class PatchSource:
         margin = [max(r - f, r - n) for r, f, n in zip(read, final, case.shape, strict=True)]
         low = np.array([-m // 2 for m in margin])
         high = np.array([n + m // 2 + m % 2 - r for n, m, r in zip(case.shape, margin, read, strict=True)])
-        centre = self._centre(case, forced, generator)
-        anywhere = centre is None
-        start = generator.integers(low, high + 1) if anywhere else np.maximum(low, centre - np.array(read) // 2)
+        center = self._center(case, forced, rng)
+        anywhere = center is None
+        start = rng.integers(low, high + 1) if anywhere else np.maximum(low, center - np.array(read) // 2)
         return tuple((int(s), int(s) + r) for s, r in zip(start, read, strict=True))
 
-    def _centre(self, case: StoredCase, forced: bool, generator: np.random.Generator) -> np.ndarray | None:
+    def _center(self, case: StoredCase, forced: bool, rng: np.random.Generator) -> np.ndarray | None:
         """A voxel that the patch must hold, or None for anywhere."""
         places = {key: voxels for key, voxels in case.foreground.items() if len(voxels)}
         annotated = places.pop(ANNOTATED, None)
         if forced and places:
             keys = list(places)
-            voxels = places[keys[int(generator.integers(len(keys)))]]
+            voxels = places[keys[int(rng.integers(len(keys)))]]
         elif self._labels.ignore is not None and annotated is not None:
             voxels = annotated
         else:
             return None
-        flat = int(voxels[int(generator.integers(len(voxels)))])
+        flat = int(voxels[int(rng.integers(len(voxels)))])
         return np.array(np.unravel_index(flat, case.shape))
 
 

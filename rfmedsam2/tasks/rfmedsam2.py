@@ -13,10 +13,12 @@ from torch import Tensor
 from rfmedsam2 import models
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
-from rfmedsam2.inference.refinement import Request, Tiling, predict_refined_slabs, steps_of
-from rfmedsam2.losses import deep_supervision_losses, generalised_box_iou_loss, memberships, segmentation_losses
+from rfmedsam2.inference.refined_tiles import Request, Tiling
+from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
+from rfmedsam2.losses import deep_supervision_losses, generalized_box_iou_loss, memberships, segmentation_losses
 from rfmedsam2.nn.feature_cache import feature_cache
-from rfmedsam2.nn.rfmedsam2 import RFMedSam2, Steps
+from rfmedsam2.nn.refinement_state import StepOutputs
+from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan, Split
@@ -51,7 +53,7 @@ class RFMedSam2Task:
         self.model: RFMedSam2 = model.to(runtime.device)
         self.model.deep_supervision = self.stage.loss.deep_supervision
         self.model.refiner.compute = self.stage.compute
-        self.model.refiner.most_cells = self.stage.sampling.cells
+        self.model.refiner.max_objects = self.stage.sampling.max_prompted_objects
         self.model.cache = feature_cache(self.stage, learns=self.model.encoder_learns)
         self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
 
@@ -77,8 +79,8 @@ class RFMedSam2Task:
             parts |= {f"step{number}/{name}": part for name, part in found.items()}
         parts |= generator_losses(steps, reference, batch.image.shape[-1])
         if self.model.config.object_scores and steps.scores is not None and len(steps.scores):
-            assert steps.cells is not None
-            present = reference.present[steps.cells[:, 0], steps.cells[:, 1]]
+            assert steps.objects is not None
+            present = reference.present[steps.objects[:, 0], steps.objects[:, 1]]
             parts["step1/object_score"] = F.binary_cross_entropy_with_logits(steps.scores.float(), present.float())
         if self._runtime.world_size > 1:
             # ranks whose patch holds no prompted cell take part in the exchange of gradients all the same
@@ -150,8 +152,8 @@ def reference_prompts(target: Tensor, labels: LabelSet) -> Prompts:
     return prompts_from_labels(members.to(torch.uint8).argmax(1), len(labels.values) - 1)
 
 
-def generator_losses(steps: Steps, reference: Prompts, size: int) -> dict[str, Tensor]:
-    """What generators of boxes learn from: presence (binary cross-entropy), L1 and generalised IoU of the boxes.
+def generator_losses(steps: StepOutputs, reference: Prompts, size: int) -> dict[str, Tensor]:
+    """What generators of boxes learn from: presence (binary cross-entropy), L1 and generalized IoU of the boxes.
 
     Args:
         steps: of the network.
@@ -167,7 +169,7 @@ def generator_losses(steps: Steps, reference: Prompts, size: int) -> dict[str, T
         # a sum over an empty selection is 0 and keeps the graph
         count = max(1, len(found))
         parts["step0/box_l1"] = (found - wanted).abs().sum() / count
-        parts["step0/box_giou"] = generalised_box_iou_loss(found, wanted).sum() / count
+        parts["step0/box_giou"] = generalized_box_iou_loss(found, wanted).sum() / count
     return parts
 
 

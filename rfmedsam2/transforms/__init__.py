@@ -1,1 +1,1 @@
-"""Array -> array: crop, resample, normalise, augment; each can be undone where undoing makes sense."""
+"""Array -> array: crop, resample, normalize, augment; each can be undone where undoing makes sense."""

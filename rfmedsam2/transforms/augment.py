@@ -28,7 +28,7 @@ from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, 
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 
-from rfmedsam2.records.plan import Augmentation, Normalisation
+from rfmedsam2.records.plan import Augmentation, Normalization
 from rfmedsam2.transforms.augment_kernels import distinct_labels, sample_labels
 
 OUTSIDE = -1
@@ -77,7 +77,7 @@ def read_size(config: Augmentation, patch_size: Sequence[int]) -> tuple[int, ...
 
 
 def training_transforms(
-    config: Augmentation, patch_size: Sequence[int], normalisation: Sequence[Normalisation]
+    config: Augmentation, patch_size: Sequence[int], normalization: Sequence[Normalization]
 ) -> BasicTransform:
     """nnU-Net's training transforms with the plan's figures.
 
@@ -92,12 +92,12 @@ def training_transforms(
     steps += _intensity(config, low_resolution_ignores=(0,) if flat else None)
     if config.mirror_axes:
         steps.append(MirrorTransform(allowed_axes=tuple(a for a in config.mirror_axes if a < len(patch_size))))
-    return ComposeTransforms([*steps, *_closing(normalisation)])
+    return ComposeTransforms([*steps, *_closing(normalization)])
 
 
-def plain_transforms(normalisation: Sequence[Normalisation]) -> BasicTransform:
+def plain_transforms(normalization: Sequence[Normalization]) -> BasicTransform:
     """What validation patches get: outside removed, nothing random."""
-    return ComposeTransforms(_closing(normalisation))
+    return ComposeTransforms(_closing(normalization))
 
 
 def _spatial(config: Augmentation, target: tuple[int, ...], patch_size: Sequence[int]) -> BasicTransform:
@@ -202,8 +202,8 @@ def _towards_one(limits: tuple[float, float]) -> Any:
     return BGContrast(limits)
 
 
-def _closing(normalisation: Sequence[Normalisation]) -> list[BasicTransform]:
-    masked = [channel for channel, scheme in enumerate(normalisation) if scheme.use_mask]
+def _closing(normalization: Sequence[Normalization]) -> list[BasicTransform]:
+    masked = [channel for channel, scheme in enumerate(normalization) if scheme.use_mask]
     steps: list[BasicTransform] = []
     if masked:
         steps.append(MaskImageTransform(apply_to_channels=masked, channel_idx_in_seg=0, set_outside_to=0))

@@ -1,7 +1,7 @@
 """Cropping to the region that holds anything but zero, and telling "outside" zeros from zeros within.
 
 Equal to nnU-Net's `crop_to_nonzero`: the box of all voxels that are non-zero in any channel; "outside" are the zeros
-that reach the border of the volume over faces (6-neighbours), so that enclosed zeros count as inside (the reference
+that reach the border of the volume over faces (6-neighbors), so that enclosed zeros count as inside (the reference
 fills the holes of the non-zero mask, which is the same).
 """
 

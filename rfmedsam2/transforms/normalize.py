@@ -10,20 +10,20 @@ from typing_extensions import assert_never
 
 from rfmedsam2.errors import ImageError
 from rfmedsam2.records.fingerprint import IntensityStatistics
-from rfmedsam2.records.plan import Normalisation
+from rfmedsam2.records.plan import Normalization
 
 EPSILON = 1e-8
 """Smallest divisor (nnU-Net's)."""
 
 
-def normalise(
+def normalize(
     channel: np.ndarray,
-    how: Normalisation,
+    how: Normalization,
     statistics: IntensityStatistics,
     *,
     inside: np.ndarray | None = None,
 ) -> None:
-    """Normalise one channel in place.
+    """Normalize one channel in place.
 
     ct: clip to the training set's 0.5 and 99.5 percentiles, then (x - mean) / std of the training set.
     zscore: (x - mean) / std of this volume; with `use_mask` of its inside, and only that is changed.
@@ -81,9 +81,9 @@ def _rgb(channel: np.ndarray) -> None:
     low, high = float(channel.min()), float(channel.max())
     if low < 0 or high > 255:
         raise ImageError(
-            "Colour values lie outside 0 to 255",
-            expected="0 to 255 (normalisation rgb_0_1)",
+            "Color values lie outside 0 to 255",
+            expected="0 to 255 (normalization rgb_0_1)",
             found=f"{low:g} to {high:g}",
-            remedy="Plan this channel with another normalisation, or correct the image",
+            remedy="Plan this channel with another normalization, or correct the image",
         )
     channel /= 255.0

@@ -1,4 +1,4 @@
-"""From a volume as read to what a network sees: transpose, crop to non-zero, normalise, resample (nnU-Net's order).
+"""From a volume as read to what a network sees: transpose, crop to non-zero, normalize, resample (nnU-Net's order).
 
 `Restore` holds what is needed to put a prediction back on the source grid.
 """
@@ -15,7 +15,7 @@ from rfmedsam2.geometry import Box, Grid, Shape, Triple, Volume
 from rfmedsam2.records.case import CaseGeometry
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.transforms.crop import nonzero_box, outside_mask
-from rfmedsam2.transforms.normalize import normalise
+from rfmedsam2.transforms.normalize import normalize
 from rfmedsam2.transforms.resample import planned_shape, resample_image, resample_label, separate_axis
 
 OUTSIDE_LABEL = -1
@@ -86,7 +86,7 @@ class Prepared:
 
     Attributes:
         image: (C, a, b, c) float32, contiguous.
-        label: (a, b, c) int16, or None. Where a channel is normalised over the non-zero region only, -1 marks what lies
+        label: (a, b, c) int16, or None. Where a channel is normalized over the non-zero region only, -1 marks what lies
             outside, so that training can keep it at 0; else background stands there.
         restore: how to go back.
     """
@@ -108,7 +108,7 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
 
     Raises:
         PlanError: no such stage, or another number of channels than planned.
-        ImageError: values that the planned normalisation does not allow, label values above 32767.
+        ImageError: values that the planned normalization does not allow, label values above 32767.
     """
     config = plan.stage(stage)
     if volume.array.shape[0] != len(plan.channels):
@@ -125,7 +125,7 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
     cropped = _planned_view(volume.array, restore)
     marks = None if label is None else _planned_view(label.reshape((1, *volume.grid.shape_zyx)), restore)[0]
     resampled = restore.shape_planned != restore.shape_cropped
-    masked = any(n.kind == "zscore" and n.use_mask for n in config.normalisation)
+    masked = any(n.kind == "zscore" and n.use_mask for n in config.normalization)
     outside = outside_mask(cropped) if masked or (resampled and marks is not None) else None
     if marks is not None:
         marks = np.array(marks, dtype=np.int16, order="C")
@@ -133,7 +133,7 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
             np.copyto(marks, np.int16(OUTSIDE_LABEL), where=outside & (marks == 0))
     inside = None
     if outside is not None:
-        # labelled voxels count as inside even where the image is zero
+        # labeled voxels count as inside even where the image is zero
         inside = ~outside if marks is None else marks >= 0
         del outside
     axis = separate_axis(restore.spacing_source, restore.spacing_planned, config.resampling.anisotropy_threshold)
@@ -145,7 +145,7 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
         )
         if not masked:
             np.maximum(marks, 0, out=marks)
-    image = _normalised(cropped, plan, config, inside=inside)
+    image = _normalized(cropped, plan, config, inside=inside)
     del inside
     image = resample_image(
         image, restore.shape_planned, separate=axis, order=how.order_image, order_z=how.order_z, threads=threads
@@ -180,8 +180,8 @@ def _planned_view(array: np.ndarray, restore: Restore) -> np.ndarray:
     return cropped.transpose(0, *(axis + 1 for axis in restore.transpose_forward))
 
 
-def _normalised(cropped: np.ndarray, plan: Plan, stage: Stage, *, inside: np.ndarray | None) -> np.ndarray:
+def _normalized(cropped: np.ndarray, plan: Plan, stage: Stage, *, inside: np.ndarray | None) -> np.ndarray:
     image = np.array(cropped, dtype=np.float32, order="C")
-    for channel, how, statistics in zip(image, stage.normalisation, plan.intensities, strict=True):
-        normalise(channel, how, statistics, inside=inside)
+    for channel, how, statistics in zip(image, stage.normalization, plan.intensities, strict=True):
+        normalize(channel, how, statistics, inside=inside)
     return image

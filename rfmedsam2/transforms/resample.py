@@ -3,7 +3,7 @@
 A target voxel k of n_out lies at source position (k + 0.5) * n_in / n_out - 0.5 (voxel edges of both grids coincide),
 clamped to the first and last voxel for orders 0 and 1. Order 3 is interpolation by cubic B-splines with the edge value
 repeated for ever, clipped to the source's range. Where spacing is strongly anisotropic, planes are resampled in plane
-and the coarse axis takes the nearest (order_z 0) or blends the two neighbouring (order_z 1) planes.
+and the coarse axis takes the nearest (order_z 0) or blends the two neighboring (order_z 1) planes.
 
 The reference is nnU-Net 2.8 (`resample_data_or_seg_to_shape`: scikit-image `resize` over scipy `zoom`, and
 batchgenerators' `resize_segmentation`); parity tests hold images within 1e-5 and labels to no voxel.
@@ -44,7 +44,7 @@ def separate_axis(spacing_old: Sequence[float], spacing_new: Sequence[float], th
 
 
 def positions(n_in: int, n_out: int) -> np.ndarray:
-    """Source positions (float64, not clamped) of `n_out` voxel centres over `n_in` voxels."""
+    """Source positions (float64, not clamped) of `n_out` voxel centers over `n_in` voxels."""
     return (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
 
 
@@ -114,7 +114,7 @@ def resample_label(
 ) -> np.ndarray:
     """Resample a label map; no value arises that was not there before.
 
-    Order 1 gives every target voxel the label with the largest linear share among its neighbours; ties go to the
+    Order 1 gives every target voxel the label with the largest linear share among its neighbors; ties go to the
     nearest voxel's label if it is among the tied, else to the smallest.
 
     Args:

@@ -22,7 +22,7 @@ _STEADY = np.float32(GAIN / (1.0 - POLE))
 _LIMIT = np.float32(-POLE / (1.0 - POLE))
 _DECAY = np.float32(-POLE / (1.0 - float(POLE) * float(POLE)))
 
-# everything but "nnan" and "ninf": bad input must not become undefined behaviour
+# everything but "nnan" and "ninf": bad input must not become undefined behavior
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
@@ -101,7 +101,7 @@ def cubic_columns(source, target, start, weight, low, high):
 
 @compiled(fastmath=_FAST)
 def linear_rows(source, target, index, weight):
-    """Blend neighbours along axis 1: target[:, j] = (1 - w) source[:, i] + w source[:, i + 1], i = index[j]."""
+    """Blend neighbors along axis 1: target[:, j] = (1 - w) source[:, i] + w source[:, i + 1], i = index[j]."""
     last = source.shape[1] - 1
     for i in range(source.shape[0]):
         for j in range(target.shape[1]):
@@ -112,7 +112,7 @@ def linear_rows(source, target, index, weight):
 
 @compiled(fastmath=_FAST)
 def linear_columns(source, target, index, weight):
-    """Blend neighbours along axis 0; arguments as for `linear_rows`."""
+    """Blend neighbors along axis 0; arguments as for `linear_rows`."""
     last = source.shape[0] - 1
     for i in range(target.shape[0]):
         a, b, w, out = source[index[i]], source[min(index[i] + 1, last)], weight[i], target[i]
@@ -143,7 +143,7 @@ def _elect(labels, votes, count, nearest):
 
 @compiled()
 def vote_plane(source, target, taps_y, taps_x, nearest_y, nearest_x):
-    """Label map (h, w) -> (k, l): each voxel takes the label with the largest bilinear share of its 4 neighbours.
+    """Label map (h, w) -> (k, l): each voxel takes the label with the largest bilinear share of its 4 neighbors.
 
     `taps_y` is a pair of index (k,) int32 and the two weights (k, 2) float64, `taps_x` the same along axis 1;
     `nearest_y` (k,) and `nearest_x` (l,) are the nearest source rows and columns, int32.
@@ -170,7 +170,7 @@ def vote_plane(source, target, taps_y, taps_x, nearest_y, nearest_x):
 
 @compiled()
 def vote_between(planes, target, weight_z, taps_y, taps_x, nearest):
-    """One output plane of a trilinear vote: the 8 neighbours lie in two source planes.
+    """One output plane of a trilinear vote: the 8 neighbors lie in two source planes.
 
     `planes` are (near, far), each (h, w), with the two weights `weight_z` float64; taps as in `vote_plane`; `nearest`
     is (the nearest source plane (h, w), nearest_y, nearest_x).

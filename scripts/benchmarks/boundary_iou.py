@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    truth, predicted = masks(args.size)
+    ground_truth, predicted = masks(args.size)
     erode, one_by_one, name = erosions()
-    pair = [m.astype(np.uint8) for m in (truth, predicted)]
-    for ours_mask, peer_mask in ((truth, pair[0]), (predicted, pair[1])):
+    pair = [m.astype(np.uint8) for m in (ground_truth, predicted)]
+    for ours_mask, peer_mask in ((ground_truth, pair[0]), (predicted, pair[1])):
         if not np.array_equal(mask_to_boundary(ours_mask), published_boundary(peer_mask, erode).astype(bool)):
             raise SystemExit("boundaries differ")
-    ours, ours_s = best(lambda: boundary_iou(truth, predicted), args.repeats)
+    ours, ours_s = best(lambda: boundary_iou(ground_truth, predicted), args.repeats)
     peer, peer_s = best(lambda: published_iou(pair[0], pair[1], erode), args.repeats)
     slow, slow_s = best(lambda: published_iou(pair[0], pair[1], one_by_one), 1)
     if not ours == peer == slow:
@@ -55,9 +55,9 @@ def main() -> None:
 
 def masks(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Two masks (size, size) of bool with ragged outlines that reach the edge, alike but not equal."""
-    generator = np.random.default_rng(0)
-    coarse = gaussian_filter(generator.standard_normal((256, 256)), 12)
-    finer = coarse + 0.15 * gaussian_filter(generator.standard_normal((256, 256)), 4)
+    rng = np.random.default_rng(0)
+    coarse = gaussian_filter(rng.standard_normal((256, 256)), 12)
+    finer = coarse + 0.15 * gaussian_filter(rng.standard_normal((256, 256)), 4)
     index = np.arange(size) * 256 // size
     first, second = (np.ascontiguousarray((field > 0)[index][:, index]) for field in (coarse, finer))
     return first, second
@@ -92,9 +92,9 @@ def published_boundary(mask: np.ndarray, erode: Erosion) -> np.ndarray:
     return mask - inner
 
 
-def published_iou(truth: np.ndarray, predicted: np.ndarray, erode: Erosion) -> float:
+def published_iou(ground_truth: np.ndarray, predicted: np.ndarray, erode: Erosion) -> float:
     """As sam-hq computes it of two masks."""
-    first, second = (published_boundary(mask, erode) for mask in (truth, predicted))
+    first, second = (published_boundary(mask, erode) for mask in (ground_truth, predicted))
     return float(((first * second) > 0).sum() / ((first + second) > 0).sum())
 
 

@@ -79,11 +79,11 @@ def task(backbone: str, points_per_side: int) -> dict[str, Any]:
     sam = sam_model_registry[backbone]()
     weights = dict(sam.state_dict())
     data = Path(os.environ.get("RFMED_TEST_DATA", ROOT.parent / "shared" / "data"))
-    real, pictures = data / "weights-mobilesam" / "mobile_sam.pt", sorted((data / "ecssd-300").rglob("*.jpg"))
+    real, images = data / "weights-mobilesam" / "mobile_sam.pt", sorted((data / "ecssd-300").rglob("*.jpg"))
     if backbone == "vit_tiny" and real.is_file():
         weights |= torch.load(real, map_location="cpu", weights_only=True)
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    image = np.asarray(Image.open(pictures[0]).convert("RGB")) if pictures else noise
+    image = np.asarray(Image.open(images[0]).convert("RGB")) if images else noise
     image = torch.from_numpy(image.copy())
     return {"backbone": backbone, "points_per_side": points_per_side, "weights": weights, "image": image}
 

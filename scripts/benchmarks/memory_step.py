@@ -5,8 +5,9 @@ usage: memory_step.py [--frames 32] [--classes 13] [--device auto] [--repeats 2]
 
 SAM 2.1 tiny at 256 pixels with random weights, equal on both sides, which are given the same frame features, memories
 and boxes. Peer: `SAM2Base.track_step` per frame and object as `SAM2VideoPredictor` calls it: memory attention over the
-current frame and six before with their pointers, decoding of the box, masks at full size. Ours: `select`, `recall` and
-`decode` in chunks of cells, masks at full size. On neither side: the image encoder, the memory encoder.
+current frame and six before with their pointers, decoding of the box, masks at full size. Ours: `select`,
+`condition_on_memory` and `decode` in chunks of objects, masks at full size. On neither side:
+the image encoder, the memory encoder.
 
 Two rows. All: every class on every frame. Realistic: classes where they are in a real abdominal CT at 3 mm, in the
 first 32 slices that show most organs (needs the real data sets, RFMED_TEST_DATA); the official predictor knows no
@@ -30,10 +31,10 @@ from _harness.data import labels_with_most_organs
 from torch import Tensor
 
 from rfmedsam2.nn.sam2.build import build_base
-from rfmedsam2.nn.sam2.memory_attention import prepare_frames, recall
+from rfmedsam2.nn.sam2.memory_attention import condition_on_memory, prepare_frames
 from rfmedsam2.nn.sam2.memory_selection import select
 from rfmedsam2.nn.sam2.model import Sam2
-from rfmedsam2.nn.sam2.types import CellPrompts, FrameFeatures, MemoryBank
+from rfmedsam2.nn.sam2.types import FrameFeatures, MemoryBank, ObjectPrompts
 from rfmedsam2.system.devices import choose_device
 
 SIZE = 256
@@ -64,10 +65,10 @@ def main() -> None:
         mine, mine_s, mine_cpu = best(lambda p=present: case.ours(p, chunk), args.repeats, device)
         other, other_s, other_cpu = best(lambda p=present: case.peer(p), args.repeats, device)
         full, full_cpu = full or other_s, full_cpu or other_cpu
-        cells = int(present.sum())
+        objects = int(present.sum())
         difference = (mine - other).abs().max().item()
         print(
-            f"{row}: {cells} cells, official loop {full:.2f} s (these cells alone {other_s:.2f} s), "
+            f"{row}: {objects} cells, official loop {full:.2f} s (these cells alone {other_s:.2f} s), "
             f"ours {mine_s:.2f} s; ratio {mine_s / full:.2f} (these cells {mine_s / other_s:.2f}); "
             f"largest difference of mask logits {difference:.1e}, they span {other.std().item():.1e}"
         )
@@ -90,27 +91,27 @@ class Case:
             middle=torch.randn(frames, channels // 4, 2 * side, 2 * side, device=device),
             fine=torch.randn(frames, channels // 8, 4 * side, 4 * side, device=device),
         )
-        cells = frames * classes
+        objects = frames * classes
         self.bank = MemoryBank(
-            maps=torch.randn(cells, width, side, side, device=device),
-            pointers=torch.randn(cells, channels, device=device),
+            maps=torch.randn(objects, width, side, side, device=device),
+            pointers=torch.randn(objects, channels, device=device),
         )
-        corners = torch.rand(cells, 2, 2, device=device).mul(SIZE - 1).sort(1).values
+        corners = torch.rand(objects, 2, 2, device=device).mul(SIZE - 1).sort(1).values
         self.boxes = corners.flatten(1).view(frames, classes, 4)
 
     @torch.inference_mode()
     def ours(self, present: Tensor, chunk: int) -> Tensor:
         """Masks (q, SIZE, SIZE) of the cells present."""
-        cells = present.nonzero()
+        objects = present.nonzero()
         rows = torch.where(present, torch.arange(present.numel(), device=present.device).view(present.shape), -1)
-        masks = torch.empty(len(cells), SIZE, SIZE, device=present.device)
+        masks = torch.empty(len(objects), SIZE, SIZE, device=present.device)
         prepared = prepare_frames(self.sam, self.features.embedding)
-        for bucket in select("preceding", rows, cells, reach=REACH):
-            for part in torch.arange(len(bucket.cells), device=cells.device).split(chunk):
-                asked = bucket.cells[part]
-                frames, kinds = cells[asked].unbind(1)
-                embedding = recall(self.sam, prepared, frames, self.bank, bucket.slots.at(part))
-                prompts = CellPrompts(boxes=self.boxes[frames, kinds])
+        for bucket in select("preceding", rows, objects, reach=REACH):
+            for part in torch.arange(len(bucket.objects), device=objects.device).split(chunk):
+                asked = bucket.objects[part]
+                frames, kinds = objects[asked].unbind(1)
+                embedding = condition_on_memory(self.sam, prepared, frames, self.bank, bucket.slots.at(part))
+                prompts = ObjectPrompts(boxes=self.boxes[frames, kinds])
                 decoded = self.sam.decode(self.features.at(frames), prompts, embedding=embedding)
                 masks[asked] = F.interpolate(decoded.masks[:, None], (SIZE, SIZE), mode="bilinear")[:, 0]
         return masks

@@ -25,7 +25,7 @@ from _harness.usage import best
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from segment_anything_hq.data.datasets import open_folders
-from segment_anything_hq.evaluation.interactive import ClickProtocol, click_run
+from segment_anything_hq.evaluation.interactive import ClickProtocol, simulate_clicks
 from segment_anything_hq.prompts.clicks import Click
 
 HAS_CV2 = importlib.util.find_spec("cv2") is not None
@@ -67,28 +67,33 @@ def main() -> None:
     parser.add_argument("--clicks", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    truths, source = masks(args.images)
-    protocol = ClickProtocol(targets=(0.9, 0.95), most=args.clicks, miou_at=(), stop=False)
+    ground_truths, source = masks(args.images)
+    protocol = ClickProtocol(targets=(0.9, 0.95), max_clicks=args.clicks, miou_at=(), stop=False)
 
     def ours() -> list[tuple]:
-        runs = [click_run(Shaped(truth.shape), truth, protocol) for truth in truths]
+        runs = [simulate_clicks(Shaped(ground_truth.shape), ground_truth, protocol) for ground_truth in ground_truths]
         return [(run.clicks, np.array(run.ious, np.float32)) for run in runs]
 
     distances, name = chosen_distances()
     ours()  # compiles
     found, ours_s = best(ours, args.repeats)
-    published, peer_s = best(lambda: [ritm(truth, args.clicks, distances) for truth in truths], args.repeats)
+    published, peer_s = best(
+        lambda: [ritm(ground_truth, args.clicks, distances) for ground_truth in ground_truths], args.repeats
+    )
     exact = published
     if HAS_CV2:
-        exact = [ritm(truth, args.clicks, lambda m: np.sqrt(np.rint(distances(m) ** 2))) for truth in truths]
+        exact = [
+            ritm(ground_truth, args.clicks, lambda m: np.sqrt(np.rint(distances(m) ** 2)))
+            for ground_truth in ground_truths
+        ]
     for (clicks, ious), (peer_clicks, peer_ious) in zip(found, exact, strict=True):
         if clicks != tuple(peer_clicks) or not np.array_equal(ious, peer_ious):
             raise SystemExit("clicks or IoUs differ")
     others = sum(a[0] != b[0] for a, b in zip(exact, published, strict=True))
-    _, model_s = best(lambda: [replay(t, clicks) for t, (clicks, _) in zip(truths, found, strict=True)], 1)
+    _, model_s = best(lambda: [replay(t, clicks) for t, (clicks, _) in zip(ground_truths, found, strict=True)], 1)
     count = sum(len(clicks) for clicks, _ in found)
     print(
-        f"{len(truths)} masks ({source}), {count} clicks, all equal (rounding changes {others} pictures); "
+        f"{len(ground_truths)} masks ({source}), {count} clicks, all equal (rounding changes {others} pictures); "
         f"ours {ours_s:.2f} s, RITM's loop with {name} {peer_s:.2f} s, the model itself {model_s:.2f} s of both"
     )
     result = {"name": "noc", "ours": round(ours_s, 4), "peer": round(peer_s, 4), "ratio": round(peer_s / ours_s, 1)}
@@ -101,11 +106,11 @@ def masks(count: int) -> tuple[list[np.ndarray], str]:
     folder = Path(root) / "vgg-iseg-151" if root else None
     if folder is not None and folder.is_dir():
         found = open_folders(folder / "images", folder / "masks", rule="ignore_128")
-        return [sample.truth() for sample in found.samples[:count]], "VGG interactive segmentation"
-    generator = np.random.default_rng(0)
-    fields = [gaussian_filter(generator.standard_normal((375, 500)), 25) for _ in range(count)]
-    truths = [np.where(f > 0.004, 1, np.where(f > 0.003, -1, 0)).astype(np.int8) for f in fields]
-    return truths, "random blobs"
+        return [sample.ground_truth() for sample in found.samples[:count]], "VGG interactive segmentation"
+    rng = np.random.default_rng(0)
+    fields = [gaussian_filter(rng.standard_normal((375, 500)), 25) for _ in range(count)]
+    ground_truths = [np.where(f > 0.004, 1, np.where(f > 0.003, -1, 0)).astype(np.int8) for f in fields]
+    return ground_truths, "random blobs"
 
 
 def chosen_distances() -> tuple[Distances, str]:
@@ -118,14 +123,14 @@ def chosen_distances() -> tuple[Distances, str]:
     return lambda mask: cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 0), f"OpenCV {cv2.__version__}"
 
 
-def ritm(truth: np.ndarray, most: int, distances: Distances) -> tuple[list[Click], np.ndarray]:
+def ritm(ground_truth: np.ndarray, max_clicks: int, distances: Distances) -> tuple[list[Click], np.ndarray]:
     """Clicks and IoUs of one picture: evaluate_sample without an early end."""
-    is_object, counts = truth == 1, truth != -1
-    not_clicked = np.full(truth.shape, True)
+    is_object, counts = ground_truth == 1, ground_truth != -1
+    not_clicked = np.full(ground_truth.shape, True)
     clicks: list[Click] = []
     ious: list[float] = []
-    predicted, probabilities = np.zeros_like(truth), None
-    for _ in range(most):
+    predicted, probabilities = np.zeros_like(ground_truth), None
+    for _ in range(max_clicks):
         missed = np.logical_and(np.logical_and(is_object, np.logical_not(predicted)), counts)
         wrong = np.logical_and(np.logical_and(np.logical_not(is_object), predicted), counts)
         missed_depth, wrong_depth = (
@@ -136,20 +141,20 @@ def ritm(truth: np.ndarray, most: int, distances: Distances) -> tuple[list[Click
         rows, columns = np.where(depth == np.max(depth))
         clicks.append(Click(x=int(columns[0]), y=int(rows[0]), positive=bool(positive)))
         not_clicked[rows[0], columns[0]] = False
-        probabilities = Painter().predict(clicks, probabilities, truth.shape)
+        probabilities = Painter().predict(clicks, probabilities, ground_truth.shape)
         predicted = probabilities > 0.49
-        kept = truth != -1
-        both = np.logical_and(np.logical_and(predicted, truth == 1), kept).sum()
-        either = np.logical_and(np.logical_or(predicted, truth == 1), kept).sum()
+        kept = ground_truth != -1
+        both = np.logical_and(np.logical_and(predicted, ground_truth == 1), kept).sum()
+        either = np.logical_and(np.logical_or(predicted, ground_truth == 1), kept).sum()
         ious.append(both / either)
     return clicks, np.array(ious, np.float32)
 
 
-def replay(truth: np.ndarray, clicks: Sequence[Click]) -> None:
+def replay(ground_truth: np.ndarray, clicks: Sequence[Click]) -> None:
     """The model's own work for these clicks."""
     probabilities = None
     for number in range(1, len(clicks) + 1):
-        probabilities = Painter().predict(clicks[:number], probabilities, truth.shape)
+        probabilities = Painter().predict(clicks[:number], probabilities, ground_truth.shape)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from _harness.data import labels_with_most_organs
 from sam2.utils.misc import mask_to_box
 from torch import Tensor
 
-from rfmedsam2.prompts import centre_points, prompts_from_labels, prompts_from_members
+from rfmedsam2.prompts import center_points, prompts_from_labels, prompts_from_members
 from rfmedsam2.system.devices import choose_device
 
 FRAMES, CLASSES, SIZE = 32, 13, 256
@@ -41,7 +41,7 @@ def main() -> None:
     peer, peer_s = best(lambda: loop(labels, box_by_grid), args.repeats, device)
     ends, ends_s = best(lambda: loop(labels, box_by_ends), args.repeats, device)
     _, members_s = best(lambda: prompts_from_members(members), args.repeats, device)
-    _, points_s = best(lambda: centre_points(labels, CLASSES), args.repeats, device)
+    _, points_s = best(lambda: center_points(labels, CLASSES), args.repeats, device)
     if not (torch.equal(ours.boxes, peer[0]) and torch.equal(ours.present, peer[1]) and torch.equal(peer[0], ends[0])):
         raise SystemExit("boxes differ")
     print(

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfmedsam2.nn.segmenter import Prompted, Segmented
+from rfmedsam2.nn.segmenter import PromptBatch, Segmented
 from rfmedsam2.system.devices import choose_device
 from segment_anything_hq import models
 from segment_anything_hq.records import Backbone, Method, ZeroShot
@@ -60,7 +60,7 @@ class Side:
         """Encode, click, click again."""
 
         def encoded() -> Any:
-            embedded = self.network.encode(self.network.normalise(self.image))
+            embedded = self.network.encode(self.network.normalize(self.image))
             prepare = getattr(self.network, "prepare", None)
             return embedded if prepare is None else prepare(embedded)
 
@@ -72,7 +72,7 @@ class Side:
     def _masked(self, embedded: Any, clicks: int, before: Segmented | None) -> Segmented:
         side, device = self.network.frame_size, self.device
         points = torch.tensor([[[0.4, 0.5], [0.6, 0.3]]], device=device)[:, :clicks] * side
-        prompted = Prompted(
+        prompted = PromptBatch(
             images=torch.zeros(1, dtype=torch.long, device=device),
             points=points,
             point_labels=torch.ones(1, clicks, dtype=torch.long, device=device),

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from rfmedsam2.engine.checkpoint import FINAL
-from rfmedsam2.records.overrides import with_changes
+from rfmedsam2.records.overrides import with_overrides
 from segment_anything_hq import models
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.data.open_data import held_out, open_data
@@ -28,22 +28,21 @@ from segment_anything_hq.evaluation.report import write_page
 from segment_anything_hq.evaluation.scores import Evaluation
 from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.records import Method, RefinerPlan
-from segment_anything_hq.tasks.defaults import recipe
+from segment_anything_hq.tasks.defaults import default_plan
 from segment_anything_hq.tasks.train import TrainOptions, train
 
 EPOCHS = 6
 SHORTENED: dict[Method, tuple[str, ...]] = {
     "hq_sam": (
-        "views=1",
-        "jitter.smallest=0.75",
-        "jitter.largest=1.25",
+        "views_per_object=1",
+        "jitter.scale_range=[0.75,1.25]",
         "train.schedule.milestones=[5]",
         "train.learning_rate=0.001",
     ),
     "sam_ref": (
-        "guidance.box=0.5",
-        "guidance.gamma=0.6",
-        "guidance.most=5",
+        "prompting.box=0.5",
+        "prompting.gamma=0.6",
+        "prompting.max_clicks=5",
         "train.schedule.warmup_iterations=30",
         "train.learning_rate=0.0005",
     ),
@@ -99,7 +98,7 @@ def planned(method: Method, args: argparse.Namespace, samples: int) -> RefinerPl
         "train.workers=0",
         *SHORTENED[method],
     ]
-    return with_changes(recipe(method, "vit_tiny", samples=samples), changes, where=method)
+    return with_overrides(default_plan(method, "vit_tiny", samples=samples), changes, where=method)
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ class Row:
 
 
 def arrays(shape: Shape, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Make a smooth volume with noise in normalised units, and a map of as many blobs as classes."""
+    """Make a smooth volume with noise in normalized units, and a map of as many blobs as classes."""
     rng = np.random.default_rng(0)
     coarse = tuple(max(2, n // 8) for n in shape)
     fields = gaussian_filter(rng.normal(size=(classes, *coarse)), (0, 1.5, 1.5, 1.5))

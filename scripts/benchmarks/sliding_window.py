@@ -6,7 +6,7 @@ usage: sliding_window.py [--quick] [--mirror] [--device cpu]
 The network is so small that the cost of cutting, weighting and summing tiles shows. Each side runs twice, the better
 time counts. Prints seconds, growth of memory and the largest difference of logits (nnunetv2 sums in half precision);
 the last line is JSON. Needs the extra `nnunet`. On a busy machine set OMP_NUM_THREADS=1: threads that wait for one
-another measure the neighbours.
+another measure the neighbors.
 """
 
 from __future__ import annotations

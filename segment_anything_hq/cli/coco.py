@@ -45,23 +45,25 @@ def evaluate_coco(
     from rfmedsam2.cli.console import bars, table
     from rfmedsam2.store.atomic import write_record
     from segment_anything_hq.evaluation.average_precision import PrecisionRecord, average_precision
-    from segment_anything_hq.inference.network_spec import Choice, named_network
+    from segment_anything_hq.inference.network_spec import NetworkSpec, resolve_spec
 
-    named = named_network(
-        Choice(method=method, backbone=backbone, weights=weights, decoder=decoder, model=model, frame_size=frame_size)
+    named = resolve_spec(
+        NetworkSpec(
+            method=method, backbone=backbone, weights=weights, decoder=decoder, model=model, frame_size=frame_size
+        )
     )
     if output is not None and output.exists() and not overwrite:
         raise UsageError("This file is there already", where=output, remedy="Name another, or add --overwrite")
     chosen = built(named, device)
     found = average_precision(
-        chosen.network, annotations, images, fit=chosen.fit, detections=detections, most=pictures, track=bars
+        chosen.network, annotations, images, fit=chosen.fit, detections=detections, max_images=pictures, track=bars
     )
     figures = {name: None if math.isnan(value) else value for name, value in found.figures.items()}
     record = PrecisionRecord(
         network=chosen.facts(),
         annotations=annotations.name,
         detections=None if detections is None else detections.name,
-        pictures=found.pictures,
+        images=found.images,
         boxes=found.boxes,
         figures=figures,
     )
@@ -72,7 +74,7 @@ def evaluate_coco(
         return
     boxes = "the annotations' own boxes" if detections is None else f"the boxes of {detections.name}"
     row = ["-" if value is None else f"{100 * value:.1f}" for value in figures.values()]
-    table(f"Masks by {boxes}: {found.boxes} in {found.pictures} pictures", list(figures), [row])
+    table(f"Masks by {boxes}: {found.boxes} in {found.images} pictures", list(figures), [row])
     if output is not None:
         print(f"Written: {output}")
 

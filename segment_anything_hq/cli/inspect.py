@@ -40,7 +40,7 @@ def check_data(
         sets = [
             {
                 "name": check.name,
-                "pictures": check.pictures,
+                "pictures": check.images,
                 "samples": check.samples,
                 "published": check.expected,
                 "with_ignored_pixels": check.with_ignored,

@@ -1,4 +1,4 @@
-"""Names that commands take, as in `records` and `pictures`, which are too heavy for --help."""
+"""Names that commands take, as in `records` and `images`, which are too heavy for --help."""
 
 from __future__ import annotations
 

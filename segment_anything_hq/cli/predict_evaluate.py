@@ -13,9 +13,9 @@ from segment_anything_hq.cli.names import AnyBackbone, AnyMethod, MaskRule
 
 if TYPE_CHECKING:
     from segment_anything_hq.data.datasets import ImageSet
-    from segment_anything_hq.evaluation.run import EvaluationRecord, Found
+    from segment_anything_hq.evaluation.run import EvaluationRecord, Results
     from segment_anything_hq.evaluation.scores import Column
-    from segment_anything_hq.inference.network_spec import ChosenNetwork, Named
+    from segment_anything_hq.inference.network_spec import LoadedNetwork, ResolvedSpec
 
 # what chooses the network is the same in both commands
 Method = Annotated[
@@ -73,14 +73,16 @@ def predict(
         overwrite: Replace masks that are there.
     """
     from rfmedsam2.cli.console import bars, table
-    from segment_anything_hq.data.prompt_files import pictures_in, read_prompts
+    from segment_anything_hq.data.prompt_files import images_in, read_prompts
     from segment_anything_hq.inference.files import predict_objects, require_free
-    from segment_anything_hq.inference.network_spec import Choice, named_network
+    from segment_anything_hq.inference.network_spec import NetworkSpec, resolve_spec
 
-    named = named_network(
-        Choice(method=method, backbone=backbone, weights=weights, decoder=decoder, model=model, frame_size=frame_size)
+    named = resolve_spec(
+        NetworkSpec(
+            method=method, backbone=backbone, weights=weights, decoder=decoder, model=model, frame_size=frame_size
+        )
     )
-    pictures = pictures_in(images)
+    pictures = images_in(images)
     objects = read_prompts(prompts, pictures)
     require_free(output, objects, overwrite=overwrite)
     chosen = built(named, device)
@@ -122,7 +124,7 @@ def evaluate(
         data: Pictures with masks: a folder with images/ and masks/ (or with both side by side), or NAME=FOLDER with
             hqseg44k_test, grabcut, berkeley, davis, sbd and others (an unknown name lists them).
         output: Folder for the results.
-        protocol: Several of: box, box_0.2 and box_0.4 (noised), centre, points_N (N random points), clicks (NoC, NoF
+        protocol: Several of: box, box_0.2 and box_0.4 (noised), center, points_N (N random points), clicks (NoC, NoF
             strictly and as published, 5-mIoU, seconds per click), sat (latency of 16 x 16 points; needs no data).
         held_out: Only the share of the pictures that samhq_train --held-out SHARE keeps away from training.
         samples: Only the first so many of each set.
@@ -132,12 +134,14 @@ def evaluate(
         overwrite: Replace an evaluation that is there.
     """
     from rfmedsam2.cli.console import bars
-    from segment_anything_hq.evaluation.run import require_free, rule_of, run_protocols, write_found
+    from segment_anything_hq.evaluation.run import require_free, rule_of, run_protocols, write_results
     from segment_anything_hq.inference.interactive import InteractivePredictor
-    from segment_anything_hq.inference.network_spec import Choice, named_network
+    from segment_anything_hq.inference.network_spec import NetworkSpec, resolve_spec
 
-    named = named_network(
-        Choice(method=method, backbone=backbone, weights=weights, decoder=decoder, model=model, frame_size=frame_size)
+    named = resolve_spec(
+        NetworkSpec(
+            method=method, backbone=backbone, weights=weights, decoder=decoder, model=model, frame_size=frame_size
+        )
     )
     rules = {name: rule_of(name, clicks=clicks) for name in protocol}
     needs_data = any(rule is not None for rule in rules.values())
@@ -148,7 +152,7 @@ def evaluate(
     found = run_protocols(predictor, sets, tuple(rules), clicks=clicks, seed=seed, track=bars)
     record = _record(chosen, found, sets, seed=seed, data=data, held_out=held_out)
     about = {**record.network, "data": ", ".join(f"{n} ({k})" for n, k in record.data.items()), "device": record.device}
-    files = write_found(output, found, record, about=about)
+    files = write_results(output, found, record, about=about)
     if as_json:
         print(record.to_json())
         return
@@ -156,13 +160,13 @@ def evaluate(
     print(f"Written: {', '.join(path.name for path in files)} in {output}")
 
 
-def built(named: Named, device: str) -> ChosenNetwork:
+def built(named: ResolvedSpec, device: str) -> LoadedNetwork:
     """The network on its device; what is not trained of it is said."""
-    from rfmedsam2.engine.runtime import choose_device
-    from segment_anything_hq.inference.network_spec import chosen_network
+    from rfmedsam2.system.devices import choose_device
+    from segment_anything_hq.inference.network_spec import load_network
 
     place = choose_device(device)
-    chosen = chosen_network(named)
+    chosen = load_network(named)
     for note in chosen.notes:
         say(f"Note: {note}.")
     chosen.network.to(place)
@@ -189,8 +193,8 @@ def _sets(
 
 
 def _record(
-    chosen: ChosenNetwork,
-    found: Found,
+    chosen: LoadedNetwork,
+    found: Results,
     sets: tuple[ImageSet, ...],
     *,
     seed: int,
@@ -200,10 +204,10 @@ def _record(
     from datetime import datetime, timezone
 
     import rfmedsam2
-    from segment_anything_hq.evaluation.run import EvaluationRecord, figures_of
+    from segment_anything_hq.evaluation.run import EvaluationRecord, result_records
     from segment_anything_hq.inference.image_transform import device_of
 
-    protocols, latency = figures_of(found)
+    protocols, latency = result_records(found)
     return EvaluationRecord(
         network=chosen.facts(),
         weights_sha256=chosen.weights_sha256,
@@ -219,7 +223,7 @@ def _record(
     )
 
 
-def _show(found: Found) -> None:
+def _show(found: Results) -> None:
     """A table a protocol."""
     from rfmedsam2.cli.console import table
 

@@ -32,7 +32,7 @@ Set = Annotated[
     arg(
         name="set",
         metavar="FIELD=VALUE",
-        help="Change fields of the plan: guidance.box=0.5 jitter=null views=4 train.schedule.warmup_iterations=100 ...",
+        help="Change fields of the plan: prompting.box=0.5 jitter=null views_per_object=4 train.epochs=3 ...",
     ),
 ]
 
@@ -74,7 +74,7 @@ def train(
         held_out: That share, chosen by the pictures' names; 0: nothing is held out or scored.
         mask_rule: What values of masks mean: above_128, ignore_128 (128 is ignored) or any (all but 0).
         plan: A plan.json of an earlier training, instead of the paper's figures.
-        cache: Keep what the frozen encoder makes of frames in this folder (needs views).
+        cache: Keep what the frozen encoder makes of frames in this folder (needs views_per_object).
         score_base: Score the network before its first step: what there is to beat.
         restart: Begin anew; what was trained before is kept beside it under another name.
         tensorboard: Also write TensorBoard events (needs the extra `tensorboard`).
@@ -123,13 +123,13 @@ def _plan(
     method: Trainable, backbone: AnyBackbone, file: Path | None, *, samples: int, changes: list[str]
 ) -> RefinerPlan:
     """The method's recipe, or an earlier training's plan, changed."""
-    from rfmedsam2.records.overrides import with_changes
+    from rfmedsam2.records.overrides import with_overrides
     from rfmedsam2.store.atomic import read_record
     from segment_anything_hq.records import RefinerPlan
-    from segment_anything_hq.tasks.defaults import recipe
+    from segment_anything_hq.tasks.defaults import default_plan
 
-    plan = recipe(method, backbone, samples=samples) if file is None else read_record(file, RefinerPlan)
-    return with_changes(plan, changes, where="the plan of this training")
+    plan = default_plan(method, backbone, samples=samples) if file is None else read_record(file, RefinerPlan)
+    return with_overrides(plan, changes, where="the plan of this training")
 
 
 def _tell(result: TrainResult, output: Path) -> None:

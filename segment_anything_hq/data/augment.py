@@ -1,6 +1,6 @@
 """Large-scale jitter and flips of images with the mask of an object, as HQ-SAM and SAM2Refiner are trained with.
 
-An image is made 0.1 to 2 times as large as the frame, a random part of it is cut out or the rest of the frame is grey.
+An image is made 0.1 to 2 times as large as the frame, a random part of it is cut out or the rest of the frame is gray.
 Everything is drawn from a generator that is given.
 """
 
@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from rfmedsam2.errors import ImageError, UsageError
 
-GREY = 128
+GRAY = 128
 """Of the frame where there is no image, as in HQ-SAM's training."""
 
 
@@ -23,27 +23,28 @@ class Jitter:
     """How images are changed.
 
     Attributes:
-        smallest: least length of an image's longer side, over the frame's.
-        largest: greatest such length.
+        scale_range: least and greatest length of an image's longer side, over the frame's.
         flip: how often left and right are swapped.
         flip_vertically: how often top and bottom are; the published training never does.
-        grey: value of the frame where there is no image.
+        gray: value of the frame where there is no image.
         least: pixels of the object that must be seen, or all that the image has where those are fewer.
         attempts: how often another part is drawn, until the image is taken whole at the frame's size.
     """
 
-    smallest: float = 0.1
-    largest: float = 2.0
+    scale_range: tuple[float, float] = (0.1, 2.0)
     flip: float = 0.5
     flip_vertically: float = 0.0
-    grey: int = GREY
+    gray: int = GRAY
     least: int = 16
     attempts: int = 10
 
     def __post_init__(self) -> None:
-        if not 0 < self.smallest <= self.largest:
-            found = f"{self.smallest} to {self.largest}"
-            raise UsageError("Images cannot be scaled so", expected="0 < smallest <= largest", found=found)
+        if not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise UsageError(
+                "scale_range must be (smallest, largest)",
+                expected="0 < smallest <= largest",
+                found=str(self.scale_range),
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,7 @@ class Placement:
     flips: tuple[int, ...]
 
 
-def jittered(image: Tensor, mask: Tensor, *, size: int, jitter: Jitter, generator: Generator) -> tuple[Tensor, Tensor]:
+def jittered(image: Tensor, mask: Tensor, *, size: int, jitter: Jitter, rng: Generator) -> tuple[Tensor, Tensor]:
     """Draw one frame from an image.
 
     Args:
@@ -73,7 +74,7 @@ def jittered(image: Tensor, mask: Tensor, *, size: int, jitter: Jitter, generato
         mask: (H, W) bool, the object, not empty.
         size: S of the frame.
         jitter: how.
-        generator: on the CPU.
+        rng: on the CPU.
 
     Returns:
         The frame (3, S, S) uint8, and the object on it (S, S) bool, not empty.
@@ -82,20 +83,20 @@ def jittered(image: Tensor, mask: Tensor, *, size: int, jitter: Jitter, generato
         ImageError: a mask of another size than the image, or an empty one.
     """
     _check(image, mask)
-    placement = chosen(mask, size=size, jitter=jitter, generator=generator)
-    return placed_image(image, placement, size=size, grey=jitter.grey), placed_object(mask, placement, size)
+    placement = chosen(mask, size=size, jitter=jitter, rng=rng)
+    return placed_image(image, placement, size=size, gray=jitter.gray), placed_object(mask, placement, size)
 
 
-def chosen(mask: Tensor, *, size: int, jitter: Jitter, generator: Generator) -> Placement:
+def chosen(mask: Tensor, *, size: int, jitter: Jitter, rng: Generator) -> Placement:
     """Draw a placement that shows the object (H, W): the first such of some, else the whole image."""
     for _ in range(jitter.attempts):
-        placement = drawn((mask.shape[0], mask.shape[1]), size, jitter=jitter, generator=generator)
+        placement = drawn((mask.shape[0], mask.shape[1]), size, jitter=jitter, rng=rng)
         if int(placed_mask(mask, placement, size).sum()) >= min(jitter.least, int(mask.sum())):
             return placement
     return whole((mask.shape[0], mask.shape[1]), size)
 
 
-def fitted(image: Tensor, mask: Tensor, *, size: int, grey: int = GREY) -> tuple[Tensor, Tensor]:
+def fitted(image: Tensor, mask: Tensor, *, size: int, gray: int = GRAY) -> tuple[Tensor, Tensor]:
     """The whole image (3, H, W) and mask (H, W), made as large as the frame, at its top left.
 
     Raises:
@@ -103,7 +104,7 @@ def fitted(image: Tensor, mask: Tensor, *, size: int, grey: int = GREY) -> tuple
     """
     _check(image, mask)
     placement = whole((mask.shape[0], mask.shape[1]), size)
-    return placed_image(image, placement, size=size, grey=grey), placed_object(mask, placement, size)
+    return placed_image(image, placement, size=size, gray=gray), placed_object(mask, placement, size)
 
 
 def whole(image_size: tuple[int, int], size: int) -> Placement:
@@ -124,10 +125,11 @@ def placed_object(mask: Tensor, placement: Placement, size: int) -> Tensor:
     return _cut(touched, placement, size=size, fill=0)[0] > 0
 
 
-def drawn(image_size: tuple[int, int], size: int, *, jitter: Jitter, generator: Generator) -> Placement:
+def drawn(image_size: tuple[int, int], size: int, *, jitter: Jitter, rng: Generator) -> Placement:
     """A random placement of an image of this (H, W) on a frame of `size` pixels a side."""
-    draws = torch.rand(5, dtype=torch.float64, generator=generator).tolist()
-    scale = jitter.smallest + (jitter.largest - jitter.smallest) * draws[0]
+    draws = torch.rand(5, dtype=torch.float64, generator=rng).tolist()
+    smallest, largest = jitter.scale_range
+    scale = smallest + (largest - smallest) * draws[0]
     scaled = _scaled(image_size, size, scale)
     top, left = (
         int(draw * (max(0, extent - size) + 1))
@@ -141,10 +143,10 @@ def drawn(image_size: tuple[int, int], size: int, *, jitter: Jitter, generator: 
     return Placement(height=scaled.height, width=scaled.width, top=top, left=left, flips=tuple(flips))
 
 
-def placed_image(image: Tensor, placement: Placement, *, size: int, grey: int) -> Tensor:
+def placed_image(image: Tensor, placement: Placement, *, size: int, gray: int) -> Tensor:
     """The part of an image (3, H, W) uint8 that a frame (3, S, S) uint8 shows."""
     scaled = _resized(image.flip(placement.flips), placement)
-    return _cut(scaled, placement, size=size, fill=grey)
+    return _cut(scaled, placement, size=size, fill=gray)
 
 
 def placed_mask(mask: Tensor, placement: Placement, size: int) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from rfmedsam2.errors import DatasetError, ImageError, RfMedSamError
 from segment_anything_hq.data.coco import Annotation
 from segment_anything_hq.data.datasets import Fault, ImageSet, MaskFile, Sample
-from segment_anything_hq.data.image_io import picture_size, read_mask_values, read_picture
+from segment_anything_hq.data.image_io import image_size, read_image, read_mask_values
 from segment_anything_hq.prompts.clicks import IGNORE
 
 THREADS = 4
@@ -32,7 +32,7 @@ class SetCheck:
     """
 
     name: str
-    pictures: int
+    images: int
     samples: int
     expected: int | None
     with_ignored: int
@@ -47,9 +47,9 @@ class SetCheck:
         """One line."""
         of = "" if self.expected in (None, self.samples) else f" of {self.expected} that are published"
         faults = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}" if self.faults else "no faults"
-        pictures = f" in {self.pictures} pictures" if self.pictures != self.samples else ""
+        images = f" in {self.images} pictures" if self.images != self.samples else ""
         ignored = f", {self.with_ignored} with ignored pixels" if self.with_ignored else ""
-        return f"{self.name}: {self.samples} samples{of}{pictures}{ignored}, {faults}"
+        return f"{self.name}: {self.samples} samples{of}{images}{ignored}, {faults}"
 
 
 def check_set(images: ImageSet, *, pixels: bool = True, threads: int = THREADS) -> SetCheck:
@@ -69,7 +69,7 @@ def check_set(images: ImageSet, *, pixels: bool = True, threads: int = THREADS) 
     twice = [i for i, n in Counter(s.id for s in images.samples).items() if n > 1]
     return SetCheck(
         name=images.name,
-        pictures=len({s.image for s in images.samples}),
+        images=len({s.image for s in images.samples}),
         samples=len(images.samples),
         expected=images.expected,
         with_ignored=sum(ignored for _, ignored in looks),
@@ -93,9 +93,9 @@ def total(checks: Sequence[SetCheck]) -> str:
 
 def _look_at_sizes(sample: Sample) -> tuple[list[Fault], bool]:
     try:
-        size = picture_size(sample.image)
+        size = image_size(sample.image)
         if isinstance(sample.mask, MaskFile):
-            return _size_faults(sample, size, picture_size(sample.mask.path, upright=False)), False
+            return _size_faults(sample, size, image_size(sample.mask.path, upright=False)), False
         if isinstance(sample.mask, Annotation):
             return _size_faults(sample, size, sample.mask.size), False
     except ImageError as error:
@@ -107,19 +107,19 @@ def _look_inside(sample: Sample) -> tuple[list[Fault], bool]:
     faults: list[Fault] = []
     size = None
     try:
-        size = read_picture(sample.image).shape[:2]
+        size = read_image(sample.image).shape[:2]
     except ImageError as error:
         faults.append(Fault(where=str(sample.image), what=_reason(error)))
     try:
-        truth = sample.truth()
+        ground_truth = sample.ground_truth()
     except (ImageError, DatasetError) as error:
         return [*faults, Fault(where=_mask_name(sample), what=_reason(error))], False
     if size is not None:
-        faults += _size_faults(sample, (size[0], size[1]), (truth.shape[0], truth.shape[1]))
-    reason = _useless(sample, truth)
+        faults += _size_faults(sample, (size[0], size[1]), (ground_truth.shape[0], ground_truth.shape[1]))
+    reason = _useless(sample, ground_truth)
     if reason is not None:
         faults.append(Fault(where=_mask_name(sample), what=reason))
-    return faults, bool((truth == IGNORE).any())
+    return faults, bool((ground_truth == IGNORE).any())
 
 
 def _reason(error: RfMedSamError) -> str:
@@ -139,14 +139,14 @@ def _mask_name(sample: Sample) -> str:
     return str(sample.mask.source) if isinstance(sample.mask, MaskFile) else f"{sample.mask.source}, {sample.id}"
 
 
-def _useless(sample: Sample, truth: np.ndarray) -> str | None:
+def _useless(sample: Sample, ground_truth: np.ndarray) -> str | None:
     """Why nothing can be learnt or measured with a mask."""
-    if not (truth == 1).any():
+    if not (ground_truth == 1).any():
         if isinstance(sample.mask, MaskFile) and sample.mask.rule != "any":
             most = int(read_mask_values(sample.mask.path).max(initial=0))
             if most > 0:
                 return f"the mask is empty: its values end at {most}, and object is above 128"
         return "the mask is empty"
-    if (truth == 1).all():
+    if (ground_truth == 1).all():
         return "the mask covers the whole picture"
     return None

@@ -86,7 +86,7 @@ def _outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         length = a1 - a0
         steps = np.arange(length + 1)
         slope = (b1 - b0) / length if length else 0.0
-        # as a cast in C does it: towards zero
+        # as a cast in C does it: toward zero
         across = (b0 + slope * steps + 0.5).astype(np.int64)
         along = a0 + steps
         if flipped:

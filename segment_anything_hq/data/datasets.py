@@ -18,10 +18,10 @@ import numpy as np
 from scipy.io import loadmat
 
 from rfmedsam2.errors import DatasetError, ImageError
-from segment_anything_hq.data.image_io import ENDINGS, MaskRule, read_picture, read_truth
+from segment_anything_hq.data.image_io import ENDINGS, MaskRule, read_ground_truth, read_image
 
-HQSEG_TRAINING_PICTURES = 44_320
-HQSEG_TEST_PICTURES = 1_537
+HQSEG_TRAINING_IMAGES = 44_320
+HQSEG_TEST_IMAGES = 1_537
 
 
 class Mask(Protocol):
@@ -51,7 +51,7 @@ class MaskFile:
 
     def read(self) -> np.ndarray:
         """(H, W) int8: 1 object, 0 background, -1 ignored."""
-        return read_truth(self.path, self.rule)
+        return read_ground_truth(self.path, self.rule)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,29 +85,29 @@ class Sample:
     image: Path
     mask: Mask
 
-    def picture(self) -> np.ndarray:
+    def read_image(self) -> np.ndarray:
         """(H, W, 3) uint8, RGB."""
-        return read_picture(self.image)
+        return read_image(self.image)
 
-    def truth(self) -> np.ndarray:
+    def ground_truth(self) -> np.ndarray:
         """(H, W) int8: 1 object, 0 background, -1 ignored."""
         return self.mask.read()
 
-    def truth_of(self, picture: np.ndarray) -> np.ndarray:
+    def ground_truth_of(self, picture: np.ndarray) -> np.ndarray:
         """The truth, as large as the picture (H, W, 3).
 
         Raises:
             ImageError: it has another size.
         """
-        truth = self.truth()
-        if truth.shape != picture.shape[:2]:
+        ground_truth = self.ground_truth()
+        if ground_truth.shape != picture.shape[:2]:
             raise ImageError(
                 "The mask has another size than its picture",
                 where=self.mask.source,
                 expected=f"{picture.shape[0]} x {picture.shape[1]}",
-                found=f"{truth.shape[0]} x {truth.shape[1]}",
+                found=f"{ground_truth.shape[0]} x {ground_truth.shape[1]}",
             )
-        return truth
+        return ground_truth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,9 +288,9 @@ def pairs(images: Path, masks: Path, *, rule: MaskRule = "above_128") -> tuple[t
     missing = [f for f in dict.fromkeys((images, masks)) if not f.is_dir()]
     if missing:
         return (), tuple(Fault(where=str(f), what="the folder is missing") for f in missing)
-    pictures, truths = _split(images) if images == masks else (_files(images), _files(masks))
+    pictures, ground_truths = _split(images) if images == masks else (_files(images), _files(masks))
     by_stem, faults = _by_stem(pictures)
-    mask_by_stem, mask_faults = _by_stem(truths)
+    mask_by_stem, mask_faults = _by_stem(ground_truths)
     objects: dict[str, list[str]] = defaultdict(list)
     for stem in mask_by_stem:
         owner = stem if stem in by_stem else _owner(stem, by_stem)
@@ -323,9 +323,9 @@ def read_ahead(samples: Iterable[Sample], *, ahead: int = 2) -> Iterator[tuple[S
 
         def read(sample: Sample) -> tuple[Sample, np.ndarray, np.ndarray]:
             nonlocal last
-            picture = last[1] if last[0] == sample.image and last[1] is not None else sample.picture()
+            picture = last[1] if last[0] == sample.image and last[1] is not None else sample.read_image()
             last = (sample.image, picture)
-            return sample, picture, sample.truth_of(picture)
+            return sample, picture, sample.ground_truth_of(picture)
 
         for sample in samples:
             queue.append(thread.submit(read, sample))

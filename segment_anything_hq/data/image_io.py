@@ -1,4 +1,4 @@
-"""Pictures and masks from files: any common format and colour mode, to the two arrays that everything here works on."""
+"""Pictures and masks from files: any common format and color mode, to the two arrays that everything here works on."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MaskRule = Literal["above_128", "ignore_128", "any"]
 """What a mask's values mean.
 
 above_128: object where the first channel is above 128 (sam-hq). ignore_128: the same, and 128 itself is ignored (RITM's
-GrabCut and Berkeley). any: object where any colour channel is above 0 (RITM's DAVIS).
+GrabCut and Berkeley). any: object where any color channel is above 0 (RITM's DAVIS).
 """
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """Read a picture of any colour mode.
+def read_image(path: Path) -> np.ndarray:
+    """Read a picture of any color mode.
 
-    Grey and palette pictures become RGB, transparency is dropped, 16 bits become 8; a turned photograph is put upright
+    Gray and palette pictures become RGB, transparency is dropped, 16 bits become 8; a turned photograph is put upright
     as viewers show it.
 
     Returns:
@@ -41,8 +41,8 @@ def read_picture(path: Path) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(channels, (*channels.shape[:2], 3)))
 
 
-def read_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
-    """Read a mask of any colour mode.
+def read_ground_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
+    """Read a mask of any color mode.
 
     Returns:
         (H, W) int8: 1 object, 0 background, -1 ignored.
@@ -54,14 +54,14 @@ def read_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
     if rule == "any":
         return np.asarray((values > 0).any(-1), np.int8)
     first = values[..., 0]
-    truth = (first > 128).astype(np.int8)
+    ground_truth = (first > 128).astype(np.int8)
     if rule == "ignore_128":
-        truth[first == 128] = IGNORE
-    return truth
+        ground_truth[first == 128] = IGNORE
+    return ground_truth
 
 
 def read_mask_values(path: Path) -> np.ndarray:
-    """Read a mask's values as (H, W, 1) or (H, W, 3) uint8: grey or colours, without transparency.
+    """Read a mask's values as (H, W, 1) or (H, W, 3) uint8: gray or colors, without transparency.
 
     Raises:
         ImageError: no such file, not a picture, or damaged.
@@ -70,12 +70,12 @@ def read_mask_values(path: Path) -> np.ndarray:
         return _channels(image, path)
 
 
-def picture_size(path: Path, *, upright: bool = True) -> tuple[int, int]:
+def image_size(path: Path, *, upright: bool = True) -> tuple[int, int]:
     """Height and width from the head of a file.
 
     Args:
         path: picture or mask.
-        upright: of the picture as `read_picture` gives it; False: as stored, which is how masks are read.
+        upright: of the picture as `read_image` gives it; False: as stored, which is how masks are read.
 
     Raises:
         ImageError: no such file, not a picture, or damaged.

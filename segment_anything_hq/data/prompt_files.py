@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rfmedsam2.errors import ImageError, UsageError
-from segment_anything_hq.data.image_io import ENDINGS, picture_size
+from segment_anything_hq.data.image_io import ENDINGS, image_size
 
 BOX = ("x0", "y0", "x1", "y1")
 POINT = ("x", "y", "label")
@@ -66,7 +66,7 @@ class _Faults(list[str]):
         self.append(f"{where}: {what}")
 
 
-def pictures_in(paths: Sequence[Path]) -> tuple[Path, ...]:
+def images_in(paths: Sequence[Path]) -> tuple[Path, ...]:
     """Picture files, and those directly in folders.
 
     Raises:
@@ -86,7 +86,7 @@ def pictures_in(paths: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def read_prompts(path: Path, pictures: Sequence[Path]) -> tuple[PromptedObject, ...]:
+def read_prompts(path: Path, images: Sequence[Path]) -> tuple[PromptedObject, ...]:
     """Read a file of prompts and hold it against the pictures.
 
     JSON: a list (or {"prompts": list}) of {"image", "box": [x0, y0, x1, y1], "points": [[x, y] ...], "labels": [1, 0
@@ -96,7 +96,7 @@ def read_prompts(path: Path, pictures: Sequence[Path]) -> tuple[PromptedObject, 
 
     Args:
         path: the file, .json or .csv.
-        pictures: files that prompts may name, by name with or without ending.
+        images: files that prompts may name, by name with or without ending.
 
     Returns:
         at least one object; those of one picture follow one another. A mask is named by `name`, else by its picture,
@@ -110,7 +110,7 @@ def read_prompts(path: Path, pictures: Sequence[Path]) -> tuple[PromptedObject, 
     if reader is None:
         raise UsageError("Prompts are read from JSON or CSV", where=path, expected="a name that ends in .json or .csv")
     asked = reader(_text(path), path, faults)
-    objects = _checked(asked, pictures, faults)
+    objects = _checked(asked, images, faults)
     if not faults and not objects:
         raise UsageError("The file holds no prompt", where=path)
     if faults:
@@ -219,11 +219,11 @@ def _read_number(text: str) -> float | str:
         return text
 
 
-def _checked(asked: Iterable[_Asked], pictures: Sequence[Path], faults: _Faults) -> tuple[PromptedObject, ...]:
+def _checked(asked: Iterable[_Asked], images: Sequence[Path], faults: _Faults) -> tuple[PromptedObject, ...]:
     """What is asked, held against the pictures, with names for the masks."""
-    by_name = {path.name: path for path in pictures}
-    stems = Counter(path.stem for path in pictures)
-    by_name |= {path.stem: path for path in pictures if stems[path.stem] == 1 and path.stem not in by_name}
+    by_name = {path.name: path for path in images}
+    stems = Counter(path.stem for path in images)
+    by_name |= {path.stem: path for path in images if stems[path.stem] == 1 and path.stem not in by_name}
     sizes: dict[Path, tuple[int, int] | None] = {}
     of: dict[Path, list[tuple[_Asked, PromptedObject]]] = defaultdict(list)
     for one in asked:
@@ -233,7 +233,7 @@ def _checked(asked: Iterable[_Asked], pictures: Sequence[Path], faults: _Faults)
             continue
         if image not in sizes:
             try:
-                sizes[image] = picture_size(image)
+                sizes[image] = image_size(image)
             except ImageError as error:
                 faults.add(one.where, str(error))
                 sizes[image] = None

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from rfmedsam2.errors import DatasetError, UsageError
-from rfmedsam2.nn.segmenter import Prompted
-from rfmedsam2.records.base import Record
-from segment_anything_hq.data.image_io import read_picture
-from segment_anything_hq.inference.image_transform import Fit, device_of, embed, framing_of
+from rfmedsam2.nn.segmenter import PromptBatch
+from rfmedsam2.records.base import VersionedRecord, renamed
+from segment_anything_hq.data.image_io import read_image
+from segment_anything_hq.inference.image_transform import Fit, device_of, embed, make_transform
 from segment_anything_hq.models import Network
 
 AT_ONCE = 32
@@ -40,14 +40,20 @@ class Track(Protocol):
         ...
 
 
-class PrecisionRecord(Record):
+def _precision_1_to_2(data: dict[str, Any]) -> dict[str, Any]:
+    return renamed(data, {"pictures": "images"})
+
+
+class PrecisionRecord(VersionedRecord):
     """What the command writes."""
 
-    format: Literal[1] = 1
+    upgrades = (_precision_1_to_2,)
+
+    format: Literal[2] = 2
     network: dict[str, str]
     annotations: str
     detections: str | None
-    pictures: int
+    images: int
     boxes: int
     figures: dict[str, float | None]
     """0 to 1; None where there is no object of a size."""
@@ -64,7 +70,7 @@ class Precision:
     """
 
     figures: dict[str, float]
-    pictures: int
+    images: int
     boxes: int
 
 
@@ -72,7 +78,7 @@ class Precision:
 class Box:
     """A box of a detector: `xyxy` in pixels of the picture."""
 
-    picture: int
+    image: int
     category: int
     xyxy: tuple[float, float, float, float]
     score: float | None
@@ -85,7 +91,7 @@ def average_precision(
     *,
     fit: Fit,
     detections: Path | None = None,
-    most: int | None = None,
+    max_images: int | None = None,
     track: Track | None = None,
 ) -> Precision:
     """Mask given boxes and count as COCO does.
@@ -97,7 +103,7 @@ def average_precision(
         fit: how pictures lie in the frame.
         detections: boxes of a detector in COCO's format of results, [{"image_id", "category_id", "bbox": [x, y, w, h],
             "score"}]; the score ranks the masks. None: the boxes of the annotations, ranked by predicted IoU.
-        most: only the first so many pictures that have boxes.
+        max_images: only the first so many pictures that have boxes.
         track: shows progress by picture.
 
     Raises:
@@ -105,37 +111,37 @@ def average_precision(
         DatasetError: files that are missing or hold something else.
         ImageError: a picture that cannot be read.
     """
-    truth = _coco(annotations)
-    boxes = _annotated(truth) if detections is None else _detected(detections, truth)
+    ground_truth = _coco(annotations)
+    boxes = _annotated(ground_truth) if detections is None else _detected(detections, ground_truth)
     of: dict[int, list[Box]] = defaultdict(list)
     for box in boxes:
-        of[box.picture].append(box)
-    chosen = sorted(of)[:most]
+        of[box.image].append(box)
+    chosen = sorted(of)[:max_images]
     if not chosen:
         raise DatasetError("There is no box to mask", where=detections or annotations)
     results: list[dict[str, Any]] = []
-    for picture in track(chosen, "pictures", len(chosen)) if track else chosen:
-        path = images / Path(truth.imgs[picture]["file_name"]).name
-        results += _masked(network, read_picture(path), of[picture], fit)
+    for image in track(chosen, "pictures", len(chosen)) if track else chosen:
+        path = images / Path(ground_truth.imgs[image]["file_name"]).name
+        results += _masked(network, read_image(path), of[image], fit)
     return Precision(
-        figures=_counted(truth, results, chosen), pictures=len(chosen), boxes=sum(len(of[p]) for p in chosen)
+        figures=_counted(ground_truth, results, chosen), images=len(chosen), boxes=sum(len(of[p]) for p in chosen)
     )
 
 
 @torch.inference_mode()
-def _masked(network: Network, picture: np.ndarray, boxes: list[Box], fit: Fit) -> Iterator[dict[str, Any]]:
+def _masked(network: Network, image: np.ndarray, boxes: list[Box], fit: Fit) -> Iterator[dict[str, Any]]:
     """Results in COCO's format for the boxes of one picture."""
     codec = _package("mask")
-    size = (picture.shape[0], picture.shape[1])
-    framing = framing_of(size, network.frame_size, fit)
-    embedded, device = embed(network, picture, framing), device_of(network)
+    size = (image.shape[0], image.shape[1])
+    framing = make_transform(size, network.frame_size, fit)
+    embedded, device = embed(network, image, framing), device_of(network)
     made = []
     for start in range(0, len(boxes), AT_ONCE):
         part = boxes[start : start + AT_ONCE]
-        corners = framing.places(np.array([box.xyxy for box in part]).reshape(-1, 2, 2)).reshape(-1, 4)
+        corners = framing.apply_coords(np.array([box.xyxy for box in part]).reshape(-1, 2, 2)).reshape(-1, 4)
         answer = network.segment(
             embedded,
-            Prompted(
+            PromptBatch(
                 images=torch.zeros(len(part), dtype=torch.long, device=device),
                 boxes=torch.as_tensor(corners, dtype=torch.float32, device=device),
             ),
@@ -144,14 +150,14 @@ def _masked(network: Network, picture: np.ndarray, boxes: list[Box], fit: Fit) -
         codes = codec.encode(np.asfortranarray(masks, np.uint8))
         for box, code, quality in zip(part, codes, answer.scores.tolist(), strict=True):
             score = quality if box.score is None else box.score
-            made.append({"image_id": box.picture, "category_id": box.category, "segmentation": code, "score": score})
+            made.append({"image_id": box.image, "category_id": box.category, "segmentation": code, "score": score})
     return iter(made)
 
 
-def _counted(truth: Any, results: list[dict[str, Any]], pictures: list[int]) -> dict[str, float]:
+def _counted(ground_truth: Any, results: list[dict[str, Any]], images: list[int]) -> dict[str, float]:
     with contextlib.redirect_stdout(io.StringIO()):
-        counting = _package("cocoeval").COCOeval(truth, truth.loadRes(results), "segm")
-        counting.params.imgIds = pictures
+        counting = _package("cocoeval").COCOeval(ground_truth, ground_truth.loadRes(results), "segm")
+        counting.params.imgIds = images
         counting.evaluate()
         counting.accumulate()
         counting.summarize()
@@ -177,15 +183,15 @@ def _coco(path: Path) -> Any:
     return coco
 
 
-def _annotated(truth: Any) -> list[Box]:
+def _annotated(ground_truth: Any) -> list[Box]:
     return [
-        Box(picture=entry["image_id"], category=entry["category_id"], xyxy=_corners(entry["bbox"]), score=None)
-        for entry in truth.dataset["annotations"]
+        Box(image=entry["image_id"], category=entry["category_id"], xyxy=_corners(entry["bbox"]), score=None)
+        for entry in ground_truth.dataset["annotations"]
         if not entry["iscrowd"] and min(entry["bbox"][2:]) > 0
     ]
 
 
-def _detected(path: Path, truth: Any) -> list[Box]:
+def _detected(path: Path, ground_truth: Any) -> list[Box]:
     content = _json(path)
     needed = {"image_id", "category_id", "bbox", "score"}
     good = isinstance(content, list) and all(isinstance(d, dict) and needed <= d.keys() for d in content)
@@ -193,12 +199,12 @@ def _detected(path: Path, truth: Any) -> list[Box]:
         raise DatasetError(
             "The file holds no detections", where=path, expected=f"a list of {', '.join(sorted(needed))}"
         )
-    unknown = sorted({d["image_id"] for d in content} - truth.imgs.keys())
+    unknown = sorted({d["image_id"] for d in content} - ground_truth.imgs.keys())
     if unknown:
         found = f"image_id {', '.join(map(str, unknown[:5]))}"
         raise DatasetError("Detections are of pictures that the annotations do not have", where=path, found=found)
     return [
-        Box(picture=d["image_id"], category=d["category_id"], xyxy=_corners(d["bbox"]), score=float(d["score"]))
+        Box(image=d["image_id"], category=d["category_id"], xyxy=_corners(d["bbox"]), score=float(d["score"]))
         for d in content
     ]
 

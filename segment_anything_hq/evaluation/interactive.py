@@ -17,7 +17,7 @@ import numpy as np
 from rfmedsam2.errors import UsageError
 from segment_anything_hq.data.datasets import Fault, ImageSet, read_ahead
 from segment_anything_hq.evaluation.protocols import named_apart, predicted_mask
-from segment_anything_hq.evaluation.scores import Case, Chart, Column, Curve, Evaluation, SampleScore, Worst, mean
+from segment_anything_hq.evaluation.scores import Case, Chart, Column, Curve, Evaluation, SampleScore, WorstK, mean
 from segment_anything_hq.prompts.clicks import MOST_CLICKS, Click, iou, next_click
 
 THRESHOLD = 0.49
@@ -48,28 +48,28 @@ class ClickProtocol:
 
     Attributes:
         targets: IoUs that NoC and NoF are given for.
-        most: clicks allowed.
+        max_clicks: clicks allowed.
         miou_at: numbers of clicks that the mean IoU is given for; no sample stops before the largest of them.
         threshold: a pixel is predicted where its probability is above this.
         stop: stop at the largest target (RITM); False: always make all clicks.
     """
 
     targets: tuple[float, ...] = (0.90, 0.95)
-    most: int = MOST_CLICKS
+    max_clicks: int = MOST_CLICKS
     miou_at: tuple[int, ...] = (5,)
     threshold: float = THRESHOLD
     stop: bool = True
 
     def __post_init__(self) -> None:
-        if self.most < 1 or any(not 1 <= k <= self.most for k in self.miou_at):
-            found = f"{self.most} clicks, mean IoU at {self.miou_at}"
+        if self.max_clicks < 1 or any(not 1 <= k <= self.max_clicks for k in self.miou_at):
+            found = f"{self.max_clicks} clicks, mean IoU at {self.miou_at}"
             raise UsageError("The clicks do not fit together", expected="1 or more, mean IoU within them", found=found)
         if not self.targets or any(not 0 < t <= 1 for t in self.targets):
             raise UsageError("Clicks need a target", expected="IoUs above 0, up to 1", found=self.targets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClickRun:
+class InteractionTrace:
     """What happened on one object.
 
     Attributes:
@@ -85,45 +85,47 @@ class ClickRun:
     seconds: float
 
 
-def click_run(
-    model: Interactive, truth: np.ndarray, protocol: ClickProtocol, *, clicker: Clicker = next_click
-) -> ClickRun:
+def simulate_clicks(
+    model: Interactive, ground_truth: np.ndarray, protocol: ClickProtocol, *, clicker: Clicker = next_click
+) -> InteractionTrace:
     """Click one object of the picture that was set, until it fits or the clicks are used up.
 
     Args:
         model: with the object's picture set.
-        truth: (H, W) int8: 1 object, 0 background, -1 ignored.
+        ground_truth: (H, W) int8: 1 object, 0 background, -1 ignored.
         protocol: when to stop.
         clicker: who clicks.
 
     Raises:
         UsageError: more clicks than pixels; an answer of another size than the truth.
     """
-    if protocol.most > truth.size:
+    if protocol.max_clicks > ground_truth.size:
         raise UsageError(
-            "There are more clicks than pixels", expected=f"up to {truth.size} clicks", found=f"{protocol.most} clicks"
+            "There are more clicks than pixels",
+            expected=f"up to {ground_truth.size} clicks",
+            found=f"{protocol.max_clicks} clicks",
         )
     clicks: list[Click] = []
     ious: list[float] = []
-    predicted = np.zeros(truth.shape, bool)
+    predicted = np.zeros(ground_truth.shape, bool)
     previous: np.ndarray | None = None
     least = max(protocol.miou_at, default=1)
     seconds = 0.0
-    for number in range(1, protocol.most + 1):
-        clicks.append(clicker(truth, predicted, clicks))
+    for number in range(1, protocol.max_clicks + 1):
+        clicks.append(clicker(ground_truth, predicted, clicks))
         started = time.perf_counter()
         previous = model.predict(tuple(clicks), previous)
         seconds += time.perf_counter() - started
-        predicted = predicted_mask(previous, truth, protocol.threshold)
-        ious.append(iou(truth, predicted))
+        predicted = predicted_mask(previous, ground_truth, protocol.threshold)
+        ious.append(iou(ground_truth, predicted))
         if protocol.stop and number >= least and ious[-1] >= max(protocol.targets):
             break
-    return ClickRun(clicks=tuple(clicks), ious=tuple(ious), prediction=predicted, seconds=seconds)
+    return InteractionTrace(clicks=tuple(clicks), ious=tuple(ious), prediction=predicted, seconds=seconds)
 
 
-def noc(ious: Sequence[float], target: float, most: int = MOST_CLICKS) -> int:
-    """Number of the first click that reaches the target; `most` where none does."""
-    return next((number for number, value in enumerate(ious, 1) if value >= target), most)
+def noc(ious: Sequence[float], target: float, max_clicks: int = MOST_CLICKS) -> int:
+    """Number of the first click that reaches the target; `max_clicks` where none does."""
+    return next((number for number, value in enumerate(ious, 1) if value >= target), max_clicks)
 
 
 def failed(ious: Sequence[float], target: float) -> bool:
@@ -177,27 +179,27 @@ def evaluate_clicks(
         UsageError: two sets of one name; more clicks than pixels; an answer of another size than its picture.
     """
     protocol = protocol or ClickProtocol()
-    kept = Worst(worst)
+    kept = WorstK(worst)
     scores: list[SampleScore] = []
     skipped: list[Fault] = []
-    runs: dict[str, list[ClickRun]] = {}
+    runs: dict[str, list[InteractionTrace]] = {}
     encoding: dict[str, float] = {}
     for images in named_apart(sets):
         runs[images.name], encoding[images.name] = [], 0.0
         current: np.ndarray | None = None
-        for sample, picture, truth in read_ahead(images.required().samples):
-            if not (truth == 1).any():
+        for sample, image, ground_truth in read_ahead(images.required().samples):
+            if not (ground_truth == 1).any():
                 skipped.append(Fault(where=f"{images.name} {sample.id}", what="the mask is empty"))
                 continue
-            if picture is not current:
+            if image is not current:
                 started = time.perf_counter()
-                model.set_image(picture)
+                model.set_image(image)
                 encoding[images.name] += time.perf_counter() - started
-                current = picture
-            run = click_run(model, truth, protocol, clicker=clicker)
+                current = image
+            run = simulate_clicks(model, ground_truth, protocol, clicker=clicker)
             runs[images.name].append(run)
             scores.append(SampleScore(set=images.name, id=sample.id, values=_sample_values(run, protocol)))
-            kept.see(
+            kept.update(
                 Case(
                     set=images.name,
                     sample=sample,
@@ -224,15 +226,15 @@ def _percent(target: float) -> str:
     return f"{100 * target:g}"
 
 
-def _figures(runs: Sequence[ClickRun], encoding: float, protocol: ClickProtocol) -> dict[str, float]:
+def _figures(runs: Sequence[InteractionTrace], encoding: float, protocol: ClickProtocol) -> dict[str, float]:
     """NoC, both NoF, k-mIoU and seconds per click of some samples."""
     ious = [run.ious for run in runs]
     figures: dict[str, float] = {}
     for target in protocol.targets:
-        numbers = [noc(values, target, protocol.most) for values in ious]
+        numbers = [noc(values, target, protocol.max_clicks) for values in ious]
         figures[f"noc{_percent(target)}"] = mean(numbers)
         figures[f"nof{_percent(target)}"] = sum(failed(values, target) for values in ious)
-        figures[f"nof{_percent(target)}_legacy"] = sum(number == protocol.most for number in numbers)
+        figures[f"nof{_percent(target)}_legacy"] = sum(number == protocol.max_clicks for number in numbers)
     figures |= {f"miou_at_{k}": miou_at(ious, k) for k in protocol.miou_at}
     clicks = sum(len(values) for values in ious)
     figures["spc_s"] = (encoding + sum(run.seconds for run in runs)) / max(clicks, 1)
@@ -243,7 +245,7 @@ def _columns(protocol: ClickProtocol) -> tuple[Column, ...]:
     columns: list[Column] = []
     for target in protocol.targets:
         t = _percent(target)
-        last = f"or only with click {protocol.most}, as published"
+        last = f"or only with click {protocol.max_clicks}, as published"
         columns += [
             Column(name=f"noc{t}", title=f"NoC{t}", meaning=f"Mean number of clicks to an IoU of {t} %"),
             Column(name=f"nof{t}", title=f"NoF{t}", meaning=f"Samples that never reach {t} %", digits=0),
@@ -279,30 +281,32 @@ def _sample_columns(protocol: ClickProtocol) -> tuple[Column, ...]:
     return (last, *nocs, *at, Column(name="clicks", title="Clicks", meaning="Clicks made", digits=0))
 
 
-def _sample_values(run: ClickRun, protocol: ClickProtocol) -> dict[str, float | None]:
+def _sample_values(run: InteractionTrace, protocol: ClickProtocol) -> dict[str, float | None]:
     """What the CSV holds of a sample; a target that is not reached has no number of clicks."""
     values: dict[str, float | None] = {"clicks": len(run.clicks), "iou_last": run.ious[-1], "seconds": run.seconds}
     for target in protocol.targets:
-        reached = None if failed(run.ious, target) else noc(run.ious, target, protocol.most)
+        reached = None if failed(run.ious, target) else noc(run.ious, target, protocol.max_clicks)
         values[f"noc{_percent(target)}"] = reached
-    return values | {f"iou_{k}": run.ious[k - 1] if k <= len(run.ious) else None for k in range(1, protocol.most + 1)}
+    return values | {
+        f"iou_{k}": run.ious[k - 1] if k <= len(run.ious) else None for k in range(1, protocol.max_clicks + 1)
+    }
 
 
-def _progress(runs: dict[str, list[ClickRun]], protocol: ClickProtocol) -> Chart:
+def _progress(runs: dict[str, list[InteractionTrace]], protocol: ClickProtocol) -> Chart:
     """Mean IoU by click; the last IoU of a sample that stopped stands for the clicks it did not need."""
-    numbers = tuple(float(k) for k in range(1, protocol.most + 1))
+    numbers = tuple(float(k) for k in range(1, protocol.max_clicks + 1))
     curves = []
     for name, found in runs.items():
-        rows = [(*run.ious, *[run.ious[-1]] * (protocol.most - len(run.ious))) for run in found]
+        rows = [(*run.ious, *[run.ious[-1]] * (protocol.max_clicks - len(run.ious))) for run in found]
         curves.append(Curve(name=name, x=numbers, y=tuple(np.mean(rows, axis=0).tolist())))
     return Chart(title="Mean IoU after each click", x_title="click", y_title="mean IoU", curves=tuple(curves))
 
 
 def _words(protocol: ClickProtocol) -> str:
     end = (
-        f"until the IoU is {_percent(max(protocol.targets))} % or {protocol.most} clicks are made"
+        f"until the IoU is {_percent(max(protocol.targets))} % or {protocol.max_clicks} clicks are made"
         if protocol.stop
-        else f"{protocol.most} for every sample"
+        else f"{protocol.max_clicks} for every sample"
     )
     least = max(protocol.miou_at, default=1)
     at_least = f", at least {least}" if protocol.stop and least > 1 else ""

@@ -14,34 +14,34 @@ from PIL import Image
 from segment_anything_hq.evaluation.scores import Case
 from segment_anything_hq.prompts.clicks import IGNORE
 
-TRUTH_COLOUR = "#35d07f"
-PREDICTION_COLOUR = "#ff5ca8"
-MISSED_COLOUR = "#ffb020"
-WRONG_COLOUR = "#4aa8ff"
+GROUND_TRUTH_COLOR = "#35d07f"
+PREDICTION_COLOR = "#ff5ca8"
+MISSED_COLOR = "#ffb020"
+WRONG_COLOR = "#4aa8ff"
 LONGEST = 440
 """Pixels of the longer side that a picture is drawn with."""
 
 
 def case_png(case: Case) -> bytes:
-    """Draw one case: the picture with outlines and prompts, and in grey with what was missed and what is wrong.
+    """Draw one case: the picture with outlines and prompts, and in gray with what was missed and what is wrong.
 
     Raises:
         ImageError: its files cannot be read.
     """
-    picture, truth = case.sample.picture(), case.sample.truth()
-    height, width = truth.shape
+    image, ground_truth = case.sample.read_image(), case.sample.ground_truth()
+    height, width = ground_truth.shape
     scale = min(1.0, LONGEST / max(height, width))
-    shown = np.asarray(Image.fromarray(picture).resize(_fitted(width, height, scale), Image.Resampling.BOX))
+    shown = np.asarray(Image.fromarray(image).resize(_fitted(width, height, scale), Image.Resampling.BOX))
     inches = (max(width * scale, 120) / 100, max(height * scale, 120) / 100)
     figure = Figure(figsize=(2 * inches[0] + 0.08, inches[1]), dpi=100, facecolor="#000000")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.02, "left": 0, "right": 1, "bottom": 0, "top": 1})
     extent = (0.0, float(width), float(height), 0.0)
     left.imshow(shown, extent=extent, interpolation="bilinear")
-    for mask, colour, line in ((truth == 1, TRUTH_COLOUR, 1.6), (case.prediction, PREDICTION_COLOUR, 1.1)):
-        _outline(left, mask, colour, line)
+    for mask, color, line in ((ground_truth == 1, GROUND_TRUTH_COLOR, 1.6), (case.prediction, PREDICTION_COLOR, 1.1)):
+        _outline(left, mask, color, line)
     _prompts(left, case)
-    right.imshow(_errors(shown, truth, case.prediction), extent=extent, interpolation="nearest")
+    right.imshow(_errors(shown, ground_truth, case.prediction), extent=extent, interpolation="nearest")
     for ax in (left, right):
         ax.set_xlim(0, width)
         ax.set_ylim(height, 0)
@@ -56,7 +56,7 @@ def _fitted(width: int, height: int, scale: float) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _outline(ax: Axes, mask: np.ndarray, colour: str, line: float) -> None:
+def _outline(ax: Axes, mask: np.ndarray, color: str, line: float) -> None:
     """Outline of a mask; a ring of background outside closes it at the edge."""
     if not mask.any():
         return
@@ -64,7 +64,7 @@ def _outline(ax: Axes, mask: np.ndarray, colour: str, line: float) -> None:
     step = max(1, max(mask.shape) // (2 * LONGEST))
     rows, columns = ((np.arange(-1, n + 1) + 0.5) * step for n in mask[::step, ::step].shape)
     padded = np.pad(mask[::step, ::step], 1).astype(np.float32)
-    ax.contour(columns, rows, padded, levels=[0.5], colors=[colour], linewidths=line)
+    ax.contour(columns, rows, padded, levels=[0.5], colors=[color], linewidths=line)
 
 
 def _prompts(ax: Axes, case: Case) -> None:
@@ -76,22 +76,22 @@ def _prompts(ax: Axes, case: Case) -> None:
         places = [(c.x + 0.5, c.y + 0.5) for c in case.clicks if c.positive == positive]
         if places:
             x, y = zip(*places, strict=True)
-            colour = TRUTH_COLOUR if positive else "#ff4d4d"
-            ax.scatter(x, y, s=34, marker=marker, c=colour, edgecolors="#ffffff", linewidths=0.8, zorder=3)
+            color = GROUND_TRUTH_COLOR if positive else "#ff4d4d"
+            ax.scatter(x, y, s=34, marker=marker, c=color, edgecolors="#ffffff", linewidths=0.8, zorder=3)
 
 
-def _errors(shown: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """(h, w, 3) uint8 in the size of `shown`: the picture in grey, missed object and wrong prediction in colour."""
+def _errors(shown: np.ndarray, ground_truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """(h, w, 3) uint8 in the size of `shown`: the picture in gray, missed object and wrong prediction in color."""
     height, width = shown.shape[:2]
-    grey = 0.45 * shown.mean(-1, keepdims=True).repeat(3, -1) + 20
-    for wrong, colour in (
-        ((truth == 1) & ~prediction, MISSED_COLOUR),
-        ((truth == 0) & prediction, WRONG_COLOUR),
-        (truth == IGNORE, "#808080"),
+    gray = 0.45 * shown.mean(-1, keepdims=True).repeat(3, -1) + 20
+    for wrong, color in (
+        ((ground_truth == 1) & ~prediction, MISSED_COLOR),
+        ((ground_truth == 0) & prediction, WRONG_COLOR),
+        (ground_truth == IGNORE, "#808080"),
     ):
         size = (width, height)
         share = np.asarray(Image.fromarray(wrong.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX), np.float32)
-        strength = (0.85 if colour != "#808080" else 0.35) * share[..., None] / 255
-        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], np.float32)
-        grey = grey * (1 - strength) + rgb * strength
-    return np.clip(grey, 0, 255).astype(np.uint8)
+        strength = (0.85 if color != "#808080" else 0.35) * share[..., None] / 255
+        rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], np.float32)
+        gray = gray * (1 - strength) + rgb * strength
+    return np.clip(gray, 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Evaluation with given prompts: mIoU and mBIoU at original size, from boxes, noised boxes, centre and random points.
+"""Evaluation with given prompts: mIoU and mBIoU at original size, from boxes, noised boxes, center and random points.
 
 As HQ-SAM is evaluated: one object a picture, the mean over a set's samples, then the mean over the sets.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from rfmedsam2.errors import UsageError
 from rfmedsam2.metrics.boundary import DILATION_RATIO, boundary_iou
 from segment_anything_hq.data.datasets import Fault, ImageSet, read_ahead
-from segment_anything_hq.evaluation.scores import Case, Chart, Column, Curve, Evaluation, SampleScore, Worst, mean
+from segment_anything_hq.evaluation.scores import Case, Chart, Column, Curve, Evaluation, SampleScore, WorstK, mean
 from segment_anything_hq.prompts.clicks import IGNORE, Click, Prompt, iou, next_click
 
 THRESHOLD = 0.5
@@ -48,14 +48,14 @@ class PromptRule(Protocol):
         """The rule, for reports."""
         ...
 
-    def prompts(self, truth: np.ndarray, generator: np.random.Generator) -> Iterator[Prompt]:
+    def prompts(self, ground_truth: np.ndarray, rng: np.random.Generator) -> Iterator[Prompt]:
         """One prompt a trial; truth (H, W) int8 with at least one pixel of the object."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxRule:
-    """The truth's box, its centre and size moved at random as DN-DETR does (HQ-SAM paper, Table 4: 0, 0.2 and 0.4)."""
+    """The truth's box, its center and size moved at random as DN-DETR does (HQ-SAM paper, Table 4: 0, 0.2 and 0.4)."""
 
     noise: float = 0.0
 
@@ -64,14 +64,18 @@ class BoxRule:
         """The rule, for reports."""
         return "boxes of the truth" + (f" with noise {self.noise:g} (DN-DETR)" if self.noise else "")
 
-    def prompts(self, truth: np.ndarray, generator: np.random.Generator) -> Iterator[Prompt]:
+    def prompts(self, ground_truth: np.ndarray, rng: np.random.Generator) -> Iterator[Prompt]:
         """One box."""
-        box = noised_box(box_of(truth), self.noise, truth.shape, generator) if self.noise else box_of(truth)
+        box = (
+            noised_box(mask_box(ground_truth), self.noise, ground_truth.shape, rng)
+            if self.noise
+            else mask_box(ground_truth)
+        )
         yield Prompt(box=box)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CentreRule:
+class CenterRule:
     """One point: the pixel deepest inside the object (HQ-SAM supplement, section 2)."""
 
     @property
@@ -79,9 +83,9 @@ class CentreRule:
         """The rule, for reports."""
         return "one point, deepest inside the truth"
 
-    def prompts(self, truth: np.ndarray, generator: np.random.Generator) -> Iterator[Prompt]:  # noqa: ARG002
+    def prompts(self, ground_truth: np.ndarray, rng: np.random.Generator) -> Iterator[Prompt]:  # noqa: ARG002
         """One point."""
-        yield Prompt(points=(next_click(truth, np.zeros(truth.shape, bool)),))
+        yield Prompt(points=(next_click(ground_truth, np.zeros(ground_truth.shape, bool)),))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,46 +106,46 @@ class RandomRule:
         trials = f", mean of {self.trials} trials" if self.trials > 1 else ""
         return f"{self.count} random point{'s' if self.count > 1 else ''} of the truth{trials}"
 
-    def prompts(self, truth: np.ndarray, generator: np.random.Generator) -> Iterator[Prompt]:
+    def prompts(self, ground_truth: np.ndarray, rng: np.random.Generator) -> Iterator[Prompt]:
         """One set of points a trial; an object of fewer pixels gives each of them once."""
-        pixels = np.flatnonzero(truth == 1)
+        pixels = np.flatnonzero(ground_truth == 1)
         for _ in range(self.trials):
-            drawn = generator.choice(pixels, size=min(self.count, pixels.size), replace=False)
-            rows, columns = np.unravel_index(drawn, truth.shape)
+            drawn = rng.choice(pixels, size=min(self.count, pixels.size), replace=False)
+            rows, columns = np.unravel_index(drawn, ground_truth.shape)
             places = zip(columns.tolist(), rows.tolist(), strict=True)
             yield Prompt(points=tuple(Click(x=x, y=y, positive=True) for x, y in places))
 
 
-def box_of(truth: np.ndarray) -> np.ndarray:
+def mask_box(ground_truth: np.ndarray) -> np.ndarray:
     """(4,) float32 xyxy: columns and rows of the first and last pixel of the object.
 
     Raises:
         UsageError: the object has no pixel.
     """
-    rows, columns = (np.flatnonzero((truth == 1).any(axis)) for axis in (1, 0))
+    rows, columns = (np.flatnonzero((ground_truth == 1).any(axis)) for axis in (1, 0))
     if not rows.size:
         raise UsageError("An empty mask has no box")
     return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float32)
 
 
-def noised_box(box: np.ndarray, scale: float, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+def noised_box(box: np.ndarray, scale: float, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """A box (4,) xyxy moved by up to scale / 2 and resized by up to scale of its size, cut at the picture's edges.
 
     Args:
         box: (4,) xyxy.
-        scale: 0 to 1; centre and size change by independent uniform draws (DN-DETR).
+        scale: 0 to 1; center and size change by independent uniform draws (DN-DETR).
         shape: (H, W) of the picture.
-        generator: source of randomness.
+        rng: source of randomness.
 
     Raises:
         UsageError: a scale outside 0 to 1.
     """
     if not 0 <= scale <= 1:
         raise UsageError("Boxes cannot be noised so", where="noise", expected="0 to 1", found=scale)
-    centre, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
-    draws = generator.uniform(-1, 1, (2, 2)) * scale
-    centre, size = centre + draws[0] * size / 2, size * (1 + draws[1])
-    moved = np.concatenate([centre - size / 2, centre + size / 2])
+    center, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+    draws = rng.uniform(-1, 1, (2, 2)) * scale
+    center, size = center + draws[0] * size / 2, size * (1 + draws[1])
+    moved = np.concatenate([center - size / 2, center + size / 2])
     return np.clip(moved, 0, np.array([shape[1], shape[0]] * 2) - 1).astype(np.float32)
 
 
@@ -165,29 +169,29 @@ def evaluate_prompted(
         ImageError: a file that cannot be read.
         UsageError: two sets of one name; the model's answer has another size than the picture.
     """
-    kept = Worst(worst)
+    kept = WorstK(worst)
     scores: list[SampleScore] = []
     skipped: list[Fault] = []
     for images in named_apart(sets):
         current: np.ndarray | None = None
-        for index, (sample, picture, truth) in enumerate(read_ahead(images.required().samples)):
-            if not (truth == 1).any():
+        for index, (sample, image, ground_truth) in enumerate(read_ahead(images.required().samples)):
+            if not (ground_truth == 1).any():
                 skipped.append(Fault(where=f"{images.name} {sample.id}", what="the mask is empty"))
                 continue
-            if picture is not current:
-                model.set_image(picture)
-                current = picture
+            if image is not current:
+                model.set_image(image)
+                current = image
             trials = [
-                (prompt, predicted_mask(model.segment(prompt), truth, THRESHOLD))
-                for prompt in rule.prompts(truth, np.random.default_rng([seed, index]))
+                (prompt, predicted_mask(model.segment(prompt), ground_truth, THRESHOLD))
+                for prompt in rule.prompts(ground_truth, np.random.default_rng([seed, index]))
             ]
-            values = [(iou(truth, p), _boundary_iou(truth, p)) for _, p in trials]
+            values = [(iou(ground_truth, p), _boundary_iou(ground_truth, p)) for _, p in trials]
             fits, boundary_fits = (mean(v) for v in zip(*values, strict=True))
             scores.append(
                 SampleScore(set=images.name, id=sample.id, values={"iou": fits, "boundary_iou": boundary_fits})
             )
             prompt, prediction = trials[int(np.argmin([v[1] for v in values]))]
-            kept.see(
+            kept.update(
                 Case(
                     set=images.name,
                     sample=sample,
@@ -213,30 +217,30 @@ def named_apart(sets: Sequence[ImageSet]) -> Sequence[ImageSet]:
     return sets
 
 
-def predicted_mask(probabilities: np.ndarray, truth: np.ndarray, threshold: float) -> np.ndarray:
+def predicted_mask(probabilities: np.ndarray, ground_truth: np.ndarray, threshold: float) -> np.ndarray:
     """(H, W) bool from a model's answer.
 
     Raises:
         UsageError: it has another size than the picture.
     """
-    if probabilities.shape != truth.shape:
+    if probabilities.shape != ground_truth.shape:
         raise UsageError(
             "The model's answer has another size than the picture",
-            expected=" x ".join(map(str, truth.shape)),
+            expected=" x ".join(map(str, ground_truth.shape)),
             found=" x ".join(map(str, probabilities.shape)),
         )
     return np.asarray(probabilities > threshold)
 
 
-def _boundary_iou(truth: np.ndarray, predicted: np.ndarray) -> float:
-    ignored = truth == IGNORE
+def _boundary_iou(ground_truth: np.ndarray, predicted: np.ndarray) -> float:
+    ignored = ground_truth == IGNORE
     return boundary_iou(
-        truth == 1, predicted, dilation_ratio=DILATION_RATIO, ignored=ignored if ignored.any() else None
+        ground_truth == 1, predicted, dilation_ratio=DILATION_RATIO, ignored=ignored if ignored.any() else None
     )
 
 
 def _evaluation(
-    rule: PromptRule, sets: Sequence[ImageSet], scores: list[SampleScore], kept: Worst, skipped: list[Fault]
+    rule: PromptRule, sets: Sequence[ImageSet], scores: list[SampleScore], kept: WorstK, skipped: list[Fault]
 ) -> Evaluation:
     columns = (IOU, BOUNDARY_IOU)
     found = {

@@ -11,10 +11,10 @@ from pathlib import Path
 from rfmedsam2.errors import RfMedSamError, UsageError
 from rfmedsam2.reporting.html import png_uri, write_html
 from segment_anything_hq.evaluation.overlays import (
-    MISSED_COLOUR,
-    PREDICTION_COLOUR,
-    TRUTH_COLOUR,
-    WRONG_COLOUR,
+    GROUND_TRUTH_COLOR,
+    MISSED_COLOR,
+    PREDICTION_COLOR,
+    WRONG_COLOR,
     case_png,
 )
 from segment_anything_hq.evaluation.scores import Case, Chart, Column, Evaluation
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_ROWS = 2000
 """Samples listed on the page, worst first; the CSV holds all."""
-CURVE_COLOURS = ("#3f7fd0", "#d9772b", "#3f9f63", "#b04fb5", "#c2435a", "#2aa1b3", "#8a7a2e")
+CURVE_COLORS = ("#3f7fd0", "#d9772b", "#3f9f63", "#b04fb5", "#c2435a", "#2aa1b3", "#8a7a2e")
 WIDTH, HEIGHT, MARGIN = 720, 300, 46
 
 
@@ -59,11 +59,11 @@ def write_page(
         "title": title,
         "facts": dict(about or {}),
         "sections": [_section(evaluation) for evaluation in evaluations],
-        "colours": {
-            "truth": TRUTH_COLOUR,
-            "prediction": PREDICTION_COLOUR,
-            "missed object": MISSED_COLOUR,
-            "wrong prediction": WRONG_COLOUR,
+        "colors": {
+            "truth": GROUND_TRUTH_COLOR,
+            "prediction": PREDICTION_COLOR,
+            "missed object": MISSED_COLOR,
+            "wrong prediction": WRONG_COLOR,
         },
     }
     write_html(path, TEMPLATE, context, figure=_figure)
@@ -79,7 +79,7 @@ def _figure(value: float | None, column: Column) -> str:
 def _section(evaluation: Evaluation) -> dict[str, object]:
     first = evaluation.sample_columns[0].name
     ranked = sorted(evaluation.samples, key=lambda s: (s.values.get(first) is not None, s.values.get(first) or 0.0))
-    pictures, unshown = _pictures(evaluation.worst)
+    images, unshown = _images(evaluation.worst)
     return {
         "protocol": evaluation.protocol,
         "columns": evaluation.columns,
@@ -87,7 +87,7 @@ def _section(evaluation: Evaluation) -> dict[str, object]:
         "overall": evaluation.overall,
         "overall_rule": evaluation.overall_rule,
         "chart": _drawn(evaluation.chart),
-        "pictures": pictures,
+        "pictures": images,
         "ranked_by": evaluation.sample_columns[0],
         "unshown": [*unshown, *(f"not evaluated: {fault}" for fault in evaluation.skipped)],
         "sample_columns": evaluation.sample_columns,
@@ -96,9 +96,9 @@ def _section(evaluation: Evaluation) -> dict[str, object]:
     }
 
 
-def _pictures(cases: Sequence[Case]) -> tuple[list[Picture], list[str]]:
+def _images(cases: Sequence[Case]) -> tuple[list[Picture], list[str]]:
     """Draw the cases; what could not be drawn, and why."""
-    pictures: list[Picture] = []
+    images: list[Picture] = []
     unshown: list[str] = []
     for case in cases:
         try:
@@ -108,8 +108,8 @@ def _pictures(cases: Sequence[Case]) -> tuple[list[Picture], list[str]]:
             continue
         source = png_uri(png)
         title = f"{case.set} {case.sample.id}"
-        pictures.append(Picture(title=title, score=case.score, source=source, prompts=_prompts(case)))
-    return pictures, unshown
+        images.append(Picture(title=title, score=case.score, source=source, prompts=_prompts(case)))
+    return images, unshown
 
 
 def _prompts(case: Case) -> str:
@@ -121,7 +121,7 @@ def _prompts(case: Case) -> str:
 
 
 def _drawn(chart: Chart) -> dict[str, object]:
-    """Coordinates of the chart's lines and ticks; colours of ground and text are the page's."""
+    """Coordinates of the chart's lines and ticks; colors of ground and text are the page's."""
     xs = [x for curve in chart.curves for x in curve.x]
     low, high = (min(xs), max(xs)) if xs else (0.0, 1.0)
     across = (WIDTH - 2 * MARGIN) / max(high - low, 1e-9)
@@ -132,7 +132,7 @@ def _drawn(chart: Chart) -> dict[str, object]:
     lines = []
     for number, curve in enumerate(chart.curves):
         points = " ".join(f"{px:.1f},{py:.1f}" for px, py in map(place, curve.x, curve.y))
-        lines.append({"name": curve.name, "points": points, "colour": CURVE_COLOURS[number % len(CURVE_COLOURS)]})
+        lines.append({"name": curve.name, "points": points, "color": CURVE_COLORS[number % len(CURVE_COLORS)]})
     whole = high - low > 1.5
     steps = [low + i * (high - low) / 5 for i in range(6)]
     x_ticks = sorted({float(round(v)) for v in steps}) if whole else steps

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Literal, Protocol, cast
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.records.base import Record
+from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.store.atomic import write_record
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.evaluation.interactive import ClickProtocol, Interactive, evaluate_clicks
 from segment_anything_hq.evaluation.latency import SatLatency, sat_latency
 from segment_anything_hq.evaluation.protocols import (
     BoxRule,
-    CentreRule,
+    CenterRule,
     Promptable,
     PromptRule,
     RandomRule,
@@ -31,7 +31,7 @@ from segment_anything_hq.prompts.clicks import MOST_CLICKS
 EVALUATION = "evaluation.json"
 PAGE = "evaluation.html"
 SAT = "sat"
-WORDS = "box, box_NOISE (box_0.2, box_0.4), centre, points_N (points_1, points_10), clicks, sat"
+WORDS = "box, box_NOISE (box_0.2, box_0.4), center, points_N (points_1, points_10), clicks, sat"
 
 
 class Model(Promptable, Interactive, Protocol):
@@ -46,7 +46,7 @@ class Track(Protocol):
         ...
 
 
-class FoundFigures(Record):
+class ResultRecord(Record):
     """What one protocol found."""
 
     rule: str
@@ -61,7 +61,7 @@ class FoundFigures(Record):
     seconds: float
 
 
-class FoundLatency(Record):
+class LatencyRecord(Record):
     """Latency of segmenting anything, seconds."""
 
     total_s: float
@@ -71,7 +71,7 @@ class FoundLatency(Record):
     points: int
 
 
-class EvaluationRecord(Record):
+class EvaluationRecord(VersionedRecord):
     """The file evaluation.json."""
 
     format: Literal[1] = 1
@@ -86,15 +86,15 @@ class EvaluationRecord(Record):
     """As they were named."""
     held_out: float | None
     """Only this share of the data, which a training held out; None: all of it."""
-    protocols: dict[str, FoundFigures]
-    latency: FoundLatency | None
+    protocols: dict[str, ResultRecord]
+    latency: LatencyRecord | None
     code_version: str
     created: str
     """UTC, ISO 8601."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Results:
     """What the protocols found, by name.
 
     Attributes:
@@ -121,9 +121,9 @@ def rule_of(name: str, *, clicks: int = MOST_CLICKS) -> PromptRule | ClickProtoc
     if name == SAT:
         return None
     if name == "clicks":
-        return ClickProtocol(most=clicks, miou_at=(5,) if clicks >= 5 else ())
-    if name == "centre":
-        return CentreRule()
+        return ClickProtocol(max_clicks=clicks, miou_at=(5,) if clicks >= 5 else ())
+    if name == "center":
+        return CenterRule()
     noise = re.fullmatch(r"box(?:_(\d*\.?\d+))?", name)
     if noise is not None and float(noise[1] or 0) <= 1:
         return BoxRule(noise=float(noise[1] or 0))
@@ -141,7 +141,7 @@ def run_protocols(
     clicks: int = MOST_CLICKS,
     seed: int = 0,
     track: Track | None = None,
-) -> Found:
+) -> Results:
     """Run protocols one after the other.
 
     Args:
@@ -172,13 +172,13 @@ def run_protocols(
         else:
             evaluations[name] = evaluate_prompted(model, sets, rule, seed=seed)
         seconds[name] = time.perf_counter() - started
-    return Found(evaluations=evaluations, seconds=seconds, latency=latency)
+    return Results(evaluations=evaluations, seconds=seconds, latency=latency)
 
 
-def figures_of(found: Found) -> tuple[dict[str, FoundFigures], FoundLatency | None]:
+def result_records(found: Results) -> tuple[dict[str, ResultRecord], LatencyRecord | None]:
     """Plain figures of what was found, for the record."""
     protocols = {
-        name: FoundFigures(
+        name: ResultRecord(
             rule=evaluation.protocol,
             sets={images: _defined(figures) for images, figures in evaluation.sets.items()},
             overall=_defined(evaluation.overall),
@@ -193,7 +193,7 @@ def figures_of(found: Found) -> tuple[dict[str, FoundFigures], FoundLatency | No
         return protocols, None
     names = ("total_s", "encode_s", "point_median_s", "point_95_s")
     taken = {name: cast(float, getattr(found.latency, name)) for name in names}
-    return protocols, FoundLatency(**taken, points=len(found.latency.points_s))
+    return protocols, LatencyRecord(**taken, points=len(found.latency.points_s))
 
 
 def require_free(out: Path, names: Sequence[str], *, overwrite: bool) -> None:
@@ -213,13 +213,13 @@ def require_free(out: Path, names: Sequence[str], *, overwrite: bool) -> None:
         )
 
 
-def write_found(out: Path, found: Found, record: EvaluationRecord, *, about: Mapping[str, str]) -> tuple[Path, ...]:
+def write_results(out: Path, found: Results, record: EvaluationRecord, *, about: Mapping[str, str]) -> tuple[Path, ...]:
     """Write evaluation.json, one CSV a protocol, and evaluation.html where there is more than a latency.
 
     Args:
         out: folder, which is made.
         found: what `run_protocols` gave.
-        record: with the figures of `figures_of`.
+        record: with the figures of `result_records`.
         about: facts for the head of the page.
 
     Returns:

@@ -110,14 +110,14 @@ class Evaluation:
 
 
 @dataclass(slots=True)
-class Worst:
+class WorstK:
     """The worst cases seen so far: no more masks are kept than are shown."""
 
     most: int = WORST
     _heap: list[tuple[float, int, Case]] = field(default_factory=list)
     _seen: int = 0
 
-    def see(self, case: Case) -> None:
+    def update(self, case: Case) -> None:
         """Keep a case if it is among the worst."""
         self._seen += 1
         # of equally bad cases the first stays

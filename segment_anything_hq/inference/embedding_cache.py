@@ -67,7 +67,7 @@ class Embeddings:
         """Embed frames.
 
         Args:
-            images: (B, 3, S, S) uint8, on any device; smaller ones are padded as `normalise` does.
+            images: (B, 3, S, S) uint8, on any device; smaller ones are padded as `normalize` does.
 
         Returns:
             On the network's device, in float32. With gradients where a method learns part of its encoding
@@ -84,7 +84,7 @@ class Embeddings:
         device = next(self.network.parameters()).device
         self.asked += len(images)
         with torch.no_grad():
-            frames = self.network.normalise(images.to(device))
+            frames = self.network.normalize(images.to(device))
             frozen = self._encoded(frames) if self.folder is None else self._kept_or_encoded(images, frames)
             frozen = {name: tensor.to(device).float() for name, tensor in frozen.items()}
         of_network: Any = self._kind(frames=frames, **frozen)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 import rfmedsam2
 from rfmedsam2.errors import UsageError
-from rfmedsam2.nn.segmenter import Embedded, Prompted
-from rfmedsam2.records.base import Record
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch
+from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.store.atomic import atomic, write_record
-from segment_anything_hq.data.image_io import read_picture
+from segment_anything_hq.data.image_io import read_image
 from segment_anything_hq.data.prompt_files import PromptedObject
-from segment_anything_hq.inference.image_transform import Framing, device_of, embed, framing_of
-from segment_anything_hq.inference.network_spec import ChosenNetwork
+from segment_anything_hq.inference.image_transform import ImageTransform, device_of, embed, make_transform
+from segment_anything_hq.inference.network_spec import LoadedNetwork
 from segment_anything_hq.models import Network
 
 AT_ONCE = 16
@@ -49,7 +49,7 @@ class PredictedObject(Record):
     """Its share of masking the objects of its batch; embedding its picture is apart."""
 
 
-class ImagePredictions(Record):
+class ImagePredictions(VersionedRecord):
     """The file predictions.json, beside masks of pictures."""
 
     format: Literal[1] = 1
@@ -108,7 +108,7 @@ def require_free(out: Path, objects: Sequence[PromptedObject], *, overwrite: boo
 
 
 def predict_objects(
-    chosen: ChosenNetwork, objects: Sequence[PromptedObject], out: Path, *, track: Track | None = None
+    chosen: LoadedNetwork, objects: Sequence[PromptedObject], out: Path, *, track: Track | None = None
 ) -> ImagePredictions:
     """Mask objects and write masks, one PNG each, and predictions.json; files of these names are replaced.
 
@@ -130,9 +130,9 @@ def predict_objects(
     groups: Iterable[list[PromptedObject]] = list(of.values())
     for group in track(groups, "pictures", len(of)) if track else groups:
         image = group[0].image
-        picture = read_picture(image)
+        picture = read_image(image)
         started = time.perf_counter()
-        framing = framing_of((picture.shape[0], picture.shape[1]), chosen.network.frame_size, chosen.fit)
+        framing = make_transform((picture.shape[0], picture.shape[1]), chosen.network.frame_size, chosen.fit)
         with torch.inference_mode():
             embedded = embed(chosen.network, picture, framing)
             _wait(embedded.embedding)
@@ -157,7 +157,7 @@ def predict_objects(
 
 
 def mask_objects(
-    network: Network, embedded: Embedded, framing: Framing, objects: Sequence[PromptedObject]
+    network: Network, embedded: Embedded, framing: ImageTransform, objects: Sequence[PromptedObject]
 ) -> Iterator[ObjectMask]:
     """Mask objects of one picture as one batch, in their order.
 
@@ -176,7 +176,7 @@ def mask_objects(
             yield ObjectMask(mask=mask, score=score)
 
 
-def prompted_rows(objects: Sequence[PromptedObject], framing: Framing, device: torch.device) -> Prompted:
+def prompted_rows(objects: Sequence[PromptedObject], framing: ImageTransform, device: torch.device) -> PromptBatch:
     """Prompts of objects of one picture in its frame, rows padded to the most points.
 
     Raises:
@@ -187,7 +187,7 @@ def prompted_rows(objects: Sequence[PromptedObject], framing: Framing, device: t
         raise UsageError("A batch is of objects with a box or of such without", found=f"{len(boxed)} of {len(objects)}")
     points = labels = boxes = None
     if boxed:
-        corners = framing.places(np.array([prompted.box for prompted in boxed], float).reshape(-1, 2, 2))
+        corners = framing.apply_coords(np.array([prompted.box for prompted in boxed], float).reshape(-1, 2, 2))
         boxes = torch.as_tensor(corners.reshape(-1, 4), dtype=torch.float32, device=device)
     most = max(len(prompted.points) for prompted in objects)
     if most:
@@ -196,14 +196,14 @@ def prompted_rows(objects: Sequence[PromptedObject], framing: Framing, device: t
             count = len(prompted.points)
             places[row, :count] = np.reshape(prompted.points, (count, 2))
             signs[row, :count] = prompted.labels
-        points = torch.as_tensor(framing.places(places), dtype=torch.float32, device=device)
+        points = torch.as_tensor(framing.apply_coords(places), dtype=torch.float32, device=device)
         labels = torch.as_tensor(signs, device=device)
     images = torch.zeros(len(objects), dtype=torch.long, device=device)
-    return Prompted(images=images, points=points, point_labels=labels, boxes=boxes)
+    return PromptBatch(images=images, points=points, point_labels=labels, boxes=boxes)
 
 
 def _masked(
-    network: Network, embedded: Embedded, framing: Framing, objects: Sequence[PromptedObject]
+    network: Network, embedded: Embedded, framing: ImageTransform, objects: Sequence[PromptedObject]
 ) -> Iterator[tuple[PromptedObject, ObjectMask, float]]:
     """Each object with its mask and seconds, in batches of those with a box and of those without."""
     for boxed in (True, False):

@@ -18,7 +18,7 @@ Fit = Literal["pad", "stretch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Framing:
+class ImageTransform:
     """A picture's place in its frame.
 
     Attributes:
@@ -36,7 +36,7 @@ class Framing:
         resized = Image.fromarray(image).resize((self.resized[1], self.resized[0]), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
 
-    def places(self, xy: np.ndarray) -> np.ndarray:
+    def apply_coords(self, xy: np.ndarray) -> np.ndarray:
         """Places (..., 2) XY of the picture as places of the frame."""
         return np.asarray(xy) * np.divide(self.resized[::-1], self.size[::-1])
 
@@ -48,14 +48,16 @@ class Framing:
         return F.interpolate(cut, self.size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def framing_of(size: tuple[int, int], frame_size: int, fit: Fit) -> Framing:
+def make_transform(size: tuple[int, int], frame_size: int, fit: Fit) -> ImageTransform:
     """Where a picture of (H, W) pixels lies in a frame of S a side."""
     scale = frame_size / max(size)
     fitted = (max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5)))
-    return Framing(size=size, resized=(frame_size, frame_size) if fit == "stretch" else fitted, frame_size=frame_size)
+    return ImageTransform(
+        size=size, resized=(frame_size, frame_size) if fit == "stretch" else fitted, frame_size=frame_size
+    )
 
 
-def embed(segmenter: Any, image: np.ndarray, framing: Framing) -> Embedded:
+def embed(segmenter: Any, image: np.ndarray, framing: ImageTransform) -> Embedded:
     """Embed one picture (H, W, 3) uint8, with what a method prepares of it for many prompts.
 
     Args:
@@ -63,7 +65,7 @@ def embed(segmenter: Any, image: np.ndarray, framing: Framing) -> Embedded:
         image: of the framing's size.
         framing: its place in the segmenter's frame.
     """
-    embedded = segmenter.encode(segmenter.normalise(framing.pixels(image).to(device_of(segmenter))))
+    embedded = segmenter.encode(segmenter.normalize(framing.pixels(image).to(device_of(segmenter))))
     prepare = getattr(segmenter, "prepare", None)
     return embedded if prepare is None else prepare(embedded)
 

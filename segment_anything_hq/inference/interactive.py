@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented
-from segment_anything_hq.inference.image_transform import Fit, Framing, device_of, embed, framing_of
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented
+from segment_anything_hq.inference.image_transform import Fit, ImageTransform, device_of, embed, make_transform
 from segment_anything_hq.models import fit_of
 from segment_anything_hq.prompts.clicks import Click, Prompt
 
@@ -43,7 +43,7 @@ class InteractivePredictor:
         self.fit: Fit = fit_of(segmenter) if fit is None else fit
         self._image: np.ndarray | None = None
         self._embedded: Embedded | None = None
-        self._framing: Framing | None = None
+        self._framing: ImageTransform | None = None
         self._said: list[_Interaction] = []
 
     @property
@@ -65,7 +65,7 @@ class InteractivePredictor:
         self._said = []
         if self._image is not None and np.array_equal(image, self._image):
             return
-        framing = framing_of((image.shape[0], image.shape[1]), self.segmenter.frame_size, self.fit)
+        framing = make_transform((image.shape[0], image.shape[1]), self.segmenter.frame_size, self.fit)
         self._embedded = embed(self.segmenter, image, framing)
         self._image, self._framing = image.copy(), framing
 
@@ -129,18 +129,18 @@ class InteractivePredictor:
         self._said.append(replace(said, answer=answer))
         return self._probabilities(answer)
 
-    def _prompted(self, said: _Interaction, before: Segmented | None) -> Prompted:
+    def _prompted(self, said: _Interaction, before: Segmented | None) -> PromptBatch:
         assert self._framing is not None
         device = device_of(self.segmenter)
         points = labels = box = None
         if said.clicks:
-            places = self._framing.places(np.asarray([[c.x, c.y] for c in said.clicks]))
+            places = self._framing.apply_coords(np.asarray([[c.x, c.y] for c in said.clicks]))
             points = torch.as_tensor(places, dtype=torch.float32, device=device)[None]
             labels = torch.tensor([[int(c.positive) for c in said.clicks]], device=device)
         if said.box is not None:
-            corners = self._framing.places(np.reshape(said.box, (2, 2)))
+            corners = self._framing.apply_coords(np.reshape(said.box, (2, 2)))
             box = torch.as_tensor(corners.reshape(1, 4), dtype=torch.float32, device=device)
-        return Prompted(
+        return PromptBatch(
             images=torch.zeros(1, dtype=torch.long, device=device),
             points=points,
             point_labels=labels,

@@ -21,7 +21,7 @@ FITTED: dict[Fit, str] = {"pad": "padded", "stretch": "stretched"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class NetworkSpec:
     """What a user says of a network; None: nothing.
 
     Attributes:
@@ -42,7 +42,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Named:
+class ResolvedSpec:
     """A choice whose parts agree, before anything is built.
 
     Attributes:
@@ -65,7 +65,7 @@ class Named:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChosenNetwork:
+class LoadedNetwork:
     """A network that is built.
 
     Attributes:
@@ -75,7 +75,7 @@ class ChosenNetwork:
         notes: what a user should know of it, sentences.
     """
 
-    named: Named
+    named: ResolvedSpec
     network: Network
     weights_sha256: str
     notes: tuple[str, ...] = ()
@@ -99,7 +99,7 @@ class ChosenNetwork:
         }
 
 
-def named_network(choice: Choice) -> Named:
+def resolve_spec(choice: NetworkSpec) -> ResolvedSpec:
     """Make sure that a choice says enough and does not contradict itself; reads no more than a checkpoint's header.
 
     Raises:
@@ -121,7 +121,7 @@ def named_network(choice: Choice) -> Named:
     return _with_weights(choice, choice.method, choice.backbone, frame_size)
 
 
-def chosen_network(named: Named) -> ChosenNetwork:
+def load_network(named: ResolvedSpec) -> LoadedNetwork:
     """Build a network; what has no weights is new, and the same every time.
 
     Raises:
@@ -140,7 +140,7 @@ def chosen_network(named: Named) -> ChosenNetwork:
         )
     if named.model is not None:
         load_trained(network, named.model)
-    return ChosenNetwork(
+    return LoadedNetwork(
         named=named,
         network=network,
         weights_sha256=weights_sha256(network.state_dict()),
@@ -148,7 +148,7 @@ def chosen_network(named: Named) -> ChosenNetwork:
     )
 
 
-def _of_checkpoint(choice: Choice, model: Path) -> Named:
+def _of_checkpoint(choice: NetworkSpec, model: Path) -> ResolvedSpec:
     record = read_header(model, RefinerRecord).record
     plan = record.plan
     said = {"method": choice.method, "backbone": choice.backbone, "frame size": choice.frame_size}
@@ -166,12 +166,12 @@ def _of_checkpoint(choice: Choice, model: Path) -> Named:
 
 
 def _with_weights(
-    choice: Choice,
+    choice: NetworkSpec,
     method: Method | ZeroShot,
     backbone: Backbone,
     frame_size: int,
     record: RefinerRecord | None = None,
-) -> Named:
+) -> ResolvedSpec:
     if choice.weights is None and not backbone.endswith(NANO):
         raise UsageError(
             f"{method} on {backbone} needs the weights of {backbone}",
@@ -179,7 +179,7 @@ def _with_weights(
             expected="--weights FILE, " + (f"as in training: {record.base}" if record else "as published"),
             remedy="A checkpoint holds what was trained, and not its frozen base" if record else None,
         )
-    return Named(
+    return ResolvedSpec(
         method=method,
         backbone=backbone,
         frame_size=frame_size,
@@ -190,7 +190,7 @@ def _with_weights(
     )
 
 
-def _notes(named: Named, network: Network) -> tuple[str, ...]:
+def _notes(named: ResolvedSpec, network: Network) -> tuple[str, ...]:
     """What is not trained of it."""
     if named.weights is None:
         return (f"{named.backbone} has new weights: only for trying out",)

@@ -1,7 +1,7 @@
 """GlobalDiff: the whole image and the prompts, looked at again to mend SAM's mask (SAM-REF paper, section 3.3).
 
 What depends on the image alone (its convolution, the upscaled embeddings) is computed once an image, not a prompt.
-The paper gives no normalisation, kernel or radius: those here are of the works that it cites (RITM's disks of radius 5
+The paper gives no normalization, kernel or radius: those here are of the works that it cites (RITM's disks of radius 5
 at the resolution of the map, the basic block of He et al. 2016).
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 
-from rfmedsam2.nn.segmenter import Embedded, Prompted
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch
 
 WIDTH = 64
 """Channels of the fused features."""
@@ -37,7 +37,7 @@ class ImageMaps:
         semantics: N times (B, 64, 4s, 4s), SAM's embeddings, upscaled for each block.
     """
 
-    picture: Tensor
+    image: Tensor
     semantics: tuple[Tensor, ...]
 
 
@@ -138,7 +138,7 @@ class GlobalDiff(nn.Module):
         """What does not depend on prompts; `embedded` has its frames."""
         assert embedded.frames is not None
         return ImageMaps(
-            picture=self.image(embedded.frames),
+            image=self.image(embedded.frames),
             semantics=tuple(upscaler(embedded) for upscaler in self.upscalers),
         )
 
@@ -153,8 +153,8 @@ class GlobalDiff(nn.Module):
         Returns:
             Error and mask (P, 4s, 4s); the fused features F_N (P, 64, 4s, 4s).
         """
-        alone = len(maps.picture) == 1
-        features = self.prompts(prompt_map) + (maps.picture if alone else maps.picture[images])
+        alone = len(maps.image) == 1
+        features = self.prompts(prompt_map) + (maps.image if alone else maps.image[images])
         for block, semantics in zip(self.blocks, maps.semantics, strict=True):
             features = block(features + (semantics if alone else semantics[images]))
         return self.heads(features, prompt_map[:, 2]), features
@@ -166,7 +166,7 @@ def mended(coarse: Tensor, *, error: Tensor, detail: Tensor) -> Tensor:
     return share * detail + (1 - share) * coarse
 
 
-def dense_prompt_map(prompted: Prompted, coarse: Tensor, *, radius: float = RADIUS) -> Tensor:
+def dense_prompt_map(prompted: PromptBatch, coarse: Tensor, *, radius: float = RADIUS) -> Tensor:
     """The prompts as a picture (P, 3, 4s, 4s): disks of clicks on and off the object, coarse logits (P, 4s, 4s).
 
     A box, which the paper leaves to others, is drawn as a line in both of the first channels.
@@ -189,5 +189,5 @@ def dense_prompt_map(prompted: Prompted, coarse: Tensor, *, radius: float = RADI
 
 
 def in_map(pixels: Tensor) -> Tensor:
-    """Positions in the frame as positions in the maps, both from centre of pixel to centre of pixel."""
+    """Positions in the frame as positions in the maps, both from center of pixel to center of pixel."""
     return (pixels + 0.5) / STRIDE - 0.5

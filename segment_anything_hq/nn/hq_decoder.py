@@ -295,7 +295,7 @@ class MaskDecoderHQ(SamMaskDecoder):
         """SAM's upscaled embedding (P, 4s, 4s, d/8), channels last, of keys (P, N, d)."""
         first, norm, activation, second, last = self.output_upscaling
         rows, columns = size[0] // 4, size[1] // 4
-        x = activation(_normalised(_spread(first, keys.unflatten(1, (rows, columns))), norm))
+        x = activation(_normalized(_spread(first, keys.unflatten(1, (rows, columns))), norm))
         x = last(_spread(second, x))
         # (P, row, column, dy, dx, ddy, ddx, channel): the pixels of a place lie side by side until here
         return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(len(keys), *size, -1)
@@ -311,7 +311,7 @@ class MaskDecoderHQ(SamMaskDecoder):
         assert isinstance(last, nn.Conv2d)
         assert last.bias is not None
         x = F.conv2d(fine.permute(0, 3, 1, 2), first.weight, first.bias, padding=1).permute(0, 2, 3, 1)
-        x = activation(_normalised(x, norm)).flatten(1, 2)
+        x = activation(_normalized(x, norm)).flatten(1, 2)
         kernel = torch.einsum("po,oikl->pikl", weights, last.weight).flip(2, 3).flatten(2)
         size = tuple(fine.shape[1:3])
         mask = F.fold(kernel.transpose(1, 2) @ x.transpose(1, 2), size, 3, padding=1)[:, 0]
@@ -355,7 +355,7 @@ def _spread(convolution: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, weight.flatten(0, 2), convolution.bias.repeat(4)).unflatten(-1, weight.shape[:3])
 
 
-def _normalised(x: Tensor, norm: nn.Module) -> Tensor:
+def _normalized(x: Tensor, norm: nn.Module) -> Tensor:
     """SAM's LayerNorm2d where the channels lie last."""
     assert isinstance(norm, LayerNorm2d)
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)

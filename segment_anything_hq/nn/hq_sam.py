@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.nn.sam2.weights import LoadReport
-from rfmedsam2.nn.segmenter import DEVIATION, MEAN, Embedded, Prompted, Segmented, normalised
+from rfmedsam2.nn.segmenter import DEVIATION, MEAN, Embedded, PromptBatch, Segmented, normalized
 from segment_anything_hq.nn.hq_decoder import HQ_PARTS, Decoded, MaskDecoder, MaskDecoderHQ, hq_parameters
 from segment_anything_hq.nn.sam_base import fitted_positions
 from segment_anything_hq.nn.vit import CLASSIFIER, ImageEncoderViT, TinyViT
@@ -116,9 +116,9 @@ class HqSam(Sam):
         """Of the embedding."""
         return self.mask_decoder.transformer_dim
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """See `Segmenter`."""
-        return normalised(images, self.frame_size)
+        return normalized(images, self.frame_size)
 
     def encode(self, frames: Tensor) -> Embedded:
         """Embed frames (B, 3, S, S), without gradients: `early` is (B, C, s, s), for TinyViT too."""
@@ -129,7 +129,7 @@ class HqSam(Sam):
     def segment(
         self,
         embedded: Embedded,
-        prompted: Prompted,
+        prompted: PromptBatch,
         *,
         previous: Segmented | None = None,  # noqa: ARG002
     ) -> Segmented:
@@ -146,7 +146,7 @@ class HqSam(Sam):
         """What HQ-SAM adds to SAM."""
         return ((f"mask_decoder.{name}", parameter) for name, parameter in hq_parameters(self.mask_decoder))
 
-    def _decoded(self, embedded: Embedded, prompted: Prompted) -> Decoded:
+    def _decoded(self, embedded: Embedded, prompted: PromptBatch) -> Decoded:
         if embedded.early is None:
             raise ValueError("HQ-SAM needs the encoder's early features")
         points = None

@@ -17,7 +17,7 @@ from sam2.modeling.sam2_utils import MLP, LayerNorm2d
 from torch import Tensor, nn
 
 from rfmedsam2.nn.sam2.weights import LoadReport, load_sam2
-from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented
 from segment_anything_hq.nn.sam2_base import (
     PUBLISHED_SIZE,
     Sam2Backbone,
@@ -199,7 +199,7 @@ class HqSam2(Sam2Segmenter):
         self.training = mode
         return self
 
-    def segment(self, embedded: Embedded, prompted: Prompted, *, previous: Segmented | None = None) -> Segmented:  # noqa: ARG002
+    def segment(self, embedded: Embedded, prompted: PromptBatch, *, previous: Segmented | None = None) -> Segmented:  # noqa: ARG002
         """Mask prompted objects; "sam" and "hq" of `extra` are the two tokens' logits (P, 4s, 4s)."""
         groups = prompted.by_click_count()
         parts = [self._decoded_apart(embedded, group) for _, group in groups]
@@ -208,7 +208,7 @@ class HqSam2(Sam2Segmenter):
         logits = hq if self.decoder.hq_token_only else sam + hq
         return Segmented(logits=logits, scores=scores, extra={"sam": sam, "hq": hq})
 
-    def _decoded_apart(self, embedded: Embedded, prompted: Prompted) -> tuple[Tensor, Tensor, Tensor]:
+    def _decoded_apart(self, embedded: Embedded, prompted: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
         """SAM 2's and the HQ token's logits (p, 4s, 4s), predicted IoU (p,), of equally many points."""
         sparse, dense, positions = prompt_embeddings(self.base, prompted)
         decoded = self.decoder.decode(

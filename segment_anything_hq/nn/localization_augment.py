@@ -109,7 +109,7 @@ def zeroed(layer: Layer) -> Layer:
 
 
 def grid_positions(side: int, frame_size: int, device: torch.device) -> Tensor:
-    """Centres (side * side, 2) XY in pixels of a frame of the positions of a map over it, row by row."""
+    """Centers (side * side, 2) XY in pixels of a frame of the positions of a map over it, row by row."""
     line = (torch.arange(side, device=device) + 0.5) * (frame_size / side)
     y, x = torch.meshgrid(line, line, indexing="ij")
     return torch.stack([x, y], -1).flatten(0, 1)

@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from rfmedsam2.nn.segmenter import Prompted
+from rfmedsam2.nn.segmenter import PromptBatch
 from segment_anything_hq.nn.global_diff import WIDTH, ErrorDetailHeads, Refined, in_map
 
 EXPANSION = 1.4
@@ -77,7 +77,7 @@ def pasted(patches: Tensor, into: Tensor, windows: Tensor) -> Tensor:
     return torch.where(inside, scaled, into)
 
 
-def change_windows(masks: Tensor, before: Tensor, prompted: Prompted) -> Tensor:
+def change_windows(masks: Tensor, before: Tensor, prompted: PromptBatch) -> Tensor:
     """Windows (P, 4) of what changed around the last click.
 
     The box of the connected component of the change that holds the click, made larger in proportion. Where the
@@ -98,15 +98,15 @@ def change_windows(masks: Tensor, before: Tensor, prompted: Prompted) -> Tensor:
     whole = boxes.new_tensor([0, 0, width, height])
     found = chosen.any(2).any(1)[:, None]
     boxes = torch.where(found, boxes, torch.where(clicked[:, None], around, whole))
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2
     side = (boxes[:, 2:] - boxes[:, :2]) * torch.where(found, EXPANSION, 1.0)
     side = side.clamp_min(least)
-    low = (centre - side / 2).floor().clamp_min(0)
-    high = torch.minimum((centre + side / 2).ceil(), whole[2:])
+    low = (center - side / 2).floor().clamp_min(0)
+    high = torch.minimum((center + side / 2).ceil(), whole[2:])
     return torch.cat([low, high], 1)
 
 
-def last_clicks(prompted: Prompted, *, width: int, height: int) -> tuple[Tensor, Tensor]:
+def last_clicks(prompted: PromptBatch, *, width: int, height: int) -> tuple[Tensor, Tensor]:
     """The newest click of each row in whole pixels of the map, (P, 2) float, and whether there is one (P,) bool."""
     if prompted.points is None or prompted.point_labels is None or not prompted.points.shape[1]:
         none = torch.zeros(len(prompted), 2, device=prompted.images.device)

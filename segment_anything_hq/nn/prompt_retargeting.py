@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfmedsam2.nn.segmenter import Prompted
+from rfmedsam2.nn.segmenter import PromptBatch
 from rfmedsam2.prompts import prompts_from_members
 from segment_anything_hq.nn.localization_augment import attend, zeroed
 
@@ -90,7 +90,9 @@ class PromptRetargeting(nn.Module):
         """The embedding (B, C, s, s) with few channels (B, width, s, s): once an image, whatever the prompts."""
         return self.thin_embedding(embedding)
 
-    def forward(self, embedding: Tensor, thin: Tensor, prompted: Prompted, *, places: Tensor, encode: Encode) -> Tensor:
+    def forward(
+        self, embedding: Tensor, thin: Tensor, prompted: PromptBatch, *, places: Tensor, encode: Encode
+    ) -> Tensor:
         """Renewed embedding (p, C, s, s).
 
         Args:
@@ -107,7 +109,7 @@ class PromptRetargeting(nn.Module):
         x = x + self.narrow(F.gelu(self.widen(self.norm(x))))
         return embedding + self.up(x).transpose(1, 2).unflatten(2, embedding.shape[2:])
 
-    def _patch_features(self, embedding: Tensor, prompted: Prompted, encode: Encode) -> tuple[Tensor, Tensor]:
+    def _patch_features(self, embedding: Tensor, prompted: PromptBatch, encode: Encode) -> tuple[Tensor, Tensor]:
         """Features (p, m, width) of all patches' positions, and their places encoded (p, m, width).
 
         The last of them is nothing at all, for prompts that say nothing.
@@ -128,7 +130,7 @@ class PromptRetargeting(nn.Module):
         return features, torch.cat([encoded, torch.zeros_like(nothing)], 1)
 
 
-def prompt_windows(prompted: Prompted, side: float, frame_size: int) -> tuple[Tensor, Tensor]:
+def prompt_windows(prompted: PromptBatch, side: float, frame_size: int) -> tuple[Tensor, Tensor]:
     """Windows (p, R, 4) XYXY of the frame that the prompts speak of, edges in pixels, and kinds (p, R).
 
     Args:
@@ -139,8 +141,8 @@ def prompt_windows(prompted: Prompted, side: float, frame_size: int) -> tuple[Te
     device = prompted.images.device
     windows, kinds = [], []
     if prompted.points is not None and prompted.point_labels is not None:
-        centres = prompted.points.float() + 0.5
-        windows.append(torch.cat([centres - side / 2, centres + side / 2], -1))
+        centers = prompted.points.float() + 0.5
+        windows.append(torch.cat([centers - side / 2, centers + side / 2], -1))
         kinds.append(prompted.point_labels.long())
     if prompted.boxes is not None:
         windows.append(_edges(prompted.boxes.float())[:, None])
@@ -157,7 +159,7 @@ def prompt_windows(prompted: Prompted, side: float, frame_size: int) -> tuple[Te
 
 
 def window_positions(windows: Tensor, patch: int) -> Tensor:
-    """Centres (p, R, patch, patch, 2) XY of the parts of windows (p, R, 4), cut into patch x patch."""
+    """Centers (p, R, patch, patch, 2) XY of the parts of windows (p, R, 4), cut into patch x patch."""
     parts = (torch.arange(patch, device=windows.device) + 0.5) / patch
     low, extent = windows[..., :2], windows[..., 2:] - windows[..., :2]
     x, y = (low[..., axis, None] + extent[..., axis, None] * parts for axis in (0, 1))

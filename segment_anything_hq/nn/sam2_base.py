@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rfmedsam2.nn.sam2.build import Base, build_base
 from rfmedsam2.nn.sam2.weights import LoadReport, load_sam2
-from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented, normalised
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, normalized
 from rfmedsam2.records.model import Backbone
 from segment_anything_hq.nn.sam_base import Trained, is_ambiguous
 
@@ -70,9 +70,9 @@ class Sam2Segmenter(nn.Module):
         for convolution in (decoder.conv_s0, decoder.conv_s1):  # part of `encode`, which can thus be kept
             convolution.requires_grad_(False)
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255."""
-        return normalised(images, self.frame_size)
+        return normalized(images, self.frame_size)
 
     def encode(self, frames: Tensor) -> Embedded:
         """Embed frames (B, 3, S, S); `early` is the level of stride 4 before the decoder's own convolution."""
@@ -86,7 +86,7 @@ class Sam2Segmenter(nn.Module):
             frames=frames,
         )
 
-    def segment(self, embedded: Embedded, prompted: Prompted, *, previous: Segmented | None = None) -> Segmented:  # noqa: ARG002
+    def segment(self, embedded: Embedded, prompted: PromptBatch, *, previous: Segmented | None = None) -> Segmented:  # noqa: ARG002
         """Mask the prompted objects; the mask before takes part only as `prompted.masks`."""
         masks = embedded.embedding.new_empty(len(prompted), *(2 * [self.frame_size // 4]), dtype=torch.float32)
         scores = masks.new_empty(len(prompted))
@@ -100,7 +100,7 @@ class Sam2Segmenter(nn.Module):
         """Those of the mask decoder, or none."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
-    def _decoded(self, embedded: Embedded, prompted: Prompted) -> tuple[Tensor, Tensor]:
+    def _decoded(self, embedded: Embedded, prompted: PromptBatch) -> tuple[Tensor, Tensor]:
         """Masks (p, 4s, 4s) and their scores (p,) of prompts with equally many points."""
         sparse, dense, positions = prompt_embeddings(self.base, prompted)
         masks, quality, _, _ = self.base.sam_mask_decoder(
@@ -125,7 +125,7 @@ def finer_levels(embedded: Embedded, images: Tensor) -> list[Tensor]:
     return levels if len(embedded.fine) == 1 else [level[images] for level in levels]
 
 
-def prompt_embeddings(base: Base, prompted: Prompted) -> tuple[Tensor, Tensor, Tensor]:
+def prompt_embeddings(base: Base, prompted: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse (p, n, C) and dense (p, C, s, s) embeddings of equally many points, dense positions (1, C, s, s).
 
     A box goes in as two points before the others, as the official predictor has it. At full precision: half of it

@@ -1,7 +1,7 @@
 """SAM2Refiner: SAM 2, frozen, with three learned modules around its mask decoder.
 
 Localization Augment renews the image's embedding, Prompt Retargeting renews it again for every prompt, SAM 2's mask
-decoder reads a mask from it, Mask Refinement makes that a mask of the frame's size ("Towards Fine-grained Interactive
+decoder reads a mask from it, Mask Refinement makes that a mask of the frame's size ("Toward Fine-grained Interactive
 Segmentation in Images and Videos", Yao et al. 2025). About 12 M parameters are learned on Hiera-L.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented
 from segment_anything_hq.nn.localization_augment import LocalizationAugment, grid_positions, stitched, sub_images
 from segment_anything_hq.nn.mask_refinement import Levels, MaskFeatures, MaskRefinement, Views
 from segment_anything_hq.nn.prompt_retargeting import PromptRetargeting
@@ -104,9 +104,9 @@ class SAM2Refiner(nn.Module):
         self.sam.eval()
         return self
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255."""
-        return self.sam.normalise(images)
+        return self.sam.normalize(images)
 
     def encode(self, frames: Tensor) -> RefinedEmbedded:
         """Embed frames (B, 3, S, S): SAM 2's encoder sees 5 B of them."""
@@ -148,7 +148,7 @@ class SAM2Refiner(nn.Module):
     def segment(
         self,
         embedded: Embedded,
-        prompted: Prompted,
+        prompted: PromptBatch,
         *,
         previous: Segmented | None = None,  # noqa: ARG002 - takes part only as prompted.masks
         conditioned: Tensor | None = None,
@@ -179,7 +179,7 @@ class SAM2Refiner(nn.Module):
         """Those of the three modules."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
-    def _segment(self, embedded: RefinedEmbedded, prompted: Prompted, conditioned: Tensor | None) -> Segmented:
+    def _segment(self, embedded: RefinedEmbedded, prompted: PromptBatch, conditioned: Tensor | None) -> Segmented:
         """Mask prompts with equally many points."""
         of = embedded.at(prompted.images)
         thin = of.thin if conditioned is None else self.retargeting.thinned(conditioned)
@@ -198,7 +198,7 @@ class SAM2Refiner(nn.Module):
             extra=decoded.extra,
         )
 
-    def _decode(self, embedding: Tensor, of: RefinedEmbedded, prompted: Prompted) -> tuple[MaskFeatures, Segmented]:
+    def _decode(self, embedding: Tensor, of: RefinedEmbedded, prompted: PromptBatch) -> tuple[MaskFeatures, Segmented]:
         """SAM 2's `MaskDecoder.predict_masks` and `forward`, which keep the features that masks are read from."""
         decoder = self.sam.base.sam_mask_decoder
         sparse, dense, positions = prompt_embeddings(self.sam.base, prompted)

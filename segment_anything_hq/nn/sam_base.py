@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rfmedsam2.errors import CheckpointError, PlanError
 from rfmedsam2.nn.sam import VITS, SamName, Vit, sam_name
 from rfmedsam2.nn.sam2.tiny_vit import TinyVitEncoder
-from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented, normalised
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, normalized
 
 SamBackbone = Literal["vit_b", "vit_l", "vit_h", "vit_tiny", "vit_nano"]
 Trained = Literal["none", "decoder"]
@@ -87,9 +87,9 @@ class SamSegmenter(nn.Module):
         self.requires_grad_(False)
         self.mask_decoder.requires_grad_(trained == "decoder")
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255."""
-        return normalised(images, self.frame_size)
+        return normalized(images, self.frame_size)
 
     def encode(self, frames: Tensor) -> Embedded:
         """Embed frames (B, 3, S, S)."""
@@ -100,7 +100,7 @@ class SamSegmenter(nn.Module):
             return Embedded(embedding=encoder.neck(encoder.stages(seen)[-1]), frames=frames)
         return Embedded(embedding=encoder(frames), frames=frames)
 
-    def segment(self, embedded: Embedded, prompted: Prompted, *, previous: Segmented | None = None) -> Segmented:  # noqa: ARG002
+    def segment(self, embedded: Embedded, prompted: PromptBatch, *, previous: Segmented | None = None) -> Segmented:  # noqa: ARG002
         """Mask the prompted objects; the mask before takes part only as `prompted.masks`."""
         masks = embedded.embedding.new_empty(len(prompted), *(2 * [self.frame_size // 4]), dtype=torch.float32)
         scores = masks.new_empty(len(prompted))
@@ -114,7 +114,7 @@ class SamSegmenter(nn.Module):
         """Those of the mask decoder, or none."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
-    def _decoded(self, embedding: Tensor, prompted: Prompted) -> tuple[Tensor, Tensor]:
+    def _decoded(self, embedding: Tensor, prompted: PromptBatch) -> tuple[Tensor, Tensor]:
         """Masks (p, 4s, 4s) and their scores (p,) of prompts with equally many points, and embeddings of their own."""
         sparse, dense = prompt_embeddings(self.prompt_encoder, prompted)
         with torch.autocast(embedding.device.type, enabled=False):
@@ -127,7 +127,7 @@ class SamSegmenter(nn.Module):
         return masks[row, best], quality[row, best]
 
 
-def prompt_embeddings(encoder: PromptEncoder, prompted: Prompted) -> tuple[Tensor, Tensor]:
+def prompt_embeddings(encoder: PromptEncoder, prompted: PromptBatch) -> tuple[Tensor, Tensor]:
     """Sparse (p, n, C) and dense (p, C, s, s) embeddings of prompts with equally many points.
 
     At full precision: half of it misplaces a point by as much as two pixels of 1024.
@@ -161,7 +161,7 @@ def decoded_masks(decoder: MaskDecoder, source: Tensor, *, positions: Tensor, sp
     return torch.einsum("pkc,pchw->pkhw", weights, upscaled), decoder.iou_prediction_head(queries[:, 0])
 
 
-def is_ambiguous(prompted: Prompted) -> bool:
+def is_ambiguous(prompted: PromptBatch) -> bool:
     """Prompts of a single point and nothing else: of a part, an object, or several."""
     alone = prompted.boxes is None and prompted.masks is None
     return alone and prompted.points is not None and prompted.points.shape[1] == 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented
 from segment_anything_hq.nn.global_diff import RADIUS, GlobalDiff, ImageMaps, dense_prompt_map
 from segment_anything_hq.nn.patch_diff import PatchDiff, change_windows, pasted
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter
@@ -62,9 +62,9 @@ class SamRef(nn.Module):
         self.base.eval()
         return self
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """The base's: frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255."""
-        return self.base.normalise(images)
+        return self.base.normalize(images)
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Embedded:
@@ -77,7 +77,7 @@ class SamRef(nn.Module):
         given = {field.name: getattr(embedded, field.name) for field in fields(Embedded)}
         return Prepared(**given, maps=self._image_maps(embedded))
 
-    def segment(self, embedded: Embedded, prompted: Prompted, *, previous: Segmented | None = None) -> Segmented:
+    def segment(self, embedded: Embedded, prompted: PromptBatch, *, previous: Segmented | None = None) -> Segmented:
         """Mask the prompted objects.
 
         Args:

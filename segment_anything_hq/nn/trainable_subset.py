@@ -1,4 +1,4 @@
-"""What is trained of a segmenter, apart from its frozen base: the module that a training optimises and saves."""
+"""What is trained of a segmenter, apart from its frozen base: the module that a training optimizes and saves."""
 
 from __future__ import annotations
 

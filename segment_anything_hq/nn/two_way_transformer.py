@@ -94,7 +94,7 @@ def _blocks(transformer: TwoWayTransformer) -> list[TwoWayAttentionBlock]:
 
 
 def _among_tokens(block: TwoWayAttentionBlock, queries: Tensor, tokens: Tensor) -> Tensor:
-    """Attention of the tokens to one another, normalised."""
+    """Attention of the tokens to one another, normalized."""
     if block.skip_first_layer_pe:
         return block.norm1(block.self_attn(q=queries, k=queries, v=queries))
     asking = queries + tokens

@@ -17,14 +17,14 @@ _kernel = compiled(error_model="numpy")
 
 
 @_kernel
-def overlap(truth: np.ndarray, predicted: np.ndarray) -> tuple[int, int]:
+def overlap(ground_truth: np.ndarray, predicted: np.ndarray) -> tuple[int, int]:
     """Pixels of intersection and union; truth (H, W) int8 (1 object, -1 left out), predicted (H, W) bool."""
-    height, width = truth.shape
+    height, width = ground_truth.shape
     both, either = 0, 0
     for y in range(height):
         row_both, row_either = np.uint32(0), np.uint32(0)
         for x in range(width):
-            inside, guessed, kept = truth[y, x] == 1, predicted[y, x], truth[y, x] != -1
+            inside, guessed, kept = ground_truth[y, x] == 1, predicted[y, x], ground_truth[y, x] != -1
             row_both += np.uint32(inside & guessed)
             row_either += np.uint32((inside | guessed) & kept)
         both += row_both
@@ -33,31 +33,31 @@ def overlap(truth: np.ndarray, predicted: np.ndarray) -> tuple[int, int]:
 
 
 @_kernel
-def is_error(truth: int, predicted: bool, kind: int) -> bool:
+def is_error(ground_truth: int, predicted: bool, kind: int) -> bool:
     """Whether a pixel is wrong in the way that `kind` says."""
     if kind == 0:
-        return (truth == 1) & (not predicted)
-    return (truth != 1) & (truth != -1) & predicted
+        return (ground_truth == 1) & (not predicted)
+    return (ground_truth != 1) & (ground_truth != -1) & predicted
 
 
 @_kernel
-def error_box(truth: np.ndarray, predicted: np.ndarray, kind: int) -> tuple[int, int, int, int]:
+def error_box(ground_truth: np.ndarray, predicted: np.ndarray, kind: int) -> tuple[int, int, int, int]:
     """First row, end of rows, first column, end of columns of all errors of one kind; all 0 where there is none."""
-    height, width = truth.shape
+    height, width = ground_truth.shape
     top, bottom, left, right = height, 0, width, 0
     for y in range(height):
         count = np.uint32(0)
         for x in range(width):
-            count += np.uint32(is_error(truth[y, x], predicted[y, x], kind))
+            count += np.uint32(is_error(ground_truth[y, x], predicted[y, x], kind))
         if count == 0:
             continue
         top, bottom = min(top, y), y + 1
         x = 0
-        while x < left and not is_error(truth[y, x], predicted[y, x], kind):
+        while x < left and not is_error(ground_truth[y, x], predicted[y, x], kind):
             x += 1
         left = min(left, x)
         x = width
-        while x > right and not is_error(truth[y, x - 1], predicted[y, x - 1], kind):
+        while x > right and not is_error(ground_truth[y, x - 1], predicted[y, x - 1], kind):
             x -= 1
         right = max(right, x)
     if bottom == 0:
@@ -66,7 +66,7 @@ def error_box(truth: np.ndarray, predicted: np.ndarray, kind: int) -> tuple[int,
 
 
 @_kernel
-def heights(truth: np.ndarray, predicted: np.ndarray, kind: int, box: tuple[int, int, int, int]) -> np.ndarray:
+def heights(ground_truth: np.ndarray, predicted: np.ndarray, kind: int, box: tuple[int, int, int, int]) -> np.ndarray:
     """(rows, columns) int32 of the box: pixels to the nearest one in the column that is no such error, 0 on those.
 
     What lies outside the box, and outside the picture, is none.
@@ -77,7 +77,7 @@ def heights(truth: np.ndarray, predicted: np.ndarray, kind: int, box: tuple[int,
     for y in range(rows):
         for x in range(columns):
             before = up[y - 1, x] if y > 0 else np.int32(0)
-            wrong = is_error(truth[top + y, left + x], predicted[top + y, left + x], kind)
+            wrong = is_error(ground_truth[top + y, left + x], predicted[top + y, left + x], kind)
             up[y, x] = (before + 1) * np.int32(wrong)
     for x in range(columns):
         up[rows - 1, x] = min(up[rows - 1, x], 1)

@@ -53,7 +53,7 @@ class Prompt:
     points: tuple[Click, ...] = ()
 
 
-def next_click(truth: np.ndarray, predicted: np.ndarray, clicks: Sequence[Click] = ()) -> Click:
+def next_click(ground_truth: np.ndarray, predicted: np.ndarray, clicks: Sequence[Click] = ()) -> Click:
     """The click in the middle of the largest error, by RITM's rule (its `Clicker`), pixel for pixel.
 
     Of missed object and of wrong prediction, each without ignored pixels, the pixel farthest from all others is looked
@@ -64,23 +64,23 @@ def next_click(truth: np.ndarray, predicted: np.ndarray, clicks: Sequence[Click]
     then chooses among equally deep pixels.
 
     Args:
-        truth: (H, W) int8: 1 object, 0 background, -1 ignored.
+        ground_truth: (H, W) int8: 1 object, 0 background, -1 ignored.
         predicted: (H, W) bool; nothing predicted yet: all False.
         clicks: those made before.
 
     Raises:
         UsageError: shapes or types that do not fit.
     """
-    truth, predicted = _checked(truth, predicted)
+    ground_truth, predicted = _checked(ground_truth, predicted)
     clicked = np.array([(c.y, c.x) for c in clicks], np.int64).reshape(-1, 2)
-    missed, wrong = (_deepest(truth, predicted, kind, clicked) for kind in (MISSED, WRONG))
+    missed, wrong = (_deepest(ground_truth, predicted, kind, clicked) for kind in (MISSED, WRONG))
     positive = missed[0] > wrong[0]
     _, y, x = missed if positive else wrong
     return Click(x=int(x), y=int(y), positive=bool(positive))
 
 
 def training_click(
-    truth: np.ndarray, predicted: np.ndarray, generator: np.random.Generator, *, inner: float = INNER
+    ground_truth: np.ndarray, predicted: np.ndarray, rng: np.random.Generator, *, inner: float = INNER
 ) -> Click | None:
     """A random click well inside the larger error, as RITM and InterFormer train with; None where nothing is wrong.
 
@@ -88,9 +88,9 @@ def training_click(
     `inner` may be drawn.
 
     Args:
-        truth: (H, W) int8: 1 object, 0 background, -1 ignored.
+        ground_truth: (H, W) int8: 1 object, 0 background, -1 ignored.
         predicted: (H, W) bool.
-        generator: source of randomness.
+        rng: source of randomness.
         inner: above 1; InterFormer takes 1.7, RITM 2.
 
     Raises:
@@ -98,41 +98,41 @@ def training_click(
     """
     if inner <= 1:
         raise UsageError("Training clicks need room to vary", where="inner", expected="more than 1", found=inner)
-    truth, predicted = _checked(truth, predicted)
+    ground_truth, predicted = _checked(ground_truth, predicted)
     none = np.zeros((0, 2), np.int64)
-    missed, wrong = (_deepest(truth, predicted, kind, none)[0] for kind in (MISSED, WRONG))
+    missed, wrong = (_deepest(ground_truth, predicted, kind, none)[0] for kind in (MISSED, WRONG))
     kind, depth = (MISSED, missed) if missed > wrong else (WRONG, wrong)
     if depth == 0:
         return None
-    box = error_box(truth, predicted, kind)
+    box = error_box(ground_truth, predicted, kind)
     # the deepest pixel itself must stay in, also for depths that `inner` hardly divides
     limit = min(depth / inner**2, depth - 1)
-    rows, columns = np.nonzero(deeper_than(heights(truth, predicted, kind, box), limit))
-    drawn = int(generator.integers(len(rows)))
+    rows, columns = np.nonzero(deeper_than(heights(ground_truth, predicted, kind, box), limit))
+    drawn = int(rng.integers(len(rows)))
     return Click(x=int(columns[drawn]) + box[2], y=int(rows[drawn]) + box[0], positive=kind == MISSED)
 
 
 def training_clicks(
-    truths: Tensor, predicted: Tensor, generator: np.random.Generator, *, inner: float = INNER
+    ground_truths: Tensor, predicted: Tensor, rng: np.random.Generator, *, inner: float = INNER
 ) -> tuple[Tensor, Tensor]:
     """One training click for each of P objects.
 
     Args:
-        truths: (P, H, W) integers: 1 object, 0 background, -1 ignored.
+        ground_truths: (P, H, W) integers: 1 object, 0 background, -1 ignored.
         predicted: (P, H, W) bool (logits > 0), of any device.
-        generator: source of randomness; drawn from in the order of the objects.
+        rng: source of randomness; drawn from in the order of the objects.
         inner: see `training_click`.
 
     Returns:
         Points (P, 2) float32 of (x, y), pixel indices; labels (P,) int64: 1 positive, 0 negative, -1 (with the point 0,
         0) where nothing is wrong. Both on the device of `predicted`.
     """
-    if truths.shape != predicted.shape or truths.ndim != 3:
-        found = f"{tuple(truths.shape)} and {tuple(predicted.shape)}"
+    if ground_truths.shape != predicted.shape or ground_truths.ndim != 3:
+        found = f"{tuple(ground_truths.shape)} and {tuple(predicted.shape)}"
         raise UsageError("Truths and predictions do not fit together", expected="both (P, H, W)", found=found)
-    references = truths.to("cpu", torch.int8).numpy()
+    references = ground_truths.to("cpu", torch.int8).numpy()
     masks = predicted.to("cpu", torch.bool).numpy()
-    clicks = [training_click(t, p, generator, inner=inner) for t, p in zip(references, masks, strict=True)]
+    clicks = [training_click(t, p, rng, inner=inner) for t, p in zip(references, masks, strict=True)]
     points = [(0, 0) if c is None else (c.x, c.y) for c in clicks]
     labels = [-1 if c is None else int(c.positive) for c in clicks]
     device = predicted.device
@@ -142,47 +142,47 @@ def training_clicks(
     )
 
 
-def click_count_probabilities(gamma: float, most: int = MOST_CLICKS) -> np.ndarray:
-    """(most,) probabilities of 1, 2 ... `most` clicks: each is gamma times the one before (SAM-REF supplement, 1.3).
+def click_count_probabilities(gamma: float, max_clicks: int = MOST_CLICKS) -> np.ndarray:
+    """(max_clicks,) probabilities of 1, 2 ... `max_clicks` clicks: each is gamma times the one before (SAM-REF supplement, 1.3).
 
     Args:
         gamma: above 0 and below 1; the paper takes 0.6 for COCO + LVIS and 0.9 for HQSeg-44K.
-        most: 1 or more.
+        max_clicks: 1 or more.
 
     Raises:
         UsageError: figures outside these ranges.
     """
     if not 0 < gamma < 1:
         raise UsageError("Clicks cannot decay so", where="gamma", expected="above 0 and below 1", found=gamma)
-    if most < 1:
-        raise UsageError("There must be room for a click", where="most", expected="1 or more", found=most)
-    weights = gamma ** np.arange(most, dtype=np.float64)
+    if max_clicks < 1:
+        raise UsageError("There must be room for a click", where="max_clicks", expected="1 or more", found=max_clicks)
+    weights = gamma ** np.arange(max_clicks, dtype=np.float64)
     return weights / weights.sum()
 
 
-def draw_click_count(generator: np.random.Generator, *, gamma: float, most: int = MOST_CLICKS) -> int:
-    """How many clicks to simulate for a training step, 1 to `most`; see `click_count_probabilities`."""
-    return 1 + int(generator.choice(most, p=click_count_probabilities(gamma, most)))
+def draw_click_count(rng: np.random.Generator, *, gamma: float, max_clicks: int = MOST_CLICKS) -> int:
+    """How many clicks to simulate for a training step, 1 to `max_clicks`; see `click_count_probabilities`."""
+    return 1 + int(rng.choice(max_clicks, p=click_count_probabilities(gamma, max_clicks)))
 
 
-def iou(truth: np.ndarray, predicted: np.ndarray) -> float:
+def iou(ground_truth: np.ndarray, predicted: np.ndarray) -> float:
     """Intersection over union without ignored pixels; 1 where both are empty.
 
     Args:
-        truth: (H, W) int8: 1 object, 0 background, -1 ignored.
+        ground_truth: (H, W) int8: 1 object, 0 background, -1 ignored.
         predicted: (H, W) bool.
 
     Raises:
         UsageError: shapes or types that do not fit.
     """
-    both, either = overlap(*_checked(truth, predicted))
+    both, either = overlap(*_checked(ground_truth, predicted))
     return both / either if either else 1.0
 
 
-def _checked(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _checked(ground_truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Arrays as the kernels need them."""
-    if truth.ndim != 2 or truth.shape != predicted.shape:
-        found = f"{truth.shape} and {predicted.shape}"
+    if ground_truth.ndim != 2 or ground_truth.shape != predicted.shape:
+        found = f"{ground_truth.shape} and {predicted.shape}"
         raise UsageError("Truth and prediction do not fit together", expected="both (H, W)", found=found)
     if predicted.dtype != np.bool_:
         raise UsageError(
@@ -191,16 +191,16 @@ def _checked(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.n
             found=predicted.dtype,
             remedy="Compare probabilities with a threshold first",
         )
-    if truth.dtype not in (np.int8, np.bool_):
+    if ground_truth.dtype not in (np.int8, np.bool_):
         raise UsageError(
-            "A truth is no mask", expected="int8 (1 object, 0 background, -1 ignored) or bool", found=truth.dtype
+            "A truth is no mask", expected="int8 (1 object, 0 background, -1 ignored) or bool", found=ground_truth.dtype
         )
-    return np.ascontiguousarray(truth, np.int8), np.ascontiguousarray(predicted)
+    return np.ascontiguousarray(ground_truth, np.int8), np.ascontiguousarray(predicted)
 
 
-def _deepest(truth: np.ndarray, predicted: np.ndarray, kind: int, clicked: np.ndarray) -> tuple[int, int, int]:
+def _deepest(ground_truth: np.ndarray, predicted: np.ndarray, kind: int, clicked: np.ndarray) -> tuple[int, int, int]:
     """Squared depth, row and column of the deepest error of a kind; 0 and the first pixel where there is none."""
-    box = error_box(truth, predicted, kind)
+    box = error_box(ground_truth, predicted, kind)
     if box[1] == 0:
         return 0, 0, 0
-    return deepest(heights(truth, predicted, kind, box), box[0], box[2], clicked)
+    return deepest(heights(ground_truth, predicted, kind, box), box[0], box[2], clicked)

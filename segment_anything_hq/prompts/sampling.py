@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from typing_extensions import assert_never
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.nn.segmenter import Prompted
+from rfmedsam2.nn.segmenter import PromptBatch
 from rfmedsam2.prompts import prompts_from_members
 
 Kind = Literal["box", "points", "box_and_points", "box_and_negatives", "mask"]
@@ -70,43 +70,43 @@ def generator_of(seed: int, number: int) -> Generator:
     return Generator().manual_seed((int(words[0]) << 31) | (int(words[1]) >> 1))
 
 
-def draw_kind(mix: PromptMix, generator: Generator) -> Kind:
+def draw_kind(mix: PromptMix, rng: Generator) -> Kind:
     """One kind of prompt; all objects of a batch get the same (SAM2Refiner supplement, section 1.1)."""
     shares = torch.tensor([getattr(mix, kind) for kind in KINDS], dtype=torch.float64)
-    return KINDS[int(torch.multinomial(shares, 1, generator=generator))]
+    return KINDS[int(torch.multinomial(shares, 1, generator=rng))]
 
 
-def training_prompts(masks: Tensor, images: Tensor, *, mix: PromptMix, generator: Generator) -> Prompted:
+def training_prompts(masks: Tensor, images: Tensor, *, mix: PromptMix, rng: Generator) -> PromptBatch:
     """Prompts of one kind, drawn, for the objects of a batch.
 
     Args:
         masks: (P, S, S) bool, the objects on their frames, none of them empty.
         images: (P,) long, which frame each object is on.
         mix: of which kinds.
-        generator: on the CPU.
+        rng: on the CPU.
 
     Raises:
         UsageError: an object without a pixel.
     """
-    return prompts_of_kind(draw_kind(mix, generator), masks, images, mix=mix, generator=generator)
+    return prompts_of_kind(draw_kind(mix, rng), masks, images, mix=mix, rng=rng)
 
 
-def prompts_of_kind(kind: Kind, masks: Tensor, images: Tensor, *, mix: PromptMix, generator: Generator) -> Prompted:
+def prompts_of_kind(kind: Kind, masks: Tensor, images: Tensor, *, mix: PromptMix, rng: Generator) -> PromptBatch:
     """Like `training_prompts`, of this kind."""
     boxes = boxes_of(masks)
     match kind:
         case "box":
-            return Prompted(images=images, boxes=boxes)
+            return PromptBatch(images=images, boxes=boxes)
         case "points" | "box_and_points":
-            points, found = random_points(masks, mix.count, generator)
+            points, found = random_points(masks, mix.count, rng)
             boxed = boxes if kind == "box_and_points" else None
-            return Prompted(images=images, points=points, point_labels=torch.where(found, 1, -1), boxes=boxed)
+            return PromptBatch(images=images, points=points, point_labels=torch.where(found, 1, -1), boxes=boxed)
         case "box_and_negatives":
-            points, found = random_points(surroundings(masks, mix.margin), mix.count, generator)
-            return Prompted(images=images, points=points, point_labels=torch.where(found, 0, -1), boxes=boxes)
+            points, found = random_points(surroundings(masks, mix.margin), mix.count, rng)
+            return PromptBatch(images=images, points=points, point_labels=torch.where(found, 0, -1), boxes=boxes)
         case "mask":
-            coarse = degraded(masks, masks.shape[-1] // 4, generator, noise=mix.noise)
-            return Prompted(images=images, masks=coarse)
+            coarse = degraded(masks, masks.shape[-1] // 4, rng, noise=mix.noise)
+            return PromptBatch(images=images, masks=coarse)
         case _:
             assert_never(kind)
 
@@ -128,7 +128,7 @@ def boxes_of(masks: Tensor) -> Tensor:
     return prompts.boxes[:, 0]
 
 
-def random_points(regions: Tensor, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+def random_points(regions: Tensor, count: int, rng: Generator) -> tuple[Tensor, Tensor]:
     """Pixels of regions, all equally likely.
 
     No pixel is drawn twice where the region has `count` of them; smaller regions give their pixels repeatedly.
@@ -136,7 +136,7 @@ def random_points(regions: Tensor, count: int, generator: Generator) -> tuple[Te
     Args:
         regions: (P, H, W) bool.
         count: k.
-        generator: on the CPU.
+        rng: on the CPU.
 
     Returns:
         Points (P, k, 2) float32 XY, and whether there was a pixel to draw (P, k) bool; 0 where not.
@@ -144,7 +144,7 @@ def random_points(regions: Tensor, count: int, generator: Generator) -> tuple[Te
     # float32 holds counts of a row exactly, and adds bytes seven times as fast as the default
     held = regions.view(torch.uint8).sum(2, dtype=torch.float32).long()
     ends = held.cumsum(1)
-    ranks = _random_ranks(ends[:, -1].cpu(), count, generator).to(regions.device)
+    ranks = _random_ranks(ends[:, -1].cpu(), count, rng).to(regions.device)
     # the pixel of rank r, counted row by row, lies in the first row that ends beyond r
     rows = torch.searchsorted(ends, ranks, right=True).clamp_max(regions.shape[1] - 1)
     left = ranks - (ends - held).gather(1, rows)
@@ -154,9 +154,9 @@ def random_points(regions: Tensor, count: int, generator: Generator) -> tuple[Te
     return torch.stack([columns, rows], -1).float() * found[..., None], found
 
 
-def _random_ranks(totals: Tensor, count: int, generator: Generator) -> Tensor:
+def _random_ranks(totals: Tensor, count: int, rng: Generator) -> Tensor:
     """(P, count) numbers below totals (P,): subsets, all equally likely, where the total is large enough (R. Floyd)."""
-    draws = torch.rand(len(totals), count, dtype=torch.float64, generator=generator)
+    draws = torch.rand(len(totals), count, dtype=torch.float64, generator=rng)
     last = (totals[:, None] - count + torch.arange(count)).clamp_min(0)
     candidates = (draws * (last + 1)).long()
     chosen = torch.empty_like(candidates)
@@ -187,13 +187,13 @@ def _indices(masks: Tensor, axis: int) -> Tensor:
     return torch.arange(masks.shape[axis], device=masks.device)
 
 
-def degraded(masks: Tensor, side: int, generator: Generator, *, noise: float = 1.0) -> Tensor:
+def degraded(masks: Tensor, side: int, rng: Generator, *, noise: float = 1.0) -> Tensor:
     """Coarse masks: noise is added to 0 and 1 along the boundary, and the sum is cut at a half (HQ-SAM's training).
 
     Args:
         masks: (P, H, W) bool.
         side: of the coarse masks, 256 for frames of 1024 pixels.
-        generator: on the CPU.
+        rng: on the CPU.
         noise: its standard deviation.
 
     Returns:
@@ -202,6 +202,6 @@ def degraded(masks: Tensor, side: int, generator: Generator, *, noise: float = 1
     small = F.interpolate(masks[:, None].float(), (side, side), mode="bilinear", align_corners=False)
     coarse = F.interpolate(small, max(1, side // COARSENESS), mode="bilinear", align_corners=False)
     smooth = F.interpolate(coarse, (side, side), mode="bilinear", align_corners=False)
-    drawn = torch.randn(small.shape, generator=generator).to(small.device) * noise
+    drawn = torch.randn(small.shape, generator=rng).to(small.device) * noise
     noisy = small + drawn * ((small - smooth).abs() >= 0.01)
     return torch.where(noisy[:, 0] > 0.5, MASK_LOGIT, -MASK_LOGIT)

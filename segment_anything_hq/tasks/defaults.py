@@ -10,10 +10,10 @@ from segment_anything_hq.records import (
     METHODS,
     ON_SAM2,
     Backbone,
-    ClickFigures,
-    JitterFigures,
+    ClickConfig,
+    JitterConfig,
     Method,
-    PromptFigures,
+    PromptConfig,
     RefinerPlan,
     goes_on,
 )
@@ -25,7 +25,7 @@ CLICK_EPOCHS = 80
 """The papers count iterations; these are the parts into which they are cut, each ended by a validation."""
 
 
-def recipe(method: Method, backbone: Backbone, *, samples: int) -> RefinerPlan:
+def default_plan(method: Method, backbone: Backbone, *, samples: int) -> RefinerPlan:
     """The paper's training of a method.
 
     HQ-SAM: batches of 32, Adam at 1e-3 for 12 epochs, 1e-4 from the tenth on, boxes, ten points and coarse masks
@@ -58,9 +58,9 @@ def recipe(method: Method, backbone: Backbone, *, samples: int) -> RefinerPlan:
             method=method,
             backbone=backbone,
             batch_size=batch,
-            guidance=ClickFigures(),
+            prompting=ClickConfig(),
             jitter=None,
-            views=1,
+            views_per_object=1,
             train=TrainConfig(
                 epochs=CLICK_EPOCHS,
                 iterations_per_epoch=iterations // CLICK_EPOCHS,
@@ -72,13 +72,13 @@ def recipe(method: Method, backbone: Backbone, *, samples: int) -> RefinerPlan:
             ),
         )
     batch = 32
-    refiner = PromptFigures(box=0.3, points=0.2, box_and_points=0.2, box_and_negatives=0.2, mask=0.1)
+    refiner = PromptConfig(box=0.3, points=0.2, box_and_points=0.2, box_and_negatives=0.2, mask=0.1)
     return RefinerPlan(
         method=method,
         backbone=backbone,
         batch_size=batch,
-        guidance=refiner if method == "sam2_refiner" else PromptFigures(),
-        jitter=JitterFigures(),
+        prompting=refiner if method == "sam2_refiner" else PromptConfig(),
+        jitter=JitterConfig(),
         train=TrainConfig(
             epochs=HQ_EPOCHS,
             iterations_per_epoch=max(1, math.ceil(samples / batch)),

@@ -12,9 +12,9 @@ from torch import Tensor
 from rfmedsam2.engine.loader import batches
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import ImageError
-from rfmedsam2.nn.segmenter import Prompted
+from rfmedsam2.nn.segmenter import PromptBatch
 from segment_anything_hq.data.augment import (
-    GREY,
+    GRAY,
     Jitter,
     Placement,
     chosen,
@@ -26,7 +26,7 @@ from segment_anything_hq.data.augment import (
 from segment_anything_hq.data.datasets import ImageSet, Sample
 from segment_anything_hq.prompts.clicks import IGNORE
 from segment_anything_hq.prompts.sampling import PromptMix, generator_of, training_prompts
-from segment_anything_hq.records import PromptFigures, RefinerPlan
+from segment_anything_hq.records import PromptConfig, RefinerPlan
 
 EPOCH, VIEW = 0, 1
 """What random numbers are for: they are drawn from (seed, purpose, numbers)."""
@@ -40,15 +40,15 @@ class ObjectBatch:
         number: of the batch, over all ranks; what is drawn while the loss is computed follows it.
         ids: set and name of each object.
         images: (B, 3, S, S) uint8.
-        truths: (B, S, S) int8: 1 object, 0 background, -1 ignored.
+        ground_truths: (B, S, S) int8: 1 object, 0 background, -1 ignored.
         prompted: what is said of the objects; None: clicks will be simulated.
     """
 
     number: int
     ids: tuple[str, ...]
     images: Tensor
-    truths: Tensor
-    prompted: Prompted | None = None
+    ground_truths: Tensor
+    prompted: PromptBatch | None = None
 
 
 class ObjectSource:
@@ -65,23 +65,23 @@ class ObjectSource:
         self._samples = tuple((images.name, sample) for images in sets for sample in images.required().samples)
         self._plan, self._rank, self._ranks = plan, rank, ranks
         self._mix = None
-        if isinstance(plan.guidance, PromptFigures):
-            self._mix = PromptMix(**plan.guidance.model_dump(exclude={"kind"}))
+        if isinstance(plan.prompting, PromptConfig):
+            self._mix = PromptMix(**plan.prompting.model_dump(exclude={"kind"}))
         self._jitter = None if plan.jitter is None else Jitter(**plan.jitter.model_dump())
 
     def batch(self, number: int) -> ObjectBatch:
         """Batch `number` of this rank."""
         overall = number * self._ranks + self._rank
         chosen_ones = [self._drawn(place) for place in self._places(overall)]
-        frames, truths = zip(*(self._framed(index, view) for index, view in chosen_ones), strict=True)
-        images, masks = torch.stack(frames), torch.stack(truths)
+        frames, ground_truths = zip(*(self._framed(index, view) for index, view in chosen_ones), strict=True)
+        images, masks = torch.stack(frames), torch.stack(ground_truths)
         prompted = None
         if self._mix is not None:
             rows = torch.arange(len(masks))
-            generator = generator_of(self._plan.train.seed, overall)
-            prompted = training_prompts(masks == 1, rows, mix=self._mix, generator=generator)
+            rng = generator_of(self._plan.train.seed, overall)
+            prompted = training_prompts(masks == 1, rows, mix=self._mix, rng=rng)
         ids = tuple("/".join((self._samples[i][0], self._samples[i][1].id)) for i, _ in chosen_ones)
-        return ObjectBatch(number=overall, ids=ids, images=images, truths=masks, prompted=prompted)
+        return ObjectBatch(number=overall, ids=ids, images=images, ground_truths=masks, prompted=prompted)
 
     def describe(self, number: int) -> str:
         """The files of batch `number`, without reading them."""
@@ -95,22 +95,22 @@ class ObjectSource:
         """Which sample stands at a place of the whole training, and which view of it: every epoch has each once."""
         epoch, within = divmod(place, len(self._samples))
         order = np.random.default_rng([self._plan.train.seed, EPOCH, epoch]).permutation(len(self._samples))
-        view = epoch if self._plan.views is None else epoch % self._plan.views
+        view = epoch if self._plan.views_per_object is None else epoch % self._plan.views_per_object
         return int(order[within]), view
 
     def _framed(self, index: int, view: int) -> tuple[Tensor, Tensor]:
         """The frame (3, S, S) uint8 of a view of a sample, and its truth (S, S) int8."""
         sample, size = self._samples[index][1], self._plan.frame_size
-        picture, truth = _read(sample)
-        image, mask = torch.from_numpy(picture.copy()).permute(2, 0, 1), torch.from_numpy(truth == 1)
-        placement, grey = whole((truth.shape[0], truth.shape[1]), size), GREY
+        picture, ground_truth = _read(sample)
+        image, mask = torch.from_numpy(picture.copy()).permute(2, 0, 1), torch.from_numpy(ground_truth == 1)
+        placement, gray = whole((ground_truth.shape[0], ground_truth.shape[1]), size), GRAY
         if self._jitter is not None:
             words = np.random.SeedSequence([self._plan.train.seed, VIEW, index, view]).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-            placement = chosen(mask, size=size, jitter=self._jitter, generator=generator)
-            grey = self._jitter.grey
-        frame = placed_image(image, placement, size=size, grey=grey)
-        return frame, _placed_truth(truth, mask, placement, size)
+            rng = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+            placement = chosen(mask, size=size, jitter=self._jitter, rng=rng)
+            gray = self._jitter.gray
+        frame = placed_image(image, placement, size=size, gray=gray)
+        return frame, _placed_ground_truth(ground_truth, mask, placement, size)
 
 
 class ObjectFeed:
@@ -136,21 +136,21 @@ class ObjectFeed:
 
 def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Picture and truth, which fit together and show an object."""
-    picture = sample.picture()
-    truth = sample.truth_of(picture)
-    if not (truth == 1).any():
+    picture = sample.read_image()
+    ground_truth = sample.ground_truth_of(picture)
+    if not (ground_truth == 1).any():
         remedy = "Leave this sample out; samhq_check_data lists all such"
         raise ImageError(
             "The mask shows no object: nothing can be learnt from it", where=sample.mask.source, remedy=remedy
         )
-    return picture, truth
+    return picture, ground_truth
 
 
-def _placed_truth(truth: np.ndarray, mask: Tensor, placement: Placement, size: int) -> Tensor:
+def _placed_ground_truth(ground_truth: np.ndarray, mask: Tensor, placement: Placement, size: int) -> Tensor:
     """(S, S) int8 on the frame: where both could be, the object counts, not that it is ignored."""
     seen = placed_object(mask, placement, size)
     placed = seen.to(torch.int8)
-    ignored = truth == IGNORE
+    ignored = ground_truth == IGNORE
     if ignored.any():
         placed[placed_mask(torch.from_numpy(ignored), placement, size) & ~seen] = IGNORE
     return placed

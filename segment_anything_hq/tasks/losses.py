@@ -1,4 +1,4 @@
-"""Losses of refined masks: normalised focal loss with and without error regions, Dice and binary cross-entropy.
+"""Losses of refined masks: normalized focal loss with and without error regions, Dice and binary cross-entropy.
 
 Logits and masks are (P, h, w), one row an object. Every loss is averaged over the pixels of each object first, then
 over the objects, so that objects count alike whatever their size.
@@ -15,12 +15,12 @@ from torch import Tensor
 from rfmedsam2.errors import UsageError
 
 ERROR_WEIGHT = 1.5
-"""Of pixels in the error region, in the boundary-weighted normalised focal loss (SAM-REF paper, section 3.5)."""
+"""Of pixels in the error region, in the boundary-weighted normalized focal loss (SAM-REF paper, section 3.5)."""
 TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refinement:
+class RefinementMasks:
     """What one refiner of SAM-REF made of P objects, and what it should have made.
 
     Attributes:
@@ -38,7 +38,7 @@ class Refinement:
     valid: Tensor | None = None
 
 
-def normalised_focal_loss(
+def normalized_focal_loss(
     logits: Tensor,
     masks: Tensor,
     *,
@@ -71,7 +71,7 @@ def normalised_focal_loss(
     return _mean_of_objects(losses, counted)
 
 
-def boundary_normalised_focal_loss(
+def boundary_normalized_focal_loss(
     logits: Tensor,
     masks: Tensor,
     *,
@@ -79,7 +79,7 @@ def boundary_normalised_focal_loss(
     valid: Tensor | None = None,
     weight: float = ERROR_WEIGHT,
 ) -> Tensor:
-    """Normalised focal loss with more weight in a region: the average is weighted (FocalClick; SAM-REF, section 3.5).
+    """Normalized focal loss with more weight in a region: the average is weighted (FocalClick; SAM-REF, section 3.5).
 
     Args:
         logits: (P, h, w).
@@ -89,7 +89,7 @@ def boundary_normalised_focal_loss(
         weight: of the region's pixels, 1 elsewhere.
     """
     weights = torch.where(region, weight, 1.0)
-    return normalised_focal_loss(logits, masks, weights=weights, valid=valid)
+    return normalized_focal_loss(logits, masks, weights=weights, valid=valid)
 
 
 def error_region(coarse: Tensor, masks: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def mask_losses(logits: Tensor, masks: Tensor, *, valid: Tensor | None = None) -
 
 
 def sam_ref_losses(
-    decoded: Tensor, masks: Tensor, *, overall: Refinement, patch: Refinement | None
+    decoded: Tensor, masks: Tensor, *, overall: RefinementMasks, patch: RefinementMasks | None
 ) -> dict[str, Tensor]:
     """The seven terms whose sum SAM-REF is trained by (SAM-REF paper, eq. 3).
 
@@ -132,16 +132,16 @@ def sam_ref_losses(
         `nfl` of the decoder; `dice_global`, `bce_global` of the error map and `bnfl_global` of the refined mask; the
         same three with `_patch`.
     """
-    losses = {"nfl": normalised_focal_loss(decoded, masks)}
+    losses = {"nfl": normalized_focal_loss(decoded, masks)}
     for name, refinement in (("global", overall), ("patch", patch)):
         if refinement is not None:
             losses |= {f"{term}_{name}": loss for term, loss in _refinement_losses(refinement).items()}
     return losses
 
 
-def _refinement_losses(given: Refinement) -> dict[str, Tensor]:
+def _refinement_losses(given: RefinementMasks) -> dict[str, Tensor]:
     wrong = error_region(given.coarse, given.masks)
-    refined = boundary_normalised_focal_loss(given.refined, given.masks, region=wrong, valid=given.valid)
+    refined = boundary_normalized_focal_loss(given.refined, given.masks, region=wrong, valid=given.valid)
     return {
         "dice": dice_loss(given.error, wrong, valid=given.valid),
         "bce": cross_entropy(given.error, wrong, valid=given.valid),

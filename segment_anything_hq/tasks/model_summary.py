@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from rfmedsam2.nn.meta_device import shapes_only
+from rfmedsam2.nn.meta_device import skip_init
 from segment_anything_hq.build_sam import FRAME_SIZE
 from segment_anything_hq.models import build
 from segment_anything_hq.records import Backbone, Method, ZeroShot
@@ -118,7 +118,7 @@ def network_size(method: Method | ZeroShot, backbone: Backbone, *, frame_size: i
         PlanError: a method that is not built on this backbone.
         UsageError: a frame size that cannot be.
     """
-    with shapes_only():
+    with skip_init():
         network = build(method, backbone, frame_size=frame_size)
     return NetworkSize(
         method=method,

@@ -19,7 +19,7 @@ from segment_anything_hq.inference.embedding_cache import Embeddings
 from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.models import Network
 from segment_anything_hq.nn.trainable_subset import TrainedPart
-from segment_anything_hq.records import ClickFigures, PromptFigures, RefinerPlan
+from segment_anything_hq.records import ClickConfig, PromptConfig, RefinerPlan
 from segment_anything_hq.tasks.click_simulation import by_clicks
 from segment_anything_hq.tasks.feed import ObjectBatch, ObjectFeed
 from segment_anything_hq.tasks.method_losses import losses_of
@@ -66,14 +66,14 @@ class RefinerTask:
     def loss(self, batch: ObjectBatch) -> dict[str, Tensor]:
         """The method's losses for a batch."""
         embedded = self._embeddings.of(batch.images)
-        figures = self.plan.guidance
-        if isinstance(figures, ClickFigures):
-            generator = np.random.default_rng([self.plan.train.seed, batch.number])
-            answer = by_clicks(self.network, embedded, batch.truths, figures=figures, generator=generator)
+        figures = self.plan.prompting
+        if isinstance(figures, ClickConfig):
+            rng = np.random.default_rng([self.plan.train.seed, batch.number])
+            answer = by_clicks(self.network, embedded, batch.ground_truths, figures=figures, rng=rng)
         else:
             assert batch.prompted is not None
             answer = self.network.segment(embedded, batch.prompted)
-        return losses_of(self.plan.method, answer, batch.truths)
+        return losses_of(self.plan.method, answer, batch.ground_truths)
 
     def validate(self) -> dict[str, float]:
         """Mean IoU of held-out objects at their pictures' own size; `score` is what the method is for.
@@ -84,14 +84,14 @@ class RefinerTask:
             return {"score": 0.0}
         self.network.eval()
         predictor = InteractivePredictor(self.network)
-        figures, scores = self.plan.guidance, {}
-        if isinstance(figures, PromptFigures) or figures.box:
+        figures, scores = self.plan.prompting, {}
+        if isinstance(figures, PromptConfig) or figures.box:
             found = evaluate_prompted(predictor, self._held, BoxRule(), worst=0).overall
             scores |= {"box/iou": found["iou"], "box/boundary_iou": found["boundary_iou"]}
             scores["score"] = found["boundary_iou"]
-        if isinstance(figures, ClickFigures):
-            clicks = min(VALIDATION_CLICKS, figures.most)
-            protocol = ClickProtocol(most=clicks, miou_at=(clicks,), stop=False)
+        if isinstance(figures, ClickConfig):
+            clicks = min(VALIDATION_CLICKS, figures.max_clicks)
+            protocol = ClickProtocol(max_clicks=clicks, miou_at=(clicks,), stop=False)
             found = evaluate_clicks(predictor, self._held, protocol, worst=0).overall
             scores[f"clicks/iou_{clicks}"] = scores["score"] = found[f"miou_at_{clicks}"]
         return scores

@@ -142,9 +142,9 @@ def _check(plan: RefinerPlan, options: TrainOptions) -> None:
             expected="its published weights (sam_vit_b_01ec64.pth, mobile_sam.pt, sam2.1_hiera_large.pt ...)",
             remedy="Give their file with --weights",
         )
-    if options.cache is not None and plan.views is None:
+    if options.cache is not None and plan.views_per_object is None:
         raise UsageError(
             "Frames that are new every time cannot be kept embedded",
             expected="a number of views of each object",
-            remedy="Add --set views=4, or leave --cache out",
+            remedy="Add --set views_per_object=4, or leave --cache out",
         )

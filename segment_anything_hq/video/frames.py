@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from rfmedsam2.errors import UsageError
-from segment_anything_hq.data.image_io import ENDINGS, read_picture
+from segment_anything_hq.data.image_io import ENDINGS, read_image
 
 
 class Video:
@@ -35,13 +35,13 @@ class Video:
         if not len(self._frames):
             raise UsageError("There are no frames", where=self._where, expected="at least one picture")
         self.size: tuple[int, int] = (0, 0)
-        first = self.picture(0)
+        first = self.image(0)
         self.size = (first.shape[0], first.shape[1])
 
     def __len__(self) -> int:
         return len(self._frames)
 
-    def picture(self, number: int) -> np.ndarray:
+    def image(self, number: int) -> np.ndarray:
         """A frame (H, W, 3) uint8.
 
         Raises:
@@ -49,10 +49,10 @@ class Video:
             ImageError: it cannot be read.
         """
         frame = self._frames[number]
-        picture = read_picture(frame) if isinstance(frame, Path) else frame
-        kind = getattr(picture, "dtype", type(picture).__name__)
-        shape = np.shape(picture)
-        if len(shape) != 3 or shape[2] != 3 or kind != np.uint8 or not np.size(picture):
+        image = read_image(frame) if isinstance(frame, Path) else frame
+        kind = getattr(image, "dtype", type(image).__name__)
+        shape = np.shape(image)
+        if len(shape) != 3 or shape[2] != 3 or kind != np.uint8 or not np.size(image):
             raise UsageError(
                 f"Frame {number} is no picture",
                 where=self._where,
@@ -67,12 +67,12 @@ class Video:
                 found=f"{shape[1]} x {shape[0]}",
                 remedy="Resize the frames, or give the parts of the video one after the other",
             )
-        return picture
+        return image
 
     def resized(self, number: int, side: int) -> Tensor:
         """A frame (1, 3, side, side) of 0 to 255, both sides stretched as SAM 2's predictor does."""
-        picture = Image.fromarray(np.ascontiguousarray(self.picture(number)))
-        return torch.from_numpy(np.array(picture.resize((side, side)))).permute(2, 0, 1)[None]
+        image = Image.fromarray(np.ascontiguousarray(self.image(number)))
+        return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1)[None]
 
 
 def _pictures_in(folder: Path) -> list[Path]:

@@ -17,16 +17,16 @@ from sam2.modeling.sam2_utils import select_closest_cond_frames
 from torch import Tensor
 
 from rfmedsam2.nn.sam2.build import Base
-from rfmedsam2.nn.sam2.memory_attention import prepare_frames, recall
+from rfmedsam2.nn.sam2.memory_attention import condition_on_memory, prepare_frames
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import MemoryBank, Slots
-from rfmedsam2.nn.segmenter import Embedded, Prompted
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch
 from segment_anything_hq.nn.hq_sam2 import HqSam2
 from segment_anything_hq.nn.sam2_base import BOX_LABELS, Sam2Segmenter
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 
 VideoNetwork = Sam2Segmenter | HqSam2 | SAM2Refiner
-SUREST = 32.0
+LOGIT_CLAMP = 32.0
 """Logits of an earlier answer go in as a mask prompt no larger than this, as in SAM 2's predictor."""
 
 
@@ -103,7 +103,7 @@ class VideoSteps:
         self.maps_back: int = self.base.num_maskmem - 1
         self.pointers_back: int = self.base.max_obj_ptrs_in_encoder - 1
 
-    def answer(self, embedded: Embedded, prompted: Prompted) -> Answer:
+    def answer(self, embedded: Embedded, prompted: PromptBatch) -> Answer:
         """Mask prompted objects (equally many points each) of the one frame embedded, without memory."""
         if isinstance(self.network, SAM2Refiner):
             return self._refined(self.network, embedded, prompted, None)
@@ -125,8 +125,8 @@ class VideoSteps:
             group = [attended[row] for row in rows]
             images = torch.zeros(len(group), dtype=torch.long, device=embedded.embedding.device)
             bank, slots = _bank(group, place, self.base)
-            conditioned = recall(self._sam2, prepared, images, bank, slots)
-            prompted = Prompted(images=images)
+            conditioned = condition_on_memory(self._sam2, prepared, images, bank, slots)
+            prompted = PromptBatch(images=images)
             if isinstance(self.network, SAM2Refiner):
                 parts.append(self._refined(self.network, embedded, prompted, conditioned))
             else:
@@ -136,7 +136,7 @@ class VideoSteps:
         names = ("logits", "final", "pointers", "scores")
         return Answer(**{name: torch.cat([getattr(part, name) for part in parts])[back] for name in names})
 
-    def remember(self, embedded: Embedded, answer: Answer, *, prompted: bool) -> list[Remembered]:
+    def encode_memory(self, embedded: Embedded, answer: Answer, *, prompted: bool) -> list[Remembered]:
         """Memories of n objects on a frame; of prompted ones the mask is what was seen, not how sure it is."""
         side = self.base.image_size
         large = F.interpolate(answer.logits[:, None], (side, side), mode="bilinear", align_corners=False)
@@ -184,7 +184,7 @@ class VideoSteps:
         step = self.objects_at_once
         return [rows[i : i + step] for rows in alike.values() for i in range(0, len(rows), step)]
 
-    def _decoded(self, embedded: Embedded, embedding: Tensor, prompted: Prompted) -> Answer:
+    def _decoded(self, embedded: Embedded, embedding: Tensor, prompted: PromptBatch) -> Answer:
         """By SAM 2's or HQ-SAM 2's decoder, as the official predictor asks it."""
         points, labels = prompted.points, prompted.point_labels
         if prompted.boxes is not None:
@@ -206,7 +206,7 @@ class VideoSteps:
         return Answer(logits=logits[:, 0], final=logits[:, 0], pointers=pointers, scores=scores)
 
     def _refined(
-        self, network: SAM2Refiner, embedded: Embedded, prompted: Prompted, conditioned: Tensor | None
+        self, network: SAM2Refiner, embedded: Embedded, prompted: PromptBatch, conditioned: Tensor | None
     ) -> Answer:
         """By SAM2Refiner; objects that are not there are treated as `SAM2Base._forward_sam_heads` does."""
         made = network.segment(embedded, prompted, conditioned=conditioned)

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.nn.segmenter import Embedded, Prompted
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch
 from segment_anything_hq.video.frames import Video
-from segment_anything_hq.video.memory import SUREST, Answer, Place, Remembered, VideoNetwork, VideoSteps
+from segment_anything_hq.video.memory import LOGIT_CLAMP, Answer, Place, Remembered, VideoNetwork, VideoSteps
 
 Masks = dict[int, np.ndarray]
 """(H, W) bool by object."""
@@ -122,10 +122,10 @@ class VideoRefiner:
         else:
             prompted = self._prompted(video.size, points, labels, box)
             if earlier is not None:
-                prompted = replace(prompted, masks=earlier.logits.clamp(-SUREST, SUREST))
+                prompted = replace(prompted, masks=earlier.logits.clamp(-LOGIT_CLAMP, LOGIT_CLAMP))
             embedded = self._embedded_frame(frame)
             answer = self._steps.answer(embedded, prompted)
-        (memory,) = self._steps.remember(embedded, answer, prompted=True)
+        (memory,) = self._steps.encode_memory(embedded, answer, prompted=True)
         logits = _enlarged(answer.final, video.size)[0]
         given = _Given(logits=answer.logits.clone(), mask=(logits > 0).cpu().numpy(), memory=memory)
         self._given.setdefault(object_id, {})[frame] = given
@@ -141,7 +141,7 @@ class VideoRefiner:
 
         Args:
             start: the first frame; None: the earliest that was prompted.
-            reverse: towards the first frame.
+            reverse: toward the first frame.
             objects: which; None: all.
 
         Yields:
@@ -195,7 +195,9 @@ class VideoRefiner:
             attended.append(steps.attended(place, prompted, memories))
         embedded = self._embedded_frame(place.frame)
         answer = steps.track(embedded, place, attended)
-        for memories, memory in zip(recent.values(), steps.remember(embedded, answer, prompted=False), strict=True):
+        for memories, memory in zip(
+            recent.values(), steps.encode_memory(embedded, answer, prompted=False), strict=True
+        ):
             memories[place.frame] = memory
             past = place.before(steps.maps_back)  # the next frame looks one less far back
             if past in memories:
@@ -213,7 +215,7 @@ class VideoRefiner:
             assert self._video is not None
             self._embedded = None  # two at once are not needed
             images = self._video.resized(frame, self.network.frame_size).to(self._steps.base.device)
-            embedded = self.network.encode(self.network.normalise(images))
+            embedded = self.network.encode(self.network.normalize(images))
             self._embedded = frame, embedded
         return self._embedded[1]
 
@@ -232,7 +234,7 @@ class VideoRefiner:
         points: npt.ArrayLike | None,
         labels: npt.ArrayLike | None,
         box: npt.ArrayLike | None,
-    ) -> Prompted:
+    ) -> PromptBatch:
         """One object's points and box in pixels of the network's frame."""
         if points is None and labels is None and box is None:
             raise UsageError("Nothing was said of the object", expected="points with labels, a box or a mask")
@@ -252,7 +254,7 @@ class VideoRefiner:
             return None if coordinates is None else torch.from_numpy(coordinates).to(device).reshape(1, -1, 2) * scale
 
         box_scaled = scaled(corners)
-        return Prompted(
+        return PromptBatch(
             images=torch.zeros(1, dtype=torch.long, device=device),
             points=scaled(places),
             point_labels=None if signs is None else torch.from_numpy(signs).to(device)[None],

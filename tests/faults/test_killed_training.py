@@ -15,7 +15,8 @@ from support.commands import leftovers
 from support.live_process import Launcher, Process
 
 from rfmedsam2.engine.log import read_events
-from rfmedsam2.store.checkpoints import read_all, read_record_of
+from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.checkpoints import read_all
 
 pytestmark = pytest.mark.timeout(300)
 FOLD = Path("results/Dataset900_PhantomCT/rfmed_cpu__3d_fullres/fold_0")

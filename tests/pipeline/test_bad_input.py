@@ -21,7 +21,7 @@ import pytest
 from support.commands import TINY, good, leftovers, refused, run
 
 from rfmedsam2.store import images
-from rfmedsam2.store.checkpoints import read_record_of
+from rfmedsam2.store.checkpoint_header import read_record_of
 
 PHANTOM = "Dataset900_PhantomCT"
 PLANNING = ("--preset", "cpu", "-c", "3d_fullres", "--set", *TINY)

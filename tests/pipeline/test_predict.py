@@ -15,14 +15,16 @@ import torch
 
 from rfmedsam2 import models
 from rfmedsam2.errors import CheckpointError, ImageError, PlanError, RfMedSamError, UsageError
-from rfmedsam2.pipeline.prediction.predict import Options, Predictor, find_models, predict_files
+from rfmedsam2.pipeline.prediction.checkpoints import find_models
+from rfmedsam2.pipeline.prediction.predict import Options, predict_files
+from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import Augmentation, Normalisation, Plan, Stage
+from rfmedsam2.records.plan import Augmentation, Normalization, Plan, Stage
+from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.checkpoints import write_checkpoint
-from rfmedsam2.store.raw import Case
 
 NAME = "Dataset900_Tiny"
 
@@ -40,7 +42,7 @@ def make_plan(**changes) -> Plan:
         median_shape=(16, 20, 20),
         patch_size=(8, 16, 16),
         batch_size=2,
-        normalisation=(Normalisation(kind="zscore"),),
+        normalization=(Normalization(kind="zscore"),),
         augmentation=Augmentation(mirror_axes=(0, 1)),
         model=network,
     )

@@ -14,9 +14,10 @@ from support.commands import good, refused
 from rfmedsam2 import models
 from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
-from rfmedsam2.pipeline.prediction.predict import Options, Predictor, predict_files
+from rfmedsam2.pipeline.prediction.predict import Options, predict_files
+from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.training.train import TrainOptions, train
-from rfmedsam2.records.box_prompts import GivenBox
+from rfmedsam2.records.box_prompts import BoxPrompt
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
@@ -25,16 +26,16 @@ from rfmedsam2.records.plan import (
     Augmentation,
     Compute,
     Inference,
-    Normalisation,
+    Normalization,
     Plan,
     Stage,
     TrainConfig,
     Validation,
 )
 from rfmedsam2.store.atomic import read_record
+from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.checkpoints import write_checkpoint
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.raw import Case
 
 UNET = UNetConfig(
     features=(4, 8),
@@ -57,7 +58,7 @@ def make_plan(names=NAMES, regions_class_order=None, channels: int = 1, **model)
         median_shape=SHAPE,
         patch_size=(4, 32, 32),
         batch_size=2,
-        normalisation=(Normalisation(kind="zscore"),) * channels,
+        normalization=(Normalization(kind="zscore"),) * channels,
         augmentation=Augmentation(mirror_axes=(2,)),
         inference=Inference(step_size=1.0),
         compute=Compute(memory_mb=64),
@@ -135,10 +136,10 @@ def model_of(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     known: dict[str, Path] = {}
 
-    def of(generator: str) -> Path:
-        if generator not in known:
-            known[generator] = write_model(root / generator, make_plan(generator=generator))
-        return known[generator]
+    def of(rng: str) -> Path:
+        if rng not in known:
+            known[rng] = write_model(root / rng, make_plan(generator=rng))
+        return known[rng]
 
     return of
 
@@ -158,9 +159,9 @@ def in_boxes(labels: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_every_generator_predicts_files(generator, model_of, cases, references, tmp_path) -> None:
-    boxes = references if generator == "gt" else None
-    predictor = Predictor.load(model_of(generator), device="cpu", options=Options(boxes=boxes))
+def test_every_generator_predicts_files(rng, model_of, cases, references, tmp_path) -> None:
+    boxes = references if rng == "gt" else None
+    predictor = Predictor.load(model_of(rng), device="cpu", options=Options(boxes=boxes))
     summary = predict_files(predictor, cases, tmp_path / "out")
     assert len(summary.written) == 2
     for path in summary.written:
@@ -222,7 +223,7 @@ def test_arrays_are_prompted_in_memory(model_of, cases) -> None:
     predictor = Predictor.load(model_of("gt"), device="cpu")
     array = read(cases[0].images[0])
     by_labels = predictor.predict_array(array, (2.0, 1.0, 1.0), boxes=labels_zyx())
-    by_boxes = predictor.predict_array(array, (2.0, 1.0, 1.0), boxes=[GivenBox.parse(box) for box in one_by_one()])
+    by_boxes = predictor.predict_array(array, (2.0, 1.0, 1.0), boxes=[BoxPrompt.parse(box) for box in one_by_one()])
     np.testing.assert_array_equal(by_labels, by_boxes)
     assert in_boxes(by_labels)
     with pytest.raises(UsageError, match="none were given"):

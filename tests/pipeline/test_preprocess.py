@@ -13,12 +13,12 @@ import pytest
 
 import rfmedsam2.pipeline.preprocessing.case_reader as source_module
 from rfmedsam2.errors import DatasetError, PlanError, StoreError
-from rfmedsam2.pipeline.preprocessing.case_reader import CaseSource
+from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.pipeline.preprocessing.fingerprint import Distribution, fingerprint, mixture_statistics
 from rfmedsam2.pipeline.preprocessing.memory_estimate import case_bytes, memory_need
 from rfmedsam2.pipeline.preprocessing.preprocess import preprocess
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import Normalisation, Plan, Stage
+from rfmedsam2.records.plan import Normalization, Plan, Stage
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import RawDataset, open_dataset
@@ -69,7 +69,7 @@ class Toy:
             median_shape=(12, 16, 14),
             patch_size=(8, 8, 8),
             batch_size=2,
-            normalisation=(Normalisation(kind="ct"),),
+            normalization=(Normalization(kind="ct"),),
             model=model,
         )
         return Plan(
@@ -138,7 +138,7 @@ def test_a_second_run_skips_everything_and_reads_nothing(toy, reads):
 def test_one_read_serves_fingerprint_and_all_stages(toy, reads):
     plan = toy.plan()
     reads.clear()
-    source = CaseSource(toy.dataset(), budget_bytes=1 << 24)
+    source = CaseReader(toy.dataset(), budget_bytes=1 << 24)
     fingerprint(source, toy.layout, clean=True)
     summary = preprocess(source, plan, ["3d_fullres", "3d_wide", "3d_lowres"], toy.layout)
     assert counts(summary) == (9, 0, 0)
@@ -148,17 +148,17 @@ def test_one_read_serves_fingerprint_and_all_stages(toy, reads):
 
 def test_what_does_not_fit_in_memory_is_read_again(toy, reads):
     plan = toy.plan()
-    one = CaseSource(toy.dataset()).read(toy.dataset().training[0]).volume.array.nbytes
+    one = CaseReader(toy.dataset()).read(toy.dataset().training[0]).volume.array.nbytes
     reads.clear()
     # packed, noise takes more than half as much: room for one case, not for two
-    source = CaseSource(toy.dataset(), budget_bytes=one)
+    source = CaseReader(toy.dataset(), budget_bytes=one)
     fingerprint(source, toy.layout, workers=1, clean=True)
     preprocess(source, plan, ["3d_fullres"], toy.layout, workers=1)
     assert reads == ["toy_1", "toy_2", "toy_3", "toy_2", "toy_3"]
 
 
 def test_a_kept_volume_is_not_used_after_its_file_changed(toy):
-    source = CaseSource(toy.dataset(), budget_bytes=1 << 24)
+    source = CaseReader(toy.dataset(), budget_bytes=1 << 24)
     case = source.dataset.training[0]
     before = source.read(case, last=False)
     toy.write(case.id, seed=77)
@@ -177,13 +177,13 @@ def test_a_broken_case_and_one_with_a_changed_source_are_rebuilt(toy):
     assert not np.array_equal(toy.store().open("toy_2").image(), before)
 
 
-def test_another_normalisation_rebuilds_and_another_batch_size_does_not(toy):
+def test_another_normalization_rebuilds_and_another_batch_size_does_not(toy):
     plan = toy.plan()
     preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
     stage = plan.stages["3d_fullres"]
     larger = plan.model_copy(update={"stages": {"3d_fullres": stage.model_copy(update={"batch_size": 7})}})
     assert counts(preprocess(toy.dataset(), larger, ["3d_fullres"], toy.layout)) == (0, 3, 0)
-    other = stage.model_copy(update={"normalisation": (Normalisation(kind="zscore"),)})
+    other = stage.model_copy(update={"normalization": (Normalization(kind="zscore"),)})
     changed = plan.model_copy(update={"stages": {"3d_fullres": other}})
     assert counts(preprocess(toy.dataset(), changed, ["3d_fullres"], toy.layout)) == (0, 0, 3)
 
@@ -267,7 +267,7 @@ def test_one_worker_gives_what_three_give(toy, tmp_path):
 
 
 def test_fewer_workers_when_memory_is_short(toy, monkeypatch):
-    plan, source = toy.plan(), CaseSource(toy.dataset())
+    plan, source = toy.plan(), CaseReader(toy.dataset())
 
     def workers(free):
         monkeypatch.setattr("rfmedsam2.pipeline.preprocessing.memory_estimate.free_bytes", lambda: free)

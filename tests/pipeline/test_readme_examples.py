@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rfmedsam2.records.overrides import with_changes
+from rfmedsam2.records.overrides import with_overrides
 from segment_anything_hq import models
 from segment_anything_hq.data.open_data import open_data
-from segment_anything_hq.tasks.defaults import recipe
+from segment_anything_hq.tasks.defaults import default_plan
 from segment_anything_hq.tasks.train import TrainOptions, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,20 +26,20 @@ def example(first_line: str) -> str:
 
 def test_box_and_click_by_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    generator = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for part in ("images", "masks"):
         (tmp_path / "photos" / part).mkdir(parents=True)
-    truth = np.zeros((300, 400), np.uint8)
-    truth[60:260, 60:280] = 255
-    picture = generator.integers(0, 200, (300, 400, 3), np.uint8) // 2 + truth[..., None] // 3
-    Image.fromarray(picture).save("cat.jpg")
-    Image.fromarray(picture).save("photos/images/cat.png")
-    Image.fromarray(truth).save("photos/masks/cat.png")
+    ground_truth = np.zeros((300, 400), np.uint8)
+    ground_truth[60:260, 60:280] = 255
+    image = rng.integers(0, 200, (300, 400, 3), np.uint8) // 2 + ground_truth[..., None] // 3
+    Image.fromarray(image).save("cat.jpg")
+    Image.fromarray(image).save("photos/images/cat.png")
+    Image.fromarray(ground_truth).save("photos/masks/cat.png")
     # a file of MobileSAM's names and sizes, with weights of our own
     torch.manual_seed(0)
     torch.save(models.build("sam", "vit_tiny").state_dict(), "mobile_sam.pt")
     short = ["batch_size=1", "train.epochs=1", "train.iterations_per_epoch=1", "train.workers=0"]
-    plan = with_changes(recipe("hq_sam", "vit_tiny", samples=1), short, where="test")
+    plan = with_overrides(default_plan("hq_sam", "vit_tiny", samples=1), short, where="test")
     sets = open_data(["photos"])
     options = TrainOptions(device="cpu", weights=Path("mobile_sam.pt"), score_base=False)
     train(plan, sets, sets, Path("runs/hq"), options)

@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from PIL import Image
-from support.samhq_commands import SIZES, good, pictures, refused, run, written
+from support.samhq_commands import SIZES, good, refused, run, write_images, written
 
 from segment_anything_hq import records
 from segment_anything_hq.cli import names
@@ -27,7 +27,7 @@ BOXES = [{"image": "a.png", "box": [8, 10, 24, 30]}, {"image": "b.png", "points"
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    return pictures(tmp_path / "data")
+    return write_images(tmp_path / "data")
 
 
 def masks_words(data: Path, out: Path, prompts: object = BOXES, name: str = "p.json") -> tuple[object, ...]:
@@ -240,7 +240,7 @@ class Tags(HTMLParser):
 
 def test_an_evaluation_is_a_page_a_record_and_a_csv_a_protocol(data, tmp_path):
     out = tmp_path / "out"
-    protocols = ("box", "box_0.4", "centre", "points_2", "clicks")
+    protocols = ("box", "box_0.4", "center", "points_2", "clicks")
     words = ("--data", data, "-o", out, "--clicks", 3, "--protocol", *protocols)
     outcome = good("evaluate", "sam_ref", *NANO, *words)
     assert "mIoU %" in outcome.out
@@ -351,17 +351,17 @@ def test_no_data_is_a_sentence(tmp_path):
 @pytest.mark.data
 def test_mobile_sam_masks_a_real_picture_with_a_box(data_root, tmp_path):
     source = data_root / "ecssd-300"
-    picture = sorted((source / "images").iterdir())[0]
-    truth = np.asarray(Image.open(source / "masks" / f"{picture.stem}.png").convert("L")) > 128
-    rows, columns = (np.flatnonzero(truth.any(axis)) for axis in (1, 0))
+    image = sorted((source / "images").iterdir())[0]
+    ground_truth = np.asarray(Image.open(source / "masks" / f"{image.stem}.png").convert("L")) > 128
+    rows, columns = (np.flatnonzero(ground_truth.any(axis)) for axis in (1, 0))
     box = [int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])]
-    prompts = written(tmp_path / "p.json", [{"image": picture.name, "box": box}])
-    words = ("-i", picture, "-p", prompts, "-o", tmp_path / "out", "--device", "cpu")
+    prompts = written(tmp_path / "p.json", [{"image": image.name, "box": box}])
+    words = ("-i", image, "-p", prompts, "-o", tmp_path / "out", "--device", "cpu")
     weights = data_root / "weights-mobilesam" / "mobile_sam.pt"
     outcome = good("predict", "sam", "-b", "vit_tiny", "-w", weights, *words)
     assert "Note" not in outcome.err
-    mask = np.asarray(Image.open(tmp_path / "out" / f"{picture.stem}.png")) > 0
-    assert (mask & truth).sum() / (mask | truth).sum() > 0.8
+    mask = np.asarray(Image.open(tmp_path / "out" / f"{image.stem}.png")) > 0
+    assert (mask & ground_truth).sum() / (mask | ground_truth).sum() > 0.8
 
 
 def test_commands_take_the_names_that_there_are() -> None:

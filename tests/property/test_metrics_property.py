@@ -42,7 +42,7 @@ def test_turning_both_masks_changes_nothing_but_triangles(pair, spacing, order) 
     after = case_metrics(*turned, LABELS, tuple(spacing[i] for i in order))
     for name, score in before.items():
         assert (score.dsc, score.iou) == (after[name].dsc, after[name].iou)
-        # areas of saddle-like neighbourhoods depend on how they are cut into triangles, so NSD is not compared
+        # areas of saddle-like neighborhoods depend on how they are cut into triangles, so NSD is not compared
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,7 @@ from rfmedsam2.geometry import Grid, Volume
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import Normalisation, Plan, Resampling, Stage
+from rfmedsam2.records.plan import Normalization, Plan, Resampling, Stage
 from rfmedsam2.transforms.crop import nonzero_box, outside_mask
 from rfmedsam2.transforms.prepare import prepare
 from rfmedsam2.transforms.resample import nearest_index, resample_image, resample_label
@@ -36,7 +36,7 @@ def plan(spacing, order, resampling) -> Plan:
         median_shape=(8, 8, 8),
         patch_size=(8, 8, 8),
         batch_size=1,
-        normalisation=(Normalisation(kind="none"),),
+        normalization=(Normalization(kind="none"),),
         resampling=resampling,
         model=model,
     )
@@ -91,17 +91,17 @@ def test_resampling_mirrors_with_its_input(shape, new, seed, separate):
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPE, SEED, st.integers(1, 3), st.sampled_from([None, 0, 1, 2]))
-def test_an_odd_enlargement_keeps_every_voxel_centre(shape, seed, half, separate):
-    """Enlarged by an odd factor every source voxel has a target voxel at its centre, which keeps its value."""
+def test_an_odd_enlargement_keeps_every_voxel_center(shape, seed, half, separate):
+    """Enlarged by an odd factor every source voxel has a target voxel at its center, which keeps its value."""
     factor = 2 * half + 1
     new = tuple(n * factor for n in shape)
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(1, *shape)).astype(np.float32)
     label = rng.integers(0, 4, shape).astype(np.int16)
-    centres = slice(half, None, factor)
-    at_centres = resample_image(image, new, separate=separate)[0][centres, centres, centres]
-    np.testing.assert_allclose(at_centres, image[0], atol=2e-5)
-    np.testing.assert_array_equal(resample_label(label, new, separate=separate)[centres, centres, centres], label)
+    centers = slice(half, None, factor)
+    at_centers = resample_image(image, new, separate=separate)[0][centers, centers, centers]
+    np.testing.assert_allclose(at_centers, image[0], atol=2e-5)
+    np.testing.assert_array_equal(resample_label(label, new, separate=separate)[centers, centers, centers], label)
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfmedsam2.prompts import centre_points, prompts_from_labels, prompts_from_members
+from rfmedsam2.prompts import center_points, prompts_from_labels, prompts_from_members
 
 
 @st.composite
@@ -14,9 +14,9 @@ def label_maps(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
     """Label maps from very sparse to full, of odd sizes, some values no class."""
     shape = tuple(draw(st.integers(1, high)) for high in (3, 13, 13))
     classes = draw(st.integers(1, 40))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    labels = torch.randint(-1, classes + 3, shape, generator=generator)
-    keep = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.02, 0.2, 1.0]))
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    labels = torch.randint(-1, classes + 3, shape, generator=rng)
+    keep = torch.rand(shape, generator=rng) < draw(st.sampled_from([0.0, 0.02, 0.2, 1.0]))
     return torch.where(keep, labels, 0), classes
 
 
@@ -41,9 +41,9 @@ def test_labels_and_masks_give_the_same_prompts(case: tuple[torch.Tensor, int]) 
 
 
 @given(label_maps())
-def test_centre_points_lie_on_their_class(case: tuple[torch.Tensor, int]) -> None:
+def test_center_points_lie_on_their_class(case: tuple[torch.Tensor, int]) -> None:
     labels, classes = case
-    points, present = centre_points(labels, classes)
+    points, present = center_points(labels, classes)
     assert torch.equal(present, prompts_from_labels(labels, classes).present)
     frames, indices = present.nonzero().unbind(1)
     x, y = points[frames, indices].long().unbind(1)

@@ -56,14 +56,14 @@ def refused(name: str, *words: object) -> str:
     return outcome.err[start:]
 
 
-def pictures(folder: Path) -> Path:
+def write_images(folder: Path) -> Path:
     """Noise with a brighter rectangle, in folder/images; masks of it in folder/masks."""
-    generator = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for name, (height, width) in SIZES.items():
-        truth = np.zeros((height, width), bool)
-        truth[10:30, 8:24] = True
-        image = generator.integers(0, 100, (height, width, 3)) + 120 * truth[..., None]
-        for part, values, ending in (("images", image, "png"), ("masks", truth * 255, "png")):
+        ground_truth = np.zeros((height, width), bool)
+        ground_truth[10:30, 8:24] = True
+        image = rng.integers(0, 100, (height, width, 3)) + 120 * ground_truth[..., None]
+        for part, values, ending in (("images", image, "png"), ("masks", ground_truth * 255, "png")):
             (folder / part).mkdir(parents=True, exist_ok=True)
             Image.fromarray(values.astype(np.uint8)).save(folder / part / f"{name}.{ending}")
     return folder

@@ -17,7 +17,7 @@ from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.engine.task import Run
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.plan import AdamW, Plan, TrainConfig
-from rfmedsam2.store.checkpoints import read_record_of
+from rfmedsam2.store.checkpoint_header import read_record_of
 
 
 def make_plan(name: str = "toy") -> Plan:
@@ -27,7 +27,7 @@ def make_plan(name: str = "toy") -> Plan:
         "median_shape": [8, 8, 8],
         "patch_size": [8, 8, 8],
         "batch_size": 2,
-        "normalisation": [{"kind": "zscore"}],
+        "normalization": [{"kind": "zscore"}],
         "model": {
             "kind": "unet",
             "features": [4, 8],
@@ -109,8 +109,8 @@ class ToyTask:
 
     def batch(self, number: int) -> ToyBatch:
         """This rank's share of a batch of ranks * size rows."""
-        generator = torch.Generator().manual_seed(number)
-        x = torch.randn(self.ranks * self.size, 6, generator=generator)
+        rng = torch.Generator().manual_seed(number)
+        x = torch.randn(self.ranks * self.size, 6, generator=rng)
         y = x.sum(1, keepdim=True) / 3
         if number == self.nan_at:
             x[0, 0] = float("nan")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.prompts import centre_points, prompts_from_labels, prompts_from_members, resized
+from rfmedsam2.prompts import center_points, prompts_from_labels, prompts_from_members, resized
 
 
 def one_block(value: int = 2) -> torch.Tensor:
@@ -30,7 +30,7 @@ def test_absent_classes_have_no_box():
 @pytest.mark.parametrize("value", [-1, 4, 255, 1000])
 def test_values_that_are_no_class_give_no_prompt(value):
     assert not prompts_from_labels(one_block(value), 3).present.any()
-    assert not centre_points(one_block(value), 3)[1].any()
+    assert not center_points(one_block(value), 3)[1].any()
 
 
 @pytest.mark.parametrize("classes", [29, 30, 58, 117])
@@ -73,17 +73,17 @@ def test_resized_boxes_hold_resized_masks():
     torch.testing.assert_close(resized(prompts_from_labels(labels, 2), (8, 10), (32, 30)).boxes, expected.boxes)
 
 
-def test_centre_of_a_block_is_its_middle():
-    points, present = centre_points(one_block(), 2)
+def test_center_of_a_block_is_its_middle():
+    points, present = center_points(one_block(), 2)
     assert present.tolist() == [[False, False], [False, True]]
     assert points[1, 1].tolist() == [5, 3]
     assert not points[~present].any()
 
 
-def test_centre_of_a_ring_lies_on_the_ring():
+def test_center_of_a_ring_lies_on_the_ring():
     labels = torch.ones(1, 9, 9, dtype=torch.uint8)
     labels[0, 2:7, 2:7] = 0
-    x, y = centre_points(labels, 1)[0][0, 0].long().tolist()
+    x, y = center_points(labels, 1)[0][0, 0].long().tolist()
     assert labels[0, y, x] == 1
 
 
@@ -93,4 +93,4 @@ def test_no_classes_and_other_shapes_get_a_sentence():
     with pytest.raises(UsageError, match=r"integers of shape \(N, H, W\)"):
         prompts_from_labels(one_block()[0], 1)
     with pytest.raises(UsageError, match="float"):
-        centre_points(one_block().float(), 1)
+        center_points(one_block().float(), 1)

@@ -12,7 +12,7 @@ from rfmedsam2.errors import RecordError
 from rfmedsam2.records.base import dump_json
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import AdamW, Normalisation, Sgd, Stage, StepSchedule, TrainConfig, WarmupPolySchedule
+from rfmedsam2.records.plan import AdamW, Normalization, Sgd, Stage, StepSchedule, TrainConfig, WarmupPolySchedule
 
 NETWORK = UNetConfig(
     features=(8, 16),
@@ -79,7 +79,7 @@ def test_a_patch_that_the_network_cannot_take_is_refused(patch, message):
         "median_shape": (8, 8, 8),
         "patch_size": patch,
         "batch_size": 2,
-        "normalisation": (Normalisation(kind="ct"),),
+        "normalization": (Normalization(kind="ct"),),
         "model": NETWORK,
     }
     with pytest.raises(RecordError, match=message):
@@ -127,8 +127,8 @@ def test_a_faulty_dataset_json_is_refused(change, message):
 
 
 def test_further_fields_of_dataset_json_are_kept():
-    plain = {"channel_names": {"0": "CT"}, "labels": {"background": 0}, "file_ending": ".nii.gz", "licence": "CC"}
-    assert DatasetJson.parse(plain).model_extra == {"licence": "CC"}
+    plain = {"channel_names": {"0": "CT"}, "labels": {"background": 0}, "file_ending": ".nii.gz", "license": "CC"}
+    assert DatasetJson.parse(plain).model_extra == {"license": "CC"}
 
 
 def test_records_load_no_torch():

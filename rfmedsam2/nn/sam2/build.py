@@ -45,7 +45,7 @@ class Base(SAM2Base):
 def build_base(
     backbone: Backbone, *, frame_size: int, fitted_windows: bool = False, object_scores: bool = True
 ) -> Base:
-    """Build SAM 2 with freshly initialised weights.
+    """Build SAM 2 with freshly initialized weights.
 
     Of the four official sizes, names and shapes of parameters are those of the official SAM 2.1 models. There is no
     dropout, which in the official models the memory attention alone has.

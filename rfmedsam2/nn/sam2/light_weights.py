@@ -28,7 +28,7 @@ KINDS = {3: "MobileSAM", 1: "LiteMedSAM"}
 def load_light(base: SAM2Base, weights: Mapping[str, Tensor], *, where: object) -> LoadReport:
     """Copy MobileSAM's or LiteMedSAM's weights into a base that was built for them.
 
-    What SAM does not have (memory, object scores, finer levels) stays as it was initialised.
+    What SAM does not have (memory, object scores, finer levels) stays as it was initialized.
 
     Args:
         base: of the weights' backbone, without adapters.

@@ -83,7 +83,7 @@ def prepare_frames(sam: Sam2, embedding: Tensor) -> PreparedFrames:
     return PreparedFrames(embedding=embedding, tokens=tokens, queries=queries, rotation=rotation, layers=layers)
 
 
-def recall(sam: Sam2, prepared: PreparedFrames, frames: Tensor, bank: MemoryBank, slots: Slots) -> Tensor:
+def condition_on_memory(sam: Sam2, prepared: PreparedFrames, frames: Tensor, bank: MemoryBank, slots: Slots) -> Tensor:
     """Condition the embeddings of n cells on their memories (`SAM2Base._prepare_memory_conditioned_features`).
 
     Args:

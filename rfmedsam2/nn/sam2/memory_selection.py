@@ -29,7 +29,7 @@ POINTER_FRAMES = 16
 def select(
     strategy: MemoryStrategy,
     bank: Tensor,
-    cells: Tensor,
+    objects: Tensor,
     *,
     reach: int = LONGEST_REACH,
     max_conditioning: int | None = None,
@@ -39,14 +39,14 @@ def select(
     Args:
         strategy: which frames a cell looks at, beside its own.
         bank: (D, O) long: for frame d and object o its row of the memory bank, or -1 where nothing is remembered.
-        cells: (q, 2) long: (frame, object) of the cells asked about.
+        objects: (q, 2) long: (frame, object) of the cells asked about.
         reach: frames looked at on a side, 0 to 6.
         max_conditioning: `sam2` only: attend to at most so many conditioning frames, 2 or more, the nearest first
             (SAM 2's `max_cond_frames_in_attn`); None: to all.
 
     Returns:
         Buckets that hold every cell once. Within a bucket cells are ordered by object, then by frame, because
-        neighbours share memories. A cell without any memory is in a bucket of slots of width 0.
+        neighbors share memories. A cell without any memory is in a bucket of slots of width 0.
     """
     if not 0 <= reach <= LONGEST_REACH or (max_conditioning is not None and max_conditioning < 2):
         raise UsageError(
@@ -55,10 +55,10 @@ def select(
             found=f"{reach} frames and {max_conditioning} conditioning frames",
         )
     if strategy == "sam2":
-        candidates = _conditioning(bank, cells, reach, max_conditioning)
+        candidates = _conditioning(bank, objects, reach, max_conditioning)
     else:
-        candidates = _neighbours(strategy, bank, cells, reach)
-    return _buckets(candidates, cells)
+        candidates = _neighbors(strategy, bank, objects, reach)
+    return _buckets(candidates, objects)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,17 +72,17 @@ class _Candidates:
     pointers: Tensor
 
 
-def _neighbours(strategy: MemoryStrategy, bank: Tensor, cells: Tensor, reach: int) -> _Candidates:
+def _neighbors(strategy: MemoryStrategy, bank: Tensor, objects: Tensor, reach: int) -> _Candidates:
     """The cell's own frame and those around it that are remembered; pointers of the same frames as maps."""
     away = {
         "preceding": range(1, reach + 1),
         "following": range(-1, -reach - 1, -1),
         "both": [sign * d for d in range(1, reach + 1) for sign in (1, -1)],
     }[strategy]
-    distances = torch.tensor([0, *away], device=bank.device).expand(len(cells), -1)
-    frames = cells[:, :1] - distances
+    distances = torch.tensor([0, *away], device=bank.device).expand(len(objects), -1)
+    frames = objects[:, :1] - distances
     inside = (frames >= 0) & (frames < len(bank))
-    rows = torch.where(inside, bank[frames.clamp(0, len(bank) - 1), cells[:, 1:]], -1)
+    rows = torch.where(inside, bank[frames.clamp(0, len(bank) - 1), objects[:, 1:]], -1)
     positions = torch.where(distances == 0, CURRENT, distances.abs() - 1)
     return _Candidates(
         rows=rows,
@@ -93,15 +93,15 @@ def _neighbours(strategy: MemoryStrategy, bank: Tensor, cells: Tensor, reach: in
     )
 
 
-def _conditioning(bank: Tensor, cells: Tensor, reach: int, max_conditioning: int | None) -> _Candidates:
+def _conditioning(bank: Tensor, objects: Tensor, reach: int, max_conditioning: int | None) -> _Candidates:
     """SAM 2's rule (`SAM2Base._prepare_memory_conditioned_features`, eval mode), every remembered frame conditioning.
 
     Selected frames all take the current frame's entry, whatever their distance, and lend their pointers if they are not
     ahead; frames not selected serve as ordinary memories where they are near enough.
     """
-    rows = bank[:, cells[:, 1]].T
+    rows = bank[:, objects[:, 1]].T
     frames = torch.arange(len(bank), device=bank.device)
-    distances = cells[:, :1] - frames
+    distances = objects[:, :1] - frames
     chosen = _closest(rows >= 0, distances, max_conditioning)
     others = (rows >= 0) & ~chosen & (distances >= 1)
     span = max(1, min(len(bank), POINTER_FRAMES) - 1)
@@ -131,14 +131,16 @@ def _closest(remembered: Tensor, distances: Tensor, most: int | None) -> Tensor:
     return remembered & (ranks < most)
 
 
-def _buckets(candidates: _Candidates, cells: Tensor) -> list[Bucket]:
+def _buckets(candidates: _Candidates, objects: Tensor) -> list[Bucket]:
     """Cells by how many maps and pointers they have, what counts moved to the front."""
     rows = candidates.rows
     maps, pointers = candidates.maps.sum(1), candidates.pointers.sum(1)
     map_order, pointer_order = (
         (~counted).to(torch.uint8).argsort(dim=1, stable=True) for counted in (candidates.maps, candidates.pointers)
     )
-    by_object = (cells[:, 1] * (cells[:, 0].amax() + 1) + cells[:, 0]).argsort() if len(cells) else cells[:, 0]
+    by_object = (
+        (objects[:, 1] * (objects[:, 0].amax() + 1) + objects[:, 0]).argsort() if len(objects) else objects[:, 0]
+    )
     width = rows.shape[1] + 1
     kinds = maps * width + pointers
     buckets = []
@@ -151,5 +153,5 @@ def _buckets(candidates: _Candidates, cells: Tensor) -> list[Bucket]:
             pointers=rows[members].gather(1, chosen_pointers),
             distances=candidates.distances[members].gather(1, chosen_pointers),
         )
-        buckets.append(Bucket(cells=members, slots=slots))
+        buckets.append(Bucket(objects=members, slots=slots))
     return buckets

@@ -12,7 +12,7 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
 from torch import Tensor, nn
 
 from rfmedsam2.nn.sam2.positions import SinePositions
-from rfmedsam2.nn.sam2.types import CellPrompts, Decoded, FrameFeatures
+from rfmedsam2.nn.sam2.types import DecodedMasks, FrameFeatures, ObjectPrompts
 
 Pyramid = tuple[Tensor, Tensor, Tensor]
 """(N, C, 4s, 4s), (N, C, 2s, 2s), (N, C, s, s): what the image encoder gives, strides 4, 8 and 16."""
@@ -63,7 +63,9 @@ class Sam2(nn.Module):
         decoder = self.base.sam_mask_decoder
         return FrameFeatures(embedding=embedding, middle=decoder.conv_s1(middle), fine=decoder.conv_s0(fine))
 
-    def decode(self, features: FrameFeatures, prompts: CellPrompts, *, embedding: Tensor | None = None) -> Decoded:
+    def decode(
+        self, features: FrameFeatures, prompts: ObjectPrompts, *, embedding: Tensor | None = None
+    ) -> DecodedMasks:
         """Decode n cells, at least one, into the single mask of an unambiguous prompt.
 
         Args:
@@ -89,9 +91,9 @@ class Sam2(nn.Module):
             there = scores > 0
             masks = torch.where(there[:, None, None], masks, NO_OBJ_SCORE)
             pointers = there.float() * pointers + (1 - there.float()) * base.no_obj_ptr
-        return Decoded(masks=masks[:, 0].float(), pointers=pointers, scores=scores[:, 0], quality=quality[:, 0])
+        return DecodedMasks(masks=masks[:, 0].float(), pointers=pointers, scores=scores[:, 0], quality=quality[:, 0])
 
-    def remember(self, embedding: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
+    def encode_memory(self, embedding: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
         """Memories (n, M, s, s) of n cells.
 
         Args:
@@ -118,7 +120,7 @@ class Sam2(nn.Module):
         """(C, s, s) sine position encoding of the embedding."""
         return self._image_positions.at(self.side, self.base.device)
 
-    def _prompt_embeddings(self, prompts: CellPrompts, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _prompt_embeddings(self, prompts: ObjectPrompts, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sparse (n, P, C) and dense (n, C, s, s) embeddings, and the dense positions (1, C, s, s).
 
         At full precision: half of it misplaces a box's corner by as much as half a pixel of 256.

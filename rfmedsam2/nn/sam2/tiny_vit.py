@@ -31,7 +31,7 @@ Scaling = Literal["none", "unit"]
 
 
 class FixedBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation by the published statistics, in training too.
+    """Batch normalization by the published statistics, in training too.
 
     Weight and bias learn unless frozen. A frame's features thus never depend on the frames beside it, nor on how
     frames are chunked.
@@ -43,7 +43,7 @@ class FixedBatchNorm(nn.BatchNorm2d):
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution without bias, and its normalisation."""
+    """A convolution without bias, and its normalization."""
 
     def __init__(self, channels: int, outputs: int, kernel: int = 1, *, stride: int = 1, groups: int = 1) -> None:
         convolution = nn.Conv2d(channels, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
@@ -121,7 +121,7 @@ class WindowAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Normalisation and two layers, (..., width) -> the same."""
+    """Normalization and two layers, (..., width) -> the same."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class TinyVitEncoder(nn.Module):
         self.neck = Neck()
         self.laterals = nn.ModuleList(nn.Conv2d(WIDTHS[level], NECK_CHANNELS, 1) for level in range(2))
         self.position_encoding = SinePositions(NECK_CHANNELS)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, frames: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """See the class."""
@@ -302,12 +302,12 @@ def scaled(frames: Tensor, scaling: Scaling) -> Tensor:
             assert_never(unreachable)
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     """TinyViT's start: small weights in linear layers, no bias, bottlenecks that begin as their shortcut."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, MBConv):
-        normalisation = module.conv3[1]
-        if isinstance(normalisation, FixedBatchNorm):
-            nn.init.zeros_(normalisation.weight)
+        normalization = module.conv3[1]
+        if isinstance(normalization, FixedBatchNorm):
+            nn.init.zeros_(normalization.weight)

@@ -31,7 +31,7 @@ class FrameFeatures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CellPrompts:
+class ObjectPrompts:
     """Prompts of n cells; None leaves that kind out.
 
     Attributes:
@@ -44,14 +44,14 @@ class CellPrompts:
     masks: Tensor | None = None
     tokens: Tensor | None = None
 
-    def at(self, cells: Tensor | slice) -> CellPrompts:
+    def at(self, objects: Tensor | slice) -> ObjectPrompts:
         """The cells named."""
-        boxes, masks, tokens = (None if t is None else t[cells] for t in (self.boxes, self.masks, self.tokens))
-        return CellPrompts(boxes=boxes, masks=masks, tokens=tokens)
+        boxes, masks, tokens = (None if t is None else t[objects] for t in (self.boxes, self.masks, self.tokens))
+        return ObjectPrompts(boxes=boxes, masks=masks, tokens=tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decoded:
+class DecodedMasks:
     """What the mask decoder makes of n cells.
 
     Attributes:
@@ -92,19 +92,19 @@ class Slots:
     pointers: Tensor
     distances: Tensor
 
-    def at(self, cells: Tensor | slice) -> Slots:
+    def at(self, objects: Tensor | slice) -> Slots:
         """The cells named."""
         return Slots(
-            maps=self.maps[cells],
-            positions=self.positions[cells],
-            pointers=self.pointers[cells],
-            distances=self.distances[cells],
+            maps=self.maps[objects],
+            positions=self.positions[objects],
+            pointers=self.pointers[objects],
+            distances=self.distances[objects],
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """Cells that attend to equally many memories: `cells` (n,) long indexes the cells asked about."""
+    """Cells that attend to equally many memories: `objects` (n,) long indexes the cells asked about."""
 
-    cells: Tensor
+    objects: Tensor
     slots: Slots

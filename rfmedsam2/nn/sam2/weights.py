@@ -24,7 +24,7 @@ class LoadReport:
 
     Attributes:
         loaded: had weights in the file.
-        missing: had none, and stay or start as this package initialises them.
+        missing: had none, and stay or start as this package initializes them.
         unexpected: are in the file, but not in the model.
     """
 

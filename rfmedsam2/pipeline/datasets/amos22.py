@@ -108,7 +108,7 @@ def convert_amos22(
     seen = {source.id for source in found.sources}
     for case, path in _wanted(listed(home / "imagesTs"), found, task).items():
         if case in seen:
-            found.faults.append(f"{case}: the same case is in imagesTs and among the labelled ones")
+            found.faults.append(f"{case}: the same case is in imagesTs and among the labeled ones")
         found.sources.append(Source(id=case, image=path))
     return convert(found, raw, options=options or ConvertOptions(), track=track)
 

@@ -22,7 +22,8 @@ from rfmedsam2.errors import RfMedSamError, SubmissionError, UsageError
 from rfmedsam2.pipeline.datasets.amos22 import LABELS, modality_of, number_of
 from rfmedsam2.pipeline.datasets.conversion import ENDING, listed
 from rfmedsam2.store.atomic import atomic
-from rfmedsam2.store.images import ImageHeader, read_header, read_image, write_label
+from rfmedsam2.store.formats.image_header import ImageHeader
+from rfmedsam2.store.images import read_header, read_image, write_label
 from rfmedsam2.system.parallel import Track, map_cases, silent
 
 # zip's own zero, so that the same predictions give the same bytes

@@ -222,7 +222,7 @@ def _check(source: Source, download: Download) -> list[str]:
 
 def _raise_faults(download: Download, faults: list[str]) -> None:
     if not faults and not any(source.label for source in download.sources):
-        faults = ["no labelled case was found"]
+        faults = ["no labeled case was found"]
     if faults:
         raise DatasetError(
             f"The {download.what} download has {len(faults)} fault(s)",

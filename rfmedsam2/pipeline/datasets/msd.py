@@ -21,7 +21,7 @@ from rfmedsam2.pipeline.datasets.conversion import (
 )
 from rfmedsam2.system.parallel import Track, silent
 
-_KEPT = ("description", "reference", "licence", "license", "release")
+_KEPT = ("description", "reference", "license", "license", "release")
 
 
 def convert_msd(

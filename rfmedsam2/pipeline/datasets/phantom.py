@@ -16,8 +16,9 @@ from scipy import ndimage
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.geometry import Grid, Shape
+from rfmedsam2.pipeline.datasets.btcv import LABELS
 from rfmedsam2.pipeline.datasets.builder import new_dataset, write_dataset_json
-from rfmedsam2.pipeline.datasets.phantom_anatomy import FIELD_MM, LABELS, Part, spine, upper_abdomen
+from rfmedsam2.pipeline.datasets.phantom_anatomy import FIELD_MM, Part, spine, upper_abdomen
 from rfmedsam2.store.atomic import atomic
 from rfmedsam2.system.parallel import Track, silent
 
@@ -92,7 +93,7 @@ def make_phantom(
 
     Args:
         folder: the raw folder; the dataset becomes Dataset900_PhantomCT (or Dataset901_PhantomMR) in it.
-        cases: labelled training cases, in imagesTr and labelsTr.
+        cases: labeled training cases, in imagesTr and labelsTr.
         test_cases: further cases, in imagesTs and labelsTs.
         shape_zyx: largest number of voxels; each case is up to a tenth smaller. The same anatomy always fills the
             field of view, so that a small shape is a small body.
@@ -123,7 +124,7 @@ def make_phantom(
             further={
                 "name": NAMES[modality],
                 "description": f"Synthetic abdominal {modality.upper()} with BTCV's organs, seed {seed}",
-                "licence": "Apache-2.0",
+                "license": "Apache-2.0",
             },
         )
     return folder / NAMES[modality]
@@ -149,7 +150,7 @@ def phantom_case(
 
 
 def write_image(path: Path, array_zyx: np.ndarray, grid: Grid) -> None:
-    """Write a (Z,Y,X) array as NIfTI in its own dtype on `grid` (scanner coordinates, millimetres), atomically.
+    """Write a (Z,Y,X) array as NIfTI in its own dtype on `grid` (scanner coordinates, millimeters), atomically.
 
     Raises:
         StoreError: the folder cannot be written or the disk is full.
@@ -173,7 +174,7 @@ class _Scene:
     places: tuple[np.ndarray, np.ndarray, np.ndarray]
     """x, y and z of every voxel in mm of the unwarped body, float32 (Z,Y,X)."""
     axes: tuple[np.ndarray, np.ndarray, np.ndarray]
-    """x, y and z of the voxel centres before warping, ascending."""
+    """x, y and z of the voxel centers before warping, ascending."""
     tissues: dict[str, float]
 
     @classmethod

@@ -1,6 +1,6 @@
 """The phantom's anatomy: which shapes an upper abdomen is made of, where they lie and how much they vary.
 
-All lengths are millimetres of an adult body in LPS coordinates (+x the patient's left, +y posterior, +z superior), with
+All lengths are millimeters of an adult body in LPS coordinates (+x the patient's left, +y posterior, +z superior), with
 the origin in the middle of the field of view, which spans `FIELD_MM`. Positions and sizes are typical values of
 anatomy textbooks, small organs a little enlarged so that coarse grids keep them.
 """
@@ -24,7 +24,7 @@ FIELD_MM = (350.0, 350.0, 280.0)
 class Ellipsoid:
     """A superquadric: sum of |coordinate / semi-axis| ** power below 1, in a rotated frame."""
 
-    centre: Point
+    center: Point
     semi: Point
     rotation: np.ndarray
     power: float = 2.0
@@ -33,11 +33,11 @@ class Ellipsoid:
         """Lowest and highest corner (x, y, z) of a box that holds the shape."""
         # the corners of the frame's box hold any power
         reach = np.abs(self.rotation) @ np.asarray(self.semi)
-        return np.asarray(self.centre) - reach, np.asarray(self.centre) + reach
+        return np.asarray(self.center) - reach, np.asarray(self.center) + reach
 
     def level(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Distance from the centre as a share of the surface's distance: below 1 inside, 1 on the surface."""
-        dx, dy, dz = (c - np.float32(c0) for c, c0 in zip((x, y, z), self.centre, strict=True))
+        """Distance from the center as a share of the surface's distance: below 1 inside, 1 on the surface."""
+        dx, dy, dz = (c - np.float32(c0) for c, c0 in zip((x, y, z), self.center, strict=True))
         total = np.zeros_like(dx)
         for axis, semi in enumerate(self.semi):
             a, b, c = (np.float32(v / semi) for v in self.rotation[:, axis])
@@ -48,7 +48,7 @@ class Ellipsoid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tube:
-    """A chain of round segments along a centre line, with a radius at each point."""
+    """A chain of round segments along a center line, with a radius at each point."""
 
     points: tuple[Point, ...]
     radii: tuple[float, ...]
@@ -59,7 +59,7 @@ class Tube:
         return (points - radii).min(0), (points + radii).max(0)
 
     def level(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Distance from the centre line as a share of the radius there: below 1 inside."""
+        """Distance from the center line as a share of the radius there: below 1 inside."""
         lowest = np.full(np.broadcast_shapes(x.shape, y.shape, z.shape), np.inf, np.float32)
         for start, stop, r0, r1 in zip(self.points, self.points[1:], self.radii, self.radii[1:], strict=False):
             run = np.subtract(stop, start).astype(np.float32)
@@ -97,13 +97,13 @@ class _Variation:
         return (x, y, z)
 
     def ellipsoid(
-        self, centre: Point, semi: Point, *, turn_degrees: Point = (0, 0, 0), power: float = 2.3
+        self, center: Point, semi: Point, *, turn_degrees: Point = (0, 0, 0), power: float = 2.3
     ) -> Ellipsoid:
         """Draw an organ with its own position, size (8 % common, 5 % an axis) and rotation (6 degrees)."""
         scale = np.exp(self.rng.normal(0, 0.08) + self.rng.normal(0, 0.05, 3)).clip(0.8, 1.25)
         a, b, c = (np.asarray(semi) * scale).tolist()
         angles = np.radians(np.asarray(turn_degrees) + self.rng.normal(0, 6, 3))
-        return Ellipsoid(centre=self.near(centre, 4), semi=(a, b, c), rotation=_rotation(angles), power=power)
+        return Ellipsoid(center=self.near(center, 4), semi=(a, b, c), rotation=_rotation(angles), power=power)
 
     def tube(self, points: Sequence[Point], radii: Sequence[float], *, sd_mm: float = 2.5) -> Tube:
         """Draw a smooth tube near the given points; radii vary by 8 %."""
@@ -124,17 +124,17 @@ def spine(rng: np.random.Generator) -> list[Part]:
     parts: list[Part] = []
     for side in (-1, 1):
         psoas = vary.tube([(side * 34, 52, -150), (side * 30, 50, -60), (side * 22, 55, 20)], [20, 15, 6])
-        back = Ellipsoid(centre=(side * 34, 90, 0), semi=(30, 18, 300), rotation=np.eye(3), power=3)
+        back = Ellipsoid(center=(side * 34, 90, 0), semi=(30, 18, 300), rotation=np.eye(3), power=3)
         parts += [Part(shape=s, tissue="muscle", in_cavity=False) for s in (psoas, back)]
     for number in range(-5, 6):
         z = number * 30.0
-        body = Ellipsoid(centre=(0, 56, z), semi=(23, 18, 13.5), rotation=np.eye(3), power=5)
-        spur = Ellipsoid(centre=(0, 97, z - 6), semi=(4, 13, 12), rotation=np.eye(3))
-        arch = Ellipsoid(centre=(0, 82, z), semi=(20, 9, 14), rotation=np.eye(3))
-        wings = Ellipsoid(centre=(0, 80, z), semi=(40, 4.5, 5), rotation=np.eye(3))
+        body = Ellipsoid(center=(0, 56, z), semi=(23, 18, 13.5), rotation=np.eye(3), power=5)
+        spur = Ellipsoid(center=(0, 97, z - 6), semi=(4, 13, 12), rotation=np.eye(3))
+        arch = Ellipsoid(center=(0, 82, z), semi=(20, 9, 14), rotation=np.eye(3))
+        wings = Ellipsoid(center=(0, 80, z), semi=(40, 4.5, 5), rotation=np.eye(3))
         parts += [Part(shape=s, tissue="bone", in_cavity=False) for s in (body, spur, arch, wings)]
         parts.append(Part(shape=body, tissue="marrow", size=0.85, in_cavity=False))
-        disc = Ellipsoid(centre=(0, 56, z + 15), semi=(22, 17, 4), rotation=np.eye(3), power=3)
+        disc = Ellipsoid(center=(0, 56, z + 15), semi=(22, 17, 4), rotation=np.eye(3), power=3)
         parts.append(Part(shape=disc, tissue="disc", in_cavity=False))
     canal = Tube(points=((0, 81, -160), (0, 81, 160)), radii=(8.5, 8.5))
     return [*parts, Part(shape=canal, tissue="fluid", in_cavity=False)]
@@ -186,12 +186,12 @@ def _large_organs(vary: _Variation) -> list[Part]:
 
 def _retroperitoneum(vary: _Variation) -> list[Part]:
     parts: list[Part] = []
-    for name, centre, turn in (
+    for name, center, turn in (
         ("right_kidney", (-64.0, 44.0, -42.0), (-8.0, -10.0, 20.0)),
         ("left_kidney", (62.0, 44.0, -22.0), (-8.0, 10.0, -20.0)),
     ):
-        kidney = vary.ellipsoid(centre, (25, 28, 54), turn_degrees=turn)
-        inner = replace(kidney, centre=(kidney.centre[0] * 0.9, kidney.centre[1] - 4, kidney.centre[2]))
+        kidney = vary.ellipsoid(center, (25, 28, 54), turn_degrees=turn)
+        inner = replace(kidney, center=(kidney.center[0] * 0.9, kidney.center[1] - 4, kidney.center[2]))
         parts += [
             Part(shape=kidney, tissue="kidney_cortex", label=LABELS[name]),
             Part(shape=inner, tissue="kidney_medulla", label=LABELS[name], size=0.62),

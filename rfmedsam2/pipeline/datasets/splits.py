@@ -193,7 +193,7 @@ def warnings_of(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[
     return found
 
 
-def settle_splits(
+def load_or_make_splits(
     dataset: SplittableDataset, layout: Layout, *, group_regex: str | None = None, folds: int = FOLDS, seed: int = SEED
 ) -> list[Split]:
     """Give the folds of a dataset: those that exist (checked), else new ones; written with the named ones.
@@ -258,7 +258,7 @@ def read_named_splits(path: Path, ids: Sequence[str] | None = None) -> dict[str,
     return named
 
 
-def fold_split(layout: Layout, dataset: str, fold: str, *, ids: Sequence[str] | None = None) -> Split:
+def get_split(layout: Layout, dataset: str, fold: str, *, ids: Sequence[str] | None = None) -> Split:
     """Find the split of a fold: a number, "all" (train and validate on everything) or a name.
 
     Args:

@@ -17,21 +17,17 @@ from rfmedsam2.geometry import Grid, Volume
 from rfmedsam2.records.base import Record
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.plan import Split
-from rfmedsam2.store.case_files import FaultKind
-from rfmedsam2.store.images import (
+from rfmedsam2.store.case_files import Case, Fault, FaultKind
+from rfmedsam2.store.formats.image_header import (
     ChangedWhileReadingError,
     ImageHeader,
     NotLabelsError,
     TruncatedImageError,
     disagreement,
-    read_image,
-    read_label,
-    with_channel,
 )
-from rfmedsam2.store.raw import Case, Fault, RawDataset, require_no_errors
+from rfmedsam2.store.images import read_image, read_label, with_channel
+from rfmedsam2.store.raw import RawDataset, require_no_errors
 from rfmedsam2.system.parallel import Track, map_cases, silent
-
-__all__ = ["CaseExamination", "Fault", "VerifyReport", "examine_case", "split_faults", "verify"]
 
 _TOLD_BY_NAMES = ("missing-channel", "extra-channel", "missing-image", "missing-label")
 

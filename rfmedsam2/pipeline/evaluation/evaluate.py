@@ -61,7 +61,7 @@ def evaluate(
         labels: what the values mean.
         out: folder for metrics.json and metrics.csv; None: write nothing.
         cases: ids to score; None: every reference must have a prediction.
-        nsd_tolerance_mm: tolerance of the normalised surface Dice, mm.
+        nsd_tolerance_mm: tolerance of the normalized surface Dice, mm.
         both_empty: what a class counts that neither mask holds, see `metrics.empty_policy`.
         workers: cases scored at the same time.
         track: progress display.
@@ -88,7 +88,7 @@ def evaluate(
         raise _all_faults(faults)
     for warning in warnings:
         logger.warning("%s", warning)
-    classes, mean = summarise(scored, tuple(labels.foreground))
+    classes, mean = summarize(scored, tuple(labels.foreground))
     evaluation = Evaluation(
         nsd_tolerance_mm=nsd_tolerance_mm,
         empty_policy=empty_policy(both_empty),
@@ -142,7 +142,7 @@ def find_pairs(
     return pairs, faults, warnings
 
 
-def summarise(
+def summarize(
     cases: Sequence[CaseMetrics], classes: Sequence[str], *, seed: int = 0
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, Interval]]:
     """Means with bootstrap confidence intervals.

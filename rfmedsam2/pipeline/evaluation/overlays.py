@@ -21,8 +21,8 @@ from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.images import read_image, read_label
 from rfmedsam2.store.orientation import reoriented
 
-REFERENCE_COLOUR = "#35d07f"
-PREDICTION_COLOUR = "#ff5ca8"
+REFERENCE_COLOR = "#35d07f"
+PREDICTION_COLOR = "#ff5ca8"
 MARGIN_MM = 25.0
 """Surroundings shown around all structures."""
 PLANES = (("axial", "A", "P", "R", "L"), ("coronal", "S", "I", "R", "L"), ("sagittal", "S", "I", "A", "P"))
@@ -31,7 +31,7 @@ PLANES = (("axial", "A", "P", "R", "L"), ("coronal", "S", "I", "R", "L"), ("sagi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """Arrays of one case (z towards superior, y towards posterior, x towards left), cropped to what is shown."""
+    """Arrays of one case (z toward superior, y toward posterior, x toward left), cropped to what is shown."""
 
     image: np.ndarray | None
     reference: np.ndarray
@@ -60,18 +60,18 @@ def case_png(reference: Path, prediction: Path, image: Path | None, labels: Labe
 
 def read_scene(reference: Path, prediction: Path, image: Path | None, labels: LabelSet | None = None) -> Scene:
     """Read the files of one case, turn them to display orientation and crop them to the structures."""
-    truth, guess = (read_label(path)[0] for path in (reference, prediction))
+    ground_truth, guess = (read_label(path)[0] for path in (reference, prediction))
     shown = None if image is None else read_image(image)[0]
     for other, path in ((guess, prediction), *(((shown, image),) if shown is not None else ())):
-        difference = truth.grid.mismatch(other.grid)
+        difference = ground_truth.grid.mismatch(other.grid)
         if difference is not None:
             raise GeometryError("The picture's files lie on different grids", where=path, found=difference)
     ignore = labels.ignore if labels is not None else None
-    arrays = [_display(v) for v in (truth, guess)]
+    arrays = [_display(v) for v in (ground_truth, guess)]
     if ignore is not None:
         kept = arrays[0] != ignore
         arrays = [a * (kept & (a != ignore)) for a in arrays]
-    turned = reoriented(truth, "RAS")[0].grid
+    turned = reoriented(ground_truth, "RAS")[0].grid
     spacing = turned.spacing_zyx_mm
     box = _shown_box(arrays[0], arrays[1], spacing)
     return Scene(
@@ -113,7 +113,7 @@ def best_planes(reference: np.ndarray, prediction: np.ndarray) -> tuple[int, int
 
 
 def _display(volume: Volume) -> np.ndarray:
-    """First channel with z towards superior, y towards posterior, x towards left."""
+    """First channel with z toward superior, y toward posterior, x toward left."""
     return reoriented(volume, "RAS")[0].array[0, :, ::-1, ::-1]
 
 
@@ -132,7 +132,7 @@ def _shown_box(
 
 
 def _window(scene: Scene) -> tuple[float, float]:
-    """Grey values shown as black and white: those of the structures and as much again on both sides."""
+    """Gray values shown as black and white: those of the structures and as much again on both sides."""
     if scene.image is None:
         return 0.0, 1.0
     inside = (scene.reference > 0) | (scene.prediction > 0)
@@ -149,17 +149,17 @@ def _window(scene: Scene) -> tuple[float, float]:
 def _draw_plane(ax: Axes, scene: Scene, axis: int, index: int, window: tuple[float, float]) -> None:
     name, top, bottom, left, right = PLANES[axis]
     height, width = (s for a, s in enumerate(scene.spacing_zyx_mm) if a != axis)
-    truth, guess = (np.take(a, index, axis) for a in (scene.reference, scene.prediction))
-    rows, columns = truth.shape
+    ground_truth, guess = (np.take(a, index, axis) for a in (scene.reference, scene.prediction))
+    rows, columns = ground_truth.shape
     # the first row is at the top of axial pictures (anterior) and at the bottom of the others (inferior)
     extent = (0, columns * width, rows * height, 0) if axis == 0 else (0, columns * width, 0, rows * height)
     origin = "upper" if axis == 0 else "lower"
-    ground = np.zeros(truth.shape, np.float32) if scene.image is None else np.take(scene.image, index, axis)
+    ground = np.zeros(ground_truth.shape, np.float32) if scene.image is None else np.take(scene.image, index, axis)
     ax.imshow(
         ground, cmap="gray", vmin=window[0], vmax=window[1], extent=extent, origin=origin, interpolation="bilinear"
     )
-    for labels, colour, line in ((truth, REFERENCE_COLOUR, 1.6), (guess, PREDICTION_COLOUR, 1.1)):
-        _contours(ax, labels, (height, width), colour, line)
+    for labels, color, line in ((ground_truth, REFERENCE_COLOR, 1.6), (guess, PREDICTION_COLOR, 1.1)):
+        _contours(ax, labels, (height, width), color, line)
     ax.set_xlim(0, columns * width)
     ax.set_ylim((rows * height, 0) if axis == 0 else (0, rows * height))
     ax.set_aspect("equal", anchor="N")
@@ -174,9 +174,9 @@ def _draw_plane(ax: Axes, scene: Scene, axis: int, index: int, window: tuple[flo
         )  # fmt: skip
 
 
-def _contours(ax: Axes, labels: np.ndarray, spacing: tuple[float, float], colour: str, line: float) -> None:
+def _contours(ax: Axes, labels: np.ndarray, spacing: tuple[float, float], color: str, line: float) -> None:
     """Outline of every label value; one ring of background outside, so that outlines close at the border."""
     y, x = ((np.arange(n + 2) - 0.5) * s for n, s in zip(labels.shape, spacing, strict=True))
     padded = np.pad(labels, 1)
     for value in np.unique(labels[labels > 0]):
-        ax.contour(x, y, (padded == value).astype(np.float32), levels=[0.5], colors=[colour], linewidths=line)
+        ax.contour(x, y, (padded == value).astype(np.float32), levels=[0.5], colors=[color], linewidths=line)

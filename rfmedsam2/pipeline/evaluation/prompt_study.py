@@ -1,6 +1,6 @@
-"""Zero-shot SAM and SAM 2 on a labelled dataset, by kind and number of prompts (RFMedSAM 2 paper, Table 1).
+"""Zero-shot SAM and SAM 2 on a labeled dataset, by kind and number of prompts (RFMedSAM 2 paper, Table 1).
 
-Prompts come from the reference: a tight box, or the pixel nearest to the centre of gravity, one for each class and
+Prompts come from the reference: a tight box, or the pixel nearest to the center of gravity, one for each class and
 frame. Frames are the slices along z as stored. Of frames prompted, `one` is the middle one of those that a class
 appears on, `two` are the ones at a quarter and at three quarters. Classes are painted into one label map (the highest
 logit wins) and scored as whole volumes on the original grid.
@@ -20,22 +20,23 @@ from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
 from rfmedsam2.errors import CheckpointError, DatasetError, UsageError
-from rfmedsam2.inference.video_tracking import Tracker, as_published
-from rfmedsam2.inference.zero_shot import reference_prompts, segment_frames
+from rfmedsam2.inference.video_tracking import VideoSegmenter, as_published
+from rfmedsam2.inference.zero_shot import reference_prompts, segment_slices
 from rfmedsam2.metrics.volumes import case_metrics, empty_policy
 from rfmedsam2.nn.sam import Sam, build_sam, sam_name
 from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.sizes import sizes_of
 from rfmedsam2.nn.sam2.weights import BLOCKS, STEM, load_sam2
-from rfmedsam2.pipeline.evaluation.evaluate import summarise
-from rfmedsam2.pipeline.preprocessing.case_reader import CaseSource
+from rfmedsam2.pipeline.evaluation.evaluate import summarize
+from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.model import Backbone
 from rfmedsam2.records.report import CaseMetrics
 from rfmedsam2.records.study import Prompted, PromptKind, PromptStudy, Step2, StudyRow
 from rfmedsam2.store.atomic import atomic, write_record
+from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.published_weights import read_published
-from rfmedsam2.store.raw import Case, RawDataset
+from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.parallel import Track, silent
 
@@ -99,7 +100,7 @@ def prompt_study(
     out: Path | None = None,
     track: Track = silent,
 ) -> PromptStudy:
-    """Segment labelled cases with prompts from their labels, and score the result.
+    """Segment labeled cases with prompts from their labels, and score the result.
 
     Args:
         dataset: with labels; its training cases are used.
@@ -112,7 +113,7 @@ def prompt_study(
     Raises:
         UsageError: nothing to study, or options that do not fit the dataset.
         CheckpointError: a file that is no such checkpoint.
-        DatasetError: a case that cannot be used, or no labelled voxel in any.
+        DatasetError: a case that cannot be used, or no labeled voxel in any.
     """
     options = options or StudyOptions()
     checkpoints = [*((path, False) for path in sam), *((path, True) for path in sam2)]
@@ -141,7 +142,7 @@ def prompt_study(
 
 
 def chosen_look(dataset: RawDataset, options: StudyOptions) -> Look:
-    """Which channels are shown: the one wanted, else three as the colours, else the first.
+    """Which channels are shown: the one wanted, else three as the colors, else the first.
 
     Raises:
         UsageError: there is no such channel.
@@ -166,8 +167,8 @@ def as_pictures(image: np.ndarray, look: Look) -> Tensor:
     for i, (number, name) in enumerate(zip(look.channels, look.names, strict=True)):
         channel = image[number]
         low, high = look.window or (SOFT_TISSUE_HU if _is_ct(name) else _percentiles(channel))
-        grey = (channel.astype(np.float32) - low) * np.float32(255 / max(high - low, 1e-8))
-        shown[i] = np.clip(grey, 0, 255)
+        gray = (channel.astype(np.float32) - low) * np.float32(255 / max(high - low, 1e-8))
+        shown[i] = np.clip(gray, 0, 255)
     frames = torch.from_numpy(shown).transpose(0, 1)
     return frames if frames.shape[1] == 3 else frames.expand(-1, 3, -1, -1)
 
@@ -209,7 +210,7 @@ def _require_something(dataset: RawDataset, options: StudyOptions, *, checkpoint
         raise UsageError("There is no case to study", expected="1 or more (--cases)", found=options.cases)
     if options.window is not None and options.window[0] >= options.window[1]:
         raise UsageError("A window ends above its beginning", expected="--window LOW HIGH", found=options.window)
-    CaseSource(dataset).require_sound_names()
+    CaseReader(dataset).check_file_layout()
     if not dataset.json.label_set.foreground:
         raise DatasetError("The dataset declares no class to prompt for", where=dataset.folder / "dataset.json")
 
@@ -242,7 +243,7 @@ def _scores(
     """Scores of every case by setting."""
     device = choose_device(options.device)
     model.to(device)
-    labels, source = dataset.json.label_set, CaseSource(dataset)
+    labels, source = dataset.json.label_set, CaseReader(dataset)
     scores: dict[Setting, list[CaseMetrics]] = {}
     seen = 0
     for case in cases:
@@ -271,18 +272,18 @@ def _segmented(
     """Label maps of one case by setting."""
     prompts = tuple(reference_prompts(reference, labels, kind) for kind in options.prompts)
     if isinstance(model, Sam):
-        return {(kind, "all", "none"): found for kind, found in segment_frames(model, frames, prompts, labels).items()}
+        return {(kind, "all", "none"): found for kind, found in segment_slices(model, frames, prompts, labels).items()}
     return {
         (each.kind, *setting): found
         for each in prompts
-        for setting, found in Tracker(model, frames, each, labels).run(options.prompted).items()
+        for setting, found in VideoSegmenter(model, frames, each, labels).run(options.prompted).items()
     }
 
 
 def _rows(name: str, path: Path, scores: dict[Setting, list[CaseMetrics]], labels: LabelSet) -> list[StudyRow]:
     rows = []
     for (kind, prompted, step2), cases in scores.items():
-        classes, mean = summarise(cases, tuple(labels.foreground))
+        classes, mean = summarize(cases, tuple(labels.foreground))
         rows.append(
             StudyRow(
                 model=name,

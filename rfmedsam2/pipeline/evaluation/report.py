@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import RfMedSamError, UsageError
-from rfmedsam2.pipeline.evaluation.overlays import PREDICTION_COLOUR, REFERENCE_COLOUR, case_png
+from rfmedsam2.pipeline.evaluation.overlays import PREDICTION_COLOR, REFERENCE_COLOR, case_png
 from rfmedsam2.pipeline.evaluation.score_plot import spread_png
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
@@ -46,7 +46,7 @@ class Metric:
 METRICS = (
     Metric(name="dsc", title="DSC", unit="", digits=3, meaning="Dice similarity coefficient, 0 to 1"),
     Metric(name="iou", title="IoU", unit="", digits=3, meaning="Intersection over union, 0 to 1"),
-    Metric(name="nsd", title="NSD", unit="", digits=3, meaning="Normalised surface Dice at the tolerance, 0 to 1"),
+    Metric(name="nsd", title="NSD", unit="", digits=3, meaning="Normalized surface Dice at the tolerance, 0 to 1"),
     Metric(name="hd95_mm", title="HD95", unit="mm", digits=2, meaning="95th percentile Hausdorff distance"),
     Metric(name="volume_error_ml", title="Volume error", unit="ml", digits=2, meaning="Predicted minus reference"),
 )
@@ -103,8 +103,8 @@ def write_report(
         "training": None if curves is None else _themed(lambda theme: training_png(curves, theme=theme)),
         "steps": {} if curves is None else curves.scores_by_step(),
         "evaluation": None if evaluation is None else _evaluation_context(evaluation, images, labels),
-        "reference_colour": REFERENCE_COLOUR,
-        "prediction_colour": PREDICTION_COLOUR,
+        "reference_color": REFERENCE_COLOR,
+        "prediction_color": PREDICTION_COLOR,
     }
     write_html(path, TEMPLATE, context, figure=_figure)
 

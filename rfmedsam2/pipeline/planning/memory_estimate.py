@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from typing_extensions import assert_never
 
-from rfmedsam2.nn.memory_budget import CellSizes, frame_bytes
+from rfmedsam2.nn.memory_budget import ObjectSizes, frame_bytes
 from rfmedsam2.nn.sam2.sizes import sizes_of
 from rfmedsam2.pipeline.planning.topology import feature_map_size
 from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
@@ -92,7 +92,7 @@ def _refinement_terms(model: RFMedSam2Config, stage: Stage, *, classes: int, hal
     frames, pixels = stage.batch_size * stage.patch_size[0], math.prod(stage.patch_size[1:])
     side = model.frame_size // 16
     every = frames * classes
-    cells = min(every, stage.sampling.cells or every)
+    cells = min(every, stage.sampling.max_prompted_objects or every)
     sizes = sizes_of(model.backbone)
     value = FLOAT / 2 if half else FLOAT
     maps = every * pixels * FLOAT * CLASS_MAP_FACTOR * model.refinements
@@ -109,7 +109,7 @@ def _refinement_terms(model: RFMedSam2Config, stage: Stage, *, classes: int, hal
 def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, cells: int, half: bool) -> MemoryTerm:
     """SAM 2's own activations: one chunk's with checkpointing, else all."""
     sizes, share = sizes_of(model.backbone), 0.5 if half else 1.0
-    cell = CellSizes(
+    cell = ObjectSizes(
         side=model.frame_size // 16,
         channels=sizes.channels,
         memory_channels=sizes.memory_channels,
@@ -121,7 +121,7 @@ def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, cells: i
     frame = frame_bytes(model.backbone, model.frame_size, side=stage.patch_size[-1], training=learns)
     parts = [(frames if learns else 0, frame), (cells, cell.decode())]
     if model.refinements > 1:
-        parts += [(cells, cell.remember()), (cells, cell.recall(sees, training=True))]
+        parts += [(cells, cell.encode_memory()), (cells, cell.recall(sees, training=True))]
     if stage.compute.checkpointing:
         budget = stage.compute.memory_mb * 1e6
         chunk = max(frame, *(max(each, min(budget, count * each)) for count, each in parts))

@@ -14,7 +14,7 @@ SIDES = re.compile(r"(?<![a-z])(left|right|lh|rh)(?![a-z])")
 OTHER = {"left": "right", "right": "left", "lh": "rh", "rh": "lh"}
 
 
-def sided(names: Iterable[str]) -> list[str]:
+def paired_names(names: Iterable[str]) -> list[str]:
     """Names that say a side, and whose counterpart of the other side is among them, in their order."""
     known = {name.lower(): name for name in names}
     return [n for low, n in known.items() if SIDES.search(low) and SIDES.sub(_swapped, low) in known]
@@ -31,7 +31,7 @@ def note_on_mirroring(plan: Plan, grid: Grid) -> list[str]:
         plan: of the dataset.
         grid: of a case of it, as the file has it.
     """
-    names = sided(plan.labels.foreground)
+    names = paired_names(plan.labels.foreground)
     changes = [
         f"{name}.augmentation.mirror_axes={[a for a in stage.augmentation.mirror_axes if a != axis]}"
         for name, stage in plan.stages.items()

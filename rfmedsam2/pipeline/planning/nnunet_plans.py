@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from rfmedsam2.errors import PlanError, UsageError
-from rfmedsam2.pipeline.planning.presets import figures_of
+from rfmedsam2.pipeline.planning.presets import get_preset
 from rfmedsam2.records.base import Record
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import IntensityStatistics
@@ -20,7 +20,7 @@ from rfmedsam2.records.plan import Augmentation, Plan, SegmentationLoss, Stage
 from rfmedsam2.store.atomic import read_record
 
 LOGGER = logging.getLogger(__name__)
-NORMALISATIONS = {
+NORMALIZATIONS = {
     "CTNormalization": "ct",
     "ZScoreNormalization": "zscore",
     "RescaleTo01Normalization": "rescale_0_1",
@@ -245,7 +245,7 @@ def _unsupported(configuration: _Configuration) -> list[str]:
     faults = ["the second step of a cascade"] if configuration.previous_stage else []
     if configuration.preprocessor_name not in PREPROCESSORS:
         faults.append(f"preprocessor {configuration.preprocessor_name}")
-    faults += [f"normalisation {s}" for s in configuration.normalization_schemes if s not in NORMALISATIONS]
+    faults += [f"normalization {s}" for s in configuration.normalization_schemes if s not in NORMALIZATIONS]
     for function, arguments in _resamplings(configuration):
         if function != RESAMPLING:
             faults.append(f"resampling function {function}")
@@ -279,14 +279,14 @@ def _stage(configuration: _Configuration, source: _NnunetPlans, where: str) -> S
         spacing = (source.original_median_spacing_after_transp[0], *spacing)
         shape = (source.original_median_shape_after_transp[0], *shape)
     schemes = zip(configuration.normalization_schemes, configuration.use_mask_for_norm, strict=True)
-    nnunet = figures_of("nnunet")
+    nnunet = get_preset("nnunet")
     return Stage.parse(
         {
             "spacing_mm": spacing,
             "median_shape": [round(n) for n in shape],
             "patch_size": configuration.patch_size,
             "batch_size": configuration.batch_size,
-            "normalisation": [{"kind": NORMALISATIONS[scheme], "use_mask": mask} for scheme, mask in schemes],
+            "normalization": [{"kind": NORMALIZATIONS[scheme], "use_mask": mask} for scheme, mask in schemes],
             "resampling": _resampling(configuration),
             "augmentation": Augmentation(mirror_axes=tuple(range(dimensions))),
             "model": _network(configuration.architecture, dimensions, where),

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from rfmedsam2.errors import PlanError
 from rfmedsam2.pipeline.planning.plan import PlannableDataset, check_fingerprint
 from rfmedsam2.records.fingerprint import Fingerprint
-from rfmedsam2.records.overrides import with_changes
+from rfmedsam2.records.overrides import with_overrides
 from rfmedsam2.records.plan import Plan
 
 
-def changed(plan: Plan, assignments: Sequence[str], name: str) -> Plan:
+def apply_overrides(plan: Plan, assignments: Sequence[str], name: str) -> Plan:
     """Change some figures of a plan and give it a new name.
 
     Args:
         plan: the plan to begin with.
         assignments: each PATH=VALUE. PATH is a stage and its fields ("3d_fullres.train.epochs") or a field of the plan
-            itself; items of lists are numbers ("3d_fullres.normalisation.0.use_mask"). VALUE is JSON, or else a word.
+            itself; items of lists are numbers ("3d_fullres.normalization.0.use_mask"). VALUE is JSON, or else a word.
             Changing a `kind` ("3d_fullres.train.optimizer.kind=adamw") takes the defaults of that kind.
         name: of the new plan.
 
@@ -25,11 +25,11 @@ def changed(plan: Plan, assignments: Sequence[str], name: str) -> Plan:
         UsageError: an assignment without "=", or a field that does not exist; lists what does.
         RecordError: a value that the field cannot have; lists all such.
     """
-    changed_plan = with_changes(plan, assignments, within="stages", where=f"plan {name}")
+    changed_plan = with_overrides(plan, assignments, within="stages", where=f"plan {name}")
     return Plan.parse(changed_plan.model_dump(mode="json") | {"name": name}, where=f"plan {name}")
 
 
-def moved(plan: Plan, dataset: PlannableDataset, fingerprint: Fingerprint) -> Plan:
+def adapt_plan_to_dataset(plan: Plan, dataset: PlannableDataset, fingerprint: Fingerprint) -> Plan:
     """Adopt a published (or another dataset's) plan: its sizes and figures, this dataset's intensities.
 
     Raises:

@@ -1,6 +1,6 @@
 """Planning: dataset.json and fingerprint -> plan.
 
-Target spacing, axis order, normalisation, the low-resolution rule and the median shape are nnU-Net 2.8's; patch, batch,
+Target spacing, axis order, normalization, the low-resolution rule and the median shape are nnU-Net 2.8's; patch, batch,
 network and training figures come from a preset (presets.py) through nnU-Net's topology rule (topology.py).
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from rfmedsam2.errors import PlanError
 from rfmedsam2.geometry import Triple
-from rfmedsam2.pipeline.planning.presets import Figures, Preset, Sizing, figures_of
+from rfmedsam2.pipeline.planning.presets import PatchSizing, Preset, UNetPreset, get_preset
 from rfmedsam2.pipeline.planning.topology import (
     Topology,
     batch_that_fits,
@@ -24,34 +24,19 @@ from rfmedsam2.pipeline.planning.topology import (
 )
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import Fingerprint
-from rfmedsam2.records.plan import Normalisation, Plan, SegmentationLoss, Stage
+from rfmedsam2.records.plan import Normalization, Plan, SegmentationLoss, Stage
 
 ANISOTROPY = 3.0
 SMALL_AFTER_CROP = 0.75
 """Below this median share of voxels left by the crop, z-score statistics are taken within the mask."""
 SPACING_STEP = 1.03
-NORMALISATION_OF_CHANNEL = {
+NORMALIZATION_OF_CHANNEL = {
     "ct": "ct",
     "nonorm": "none",
     "zscore": "zscore",
     "rescale_to_0_1": "rescale_0_1",
     "rgb_to_0_1": "rgb_0_1",
 }
-
-__all__ = [
-    "PlannableDataset",
-    "Sized",
-    "Survey",
-    "check_fingerprint",
-    "coarsened",
-    "median_shape",
-    "normalisation_of",
-    "plan",
-    "plan_of",
-    "stage_of",
-    "survey_of",
-    "target_spacing",
-]
 
 
 class PlannableDataset(Protocol):
@@ -69,7 +54,7 @@ class PlannableDataset(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
+class DatasetStats:
     """What sizing a stage needs to know about a dataset. Planned axis order."""
 
     transpose_forward: tuple[int, int, int]
@@ -83,7 +68,7 @@ class Survey:
     cases: int
     outputs: int
     """Output channels by which nnU-Net estimates memory: all declared labels."""
-    normalisation: tuple[Normalisation, ...]
+    normalization: tuple[Normalization, ...]
 
 
 def plan(
@@ -111,7 +96,7 @@ def plan(
         UsageError: no such preset.
         PlanError: the fingerprint is of another dataset or has no cases, or nothing fits the memory.
     """
-    figures = figures_of(preset)
+    figures = get_preset(preset)
     survey = survey_of(dataset, fingerprint, spacing_zyx_mm, figures.max_case_voxels)
     stages: dict[str, Stage] = {}
     if survey.median_shape[0] != 1:
@@ -121,7 +106,7 @@ def plan(
 
 
 def plan_of(
-    dataset: PlannableDataset, fingerprint: Fingerprint, survey: Survey, *, name: str, stages: dict[str, Stage]
+    dataset: PlannableDataset, fingerprint: Fingerprint, survey: DatasetStats, *, name: str, stages: dict[str, Stage]
 ) -> Plan:
     """Put stages together with what a plan says about its dataset."""
     reader = dataset.json.overwrite_image_reader_writer or ""
@@ -158,11 +143,13 @@ def target_spacing(fingerprint: Fingerprint) -> np.ndarray:
     return target
 
 
-def normalisation_of(channels: tuple[str, ...], median_relative_size_after_crop: float) -> tuple[Normalisation, ...]:
+def channel_normalizations(
+    channels: tuple[str, ...], median_relative_size_after_crop: float
+) -> tuple[Normalization, ...]:
     """nnU-Net's scheme by channel name (z-score unless the name says otherwise) and its rule for masks."""
-    kinds = [NORMALISATION_OF_CHANNEL.get(channel.casefold(), "zscore") for channel in channels]
+    kinds = [NORMALIZATION_OF_CHANNEL.get(channel.casefold(), "zscore") for channel in channels]
     masked = median_relative_size_after_crop < SMALL_AFTER_CROP
-    return tuple(Normalisation.parse({"kind": kind, "use_mask": masked and kind == "zscore"}) for kind in kinds)
+    return tuple(Normalization.parse({"kind": kind, "use_mask": masked and kind == "zscore"}) for kind in kinds)
 
 
 def median_shape(fingerprint: Fingerprint, spacing_zyx_mm: np.ndarray) -> np.ndarray:
@@ -210,8 +197,8 @@ def check_fingerprint(dataset: PlannableDataset, fingerprint: Fingerprint) -> No
 
 def survey_of(
     dataset: PlannableDataset, fingerprint: Fingerprint, spacing_zyx_mm: Triple | None, max_case_voxels: int | None
-) -> Survey:
-    """Target spacing, axis order, median shape and normalisation of a dataset; see `plan` for arguments and errors."""
+) -> DatasetStats:
+    """Target spacing, axis order, median shape and normalization of a dataset; see `plan` for arguments and errors."""
     check_fingerprint(dataset, fingerprint)
     json = dataset.json
     target = target_spacing(fingerprint) if spacing_zyx_mm is None else np.asarray(spacing_zyx_mm, dtype=float)
@@ -220,7 +207,7 @@ def survey_of(
     forward = _axis_order(target, fingerprint)
     target = coarsened(target, median_shape(fingerprint, target), max_case_voxels)
     order = list(forward)
-    return Survey(
+    return DatasetStats(
         transpose_forward=forward,
         spacing_mm=target[order],
         median_shape=median_shape(fingerprint, target)[order],
@@ -228,7 +215,7 @@ def survey_of(
         median_slice_distance_mm=float(np.median([case.spacing_zyx_mm[forward[0]] for case in fingerprint.cases])),
         cases=len(fingerprint.cases),
         outputs=len(json.labels),
-        normalisation=normalisation_of(json.channels, fingerprint.median_relative_size_after_crop),
+        normalization=channel_normalizations(json.channels, fingerprint.median_relative_size_after_crop),
     )
 
 
@@ -240,7 +227,7 @@ def _axis_order(spacing: np.ndarray, fingerprint: Fingerprint) -> tuple[int, int
     return first, second, third
 
 
-def _volume_stages(survey: Survey, figures: Figures) -> dict[str, Stage]:
+def _volume_stages(survey: DatasetStats, figures: UNetPreset) -> dict[str, Stage]:
     full = _size(survey, survey.spacing_mm, survey.median_shape, figures.volume)
     low_spacing, low = _low_resolution(survey, figures, full)
     dice = figures.batch_dice
@@ -266,7 +253,7 @@ def _volume_stages(survey: Survey, figures: Figures) -> dict[str, Stage]:
     return stages
 
 
-def _slice_stage(survey: Survey, figures: Figures) -> Stage:
+def _slice_stage(survey: DatasetStats, figures: UNetPreset) -> Stage:
     # slices are taken as they lie: the first axis is never resampled, its entries only describe the median case
     sized = _size(survey, survey.spacing_mm[1:], survey.median_shape[1:], figures.slice)
     return stage_of(
@@ -284,15 +271,15 @@ class Sized:
     """Patch and network shape, the figures they follow from, and the batch."""
 
     topology: Topology
-    sizing: Sizing
+    sizing: PatchSizing
     batch_size: int
 
 
 def _size(
-    survey: Survey,
+    survey: DatasetStats,
     spacing_mm: np.ndarray,
     shape: np.ndarray,
-    sizing: Sizing,
+    sizing: PatchSizing,
     *,
     dataset_voxels: float | None = None,
 ) -> Sized:
@@ -325,7 +312,7 @@ def _size(
     return Sized(topology=topology, sizing=sizing, batch_size=batch_size)
 
 
-def _low_resolution(survey: Survey, figures: Figures, full: Sized) -> tuple[np.ndarray, Sized | None]:
+def _low_resolution(survey: DatasetStats, figures: UNetPreset, full: Sized) -> tuple[np.ndarray, Sized | None]:
     """nnU-Net's low-resolution rule: coarsen until the patch covers enough of a case; None if hardly coarser."""
     voxels = full_voxels = float(np.prod(survey.median_shape))
     patch_voxels, spacing, sized = math.prod(full.topology.patch_size), survey.spacing_mm.copy(), None
@@ -342,8 +329,8 @@ def _low_resolution(survey: Survey, figures: Figures, full: Sized) -> tuple[np.n
 
 
 def stage_of(
-    survey: Survey,
-    figures: Figures,
+    survey: DatasetStats,
+    figures: UNetPreset,
     sized: Sized,
     *,
     spacing_mm: np.ndarray,
@@ -359,7 +346,7 @@ def stage_of(
         median_shape=(k, m, n),
         patch_size=patch,
         batch_size=sized.batch_size,
-        normalisation=survey.normalisation,
+        normalization=survey.normalization,
         augmentation=figures.augmentation.model_copy(update={"mirror_axes": tuple(range(len(patch)))}),
         model=sized.sizing.width.network(sized.topology),
         loss=SegmentationLoss(batch_dice=batch_dice),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.pipeline.planning.topology import Width
+from rfmedsam2.pipeline.planning.topology import FeatureWidths
 from rfmedsam2.records.model import Backbone
 from rfmedsam2.records.plan import AdamW, Augmentation, Inference, TrainConfig, Validation, WarmupPolySchedule
 
@@ -26,12 +26,12 @@ Preset = Literal[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizing:
+class PatchSizing:
     """How patch, batch and network of one dimensionality are chosen."""
 
     start: tuple[int, ...] | None = None
     """Patch to begin with, clipped to the median shape; None: nnU-Net's, about a cube in mm."""
-    width: Width = field(default_factory=Width)
+    width: FeatureWidths = field(default_factory=FeatureWidths)
     feature_budget: float | None = None
     """Most feature-map values of one sample when `budget_batch` samples fill the memory (nnU-Net's measure: 560e6 for
     batch 2 is about 8 GB); None: no such limit."""
@@ -47,13 +47,13 @@ class Sizing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class UNetPreset:
     """One preset."""
 
     plan_name: str
-    volume: Sizing
+    volume: PatchSizing
     """3d_fullres and 3d_lowres."""
-    slice: Sizing = Sizing(width=Width(maximum=512), feature_budget=85e6, budget_batch=12)
+    slice: PatchSizing = PatchSizing(width=FeatureWidths(maximum=512), feature_budget=85e6, budget_batch=12)
     """2d."""
     low_resolution_share: float = 0.25
     """Plan 3d_lowres where the 3d_fullres patch covers a smaller share of the median case (nnU-Net's 0.25)."""
@@ -67,17 +67,17 @@ class Figures:
     validation: Validation = field(default_factory=Validation)
 
 
-def _nnunet(plan_name: str, volume: Sizing, slice_: Sizing) -> Figures:
-    return Figures(plan_name=plan_name, volume=volume, slice=slice_, train=TrainConfig(learning_rate=1e-2))
+def _nnunet(plan_name: str, volume: PatchSizing, slice_: PatchSizing) -> UNetPreset:
+    return UNetPreset(plan_name=plan_name, volume=volume, slice=slice_, train=TrainConfig(learning_rate=1e-2))
 
 
-def _resenc(size: str, budget_3d: float, budget_2d: float) -> Figures:
+def _resenc(size: str, budget_3d: float, budget_2d: float) -> UNetPreset:
     return _nnunet(
         f"nnunet_resenc_{size}",
-        Sizing(width=Width(block="residual"), feature_budget=budget_3d, max_dataset_share=1.0),
+        PatchSizing(width=FeatureWidths(block="residual"), feature_budget=budget_3d, max_dataset_share=1.0),
         # nnU-Net's residual planners shrink the 2d patch until twelve samples fit, the plain one until two fit
-        Sizing(
-            width=Width(maximum=512, block="residual"),
+        PatchSizing(
+            width=FeatureWidths(maximum=512, block="residual"),
             feature_budget=budget_2d,
             budget_batch=12,
             least_batch=12,
@@ -86,20 +86,20 @@ def _resenc(size: str, budget_3d: float, budget_2d: float) -> Figures:
     )
 
 
-def _memory(plan_name: str, gigabytes: float, start: tuple[int, int, int]) -> Figures:
+def _memory(plan_name: str, gigabytes: float, start: tuple[int, int, int]) -> UNetPreset:
     share = gigabytes / 8
-    return Figures(
+    return UNetPreset(
         plan_name=plan_name,
-        volume=Sizing(start=start, feature_budget=560e6 * share),
-        slice=Sizing(width=Width(maximum=512), feature_budget=85e6 * share, budget_batch=12),
+        volume=PatchSizing(start=start, feature_budget=560e6 * share),
+        slice=PatchSizing(width=FeatureWidths(maximum=512), feature_budget=85e6 * share, budget_batch=12),
     )
 
 
-CPU = Figures(
+CPU = UNetPreset(
     plan_name="rfmed_cpu",
     # 40x56x40 (Hippocampus), 48x48x40: one iteration of batch 2 takes under a second on two cores
-    volume=Sizing(width=Width(base=16, maximum=128), max_batch_voxels=192_000, batch_size=2),
-    slice=Sizing(width=Width(base=16, maximum=256), max_batch_voxels=400_000),
+    volume=PatchSizing(width=FeatureWidths(base=16, maximum=128), max_batch_voxels=192_000, batch_size=2),
+    slice=PatchSizing(width=FeatureWidths(base=16, maximum=256), max_batch_voxels=400_000),
     # a body CT becomes about 3 mm isotropic: seconds to prepare, half a minute to predict on a laptop, and a patch
     # still sees whole organs; small structures are lost, which is what the other presets are for
     max_case_voxels=2_000_000,
@@ -119,12 +119,12 @@ CPU = Figures(
     inference=Inference(mirror=False),
 )
 
-PRESETS: dict[Preset, Figures] = {
-    "default": Figures(plan_name="rfmed", volume=Sizing(start=(32, 256, 256), batch_size=2)),
+PRESETS: dict[Preset, UNetPreset] = {
+    "default": UNetPreset(plan_name="rfmed", volume=PatchSizing(start=(32, 256, 256), batch_size=2)),
     "nnunet": _nnunet(
         "nnunet",
-        Sizing(feature_budget=560e6),
-        Sizing(width=Width(maximum=512), feature_budget=85e6, budget_batch=12),
+        PatchSizing(feature_budget=560e6),
+        PatchSizing(width=FeatureWidths(maximum=512), feature_budget=85e6, budget_batch=12),
     ),
     "nnunet_resenc_m": _resenc("m", 680e6, 135e6),
     "nnunet_resenc_l": _resenc("l", 2100e6, 380e6),
@@ -137,11 +137,11 @@ PRESETS: dict[Preset, Figures] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refinement:
+class RFMedSam2Preset:
     """One preset of RFMedSAM 2."""
 
     plan_name: str
-    figures: Figures
+    figures: UNetPreset
     """Of Step 0's U-Net and of training."""
     backbone: Backbone
     start: tuple[int, int, int]
@@ -156,30 +156,32 @@ class Refinement:
     """Adapters in the image encoder too: gradients then run through all of it."""
     propagate_loss: bool = True
     """Losses of Steps 1 and 2 reach the U-Net too. In short trainings that cost it more than it gained."""
-    keep_gb: float = 0.0
+    no_checkpointing_below_gb: float = 0.0
     """Where all activations in float32 need no more, they are kept and not computed again in the backward pass."""
     cells: int | None = None
     """See `Sampling.cells`."""
-    large_cells: int | None = None
+    max_objects_pretrained: int | None = None
     """With any backbone but nano."""
 
 
-def _refinement(preset: Preset, backbone: Backbone, activations_gb: float, start: tuple[int, int, int]) -> Refinement:
+def _refinement(
+    preset: Preset, backbone: Backbone, activations_gb: float, start: tuple[int, int, int]
+) -> RFMedSam2Preset:
     name = f"rfmedsam2_{preset}"
-    return Refinement(
+    return RFMedSam2Preset(
         plan_name=name, figures=PRESETS[preset], backbone=backbone, start=start, activations_gb=activations_gb
     )
 
 
-REFINEMENTS: dict[Preset, Refinement] = {
-    "default": Refinement(
+REFINEMENTS: dict[Preset, RFMedSam2Preset] = {
+    "default": RFMedSam2Preset(
         plan_name="rfmedsam2", figures=PRESETS["default"], backbone="sam2_large", start=(32, 256, 256)
     ),
     # a share of the memory is left to weights, optimizer and the allocator
     "8gb": _refinement("8gb", "sam2_tiny", 6.5, (32, 256, 256)),
     "24gb": _refinement("24gb", "sam2_base_plus", 19, (32, 256, 256)),
     "80gb": _refinement("80gb", "sam2_large", 66, (48, 320, 320)),
-    "cpu": Refinement(
+    "cpu": RFMedSam2Preset(
         plan_name="rfmedsam2_cpu",
         figures=CPU,
         backbone="nano",
@@ -188,14 +190,14 @@ REFINEMENTS: dict[Preset, Refinement] = {
         large_batch_size=1,
         adapt_encoder=False,
         propagate_loss=False,
-        keep_gb=3.0,
+        no_checkpointing_below_gb=3.0,
         cells=96,
-        large_cells=24,
+        max_objects_pretrained=24,
     ),
 }
 
 
-def refinement_of(preset: str) -> Refinement:
+def get_rfmedsam2_preset(preset: str) -> RFMedSam2Preset:
     """Look up the figures of a preset of RFMedSAM 2.
 
     Raises:
@@ -204,7 +206,7 @@ def refinement_of(preset: str) -> Refinement:
     for name, refinement in REFINEMENTS.items():
         if name == preset:
             return refinement
-    figures_of(preset)
+    get_preset(preset)
     raise UsageError(
         "This preset has no RFMedSAM 2: it is nnU-Net's own decisions",
         where=preset,
@@ -213,7 +215,7 @@ def refinement_of(preset: str) -> Refinement:
     )
 
 
-def figures_of(preset: str) -> Figures:
+def get_preset(preset: str) -> UNetPreset:
     """Look up the figures of a preset.
 
     Raises:

@@ -12,11 +12,11 @@ from typing import Literal
 from rfmedsam2.errors import UsageError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets import amos22, btcv
-from rfmedsam2.pipeline.planning.overrides import changed
+from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.planning.plan import plan
-from rfmedsam2.pipeline.planning.presets import refinement_of
+from rfmedsam2.pipeline.planning.presets import get_rfmedsam2_preset
 from rfmedsam2.pipeline.planning.rfmedsam2 import refined_plan
-from rfmedsam2.pipeline.planning.topology import Width, topology_of
+from rfmedsam2.pipeline.planning.topology import FeatureWidths, topology_of
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from rfmedsam2.records.model import RFMedSam2Config
@@ -27,7 +27,7 @@ WINDOW = IntensityStatistics(mean=40, median=40, std=115, min=-160, max=240, per
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class PublishedDataset:
     """What is published of a dataset: medians over its training cases, (z, y, x)."""
 
     name: str
@@ -39,7 +39,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class PublishedPlan:
     """How a published plan is made.
 
     Attributes:
@@ -51,7 +51,7 @@ class Recipe:
         changes: as given to `--set`.
     """
 
-    data: Figures
+    data: PublishedDataset
     model: Literal["unet", "rfmedsam2"] = "rfmedsam2"
     patch: tuple[int, int, int] | None = None
     spacing_mm: Triple | None = None
@@ -59,8 +59,10 @@ class Recipe:
     changes: tuple[str, ...] = ()
 
 
-BTCV = Figures(name=btcv.NAME, labels=btcv.LABELS, shape=(100, 512, 512), spacing_mm=(3.0, 0.76, 0.76), cases=30)
-AMOS22_CT = Figures(
+BTCV = PublishedDataset(
+    name=btcv.NAME, labels=btcv.LABELS, shape=(100, 512, 512), spacing_mm=(3.0, 0.76, 0.76), cases=30
+)
+AMOS22_CT = PublishedDataset(
     name=amos22.NAMES[1],
     labels=amos22.LABELS,
     shape=(258, 512, 512),
@@ -75,12 +77,12 @@ def _model(**fields: str) -> tuple[str, ...]:
     return tuple(f"3d_fullres.model.{name}={value}" for name, value in fields.items())
 
 
-def _generator(name: str, *, object_scores: str = "false") -> Recipe:
+def _generator(name: str, *, object_scores: str = "false") -> PublishedPlan:
     """Prompts from something else than a U-Net."""
-    return Recipe(data=BTCV, changes=_model(generator=name, unet="null", object_scores=object_scores))
+    return PublishedPlan(data=BTCV, changes=_model(generator=name, unet="null", object_scores=object_scores))
 
 
-def _given_boxes(*changes: str, object_scores: str = "true") -> Recipe:
+def _given_boxes(*changes: str, object_scores: str = "true") -> PublishedPlan:
     """Boxes from the reference (Table 3, Fig. 4(2) and 4(3)): the paper's 0.923 has object scores (Table 4)."""
     recipe = _generator("gt", object_scores=object_scores)
     return replace(recipe, changes=(*recipe.changes, *changes))
@@ -90,11 +92,11 @@ def _given_boxes(*changes: str, object_scores: str = "true") -> Recipe:
 PLAIN = ("3d_fullres.model.adapters.blocks=plain", "3d_fullres.model.adapters.convolutions=none")
 ATTENTION = "3d_fullres.model.unet.attention=true"
 
-PUBLISHED: dict[str, Recipe] = {
-    "btcv": Recipe(data=BTCV),
-    "amos22_ct": Recipe(data=AMOS22_CT),
-    "btcv_unet": Recipe(data=BTCV, model="unet"),
-    "amos22_ct_unet": Recipe(data=AMOS22_CT, model="unet"),
+PUBLISHED: dict[str, PublishedPlan] = {
+    "btcv": PublishedPlan(data=BTCV),
+    "amos22_ct": PublishedPlan(data=AMOS22_CT),
+    "btcv_unet": PublishedPlan(data=BTCV, model="unet"),
+    "amos22_ct_unet": PublishedPlan(data=AMOS22_CT, model="unet"),
     # Fig. 4(2)
     "btcv_gt_memory_sam2": _given_boxes(*PLAIN, *_model(strategy="sam2")),
     "btcv_gt_memory_preceding": _given_boxes(*PLAIN, *_model(strategy="preceding")),
@@ -105,23 +107,23 @@ PUBLISHED: dict[str, Recipe] = {
     "btcv_gt": _given_boxes(),
     # Table 4
     "btcv_gt_no_object_scores": _given_boxes(object_scores="false"),
-    "btcv_object_scores": Recipe(data=BTCV, changes=_model(object_scores="true")),
+    "btcv_object_scores": PublishedPlan(data=BTCV, changes=_model(object_scores="true")),
     # Fig. 4(4): f is btcv
     "btcv_object_queries": _generator("object_queries"),
     "btcv_scored_object_queries": _generator("scored_object_queries", object_scores="true"),
     "btcv_point_embeddings": _generator("point_embeddings", object_scores="true"),
     "btcv_hierarchical_masks": _generator("hierarchical_masks"),
-    "btcv_one_refinement": Recipe(data=BTCV, changes=_model(refinements="1")),
+    "btcv_one_refinement": PublishedPlan(data=BTCV, changes=_model(refinements="1")),
     # Table 6: an image of 512 pixels is enlarged to fill a patch of 1024
-    "btcv_patch_2x1024": Recipe(data=BTCV, patch=(2, 1024, 1024), spacing_mm=(3.0, 0.38, 0.38)),
-    "btcv_patch_8x512": Recipe(data=BTCV, patch=(8, 512, 512)),
+    "btcv_patch_2x1024": PublishedPlan(data=BTCV, patch=(2, 1024, 1024), spacing_mm=(3.0, 0.38, 0.38)),
+    "btcv_patch_8x512": PublishedPlan(data=BTCV, patch=(8, 512, 512)),
     # Table 7: U-Nets alone, and the same as Step 0
-    "btcv_unet_attention": Recipe(
+    "btcv_unet_attention": PublishedPlan(
         data=BTCV, model="unet", changes=tuple(f"{s}.model.attention=true" for s in ("3d_fullres", "3d_lowres", "2d"))
     ),
-    "btcv_step0_2d": Recipe(data=BTCV, flat_unet=True),
-    "btcv_step0_2d_attention": Recipe(data=BTCV, flat_unet=True, changes=(ATTENTION,)),
-    "btcv_step0_3d_attention": Recipe(data=BTCV, changes=(ATTENTION,)),
+    "btcv_step0_2d": PublishedPlan(data=BTCV, flat_unet=True),
+    "btcv_step0_2d_attention": PublishedPlan(data=BTCV, flat_unet=True, changes=(ATTENTION,)),
+    "btcv_step0_3d_attention": PublishedPlan(data=BTCV, changes=(ATTENTION,)),
 }
 
 
@@ -138,22 +140,22 @@ def published_plan(name: str) -> Plan:
     if recipe.model == "unet":
         found = plan(dataset, fingerprint, name=name)
     else:
-        refinement = refinement_of("default")
+        refinement = get_rfmedsam2_preset("default")
         refinement = replace(refinement, start=recipe.patch or refinement.start)
         found = refined_plan(dataset, fingerprint, refinement, name=name, spacing_zyx_mm=recipe.spacing_mm)
-    return changed(_flat(found) if recipe.flat_unet else found, recipe.changes, name)
+    return apply_overrides(_flat(found) if recipe.flat_unet else found, recipe.changes, name)
 
 
 class _Described:
     """A dataset of which only figures are known."""
 
-    def __init__(self, figures: Figures) -> None:
+    def __init__(self, figures: PublishedDataset) -> None:
         described = {"channel_names": {"0": "CT"}, "labels": figures.labels, "file_ending": ".nii.gz"}
         self.name = figures.name
         self.json = DatasetJson.parse(described | {"overwrite_image_reader_writer": figures.reader})
 
 
-def _fingerprint(figures: Figures) -> Fingerprint:
+def _fingerprint(figures: PublishedDataset) -> Fingerprint:
     case = CaseFingerprint(
         id="median",
         shape_zyx=figures.shape,
@@ -175,5 +177,5 @@ def _flat(found: Plan) -> Plan:
     stage = found.stage("3d_fullres")
     assert isinstance(stage.model, RFMedSam2Config)
     topology = topology_of(stage.spacing_mm[1:], stage.patch_size[1:])
-    model = stage.model.model_copy(update={"unet": Width(maximum=512).network(topology)})
+    model = stage.model.model_copy(update={"unet": FeatureWidths(maximum=512).network(topology)})
     return found.model_copy(update={"stages": {"3d_fullres": stage.model_copy(update={"model": model})}})

@@ -8,8 +8,8 @@ from dataclasses import replace
 from rfmedsam2.errors import PlanError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.planning.memory_estimate import activation_terms, total_gib
-from rfmedsam2.pipeline.planning.plan import PlannableDataset, Sized, Survey, plan_of, stage_of, survey_of
-from rfmedsam2.pipeline.planning.presets import Preset, Refinement, refinement_of
+from rfmedsam2.pipeline.planning.plan import DatasetStats, PlannableDataset, Sized, plan_of, stage_of, survey_of
+from rfmedsam2.pipeline.planning.presets import Preset, RFMedSam2Preset, get_rfmedsam2_preset
 from rfmedsam2.pipeline.planning.topology import Topology, square_topology
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import Fingerprint
@@ -47,7 +47,7 @@ def plan_rfmedsam2(
         UsageError: no such preset, or one of nnU-Net's.
         PlanError: the fingerprint is of another dataset, the dataset has no classes or single slices, nothing fits.
     """
-    refinement = refinement_of(preset)
+    refinement = get_rfmedsam2_preset(preset)
     if backbone is not None and backbone != refinement.backbone:
         refinement = replace(refinement, backbone=backbone, plan_name=f"{refinement.plan_name}_{backbone}")
     return refined_plan(dataset, fingerprint, refinement, name=name, spacing_zyx_mm=spacing_zyx_mm)
@@ -56,7 +56,7 @@ def plan_rfmedsam2(
 def refined_plan(
     dataset: PlannableDataset,
     fingerprint: Fingerprint,
-    refinement: Refinement,
+    refinement: RFMedSam2Preset,
     *,
     name: str | None = None,
     spacing_zyx_mm: Triple | None = None,
@@ -124,7 +124,7 @@ def enlarged_side(side: int, least: int) -> int:
     return min(reached, max(side, LARGEST_FRAME))
 
 
-def _stage(survey: Survey, refinement: Refinement, topology: Topology, labels: LabelSet) -> Stage:
+def _stage(survey: DatasetStats, refinement: RFMedSam2Preset, topology: Topology, labels: LabelSet) -> Stage:
     figures, patch = refinement.figures, topology.patch_size
     small = refinement.backbone == "nano"
     batch = refinement.batch_size if small else refinement.large_batch_size
@@ -146,10 +146,12 @@ def _stage(survey: Survey, refinement: Refinement, topology: Topology, labels: L
         adapt_encoder=refinement.adapt_encoder,
         propagate_loss=refinement.propagate_loss,
     )
-    sampling = stage.sampling.model_copy(update={"cells": refinement.cells if small else refinement.large_cells})
+    sampling = stage.sampling.model_copy(
+        update={"max_prompted_objects": refinement.cells if small else refinement.max_objects_pretrained}
+    )
     stage = stage.model_copy(update={"model": model, "sampling": sampling})
     keeping = stage.model_copy(update={"compute": stage.compute.model_copy(update={"checkpointing": False})})
-    return keeping if _activations_gb(keeping, labels, half=False) <= refinement.keep_gb else stage
+    return keeping if _activations_gb(keeping, labels, half=False) <= refinement.no_checkpointing_below_gb else stage
 
 
 def _activations_gb(stage: Stage, labels: LabelSet, *, half: bool) -> float:

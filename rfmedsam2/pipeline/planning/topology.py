@@ -41,7 +41,7 @@ class Topology:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Width:
+class FeatureWidths:
     """How wide and of which blocks a network is built: features double per stage from `base` up to `maximum`."""
 
     base: int = 32

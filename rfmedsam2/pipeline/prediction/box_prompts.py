@@ -10,11 +10,11 @@ from pathlib import Path
 from typing_extensions import Self
 
 from rfmedsam2.errors import ImageError, UsageError
-from rfmedsam2.inference.box_prompts import Given, classes_of
-from rfmedsam2.records.box_prompts import GivenBox, GivenBoxes
+from rfmedsam2.inference.box_prompts import BoxPrompts, classes_of
+from rfmedsam2.records.box_prompts import BoxPrompt, BoxPromptFile
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.atomic import read_record
-from rfmedsam2.store.case_files import Case, entries_of, stem_of, what_is_in
+from rfmedsam2.store.case_files import Case, describe_contents, file_stem, list_images
 from rfmedsam2.store.formats.image_header import ImageHeader, disagreement
 from rfmedsam2.store.images import image_ending, read_label
 
@@ -24,7 +24,7 @@ class BoxSource:
     """Boxes of cases: `labels` (case -> file) or `boxes` (case -> boxes one by one), never both for a case."""
 
     labels: Mapping[str, Path]
-    boxes: Mapping[str, Sequence[GivenBox]]
+    boxes: Mapping[str, Sequence[BoxPrompt]]
 
     @classmethod
     def open(cls, path: Path, cases: Sequence[Case], labels: LabelSet) -> Self:
@@ -41,8 +41,8 @@ class BoxSource:
         """
         ids = [case.id for case in cases]
         if path.is_dir():
-            files = _by_case([entry for entry in entries_of(path, None) if entry.is_file()], ids)
-            _require_all(ids, files, where=path, found=what_is_in(path), kind="label map")
+            files = _by_case([entry for entry in list_images(path, None) if entry.is_file()], ids)
+            _require_all(ids, files, where=path, found=describe_contents(path), kind="label map")
             return cls(labels=files, boxes={})
         if not path.exists():
             raise UsageError("There is no such folder or file of boxes", where=path, remedy="Check --boxes")
@@ -55,7 +55,7 @@ class BoxSource:
                     found=f"{len(ids)} cases",
                 )
             return cls(labels={ids[0]: path}, boxes={})
-        boxes = read_record(path, GivenBoxes).cases
+        boxes = read_record(path, BoxPromptFile).cases
         unknown = sorted(set(boxes) - set(ids))
         if unknown:
             raise UsageError(
@@ -69,7 +69,7 @@ class BoxSource:
         classes_of([box for own in boxes.values() for box in own], labels)
         return cls(labels={}, boxes=boxes)
 
-    def of(self, case: Case, header: ImageHeader) -> Given:
+    def of(self, case: Case, header: ImageHeader) -> BoxPrompts:
         """Read the boxes of a case whose image has this header.
 
         Raises:
@@ -99,7 +99,7 @@ class BoxSource:
 def _by_case(paths: Iterable[Path], ids: Collection[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
-        case = stem_of(path, None)
+        case = file_stem(path, None)
         if case in found and case in ids:
             names = f"{found[case].name} and {path.name}"
             raise UsageError("Two label maps are of the same case", where=path.parent, found=names)

@@ -15,7 +15,8 @@ from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.prediction import PredictingModel
 from rfmedsam2.store.archive import describe, unpack_archive, write_archive
 from rfmedsam2.store.atomic import writing_to
-from rfmedsam2.store.checkpoints import read_all, read_record_of, read_weights, write_checkpoint
+from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.checkpoints import read_all, read_weights, write_checkpoint
 from rfmedsam2.store.layout import DATASET_FOLDER
 
 EXTRAS = ("metrics.json", "summary.json")

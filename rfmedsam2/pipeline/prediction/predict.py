@@ -17,26 +17,17 @@ import torch
 from rfmedsam2 import __version__
 from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
 from rfmedsam2.inference.refinement import require_possible
-from rfmedsam2.inference.volume import Options, Turned, VolumePrediction, predict_turned, turn_and_prepare
+from rfmedsam2.inference.volume import PreparedCase, VolumePrediction, predict_prepared, preprocess_case
 from rfmedsam2.pipeline.prediction.box_prompts import BoxSource
-from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, checkpoints_of, find_models
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.atomic import read_record, write_record
-from rfmedsam2.store.images import ImageHeader, image_ending, read_header, read_label, write_label
-from rfmedsam2.store.lock import sole_run
-from rfmedsam2.store.raw import Case, read_case
+from rfmedsam2.store.case_files import Case
+from rfmedsam2.store.formats.image_header import ImageHeader
+from rfmedsam2.store.images import image_ending, read_header, read_label, write_label
+from rfmedsam2.store.lock import exclusive_lock
+from rfmedsam2.store.raw import read_case
 from rfmedsam2.system.parallel import Track, silent
-
-__all__ = [
-    "Options",
-    "PredictionSummary",
-    "Predictor",
-    "TrainedModel",
-    "checkpoints_of",
-    "find_models",
-    "predict_files",
-]
 
 UNWRITABLE = (".dcm", ".nhdr")
 
@@ -60,7 +51,7 @@ class PredictionSummary:
 class _Ready:
     """A case that was read and prepared."""
 
-    turned: Turned
+    turned: PreparedCase
     header: ImageHeader
     input_sha256: str
     read_seconds: float
@@ -93,14 +84,14 @@ def predict_files(
 
     Raises:
         UsageError: no cases, two of one name, an output that would overwrite an input; a step that the model does not
-            have, boxes that it takes not or lacks (`Options.boxes`); another run that predicts into the folder.
+            have, boxes that it takes not or lacks (`PredictOptions.boxes`); another run that predicts into the folder.
         StoreError: the folder cannot be written.
         RfMedSamError: names every case that was not predicted, and why; all others are written.
     """
     started = time.perf_counter()
     options = predictor.options
     require_possible(predictor.config.model, step=options.step, boxes=options.boxes is not None)
-    with sole_run(out):
+    with exclusive_lock(out):
         run = _Run(predictor, out, probabilities=probabilities, continue_=continue_)
         _check(cases, run)
         if options.boxes is not None:
@@ -173,20 +164,20 @@ class _Run:
         """Read and prepare a case; None where its label map may stay."""
         started = time.perf_counter()
         digest = _digest(case.images, also=b"" if self.boxes is None else self.boxes.digest(case))
-        if self.continue_ and self._may_stay(case, digest):
+        if self.continue_ and self._is_reusable(case, digest):
             return None
         plan = self.predictor.plan
         volume, header = read_case(case, channels=len(plan.channels))
         seconds = time.perf_counter() - started
         boxes = None if self.boxes is None else self.boxes.of(case, header)
-        turned = turn_and_prepare(volume, plan, self.predictor.stage, options=self.predictor.options, boxes=boxes)
+        turned = preprocess_case(volume, plan, self.predictor.stage, options=self.predictor.options, boxes=boxes)
         return _Ready(turned=turned, header=header, input_sha256=digest, read_seconds=seconds)
 
     def predict(self, case: Case, item: _Ready) -> VolumePrediction:
         """Labels of a prepared case; probabilities go to their file."""
         options = self.predictor.options
         path = self.probabilities_of(case) if self.probabilities else None
-        return predict_turned(
+        return predict_prepared(
             self.predictor.networks,
             item.turned,
             self.predictor.plan,
@@ -229,7 +220,7 @@ class _Run:
             cases=dict(sorted(self.known.items())),
         )
 
-    def _may_stay(self, case: Case, digest: str) -> bool:
+    def _is_reusable(self, case: Case, digest: str) -> bool:
         entry, target = self.before.get(case.id), self.target(case)
         if entry is None or (entry.file, entry.made_by, entry.input_sha256) != (target.name, self.made_by, digest):
             return False

@@ -18,8 +18,8 @@ from typing_extensions import Self
 
 from rfmedsam2.errors import CheckpointError, ImageError, UsageError
 from rfmedsam2.geometry import Grid, Triple, Volume
-from rfmedsam2.inference.box_prompts import Given
-from rfmedsam2.inference.volume import Options, VolumePrediction, predict_volume
+from rfmedsam2.inference.box_prompts import BoxPrompts
+from rfmedsam2.inference.volume import PredictOptions, VolumePrediction, predict_volume
 from rfmedsam2.models import load_network
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.pipeline.prediction.checkpoints import Which, checkpoints_of
@@ -47,7 +47,7 @@ class Predictor:
     networks: tuple[nn.Module, ...]
     checkpoints: tuple[Path, ...]
     records: tuple[CheckpointRecord, ...]
-    options: Options
+    options: PredictOptions
 
     @classmethod
     def load(
@@ -57,7 +57,7 @@ class Predictor:
         folds: Sequence[str] | None = None,
         checkpoint: Which = "final",
         device: str = "auto",
-        options: Options | None = None,
+        options: PredictOptions | None = None,
     ) -> Self:
         """Load a model.
 
@@ -87,7 +87,7 @@ class Predictor:
         for network in networks:
             if isinstance(network, RFMedSam2):
                 network.refiner.compute = records[0].plan.stages[records[0].stage].compute
-        options = replace(options or Options(), device=place)
+        options = replace(options or PredictOptions(), device=place)
         return cls(networks=networks, checkpoints=tuple(paths), records=records, options=options)
 
     @property
@@ -136,21 +136,23 @@ class Predictor:
         parts = [sorted(r.weights_sha256 for r in self.records), _what_predicting_needs(self.records[0])]
         return hashlib.sha256(json.dumps([*parts, self.settings()], sort_keys=True).encode()).hexdigest()
 
-    def using(self, options: Options) -> Predictor:
+    def using(self, options: PredictOptions) -> Predictor:
         """Keep the weights and take other options (the device stays)."""
         return replace(self, options=replace(options, device=self.options.device))
 
-    def predict_volume(self, volume: Volume, *, boxes: Given | None = None) -> VolumePrediction:
+    def predict_volume(self, volume: Volume, *, boxes: BoxPrompts | None = None) -> VolumePrediction:
         """Labels and seconds; see `inference.volume.predict_volume`."""
         return predict_volume(self.networks, volume, self.plan, self.stage, options=self.options, boxes=boxes)
 
-    def predict_array(self, array: np.ndarray, spacing_zyx_mm: Triple, *, boxes: Given | None = None) -> np.ndarray:
+    def predict_array(
+        self, array: np.ndarray, spacing_zyx_mm: Triple, *, boxes: BoxPrompts | None = None
+    ) -> np.ndarray:
         """Predict a volume that exists only in memory.
 
         Args:
             array: (Z, Y, X) or (C, Z, Y, X), intensities as in the files that the model was trained on. Axes must run
                 as in those files (x to the left, y to the back, z to the head for a plan with `reorient`: LPS).
-            spacing_zyx_mm: distance of voxel centres, mm.
+            spacing_zyx_mm: distance of voxel centers, mm.
             boxes: to prompt RFMedSAM 2 with: a label map (Z, Y, X) to take them from, or one by one.
 
         Returns:
@@ -177,7 +179,7 @@ class Predictor:
         array = np.asarray(image.dataobj)
         channels = array.T if array.ndim == 4 else array.T[None]
         z, y, x = channels.shape[-3:]
-        grid = Grid.from_affine_lps(_RAS_TO_LPS @ np.asarray(image.affine), (z, y, x)).orthonormalised()
+        grid = Grid.from_affine_lps(_RAS_TO_LPS @ np.asarray(image.affine), (z, y, x)).orthonormalized()
         labels = self.predict_volume(Volume(array=channels, grid=grid)).labels
         header = image.header.copy() if isinstance(image, nib.Nifti1Image) else None
         result = nib.Nifti1Image(np.ascontiguousarray(labels.T), image.affine, header, dtype=labels.dtype)
@@ -209,7 +211,7 @@ class Predictor:
 def _what_predicting_needs(record: CheckpointRecord) -> dict[str, object]:
     plan = record.plan.model_dump(mode="json", include={"channels", "labels", "reorient", "transpose_forward"})
     stage = record.plan.stages[record.stage].model_dump(
-        mode="json", include={"spacing_mm", "patch_size", "normalisation", "resampling", "model"}
+        mode="json", include={"spacing_mm", "patch_size", "normalization", "resampling", "model"}
     )
     intensities = [i.model_dump(mode="json") for i in record.plan.intensities]
     mirror = list(record.plan.stages[record.stage].augmentation.mirror_axes)

@@ -14,9 +14,10 @@ import numpy as np
 from rfmedsam2.errors import DatasetError, ImageError, RfMedSamError
 from rfmedsam2.geometry import Shape, Triple, Volume
 from rfmedsam2.pipeline.datasets.verify import examine_case
+from rfmedsam2.store.case_files import Case, Fault
 from rfmedsam2.store.images import read_header
 from rfmedsam2.store.orientation import reoriented
-from rfmedsam2.store.raw import Case, Fault, RawDataset, require_no_errors
+from rfmedsam2.store.raw import RawDataset, require_no_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decoded:
+class DecodedCase:
     """A training case in memory, turned as dataset.json asks (`RawDataset.reorient`).
 
     Attributes:
@@ -63,16 +64,16 @@ class Decoded:
 class _Kept:
     """A decoded case, its arrays packed: of a CT a quarter of the bytes, unpacked in a quarter of reading's time."""
 
-    def __init__(self, decoded: Decoded, files: str) -> None:
+    def __init__(self, decoded: DecodedCase, files: str) -> None:
         self.files = files
         self._grid, self._voxels, self._warnings = decoded.volume.grid, decoded.voxels_by_label, decoded.warnings
         self._image, self._label = _packed(decoded.volume.array), _packed(decoded.label)
         self.nbytes = int(self._image.schunk.cbytes + self._label.schunk.cbytes)
 
-    def unpacked(self) -> Decoded:
+    def unpacked(self) -> DecodedCase:
         """Give the case as it was decoded."""
         volume = Volume(array=self._image[...], grid=self._grid)
-        return Decoded(volume=volume, label=self._label[...], voxels_by_label=self._voxels, warnings=self._warnings)
+        return DecodedCase(volume=volume, label=self._label[...], voxels_by_label=self._voxels, warnings=self._warnings)
 
 
 def _packed(array: np.ndarray) -> Any:
@@ -90,7 +91,7 @@ class FaultyCaseError(DatasetError):
         self.faults = faults
 
 
-class CaseSource:
+class CaseReader:
     """Decodes and checks the training cases of a dataset; may be used from several threads.
 
     Args:
@@ -106,7 +107,7 @@ class CaseSource:
         self._extents: dict[str, Extent] = {}
         self._lock = Lock()
 
-    def read(self, case: Case, *, last: bool = True) -> Decoded:
+    def read(self, case: Case, *, last: bool = True) -> DecodedCase:
         """Image and label of a case, from memory if they were kept and their files have not changed since.
 
         Args:
@@ -146,7 +147,7 @@ class CaseSource:
                     continue  # reported when its turn comes
         return [self._extents[case.id] for case in self.dataset.training if case.id in self._extents]
 
-    def require_sound_names(self) -> None:
+    def check_file_layout(self) -> None:
         """Raise when names alone show that training cases cannot be used (files missing, ids twice ...).
 
         Raises:
@@ -155,7 +156,7 @@ class CaseSource:
         concerned = {"", *(case.id for case in self.dataset.training)}
         require_no_errors([f for f in self.dataset.faults if f.case in concerned], where=self.dataset.folder)
 
-    def _decode(self, case: Case) -> Decoded:
+    def _decode(self, case: Case) -> DecodedCase:
         found = examine_case(case, self.dataset.json)
         errors = tuple(fault for fault in found.faults if fault.severity == "error")
         if errors:
@@ -166,7 +167,7 @@ class CaseSource:
         if self.dataset.reorient is not None:
             volume, turn = reoriented(volume, self.dataset.reorient)
             label = turn.apply(label)
-        return Decoded(volume=volume, label=label, voxels_by_label=found.voxels_by_label, warnings=found.faults)
+        return DecodedCase(volume=volume, label=label, voxels_by_label=found.voxels_by_label, warnings=found.faults)
 
 
 def _extent(case: Case) -> Extent:

@@ -3,7 +3,7 @@
 nnU-Net draws the same number of foreground voxels from every case, with replacement, and takes mean, standard deviation
 and percentiles of the pool. Here the limit of that for endless draws is computed: the mixture of the cases' own
 distributions, each with the same weight. Moments are exact. Percentiles are exact for images of fewer than 65 536 whole
-grey values (histograms) and for up to `FEWEST_POINTS` foreground voxels a case; beyond that a case enters with that
+gray values (histograms) and for up to `FEWEST_POINTS` foreground voxels a case; beyond that a case enters with that
 many evenly spaced quantiles or more, so that a percentile is off by at most 1/8192 in rank. Without histograms, memory
 is bounded by `POINTS` values over all cases.
 """
@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from rfmedsam2.errors import DatasetError, RecordError
-from rfmedsam2.pipeline.preprocessing.case_reader import CaseSource, Decoded, FaultyCaseError, files_digest
+from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, FaultyCaseError, files_digest
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from rfmedsam2.store.atomic import read_record, write_record
+from rfmedsam2.store.case_files import Case, Fault
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.raw import Case, Fault, RawDataset, require_no_errors
+from rfmedsam2.store.raw import RawDataset, require_no_errors
 from rfmedsam2.system.parallel import Track, map_cases, silent
 from rfmedsam2.transforms.crop import nonzero_box
 
@@ -31,7 +32,7 @@ MOST_POINTS = 1 << 16
 
 
 def fingerprint(
-    dataset: RawDataset | CaseSource,
+    dataset: RawDataset | CaseReader,
     layout: Layout,
     *,
     workers: int = 2,
@@ -52,11 +53,11 @@ def fingerprint(
     Raises:
         DatasetError: no cases, no foreground anywhere, or cases with errors; all errors of all cases are listed.
     """
-    source = dataset if isinstance(dataset, CaseSource) else CaseSource(dataset)
+    source = dataset if isinstance(dataset, CaseReader) else CaseReader(dataset)
     raw = source.dataset
     if not raw.training:
         raise DatasetError("The dataset has no training cases", where=raw.folder)
-    source.require_sound_names()
+    source.check_file_layout()
     path = layout.fingerprint_file(raw.name)
     digest = dataset_digest(raw)
     if not clean:
@@ -87,7 +88,7 @@ def dataset_digest(dataset: RawDataset) -> str:
 
 
 def _surveyed(
-    source: CaseSource, workers: int, track: Track
+    source: CaseReader, workers: int, track: Track
 ) -> tuple[tuple[CaseFingerprint, ...], tuple[tuple[Distribution | None, ...], ...]]:
     """Fingerprint and distributions per channel of every training case; the errors of all cases are raised at once."""
     training = source.dataset.training
@@ -113,7 +114,7 @@ def _surveyed(
     return tuple(sizes), tuple(intensities)
 
 
-def case_fingerprint(name: str, decoded: Decoded) -> CaseFingerprint:
+def case_fingerprint(name: str, decoded: DecodedCase) -> CaseFingerprint:
     """Shape, spacing, shape after the crop to non-zero, and voxels of every label."""
     box = nonzero_box(decoded.volume.array)
     a, b, c = (stop - start for start, stop in box)
@@ -152,7 +153,7 @@ class Distribution:
         )
 
 
-def foreground_distributions(decoded: Decoded, points: int) -> tuple[Distribution | None, ...]:
+def foreground_distributions(decoded: DecodedCase, points: int) -> tuple[Distribution | None, ...]:
     """One per channel; None without foreground. Foreground: any label above 0, as nnU-Net counts it."""
     # the crop changes nothing unless labels lie where the image is zero; nnU-Net looks at the cropped region
     region = tuple(slice(*limits) for limits in nonzero_box(decoded.volume.array))

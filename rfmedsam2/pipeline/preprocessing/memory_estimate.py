@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import psutil
 
-from rfmedsam2.pipeline.preprocessing.case_reader import CaseSource, Extent
+from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, Extent
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.system.memory import free_bytes
 from rfmedsam2.transforms.prepare import target_spacing
@@ -38,7 +38,7 @@ class MemoryNeed:
     free_bytes: int
 
 
-def memory_need(source: CaseSource, plan: Plan, stages: Sequence[str], wanted: int) -> MemoryNeed:
+def memory_need(source: CaseReader, plan: Plan, stages: Sequence[str], wanted: int) -> MemoryNeed:
     """Choose workers by the free memory, and say how much they will take.
 
     An upper bound: every worker has the largest cases in hand, all at their worst moment, and no array can be packed.
@@ -92,7 +92,7 @@ def _phases(extent: Extent, plan: Plan, name: str) -> tuple[int, int]:
     label = LABEL * after if resampled else LABEL * extent.voxels
     marking = max((LABEL + 2) * extent.voxels, (LABEL + 1) * extent.voxels + label)
     # it is ready when the image becomes floats
-    normalising = (1 + FLOAT * channels) * extent.voxels + label
+    normalizing = (1 + FLOAT * channels) * extent.voxels + label
     resampling = 0
     if resampled:
         how = stage.resampling
@@ -104,4 +104,4 @@ def _phases(extent: Extent, plan: Plan, name: str) -> tuple[int, int]:
         resampling = FLOAT * channels * (extent.voxels + after) + planes + label
     # the image, and twice what it is packed to; the label map, and its narrow copy
     storing = 3 * FLOAT * channels * after + (LABEL + 1) * after
-    return max(marking, normalising, resampling), storing
+    return max(marking, normalizing, resampling), storing

@@ -15,14 +15,14 @@ from typing import Literal
 
 from rfmedsam2.errors import RecordError, UsageError
 from rfmedsam2.geometry import Triple
-from rfmedsam2.pipeline.datasets.splits import groups_of, settle_splits, warnings_of
+from rfmedsam2.pipeline.datasets.splits import groups_of, load_or_make_splits, warnings_of
 from rfmedsam2.pipeline.planning.mirroring import note_on_mirroring
 from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
-from rfmedsam2.pipeline.planning.overrides import changed, moved
+from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset, apply_overrides
 from rfmedsam2.pipeline.planning.plan import plan as make_plan
 from rfmedsam2.pipeline.planning.presets import Preset
 from rfmedsam2.pipeline.planning.rfmedsam2 import plan_rfmedsam2
-from rfmedsam2.pipeline.preprocessing.case_reader import CaseSource
+from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.pipeline.preprocessing.fingerprint import fingerprint
 from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed, memory_need
 from rfmedsam2.pipeline.preprocessing.preprocess import PreprocessSummary, preprocess
@@ -32,7 +32,7 @@ from rfmedsam2.records.plan import PLAN_NAMES, Plan, Split, is_plan_name
 from rfmedsam2.store.atomic import atomic, read_record, write_record
 from rfmedsam2.store.images import read_header
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.lock import sole_run
+from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.memory import free_bytes
 from rfmedsam2.system.parallel import Track, silent
@@ -115,7 +115,7 @@ def plan_and_preprocess(
             run for this dataset.
     """
     _check(options)
-    with sole_run(layout.splits_file(dataset.name).parent):
+    with exclusive_lock(layout.splits_file(dataset.name).parent):
         return _set_up(dataset, layout, options, stages=stages, workers=workers, track=track)
 
 
@@ -129,13 +129,13 @@ def _set_up(
     track: Track,
 ) -> SetUp:
     budget = int(MEMORY_SHARE * free_bytes()) if stages != () else 0
-    source = CaseSource(dataset, budget_bytes=budget)
+    source = CaseReader(dataset, budget_bytes=budget)
     found = fingerprint(source, layout, workers=workers, clean=options.clean, track=track)
     plan = _planned(dataset, found, options)
     wanted = tuple(stages) if stages is not None else tuple(s for s in plan.stages if s != "2d") or tuple(plan.stages)
     for stage in wanted:
         plan.stage(stage)  # before anything is written
-    splits = settle_splits(dataset, layout, group_regex=options.group_regex)
+    splits = load_or_make_splits(dataset, layout, group_regex=options.group_regex)
     notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
     notes += _write(dataset, layout, plan) + _notes_on(plan)
     notes += note_on_mirroring(plan, read_header(dataset.training[0].images[0]).grid)
@@ -155,7 +155,7 @@ def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> P
             options.nnunet_plans, dataset.json, fingerprint=found.digest, name=options.plan_name
         ).model_copy(update={"dataset": dataset.name})
     elif options.published is not None:
-        plan = moved(read_record(options.published, Plan), dataset, found)
+        plan = adapt_plan_to_dataset(read_record(options.published, Plan), dataset, found)
         plan = plan.model_copy(update={"name": options.plan_name or plan.name})
     elif options.model == "rfmedsam2":
         plan = plan_rfmedsam2(
@@ -170,7 +170,7 @@ def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> P
         plan = make_plan(
             dataset, found, preset=options.preset, name=options.plan_name, spacing_zyx_mm=options.spacing_zyx_mm
         )
-    return changed(plan, list(options.changes), plan.name) if options.changes else plan
+    return apply_overrides(plan, list(options.changes), plan.name) if options.changes else plan
 
 
 def _check(options: PlanOptions) -> None:

@@ -13,13 +13,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError
-from rfmedsam2.pipeline.preprocessing.case_reader import CaseSource, Decoded, files_digest
+from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, files_digest
 from rfmedsam2.pipeline.preprocessing.memory_estimate import memory_need
 from rfmedsam2.records.plan import Plan
+from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.lock import sole_run
+from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.store.preprocessed import CaseStore
-from rfmedsam2.store.raw import Case, RawDataset
+from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import Track, map_cases, silent
 from rfmedsam2.transforms.foreground import sample_foreground
 from rfmedsam2.transforms.prepare import Prepared, prepare
@@ -54,7 +55,7 @@ class _Outcome:
 
 
 def preprocess(
-    dataset: RawDataset | CaseSource,
+    dataset: RawDataset | CaseReader,
     plan: Plan,
     stages: Sequence[str],
     layout: Layout,
@@ -80,7 +81,7 @@ def preprocess(
         WorkerError: memory ran out also with fewer workers, or a case failed; finished cases are kept.
     """
     begun = time.monotonic()
-    source = dataset if isinstance(dataset, CaseSource) else CaseSource(dataset)
+    source = dataset if isinstance(dataset, CaseReader) else CaseReader(dataset)
     stores = _stores(plan, stages, layout, source.dataset.name)
     cases = source.dataset.training
     workers = memory_need(source, plan, stages, workers).workers
@@ -96,7 +97,7 @@ def preprocess(
 
     with ExitStack() as held:
         for folder in dict.fromkeys(store.folder for store in stores.values()):
-            held.enter_context(sole_run(folder))
+            held.enter_context(exclusive_lock(folder))
         outcomes = list(
             map_cases(work, cases, workers=workers, name=lambda case: case.id, track=track, description="Preprocessing")
         )
@@ -112,16 +113,16 @@ def preprocess(
 
 def case_digest(case: Case, plan: Plan, stage: str) -> str:
     """SHA-256 over the case's files (name, size, time) and all that shapes its arrays: the stored case's identity."""
-    return hashlib.sha256(f"{files_digest(case)}\n{recipe(plan, stage)}".encode()).hexdigest()
+    return hashlib.sha256(f"{files_digest(case)}\n{preprocessing_settings(plan, stage)}".encode()).hexdigest()
 
 
-def recipe(plan: Plan, stage: str) -> str:
+def preprocessing_settings(plan: Plan, stage: str) -> str:
     """Write down what decides how a stage's arrays come out; stages of equal recipe share the work."""
     config = plan.stages[stage]
-    parts = {
+    parts = {  # the keys are those of format 1: cases that were preprocessed by it stay valid
         "spacing": config.spacing_mm,
         "slices": config.is_2d,
-        "normalisation": [n.model_dump(mode="json") for n in config.normalisation],
+        "normalisation": [n.model_dump(mode="json") for n in config.normalization],
         "resampling": config.resampling.model_dump(mode="json"),
         "transpose": plan.transpose_forward,
         "reorient": plan.reorient,
@@ -139,7 +140,7 @@ def _stores(plan: Plan, stages: Sequence[str], layout: Layout, dataset: str) -> 
 
 
 def _preprocess_case(
-    case: Case, source: CaseSource, plan: Plan, stores: Mapping[str, CaseStore], *, threads: int
+    case: Case, source: CaseReader, plan: Plan, stores: Mapping[str, CaseStore], *, threads: int
 ) -> _Outcome:
     digests = {stage: case_digest(case, plan, stage) for stage in stores}
     due = [stage for stage, store in stores.items() if not store.is_complete(case.id, digests[stage])]
@@ -147,11 +148,11 @@ def _preprocess_case(
     outcome = _Outcome(done=len(due) - rebuilt, skipped=len(stores) - len(due), rebuilt=rebuilt)
     if not due:
         return outcome
-    decoded: Decoded | None = source.read(case)
+    decoded: DecodedCase | None = source.read(case)
     written = 0
     by_recipe: dict[str, list[str]] = {}
     for stage in due:
-        by_recipe.setdefault(recipe(plan, stage), []).append(stage)
+        by_recipe.setdefault(preprocessing_settings(plan, stage), []).append(stage)
     alike = list(by_recipe.values())
     while alike and decoded is not None:
         same = alike.pop()

@@ -15,7 +15,7 @@ from typing_extensions import assert_never
 
 from rfmedsam2.errors import PlanError
 from rfmedsam2.models import build_stage
-from rfmedsam2.nn.meta_device import shapes_only
+from rfmedsam2.nn.meta_device import skip_init
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.sam2.adapted import adapters_of
 from rfmedsam2.nn.sam2.sizes import sizes_of
@@ -168,7 +168,7 @@ def _remedy(stage: Stage) -> str:
 
 
 def _shapes_only(plan: Plan, stage: Stage) -> nn.Module:
-    with shapes_only():
+    with skip_init():
         return build_stage(plan, stage)
 
 

@@ -10,7 +10,8 @@ from rfmedsam2.pipeline.prediction.checkpoints import FOLD, checkpoints_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import Backbone, UNetConfig
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.checkpoints import read_record_of, read_weights
+from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.published_weights import read_published
 
 FILES: dict[Backbone, str] = {

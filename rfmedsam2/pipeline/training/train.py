@@ -18,12 +18,13 @@ from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run
 from rfmedsam2.engine.task import silent as show_nothing
 from rfmedsam2.errors import RfMedSamError, StoreError, UsageError
-from rfmedsam2.inference.volume import Options
-from rfmedsam2.pipeline.datasets.splits import fold_split
+from rfmedsam2.inference.volume import PredictOptions
+from rfmedsam2.pipeline.datasets.splits import get_split
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
 from rfmedsam2.pipeline.evaluation.report import write_report
 from rfmedsam2.pipeline.prediction.checkpoints import CHECKPOINTS
-from rfmedsam2.pipeline.prediction.predict import Predictor, predict_files
+from rfmedsam2.pipeline.prediction.predict import predict_files
+from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.training.model_summary import check_memory
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
 from rfmedsam2.records.checkpoint import CheckpointRecord
@@ -111,7 +112,7 @@ def train(
     began = time.monotonic()
     config = plan.stage(stage)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.name, stage), config.patch_size)
-    split = fold_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
+    split = get_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
     _require_preprocessed(split, store, plan, stage)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
     with (
@@ -182,7 +183,7 @@ def describe(plan: Plan, stage: str, fold: str, *, step: int, scores: dict[str, 
 
 
 def validate_fold(
-    layout: Layout, plan: Plan, folder: Path, cases: Sequence[str], *, options: Options, track: Track = silent
+    layout: Layout, plan: Plan, folder: Path, cases: Sequence[str], *, options: PredictOptions, track: Track = silent
 ) -> Evaluation | None:
     """Predict the raw images of a fold's validation cases and score them; None where the raw dataset is not here.
 
@@ -217,7 +218,7 @@ def _finish(
 ) -> Evaluation | None:
     evaluation = None
     if options.validate:
-        how = Options(device=str(runtime.device))
+        how = PredictOptions(device=str(runtime.device))
         evaluation = validate_fold(layout, plan, folder, split.val, options=how, track=options.track)
     raw = layout.raw / plan.dataset / "imagesTr"
     write_report(

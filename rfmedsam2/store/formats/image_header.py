@@ -116,7 +116,7 @@ def repaired(grid: Grid, *, where: object) -> tuple[Grid, float]:
             remedy="Resample the image to an orthogonal grid first (a tilted CT gantry gives such files)",
         )
     # below a thousandth of a degree it is rounding; such directions stay as they are, so that grids compare equal
-    return (grid.orthonormalised() if skew > 1e-3 else grid), skew
+    return (grid.orthonormalized() if skew > 1e-3 else grid), skew
 
 
 def checked_spacing(spacing: Sequence[float], *, where: object) -> tuple[float, float, float]:

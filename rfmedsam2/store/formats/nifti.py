@@ -159,7 +159,7 @@ def _dtype(path: Path, raw: Nifti1Header) -> str:
             where=path,
             expected="integers or floating point",
             found=f"NIfTI data type {int(raw['datatype'])} ({dtype})",
-            remedy="Store colours or complex parts as channels",
+            remedy="Store colors or complex parts as channels",
         )
     return "float32" if dtype.kind == "f" or _scaling(raw) is not None else dtype.newbyteorder("=").name
 

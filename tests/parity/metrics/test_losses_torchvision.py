@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torchvision.ops import generalized_box_iou_loss
+from torchvision.ops import generalized_box_iou_loss as official_loss
 
-from rfmedsam2.losses import generalised_box_iou_loss
+from rfmedsam2.losses import generalized_box_iou_loss
 
 
 def boxes(seed: int, count: int = 200) -> torch.Tensor:
@@ -18,8 +18,8 @@ def test_values_and_gradients_are_torchvisions():
     found.data[:3] = wanted[:3]  # equal boxes
     found.data[3] = torch.tensor([0.5, 0.5, 0.5, 0.5])  # an empty one
     found.data[4] = torch.tensor([5.0, 6, 7, 8])  # one apart
-    mine = generalised_box_iou_loss(found, wanted)
-    theirs = generalized_box_iou_loss(found, wanted)
+    mine = generalized_box_iou_loss(found, wanted)
+    theirs = official_loss(found, wanted)
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(loss[3:].sum(), found)[0] for loss in (mine, theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
@@ -27,4 +27,4 @@ def test_values_and_gradients_are_torchvisions():
 
 def test_no_box_at_all_is_no_loss():
     none = torch.zeros(0, 4)
-    assert generalised_box_iou_loss(none, none).sum() == 0
+    assert generalized_box_iou_loss(none, none).sum() == 0

@@ -9,7 +9,7 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from rfmedsam2.records.plan import Augmentation, Normalisation
+from rfmedsam2.records.plan import Augmentation, Normalization
 from rfmedsam2.transforms.augment import _Spatial, in_plane_only, read_size, rotation_range, training_transforms
 
 PATCHES = [(16, 20, 24), (8, 32, 32), (32, 32), (16, 40)]
@@ -36,16 +36,16 @@ def test_read_size_equals_nnunets_initial_patch_size(patch):
 
 @pytest.mark.parametrize("patch", PATCHES)
 def test_same_seed_gives_nnunets_patch(patch):
-    config, masked = Augmentation(), (Normalisation(kind="zscore", use_mask=True), Normalisation(kind="ct"))
+    config, masked = Augmentation(), (Normalization(kind="zscore", use_mask=True), Normalization(kind="ct"))
     angle, flat = nnunet_settings(patch)
     theirs = nnUNetTrainer.get_training_transforms(
         patch, (-angle, angle), None, tuple(range(len(patch))), flat, use_mask_for_norm=[True, False]
     )
     ours = training_transforms(config, patch, masked)
-    generator = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(3)
     shape = read_size(config, patch)
-    image = torch.randn(2, *shape, generator=generator)
-    label = torch.randint(-1, 3, (1, *shape), generator=generator).to(torch.int16)
+    image = torch.randn(2, *shape, generator=rng)
+    label = torch.randint(-1, 3, (1, *shape), generator=rng).to(torch.int16)
     changed = 0
     for seed in range(24):
         results = []
@@ -57,8 +57,8 @@ def test_same_seed_gives_nnunets_patch(patch):
         torch.testing.assert_close(results[0]["image"], results[1]["image"], rtol=1e-3, atol=2e-3)
         assert torch.equal(results[0]["segmentation"], results[1]["segmentation"])
         assert results[0]["segmentation"].min() >= 0
-        centre = tuple(slice((n - p) // 2, (n - p) // 2 + p) for n, p in zip(shape, patch, strict=True))
-        changed += not torch.allclose(results[0]["image"], image[(slice(None), *centre)])
+        center = tuple(slice((n - p) // 2, (n - p) // 2 + p) for n, p in zip(shape, patch, strict=True))
+        changed += not torch.allclose(results[0]["image"], image[(slice(None), *center)])
     assert changed > 12, "nearly every patch should be changed in some way"
 
 
@@ -67,12 +67,12 @@ def test_no_rotation_and_scaling_reads_only_the_patch():
     assert read_size(config, (16, 20, 24)) == (16, 20, 24)
 
 
-def label_maps(generator):
+def label_maps(rng):
     """Noise, blocks and flat areas of one, two and many labels, some with "outside" (-1) among them."""
     shape = (22, 26, 30)
     yield np.full(shape, 5)
     for values in ([0, 7], [-1, 3], [0, 1, 2], np.arange(-1, 14)):
-        noise = generator.choice(values, shape)
+        noise = rng.choice(values, shape)
         yield noise
         yield np.kron(noise[:4, :5, :5], np.ones((6, 6, 6), int))[: shape[0], : shape[1], : shape[2]]
 
@@ -80,12 +80,12 @@ def label_maps(generator):
 @pytest.mark.parametrize("patch", [(14, 16, 18), (30, 30, 30)])
 @pytest.mark.parametrize("scale", [(0.7, 1.4), (0.5, 0.5), (2.0, 2.0)])
 def test_labels_sampled_in_one_pass_equal_batchgenerators(patch, scale):
-    generator = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
     turning = (-0.5, 0.5) if scale == (0.7, 1.4) else (0.0, 0.0)  # halves and doubles alone make ties everywhere
     figures = {"p_rotation": 1, "rotation": turning, "p_scaling": 1, "scaling": scale, "border_mode_seg": "constant"}
     figures |= {"padding_value_seg": -1, "p_synchronize_scaling_across_axes": 1}
     ours, theirs = (kind(patch, 0, False, **figures) for kind in (_Spatial, SpatialTransform))
-    for labels in label_maps(generator):
+    for labels in label_maps(rng):
         label = torch.from_numpy(labels.astype(np.int16))[None]
         results = []
         for transform in (ours, theirs):

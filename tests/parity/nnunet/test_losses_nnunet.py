@@ -20,10 +20,10 @@ REGIONS_IGNORING = REGIONS.model_copy(update={"ignore": 4})
 
 
 def logits_and_target(labels: LabelSet, shape=(2, 6, 8, 10)):
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(shape[0], labels.num_outputs, *shape[1:], generator=generator, requires_grad=True)
+    rng = torch.Generator().manual_seed(1)
+    logits = torch.randn(shape[0], labels.num_outputs, *shape[1:], generator=rng, requires_grad=True)
     values = torch.tensor(labels.allowed_values)
-    target = values[torch.randint(len(values), shape, generator=generator)].to(torch.int16)
+    target = values[torch.randint(len(values), shape, generator=rng)].to(torch.int16)
     return logits, target
 
 

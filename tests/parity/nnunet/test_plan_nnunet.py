@@ -193,7 +193,7 @@ def assert_same(mine: Plan, theirs: dict[str, Any]) -> None:
         blocks = network.get("n_conv_per_stage") or network["n_blocks_per_stage"]
         assert list(stage.model.encoder_blocks) == blocks
         assert list(stage.model.decoder_blocks) == network["n_conv_per_stage_decoder"]
-        assert [n.use_mask for n in stage.normalisation] == their["use_mask_for_norm"]
+        assert [n.use_mask for n in stage.normalization] == their["use_mask_for_norm"]
 
 
 @pytest.mark.parametrize("planner", ["ExperimentPlanner", "nnUNetPlannerResEncL"])
@@ -235,10 +235,10 @@ def test_feature_map_size_equals_that_of_the_network(block, spacing, patch):
     import torch
 
     from rfmedsam2.nn.unet import _library_network
-    from rfmedsam2.pipeline.planning.topology import Width
+    from rfmedsam2.pipeline.planning.topology import FeatureWidths
 
     topology = topology_of(spacing, patch)
-    config = Width(block=block, base=24, maximum=100).network(topology)
+    config = FeatureWidths(block=block, base=24, maximum=100).network(topology)
     with torch.device("meta"):
         network = _library_network(config, 3, 14)
     expected = network.compute_conv_feature_map_size(topology.patch_size)

@@ -17,7 +17,7 @@ from rfmedsam2.geometry import Grid, Volume
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import Normalisation, Plan, Stage
+from rfmedsam2.records.plan import Normalization, Plan, Stage
 from rfmedsam2.store.images import read_channels, read_label
 from rfmedsam2.transforms.foreground import sample_foreground
 from rfmedsam2.transforms.prepare import Prepared, Restore, prepare
@@ -55,7 +55,7 @@ def plan(
         median_shape=(10, 10, 10),
         patch_size=(8,) * dimensions,
         batch_size=2,
-        normalisation=tuple(Normalisation(kind=kind, use_mask=masked) for kind in kinds),
+        normalization=tuple(Normalization(kind=kind, use_mask=masked) for kind in kinds),
         model=model,
     )
     return Plan(
@@ -83,8 +83,8 @@ def nnunet(volume: Volume, label: np.ndarray | None, ours: Plan) -> tuple[np.nda
     )
     configuration = SimpleNamespace(
         spacing=list(stage.spacing_mm)[1 if stage.is_2d else 0 :],
-        normalization_schemes=[PEERS[n.kind] for n in stage.normalisation],
-        use_mask_for_norm=[n.use_mask for n in stage.normalisation],
+        normalization_schemes=[PEERS[n.kind] for n in stage.normalization],
+        use_mask_for_norm=[n.use_mask for n in stage.normalization],
         resampling_fn_data=partial(resample, is_seg=False, order=3),
         resampling_fn_seg=partial(resample, is_seg=True, order=1),
     )
@@ -121,7 +121,7 @@ def agree(volume: Volume, label: np.ndarray, ours: Plan) -> Prepared:
     assert prepared.image.shape == image.shape
     assert prepared.image.flags["C_CONTIGUOUS"]
     assert np.abs(prepared.image - image).max() <= 1e-5
-    masked = any(n.use_mask for n in ours.stages["stage"].normalisation)
+    masked = any(n.use_mask for n in ours.stages["stage"].normalization)
     expected = marks if masked else np.maximum(marks, 0)
     assert np.count_nonzero(prepared.label != expected) == 0
     back = ours.transpose_backward

@@ -9,7 +9,8 @@ import pytest
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 
-from rfmedsam2.store.images import read_channels, read_image, read_label, reoriented, write_label
+from rfmedsam2.store.images import read_channels, read_image, read_label, write_label
+from rfmedsam2.store.orientation import reoriented
 from rfmedsam2.store.raw import open_dataset, read_case
 
 SAMPLES = [

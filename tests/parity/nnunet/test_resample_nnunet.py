@@ -24,7 +24,7 @@ SHAPES = [
 
 
 def image(shape: tuple[int, ...], channels: int = 2) -> np.ndarray:
-    """Noise and structure in normalised units."""
+    """Noise and structure in normalized units."""
     smooth, rough = np.random.default_rng(0).normal(size=(2, channels, *shape))
     fields = gaussian_filter(smooth, (0, 1, 1, 1)) * 3 + rough
     return (fields / fields.std()).astype(np.float32)

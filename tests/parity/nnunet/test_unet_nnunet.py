@@ -7,7 +7,7 @@ import torch
 
 from rfmedsam2.models import build
 from rfmedsam2.nn.unet import UNet, load_nnunet_weights
-from rfmedsam2.pipeline.planning.topology import Width, topology_of
+from rfmedsam2.pipeline.planning.topology import FeatureWidths, topology_of
 from rfmedsam2.records.model import UNetConfig
 
 get_network_from_plans = pytest.importorskip("nnunetv2.utilities.get_network_from_plans").get_network_from_plans
@@ -21,7 +21,7 @@ CASES = [
 
 
 def small_config(block: str, spacing, patch) -> UNetConfig:
-    return Width(block=block, base=4, maximum=12).network(topology_of(spacing, patch))
+    return FeatureWidths(block=block, base=4, maximum=12).network(topology_of(spacing, patch))
 
 
 def nnunets_network(config: UNetConfig, channels: int, outputs: int) -> torch.nn.Module:

@@ -20,7 +20,7 @@ from segment_anything.modeling import PromptEncoder, TwoWayTransformer
 from torch import Tensor, nn
 
 import segment_anything_hq
-from rfmedsam2.nn.segmenter import Prompted
+from rfmedsam2.nn.segmenter import PromptBatch
 from segment_anything_hq import modeling
 from segment_anything_hq.nn.hq_decoder import MaskDecoderHQ
 from segment_anything_hq.nn.hq_sam import HqSam, load_sam
@@ -152,17 +152,17 @@ def test_batches_of_images_equal_the_published_packages(small: HqSam, published:
 
 def test_prompts_of_several_images_in_one_call_equal_single_ones(small: HqSam, published: Answers) -> None:
     torch.manual_seed(0)
-    embedded = small.encode(small.normalise(torch.rand(3, 3, 180, 256) * 255))
+    embedded = small.encode(small.normalize(torch.rand(3, 3, 180, 256) * 255))
     images = torch.tensor([2, 0, 2, 1])
     corner = torch.rand(4, 2) * 100
-    prompted = Prompted(
+    prompted = PromptBatch(
         images=images,
         points=torch.rand(4, 2, 2) * 200,
         point_labels=torch.tensor([[1, 0], [1, -1], [0, 1], [1, 1]]),
         boxes=torch.cat([corner, corner + 80], dim=1),
         masks=torch.randn(4, 64, 64),
     )
-    for given in (prompted, Prompted(images=images, boxes=prompted.boxes)):
+    for given in (prompted, PromptBatch(images=images, boxes=prompted.boxes)):
         together = small.segment(embedded, given)
         for row in range(4):
             only = torch.tensor([row])
@@ -171,9 +171,9 @@ def test_prompts_of_several_images_in_one_call_equal_single_ones(small: HqSam, p
             assert close(together.scores[only], alone.scores)
 
 
-def _of_first_image(prompted: Prompted) -> Prompted:
+def _of_first_image(prompted: PromptBatch) -> PromptBatch:
     values = {name: getattr(prompted, name) for name in ("points", "point_labels", "boxes", "masks")}
-    return Prompted(images=torch.zeros_like(prompted.images), **values)
+    return PromptBatch(images=torch.zeros_like(prompted.images), **values)
 
 
 def test_the_exported_module_equals_the_published_packages(small: HqSam, published: Answers) -> None:

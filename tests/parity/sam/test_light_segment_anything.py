@@ -14,7 +14,7 @@ from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.light_weights import load_light, sam2_name
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.tiny_vit import build_tiny_vit_encoder
-from rfmedsam2.nn.sam2.types import CellPrompts
+from rfmedsam2.nn.sam2.types import ObjectPrompts
 
 SIZE = 128
 Published = tuple[nn.ModuleDict, dict[str, Tensor]]
@@ -73,7 +73,7 @@ def test_masks_equal_segment_anythings(published: Published, prompt: str) -> Non
     masks = torch.randn(2, SIZE // 4, SIZE // 4) * 3 if prompt != "boxes" else None
     with torch.no_grad():
         features = ours.encode(torch.rand(2, 3, SIZE, SIZE))
-        got = ours.decode(features, CellPrompts(boxes=boxes, masks=masks)).masks
+        got = ours.decode(features, ObjectPrompts(boxes=boxes, masks=masks)).masks
         expected = decoded_by_sam(sam, features.embedding, boxes, masks)
     assert (got - expected).abs().max() <= 1e-5
 

@@ -10,7 +10,7 @@ pytest.importorskip("sam2")
 
 from rfmedsam2.nn.sam2.adapted import adapters_of, inject
 from rfmedsam2.nn.sam2.build import build_base
-from rfmedsam2.nn.sam2.memory_attention import prepare_frames, recall
+from rfmedsam2.nn.sam2.memory_attention import condition_on_memory, prepare_frames
 from rfmedsam2.nn.sam2.memory_selection import select
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import MemoryBank
@@ -43,23 +43,23 @@ def memories(sam: Sam2, pattern: str) -> tuple[MemoryBank, Tensor]:
     if pattern == "late":
         present[:9] = False
     rows = torch.where(present, present.flatten().cumsum(0).view(present.shape) - 1, -1)
-    generator = torch.Generator().manual_seed(2)
+    rng = torch.Generator().manual_seed(2)
     count = int(present.sum())
-    maps = torch.randn(count, sam.memory_channels, SIDE, SIDE, generator=generator)
-    return MemoryBank(maps=maps, pointers=torch.randn(count, sam.channels, generator=generator)), rows
+    maps = torch.randn(count, sam.memory_channels, SIDE, SIDE, generator=rng)
+    return MemoryBank(maps=maps, pointers=torch.randn(count, sam.channels, generator=rng)), rows
 
 
 def embeddings(sam: Sam2) -> Tensor:
     return torch.randn(FRAMES, sam.channels, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
 
 
-def ours(sam: Sam2, bank: MemoryBank, rows: Tensor, cells: Tensor, strategy, **choice) -> Tensor:
+def ours(sam: Sam2, bank: MemoryBank, rows: Tensor, objects: Tensor, strategy, **choice) -> Tensor:
     """(q, C, s, s) of cells, in their order."""
     embedding = embeddings(sam)
     prepared = prepare_frames(sam, embedding)
-    result = torch.full((len(cells), *embedding.shape[1:]), torch.nan)
-    for bucket in select(strategy, rows, cells, **choice):
-        result[bucket.cells] = recall(sam, prepared, cells[bucket.cells, 0], bank, bucket.slots)
+    result = torch.full((len(objects), *embedding.shape[1:]), torch.nan)
+    for bucket in select(strategy, rows, objects, **choice):
+        result[bucket.objects] = condition_on_memory(sam, prepared, objects[bucket.objects, 0], bank, bucket.slots)
     return result
 
 
@@ -99,60 +99,60 @@ def outputs(sam: Sam2, bank: MemoryBank, rows: Tensor, kind: int) -> dict[int, d
 def test_strategy_sam2_equals_the_official_code(sam, pattern, most, monkeypatch):
     monkeypatch.setattr(sam.base, "max_cond_frames_in_attn", -1 if most is None else most)
     bank, rows = memories(sam, pattern)
-    cells = torch.cartesian_prod(torch.arange(0, FRAMES, 2), torch.arange(OBJECTS))
-    found = ours(sam, bank, rows, cells, "sam2", max_conditioning=most)
-    for cell, (frame, kind) in enumerate(cells.tolist()):
+    objects = torch.cartesian_prod(torch.arange(0, FRAMES, 2), torch.arange(OBJECTS))
+    found = ours(sam, bank, rows, objects, "sam2", max_conditioning=most)
+    for obj, (frame, kind) in enumerate(objects.tolist()):
         expected = official(sam, frame, outputs(sam, bank, rows, kind), {})
-        torch.testing.assert_close(found[cell], expected, **TOLERANCE)
+        torch.testing.assert_close(found[obj], expected, **TOLERANCE)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pattern", ["all", "gaps"])
 def test_preceding_equals_official_tracking_with_the_current_frame_conditioning(sam, pattern):
     bank, rows = memories(sam, pattern)
-    cells = (rows >= 0).nonzero()[::2]
-    found = ours(sam, bank, rows, cells, "preceding")
-    for cell, (frame, kind) in enumerate(cells.tolist()):
+    objects = (rows >= 0).nonzero()[::2]
+    found = ours(sam, bank, rows, objects, "preceding")
+    for obj, (frame, kind) in enumerate(objects.tolist()):
         kept = outputs(sam, bank, rows, kind)
         before = {t: out for t, out in kept.items() if frame - 6 <= t < frame}
-        torch.testing.assert_close(found[cell], official(sam, frame, {frame: kept[frame]}, before), **TOLERANCE)
+        torch.testing.assert_close(found[obj], official(sam, frame, {frame: kept[frame]}, before), **TOLERANCE)
 
 
 @torch.no_grad()
 def test_following_is_preceding_with_time_reversed_but_for_the_sign_of_pointers(sam):
     bank, rows = memories(sam, "gaps")
     bank = MemoryBank(maps=bank.maps, pointers=torch.zeros_like(bank.pointers))
-    cells = (rows >= 0).nonzero()
+    objects = (rows >= 0).nonzero()
     # pointers far ahead and far behind differ in their encoding alone: without its projection they agree
     projection = sam.base.obj_ptr_tpos_proj
     kept = projection.weight.clone()
     projection.weight.zero_()
-    forward = ours(sam, bank, rows, cells, "following")
-    mirrored = cells.clone()
-    mirrored[:, 0] = FRAMES - 1 - cells[:, 0]
+    forward = ours(sam, bank, rows, objects, "following")
+    mirrored = objects.clone()
+    mirrored[:, 0] = FRAMES - 1 - objects[:, 0]
     embedding = embeddings(sam).flip(0)
     prepared = prepare_frames(sam, embedding)
     for bucket in select("preceding", rows.flip(0), mirrored):
-        backward = recall(sam, prepared, mirrored[bucket.cells, 0], bank, bucket.slots)
-        torch.testing.assert_close(forward[bucket.cells], backward, **TOLERANCE)
+        backward = condition_on_memory(sam, prepared, mirrored[bucket.objects, 0], bank, bucket.slots)
+        torch.testing.assert_close(forward[bucket.objects], backward, **TOLERANCE)
     projection.weight.copy_(kept)
 
 
 @torch.no_grad()
 def test_results_do_not_depend_on_which_cells_go_together(sam):
     bank, rows = memories(sam, "gaps")
-    cells = (rows >= 0).nonzero()
-    together = ours(sam, bank, rows, cells, "both")
-    alone = torch.cat([ours(sam, bank, rows, cells[i : i + 1], "both") for i in range(0, len(cells), 3)])
+    objects = (rows >= 0).nonzero()
+    together = ours(sam, bank, rows, objects, "both")
+    alone = torch.cat([ours(sam, bank, rows, objects[i : i + 1], "both") for i in range(0, len(objects), 3)])
     torch.testing.assert_close(together[::3], alone, **TOLERANCE)
 
 
 @torch.no_grad()
 def test_cells_without_memory_are_marked_so(sam):
     bank, rows = memories(sam, "late")
-    cells = torch.tensor([[2, 0], [3, 1]])
-    found = ours(sam, bank, rows, cells, "preceding")
-    expected = embeddings(sam)[cells[:, 0]] + sam.base.no_mem_embed.view(1, -1, 1, 1)
+    objects = torch.tensor([[2, 0], [3, 1]])
+    found = ours(sam, bank, rows, objects, "preceding")
+    expected = embeddings(sam)[objects[:, 0]] + sam.base.no_mem_embed.view(1, -1, 1, 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -162,13 +162,13 @@ def test_adapters_of_memory_attention_take_part_as_in_the_official_order(blocks)
     inject(sam.base, AdapterConfig(blocks=blocks))
     far_from_start(sam)
     bank, rows = memories(sam, "all")
-    cells = torch.tensor([[9, 0], [17, 1]])
+    objects = torch.tensor([[9, 0], [17, 1]])
     with torch.no_grad():
-        found = ours(sam, bank, rows, cells, "sam2")
-        for cell, (frame, kind) in enumerate(cells.tolist()):
+        found = ours(sam, bank, rows, objects, "sam2")
+        for obj, (frame, kind) in enumerate(objects.tolist()):
             expected = official(sam, frame, outputs(sam, bank, rows, kind), {})
-            torch.testing.assert_close(found[cell], expected, **TOLERANCE)
-    ours(sam, bank, rows, cells, "sam2").sum().backward()
+            torch.testing.assert_close(found[obj], expected, **TOLERANCE)
+    ours(sam, bank, rows, objects, "sam2").sum().backward()
     adapters = {name: module for name, module in adapters_of(sam.base).items() if name.startswith("memory_attention")}
     assert len(adapters) == 6
     assert all(p.grad is not None and p.grad.any() for module in adapters.values() for p in module.parameters())
@@ -176,7 +176,7 @@ def test_adapters_of_memory_attention_take_part_as_in_the_official_order(blocks)
 
 def test_gradients_equal_those_of_the_official_code(sam):
     bank, rows = memories(sam, "gaps")
-    cells = torch.tensor([[0, 0], [6, 0], [12, 1]])
+    objects = torch.tensor([[0, 0], [6, 0], [12, 1]])
     learned = {name: p for name, p in sam.base.named_parameters() if "memory_attention" in name or "tpos" in name}
 
     def gradients(result: Tensor) -> list[Tensor]:
@@ -184,9 +184,9 @@ def test_gradients_equal_those_of_the_official_code(sam):
         return list(torch.autograd.grad((result * weights).sum() / 100, [*learned.values(), bank.maps]))
 
     bank.maps.requires_grad_()
-    mine = gradients(ours(sam, bank, rows, cells, "sam2"))
+    mine = gradients(ours(sam, bank, rows, objects, "sam2"))
     theirs = gradients(
-        torch.stack([official(sam, frame, outputs(sam, bank, rows, kind), {}) for frame, kind in cells.tolist()])
+        torch.stack([official(sam, frame, outputs(sam, bank, rows, kind), {}) for frame, kind in objects.tolist()])
     )
     for name, a, b in zip([*learned, "maps"], mine, theirs, strict=True):
         scale = max(1.0, b.abs().max().item())

@@ -14,7 +14,7 @@ from sam2.build_sam import build_sam2 as build_official
 
 from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.model import Sam2
-from rfmedsam2.nn.sam2.types import CellPrompts
+from rfmedsam2.nn.sam2.types import ObjectPrompts
 from rfmedsam2.nn.sam2.weights import NEW_IN_2_1, load_sam2
 from rfmedsam2.store.published_weights import read_published
 
@@ -63,8 +63,8 @@ def pair(request):
 @pytest.fixture(scope="module")
 def encoded(pair):
     official, ours = pair
-    generator = torch.Generator().manual_seed(1)
-    frames = torch.randn(3, 3, ours.frame_size, ours.frame_size, generator=generator)
+    rng = torch.Generator().manual_seed(1)
+    frames = torch.randn(3, 3, ours.frame_size, ours.frame_size, generator=rng)
     with torch.no_grad():
         return official.forward_image(frames), ours.encode(frames)
 
@@ -102,7 +102,7 @@ def test_boxes_decode_equally(pair, encoded, masked):
     theirs, features = encoded
     masks = torch.randn(3, 1, 4 * ours.side, 4 * ours.side) * 5 if masked else None
     low, _, quality, _, _, pointers, scores = official_heads(official, theirs, masks)
-    decoded = ours.decode(features, CellPrompts(boxes=BOXES, masks=None if masks is None else masks[:, 0]))
+    decoded = ours.decode(features, ObjectPrompts(boxes=BOXES, masks=None if masks is None else masks[:, 0]))
     assert torch.equal(low[:, 0], decoded.masks)
     assert torch.equal(pointers, decoded.pointers)
     assert torch.equal(scores[:, 0], decoded.scores)
@@ -122,7 +122,7 @@ def test_absent_and_present_objects_decode_equally(pair, encoded):
         head.bias.copy_(before - middle)
         ours_head.bias.copy_(before - middle)
         low, _, _, _, _, pointers, scores = official_heads(official, theirs, None)
-        decoded = ours.decode(features, CellPrompts(boxes=BOXES))
+        decoded = ours.decode(features, ObjectPrompts(boxes=BOXES))
     finally:
         head.bias.copy_(before)
         ours_head.bias.copy_(before)
@@ -138,7 +138,7 @@ def test_embedding_with_memory_decodes_equally_without_a_prompt(pair, encoded):
     theirs, features = encoded
     conditioned = torch.randn_like(features.embedding)
     low, *_ = official_heads(official, theirs, None, points=False, embedding=conditioned)
-    decoded = ours.decode(features, CellPrompts(), embedding=conditioned)
+    decoded = ours.decode(features, ObjectPrompts(), embedding=conditioned)
     assert torch.equal(low[:, 0], decoded.masks)
 
 
@@ -157,7 +157,7 @@ def test_memories_are_equal(pair, encoded):
         is_mask_from_pts=True,
     )
     before = features.embedding.clone()
-    assert torch.equal(theirs, ours.remember(features.embedding, masks[:, 0], scores[:, 0]))
+    assert torch.equal(theirs, ours.encode_memory(features.embedding, masks[:, 0], scores[:, 0]))
     assert torch.equal(features.embedding, before)
     for row in positions[0]:
         assert torch.equal(row, ours.position())
@@ -199,10 +199,10 @@ def test_a_file_in_the_official_layout_makes_the_official_model(tmp_path, versio
     theirs = official.forward_image(frames)
     low, _, _, _, high, pointers, scores = official_heads(official, theirs, None)
     features = ours.encode(frames)
-    decoded = ours.decode(features, CellPrompts(boxes=BOXES))
+    decoded = ours.decode(features, ObjectPrompts(boxes=BOXES))
     assert torch.equal(decoded.masks, low[:, 0])
     assert torch.equal(decoded.pointers, pointers)
     scores[0] = -1
     coarse = features.embedding.flatten(2).permute(2, 0, 1)
     memories, _ = official._encode_new_memory([coarse], [(4, 4)], high, scores, is_mask_from_pts=True)
-    assert torch.equal(ours.remember(features.embedding, decoded.masks, scores[:, 0]), memories)
+    assert torch.equal(ours.encode_memory(features.embedding, decoded.masks, scores[:, 0]), memories)

@@ -11,7 +11,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-from rfmedsam2.nn.segmenter import Prompted
+from rfmedsam2.nn.segmenter import PromptBatch
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter
 from segment_anything_hq.nn.sam_base import SamSegmenter
 
@@ -39,9 +39,9 @@ def perturbed(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def prompted(kinds: tuple[str, ...]) -> Prompted:
+def prompted(kinds: tuple[str, ...]) -> PromptBatch:
     with_points = {"points": torch.tensor(POINTS[None]).float(), "point_labels": torch.tensor(LABELS[None])}
-    return Prompted(
+    return PromptBatch(
         images=torch.tensor([0]),
         boxes=torch.tensor(BOX[None]).float() if "b" in kinds else None,
         masks=torch.tensor(MASK[None]) if "m" in kinds else None,
@@ -76,7 +76,7 @@ def test_sam_equals_the_official_predictor(kinds: tuple[str, ...]) -> None:
     predictor = SamPredictor(official_sam(ours))
     predictor.set_image(IMAGE)
     _, scores, masks = predictor.predict(**official(kinds), multimask_output=False)
-    frames = ours.normalise(torch.from_numpy(IMAGE).permute(2, 0, 1)[None])
+    frames = ours.normalize(torch.from_numpy(IMAGE).permute(2, 0, 1)[None])
     result = ours.segment(ours.encode(frames), prompted(kinds))
     np.testing.assert_allclose(result.logits.numpy(), masks, atol=1e-5)
     np.testing.assert_allclose(result.scores.numpy(), scores, atol=1e-5)
@@ -91,7 +91,7 @@ def test_sam2_equals_the_official_predictor(kinds: tuple[str, ...]) -> None:
     predictor._bb_feat_sizes = [(SIDE // s, SIDE // s) for s in (4, 8, 16)]
     predictor.set_image(IMAGE)
     _, scores, masks = predictor.predict(**official(kinds), multimask_output=False)
-    frames = ours.normalise(torch.from_numpy(IMAGE).permute(2, 0, 1)[None])
+    frames = ours.normalize(torch.from_numpy(IMAGE).permute(2, 0, 1)[None])
     result = ours.segment(ours.encode(frames), prompted(kinds))
     np.testing.assert_allclose(result.logits.clamp(-32, 32).numpy(), masks, atol=1e-5)
     np.testing.assert_allclose(result.scores.numpy(), scores, atol=1e-5)

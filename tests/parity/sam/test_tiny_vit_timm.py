@@ -12,10 +12,10 @@ from rfmedsam2.nn.sam2.tiny_vit import Downsample, MBConv, TinyVitBlock
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for value in module.state_dict().values():
         if value.is_floating_point():
-            value.copy_(torch.rand(value.shape, generator=generator) * 0.3 + 0.05)
+            value.copy_(torch.rand(value.shape, generator=rng) * 0.3 + 0.05)
     return module.eval()
 
 

@@ -10,7 +10,7 @@ import torch
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch import Tensor
 
-from rfmedsam2.inference.video_tracking import DEVIATION, MEAN, Tracker, as_published
+from rfmedsam2.inference.video_tracking import DEVIATION, MEAN, VideoSegmenter, as_published
 from rfmedsam2.inference.zero_shot import reference_prompts
 from rfmedsam2.nn.sam2.build import Base, build_base
 from rfmedsam2.records.dataset import LabelSet
@@ -31,8 +31,8 @@ def base() -> Base:
 
 
 def case() -> tuple[Tensor, np.ndarray]:
-    generator = torch.Generator().manual_seed(0)
-    frames = torch.rand(6, 3, SIZE, SIZE, generator=generator) * 60
+    rng = torch.Generator().manual_seed(0)
+    frames = torch.rand(6, 3, SIZE, SIZE, generator=rng) * 60
     label = np.zeros((6, SIZE, SIZE), np.uint8)
     for z in range(1, 5):
         label[z, 10 + z : 30 + z, 20:45] = 1
@@ -78,7 +78,7 @@ def test_masks_equal_the_official_predictors(base: Base, setting, prompted: list
     frames, label = case()
     prompts = reference_prompts(label, LABELS, "box")
     with torch.inference_mode():
-        got = Tracker(base, frames, prompts, LABELS).run((setting,))[setting, "unprompted"]
+        got = VideoSegmenter(base, frames, prompts, LABELS).run((setting,))[setting, "unprompted"]
     points = prompts.within((SIZE, SIZE), (SIZE, SIZE))
     expected = official_masks(base, frames, {z: points[z, 0].flatten().tolist() for z in prompted}).numpy()
     assert (got[: min(prompted)] == 0).all()
@@ -91,6 +91,6 @@ def test_step_2_on_all_frames_changes_prompted_frames_alone(base: Base) -> None:
     frames, label = case()
     prompts = reference_prompts(label, LABELS, "box")
     with torch.inference_mode():
-        maps = Tracker(base, frames, prompts, LABELS).run(("two",))
+        maps = VideoSegmenter(base, frames, prompts, LABELS).run(("two",))
     same = (maps["two", "all"] == maps["two", "unprompted"]).all(axis=(1, 2))
     assert same.tolist() == [True, True, False, True, False, True]

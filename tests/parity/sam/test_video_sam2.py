@@ -230,5 +230,5 @@ def test_a_folder_is_read_as_the_official_loader_does(tmp_path: Path) -> None:
     source, network = Video(tmp_path), segmenter()
     assert (len(source), *source.size) == (len(expected), height, width)
     for number in range(FRAMES):
-        got = network.normalise(source.resized(number, SIZE))[0]
+        got = network.normalize(source.resized(number, SIZE))[0]
         torch.testing.assert_close(got, expected[number].float(), rtol=1e-5, atol=1e-5)

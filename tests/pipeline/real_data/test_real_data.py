@@ -15,7 +15,7 @@ import SimpleITK as sitk  # noqa: N813
 from support.commands import good, refused
 
 from rfmedsam2 import Predictor
-from rfmedsam2.inference.volume import Options
+from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.store.images import read_header, read_image, read_label
 
 pytestmark = pytest.mark.data
@@ -26,7 +26,7 @@ DATASETS = {
     "brats-like-4ch/Dataset114_BraTSlike4ch": 4,
     "mr-organs-totalsegmentator/Dataset119_TSAbdomenMR": 1,
 }
-REGIONS = {"background": 0, "whole_tumour": [1, 2, 3], "tumour_core": [1, 3], "enhancing": 3}
+REGIONS = {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [1, 3], "enhancing": 3}
 QUICK = ("3d_fullres.train.workers=0", "3d_fullres.validation.patches_while_training=1")
 TWICE = {f"oasis_{first}": f"oasis_{first + 20}" for first in (1003, 1004, 1005, 1018, 1019)}
 """Scans of the same subject."""
@@ -67,12 +67,12 @@ def test_a_real_dataset_goes_through_every_command(folder, data_root, tmp_path):
         assert set(np.unique(labels.array).tolist()) <= values
 
 
-def test_regions_of_real_tumours_go_through_every_command(data_root, tmp_path):
+def test_regions_of_real_tumors_go_through_every_command(data_root, tmp_path):
     changes = {"labels": REGIONS, "regions_class_order": [2, 1, 3]}
     raw = link(data_root / "brats-like-4ch/Dataset114_BraTSlike4ch", tmp_path, changes=changes)
     through(raw, tmp_path)
     scores = json.loads((tmp_path / "scores" / "metrics.json").read_text())
-    assert set(scores["classes"]) == {"whole_tumour", "tumour_core", "enhancing"}
+    assert set(scores["classes"]) == {"whole_tumor", "tumor_core", "enhancing"}
 
 
 def test_subjects_that_were_scanned_twice_stay_on_one_side(data_root, tmp_path):
@@ -141,7 +141,7 @@ def test_scripts_get_the_labels_of_the_command(mr_root, data_root, tmp_path):
     expected = np.asarray(nib.Nifti1Image.from_filename(tmp_path / "ts_mr.nii.gz").dataobj)
     assert expected.any()
     (model,) = (mr_root / "results").glob("*/*__3d_fullres")
-    options = Options(step_size=1.0)
+    options = PredictOptions(step_size=1.0)
     predictor = Predictor.load(str(model), device="cpu", options=options)
     image = nib.Nifti1Image.from_filename(source)
     found = predictor.predict_nibabel(image)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.data
 QUICK = (
     "3d_fullres.patch_size=[8,64,64]",
     "3d_fullres.model.frame_size=64",
-    "3d_fullres.sampling.cells=8",
+    "3d_fullres.sampling.max_prompted_objects=8",
     "3d_fullres.train.workers=0",
     "3d_fullres.validation.patches_while_training=1",
 )

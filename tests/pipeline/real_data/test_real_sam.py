@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from rfmedsam2.inference.zero_shot import reference_prompts, segment_frames
+from rfmedsam2.inference.zero_shot import reference_prompts, segment_slices
 from rfmedsam2.metrics.volumes import case_metrics
 from rfmedsam2.nn.sam import IMAGENET_DEVIATION, IMAGENET_MEAN, Sam, build_sam
 from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.light_weights import load_light
 from rfmedsam2.nn.sam2.model import Sam2
-from rfmedsam2.nn.sam2.types import CellPrompts
-from rfmedsam2.pipeline.evaluation.prompt_study import Look, as_pictures
+from rfmedsam2.nn.sam2.types import ObjectPrompts
+from rfmedsam2.pipeline.evaluation.prompt_study import Look, as_images
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.images import read_image, read_label
@@ -41,7 +41,7 @@ def lite_medsam(data_root) -> dict[str, Tensor]:
     return read_published(data_root / "weights-litemedsam" / "lite_medsam.pth")
 
 
-def picture(root: Path, name: str) -> tuple[Tensor, np.ndarray]:
+def image(root: Path, name: str) -> tuple[Tensor, np.ndarray]:
     """A picture (1, 3, H, W) and its label (1, H, W): 1 object, 2 ignored."""
     image = np.asarray(Image.open(root / "vgg-iseg-151" / "images" / f"{name}.jpg").convert("RGB"), np.float32)
     mask = read_label(root / "vgg-iseg-151" / "masks" / f"{name}.png")[0].array[0]
@@ -54,19 +54,19 @@ def slices(root: Path) -> tuple[Tensor, np.ndarray, LabelSet]:
     image = read_image(root / CT / "imagesTr" / "ts_example_0000.nii.gz")[0].array[:, list(SLICES)]
     label = read_label(root / CT / "labelsTr" / "ts_example.nii.gz")[0].array[0][list(SLICES)]
     labels = read_record(root / CT / "dataset.json", DatasetJson).label_set
-    return as_pictures(image, Look(channels=(0,), names=("CT",), window=None)), label, labels
+    return as_images(image, Look(channels=(0,), names=("CT",), window=None)), label, labels
 
 
 def segmented(sam: Sam, frames: Tensor, label: np.ndarray, labels: LabelSet) -> dict[str, float | None]:
     """DSC of every class with boxes."""
     with torch.inference_mode():
-        found = segment_frames(sam, frames, (reference_prompts(label, labels, "box"),), labels)["box"]
+        found = segment_slices(sam, frames, (reference_prompts(label, labels, "box"),), labels)["box"]
     return {name: scores.dsc for name, scores in case_metrics(label, found, labels, (1.0, 1.0, 1.0)).items()}
 
 
 def test_mobile_sam_cuts_out_pictured_objects(data_root, mobile_sam) -> None:
     sam = build_sam(mobile_sam, where="mobile_sam.pt")
-    dsc = [segmented(sam, *picture(data_root, name), OBJECT)["object"] for name in PICTURES]
+    dsc = [segmented(sam, *image(data_root, name), OBJECT)["object"] for name in PICTURES]
     iou = [d / (2 - d) for d in dsc if d is not None]
     assert len(iou) == len(PICTURES)
     assert np.mean(iou) > 0.85
@@ -94,7 +94,7 @@ def test_sam_2_with_light_weights_sees_what_sam_sees(backbone, data_root, reques
             mean, deviation = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_DEVIATION))
             frame = (frame - mean) / deviation
         sam2 = Sam2(base)
-        masks = sam2.decode(sam2.encode(frame), CellPrompts(boxes=box)).masks
+        masks = sam2.decode(sam2.encode(frame), ObjectPrompts(boxes=box)).masks
     got = F.interpolate(masks[:, None], (side, side), mode="bilinear")[:, 0] > 0
     assert (got == (expected > 0)).float().mean() >= 0.9999
     assert 0.01 < got.float().mean() < 0.5

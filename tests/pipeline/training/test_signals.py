@@ -10,7 +10,7 @@ import pytest
 from support.toy_task import ToyTask, make_config, make_run, timeless, weights_of
 
 from rfmedsam2.engine.fit import fit
-from rfmedsam2.store.checkpoints import read_record_of
+from rfmedsam2.store.checkpoint_header import read_record_of
 
 
 def send(number):

@@ -14,11 +14,11 @@ from support.commands import leftovers, refused
 
 from rfmedsam2.engine.log import read_events
 from rfmedsam2.errors import RfMedSamError, UsageError
-from rfmedsam2.pipeline.planning.overrides import changed
+from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.atomic import read_record
-from rfmedsam2.store.checkpoints import read_record_of
+from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.layout import Layout
 
 PHANTOM = "Dataset900_PhantomCT"
@@ -55,7 +55,7 @@ def plan(layout) -> Plan:
 
 
 def with_figures(plan: Plan, *figures: str) -> Plan:
-    return changed(plan, [f"3d_fullres.train.{figure}" for figure in figures], plan.name)
+    return apply_overrides(plan, [f"3d_fullres.train.{figure}" for figure in figures], plan.name)
 
 
 def weights_of(folder: Path, which: str = "final") -> str:
@@ -126,7 +126,9 @@ def test_fold_all_trains_on_every_case(layout, plan):
 
 
 def test_whole_volumes_can_be_validated_while_training(layout, plan):
-    whole = changed(plan, ["3d_fullres.validation.cases_while_training=1", "3d_fullres.train.epochs=1"], plan.name)
+    whole = apply_overrides(
+        plan, ["3d_fullres.validation.cases_while_training=1", "3d_fullres.train.epochs=1"], plan.name
+    )
     result = train(layout, whole, "3d_fullres", fold="0", options=QUIET)
     assert 0 <= result.progress.scores["score"] <= 1
     assert "dsc/liver" in result.progress.scores

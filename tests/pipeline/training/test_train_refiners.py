@@ -15,14 +15,14 @@ from PIL import Image
 from rfmedsam2.engine.checkpoint import FINAL, LATEST
 from rfmedsam2.engine.log import read_events
 from rfmedsam2.errors import CheckpointError, PlanError, RecordError, UsageError
-from rfmedsam2.nn.segmenter import Prompted
-from rfmedsam2.records.overrides import with_changes
+from rfmedsam2.nn.segmenter import PromptBatch
+from rfmedsam2.records.overrides import with_overrides
 from rfmedsam2.store.checkpoints import read_weights
 from segment_anything_hq import models
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.data.open_data import held_out, open_data
 from segment_anything_hq.records import METHODS, ON_SAM2, Backbone, Method, RefinerPlan, RefinerRecord
-from segment_anything_hq.tasks.defaults import recipe
+from segment_anything_hq.tasks.defaults import default_plan
 from segment_anything_hq.tasks.feed import ObjectSource
 from segment_anything_hq.tasks.train import TrainOptions, train
 
@@ -36,13 +36,13 @@ def sets(tmp_path_factory) -> tuple[ImageSet, ...]:
     folder = tmp_path_factory.mktemp("disks")
     for part in ("images", "masks"):
         (folder / part).mkdir()
-    generator = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for number in range(12):
         height, width = (90, 120) if number % 2 else (110, 70)
         y, x = np.mgrid[:height, :width]
         disk = (y - height / 2) ** 2 + (x - width / 2 + number) ** 2 < (15 + number) ** 2
-        picture = generator.integers(0, 120, (height, width, 3)) + 120 * disk[..., None]
-        Image.fromarray(picture.astype(np.uint8)).save(folder / "images" / f"{number:02d}.png")
+        image = rng.integers(0, 120, (height, width, 3)) + 120 * disk[..., None]
+        Image.fromarray(image.astype(np.uint8)).save(folder / "images" / f"{number:02d}.png")
         Image.fromarray((disk * 255).astype(np.uint8)).save(folder / "masks" / f"{number:02d}.png")
     return open_data([str(folder)])
 
@@ -60,7 +60,7 @@ def plan_of(method: Method, *changes: str) -> RefinerPlan:
         "train.iterations_per_epoch=2",
         "train.workers=0",
     ]
-    return with_changes(recipe(method, backbone_of(method), samples=10), [*tiny, *changes], where="test")
+    return with_overrides(default_plan(method, backbone_of(method), samples=10), [*tiny, *changes], where="test")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -93,7 +93,11 @@ def test_every_method_trains_and_comes_back(method: Method, sets, tmp_path: Path
 
 @pytest.mark.parametrize("method", ["hq_sam", "sam_ref"])
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(method: Method, sets, tmp_path: Path) -> None:
-    plan = plan_of(method, "train.checkpoint_minutes=1e-9", "guidance.most=3" if method == "sam_ref" else "views=2")
+    plan = plan_of(
+        method,
+        "train.checkpoint_minutes=1e-9",
+        "prompting.max_clicks=3" if method == "sam_ref" else "views_per_object=2",
+    )
     (tmp_path / "plan.json").write_text(plan.to_json())
     program = """
 import os, signal, sys, pathlib
@@ -130,7 +134,7 @@ def test_a_batch_is_a_function_of_its_number(sets) -> None:
         one, other = source.batch(number), again.batch(number)
         assert one.ids == other.ids
         assert torch.equal(one.images, other.images)
-        assert torch.equal(one.truths, other.truths)
+        assert torch.equal(one.ground_truths, other.ground_truths)
     epoch = [i for number in range(3) for i in source.batch(number).ids]
     assert len(set(epoch)) == 12, "an epoch has every object once"
     assert not torch.equal(source.batch(0).images, source.batch(3).images)
@@ -144,7 +148,7 @@ def test_ranks_share_an_epoch_without_overlap(sets) -> None:
 
 
 def test_few_views_come_again_and_new_ones_do_not(sets) -> None:
-    few = ObjectSource(sets, plan_of("hq_sam", "views=1", "batch_size=12"))
+    few = ObjectSource(sets, plan_of("hq_sam", "views_per_object=1", "batch_size=12"))
     frames = {i: few.batch(0).images[n] for n, i in enumerate(few.batch(0).ids)}
     later = few.batch(1)
     assert all(torch.equal(frames[i], later.images[n]) for n, i in enumerate(later.ids))
@@ -155,20 +159,20 @@ def test_few_views_come_again_and_new_ones_do_not(sets) -> None:
 
 
 def test_ignored_pixels_stay_ignored_on_frames(tmp_path: Path) -> None:
-    truth = np.zeros((40, 60), np.uint8)
-    truth[10:30, 10:30], truth[10:30, 30:40] = 255, 128
-    for part, array in (("images", np.zeros((40, 60, 3), np.uint8)), ("masks", truth)):
+    ground_truth = np.zeros((40, 60), np.uint8)
+    ground_truth[10:30, 10:30], ground_truth[10:30, 30:40] = 255, 128
+    for part, array in (("images", np.zeros((40, 60, 3), np.uint8)), ("masks", ground_truth)):
         (tmp_path / part).mkdir()
         Image.fromarray(array).save(tmp_path / part / "a.png")
     plan = plan_of("sam_ref", "batch_size=1")
     batch = ObjectSource(open_data([str(tmp_path)], rule="ignore_128"), plan).batch(0)
     scale = SIDE / 60
-    assert batch.truths.eq(1).sum() == pytest.approx(400 * scale**2, rel=0.05)
-    assert batch.truths.eq(-1).sum() == pytest.approx(200 * scale**2, rel=0.1)
+    assert batch.ground_truths.eq(1).sum() == pytest.approx(400 * scale**2, rel=0.05)
+    assert batch.ground_truths.eq(-1).sum() == pytest.approx(200 * scale**2, rel=0.1)
 
 
 def test_embeddings_that_are_kept_change_nothing(sets, tmp_path: Path) -> None:
-    plan = plan_of("sam_ref", "guidance.most=2")
+    plan = plan_of("sam_ref", "prompting.max_clicks=2")
     folders = [tmp_path / name for name in ("without", "cold", "warm")]
     for folder in folders:
         cache = None if folder.name == "without" else tmp_path / "kept"
@@ -179,7 +183,7 @@ def test_embeddings_that_are_kept_change_nothing(sets, tmp_path: Path) -> None:
 
 
 def test_a_decoder_is_tuned_first_and_refined_then(sets, tmp_path: Path) -> None:
-    first = plan_of("sam_decoder", "guidance.most=2")
+    first = plan_of("sam_decoder", "prompting.max_clicks=2")
     train(first, sets, (), tmp_path / "decoder", CPU)
     torch.manual_seed(0)
     tuned = models.build("sam_decoder", "vit_nano", frame_size=SIDE)
@@ -196,7 +200,7 @@ def test_a_decoder_is_tuned_first_and_refined_then(sets, tmp_path: Path) -> None
 def test_masks_of_a_trained_checkpoint_are_the_same_everywhere(sets, tmp_path: Path) -> None:
     plan = plan_of("sam2_refiner")
     train(plan, sets, (), tmp_path, CPU)
-    prompted = Prompted(images=torch.tensor([0]), boxes=torch.tensor([[20.0, 20, 90, 90]]))
+    prompted = PromptBatch(images=torch.tensor([0]), boxes=torch.tensor([[20.0, 20, 90, 90]]))
     frames = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
     masks = []
     for _ in range(2):
@@ -210,9 +214,9 @@ def test_masks_of_a_trained_checkpoint_are_the_same_everywhere(sets, tmp_path: P
 
 def test_what_does_not_fit_is_a_sentence(sets, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="not built on vit_b"):
-        recipe("sam2_refiner", "vit_b", samples=1)
+        default_plan("sam2_refiner", "vit_b", samples=1)
     with pytest.raises(UsageError, match="trained before"):
-        train(recipe("hq_sam", "vit_b", samples=1), sets, (), tmp_path, CPU)
+        train(default_plan("hq_sam", "vit_b", samples=1), sets, (), tmp_path, CPU)
     with pytest.raises(UsageError, match="cannot be kept"):
         train(plan_of("hq_sam"), sets, (), tmp_path, TrainOptions(device="cpu", cache=tmp_path))
     with pytest.raises(RecordError, match="no multiple of 32"):

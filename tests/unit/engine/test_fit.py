@@ -15,7 +15,8 @@ from rfmedsam2.engine.rng import capture
 from rfmedsam2.engine.runtime import Runtime, choose_precision, start_runtime, to_device
 from rfmedsam2.errors import DivergedError, PlanError, UsageError
 from rfmedsam2.records.plan import PolySchedule, Sgd
-from rfmedsam2.store.checkpoints import read_all, read_record_of, read_weights
+from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.checkpoints import read_all, read_weights
 from rfmedsam2.system.devices import choose_device
 
 OFTEN = 1e-9

@@ -220,7 +220,7 @@ def test_full_shared_memory_is_a_sentence(monkeypatch):
     monkeypatch.setattr(loader, "_shared_memory_free", lambda: 0.00001)
     failure = numbered[0]
     with pytest.raises(WorkerError, match=r"batch 0 \(a\).*too small to hand over a batch.*--shm-size"):
-        loader._opened(failure, 0, lambda _: "a")
+        loader._unwrap(failure, 0, lambda _: "a")
 
 
 def test_small_shared_memory_means_no_workers(monkeypatch, caplog):

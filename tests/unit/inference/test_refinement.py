@@ -10,11 +10,11 @@ from torch import Tensor
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.inference.frame_stream import FrameStream, clipped_boxes, flipped
-from rfmedsam2.inference.refined_tiles import Planes, RefinedTiles
-from rfmedsam2.inference.refinement import Request, Tiling, predict_refined_slabs, steps_of
+from rfmedsam2.inference.refined_tiles import Planes, RefinedTiles, Request, Tiling
+from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
 from rfmedsam2.inference.sliding_window import Execution, Slab, predict_slabs
 from rfmedsam2.models import build
-from rfmedsam2.nn.refinement_state import ABSENT, Start
+from rfmedsam2.nn.refinement_state import ABSENT, RefinementInput
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts, prompts_from_labels
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
@@ -260,11 +260,11 @@ def test_regions_have_no_background() -> None:
 @pytest.mark.parametrize(
     "generator", ["object_queries", "scored_object_queries", "point_embeddings", "hierarchical_masks", "gt"]
 )
-def test_generators_without_a_u_net_equal_their_steps(generator) -> None:
-    net = network(generator=generator, unet=None)
+def test_generators_without_a_u_net_equal_their_steps(rng) -> None:
+    net = network(generator=rng, unet=None)
     image = image_of(6)
     labels = logits_of(6)[:].argmax(0)
-    boxes = prompts_from_labels(labels, CLASSES) if generator == "gt" else None
+    boxes = prompts_from_labels(labels, CLASSES) if rng == "gt" else None
     found = refined(net, image, None, boxes=boxes, frames_at_once=4)
     with torch.inference_mode():
         expected = net(image[None], boxes)[0]
@@ -318,11 +318,11 @@ def test_boxes_are_clipped_to_the_tile_and_gone_outside_it() -> None:
 
 def test_flipped_starts_mirror_maps_and_boxes_alike() -> None:
     labels = logits_of(4).argmax(0)
-    start = Start(prompts=prompts_from_labels(labels, CLASSES), evidence=labels[:, None].float())
+    start = RefinementInput(prompts=prompts_from_labels(labels, CLASSES), base_logits=labels[:, None].float())
     for dims in ((-1,), (-2,), (-2, -1)):
         found, expected = flipped(start, dims), prompts_from_labels(labels.flip(dims), CLASSES)
         torch.testing.assert_close(found.prompts.boxes, expected.boxes)
-        torch.testing.assert_close(found.evidence[:, 0], labels.flip(dims).float())
+        torch.testing.assert_close(found.base_logits[:, 0], labels.flip(dims).float())
 
 
 def test_a_stream_gives_frames_late_where_it_looks_ahead() -> None:

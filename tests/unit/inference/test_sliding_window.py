@@ -156,7 +156,7 @@ def test_tile_starts_refuses_a_step_of_zero() -> None:
         tile_starts((8,), (8,), 0)
 
 
-def test_gaussian_is_positive_and_peaks_at_the_centre() -> None:
+def test_gaussian_is_positive_and_peaks_at_the_center() -> None:
     weights = gaussian_weights((9, 8, 1))
     assert weights.min() > 0
     assert weights[4, 4, 0] == weights.max() == 1

@@ -8,7 +8,7 @@ import torch
 from segment_anything import sam_model_registry
 
 from rfmedsam2.errors import CheckpointError
-from rfmedsam2.inference.video_tracking import prompted_frames
+from rfmedsam2.inference.video_tracking import prompted_slices
 from rfmedsam2.inference.zero_shot import Painter, reference_prompts
 from rfmedsam2.nn.sam import TINY_STEM, VIT_POSITIONS, _untrained, build_sam, sam_name
 from rfmedsam2.nn.sam2.build import build_base
@@ -69,7 +69,7 @@ def test_regions_are_painted_in_their_order() -> None:
     ],
 )
 def test_frames_prompted(present: list[int], setting, expected: list[int]) -> None:
-    assert prompted_frames(present, setting) == expected
+    assert prompted_slices(present, setting) == expected
 
 
 def test_ct_is_shown_in_the_window_of_soft_tissue() -> None:
@@ -89,7 +89,7 @@ def test_other_channels_are_shown_between_percentiles_of_what_is_above_the_minim
     assert flat.abs().max() == 0
 
 
-def test_three_channels_are_the_colours() -> None:
+def test_three_channels_are_the_colors() -> None:
     image = np.stack([np.full((1, 2, 2), v) for v in (0.0, 5.0, 10.0)])
     shown = as_pictures(image, Look(channels=(2, 0, 1), names=("a", "b", "c"), window=(0, 10)))
     assert shown[0, :, 0, 0].tolist() == [255, 0, 127.5]

@@ -38,9 +38,9 @@ def test_the_edge_of_the_picture_is_a_boundary() -> None:
 @pytest.mark.parametrize("width", [1, 7, 63, 64, 65, 127, 128, 129, 200])
 @pytest.mark.parametrize("ratio", [0.001, 0.02, 0.15, 0.6])
 def test_boundaries_equal_the_published_erosions(width: int, ratio: float) -> None:
-    generator = np.random.default_rng(width)
+    rng = np.random.default_rng(width)
     for height in (1, 50, 130):
-        coarse = generator.random((height // 16 + 1, width // 16 + 1)) > 0.3
+        coarse = rng.random((height // 16 + 1, width // 16 + 1)) > 0.3
         mask = coarse.repeat(16, 0).repeat(16, 1)[:height, :width]
         assert np.array_equal(mask_to_boundary(mask, ratio), eroded_boundary(mask, ratio))
 
@@ -67,11 +67,11 @@ def test_masks_that_are_both_empty_fit_and_one_does_not() -> None:
 
 
 def test_ignored_pixels_count_for_nothing() -> None:
-    truth, predicted, ignored = np.zeros((3, 20, 20), bool)
-    truth[5:15, 5:15], predicted[5:15, 5:16] = True, True
-    assert boundary_iou(truth, predicted) < 1.0
+    ground_truth, predicted, ignored = np.zeros((3, 20, 20), bool)
+    ground_truth[5:15, 5:15], predicted[5:15, 5:16] = True, True
+    assert boundary_iou(ground_truth, predicted) < 1.0
     ignored[:, 14:17] = True
-    assert boundary_iou(truth, predicted, ignored=ignored) == 1.0
+    assert boundary_iou(ground_truth, predicted, ignored=ignored) == 1.0
 
 
 @pytest.mark.parametrize("width", [60, 64])

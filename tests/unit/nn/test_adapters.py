@@ -56,7 +56,7 @@ def test_width_of_the_bottleneck_and_count(kind, spatial):
 
 
 @pytest.mark.parametrize("kind", [DWConvAdapter, CNNAdapter])
-def test_spatial_adapters_see_the_nearest_neighbours(kind):
+def test_spatial_adapters_see_the_nearest_neighbors(kind):
     adapter = perturbed(kind(8, ratio=1.0))
     channels = 3 if kind is DWConvAdapter else 1
     x = torch.randn(1, 7, 7, 8).movedim(3, channels)

@@ -11,7 +11,7 @@ from rfmedsam2.nn.feature_cache import FeatureCache, changes_of_frames, feature_
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config
-from rfmedsam2.records.plan import Augmentation, Compute, Normalisation, Stage
+from rfmedsam2.records.plan import Augmentation, Compute, Normalization, Stage
 
 STILL = Augmentation().model_copy(
     update={name: 0.0 for name in Augmentation.model_fields if name.endswith("_probability")} | {"mirror_axes": (0,)}
@@ -43,7 +43,7 @@ def stage_of(augmentation: Augmentation = STILL, cache_mb: int = 64) -> Stage:
         median_shape=(16, 64, 64),
         patch_size=(4, 64, 64),
         batch_size=1,
-        normalisation=(Normalisation(kind="ct"),),
+        normalization=(Normalization(kind="ct"),),
         augmentation=augmentation,
         compute=Compute(cache_features_mb=cache_mb),
         model=RFMedSam2Config(generator="gt", unet=None, backbone="mobile_sam", frame_size=64, **FROZEN),

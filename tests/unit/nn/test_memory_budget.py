@@ -10,11 +10,11 @@ import torch
 from support.live_storage import LiveStorage, kept_by_autograd
 from torch import Tensor
 
-from rfmedsam2.nn.memory_budget import CellSizes, at_once, frame_bytes
+from rfmedsam2.nn.memory_budget import ObjectSizes, chunk_size, frame_bytes
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
-from rfmedsam2.nn.sam2.memory_attention import prepare_frames, recall
+from rfmedsam2.nn.sam2.memory_attention import condition_on_memory, prepare_frames
 from rfmedsam2.nn.sam2.model import Sam2
-from rfmedsam2.nn.sam2.types import CellPrompts, FrameFeatures, MemoryBank, Slots
+from rfmedsam2.nn.sam2.types import FrameFeatures, MemoryBank, ObjectPrompts, Slots
 from rfmedsam2.records.model import AdapterConfig, Backbone, RFMedSam2Config
 
 LEAST, MOST = 0.7, 2.0
@@ -30,7 +30,7 @@ NETWORKS: list[tuple[Backbone, int, bool]] = [
     ("sam2_tiny", 256, True),
     ("sam2_tiny", 128, False),
 ]
-CELLS, MEMORIES = 4, 7
+OBJECTS, MEMORIES = 4, 7
 Part = Callable[[], Tensor]
 
 
@@ -42,10 +42,10 @@ def sam_of(backbone: Backbone, size: int, adapted: bool) -> Sam2:
     return RFMedSam2(config, channels=1, outputs=2).train().sam
 
 
-def sizes_of(sam: Sam2) -> CellSizes:
+def sizes_of(sam: Sam2) -> ObjectSizes:
     attention = sam.base.memory_attention
     first = attention.layers[0]
-    return CellSizes(
+    return ObjectSizes(
         side=sam.side,
         channels=sam.channels,
         memory_channels=sam.memory_channels,
@@ -64,22 +64,22 @@ def features_of(sam: Sam2, frames: int) -> FrameFeatures:
 
 
 def decoding(sam: Sam2) -> Part:
-    features, frames = features_of(sam, 2), torch.arange(CELLS) % 2
-    masks = torch.randn(CELLS, 4 * sam.side, 4 * sam.side)
-    boxes = torch.tensor([4.0, 6.0, 40.0, 50.0]).expand(CELLS, 4)
-    return lambda: sam.decode(features.at(frames), CellPrompts(boxes=boxes, masks=masks)).masks
+    features, frames = features_of(sam, 2), torch.arange(OBJECTS) % 2
+    masks = torch.randn(OBJECTS, 4 * sam.side, 4 * sam.side)
+    boxes = torch.tensor([4.0, 6.0, 40.0, 50.0]).expand(OBJECTS, 4)
+    return lambda: sam.decode(features.at(frames), ObjectPrompts(boxes=boxes, masks=masks)).masks
 
 
 def remembering(sam: Sam2) -> Part:
-    features, frames = features_of(sam, 2), torch.arange(CELLS) % 2
-    masks, scores = torch.randn(CELLS, 4 * sam.side, 4 * sam.side), torch.ones(CELLS)
-    return lambda: sam.remember(features.embedding[frames], masks, scores)
+    features, frames = features_of(sam, 2), torch.arange(OBJECTS) % 2
+    masks, scores = torch.randn(OBJECTS, 4 * sam.side, 4 * sam.side), torch.ones(OBJECTS)
+    return lambda: sam.encode_memory(features.embedding[frames], masks, scores)
 
 
 def recalling(sam: Sam2, memories: int) -> Part:
     """Cells of successive frames, each with the memories of the frames before."""
-    features, frames = features_of(sam, CELLS), torch.arange(CELLS)
-    known = CELLS + memories - 1
+    features, frames = features_of(sam, OBJECTS), torch.arange(OBJECTS)
+    known = OBJECTS + memories - 1
     bank = MemoryBank(
         maps=torch.randn(known, sam.memory_channels, sam.side, sam.side, requires_grad=True),
         pointers=torch.randn(known, sam.channels, requires_grad=True),
@@ -87,15 +87,17 @@ def recalling(sam: Sam2, memories: int) -> Part:
     seen = frames[:, None] + torch.arange(memories)
     slots = Slots(
         maps=seen,
-        positions=torch.arange(memories).expand(CELLS, memories),
+        positions=torch.arange(memories).expand(OBJECTS, memories),
         pointers=seen,
-        distances=torch.rand(CELLS, memories),
+        distances=torch.rand(OBJECTS, memories),
     )
     prepared = prepare_frames(sam, features.embedding)
-    boxes = torch.tensor([4.0, 6.0, 40.0, 50.0]).expand(CELLS, 4)
+    boxes = torch.tensor([4.0, 6.0, 40.0, 50.0]).expand(OBJECTS, 4)
     return lambda: (
         sam.decode(
-            features.at(frames), CellPrompts(boxes=boxes), embedding=recall(sam, prepared, frames, bank, slots)
+            features.at(frames),
+            ObjectPrompts(boxes=boxes),
+            embedding=condition_on_memory(sam, prepared, frames, bank, slots),
         ).masks
     )
 
@@ -125,12 +127,12 @@ def test_estimates_of_cells_are_near_what_is_counted(
     sizes = sizes_of(sam)
     parts = {
         "decode": (decoding(sam), sizes.decode(training=training)),
-        "remember": (remembering(sam), sizes.remember(training=training)),
+        "remember": (remembering(sam), sizes.encode_memory(training=training)),
         "recall one": (recalling(sam, 1), sizes.recall(1, training=training)),
         "recall many": (recalling(sam, MEMORIES), sizes.recall(MEMORIES, training=training)),
     }
     for name, (part, estimate) in parts.items():
-        assert_close(name, estimate, counted(sam, part, training=training) / CELLS)
+        assert_close(name, estimate, counted(sam, part, training=training) / OBJECTS)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -178,5 +180,5 @@ def test_autograd_keeps_a_storage_once() -> None:
 
 
 def test_at_least_one_is_treated_at_once() -> None:
-    assert at_once(64, 10**12) == 1
-    assert at_once(64, 10**6) == 64
+    assert chunk_size(64, 10**12) == 1
+    assert chunk_size(64, 10**6) == 64

@@ -17,14 +17,14 @@ def bank_of(present: torch.Tensor) -> torch.Tensor:
     return torch.where(present, rows, -1)
 
 
-def all_cells(frames: int, objects: int) -> torch.Tensor:
+def all_objects(frames: int, objects: int) -> torch.Tensor:
     return torch.cartesian_prod(torch.arange(frames), torch.arange(objects))
 
 
-def memories_of(buckets: list[Bucket], cell: int) -> tuple[set, set]:
+def memories_of(buckets: list[Bucket], obj: int) -> tuple[set, set]:
     """{(row, position)} and {(row, distance in fifteenths)} of one cell."""
-    (bucket,) = [bucket for bucket in buckets if cell in bucket.cells.tolist()]
-    slots, at = bucket.slots, bucket.cells.tolist().index(cell)
+    (bucket,) = [bucket for bucket in buckets if obj in bucket.objects.tolist()]
+    slots, at = bucket.slots, bucket.objects.tolist().index(obj)
     fifteenths = (slots.distances[at] * 15).round().long().tolist()
     maps = set(zip(slots.maps[at].tolist(), slots.positions[at].tolist(), strict=True))
     return maps, set(zip(slots.pointers[at].tolist(), fifteenths, strict=True))
@@ -44,17 +44,17 @@ def random_presence(frames: int = 12, objects: int = 3, seed: int = 0) -> torch.
         ("both", {10: 6, **{10 - d: d - 1 for d in range(1, 7)}, **{10 + d: d - 1 for d in range(1, 7)}}),
     ],
 )
-def test_neighbours_take_the_position_of_their_distance(strategy, expected):
-    buckets = select(strategy, torch.arange(20)[:, None], all_cells(20, 1))
+def test_neighbors_take_the_position_of_their_distance(strategy, expected):
+    buckets = select(strategy, torch.arange(20)[:, None], all_objects(20, 1))
     maps, pointers = memories_of(buckets, 10)
     assert maps == set(expected.items())
     assert pointers == {(row, 10 - row) for row in expected}
 
 
 def test_reach_bounds_how_far_a_cell_looks():
-    maps, _ = memories_of(select("both", torch.arange(20)[:, None], all_cells(20, 1), reach=2), 10)
+    maps, _ = memories_of(select("both", torch.arange(20)[:, None], all_objects(20, 1), reach=2), 10)
     assert {row for row, _ in maps} == {8, 9, 10, 11, 12}
-    alone, _ = memories_of(select("preceding", torch.arange(20)[:, None], all_cells(20, 1), reach=0), 10)
+    alone, _ = memories_of(select("preceding", torch.arange(20)[:, None], all_objects(20, 1), reach=0), 10)
     assert alone == {(10, 6)}
 
 
@@ -62,31 +62,31 @@ def test_frames_without_memory_are_left_out_but_keep_distances():
     present = torch.ones(10, 2, dtype=torch.bool)
     present[[3, 5, 6], 1] = False
     bank = bank_of(present)
-    maps, _ = memories_of(select("preceding", bank, all_cells(10, 2)), 6 * 2 + 1)
+    maps, _ = memories_of(select("preceding", bank, all_objects(10, 2)), 6 * 2 + 1)
     assert maps == {(int(bank[4, 1]), 1), (int(bank[2, 1]), 3), (int(bank[1, 1]), 4), (int(bank[0, 1]), 5)}
 
 
 def test_objects_never_see_one_anothers_memories():
     present = random_presence()
-    bank, cells = bank_of(present), all_cells(*present.shape)
-    for bucket in select("both", bank, cells):
+    bank, objects = bank_of(present), all_objects(*present.shape)
+    for bucket in select("both", bank, objects):
         owners = torch.full((int(present.sum()),), -1)
         owners[bank[present]] = present.nonzero()[:, 1]
-        assert (owners[bucket.slots.maps] == cells[bucket.cells, 1:]).all()
+        assert (owners[bucket.slots.maps] == objects[bucket.objects, 1:]).all()
 
 
 @pytest.mark.parametrize("strategy", ["preceding", "following", "both", "sam2"])
 def test_every_cell_is_in_one_bucket(strategy):
     present = random_presence()
-    cells = present.nonzero()
-    buckets = select(strategy, bank_of(present), cells)
-    assert torch.cat([bucket.cells for bucket in buckets]).sort().values.tolist() == list(range(len(cells)))
+    objects = present.nonzero()
+    buckets = select(strategy, bank_of(present), objects)
+    assert torch.cat([bucket.objects for bucket in buckets]).sort().values.tolist() == list(range(len(objects)))
     assert len({(b.slots.maps.shape[1], b.slots.pointers.shape[1]) for b in buckets}) == len(buckets)
     assert all((bucket.slots.maps >= 0).all() for bucket in buckets)
 
 
 def test_cells_without_any_memory_get_empty_slots():
-    (bucket,) = select("preceding", torch.full((4, 1), -1), all_cells(4, 1))
+    (bucket,) = select("preceding", torch.full((4, 1), -1), all_objects(4, 1))
     assert bucket.slots.maps.shape == (4, 0)
     assert bucket.slots.pointers.shape == (4, 0)
 
@@ -113,14 +113,14 @@ def test_sam2_chooses_as_the_official_code(frames, most):
     # rows are told by frame: one object's bank at a time
     for kind in range(present.shape[1]):
         bank = torch.where(present[:, kind : kind + 1], torch.arange(frames)[:, None], -1)
-        buckets = select("sam2", bank, all_cells(frames, 1), max_conditioning=most)
+        buckets = select("sam2", bank, all_objects(frames, 1), max_conditioning=most)
         for frame in range(frames):
             assert memories_of(buckets, frame) == official(present[:, kind], frame, -1 if most is None else most)
 
 
 def test_impossible_requests_get_a_sentence():
-    bank, cells = torch.zeros(4, 1, dtype=torch.long), all_cells(4, 1)
+    bank, objects = torch.zeros(4, 1, dtype=torch.long), all_objects(4, 1)
     with pytest.raises(UsageError, match="0 to 6 frames"):
-        select("both", bank, cells, reach=7)
+        select("both", bank, objects, reach=7)
     with pytest.raises(UsageError, match="2 conditioning frames or more"):
-        select("sam2", bank, cells, max_conditioning=1)
+        select("sam2", bank, objects, max_conditioning=1)

@@ -11,9 +11,9 @@ from rfmedsam2.models import build
 from rfmedsam2.nn.refinement_state import (
     ABSENT,
     one_against_rest,
-    placed,
     prompts_of,
     relative_to_background,
+    scatter_masks,
     with_background,
 )
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
@@ -87,7 +87,7 @@ def test_prompts_follow_the_largest_class_above_background() -> None:
 
 def test_placing_no_cells_changes_nothing() -> None:
     class_map = torch.randn(2, 3, 4, 4)
-    assert placed(class_map, torch.empty(0, 2, dtype=torch.long), torch.empty(0, 4, 4)) is class_map
+    assert scatter_masks(class_map, torch.empty(0, 2, dtype=torch.long), torch.empty(0, 4, 4)) is class_map
 
 
 @pytest.mark.parametrize("output", ["replace", "detail", "correct"])
@@ -176,11 +176,11 @@ def test_cells_without_a_prompt_are_not_decoded(monkeypatch: pytest.MonkeyPatch)
 
 def test_training_decodes_at_most_so_many_cells_and_predicting_all() -> None:
     model = network(generator="gt", unet=None).train()
-    model.refiner.most_cells = 3
+    model.refiner.max_objects = 3
     with torch.no_grad():
-        assert len(model.steps(patch(), boxes(4, 2)).cells) == 8
+        assert len(model.steps(patch(), boxes(4, 2)).objects) == 8
     torch.manual_seed(0)
-    drawn = model.steps(patch(), boxes(4, 2)).cells
+    drawn = model.steps(patch(), boxes(4, 2)).objects
     assert len(drawn) == len(drawn.unique(dim=0)) == 3
 
 
@@ -208,8 +208,8 @@ def test_a_step_that_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize(
     "generator", ["object_queries", "scored_object_queries", "point_embeddings", "hierarchical_masks"]
 )
-def test_generators_on_features_give_logits(generator: str) -> None:
-    model = network(generator=generator, unet=None, object_scores=generator == "scored_object_queries")
+def test_generators_on_features_give_logits(rng: str) -> None:
+    model = network(generator=rng, unet=None, object_scores=rng == "scored_object_queries")
     with torch.inference_mode():
         assert model(patch(), None).shape == (1, 3, 4, 32, 32)
 

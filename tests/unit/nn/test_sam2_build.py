@@ -8,7 +8,7 @@ import torch
 from rfmedsam2.errors import PlanError
 from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.model import Sam2
-from rfmedsam2.nn.sam2.types import CellPrompts
+from rfmedsam2.nn.sam2.types import ObjectPrompts
 
 BOXES = torch.tensor([[2.0, 3.0, 20.0, 30.0], [5.0, 5.0, 31.0, 31.0]])
 LIGHT = ("mobile_sam", "lite_medsam")
@@ -22,11 +22,11 @@ def built(backbone="nano", frame_size=64, **options) -> Sam2:
 def all_steps(sam: Sam2) -> list[torch.Tensor]:
     frames = torch.randn(2, 3, sam.frame_size, sam.frame_size, generator=torch.Generator().manual_seed(1))
     features = sam.encode(frames)
-    first = sam.decode(features, CellPrompts(boxes=BOXES))
+    first = sam.decode(features, ObjectPrompts(boxes=BOXES))
     second = sam.decode(
-        features, CellPrompts(boxes=BOXES, masks=first.masks.clamp(-20, 20)), embedding=features.embedding
+        features, ObjectPrompts(boxes=BOXES, masks=first.masks.clamp(-20, 20)), embedding=features.embedding
     )
-    maps = sam.remember(features.embedding, first.masks, first.scores)
+    maps = sam.encode_memory(features.embedding, first.masks, first.scores)
     return [first.masks, first.pointers, first.quality, second.masks, maps, sam.position(), sam.image_position()]
 
 
@@ -113,8 +113,8 @@ def test_results_of_a_cell_do_not_depend_on_the_others():
     boxes = torch.tensor([[1.0, 1.0, 9.0, 9.0], [4.0, 8.0, 60.0, 50.0], [0.0, 0.0, 63.0, 63.0]])
     with torch.no_grad():
         features = sam.encode(frames)
-        together = sam.decode(features, CellPrompts(boxes=boxes, masks=masks))
-        alone = sam.decode(features.at(torch.tensor([1])), CellPrompts(boxes=boxes[1:2], masks=masks[1:2]))
+        together = sam.decode(features, ObjectPrompts(boxes=boxes, masks=masks))
+        alone = sam.decode(features.at(torch.tensor([1])), ObjectPrompts(boxes=boxes[1:2], masks=masks[1:2]))
     torch.testing.assert_close(together.masks[1:2], alone.masks, rtol=0, atol=1e-5)
 
 
@@ -125,20 +125,20 @@ def test_object_scores_empty_absent_cells_only_where_asked():
     head.weight.zero_()
     head.bias.fill_(-1.0)
     features = sam.encode(torch.randn(2, 3, 64, 64))
-    empty = sam.decode(features, CellPrompts(boxes=BOXES))
+    empty = sam.decode(features, ObjectPrompts(boxes=BOXES))
     assert (empty.masks == -1024).all()
     assert torch.equal(empty.pointers, sam.base.no_obj_ptr.expand(2, -1))
     masks = torch.randn(2, 16, 16)
-    absent = sam.remember(features.embedding, masks, empty.scores)
-    present = sam.remember(features.embedding, masks, -empty.scores)
+    absent = sam.encode_memory(features.embedding, masks, empty.scores)
+    present = sam.encode_memory(features.embedding, masks, -empty.scores)
     embedding = sam.base.no_obj_embed_spatial[..., None, None].expand_as(absent)
     torch.testing.assert_close(absent - present, embedding, rtol=0, atol=1e-5)
 
     sam.object_scores = False
-    kept = sam.decode(features, CellPrompts(boxes=BOXES))
+    kept = sam.decode(features, ObjectPrompts(boxes=BOXES))
     assert torch.equal(kept.scores, empty.scores)
     assert (kept.masks != -1024).all()
-    assert torch.equal(sam.remember(features.embedding, masks, kept.scores), present)
+    assert torch.equal(sam.encode_memory(features.embedding, masks, kept.scores), present)
 
 
 @torch.no_grad()
@@ -146,20 +146,20 @@ def test_tokens_take_the_place_of_the_boxes_embeddings():
     sam = built()
     features = sam.encode(torch.randn(2, 3, 64, 64))
     corners = sam.base.sam_prompt_encoder(points=None, boxes=BOXES, masks=None)[0]
-    by_tokens = sam.decode(features, CellPrompts(tokens=corners))
-    assert torch.equal(by_tokens.masks, sam.decode(features, CellPrompts(boxes=BOXES)).masks)
-    assert not torch.equal(by_tokens.masks, sam.decode(features, CellPrompts(tokens=corners + 1)).masks)
+    by_tokens = sam.decode(features, ObjectPrompts(tokens=corners))
+    assert torch.equal(by_tokens.masks, sam.decode(features, ObjectPrompts(boxes=BOXES)).masks)
+    assert not torch.equal(by_tokens.masks, sam.decode(features, ObjectPrompts(tokens=corners + 1)).masks)
 
 
 @torch.no_grad()
 def test_boxes_keep_their_place_at_half_precision():
     sam = built()
     features = sam.encode(torch.randn(2, 3, 64, 64))
-    sparse = sam._prompt_embeddings(CellPrompts(boxes=BOXES), 2)[0]
+    sparse = sam._prompt_embeddings(ObjectPrompts(boxes=BOXES), 2)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(sam._prompt_embeddings(CellPrompts(boxes=BOXES), 2)[0], sparse)
-        decoded = sam.decode(features, CellPrompts(boxes=BOXES))
-        memory = sam.remember(features.embedding, decoded.masks, decoded.scores)
+        assert torch.equal(sam._prompt_embeddings(ObjectPrompts(boxes=BOXES), 2)[0], sparse)
+        decoded = sam.decode(features, ObjectPrompts(boxes=BOXES))
+        memory = sam.encode_memory(features.embedding, decoded.masks, decoded.scores)
     assert decoded.masks.isfinite().all()
     assert memory.isfinite().all()
 
@@ -209,15 +209,15 @@ def test_sams_decoder_starts_as_sams_own():
     sam = Sam2(base).eval()
     features = sam.encode(torch.randn(2, 3, 64, 64))
     masks = torch.randn(2, 16, 16)
-    decoded = sam.decode(features, CellPrompts(boxes=BOXES, masks=masks))
-    for cell in range(2):
-        sparse, dense = prompt_encoder(points=None, boxes=BOXES[cell : cell + 1], masks=masks[cell : cell + 1, None])
+    decoded = sam.decode(features, ObjectPrompts(boxes=BOXES, masks=masks))
+    for obj in range(2):
+        sparse, dense = prompt_encoder(points=None, boxes=BOXES[obj : obj + 1], masks=masks[obj : obj + 1, None])
         theirs, quality = decoder(
-            image_embeddings=features.embedding[cell : cell + 1],
+            image_embeddings=features.embedding[obj : obj + 1],
             image_pe=prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=False,
         )
-        torch.testing.assert_close(decoded.masks[cell], theirs[0, 0], rtol=0, atol=1e-4)
-        torch.testing.assert_close(decoded.quality[cell], quality[0, 0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(decoded.masks[obj], theirs[0, 0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(decoded.quality[obj], quality[0, 0], rtol=0, atol=1e-4)

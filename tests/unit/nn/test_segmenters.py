@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
-from rfmedsam2.nn.segmenter import Prompted, Segmenter
+from rfmedsam2.nn.segmenter import PromptBatch, Segmenter
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter, build_sam2
 from segment_anything_hq.nn.sam_base import SamSegmenter, build_sam, load_sam
 
@@ -23,12 +23,12 @@ def built(name: str, **options) -> SamSegmenter | Sam2Segmenter:
     return model
 
 
-def clicks() -> Prompted:
+def clicks() -> PromptBatch:
     """Five objects of three images with three, one, no, two and one clicks, boxes and masks."""
     g = torch.Generator().manual_seed(2)
     labels = torch.tensor([[1, 0, 1], [-1, 1, -1], [-1, -1, -1], [0, 1, -1], [1, -1, -1]])
     corner = torch.rand(5, 2, generator=g) * 30
-    return Prompted(
+    return PromptBatch(
         images=torch.tensor([2, 0, 0, 1, 2]),
         points=torch.rand(5, 3, 2, generator=g) * SIDE,
         point_labels=labels,
@@ -41,13 +41,13 @@ def frames(count: int = 3, side: int = SIDE) -> torch.Tensor:
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-def stripped(prompted: Prompted) -> Prompted:
+def stripped(prompted: PromptBatch) -> PromptBatch:
     """One prompt without its padding."""
     assert prompted.points is not None
     assert prompted.point_labels is not None
     given = prompted.point_labels[0] >= 0
     some = {"points": prompted.points[:, given], "point_labels": prompted.point_labels[:, given]} if given.any() else {}
-    return Prompted(images=prompted.images, boxes=prompted.boxes, masks=prompted.masks, **some)
+    return PromptBatch(images=prompted.images, boxes=prompted.boxes, masks=prompted.masks, **some)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -60,7 +60,7 @@ def test_prompts_of_several_images_are_as_one_by_one(name: str) -> None:
     for i in range(5):
         one = stripped(prompted.at(torch.tensor([i])))
         alone = model.encode(frames()[one.images])
-        single = Prompted(
+        single = PromptBatch(
             images=torch.tensor([0]),
             points=one.points,
             point_labels=one.point_labels,
@@ -78,10 +78,10 @@ def test_each_kind_of_prompt_may_be_left_out(name: str) -> None:
     model, full = built(name), clicks()
     embedded = model.encode(frames())
     kinds = {
-        "nothing": Prompted(images=full.images),
-        "boxes": Prompted(images=full.images, boxes=full.boxes),
-        "points": Prompted(images=full.images, points=full.points, point_labels=full.point_labels),
-        "masks": Prompted(images=full.images, masks=full.masks),
+        "nothing": PromptBatch(images=full.images),
+        "boxes": PromptBatch(images=full.images, boxes=full.boxes),
+        "points": PromptBatch(images=full.images, points=full.points, point_labels=full.point_labels),
+        "masks": PromptBatch(images=full.images, masks=full.masks),
     }
     results = [model.segment(embedded, prompted).logits for prompted in kinds.values()]
     assert all(torch.isfinite(r).all() for r in results)
@@ -95,10 +95,10 @@ def test_a_single_point_may_be_the_best_of_three_masks(name: str) -> None:
     for model in (plain, best):
         if isinstance(model, Sam2Segmenter):  # else of weights like these SAM 2 always takes the best of three
             model.base.sam_mask_decoder.dynamic_multimask_via_stability = False
-    point = Prompted(
+    point = PromptBatch(
         images=torch.tensor([0, 1]), points=torch.rand(2, 1, 2) * 60, point_labels=torch.ones(2, 1, dtype=torch.long)
     )
-    box = Prompted(images=torch.tensor([0]), boxes=torch.tensor([[4.0, 4.0, 40.0, 40.0]]))
+    box = PromptBatch(images=torch.tensor([0]), boxes=torch.tensor([[4.0, 4.0, 40.0, 40.0]]))
     embedded = plain.encode(frames())
     assert not torch.equal(plain.segment(embedded, point).logits, best.segment(embedded, point).logits)
     assert torch.equal(plain.segment(embedded, box).logits, best.segment(embedded, box).logits)
@@ -110,12 +110,12 @@ def test_a_single_point_may_be_the_best_of_three_masks(name: str) -> None:
 def test_frames_of_other_sizes(name: str, side: int) -> None:
     model = built(name, frame_size=side)
     assert isinstance(model, Segmenter)
-    seen = model.normalise(torch.randint(0, 256, (1, 3, side, side - 16), dtype=torch.uint8))
+    seen = model.normalize(torch.randint(0, 256, (1, 3, side, side - 16), dtype=torch.uint8))
     assert seen.shape == (1, 3, side, side)
     assert (seen[..., -16:] == 0).all()
     embedded = model.encode(seen)
     assert embedded.embedding.shape == (1, model.channels, side // 16, side // 16)
-    mask = model.segment(embedded, Prompted(images=torch.tensor([0]), boxes=torch.tensor([[4.0, 4.0, 40.0, 40.0]])))
+    mask = model.segment(embedded, PromptBatch(images=torch.tensor([0]), boxes=torch.tensor([[4.0, 4.0, 40.0, 40.0]])))
     assert mask.logits.shape == (1, side // 4, side // 4)
 
 
@@ -134,7 +134,7 @@ def test_only_the_decoder_is_trained_and_only_if_asked(name: str) -> None:
 
 def test_points_need_labels() -> None:
     with pytest.raises(UsageError, match="Every point needs a label"):
-        Prompted(images=torch.tensor([0]), points=torch.zeros(1, 1, 2))
+        PromptBatch(images=torch.tensor([0]), points=torch.zeros(1, 1, 2))
 
 
 @pytest.mark.parametrize(("name", "side"), [("sam", 72), ("sam", 48), ("sam2", 80)])

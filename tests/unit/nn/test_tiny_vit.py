@@ -49,7 +49,7 @@ def test_frames_of_the_input_size_are_taken_as_they_are() -> None:
     assert torch.equal(out["vision_features"], torch.nn.functional.adaptive_avg_pool2d(expected, 20))
 
 
-def test_frames_do_not_depend_on_their_neighbours_while_training() -> None:
+def test_frames_do_not_depend_on_their_neighbors_while_training() -> None:
     encoder = build_tiny_vit_encoder(64).train()
     frames = torch.rand(3, 3, 64, 64)
     together = encoder(frames)["vision_features"]

@@ -13,7 +13,7 @@ from rfmedsam2.models import build, load_network
 from rfmedsam2.nn.attention import TransformerBlock, sine_positions
 from rfmedsam2.nn.unet import UNet, load_nnunet_weights
 from rfmedsam2.pipeline.planning.plan import plan
-from rfmedsam2.pipeline.planning.topology import Width, topology_of
+from rfmedsam2.pipeline.planning.topology import FeatureWidths, topology_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
@@ -25,7 +25,7 @@ PATCH = (16, 16, 16)
 
 
 def small(block: str = "plain") -> UNetConfig:
-    return Width(block=block, base=4, maximum=8).network(topology_of((1, 1, 1), PATCH))
+    return FeatureWidths(block=block, base=4, maximum=8).network(topology_of((1, 1, 1), PATCH))
 
 
 def small_plan() -> Plan:
@@ -115,7 +115,9 @@ def test_a_stage_that_the_plan_has_not_is_named(tmp_path):
 
 def with_attention(patch: tuple[int, ...]) -> UNetConfig:
     return (
-        Width(base=4, maximum=8).network(topology_of((1,) * len(patch), patch)).model_copy(update={"attention": True})
+        FeatureWidths(base=4, maximum=8)
+        .network(topology_of((1,) * len(patch), patch))
+        .model_copy(update={"attention": True})
     )
 
 
@@ -172,7 +174,7 @@ def test_sine_positions_count_along_their_own_axis():
 
 
 def test_the_papers_network_has_45_million_parameters():
-    config = Width().network(topology_of((3.0, 0.76, 0.76), (32, 256, 256)))
+    config = FeatureWidths().network(topology_of((3.0, 0.76, 0.76), (32, 256, 256)))
     assert config.features == (32, 64, 128, 256, 320, 320, 320)
     with torch.device("meta"):
         network = build(config, channels=1, outputs=14)

@@ -10,7 +10,7 @@ from rfmedsam2.errors import GeometryError, ImageError, RecordError, UsageError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.inference.box_prompts import planned_boxes
 from rfmedsam2.prompts import Prompts, prompts_from_labels
-from rfmedsam2.records.box_prompts import GivenBox, GivenBoxes
+from rfmedsam2.records.box_prompts import BoxPrompt, BoxPromptFile
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Resampling
 from rfmedsam2.store.orientation import Orientation
@@ -38,33 +38,33 @@ def restore(shape=(6, 20, 24), *, box=None, forward=(0, 1, 2), planned=None) -> 
     )
 
 
-def given(label: str | int, z: int, *box: float) -> GivenBox:
-    return GivenBox.parse({"label": label, "slice": z, "box": box})
+def given(label: str | int, z: int, *box: float) -> BoxPrompt:
+    return BoxPrompt.parse({"label": label, "slice": z, "box": box})
 
 
 def boxes_of(given_, how: Restore, *, turned: Orientation | None = None, labels: LabelSet = LABELS) -> Prompts:
     return planned_boxes(given_, how, turned, labels, Resampling())
 
 
-def cells(prompts: Prompts) -> dict[tuple[int, int], list[float]]:
+def objects(prompts: Prompts) -> dict[tuple[int, int], list[float]]:
     return {(f, k): prompts.boxes[f, k].tolist() for f, k in prompts.present.nonzero().tolist()}
 
 
 def test_boxes_stay_as_they_are_where_nothing_is_changed() -> None:
     found = boxes_of([given("spleen", 2, 3, 4, 8, 9), given(3, 5, 0, 0, 23, 19)], restore())
-    assert cells(found) == {(2, 0): [3, 4, 8, 9], (5, 1): [0, 0, 23, 19]}
+    assert objects(found) == {(2, 0): [3, 4, 8, 9], (5, 1): [0, 0, 23, 19]}
     assert found.boxes.shape == (6, 2, 4)
 
 
 def test_several_boxes_of_a_class_on_a_slice_become_one_about_them() -> None:
     found = boxes_of([given("liver", 1, 3, 4, 8, 9), given("liver", 1, 1, 6, 4, 12)], restore())
-    assert cells(found) == {(1, 1): [1, 4, 8, 12]}
+    assert objects(found) == {(1, 1): [1, 4, 8, 12]}
 
 
 def test_boxes_outside_the_crop_are_gone_and_those_on_its_rim_clipped() -> None:
     how = restore(box=((1, 6), (5, 15), (4, 24)))
     found = boxes_of([given("liver", 0, 9, 9, 9, 9), given("liver", 3, 0, 0, 9, 9), given(1, 4, 0, 0, 3, 19)], how)
-    assert cells(found) == {(2, 1): [0, 0, 5, 4]}
+    assert objects(found) == {(2, 1): [0, 0, 5, 4]}
 
 
 @pytest.mark.parametrize("forward", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (2, 1, 0)])
@@ -87,17 +87,17 @@ def test_boxes_of_all_slices_equal_those_of_the_label_map_that_they_are_about(fo
 
 def test_planes_are_scaled_by_the_area_of_pixels() -> None:
     found = boxes_of([given("liver", 2, 4, 6, 7, 9)], restore(planned=(6, 40, 12)))
-    assert cells(found) == {(2, 1): [2, 12, 3, 19]}
+    assert objects(found) == {(2, 1): [2, 12, 3, 19]}
     one_pixel = boxes_of([given("liver", 2, 4, 6, 4, 6)], restore(planned=(6, 5, 6)))
-    assert cells(one_pixel) == {(2, 1): [1, 1.5, 1, 1.5]}
+    assert objects(one_pixel) == {(2, 1): [1, 1.5, 1, 1.5]}
 
 
 def test_no_slice_is_lost_between_coarser_frames_and_finer_ones_repeat_it() -> None:
     coarse = restore((12, 20, 24), planned=(4, 20, 24))
     for z in range(12):
-        assert cells(boxes_of([given("liver", z, 3, 4, 8, 9)], coarse)) == {(z // 3, 1): [3, 4, 8, 9]}
+        assert objects(boxes_of([given("liver", z, 3, 4, 8, 9)], coarse)) == {(z // 3, 1): [3, 4, 8, 9]}
     fine = boxes_of([given("liver", 2, 3, 4, 8, 9)], restore(planned=(12, 20, 24)))
-    assert sorted(cells(fine)) == [(4, 1), (5, 1)]
+    assert sorted(objects(fine)) == [(4, 1), (5, 1)]
 
 
 def test_label_maps_are_resampled_like_training_labels() -> None:
@@ -105,16 +105,16 @@ def test_label_maps_are_resampled_like_training_labels() -> None:
     file[1:4, 6:12, 8:16] = 3
     file[4, 2, 2] = 9
     found = boxes_of(file, restore(planned=(6, 10, 12)))
-    assert cells(found) == {(z, 1): [4, 3, 7, 5] for z in (1, 2, 3)}
+    assert objects(found) == {(z, 1): [4, 3, 7, 5] for z in (1, 2, 3)}
 
 
 def test_regions_are_named_by_name_or_painted_value() -> None:
     file = np.zeros((6, 20, 24), np.uint8)
     file[0, 2:9, 2:9] = 1
     file[0, 4:6, 4:6] = 2
-    assert cells(boxes_of(file, restore(), labels=REGIONS)) == {(0, 0): [2, 2, 8, 8], (0, 1): [4, 4, 5, 5]}
+    assert objects(boxes_of(file, restore(), labels=REGIONS)) == {(0, 0): [2, 2, 8, 8], (0, 1): [4, 4, 5, 5]}
     one_by_one = [given("whole", 0, 2, 2, 8, 8), given(2, 0, 4, 4, 5, 5)]
-    assert cells(boxes_of(one_by_one, restore(), labels=REGIONS)) == {(0, 0): [2, 2, 8, 8], (0, 1): [4, 4, 5, 5]}
+    assert objects(boxes_of(one_by_one, restore(), labels=REGIONS)) == {(0, 0): [2, 2, 8, 8], (0, 1): [4, 4, 5, 5]}
 
 
 def test_nothing_given_is_nothing_prompted() -> None:
@@ -155,8 +155,8 @@ def test_all_faults_of_a_file_of_boxes_are_listed() -> None:
         "b": [{"label": 1, "slice": 0, "box": [5, 2, 3, 4]}, {"label": 1, "slice": 0, "box": [1, 2]}],
     }
     with pytest.raises(RecordError) as caught:
-        GivenBoxes.parse(faulty)
+        BoxPromptFile.parse(faulty)
     for words in ("a.0.slice", "ends before it begins", "b.1.box"):
         assert words in str(caught.value)
     with pytest.raises(RecordError, match="must hold"):
-        GivenBoxes.parse([1])
+        BoxPromptFile.parse([1])

@@ -81,7 +81,7 @@ def msd(tmp_path: Path) -> Path:
 def write_msd_json(home: Path, **changes: object) -> None:
     content = {
         "name": "PROSTATE",
-        "licence": "CC-BY-SA 4.0",
+        "license": "CC-BY-SA 4.0",
         "modality": {"0": "T2", "1": "ADC"},
         "labels": {"0": "background", "1": "PZ", "2": "TZ"},
         "numTraining": 2,
@@ -209,7 +209,7 @@ def test_amos_task_2_takes_ct_and_mr(amos: Path, tmp_path: Path) -> None:
     result = convert_amos22(amos.parent, tmp_path / "raw", task=2)
     assert result.folder.name == "Dataset219_AMOS22"
     assert (result.training, result.test) == (5, 2)
-    # nnU-Net normalises a channel called CT by global statistics; mixed modalities need each image's own
+    # nnU-Net normalizes a channel called CT by global statistics; mixed modalities need each image's own
     assert json.loads((result.folder / "dataset.json").read_text())["channel_names"] != {"0": "CT"}
 
 
@@ -241,7 +241,7 @@ def test_amos_works_from_the_folders_alone(amos: Path, tmp_path: Path) -> None:
 
 
 def test_amos_refuses_other_labels_and_a_broken_dataset_json(amos: Path, tmp_path: Path) -> None:
-    (amos / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "tumour"}}))
+    (amos / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "tumor"}}))
     with pytest.raises(DatasetError, match="expected 0 to 15"):
         convert_amos22(amos, tmp_path / "raw")
     (amos / "dataset.json").write_text("[1, 2")
@@ -269,7 +269,7 @@ def test_msd_channels_become_files_with_the_sources_geometry(msd: Path, tmp_path
     record = json.loads((result.folder / "dataset.json").read_text())
     assert record["channel_names"] == {"0": "T2", "1": "ADC"}
     assert record["labels"] == {"background": 0, "PZ": 1, "TZ": 2}
-    assert record["licence"] == "CC-BY-SA 4.0"
+    assert record["license"] == "CC-BY-SA 4.0"
 
 
 def test_msd_number_and_name_can_be_chosen(msd: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK
 
 from rfmedsam2.errors import DatasetError, StoreError, UsageError
-from rfmedsam2.pipeline.evaluation.evaluate import bootstrap, evaluate, find_pairs, summarise
+from rfmedsam2.pipeline.evaluation.evaluate import bootstrap, evaluate, find_pairs, summarize
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
 from rfmedsam2.store.atomic import read_record
@@ -181,7 +181,7 @@ def _case(id: str, dsc_a: float | None, dsc_b: float | None) -> CaseMetrics:
 
 
 def test_undefined_scores_are_left_out_of_means() -> None:
-    classes, mean = summarise([_case("1", 0.5, None), _case("2", 0.9, 0.1)], ("a", "b"))
+    classes, mean = summarize([_case("1", 0.5, None), _case("2", 0.9, 0.1)], ("a", "b"))
     assert classes["a"]["dsc"].mean == pytest.approx(0.7)
     assert (classes["b"]["dsc"].mean, classes["b"]["dsc"].cases) == (pytest.approx(0.1), 1)
     assert mean["dsc"].mean == pytest.approx((0.5 + (0.9 + 0.1) / 2) / 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rfmedsam2.geometry import Grid
-from rfmedsam2.pipeline.planning.mirroring import note_on_mirroring, sided
+from rfmedsam2.pipeline.planning.mirroring import note_on_mirroring, paired_names
 from rfmedsam2.records.plan import Augmentation, Plan
 from rfmedsam2.store.atomic import read_record
 
@@ -43,7 +43,7 @@ def grid(direction) -> Grid:
     ],
 )
 def test_sides_are_pairs(names, found) -> None:
-    assert sided(names) == found
+    assert paired_names(names) == found
 
 
 @pytest.mark.parametrize(

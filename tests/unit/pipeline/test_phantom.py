@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from rfmedsam2.errors import StoreError, UsageError
+from rfmedsam2.pipeline.datasets.btcv import LABELS
 from rfmedsam2.pipeline.datasets.phantom import make_phantom, phantom_case
-from rfmedsam2.pipeline.datasets.phantom_anatomy import LABELS
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_phantom(tmp_path_factory.mktemp("raw"), cases=2, test_cases=1, shape_zyx=(20, 48, 48), seed=7)
 
 
-def centre_zyx(labels: np.ndarray, name: str) -> np.ndarray:
+def center_zyx(labels: np.ndarray, name: str) -> np.ndarray:
     return np.argwhere(labels == LABELS[name]).mean(0)
 
 
@@ -34,18 +34,18 @@ def test_left_and_right_are_the_patients(case) -> None:
     assert case.grid.direction == ((1, 0, 0), (0, 1, 0), (0, 0, 1))
     middle = case.labels.shape[2] / 2
     for right in ("liver", "right_kidney", "gallbladder", "right_adrenal_gland", "inferior_vena_cava"):
-        assert centre_zyx(case.labels, right)[2] < middle
+        assert center_zyx(case.labels, right)[2] < middle
     for left in ("spleen", "left_kidney", "stomach", "left_adrenal_gland"):
-        assert centre_zyx(case.labels, left)[2] > middle
+        assert center_zyx(case.labels, left)[2] > middle
 
 
 def test_head_is_up_and_spine_is_behind(case) -> None:
-    kidney, liver, stomach = (centre_zyx(case.labels, n) for n in ("right_kidney", "liver", "stomach"))
+    kidney, liver, stomach = (center_zyx(case.labels, n) for n in ("right_kidney", "liver", "stomach"))
     assert kidney[0] < liver[0]
     assert kidney[1] > stomach[1]
     bone = np.argwhere(case.image > 350)
     bone = bone[np.abs(bone[:, 2] - case.image.shape[2] / 2) < 5]
-    assert bone[:, 1].mean() > centre_zyx(case.labels, "aorta")[1]
+    assert bone[:, 1].mean() > center_zyx(case.labels, "aorta")[1]
     lung_share = (case.image < -700)[:, 20:70, 20:70].mean((1, 2))
     assert lung_share[-5:].mean() > lung_share[:5].mean() + 0.2
 
@@ -59,7 +59,7 @@ def test_intensities_are_those_of_a_ct(case) -> None:
     assert np.median(case.image[:, :3]) == pytest.approx(-1000, abs=25)
 
 
-def test_noise_is_correlated_between_neighbours(case) -> None:
+def test_noise_is_correlated_between_neighbors(case) -> None:
     air = case.image[:, :8].astype(float)
     air -= air.mean()
     assert (air[..., 1:] * air[..., :-1]).mean() / (air**2).mean() > 0.2
@@ -116,13 +116,13 @@ def test_image_and_label_share_geometry_and_orientation_survives_the_file(datase
     assert image.shape == label.shape
     values = np.asanyarray(label.dataobj)
 
-    def centre_mm(name: str) -> np.ndarray:
+    def center_mm(name: str) -> np.ndarray:
         return nibabel.affines.apply_affine(label.affine, np.argwhere(values == LABELS[name]).mean(0))
 
     # NIfTI's world is RAS: the liver lies to the right (+x), kidneys behind (-y) and below (-z)
-    assert centre_mm("liver")[0] > centre_mm("spleen")[0]
-    assert centre_mm("right_kidney")[1] < centre_mm("stomach")[1]
-    assert centre_mm("right_kidney")[2] < centre_mm("liver")[2]
+    assert center_mm("liver")[0] > center_mm("spleen")[0]
+    assert center_mm("right_kidney")[1] < center_mm("stomach")[1]
+    assert center_mm("right_kidney")[2] < center_mm("liver")[2]
 
 
 def test_cases_differ_in_spacing_and_content(dataset: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from rfmedsam2.errors import PlanError, RecordError, RfMedSamError, UsageError
 from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
-from rfmedsam2.pipeline.planning.overrides import changed, moved
-from rfmedsam2.pipeline.planning.plan import normalisation_of, plan, target_spacing
+from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset, apply_overrides
+from rfmedsam2.pipeline.planning.plan import channel_normalizations, plan, target_spacing
 from rfmedsam2.pipeline.planning.presets import PRESETS, Preset
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
@@ -87,13 +87,13 @@ def test_thick_slices_never_become_finer_than_the_other_axes():
     ("channel", "kind"),
     [("CT", "ct"), ("ct", "ct"), ("T1", "zscore"), ("noNorm", "none"), ("rescale_to_0_1", "rescale_0_1")],
 )
-def test_the_channel_name_decides_the_normalisation(channel, kind):
-    assert normalisation_of((channel,), 1.0)[0].kind == kind
+def test_the_channel_name_decides_the_normalization(channel, kind):
+    assert channel_normalizations((channel,), 1.0)[0].kind == kind
 
 
 def test_only_zscore_uses_the_mask_and_only_where_the_crop_takes_much():
-    assert [n.use_mask for n in normalisation_of(("CT", "T1"), 0.74)] == [False, True]
-    assert [n.use_mask for n in normalisation_of(("CT", "T1"), 0.75)] == [False, False]
+    assert [n.use_mask for n in channel_normalizations(("CT", "T1"), 0.74)] == [False, True]
+    assert [n.use_mask for n in channel_normalizations(("CT", "T1"), 0.75)] == [False, False]
 
 
 def test_the_default_plan_of_btcv_is_the_papers():
@@ -201,12 +201,12 @@ def test_a_fingerprint_of_other_data_is_refused():
 
 def test_changes_make_a_new_named_plan():
     old = plan(*described(**BTCV))
-    new = changed(
+    new = apply_overrides(
         old,
         [
             "3d_fullres.train.epochs=50",
             "3d_fullres.train.precision=bf16",
-            "2d.normalisation.0.use_mask=true",
+            "2d.normalization.0.use_mask=true",
             "3d_fullres.patch_size=[64, 128, 128]",
             "file_ending=.nrrd",
         ],
@@ -219,14 +219,14 @@ def test_changes_make_a_new_named_plan():
         "bf16",
         (64, 128, 128),
     )
-    assert new.stages["2d"].normalisation[0].use_mask
+    assert new.stages["2d"].normalization[0].use_mask
     assert new.file_ending == ".nrrd"
     assert old.stages["3d_fullres"].train.epochs == 1000
 
 
 def test_another_kind_takes_the_defaults_of_that_kind():
     old = plan(*described(), preset="nnunet")
-    new = changed(old, ["3d_fullres.train.optimizer.kind=adamw", "3d_fullres.train.optimizer.eps=1e-6"], "mine")
+    new = apply_overrides(old, ["3d_fullres.train.optimizer.kind=adamw", "3d_fullres.train.optimizer.eps=1e-6"], "mine")
     assert new.stages["3d_fullres"].train.optimizer == AdamW(eps=1e-6)
 
 
@@ -236,7 +236,7 @@ def test_another_kind_takes_the_defaults_of_that_kind():
         ("3d_fullres.train.epoch=5", UsageError, "Perhaps 'epochs' was meant"),
         ("3d_fulres.train.epochs=5", UsageError, "Perhaps '3d_fullres' was meant"),
         ("3d_fullres.train.epochs.more=5", UsageError, "not a field below it"),
-        ("3d_fullres.normalisation.3.kind=ct", UsageError, "one of 0"),
+        ("3d_fullres.normalization.3.kind=ct", UsageError, "one of 0"),
         ("3d_fullres.train.epochs", UsageError, "stage.field=value"),
         ("3d_fullres.train.epochs=many", RecordError, "epochs.*many"),
         ("3d_fullres.patch_size=[33, 32, 32]", RecordError, "not a multiple"),
@@ -244,7 +244,7 @@ def test_another_kind_takes_the_defaults_of_that_kind():
 )
 def test_a_wrong_change_is_a_sentence(assignment, error, message):
     with pytest.raises(error, match=message):
-        changed(plan(*described()), [assignment], "mine")
+        apply_overrides(plan(*described()), [assignment], "mine")
 
 
 def test_a_plan_moves_to_another_dataset_with_its_intensities():
@@ -252,10 +252,10 @@ def test_a_plan_moves_to_another_dataset_with_its_intensities():
     dataset, fingerprint = described(**BODY_CT | {"classes": 13})
     dataset.name = "Dataset002_B"
     fingerprint = fingerprint.model_copy(update={"dataset": "Dataset002_B", "digest": "new"})
-    found = moved(source, dataset, fingerprint)
+    found = adapt_plan_to_dataset(source, dataset, fingerprint)
     assert (found.dataset, found.fingerprint, found.stages) == ("Dataset002_B", "new", source.stages)
     with pytest.raises(PlanError, match="for other data"):
-        moved(source, *described(**HIPPOCAMPUS))
+        adapt_plan_to_dataset(source, *described(**HIPPOCAMPUS))
 
 
 def nnunet_file(tmp_path, change=None, **top):
@@ -327,7 +327,7 @@ def test_inherited_configurations_are_resolved_and_cascades_left_out(tmp_path):
     [
         (lambda full, _: full["architecture"].update(network_class_name="os.system"), "network system"),
         (lambda full, _: full.update(preprocessor_name="Mine"), "preprocessor Mine"),
-        (lambda full, _: full.update(normalization_schemes=["MyNorm"]), "normalisation MyNorm"),
+        (lambda full, _: full.update(normalization_schemes=["MyNorm"]), "normalization MyNorm"),
         (lambda full, _: full.update(resampling_fn_seg="resample_torch_fornnunet"), "resample_torch_fornnunet"),
         (lambda _, arguments: arguments.update(dropout_op="torch.nn.Dropout3d"), "dropout_op"),
         (lambda _, arguments: arguments.update(norm_op="torch.nn.BatchNorm3d"), "norm_op"),

@@ -10,7 +10,7 @@ from test_plan import BODY_CT, BTCV, HIPPOCAMPUS, SAGITTAL, described
 
 from rfmedsam2.cli import pipeline as commands
 from rfmedsam2.errors import PlanError, RecordError, UsageError
-from rfmedsam2.pipeline.planning.overrides import changed
+from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.planning.plan import plan
 from rfmedsam2.pipeline.planning.presets import REFINEMENTS, Preset
 from rfmedsam2.pipeline.planning.rfmedsam2 import enlarged_side, plan_rfmedsam2
@@ -85,9 +85,9 @@ def test_light_backbones_stay_frozen_and_correct_the_prompts(backbone):
         ("default", "sam2_large", None, True),
     ],
 )
-def test_short_trainings_and_those_from_scratch_leave_the_prompter_alone(preset, backbone, cells, propagates):
+def test_short_trainings_and_those_from_scratch_leave_the_prompter_alone(preset, backbone, objects, propagates):
     stage, model = planned(HIPPOCAMPUS, preset, backbone)
-    assert (stage.sampling.cells, model.propagate_loss) == (cells, propagates)
+    assert (stage.sampling.objects, model.propagate_loss) == (objects, propagates)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_what_the_planner_cannot_do_is_a_sentence():
 def test_bad_figures_are_named_with_what_would_be_right(change, sentence):
     found = plan_rfmedsam2(*described(**BTCV))
     with pytest.raises(RecordError, match=sentence) as caught:
-        changed(found, [f"3d_fullres.{change}"], "mine")
+        apply_overrides(found, [f"3d_fullres.{change}"], "mine")
     assert "Value error" not in str(caught.value)
 
 

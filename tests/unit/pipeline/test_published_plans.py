@@ -10,7 +10,7 @@ import torch
 
 from rfmedsam2.errors import PlanError, UsageError
 from rfmedsam2.models import build_stage
-from rfmedsam2.pipeline.planning.overrides import moved
+from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset
 from rfmedsam2.pipeline.planning.published_plans import PUBLISHED, UNKNOWN, WINDOW, published_plan
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint
@@ -128,11 +128,11 @@ def test_step_0_may_see_single_frames():
 def test_a_published_plan_moves_to_a_dataset_with_its_own_intensities(name):
     found = stored(name)
     assert found.fingerprint == UNKNOWN
-    mine = moved(found, *own(PUBLISHED[name].data.labels))
+    mine = adapt_plan_to_dataset(found, *own(PUBLISHED[name].data.labels))
     assert (mine.fingerprint, mine.intensities[0].mean, mine.dataset) == ("own", 77.0, "Dataset900_Mine")
     assert mine.stages == found.stages
 
 
 def test_a_plan_of_other_classes_is_refused():
     with pytest.raises(PlanError, match=r"14 classes with background.*2 classes in Dataset900_Mine"):
-        moved(stored("btcv"), *own({"background": 0, "liver": 1}))
+        adapt_plan_to_dataset(stored("btcv"), *own({"background": 0, "liver": 1}))

@@ -24,7 +24,7 @@ from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import Normalisation, Plan, Stage
+from rfmedsam2.records.plan import Normalization, Plan, Stage
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.reporting.training_curves import progress_png, read_training, training_png
 from rfmedsam2.store.checkpoints import weights_sha256, write_checkpoint
@@ -152,7 +152,7 @@ def test_the_checkpoint_says_what_was_trained(training, tmp_path) -> None:
     )  # fmt: skip
     stage = Stage(
         spacing_mm=(3.0, 1.0, 1.0), median_shape=(8, 8, 8), patch_size=(8, 8, 8), batch_size=2,
-        normalisation=(Normalisation(kind="zscore"),), model=unet,
+        normalization=(Normalization(kind="zscore"),), model=unet,
     )  # fmt: skip
     intensities = IntensityStatistics(mean=0, median=0, std=1, min=0, max=1, percentile_00_5=0, percentile_99_5=1)
     plan = Plan(
@@ -278,7 +278,7 @@ def test_ignored_voxels_are_not_outlined(tmp_path) -> None:
     assert (scene.prediction > 0).sum() == (body() != 2).sum()
 
 
-def test_picture_shows_two_colours_and_the_image(tmp_path) -> None:
+def test_picture_shows_two_colors_and_the_image(tmp_path) -> None:
     reference, prediction = write(tmp_path / "r.nii.gz", body()), write(tmp_path / "p.nii.gz", body(3))
     image = write(tmp_path / "i.nii.gz", np.random.default_rng(0).normal(size=(6, 24, 28)).astype(np.float32))
     pixels = imread(io.BytesIO(case_png(reference, prediction, image)))[..., :3]

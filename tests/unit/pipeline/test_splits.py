@@ -11,13 +11,13 @@ import pytest
 from rfmedsam2.errors import DatasetError, RecordError, UsageError
 from rfmedsam2.pipeline.datasets.published_splits import AMOS_TRAINING, AMOS_VALIDATION, case_number, published_split
 from rfmedsam2.pipeline.datasets.splits import (
-    fold_split,
+    get_split,
     groups_of,
     leaks,
+    load_or_make_splits,
     make_splits,
     named_splits,
     read_splits,
-    settle_splits,
     warnings_of,
 )
 from rfmedsam2.records.dataset import DatasetJson
@@ -148,33 +148,33 @@ def test_dataset_json_may_name_splits():
 
 def test_new_splits_are_written_in_nnunets_format_with_the_named_ones(layout, tmp_path):
     ids = [f"img{n:04d}" for n in BTCV]
-    splits = settle_splits(dataset(ids, tmp_path), layout)
+    splits = load_or_make_splits(dataset(ids, tmp_path), layout)
     written = json.loads(layout.splits_file("Dataset001_A").read_text())
     assert [set(entry) for entry in written] == [{"train", "val"}] * 5
     assert written[0]["val"] == list(splits[0].val)
-    assert fold_split(layout, "Dataset001_A", "2", ids=ids) == splits[2]
-    assert len(fold_split(layout, "Dataset001_A", "synapse_18_12").val) == 12
-    assert fold_split(layout, "Dataset001_A", "all").val == tuple(ids)
+    assert get_split(layout, "Dataset001_A", "2", ids=ids) == splits[2]
+    assert len(get_split(layout, "Dataset001_A", "synapse_18_12").val) == 12
+    assert get_split(layout, "Dataset001_A", "all").val == tuple(ids)
     with pytest.raises(UsageError, match=r"one of 0, 1, 2, 3, 4, btcv_24_6, synapse_18_12, all"):
-        fold_split(layout, "Dataset001_A", "7")
+        get_split(layout, "Dataset001_A", "7")
 
 
 def test_splits_that_a_user_wrote_are_kept(layout, tmp_path):
     ids = ["a", "b", "c"]
     mine = [{"train": ["a"], "val": ["b"]}]
     (layout.raw / "Dataset001_A" / "splits_final.json").write_text(json.dumps(mine))
-    splits = settle_splits(dataset(ids, tmp_path), layout)
+    splits = load_or_make_splits(dataset(ids, tmp_path), layout)
     assert splits == [Split(train=("a",), val=("b",))]
     assert json.loads(layout.splits_file("Dataset001_A").read_text()) == mine
     assert warnings_of({"0": splits[0]}, singles(ids)) == ["1 case(s) are in no split: c."]
-    assert settle_splits(dataset(ids, tmp_path), layout) == splits
+    assert load_or_make_splits(dataset(ids, tmp_path), layout) == splits
 
 
 def test_raw_and_preprocessed_splits_must_agree(layout, tmp_path):
-    settle_splits(dataset(["a", "b", "c"], tmp_path), layout)
+    load_or_make_splits(dataset(["a", "b", "c"], tmp_path), layout)
     (layout.raw / "Dataset001_A" / "splits_final.json").write_text('[{"train": ["a"], "val": ["b"]}]')
     with pytest.raises(DatasetError, match="disagree"):
-        settle_splits(dataset(["a", "b", "c"], tmp_path), layout)
+        load_or_make_splits(dataset(["a", "b", "c"], tmp_path), layout)
 
 
 @pytest.mark.parametrize(

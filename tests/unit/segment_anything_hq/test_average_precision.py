@@ -33,7 +33,7 @@ class Filling(torch.nn.Module):
         self.nothing = torch.nn.Parameter(torch.zeros(1))
         self.calls = 0
 
-    def normalise(self, images):
+    def normalize(self, images):
         return images
 
     def encode(self, frames):
@@ -66,7 +66,7 @@ def test_right_masks_by_the_annotations_boxes_count_one(coco) -> None:
     network = Filling()
     found = average_precision(network, coco.path, coco.root, fit="stretch")
     assert found.figures["AP"] == pytest.approx(1.0)
-    assert (found.pictures, found.boxes) == (2, 3)
+    assert (found.images, found.boxes) == (2, 3)
     assert network.calls == 2, "a picture is embedded once"
     assert np.isnan(found.figures["APl"])
 
@@ -88,8 +88,8 @@ def test_boxes_of_a_detector_are_ranked_by_its_scores(coco) -> None:
 def test_a_real_network_is_masked_by_boxes(coco) -> None:
     torch.manual_seed(0)
     network = models.build("hq_sam", "vit_nano", frame_size=SIDE)
-    found = average_precision(network, coco.path, coco.root, fit="pad", most=1)
-    assert found.pictures == 1
+    found = average_precision(network, coco.path, coco.root, fit="pad", max_images=1)
+    assert found.images == 1
     assert 0 <= found.figures["AP"] <= 1
 
 

@@ -27,95 +27,95 @@ def drawn(*rows: str) -> np.ndarray:
     return np.array([[{"#": 1, ".": 0, "?": -1}[c] for c in row] for row in rows], np.int8)
 
 
-def nothing(truth: np.ndarray) -> np.ndarray:
-    return np.zeros(truth.shape, bool)
+def nothing(ground_truth: np.ndarray) -> np.ndarray:
+    return np.zeros(ground_truth.shape, bool)
 
 
 def test_the_first_click_lies_in_the_middle_of_the_object() -> None:
-    truth = drawn(".......", ".#####.", ".#####.", ".#####.", ".#####.", ".#####.", ".......")
-    assert next_click(truth, nothing(truth)) == Click(x=3, y=3, positive=True)
+    ground_truth = drawn(".......", ".#####.", ".#####.", ".#####.", ".#####.", ".#####.", ".......")
+    assert next_click(ground_truth, nothing(ground_truth)) == Click(x=3, y=3, positive=True)
 
 
 def test_of_equally_deep_pixels_the_first_by_rows_is_clicked() -> None:
-    truth = drawn("......", ".####.", ".####.", "......")
+    ground_truth = drawn("......", ".####.", ".####.", "......")
     # all eight pixels are one pixel away from the background
-    assert next_click(truth, nothing(truth)) == Click(x=1, y=1, positive=True)
+    assert next_click(ground_truth, nothing(ground_truth)) == Click(x=1, y=1, positive=True)
 
 
 def test_two_equal_objects_are_clicked_from_the_top() -> None:
-    truth = drawn(".........", ".....###.", ".....###.", ".###.###.", ".###.....", ".###.....", ".........")
-    assert next_click(truth, nothing(truth)) == Click(x=6, y=2, positive=True)
+    ground_truth = drawn(".........", ".....###.", ".....###.", ".###.###.", ".###.....", ".###.....", ".........")
+    assert next_click(ground_truth, nothing(ground_truth)) == Click(x=6, y=2, positive=True)
 
 
 def test_equally_deep_errors_give_a_negative_click() -> None:
-    truth = drawn("#....", ".....")
-    predicted = truth[:, ::-1] == 1
-    assert next_click(truth, predicted) == Click(x=4, y=0, positive=False)
+    ground_truth = drawn("#....", ".....")
+    predicted = ground_truth[:, ::-1] == 1
+    assert next_click(ground_truth, predicted) == Click(x=4, y=0, positive=False)
 
 
 def test_a_deeper_missed_region_gives_a_positive_click() -> None:
-    truth = drawn("......", ".###..", ".###..", ".###..", "......")
-    predicted = nothing(truth)
+    ground_truth = drawn("......", ".###..", ".###..", ".###..", "......")
+    predicted = nothing(ground_truth)
     predicted[:, 5] = True
-    assert next_click(truth, predicted) == Click(x=2, y=2, positive=True)
+    assert next_click(ground_truth, predicted) == Click(x=2, y=2, positive=True)
 
 
 def test_the_border_of_the_picture_is_outside() -> None:
-    truth = drawn("###", "###", "###")
+    ground_truth = drawn("###", "###", "###")
     # without the padding no pixel would be nearer to the background than another
-    assert next_click(truth, nothing(truth)) == Click(x=1, y=1, positive=True)
+    assert next_click(ground_truth, nothing(ground_truth)) == Click(x=1, y=1, positive=True)
 
 
 def test_distances_are_euclidean() -> None:
-    # a plus: its centre is sqrt(2) from the background, the square's pixels 1
-    truth = drawn("......", "..#...", ".###..", "..#.##", "....##", "......")
-    assert next_click(truth, nothing(truth)) == Click(x=2, y=2, positive=True)
+    # a plus: its center is sqrt(2) from the background, the square's pixels 1
+    ground_truth = drawn("......", "..#...", ".###..", "..#.##", "....##", "......")
+    assert next_click(ground_truth, nothing(ground_truth)) == Click(x=2, y=2, positive=True)
 
 
 def test_ignored_pixels_are_no_error_and_not_clicked() -> None:
-    truth = drawn("#####", "#???#", "#???#", "#???#", "#####")
-    predicted = nothing(truth)
-    assert next_click(truth, predicted) == Click(x=0, y=0, positive=True)
+    ground_truth = drawn("#####", "#???#", "#???#", "#???#", "#####")
+    predicted = nothing(ground_truth)
+    assert next_click(ground_truth, predicted) == Click(x=0, y=0, positive=True)
     predicted[1:4, 1:4] = True
-    assert next_click(truth, predicted) == Click(x=0, y=0, positive=True)
-    assert iou(truth, predicted) == 0.0
+    assert next_click(ground_truth, predicted) == Click(x=0, y=0, positive=True)
+    assert iou(ground_truth, predicted) == 0.0
 
 
 def test_ignored_pixels_end_a_region_like_the_background() -> None:
-    truth = drawn("#######", "#######", "#######", "#####??", "#######")
+    ground_truth = drawn("#######", "#######", "#######", "#####??", "#######")
     # (2, 2) is 3 from the left and 3 from the top; (3, 2) and (4, 2) are, too, but later; (5, 2) is 1 from what is
     # ignored
-    assert next_click(truth, nothing(truth)) == Click(x=2, y=2, positive=True)
+    assert next_click(ground_truth, nothing(ground_truth)) == Click(x=2, y=2, positive=True)
 
 
 def test_a_clicked_pixel_is_not_clicked_again() -> None:
-    truth = drawn("...", ".#.", "...")
-    first = next_click(truth, nothing(truth))
+    ground_truth = drawn("...", ".#.", "...")
+    first = next_click(ground_truth, nothing(ground_truth))
     assert first == Click(x=1, y=1, positive=True)
     # nothing is left: the first pixel of the picture, negative, as published
-    assert next_click(truth, nothing(truth), [first]) == Click(x=0, y=0, positive=False)
+    assert next_click(ground_truth, nothing(ground_truth), [first]) == Click(x=0, y=0, positive=False)
 
 
 def test_a_clicked_pixel_stays_part_of_its_error() -> None:
-    truth = drawn(".....", ".###.", ".###.", ".###.", ".....")
-    first = next_click(truth, nothing(truth))
+    ground_truth = drawn(".....", ".###.", ".###.", ".###.", ".....")
+    first = next_click(ground_truth, nothing(ground_truth))
     assert first == Click(x=2, y=2, positive=True)
-    # were the clicked pixel taken out of the region, its neighbours' depth would not change here, but order would:
+    # were the clicked pixel taken out of the region, its neighbors' depth would not change here, but order would:
     # all eight others are one pixel deep
-    assert next_click(truth, nothing(truth), [first]) == Click(x=1, y=1, positive=True)
+    assert next_click(ground_truth, nothing(ground_truth), [first]) == Click(x=1, y=1, positive=True)
 
 
 def test_a_right_prediction_gives_a_negative_click_at_the_first_pixel() -> None:
-    truth = drawn("##", "##")
-    assert next_click(truth, truth == 1) == Click(x=0, y=0, positive=False)
+    ground_truth = drawn("##", "##")
+    assert next_click(ground_truth, ground_truth == 1) == Click(x=0, y=0, positive=False)
 
 
-def plain_next_click(truth: np.ndarray, predicted: np.ndarray, clicks: list[Click]) -> Click:
+def plain_next_click(ground_truth: np.ndarray, predicted: np.ndarray, clicks: list[Click]) -> Click:
     """RITM's rule, written down step by step with SciPy's distance transform."""
-    free = np.ones(truth.shape, bool)
+    free = np.ones(ground_truth.shape, bool)
     for click in clicks:
         free[click.y, click.x] = False
-    errors = [(truth == 1) & ~predicted, (truth == 0) & predicted]
+    errors = [(ground_truth == 1) & ~predicted, (ground_truth == 0) & predicted]
     depths = [np.asarray(distance_transform_edt(np.pad(e, 1)))[1:-1, 1:-1] * free for e in errors]
     positive = depths[0].max() > depths[1].max()
     depth = depths[0] if positive else depths[1]
@@ -127,56 +127,58 @@ def plain_next_click(truth: np.ndarray, predicted: np.ndarray, clicks: list[Clic
 @settings(max_examples=60, deadline=None)
 def test_clicks_equal_the_plain_rule(data: st.DataObject, shape: tuple[int, int], coarse: int) -> None:
     small = tuple(-(-n // coarse) for n in shape)
-    truth = data.draw(arrays(np.int8, small, elements=st.sampled_from([0, 0, 1, 1, -1])))
+    ground_truth = data.draw(arrays(np.int8, small, elements=st.sampled_from([0, 0, 1, 1, -1])))
     predicted = data.draw(arrays(np.bool_, small))
-    truth, predicted = (a.repeat(coarse, 0).repeat(coarse, 1)[: shape[0], : shape[1]] for a in (truth, predicted))
+    ground_truth, predicted = (
+        a.repeat(coarse, 0).repeat(coarse, 1)[: shape[0], : shape[1]] for a in (ground_truth, predicted)
+    )
     clicks: list[Click] = []
     for _ in range(3):
-        expected = plain_next_click(truth, predicted, clicks)
-        assert next_click(truth, predicted, clicks) == expected
+        expected = plain_next_click(ground_truth, predicted, clicks)
+        assert next_click(ground_truth, predicted, clicks) == expected
         clicks.append(expected)
 
 
 def test_arrays_may_lie_in_memory_by_columns() -> None:
-    truth = np.zeros((9, 12), np.int8)
-    truth[2:7, 3:10] = 1
-    turned = np.asfortranarray(truth)
-    assert next_click(turned, nothing(truth).T.copy().T) == next_click(truth, nothing(truth))
+    ground_truth = np.zeros((9, 12), np.int8)
+    ground_truth[2:7, 3:10] = 1
+    turned = np.asfortranarray(ground_truth)
+    assert next_click(turned, nothing(ground_truth).T.copy().T) == next_click(ground_truth, nothing(ground_truth))
 
 
 def test_iou_leaves_out_ignored_pixels() -> None:
-    truth = drawn("##..", "??..")
+    ground_truth = drawn("##..", "??..")
     predicted = np.array([[True, False, True, False], [True, True, False, False]])
-    assert iou(truth, predicted) == pytest.approx(1 / 3)
+    assert iou(ground_truth, predicted) == pytest.approx(1 / 3)
     assert iou(drawn(".."), np.zeros((1, 2), bool)) == 1.0
 
 
 def test_training_clicks_lie_deep_inside_the_larger_error() -> None:
-    truth = np.zeros((40, 40), np.int8)
-    truth[5:36, 5:36] = 1
+    ground_truth = np.zeros((40, 40), np.int8)
+    ground_truth[5:36, 5:36] = 1
     predicted = np.zeros((40, 40), bool)
     predicted[0:3, 0:3] = True
-    depth = np.asarray(distance_transform_edt(truth))
-    generator = np.random.default_rng(0)
-    clicks = [training_click(truth, predicted, generator) for _ in range(200)]
+    depth = np.asarray(distance_transform_edt(ground_truth))
+    rng = np.random.default_rng(0)
+    clicks = [training_click(ground_truth, predicted, rng) for _ in range(200)]
     assert all(c is not None and c.positive and depth[c.y, c.x] > depth.max() / 1.7 for c in clicks)
     # any of them, not only the middle
     assert len({(c.x, c.y) for c in clicks if c is not None}) > 50
 
 
 def test_training_clicks_on_wrong_prediction_are_negative_and_none_where_all_is_right() -> None:
-    truth = drawn("#...", "....")
-    generator = np.random.default_rng(0)
-    assert training_click(truth, np.array([[True, False, False, True], [False] * 4]), generator) == Click(
+    ground_truth = drawn("#...", "....")
+    rng = np.random.default_rng(0)
+    assert training_click(ground_truth, np.array([[True, False, False, True], [False] * 4]), rng) == Click(
         x=3, y=0, positive=False
     )
-    assert training_click(truth, truth == 1, generator) is None
+    assert training_click(ground_truth, ground_truth == 1, rng) is None
 
 
 def test_training_clicks_of_a_batch_are_padded() -> None:
-    truths = torch.tensor([[[0, 1, 0]], [[0, 0, 0]], [[1, 1, 1]]])
+    ground_truths = torch.tensor([[[0, 1, 0]], [[0, 0, 0]], [[1, 1, 1]]])
     predicted = torch.tensor([[[0, 0, 0]], [[0, 0, 1]], [[1, 1, 1]]]).bool()
-    points, labels = training_clicks(truths, predicted, np.random.default_rng(0))
+    points, labels = training_clicks(ground_truths, predicted, np.random.default_rng(0))
     assert points.tolist() == [[1, 0], [2, 0], [0, 0]]
     assert labels.tolist() == [1, 0, -1]
 
@@ -186,8 +188,8 @@ def test_the_number_of_clicks_decays() -> None:
     assert len(probabilities) == 20
     assert probabilities.sum() == pytest.approx(1)
     assert probabilities[1:] / probabilities[:-1] == pytest.approx(0.6)
-    generator = np.random.default_rng(0)
-    counts = np.bincount([draw_click_count(generator, gamma=0.6, most=3) for _ in range(3000)])
+    rng = np.random.default_rng(0)
+    counts = np.bincount([draw_click_count(rng, gamma=0.6, max_clicks=3) for _ in range(3000)])
     assert len(counts) == 4
     assert counts[1:] / 3000 == pytest.approx(click_count_probabilities(0.6, 3), abs=0.03)
 
@@ -199,12 +201,12 @@ def test_clicks_that_do_not_decay_are_refused(gamma: float) -> None:
 
 
 def test_what_does_not_fit_gets_a_sentence() -> None:
-    truth = drawn("#.")
+    ground_truth = drawn("#.")
     with pytest.raises(UsageError, match="do not fit"):
-        next_click(truth, np.zeros((2, 2), bool))
+        next_click(ground_truth, np.zeros((2, 2), bool))
     with pytest.raises(UsageError, match="threshold"):
-        next_click(truth, np.zeros((1, 2), np.float32))
+        next_click(ground_truth, np.zeros((1, 2), np.float32))
     with pytest.raises(UsageError, match="int8"):
-        iou(truth.astype(np.float32), np.zeros((1, 2), bool))
+        iou(ground_truth.astype(np.float32), np.zeros((1, 2), bool))
     with pytest.raises(UsageError, match="room to vary"):
-        training_click(truth, np.zeros((1, 2), bool), np.random.default_rng(0), inner=1.0)
+        training_click(ground_truth, np.zeros((1, 2), bool), np.random.default_rng(0), inner=1.0)

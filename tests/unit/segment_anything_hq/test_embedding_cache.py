@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rfmedsam2.errors import StoreError, UsageError
-from rfmedsam2.nn.segmenter import Embedded, Prompted
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch
 from segment_anything_hq import models
 from segment_anything_hq.inference.embedding_cache import Embeddings
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
@@ -40,8 +40,8 @@ network_of = cache(built)
 
 
 def images(count: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8, generator=rng)
 
 
 def tensors_of(embedded: Embedded) -> dict[str, Tensor]:
@@ -58,9 +58,9 @@ def files_in(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(("method", "backbone"), METHODS)
 def test_masks_are_those_of_the_encoder_within_half_precision(method: str, backbone: str, tmp_path: Path) -> None:
     network, pictures = network_of(method, backbone), images(2)
-    prompted = Prompted(images=torch.tensor([1, 0]), boxes=torch.tensor([[5.0, 6, 40, 50], [20, 20, 60, 44]]))
+    prompted = PromptBatch(images=torch.tensor([1, 0]), boxes=torch.tensor([[5.0, 6, 40, 50], [20, 20, 60, 44]]))
     with torch.no_grad():
-        expected = network.segment(network.encode(network.normalise(pictures)), prompted).final
+        expected = network.segment(network.encode(network.normalize(pictures)), prompted).final
         for _ in ("cold", "warm"):
             embedded = Embeddings(network, folder=tmp_path).of(pictures)
             got = network.segment(embedded, prompted).final

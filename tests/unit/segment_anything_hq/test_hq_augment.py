@@ -9,7 +9,7 @@ from rfmedsam2.errors import ImageError, UsageError
 from segment_anything_hq.data.augment import Jitter, Placement, drawn, fitted, jittered, placed_image, placed_mask
 from segment_anything_hq.prompts.sampling import generator_of
 
-AS_IT_IS = Jitter(smallest=1.0, largest=1.0, flip=0.0)
+AS_IT_IS = Jitter(scale_range=(1.0, 1.0), flip=0.0)
 
 
 def some(height=40, width=60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +22,7 @@ def some(height=40, width=60) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_an_image_of_the_frames_size_stays_as_it_is():
     image, mask = some(64, 64)
-    frame, seen = jittered(image, mask, size=64, jitter=AS_IT_IS, generator=generator_of(0, 0))
+    frame, seen = jittered(image, mask, size=64, jitter=AS_IT_IS, rng=generator_of(0, 0))
     assert torch.equal(frame, image)
     assert torch.equal(seen, mask)
 
@@ -39,12 +39,12 @@ def test_what_is_no_image_is_grey_and_no_object():
 @pytest.mark.parametrize("number", range(12))
 def test_image_and_mask_stay_together(number):
     image, mask = some()
-    frame, seen = jittered(image, mask, size=96, jitter=Jitter(flip_vertically=0.5), generator=generator_of(0, number))
+    frame, seen = jittered(image, mask, size=96, jitter=Jitter(flip_vertically=0.5), rng=generator_of(0, number))
     assert frame.shape == (3, 96, 96)
     assert seen.shape == (96, 96)
     assert frame.dtype == torch.uint8
     assert seen.any()
-    # bright where the object is, but for the pixels that its edge goes through; grey is 128
+    # bright where the object is, but for the pixels that its edge goes through; gray is 128
     bright = frame.float().mean(0) > 129
     edge = int(seen.sum()) ** 0.5 * 6 + 8
     assert int((bright != seen).sum()) <= edge
@@ -53,20 +53,20 @@ def test_image_and_mask_stay_together(number):
 def test_flips_swap_sides():
     image, mask = some()
     placement = Placement(height=40, width=60, top=0, left=0, flips=(-1,))
-    assert torch.equal(placed_image(image, placement, size=60, grey=0)[:, :40], image.flip(2))
+    assert torch.equal(placed_image(image, placement, size=60, gray=0)[:, :40], image.flip(2))
     assert torch.equal(placed_mask(mask, placement, 60)[:40], mask.flip(1))
 
 
 def test_a_large_image_is_cut():
     image, mask = some()
     placement = Placement(height=40, width=60, top=8, left=20, flips=())
-    assert torch.equal(placed_image(image, placement, size=16, grey=0), image[:, 8:24, 20:36])
+    assert torch.equal(placed_image(image, placement, size=16, gray=0), image[:, 8:24, 20:36])
     assert placed_mask(mask, placement, 16).all()
 
 
 def test_scales_and_places_are_spread_over_their_range():
     jitter = Jitter()
-    placements = [drawn((40, 60), 100, jitter=jitter, generator=generator_of(1, number)) for number in range(2000)]
+    placements = [drawn((40, 60), 100, jitter=jitter, rng=generator_of(1, number)) for number in range(2000)]
     longest = torch.tensor([p.width / 100 for p in placements])
     assert longest.min() >= 0.1
     assert longest.max() <= 2.0
@@ -85,21 +85,21 @@ def test_the_object_is_kept_in_sight():
     image, mask = torch.zeros(3, 100, 100, dtype=torch.uint8), torch.zeros(100, 100, dtype=torch.bool)
     mask[95:, 95:] = True
     for number in range(20):
-        _, seen = jittered(image, mask, size=64, jitter=Jitter(largest=4.0), generator=generator_of(2, number))
+        _, seen = jittered(image, mask, size=64, jitter=Jitter(scale_range=(0.1, 4.0)), rng=generator_of(2, number))
         assert seen.any()
 
 
 def test_a_tiny_object_of_a_large_image_is_not_lost():
     image, mask = torch.zeros(3, 400, 300, dtype=torch.uint8), torch.zeros(400, 300, dtype=torch.bool)
     mask[399, 150] = True
-    _, seen = jittered(image, mask, size=32, jitter=Jitter(largest=0.5), generator=generator_of(0, 0))
+    _, seen = jittered(image, mask, size=32, jitter=Jitter(scale_range=(0.1, 0.5)), rng=generator_of(0, 0))
     assert seen.sum() == 1
     assert seen[31, 12]
 
 
 def test_frames_come_again_from_their_numbers():
     image, mask = some()
-    made = [jittered(image, mask, size=48, jitter=Jitter(), generator=generator_of(4, number)) for number in (0, 0, 1)]
+    made = [jittered(image, mask, size=48, jitter=Jitter(), rng=generator_of(4, number)) for number in (0, 0, 1)]
     assert torch.equal(made[0][0], made[1][0])
     assert torch.equal(made[0][1], made[1][1])
     assert not torch.equal(made[0][0], made[2][0])
@@ -108,10 +108,10 @@ def test_frames_come_again_from_their_numbers():
 def test_what_cannot_be_augmented_is_named():
     image, mask = some()
     with pytest.raises(ImageError, match=r"not as large.*\(40, 60\).*\(40, 59\)"):
-        jittered(image, mask[:, 1:], size=32, jitter=Jitter(), generator=generator_of(0, 0))
+        jittered(image, mask[:, 1:], size=32, jitter=Jitter(), rng=generator_of(0, 0))
     with pytest.raises(ImageError, match="without an object"):
-        jittered(image, mask & False, size=32, jitter=Jitter(), generator=generator_of(0, 0))
+        jittered(image, mask & False, size=32, jitter=Jitter(), rng=generator_of(0, 0))
     with pytest.raises(ImageError, match="red, green and blue"):
-        jittered(image[:1], mask, size=32, jitter=Jitter(), generator=generator_of(0, 0))
+        jittered(image[:1], mask, size=32, jitter=Jitter(), rng=generator_of(0, 0))
     with pytest.raises(UsageError, match="smallest <= largest"):
-        Jitter(smallest=2.0, largest=1.0)
+        Jitter(scale_range=(2.0, 1.0))

@@ -17,25 +17,24 @@ from rfmedsam2.errors import DatasetError, UsageError
 from segment_anything_hq.data.datasets import ImageSet, MaskFile, Sample, open_folders
 from segment_anything_hq.evaluation.interactive import (
     ClickProtocol,
-    click_run,
     evaluate_clicks,
     failed,
     miou_at,
     noc,
+    simulate_clicks,
 )
 from segment_anything_hq.evaluation.latency import grid_clicks, sat_latency
 from segment_anything_hq.evaluation.protocols import (
     BoxRule,
-    CentreRule,
-    Prompt,
+    CenterRule,
     RandomRule,
-    box_of,
     evaluate_prompted,
+    mask_box,
     noised_box,
 )
 from segment_anything_hq.evaluation.report import write_page
-from segment_anything_hq.evaluation.scores import Case, Worst, write_csv
-from segment_anything_hq.prompts.clicks import Click
+from segment_anything_hq.evaluation.scores import Case, WorstK, write_csv
+from segment_anything_hq.prompts.clicks import Click, Prompt
 
 HOSTILE = "<script>alert(1)"
 
@@ -85,9 +84,9 @@ class Painter:
 
 
 def square(size: int = 10, value: int = 1) -> np.ndarray:
-    truth = np.zeros((20, 20), np.int8)
-    truth[:size, :size] = value
-    return truth
+    ground_truth = np.zeros((20, 20), np.int8)
+    ground_truth[:size, :size] = value
+    return ground_truth
 
 
 def part(columns: int) -> np.ndarray:
@@ -118,7 +117,7 @@ def test_the_number_of_clicks_is_that_of_the_first_that_reaches_the_target() -> 
 def test_success_with_the_last_click_is_a_failure_only_by_the_published_count(squares: ImageSet) -> None:
     # an IoU of 0.9 comes with click 3 of 3
     model = Scripted([part(5), part(8), part(9)])
-    protocol = ClickProtocol(targets=(0.9, 0.95), most=3, miou_at=(2,))
+    protocol = ClickProtocol(targets=(0.9, 0.95), max_clicks=3, miou_at=(2,))
     figures = evaluate_clicks(model, [squares], protocol).overall
     assert (figures["noc90"], figures["nof90"], figures["nof90_legacy"]) == (3, 0, 3)
     assert (figures["noc95"], figures["nof95"], figures["nof95_legacy"]) == (3, 3, 3)
@@ -130,16 +129,16 @@ def test_success_with_the_last_click_is_a_failure_only_by_the_published_count(sq
 def test_clicking_stops_at_the_largest_target_but_not_before_the_mean_iou_is_known(squares: ImageSet) -> None:
     answers = [part(10)]
     for miou, clicks in (((), 1), ((1,), 1), ((5,), 5)):
-        run = click_run(Scripted(answers), square(), ClickProtocol(miou_at=miou))
+        run = simulate_clicks(Scripted(answers), square(), ClickProtocol(miou_at=miou))
         assert len(run.clicks) == clicks
-    assert len(click_run(Scripted(answers), square(), ClickProtocol(stop=False)).clicks) == 20
+    assert len(simulate_clicks(Scripted(answers), square(), ClickProtocol(stop=False)).clicks) == 20
 
 
 def test_the_golden_clicks_of_a_square() -> None:
     # 10 x 10 pixels in the corner: depth 5 first at (4, 4), the picture's edge being outside. What is left of it are
     # columns 5 to 9: depth 3 first at (7, 2). Then columns 8 and 9: depth 1 at (8, 0).
     model = Scripted([part(5), part(8), part(9)])
-    run = click_run(model, square(), ClickProtocol(targets=(0.9,), miou_at=()))
+    run = simulate_clicks(model, square(), ClickProtocol(targets=(0.9,), miou_at=()))
     assert run.clicks == (
         Click(x=4, y=4, positive=True),
         Click(x=7, y=2, positive=True),
@@ -151,16 +150,16 @@ def test_the_golden_clicks_of_a_square() -> None:
 
 def test_a_pixel_is_predicted_above_the_threshold() -> None:
     half = np.where(square() == 1, 0.49, 0.0)
-    run = click_run(Scripted([half]), square(), ClickProtocol(most=1, miou_at=()))
+    run = simulate_clicks(Scripted([half]), square(), ClickProtocol(max_clicks=1, miou_at=()))
     assert run.ious == (0.0,)
     over = np.where(square() == 1, 0.4901, 0.0)
-    assert click_run(Scripted([over]), square(), ClickProtocol(most=1, miou_at=())).ious == (1.0,)
+    assert simulate_clicks(Scripted([over]), square(), ClickProtocol(max_clicks=1, miou_at=())).ious == (1.0,)
 
 
 def test_ignored_pixels_change_neither_iou_nor_clicks() -> None:
-    truth = square()
-    truth[:, 10:] = -1
-    run = click_run(Scripted([np.ones((20, 20))]), truth, ClickProtocol(targets=(0.5,), miou_at=()))
+    ground_truth = square()
+    ground_truth[:, 10:] = -1
+    run = simulate_clicks(Scripted([np.ones((20, 20))]), ground_truth, ClickProtocol(targets=(0.5,), miou_at=()))
     # rows 10 to 19 of the first ten columns are wrong, half of what counts
     assert run.ious == (0.5,)
 
@@ -173,17 +172,17 @@ def test_a_mean_iou_after_clicks_that_were_not_made_is_refused() -> None:
 
 def test_a_picture_of_several_objects_is_set_once(squares: ImageSet) -> None:
     model = Painter()
-    evaluate_clicks(model, [squares], ClickProtocol(most=3, miou_at=()))
+    evaluate_clicks(model, [squares], ClickProtocol(max_clicks=3, miou_at=()))
     assert model.pictures == 2
 
 
 def test_what_cannot_be_clicked_gets_a_sentence() -> None:
     with pytest.raises(UsageError, match="more clicks than pixels"):
-        click_run(Scripted([np.ones((2, 2))]), np.ones((2, 2), np.int8), ClickProtocol())
+        simulate_clicks(Scripted([np.ones((2, 2))]), np.ones((2, 2), np.int8), ClickProtocol())
     with pytest.raises(UsageError, match="another size"):
-        click_run(Scripted([np.ones((2, 3))]), square(), ClickProtocol())
+        simulate_clicks(Scripted([np.ones((2, 3))]), square(), ClickProtocol())
     with pytest.raises(UsageError, match="do not fit together"):
-        ClickProtocol(most=0)
+        ClickProtocol(max_clicks=0)
     with pytest.raises(UsageError, match="do not fit together"):
         ClickProtocol(miou_at=(21,))
     for targets in ((), (1.5,)):
@@ -194,24 +193,24 @@ def test_what_cannot_be_clicked_gets_a_sentence() -> None:
 def test_boxes_of_the_truth_segment_squares_perfectly(squares: ImageSet) -> None:
     found = evaluate_prompted(Painter(), [squares], BoxRule())
     assert found.overall == {"iou": 1.0, "boundary_iou": 1.0}
-    assert box_of(square()).tolist() == [0, 0, 9, 9]
+    assert mask_box(square()).tolist() == [0, 0, 9, 9]
     with pytest.raises(UsageError, match="empty mask"):
-        box_of(square(value=0))
+        mask_box(square(value=0))
 
 
 def test_noised_boxes_move_and_change_within_the_scale() -> None:
-    generator = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     box = np.array([30, 40, 50, 80], np.float32)
-    boxes = np.stack([noised_box(box, 0.4, (200, 200), generator) for _ in range(2000)])
-    centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    assert np.abs(centres - [40, 60]).max(0) == pytest.approx([4, 8], rel=0.02)
+    boxes = np.stack([noised_box(box, 0.4, (200, 200), rng) for _ in range(2000)])
+    centers, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    assert np.abs(centers - [40, 60]).max(0) == pytest.approx([4, 8], rel=0.02)
     assert sizes.min(0) == pytest.approx([12, 24], rel=0.02)
     assert sizes.max(0) == pytest.approx([28, 56], rel=0.02)
-    cut = noised_box(np.array([0, 0, 19, 19], np.float32), 1.0, (20, 20), generator)
+    cut = noised_box(np.array([0, 0, 19, 19], np.float32), 1.0, (20, 20), rng)
     assert (cut >= 0).all()
     assert (cut <= 19).all()
     with pytest.raises(UsageError, match="noised"):
-        noised_box(box, 1.5, (200, 200), generator)
+        noised_box(box, 1.5, (200, 200), rng)
 
 
 def test_noise_makes_scores_worse_and_depends_on_the_seed_alone(squares: ImageSet) -> None:
@@ -225,20 +224,20 @@ def test_noise_makes_scores_worse_and_depends_on_the_seed_alone(squares: ImageSe
     assert evaluate_prompted(Painter(), [last], rules[2], seed=3).samples[0].values == again.samples[0].values
 
 
-def test_the_centre_is_the_deepest_pixel() -> None:
-    (prompt,) = CentreRule().prompts(square(), np.random.default_rng(0))
+def test_the_center_is_the_deepest_pixel() -> None:
+    (prompt,) = CenterRule().prompts(square(), np.random.default_rng(0))
     assert prompt.points == (Click(x=4, y=4, positive=True),)
 
 
 def test_random_points_lie_on_the_object_in_three_trials() -> None:
-    truth = square(3)
-    prompts = list(RandomRule(count=4).prompts(truth, np.random.default_rng(0)))
+    ground_truth = square(3)
+    prompts = list(RandomRule(count=4).prompts(ground_truth, np.random.default_rng(0)))
     assert len(prompts) == 3
     assert len({p.points for p in prompts}) == 3
     for prompt in prompts:
         assert len(set(prompt.points)) == 4
-        assert all(truth[c.y, c.x] == 1 and c.positive for c in prompt.points)
-    (many,) = RandomRule(count=50, trials=1).prompts(truth, np.random.default_rng(0))
+        assert all(ground_truth[c.y, c.x] == 1 and c.positive for c in prompt.points)
+    (many,) = RandomRule(count=50, trials=1).prompts(ground_truth, np.random.default_rng(0))
     assert len(set(many.points)) == 9
     with pytest.raises(UsageError):
         RandomRule(count=0)
@@ -248,8 +247,8 @@ def test_empty_masks_are_skipped_and_named(squares: ImageSet) -> None:
     path = squares.samples[1].mask.source
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(path)
     for found in (
-        evaluate_prompted(Painter(), [squares], CentreRule()),
-        evaluate_clicks(Painter(), [squares], ClickProtocol(most=2, miou_at=())),
+        evaluate_prompted(Painter(), [squares], CenterRule()),
+        evaluate_clicks(Painter(), [squares], ClickProtocol(max_clicks=2, miou_at=())),
     ):
         assert [str(f) for f in found.skipped] == ["squares & more b: the mask is empty"]
         assert [s.id for s in found.samples] == ["a", HOSTILE]
@@ -264,18 +263,18 @@ def test_sets_without_samples_or_of_one_name_are_refused(squares: ImageSet) -> N
 
 def test_the_mean_over_sets_counts_each_set_once(squares: ImageSet, tmp_path: Path) -> None:
     other = ImageSet(name="other", samples=squares.samples[:1])
-    found = evaluate_prompted(Painter(3), [squares, other], CentreRule())
+    found = evaluate_prompted(Painter(3), [squares, other], CenterRule())
     means = [found.sets[name]["iou"] for name in ("squares & more", "other")]
     assert found.overall["iou"] == pytest.approx(np.mean(means))
 
 
 def test_the_worst_cases_are_kept_worst_first() -> None:
-    kept = Worst(2)
+    kept = WorstK(2)
     for score in (0.5, 0.1, 0.9, 0.1, 0.3):
         sample = Sample(id=str(score), image=Path("i"), mask=MaskFile(path=Path("m")))
-        kept.see(Case(set="s", sample=sample, score=score, prediction=np.zeros((1, 1), bool)))
+        kept.update(Case(set="s", sample=sample, score=score, prediction=np.zeros((1, 1), bool)))
     assert [c.score for c in kept.cases()] == [0.1, 0.1]
-    assert Worst(0).cases() == ()
+    assert WorstK(0).cases() == ()
 
 
 def test_the_latency_grid_is_walked_point_by_point_with_the_mask_before() -> None:
@@ -297,7 +296,7 @@ def test_grid_points_lie_in_the_middle_of_their_cells() -> None:
 
 
 def test_the_csv_has_a_row_for_every_sample(squares: ImageSet, tmp_path: Path) -> None:
-    found = evaluate_clicks(Scripted([part(5), part(10)]), [squares], ClickProtocol(most=4, miou_at=(2,)))
+    found = evaluate_clicks(Scripted([part(5), part(10)]), [squares], ClickProtocol(max_clicks=4, miou_at=(2,)))
     write_csv(tmp_path / "scores.csv", found)
     rows = list(csv.DictReader((tmp_path / "scores.csv").read_text(encoding="utf-8").splitlines()))
     assert [r["id"] for r in rows] == ["a", "b", HOSTILE]
@@ -306,7 +305,7 @@ def test_the_csv_has_a_row_for_every_sample(squares: ImageSet, tmp_path: Path) -
 
 
 def test_the_page_is_self_contained_and_escaped(squares: ImageSet, tmp_path: Path) -> None:
-    clicks = evaluate_clicks(Painter(), [squares], ClickProtocol(most=4, miou_at=(2,)), worst=2)
+    clicks = evaluate_clicks(Painter(), [squares], ClickProtocol(max_clicks=4, miou_at=(2,)), worst=2)
     boxes = evaluate_prompted(Painter(), [squares], BoxRule(noise=0.4), worst=2)
     write_page(tmp_path / "page.html", [clicks, boxes], title="T <i>", about={"Model": HOSTILE})
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -335,10 +334,10 @@ def test_real_pictures_are_evaluated_by_every_protocol(data_root: Path, tmp_path
     folder = data_root / "vgg-iseg-151"
     found = open_folders(folder / "images", folder / "masks", rule="ignore_128")
     few = found.only([s.id for s in found.samples[:3]])
-    clicks = evaluate_clicks(Painter(40), [few], ClickProtocol(most=6, miou_at=(3,)), worst=1)
+    clicks = evaluate_clicks(Painter(40), [few], ClickProtocol(max_clicks=6, miou_at=(3,)), worst=1)
     assert 0.3 < clicks.overall["miou_at_3"] < 1
     assert clicks.samples[0].values["iou_3"] is not None
-    for rule in (BoxRule(), BoxRule(noise=0.2), CentreRule(), RandomRule(count=2)):
+    for rule in (BoxRule(), BoxRule(noise=0.2), CenterRule(), RandomRule(count=2)):
         figures = evaluate_prompted(Painter(40), [few], rule, worst=1).overall
         assert 0 < figures["boundary_iou"] < figures["iou"] < 1
     write_page(tmp_path / "page.html", [clicks], title="Real")

@@ -10,21 +10,21 @@ import torch
 
 from rfmedsam2.errors import UsageError
 from segment_anything_hq.tasks.losses import (
-    Refinement,
-    boundary_normalised_focal_loss,
+    RefinementMasks,
+    boundary_normalized_focal_loss,
     cross_entropy,
     dice_loss,
     error_region,
     mask_losses,
-    normalised_focal_loss,
+    normalized_focal_loss,
     sam_ref_losses,
 )
 
 
 def some(seed=0, objects=3, size=(5, 7)) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(objects, *size, generator=generator) * 3
-    return logits, (torch.rand(objects, *size, generator=generator) > 0.5).float()
+    rng = torch.Generator().manual_seed(seed)
+    logits = torch.randn(objects, *size, generator=rng) * 3
+    return logits, (torch.rand(objects, *size, generator=rng) > 0.5).float()
 
 
 def plain_nfl(logits, masks, alpha=0.5, gamma=2.0, weights=None, valid=None) -> float:
@@ -32,34 +32,34 @@ def plain_nfl(logits, masks, alpha=0.5, gamma=2.0, weights=None, valid=None) -> 
     losses = []
     for i in range(len(logits)):
         pixels = [(y, x) for y, x in np.ndindex(*logits.shape[1:]) if valid is None or valid[i, y, x]]
-        truth = {
+        ground_truth = {
             p: 1 / (1 + math.exp(-logits[i][p])) if masks[i][p] else 1 / (1 + math.exp(logits[i][p])) for p in pixels
         }
-        beta = {p: (1 - truth[p]) ** gamma for p in pixels}
+        beta = {p: (1 - ground_truth[p]) ** gamma for p in pixels}
         scale = len(pixels) / sum(beta.values())
         share = {p: alpha if masks[i][p] else 1 - alpha for p in pixels}
         weight = {p: 1.0 if weights is None else float(weights[i][p]) for p in pixels}
-        terms = [-weight[p] * share[p] * beta[p] * scale * math.log(truth[p]) for p in pixels]
+        terms = [-weight[p] * share[p] * beta[p] * scale * math.log(ground_truth[p]) for p in pixels]
         losses.append(sum(terms) / sum(weight.values()))
     return sum(losses) / len(losses)
 
 
-def test_normalised_focal_loss_by_hand():
+def test_normalized_focal_loss_by_hand():
     # both pixels are the truth with 1/2: focal weights 1/4 scaled to 1, so half the entropy log 2 each
-    loss = normalised_focal_loss(torch.zeros(1, 1, 2), torch.tensor([[[1.0, 0.0]]]))
+    loss = normalized_focal_loss(torch.zeros(1, 1, 2), torch.tensor([[[1.0, 0.0]]]))
     assert loss.item() == pytest.approx(0.5 * math.log(2), rel=1e-6)
 
 
 def test_easy_pixels_hand_their_weight_to_hard_ones():
     # the second pixel is right beyond doubt: the first gets all the weight, two pixels' worth, averaged over two
-    loss = normalised_focal_loss(torch.tensor([[[0.0, 60.0]]]), torch.ones(1, 1, 2))
+    loss = normalized_focal_loss(torch.tensor([[[0.0, 60.0]]]), torch.ones(1, 1, 2))
     assert loss.item() == pytest.approx(0.5 * math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("figures", [{}, {"alpha": 0.25}, {"gamma": 1.0}])
-def test_normalised_focal_loss_is_ritms(figures):
+def test_normalized_focal_loss_is_ritms(figures):
     logits, masks = some()
-    assert normalised_focal_loss(logits, masks, **figures).item() == pytest.approx(
+    assert normalized_focal_loss(logits, masks, **figures).item() == pytest.approx(
         plain_nfl(logits.double().numpy(), masks.numpy(), **figures), rel=1e-5
     )
 
@@ -68,16 +68,16 @@ def test_pixels_that_do_not_count_change_nothing():
     logits, masks = some()
     valid = some(1)[1].bool()
     expected = plain_nfl(logits.double().numpy(), masks.numpy(), valid=valid.numpy())
-    assert normalised_focal_loss(logits, masks, valid=valid).item() == pytest.approx(expected, rel=1e-5)
+    assert normalized_focal_loss(logits, masks, valid=valid).item() == pytest.approx(expected, rel=1e-5)
     other = torch.where(valid, logits, 17.0)
-    for loss in (normalised_focal_loss, dice_loss, cross_entropy):
+    for loss in (normalized_focal_loss, dice_loss, cross_entropy):
         assert loss(other, masks, valid=valid).item() == pytest.approx(loss(logits, masks, valid=valid).item())
 
 
 def test_the_scale_is_not_differentiated():
     logits = torch.tensor([[[0.5, -1.0]]], requires_grad=True)
     masks = torch.ones(1, 1, 2)
-    normalised_focal_loss(logits, masks).backward()
+    normalized_focal_loss(logits, masks).backward()
     p = torch.sigmoid(logits.detach())
     scale = 2 / ((1 - p) ** 2).sum()
     # d/dx of -(1 - p)^2 log p with p' = p (1 - p)
@@ -87,7 +87,7 @@ def test_the_scale_is_not_differentiated():
 
 def test_a_certain_and_wrong_pixel_still_learns():
     logits = torch.tensor([[[-40.0, 1.0]]], requires_grad=True)
-    loss = normalised_focal_loss(logits, torch.ones(1, 1, 2))
+    loss = normalized_focal_loss(logits, torch.ones(1, 1, 2))
     loss.backward()
     assert loss.isfinite()
     assert logits.grad[0, 0, 0] < -0.1
@@ -98,9 +98,9 @@ def test_error_region_weighs_half_as_much_again():
     region = error_region(*some(2))
     weights = np.where(region.numpy(), 1.5, 1.0)
     expected = plain_nfl(logits.double().numpy(), masks.numpy(), weights=weights)
-    assert boundary_normalised_focal_loss(logits, masks, region=region).item() == pytest.approx(expected, rel=1e-5)
-    same = boundary_normalised_focal_loss(logits, masks, region=region, weight=1.0)
-    assert same.item() == pytest.approx(normalised_focal_loss(logits, masks).item())
+    assert boundary_normalized_focal_loss(logits, masks, region=region).item() == pytest.approx(expected, rel=1e-5)
+    same = boundary_normalized_focal_loss(logits, masks, region=region, weight=1.0)
+    assert same.item() == pytest.approx(normalized_focal_loss(logits, masks).item())
 
 
 def test_boundary_weighted_loss_by_hand():
@@ -108,7 +108,7 @@ def test_boundary_weighted_loss_by_hand():
     # worth 1.5 of 2.5
     hard = torch.tensor([[[0.0, 60.0]]])
     region = torch.tensor([[[True, False]]])
-    loss = boundary_normalised_focal_loss(hard, torch.ones(1, 1, 2), region=region)
+    loss = boundary_normalized_focal_loss(hard, torch.ones(1, 1, 2), region=region)
     assert loss.item() == pytest.approx(1.5 / 2.5 * math.log(2), rel=1e-6)
 
 
@@ -134,9 +134,9 @@ def test_objects_count_alike():
         assert loss.item() == pytest.approx(sum(part[name].item() for part in apart) / 3, rel=1e-5)
 
 
-def refinement(seed, size=(4, 6)) -> Refinement:
+def refinement(seed, size=(4, 6)) -> RefinementMasks:
     (coarse, masks), (error, _), (refined, _) = (some(seed + k, size=size) for k in range(3))
-    return Refinement(coarse=coarse, error=error, refined=refined, masks=masks)
+    return RefinementMasks(coarse=coarse, error=error, refined=refined, masks=masks)
 
 
 def test_sam_refs_seven_terms():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import segment_anything_hq
 from rfmedsam2.errors import CheckpointError, ImageError, PlanError, UsageError
-from rfmedsam2.nn.segmenter import Prompted, Segmenter
+from rfmedsam2.nn.segmenter import PromptBatch, Segmenter
 from segment_anything_hq.build_sam import assemble, build_sam_vit_t
 from segment_anything_hq.nn.hq_decoder import HQ_PARTS, MaskDecoderHQ, hq_parameters
 from segment_anything_hq.nn.hq_sam import HqSam, load_sam
@@ -54,8 +54,8 @@ def test_only_what_is_added_is_trained(sam: HqSam) -> None:
 
 def test_gradients_reach_all_that_is_trained_and_nothing_else(sam: HqSam) -> None:
     sam.zero_grad()
-    embedded = sam.encode(sam.normalise(torch.rand(2, 3, 100, 128) * 255))
-    prompted = Prompted(images=torch.tensor([1, 0, 1]), boxes=torch.tensor([[5.0, 5, 90, 90]] * 3))
+    embedded = sam.encode(sam.normalize(torch.rand(2, 3, 100, 128) * 255))
+    prompted = PromptBatch(images=torch.tensor([1, 0, 1]), boxes=torch.tensor([[5.0, 5, 90, 90]] * 3))
     segmented = sam.segment(embedded, prompted)
     assert torch.equal(segmented.logits, segmented.extra["sam"] + segmented.extra["hq"])
     segmented.extra["hq"].square().mean().backward()
@@ -174,8 +174,8 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
 @pytest.mark.parametrize(
     "image", [IMAGE[..., 0], IMAGE[..., :1], np.dstack([IMAGE, IMAGE[..., 0]]), IMAGE / 255, IMAGE[:0]]
 )
-def test_images_that_are_not_in_colour_get_a_sentence(sam: HqSam, image: np.ndarray) -> None:
-    with pytest.raises(ImageError, match="SamPredictor needs a colour image"):
+def test_images_that_are_not_in_color_get_a_sentence(sam: HqSam, image: np.ndarray) -> None:
+    with pytest.raises(ImageError, match="SamPredictor needs a color image"):
         segment_anything_hq.SamPredictor(sam).set_image(image)
 
 

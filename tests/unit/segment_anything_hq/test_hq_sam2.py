@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from rfmedsam2.errors import CheckpointError
-from rfmedsam2.inference.video_tracking import Tracker, as_published
+from rfmedsam2.inference.video_tracking import VideoSegmenter, as_published
 from rfmedsam2.inference.zero_shot import reference_prompts
-from rfmedsam2.nn.segmenter import Prompted, Segmenter
+from rfmedsam2.nn.segmenter import PromptBatch, Segmenter
 from rfmedsam2.records.dataset import LabelSet
 from segment_anything_hq.nn.hq_sam2 import HqSam2, load_hq_sam2
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter, finer_levels, load_weights, prompt_embeddings
@@ -42,10 +42,10 @@ def frames(count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 
-def clicks() -> Prompted:
+def clicks() -> PromptBatch:
     points = torch.tensor([[[10.0, 12.0], [50.0, 40.0]], [[30.0, 30.0], [5.0, 5.0]], [[60.0, 2.0], [20.0, 20.0]]])
     labels = torch.tensor([[1, 0], [1, -1], [1, 1]])
-    return Prompted(images=torch.tensor([1, 0, 2]), points=points, point_labels=labels)
+    return PromptBatch(images=torch.tensor([1, 0, 2]), points=points, point_labels=labels)
 
 
 def test_names_and_shapes_are_the_published_ones() -> None:
@@ -100,7 +100,7 @@ def test_prompts_of_several_images_are_as_one_by_one() -> None:
     together = model.segment(embedded, prompted)
     for i in range(3):
         one = prompted.at(torch.tensor([i]))
-        single = Prompted(images=torch.tensor([0]), points=one.points, point_labels=one.point_labels)
+        single = PromptBatch(images=torch.tensor([0]), points=one.points, point_labels=one.point_labels)
         alone = model.segment(embedded.at(one.images), single)
         torch.testing.assert_close(together.logits[i], alone.logits[0], atol=1e-5, rtol=1e-4)
 
@@ -145,7 +145,7 @@ def test_videos_are_tracked_through_the_memory() -> None:
     for hq_token_only in (False, True):
         model = built(hq_token_only=hq_token_only)
         model.decoder.state_dict()["pred_obj_score_head.layers.2.bias"].fill_(5)  # untrained, nothing is there
-        tracked = Tracker(as_published(model.base), video, prompts, labels).run(("one",))
+        tracked = VideoSegmenter(as_published(model.base), video, prompts, labels).run(("one",))
         masks.append(tracked["one", "unprompted"])
     assert masks[0].shape == (4, SIDE, SIDE)
     assert not np.array_equal(masks[0][3], masks[1][3])

@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.samhq_commands import pictures, written
+from support.samhq_commands import write_images, written
 
 from rfmedsam2.engine.checkpoint import save_model
 from rfmedsam2.errors import CheckpointError, RfMedSamError, UsageError
-from segment_anything_hq.data.image_io import read_picture
-from segment_anything_hq.data.prompt_files import PromptedObject, pictures_in, read_prompts
-from segment_anything_hq.evaluation.protocols import BoxRule, CentreRule, RandomRule
+from segment_anything_hq.data.image_io import read_image
+from segment_anything_hq.data.prompt_files import PromptedObject, images_in, read_prompts
+from segment_anything_hq.evaluation.protocols import BoxRule, CenterRule, RandomRule
 from segment_anything_hq.evaluation.run import rule_of
 from segment_anything_hq.inference.files import AT_ONCE, mask_objects, predict_objects, prompted_rows, require_free
-from segment_anything_hq.inference.image_transform import embed, framing_of
+from segment_anything_hq.inference.image_transform import embed, make_transform
 from segment_anything_hq.inference.interactive import InteractivePredictor
-from segment_anything_hq.inference.network_spec import Choice, chosen_network, named_network
+from segment_anything_hq.inference.network_spec import NetworkSpec, load_network, resolve_spec
 from segment_anything_hq.models import base_sha256, build
 from segment_anything_hq.nn.trainable_subset import TrainedPart
 from segment_anything_hq.prompts.clicks import Click, Prompt
 from segment_anything_hq.records import RefinerRecord
-from segment_anything_hq.tasks.defaults import recipe
+from segment_anything_hq.tasks.defaults import default_plan
 from segment_anything_hq.tasks.model_summary import PUBLISHED, network_size
 
 NETWORKS = {
@@ -41,11 +41,11 @@ NETWORKS = {
 
 @pytest.fixture
 def images(tmp_path):
-    return pictures_in([pictures(tmp_path / "data") / "images"])
+    return images_in([write_images(tmp_path / "data") / "images"])
 
 
 def chosen(method: str, frame_size: int = 64):
-    return chosen_network(named_network(Choice(method=method, backbone=NETWORKS[method], frame_size=frame_size)))
+    return load_network(resolve_spec(NetworkSpec(method=method, backbone=NETWORKS[method], frame_size=frame_size)))
 
 
 def read(tmp_path, images, content, name="prompts.json"):
@@ -176,10 +176,10 @@ def test_files_that_are_no_prompts_are_sentences(tmp_path, images):
     with pytest.raises(UsageError, match="no such file of prompts"):
         read_prompts(tmp_path / "nowhere.json", images)
     with pytest.raises(UsageError, match="no such picture or folder"):
-        pictures_in([tmp_path / "nowhere"])
+        images_in([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"There are no pictures.*\.jpg"):
-        pictures_in([tmp_path / "empty"])
+        images_in([tmp_path / "empty"])
 
 
 def test_a_damaged_picture_is_among_the_faults(tmp_path, images):
@@ -213,7 +213,7 @@ def test_objects_side_by_side_are_as_clicks_and_boxes_one_by_one(method, tmp_pat
     record = predict_objects(network, objects, tmp_path / "out")
     assert [o.file for o in record.objects] == [o.file for o in objects]
     predictor = InteractivePredictor(network.network, fit=network.fit)
-    predictor.set_image(read_picture(images[0]))
+    predictor.set_image(read_image(images[0]))
     for prompted, found in zip(objects, record.objects, strict=True):
         signed = zip(prompted.points, prompted.labels, strict=True)
         points = tuple(Click(x=int(x), y=int(y), positive=bool(n)) for (x, y), n in signed)
@@ -241,7 +241,7 @@ def test_a_picture_is_embedded_once_and_its_objects_are_batches(tmp_path, images
 
 
 def test_rows_are_padded_and_lie_in_the_frame(images):
-    framing = framing_of((40, 60), 128, "stretch")
+    framing = make_transform((40, 60), 128, "stretch")
     two = objects_of(images[0])
     rows = prompted_rows([two[1], two[3]], framing, torch.device("cpu"))
     assert rows.boxes is None
@@ -253,7 +253,7 @@ def test_rows_are_padded_and_lie_in_the_frame(images):
 
 def test_a_mask_of_the_frame_comes_back_to_the_picture():
     for fit, resized in (("pad", (43, 64)), ("stretch", (64, 64))):
-        framing = framing_of((40, 60), 64, fit)
+        framing = make_transform((40, 60), 64, fit)
         assert framing.resized == resized
         logits = torch.full((1, 16, 16), -1.0)
         logits[:, : round(resized[0] / 8)] = 1.0  # the upper half of the picture
@@ -275,9 +275,9 @@ def test_nothing_is_overwritten_unasked_and_pictures_never(tmp_path, images):
 
 def test_masks_are_those_of_the_picture_and_not_of_what_was_embedded_before(images):
     network = chosen("sam").network
-    framings = [framing_of(read_picture(image).shape[:2], 64, "pad") for image in images]
+    framings = [make_transform(read_image(image).shape[:2], 64, "pad") for image in images]
     with torch.inference_mode():
-        embedded = [embed(network, read_picture(i), f) for i, f in zip(images, framings, strict=True)]
+        embedded = [embed(network, read_image(i), f) for i, f in zip(images, framings, strict=True)]
     shapes = [
         next(mask_objects(network, e, f, [PromptedObject(image=i, file="", box=(1, 1, 9, 9))])).mask.shape
         for e, f, i in zip(embedded, framings, images, strict=True)
@@ -302,8 +302,8 @@ def test_what_a_method_adds_is_said_to_be_new(tmp_path):
     torch.save(build("sam", "vit_nano", frame_size=64).state_dict(), tmp_path / "base.pt")
     notes = {}
     for method in ("sam", "sam_ref", "sam_decoder"):
-        choice = Choice(method=method, backbone="vit_nano", weights=tmp_path / "base.pt", frame_size=64)
-        notes[method] = chosen_network(named_network(choice)).notes
+        choice = NetworkSpec(method=method, backbone="vit_nano", weights=tmp_path / "base.pt", frame_size=64)
+        notes[method] = load_network(resolve_spec(choice)).notes
     assert notes["sam"] == ()
     assert "new, not trained" in notes["sam_ref"][0]
     assert "not fine-tuned" in notes["sam_decoder"][0]
@@ -311,7 +311,7 @@ def test_what_a_method_adds_is_said_to_be_new(tmp_path):
 
 def checkpoint(path, method="sam_ref", seed=3):
     """As a training of a new base leaves it."""
-    plan = recipe(method, NETWORKS[method], samples=2)
+    plan = default_plan(method, NETWORKS[method], samples=2)
     plan = plan.model_copy(update={"frame_size": 64, "train": plan.train.model_copy(update={"seed": seed})})
     torch.manual_seed(seed)
     network = build(method, NETWORKS[method], frame_size=64)
@@ -335,10 +335,10 @@ def checkpoint(path, method="sam_ref", seed=3):
 
 def test_a_checkpoint_says_what_it_is_of(tmp_path):
     trained = checkpoint(tmp_path / "model.pt")
-    named = named_network(Choice(model=tmp_path / "model.pt"))
+    named = resolve_spec(NetworkSpec(model=tmp_path / "model.pt"))
     assert (named.method, named.backbone, named.frame_size, named.seed) == ("sam_ref", "vit_nano", 64, 3)
-    assert named == named_network(Choice(model=tmp_path / "model.pt", method="sam_ref", backbone="vit_nano"))
-    found = chosen_network(named)
+    assert named == resolve_spec(NetworkSpec(model=tmp_path / "model.pt", method="sam_ref", backbone="vit_nano"))
+    found = load_network(named)
     for name, tensor in trained.state_dict().items():
         assert torch.equal(found.network.state_dict()[name], tensor), name
     assert found.facts()["checkpoint"] == "model.pt"
@@ -368,10 +368,10 @@ def test_choices_that_do_not_fit_are_sentences(tmp_path):
     for sentence, words in said.items():
         files = {k: tmp_path / v if k in ("model", "weights", "decoder") else v for k, v in words.items()}
         with pytest.raises(RfMedSamError, match=sentence):
-            chosen_network(named_network(Choice(**files)))
+            load_network(resolve_spec(NetworkSpec(**files)))
     (tmp_path / "junk.pt").write_bytes(b"junk")
     with pytest.raises(CheckpointError):
-        named_network(Choice(model=tmp_path / "junk.pt"))
+        resolve_spec(NetworkSpec(model=tmp_path / "junk.pt"))
 
 
 # protocols and sizes
@@ -380,7 +380,7 @@ def test_choices_that_do_not_fit_are_sentences(tmp_path):
 def test_protocols_have_names():
     assert rule_of("box") == BoxRule()
     assert rule_of("box_0.4") == BoxRule(noise=0.4)
-    assert rule_of("centre") == CentreRule()
+    assert rule_of("center") == CenterRule()
     assert rule_of("points_5") == RandomRule(count=5)
     assert rule_of("sat") is None
     assert rule_of("clicks", clicks=3).miou_at == ()

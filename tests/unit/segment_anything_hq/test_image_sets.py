@@ -1,4 +1,4 @@
-"""Sets of pictures and masks: what pairs, what is counted, what is wrong, in every layout and colour mode."""
+"""Sets of pictures and masks: what pairs, what is counted, what is wrong, in every layout and color mode."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from segment_anything_hq.data.coco_masks import counts_mask, polygons_mask
 from segment_anything_hq.data.datasets import (
     COLLECTIONS,
     HQSEG_TEST,
-    HQSEG_TEST_PICTURES,
+    HQSEG_TEST_IMAGES,
     HQSEG_TRAINING,
-    HQSEG_TRAINING_PICTURES,
+    HQSEG_TRAINING_IMAGES,
     SBD_INSTANCES,
     open_folders,
     open_sbd,
     read_ahead,
 )
-from segment_anything_hq.data.image_io import picture_size, read_picture, read_truth
+from segment_anything_hq.data.image_io import image_size, read_ground_truth, read_image
 
 
 def save(path: Path, array: np.ndarray, **options: Any) -> Path:
@@ -35,7 +35,7 @@ def save(path: Path, array: np.ndarray, **options: Any) -> Path:
     return path
 
 
-def picture(seed: int = 0, shape: tuple[int, int] = (6, 8)) -> np.ndarray:
+def image(seed: int = 0, shape: tuple[int, int] = (6, 8)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
 
 
@@ -48,30 +48,30 @@ def mask(value: int = 255, shape: tuple[int, int] = (6, 8)) -> np.ndarray:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for i in range(3):
-        save(tmp_path / "images" / f"{i}.jpg", picture(i))
+        save(tmp_path / "images" / f"{i}.jpg", image(i))
         save(tmp_path / "masks" / f"{i}.png", mask())
     return tmp_path
 
 
 def test_the_published_totals_are_the_sums_of_the_sets() -> None:
-    assert sum(layout.expected or 0 for layout in HQSEG_TRAINING) == HQSEG_TRAINING_PICTURES == 44_320
-    assert sum(layout.expected or 0 for layout in HQSEG_TEST) == HQSEG_TEST_PICTURES == 1_537
+    assert sum(layout.expected or 0 for layout in HQSEG_TRAINING) == HQSEG_TRAINING_IMAGES == 44_320
+    assert sum(layout.expected or 0 for layout in HQSEG_TEST) == HQSEG_TEST_IMAGES == 1_537
 
 
 def test_a_folder_without_faults(folder: Path) -> None:
     found = check_set(open_folders(folder / "images", folder / "masks"))
-    assert (found.samples, found.pictures, found.faults, found.complete) == (3, 3, (), True)
+    assert (found.samples, found.images, found.faults, found.complete) == (3, 3, (), True)
     assert found.summary() == f"{folder.name}: 3 samples, no faults"
 
 
 def test_all_faults_are_listed_at_once(folder: Path) -> None:
     images, masks = folder / "images", folder / "masks"
-    save(images / "no_mask.jpg", picture())
+    save(images / "no_mask.jpg", image())
     save(masks / "no_picture.png", mask())
     for name, array in (("small", mask(shape=(6, 7))), ("empty", mask(0)), ("ones", mask(1)), ("full", mask() | 255)):
-        save(images / f"{name}.jpg", picture())
+        save(images / f"{name}.jpg", image())
         save(masks / f"{name}.png", array)
-    save(images / "cut.jpg", picture(shape=(90, 90)))
+    save(images / "cut.jpg", image(shape=(90, 90)))
     save(masks / "cut.png", mask(shape=(90, 90)))
     (images / "cut.jpg").write_bytes((images / "cut.jpg").read_bytes()[:1500])
     (images / "text.jpg").write_text("no picture")
@@ -100,7 +100,7 @@ def test_sizes_alone_are_compared_from_the_heads_of_files(folder: Path) -> None:
 
 def test_missing_folders_and_names_taken_twice_are_faults(folder: Path) -> None:
     assert [f.what for f in open_folders(folder / "images", folder / "nowhere").faults] == ["the folder is missing"]
-    save(folder / "images" / "1.bmp", picture())
+    save(folder / "images" / "1.bmp", image())
     (fault,) = open_folders(folder / "images", folder / "masks").faults
     assert "which is taken" in fault.what
     with pytest.raises(DatasetError, match="no samples"):
@@ -108,7 +108,7 @@ def test_missing_folders_and_names_taken_twice_are_faults(folder: Path) -> None:
 
 
 def test_several_objects_of_one_picture(tmp_path: Path) -> None:
-    save(tmp_path / "images" / "a_1.jpg", picture())
+    save(tmp_path / "images" / "a_1.jpg", image())
     for name in ("a_1_1", "a_1_2", "a_1#3"):
         save(tmp_path / "masks" / f"{name}.png", mask())
     found = open_folders(tmp_path / "images", tmp_path / "masks")
@@ -120,7 +120,7 @@ def test_several_objects_of_one_picture(tmp_path: Path) -> None:
 
 def test_pictures_and_masks_in_one_folder(tmp_path: Path) -> None:
     for name in ("x", "y"):
-        save(tmp_path / "cascade_psp" / "fss_all" / f"{name}.jpg", picture())
+        save(tmp_path / "cascade_psp" / "fss_all" / f"{name}.jpg", image())
         save(tmp_path / "cascade_psp" / "fss_all" / f"{name}.png", mask())
     sets = {s.name: s for s in COLLECTIONS["hqseg44k_train"](tmp_path)}
     assert [s.id for s in sets["FSS"].samples] == ["x", "y"]
@@ -137,60 +137,60 @@ def test_only_some_samples(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK"])
-def test_pictures_of_every_colour_mode_become_rgb(tmp_path: Path, mode: str) -> None:
-    grey = Image.fromarray(mask())
+def test_pictures_of_every_color_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+    gray = Image.fromarray(mask())
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    grey.convert("RGB").convert(mode).save(path)
-    read = read_picture(path)
+    gray.convert("RGB").convert(mode).save(path)
+    read = read_image(path)
     assert (read.shape, read.dtype) == ((6, 8, 3), np.uint8)
     assert (read[2, 3] == 255).all()
     assert (read[0, 0] == 0).all()
-    assert np.array_equal(read_truth(path), mask() // 255)
+    assert np.array_equal(read_ground_truth(path), mask() // 255)
 
 
-def test_palettes_give_colours_not_indices(tmp_path: Path) -> None:
+def test_palettes_give_colors_not_indices(tmp_path: Path) -> None:
     image = Image.new("P", (8, 6))
     image.putpalette([0, 0, 0, 200, 10, 60])
     image.putdata(mask(1).ravel().tolist())
     image.save(tmp_path / "a.png", transparency=0)
-    assert read_picture(tmp_path / "a.png")[2, 3].tolist() == [200, 10, 60]
-    assert np.array_equal(read_truth(tmp_path / "a.png"), mask(1))
+    assert read_image(tmp_path / "a.png")[2, 3].tolist() == [200, 10, 60]
+    assert np.array_equal(read_ground_truth(tmp_path / "a.png"), mask(1))
 
 
 def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
     save(tmp_path / "a.png", mask().astype(np.uint16) * 257)
-    assert read_picture(tmp_path / "a.png").max() == 255
-    assert np.array_equal(read_truth(tmp_path / "a.png"), mask() // 255)
+    assert read_image(tmp_path / "a.png").max() == 255
+    assert np.array_equal(read_ground_truth(tmp_path / "a.png"), mask() // 255)
 
 
 def test_turned_photographs_stand_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    save(tmp_path / "a.jpg", picture(), exif=exif)
-    assert read_picture(tmp_path / "a.jpg").shape == (8, 6, 3)
-    assert picture_size(tmp_path / "a.jpg") == (8, 6)
+    save(tmp_path / "a.jpg", image(), exif=exif)
+    assert read_image(tmp_path / "a.jpg").shape == (8, 6, 3)
+    assert image_size(tmp_path / "a.jpg") == (8, 6)
 
 
 def test_values_mean_what_the_layout_says(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", np.array([[0, 1, 127, 128, 129, 255]], np.uint8))
-    assert read_truth(path).tolist() == [[0, 0, 0, 0, 1, 1]]
-    assert read_truth(path, "ignore_128").tolist() == [[0, 0, 0, -1, 1, 1]]
-    assert read_truth(path, "any").tolist() == [[0, 1, 1, 1, 1, 1]]
-    coloured = save(tmp_path / "b.png", np.array([[[0, 0, 9], [0, 0, 0]]], np.uint8))
-    assert read_truth(coloured, "any").tolist() == [[1, 0]]
+    assert read_ground_truth(path).tolist() == [[0, 0, 0, 0, 1, 1]]
+    assert read_ground_truth(path, "ignore_128").tolist() == [[0, 0, 0, -1, 1, 1]]
+    assert read_ground_truth(path, "any").tolist() == [[0, 1, 1, 1, 1, 1]]
+    colored = save(tmp_path / "b.png", np.array([[[0, 0, 9], [0, 0, 0]]], np.uint8))
+    assert read_ground_truth(colored, "any").tolist() == [[1, 0]]
 
 
 def test_ritm_sets_are_read_by_their_rules(tmp_path: Path) -> None:
-    save(tmp_path / "data_GT" / "llama.jpg", picture())
+    save(tmp_path / "data_GT" / "llama.jpg", image())
     save(tmp_path / "boundary_GT" / "llama.bmp", np.where(mask() > 0, 255, 128).astype(np.uint8))
     (found,) = COLLECTIONS["grabcut"](tmp_path)
-    assert found.samples[0].truth().min() == -1
+    assert found.samples[0].ground_truth().min() == -1
     check = check_set(found)
     assert check.summary() == "GrabCut: 1 samples of 50 that are published, 1 with ignored pixels, no faults"
-    save(tmp_path / "img" / "bear.jpg", picture())
+    save(tmp_path / "img" / "bear.jpg", image())
     save(tmp_path / "gt" / "bear.png", np.stack([mask(0), mask(1), mask(0)], -1))
     (davis,) = COLLECTIONS["davis"](tmp_path)
-    assert davis.samples[0].truth().sum() == 9
+    assert davis.samples[0].ground_truth().sum() == 9
 
 
 def test_sbd_has_a_sample_for_every_instance(tmp_path: Path) -> None:
@@ -199,12 +199,12 @@ def test_sbd_has_a_sample_for_every_instance(tmp_path: Path) -> None:
     (tmp_path / "inst").mkdir()
     for name in ("a", "b"):
         savemat(tmp_path / "inst" / f"{name}.mat", {"GTinst": {"Segmentation": instances, "Categories": [1, 2]}})
-    save(tmp_path / "img" / "a.jpg", picture())
+    save(tmp_path / "img" / "a.jpg", image())
     (tmp_path / "inst" / "c.mat").write_bytes(b"no matlab")
     (tmp_path / "val.txt").write_text("a\nb\nc\nd\n")
     found = open_sbd(tmp_path)
     assert [s.id for s in found.samples] == ["a_1", "a_2"]
-    assert [int(s.truth().sum()) for s in found.samples] == [4, 8]
+    assert [int(s.ground_truth().sum()) for s in found.samples] == [4, 8]
     assert found.expected == SBD_INSTANCES
     whats = [f.what for f in found.faults]
     assert whats[0] == "the picture is missing"
@@ -234,7 +234,7 @@ def test_run_lengths_go_down_the_columns() -> None:
 
 
 def annotated(root: Path) -> None:
-    save(root / "train2017" / "000000000001.jpg", picture())
+    save(root / "train2017" / "000000000001.jpg", image())
     square = [1, 1, 4, 1, 4, 3, 1, 3]
     images = [
         {"id": 1, "height": 6, "width": 8, "file_name": "000000000001.jpg"},
@@ -262,7 +262,7 @@ def test_annotations_of_coco_and_lvis(tmp_path: Path) -> None:
     annotated(tmp_path)
     coco, lvis = coco_lvis(tmp_path)
     assert [s.id for s in coco.samples] == ["000000000001_10", "000000000001_11"]
-    assert [int(s.truth().sum()) for s in coco.samples] == [6, 6]
+    assert [int(s.ground_truth().sum()) for s in coco.samples] == [6, 6]
     assert [s.id for s in lvis.samples] == ["000000000001_10"]
     assert {f.where: f.what.split(" in ")[0] for f in coco.faults} == {
         "annotation 13": "no polygon of three points or more",
@@ -271,7 +271,7 @@ def test_annotations_of_coco_and_lvis(tmp_path: Path) -> None:
         "image 3": "has 1 annotations but no entry",
     }
     check = check_set(coco)
-    assert (check.samples, check.pictures, len(check.faults)) == (2, 1, 4)
+    assert (check.samples, check.images, len(check.faults)) == (2, 1, 4)
     large = open_annotations(coco.samples[0].mask.source, tmp_path / "train2017", least_area=7)
     assert [s.id for s in large.samples] == ["000000000001_11"]
 
@@ -300,7 +300,7 @@ def test_reading_ahead_stops_at_a_mask_of_another_size(folder: Path) -> None:
 
 def test_files_that_are_missing_get_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no such file"):
-        read_picture(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.data

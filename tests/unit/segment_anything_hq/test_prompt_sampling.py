@@ -47,7 +47,7 @@ def test_an_empty_object_is_named():
     masks = some_masks()
     masks[1] = False
     with pytest.raises(UsageError, match=r"without a pixel.*objects \[1\] of 3"):
-        training_prompts(masks, IMAGES, mix=HQ_SAM, generator=generator_of(0, 0))
+        training_prompts(masks, IMAGES, mix=HQ_SAM, rng=generator_of(0, 0))
 
 
 @pytest.mark.parametrize("count", [1, 10])
@@ -113,7 +113,7 @@ def test_masks_are_degraded_at_the_boundary_alone():
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_prompts(kind):
     masks = some_masks()
-    prompted = prompts_of_kind(kind, masks, IMAGES, mix=SAM2_REFINER, generator=generator_of(0, 0))
+    prompted = prompts_of_kind(kind, masks, IMAGES, mix=SAM2_REFINER, rng=generator_of(0, 0))
     assert torch.equal(prompted.images, IMAGES)
     assert (prompted.boxes is not None) == (kind in ("box", "box_and_points", "box_and_negatives"))
     assert (prompted.masks is not None) == (kind == "mask")
@@ -130,9 +130,7 @@ def test_kinds_of_prompts(kind):
 
 def test_where_nothing_is_around_an_object_its_points_are_padding():
     everywhere = torch.ones(1, 16, 16, dtype=torch.bool)
-    prompted = prompts_of_kind(
-        "box_and_negatives", everywhere, IMAGES[:1], mix=SAM2_REFINER, generator=generator_of(0, 0)
-    )
+    prompted = prompts_of_kind("box_and_negatives", everywhere, IMAGES[:1], mix=SAM2_REFINER, rng=generator_of(0, 0))
     assert prompted.point_labels is not None
     assert (prompted.point_labels == -1).all()
 
@@ -148,7 +146,7 @@ def test_batches_come_again_from_their_numbers():
     masks = some_masks()
 
     def drawn(seed, number):
-        made = training_prompts(masks, IMAGES, mix=SAM2_REFINER, generator=generator_of(seed, number))
+        made = training_prompts(masks, IMAGES, mix=SAM2_REFINER, rng=generator_of(seed, number))
         return [t for t in (made.points, made.point_labels, made.boxes, made.masks) if t is not None]
 
     for number in range(8):

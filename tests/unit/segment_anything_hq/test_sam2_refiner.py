@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rfmedsam2.nn.sam2.memory_attention import prepare_frames, recall
+from rfmedsam2.nn.sam2.memory_attention import condition_on_memory, prepare_frames
 from rfmedsam2.nn.sam2.model import Sam2
-from rfmedsam2.nn.sam2.types import CellPrompts, MemoryBank, Slots
-from rfmedsam2.nn.segmenter import Prompted, Segmenter
+from rfmedsam2.nn.sam2.types import MemoryBank, ObjectPrompts, Slots
+from rfmedsam2.nn.segmenter import PromptBatch, Segmenter
 from segment_anything_hq.nn.localization_augment import LocalizationAugment, grid_positions, stitched, sub_images
 from segment_anything_hq.nn.prompt_retargeting import BOX, MASK, RFB, prompt_windows, window_positions
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter
@@ -36,12 +36,12 @@ def some_masks() -> torch.Tensor:
 
 
 PROMPTS = {
-    "box": Prompted(images=IMAGES, boxes=BOXES),
-    "points": Prompted(images=IMAGES, points=POINTS, point_labels=LABELS),
-    "box and points": Prompted(images=IMAGES, points=POINTS, point_labels=LABELS, boxes=BOXES),
-    "unequal points": Prompted(images=IMAGES, points=POINTS, point_labels=torch.tensor([[1, 0], [-1, 1], [1, 1]])),
-    "mask": Prompted(images=IMAGES, masks=some_masks()),
-    "mask and points": Prompted(images=IMAGES, masks=some_masks(), points=POINTS, point_labels=LABELS),
+    "box": PromptBatch(images=IMAGES, boxes=BOXES),
+    "points": PromptBatch(images=IMAGES, points=POINTS, point_labels=LABELS),
+    "box and points": PromptBatch(images=IMAGES, points=POINTS, point_labels=LABELS, boxes=BOXES),
+    "unequal points": PromptBatch(images=IMAGES, points=POINTS, point_labels=torch.tensor([[1, 0], [-1, 1], [1, 1]])),
+    "mask": PromptBatch(images=IMAGES, masks=some_masks()),
+    "mask and points": PromptBatch(images=IMAGES, masks=some_masks(), points=POINTS, point_labels=LABELS),
 }
 
 
@@ -61,7 +61,7 @@ def perturbed(refiner: SAM2Refiner) -> SAM2Refiner:
 
 def test_it_is_a_segmenter(refiner):
     assert isinstance(refiner, Segmenter)
-    assert refiner.normalise(torch.full((1, 3, SIZE, SIZE), 128.0)).shape == (1, 3, SIZE, SIZE)
+    assert refiner.normalize(torch.full((1, 3, SIZE, SIZE), 128.0)).shape == (1, 3, SIZE, SIZE)
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
@@ -125,13 +125,13 @@ def test_a_few_steps_mask_an_object_better_and_leave_sam_2_as_it_was(refiner):
     refiner.train()
     views = refiner.look(frames(1))
     assert not views.local_fine.requires_grad
-    truth = torch.zeros(1, SIZE, SIZE)
-    truth[0, 10:41, 7:31] = 1
-    prompted = Prompted(images=torch.tensor([0]), boxes=torch.tensor([[7.0, 10.0, 30.0, 40.0]]))
+    ground_truth = torch.zeros(1, SIZE, SIZE)
+    ground_truth[0, 10:41, 7:31] = 1
+    prompted = PromptBatch(images=torch.tensor([0]), boxes=torch.tensor([[7.0, 10.0, 30.0, 40.0]]))
     optimizer = torch.optim.AdamW([p for _, p in refiner.trained_parameters()], lr=3e-3)
     losses = []
     for _ in range(30):
-        parts = mask_losses(refiner.segment(refiner.renewed(views), prompted).final, truth)
+        parts = mask_losses(refiner.segment(refiner.renewed(views), prompted).final, ground_truth)
         loss = parts["bce"] + parts["dice"]
         optimizer.zero_grad()
         loss.backward()
@@ -158,8 +158,8 @@ def test_untrained_it_tracks_as_sam_2_does(refiner):
     """An object boxed on the first frame and found on the second by SAM 2's memory."""
     video = Sam2(refiner.sam.base)
     features = video.encode(frames())
-    first = video.decode(features.at(torch.tensor([0])), CellPrompts(boxes=BOXES[:1]))
-    made = refiner.segment(refiner.encode(frames()), Prompted(images=torch.tensor([0]), boxes=BOXES[:1]))
+    first = video.decode(features.at(torch.tensor([0])), ObjectPrompts(boxes=BOXES[:1]))
+    made = refiner.segment(refiner.encode(frames()), PromptBatch(images=torch.tensor([0]), boxes=BOXES[:1]))
     assert torch.allclose(made.logits, first.masks, atol=1e-5)
     assert torch.allclose(made.extra["pointers"], first.pointers, atol=1e-5)
     assert torch.allclose(made.extra["object_scores"], first.scores, atol=1e-5)
@@ -173,10 +173,10 @@ def test_untrained_it_tracks_as_sam_2_does(refiner):
         (features.embedding, first.masks, first.pointers, first.scores),
         (bare, made.logits, made.extra["pointers"], made.extra["object_scores"]),
     ):
-        bank = MemoryBank(maps=video.remember(embedding[:1], masks, scores), pointers=pointers)
-        found.append(recall(video, prepare_frames(video, embedding), torch.tensor([1]), bank, slots))
-    expected = video.decode(features.at(torch.tensor([1])), CellPrompts(), embedding=found[0])
-    made = refiner.segment(embedded, Prompted(images=torch.tensor([1])), conditioned=found[1])
+        bank = MemoryBank(maps=video.encode_memory(embedding[:1], masks, scores), pointers=pointers)
+        found.append(condition_on_memory(video, prepare_frames(video, embedding), torch.tensor([1]), bank, slots))
+    expected = video.decode(features.at(torch.tensor([1])), ObjectPrompts(), embedding=found[0])
+    made = refiner.segment(embedded, PromptBatch(images=torch.tensor([1])), conditioned=found[1])
     assert torch.allclose(made.logits, expected.masks, atol=1e-4)
 
 
@@ -264,11 +264,11 @@ def test_windows_are_where_the_prompts_are():
     assert windows[0].tolist() == [[4.5, 6.5, 16.5, 18.5], [34.5, 44.5, 46.5, 56.5], [4, 5, 31, 41]]
     masks = torch.full((2, 16, 16), -1.0)
     masks[0, 2:4, 5] = 1.0
-    windows, kinds = prompt_windows(Prompted(images=torch.tensor([0, 0]), masks=masks), 12, SIZE)
+    windows, kinds = prompt_windows(PromptBatch(images=torch.tensor([0, 0]), masks=masks), 12, SIZE)
     assert kinds.tolist() == [[MASK], [MASK]]
     # pixels of 4; an empty mask has the whole frame
     assert windows.tolist() == [[[20, 8, 24, 16]], [[0, 0, 64, 64]]]
-    windows, _ = prompt_windows(Prompted(images=torch.tensor([0, 0])), 12, SIZE)
+    windows, _ = prompt_windows(PromptBatch(images=torch.tensor([0, 0])), 12, SIZE)
     assert windows.shape == (2, 0, 4)
 
 
@@ -287,7 +287,7 @@ def test_patches_are_taken_where_the_windows_are():
 def test_a_prompt_changes_the_embedding_that_the_decoder_reads(refiner):
     perturbed(refiner)
     embedded = refiner.encode(frames()).at(torch.tensor([0, 0]))
-    prompted = Prompted(
+    prompted = PromptBatch(
         images=torch.tensor([0, 1]), points=torch.tensor([[[5.0, 5.0]], [[55.0, 40.0]]]), point_labels=torch.ones(2, 1)
     )
     renewed = refiner.retargeting(

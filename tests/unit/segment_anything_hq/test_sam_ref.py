@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.nn.segmenter import Embedded, Prompted, Segmented, Segmenter
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, Segmenter
 from segment_anything_hq.nn.global_diff import dense_prompt_map, mended
 from segment_anything_hq.nn.patch_diff import change_windows, cropped, pasted
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter
@@ -38,12 +38,14 @@ def frames(count: int = 2, side: int = SIDE) -> torch.Tensor:
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-def clicks() -> Prompted:
+def clicks() -> PromptBatch:
     points = torch.tensor([[[10.0, 12.0], [50.0, 40.0]], [[30.0, 30.0], [5.0, 5.0]], [[60.0, 2.0], [20.0, 20.0]]])
-    return Prompted(images=torch.tensor([1, 0, 1]), points=points, point_labels=torch.tensor([[1, 0], [1, -1], [1, 1]]))
+    return PromptBatch(
+        images=torch.tensor([1, 0, 1]), points=points, point_labels=torch.tensor([[1, 0], [1, -1], [1, 1]])
+    )
 
 
-def before(model: SamRef, prompted: Prompted, *, area: int) -> Segmented:
+def before(model: SamRef, prompted: PromptBatch, *, area: int) -> Segmented:
     """A click before that left a mask of its own and an error map of so many pixels."""
     logits = torch.randn(len(prompted), model.frame_size // 4, model.frame_size // 4) * 3
     areas = torch.full((len(prompted),), area)
@@ -57,7 +59,7 @@ def test_error_map_shares_out_detail_and_coarse() -> None:
 
 
 def test_clicks_are_disks_and_boxes_lines() -> None:
-    prompted = Prompted(
+    prompted = PromptBatch(
         images=torch.tensor([0, 0]),
         points=torch.tensor([[[33.5, 65.5], [97.5, 97.5]], [[0.0, 0.0], [0.0, 0.0]]]),
         point_labels=torch.tensor([[1, 0], [-1, -1]]),
@@ -70,7 +72,7 @@ def test_clicks_are_disks_and_boxes_lines() -> None:
     for channel, (x, y) in enumerate([(8, 16), (24, 24)]):
         across, down = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="xy")
         assert torch.equal(maps[0, channel] > 0, (across - x) ** 2 + (down - y) ** 2 <= 9)
-    box = Prompted(images=torch.tensor([0]), boxes=torch.tensor([[16.0, 16.0, 80.0, 112.0]]))
+    box = PromptBatch(images=torch.tensor([0]), boxes=torch.tensor([[16.0, 16.0, 80.0, 112.0]]))
     drawn = dense_prompt_map(box, coarse[:1])[0, :2]
     assert torch.equal(drawn[0], drawn[1])
     assert drawn[0, 3, 10]
@@ -115,7 +117,7 @@ def test_prompts_of_several_images_are_as_one_by_one(name: str) -> None:
     torch.testing.assert_close(prepared.logits, together.logits, atol=1e-5, rtol=1e-4)
     for i in range(len(prompted)):
         one = prompted.at(torch.tensor([i]))
-        single = Prompted(images=torch.tensor([0]), points=one.points, point_labels=one.point_labels)
+        single = PromptBatch(images=torch.tensor([0]), points=one.points, point_labels=one.point_labels)
         earlier = Segmented(logits=previous.logits[i : i + 1], scores=previous.scores[i : i + 1], extra=previous.extra)
         alone = model.segment(embedded.at(one.images), single, previous=earlier)
         torch.testing.assert_close(together.logits[i], alone.logits[0], atol=1e-4, rtol=1e-4)
@@ -161,7 +163,7 @@ def test_windows_are_of_the_change_that_holds_the_click() -> None:
     masks[:, 50:60, 2:8] = 1
     earlier[4] = masks[4] = 1
     at = torch.tensor([[35.0, 15.0], [4.0, 55.0], [60.0, 30.0], [0.0, 0.0], [0.0, 0.0]])
-    prompted = Prompted(
+    prompted = PromptBatch(
         images=torch.zeros(5, dtype=torch.long),
         points=torch.stack([torch.zeros(5, 2), at * 4 + 1.5, torch.full((5, 2), 90.0)], 1),
         point_labels=torch.tensor([[1, 1, -1]] * 3 + [[-1, -1, -1]] * 2),

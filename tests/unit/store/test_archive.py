@@ -18,7 +18,7 @@ from rfmedsam2.pipeline.prediction.model_archive import export_model, import_mod
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import Normalisation, Plan, Stage
+from rfmedsam2.records.plan import Normalization, Plan, Stage
 from rfmedsam2.store import archive as archives
 from rfmedsam2.store.checkpoints import read_all, write_checkpoint
 
@@ -39,7 +39,7 @@ def tiny_plan(**changes) -> Plan:
         median_shape=(8, 8, 8),
         patch_size=(8, 8),
         batch_size=1,
-        normalisation=(Normalisation(kind="zscore"),),
+        normalization=(Normalization(kind="zscore"),),
         model=network,
     )
     zeros = dict.fromkeys(("mean", "median", "std", "min", "max", "percentile_00_5", "percentile_99_5"), 0.0)

@@ -15,13 +15,13 @@ import torch
 from support.toy_task import make_record
 
 from rfmedsam2.errors import CheckpointError, StoreError
-from rfmedsam2.store.checkpoint_header import record_sha256
-from rfmedsam2.store.checkpoints import read_all, read_record_of, read_weights, weights_sha256, write_checkpoint
+from rfmedsam2.store.checkpoint_header import read_record_of, record_sha256
+from rfmedsam2.store.checkpoints import read_all, read_weights, weights_sha256, write_checkpoint
 
 
 def tensors():
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(4, 6, generator=generator)
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 6, generator=rng)
     return {
         "model/a.weight": weight,
         "model/tied": weight,
@@ -140,9 +140,9 @@ def test_pickles_under_our_name_are_refused_unopened(tmp_path):
 
 def test_random_bytes_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
-    generator = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     for size in (1, 7, 8, 9, 50, 4096):
-        path.write_bytes(bytes(torch.randint(0, 256, (size,), generator=generator).tolist()))
+        path.write_bytes(bytes(torch.randint(0, 256, (size,), generator=rng).tolist()))
         with pytest.raises(CheckpointError):
             read_all(path)
 

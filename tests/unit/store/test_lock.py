@@ -11,7 +11,7 @@ import pytest
 
 from rfmedsam2.errors import StoreError, UsageError
 from rfmedsam2.store.atomic import PARTIAL
-from rfmedsam2.store.lock import LOCK, sole_run
+from rfmedsam2.store.lock import LOCK, exclusive_lock
 
 HOLD = """
 import sys, time
@@ -33,7 +33,7 @@ def test_a_second_run_is_told_who_works_there(tmp_path):
     process = holder(tmp_path / "out")
     try:
         told = pytest.raises(UsageError, match=f"Another run .*out.*process {process.pid} on ")
-        with told, sole_run(tmp_path / "out"):
+        with told, exclusive_lock(tmp_path / "out"):
             pass
         assert (tmp_path / "out" / LOCK).exists()
     finally:
@@ -47,18 +47,18 @@ def test_a_killed_run_holds_nothing_and_its_half_files_go(tmp_path):
     (tmp_path / "scan.nii.gz").write_bytes(b"whole")
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    with sole_run(tmp_path):
+    with exclusive_lock(tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == [LOCK, "scan.nii.gz"]
     assert [p.name for p in tmp_path.iterdir()] == ["scan.nii.gz"]
 
 
 def test_nothing_is_left_where_nothing_was_written(tmp_path):
-    with pytest.raises(KeyError), sole_run(tmp_path / "a" / "b"):
+    with pytest.raises(KeyError), exclusive_lock(tmp_path / "a" / "b"):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_in_place_of_the_folder_is_a_sentence(tmp_path):
     (tmp_path / "out").write_text("I am a file")
-    with pytest.raises(StoreError, match="file stands where a folder is needed"), sole_run(tmp_path / "out"):
+    with pytest.raises(StoreError, match="file stands where a folder is needed"), exclusive_lock(tmp_path / "out"):
         pass

@@ -163,7 +163,7 @@ def test_a_bit_that_the_disk_has_changed_is_noticed_by_who_reads_the_case(store,
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     case = store.open("case_1")
     with pytest.raises(StoreError, match=rf"damaged.*case_1{suffix}.*rebuilds broken cases"):
-        _ = case.image(), case.label(), case.foreground
+        _ = case.read_image(), case.label(), case.foreground
     assert not store.is_complete("case_1", "s1")
 
 
@@ -197,11 +197,11 @@ def test_reading_is_possible_in_a_forked_process(store):
     write(store)
     case = store.open("case_1")
     image, _ = arrays()
-    case.image()
+    case.read_image()
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        same = np.array_equal(case.image(), image)
+        same = np.array_equal(case.read_image(), image)
         os.write(writer, b"y" if same else b"n")
         os._exit(0)
     os.waitpid(child, 0)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rfmedsam2.errors import DatasetError, ImageError, RecordError, UsageError
-from rfmedsam2.store.raw import find_cases, open_dataset
+from rfmedsam2.store.input_discovery import find_cases
+from rfmedsam2.store.raw import open_dataset
 
 
 def dataset(folder: Path, images: list[str], labels: list[str], **fields) -> Path:

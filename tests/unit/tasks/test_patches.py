@@ -9,7 +9,7 @@ import torch
 from rfmedsam2.geometry import Grid
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import Augmentation, Normalisation, Sampling, Stage
+from rfmedsam2.records.plan import Augmentation, Normalization, Sampling, Stage
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.tasks.patches import ANNOTATED, PatchSource, read_padded
 from rfmedsam2.transforms.prepare import Restore
@@ -25,7 +25,7 @@ def stage(patch=(8, 8, 8), batch=3, oversample=0.34) -> Stage:
         median_shape=(12, 12, 12),
         patch_size=patch,
         batch_size=batch,
-        normalisation=(Normalisation(kind="zscore"),),
+        normalization=(Normalization(kind="zscore"),),
         sampling=Sampling(oversample_foreground=oversample),
         augmentation=STILL,
         model=UNetConfig(

@@ -9,15 +9,15 @@ import torch
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import StoreError
 from rfmedsam2.geometry import Grid
+from rfmedsam2.pipeline.datasets.btcv import LABELS
 from rfmedsam2.pipeline.datasets.phantom import phantom_case
-from rfmedsam2.pipeline.datasets.phantom_anatomy import LABELS
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import (
     AdamW,
     Augmentation,
-    Normalisation,
+    Normalization,
     Plan,
     SegmentationLoss,
     Split,
@@ -96,7 +96,7 @@ def tiny_plan(patch=(8, 32, 32), *, dimensions=3) -> Plan:
         median_shape=(8, 32, 32),
         patch_size=patch,
         batch_size=2,
-        normalisation=(Normalisation(kind="zscore"),),
+        normalization=(Normalization(kind="zscore"),),
         augmentation=Augmentation(rotation_probability=0, scale_probability=0),
         model=network,
         loss=SegmentationLoss(),

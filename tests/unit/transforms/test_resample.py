@@ -71,7 +71,7 @@ def test_no_label_arises_that_was_not_there():
 
 
 def test_a_threefold_tie_away_from_its_nearest_voxel_goes_to_the_smallest_label():
-    # at the centre of these eight voxels 1 and 2 have 3/8 each, 3 has 2/8 and owns the nearest voxel
+    # at the center of these eight voxels 1 and 2 have 3/8 each, 3 has 2/8 and owns the nearest voxel
     label = np.array([[[3, 1], [1, 1]], [[2, 2], [2, 3]]], np.int16)
     assert resample_label(label, (1, 1, 1)).item() == 1
 
