@@ -143,7 +143,7 @@ def training_clicks(
 
 
 def click_count_probabilities(gamma: float, max_clicks: int = MOST_CLICKS) -> np.ndarray:
-    """(max_clicks,) probabilities of 1, 2 ... `max_clicks` clicks: each is gamma times the one before (SAM-REF supplement, 1.3).
+    """(max_clicks,) probabilities of 1, 2 ... clicks: each is gamma times the one before (SAM-REF supplement, 1.3).
 
     Args:
         gamma: above 0 and below 1; the paper takes 0.6 for COCO + LVIS and 0.9 for HQSeg-44K.
