@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.commands import good
+from support.commands import run_ok
 
 # as the commands do, before torch is imported: waiting threads sleep
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -60,7 +60,7 @@ def data_root() -> Path:
 def raw_root(tmp_path_factory) -> Path:
     """A root with the raw phantom alone. Nobody changes it."""
     root = tmp_path_factory.mktemp("raw_root")
-    good("make_phantom", "--cases", 5, "--test-cases", 2, "--shape", 16, 40, 40, "--root", root)
+    run_ok("make_phantom", "--cases", 5, "--test-cases", 2, "--shape", 16, 40, 40, "--root", root)
     return root
 
 

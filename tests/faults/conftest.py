@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import PLANNING, good
+from support.commands import PLANNING, run_ok
 from support.live_process import Launcher
 
 
@@ -16,7 +16,7 @@ def planned_root(raw_root, tmp_path_factory) -> Path:
     """A root with the phantom planned and preprocessed. Nobody changes it."""
     root = tmp_path_factory.mktemp("planned") / "root"
     shutil.copytree(raw_root, root)
-    good("plan_and_preprocess", *PLANNING, "--root", root)
+    run_ok("plan_and_preprocess", *PLANNING, "--root", root)
     return root
 
 
@@ -25,7 +25,7 @@ def trained_root(planned_root, tmp_path_factory) -> Path:
     """A root with fold 0 trained for two steps. Nobody changes it."""
     root = tmp_path_factory.mktemp("trained") / "root"
     shutil.copytree(planned_root, root)
-    good("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--no-validate", "--root", root)
+    run_ok("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--no-validate", "--root", root)
     return root
 
 

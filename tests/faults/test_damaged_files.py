@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from support.commands import PLANNING, good, refused
+from support.commands import PLANNING, run_error, run_ok
 
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.records.plan import Plan
@@ -128,7 +128,7 @@ def checkpoint(root: Path, folder: Path) -> Kind:
 
 def archive(root: Path, folder: Path) -> Kind:
     path = folder / "model.zip"
-    good("export_model", "-o", path, "--root", root)
+    run_ok("export_model", "-o", path, "--root", root)
 
     def read() -> object:
         target = folder / "unpacked"
@@ -243,7 +243,7 @@ def test_a_flipped_byte_is_refused_or_read_as_what_it_says(trained_root, tmp_pat
 def test_the_commands_say_it_in_a_sentence(trained_root, root_of, tmp_path, share):
     root = root_of(trained_root)
     raw = root / "raw" / "Dataset900_PhantomCT"
-    good("export_model", "-o", tmp_path / "model.zip", "--root", root)
+    run_ok("export_model", "-o", tmp_path / "model.zip", "--root", root)
     files = {
         root / FOLD / "checkpoint_final.safetensors": ("predict", "-i", raw / "imagesTs", "-o", tmp_path / "out"),
         root / FOLD / "checkpoint_latest.safetensors": ("train", "3d_fullres", 0, "--epochs", 1, "--iterations", 2),
@@ -255,7 +255,7 @@ def test_the_commands_say_it_in_a_sentence(trained_root, root_of, tmp_path, shar
     for path, words in files.items():
         whole = path.read_bytes()
         path.write_bytes(whole[: int(share * len(whole))])
-        assert path.name.removesuffix(".nii.gz") in refused(words[0], *words[1:], "--root", root)
+        assert path.name.removesuffix(".nii.gz") in run_error(words[0], *words[1:], "--root", root)
         path.write_bytes(whole)
 
 
@@ -269,8 +269,8 @@ def test_a_case_that_the_disk_has_changed_stops_a_training_and_is_rebuilt(traine
         damaged[len(damaged) // 2] ^= 16
         path.write_bytes(damaged)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    sentence = refused("train", *words)
+    sentence = run_error("train", *words)
     assert "A preprocessed case is damaged" in sentence
     assert "Run rfmed_plan_and_preprocess again" in sentence
-    assert "5 rebuilt" in good("plan_and_preprocess", *PLANNING, "--root", root).out
-    good("train", *words)
+    assert "5 rebuilt" in run_ok("plan_and_preprocess", *PLANNING, "--root", root).out
+    run_ok("train", *words)

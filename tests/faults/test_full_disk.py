@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import PLANNING, good, leftovers, refused
+from support.commands import PLANNING, run_error, run_ok, unfinished_files
 from support.live_process import Launcher
 
 from rfmedsam2.store.checkpoints import read_all
@@ -62,13 +62,13 @@ def test_preprocessing(raw_root, planned_root, root_of, disk: Disk, free):
     (root / "preprocessed").symlink_to(disk.folder)
     words = ("plan_and_preprocess", *PLANNING, "--root", root)
     disk.leave(free)
-    assert "The disk is full" in refused(*words)
-    assert leftovers(disk.folder) == []
+    assert "The disk is full" in run_error(*words)
+    assert unfinished_files(disk.folder) == []
     store = CaseStore(root / CASES)
     finished = store.ids()
     assert all(store.is_sound(name) for name in finished)
     disk.free()
-    said = good(*words).out
+    said = run_ok(*words).out
     assert f"{len(finished)} finished before" in said
     assert checksums(root) == checksums(planned_root)
 
@@ -83,11 +83,11 @@ def test_training(trained_root, root_of, disk: Disk, share):
     before = latest.read_bytes()
     words = ("train", "3d_fullres", 0, "--epochs", 3, "--iterations", 2, "--no-validate", "--root", root)
     disk.leave(int(share * len(before)))
-    assert "The disk is full" in refused(*words)
-    assert leftovers(disk.folder) == []
+    assert "The disk is full" in run_error(*words)
+    assert unfinished_files(disk.folder) == []
     assert read_all(latest)[0].step == 2
     disk.free()
-    assert "Trained 6 steps" in good(*words).out
+    assert "Trained 6 steps" in run_ok(*words).out
     for name in ("latest", "final", "best"):
         read_all(latest.with_name(f"checkpoint_{name}.safetensors"))
 
@@ -95,20 +95,20 @@ def test_training(trained_root, root_of, disk: Disk, share):
 def test_prediction(trained_root, disk: Disk):
     images = trained_root / "raw" / DATASET / "imagesTs"
     words = ("predict", "-i", images, "-o", disk.folder / "out", "--continue", "--root", trained_root)
-    good(*words)
+    run_ok(*words)
     sizes = [path.stat().st_size for path in sorted((disk.folder / "out").glob("*.nii.gz"))]
     shutil.rmtree(disk.folder / "out")
     # room for one label map and its entry (a page each, and one for writing beside), not for two
     for room in (0, sizes[0] + 3 * 4096):
         disk.leave(room)
-        sentence = refused(*words)
+        sentence = run_error(*words)
         assert "The disk is full" in sentence
         assert "were not predicted" in sentence or room == 0
-        assert leftovers(disk.folder) == []
+        assert unfinished_files(disk.folder) == []
         for path in (disk.folder / "out").glob("*.nii.gz"):
             read_label(path)
         disk.free()
-    good(*words)
+    run_ok(*words)
     assert len(list((disk.folder / "out").glob("*.nii.gz"))) == len(sizes)
 
 
@@ -130,7 +130,7 @@ def test_files_that_may_not_grow(raw_root, trained_root, root_of, launcher: Laun
         assert f"rfmed_{name}: " in process.text()
         assert "cannot be written (File too large)" in process.text()
         assert "Traceback" not in process.text()
-        assert leftovers(tmp_path) == []
+        assert unfinished_files(tmp_path) == []
     assert read_all(root / FOLD / "checkpoint_latest.safetensors")[0].step == 2
     for name, *words in commands:
         launcher.finished(name, *words, folder=tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.commands import leftovers
+from support.commands import unfinished_files
 from support.live_process import Launcher, Process
 
 from rfmedsam2.engine.log import read_events
@@ -84,7 +84,7 @@ def test_killed_many_times_it_ends_as_if_unbroken(
     assert timeless(broken) == timeless(unbroken)
     for name in ("final", "best", "latest"):
         assert weights(broken, name) == weights(unbroken, name)
-    assert leftovers(broken) == []
+    assert unfinished_files(broken) == []
     assert not (broken / FOLD / ".lock").exists()
 
 

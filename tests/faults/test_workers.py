@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
-from support.commands import PLANNING, leftovers
+from support.commands import PLANNING, unfinished_files
 from support.live_process import Launcher, Process
 
 from rfmedsam2.engine.loader import batches
@@ -139,7 +139,7 @@ def test_preprocessing_killed_at_random_moments_goes_on(
     for name in other.ids():
         crcs = [{k: f.crc32 for k, f in s.open(name).record.files.items()} for s in (store, other)]
         assert crcs[0] == crcs[1]
-    assert leftovers(root) == []
+    assert unfinished_files(root) == []
 
 
 def test_nobody_is_left_behind_a_killed_training(planned_root, root_of, launcher: Launcher, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.commands import TINY, good
+from support.commands import TINY, run_ok
 
 PHANTOM = "Dataset900_PhantomCT"
 
@@ -16,7 +16,7 @@ def planned_root(raw_root, tmp_path_factory) -> Path:
     """A root with the phantom planned and preprocessed. Nobody changes it."""
     root = tmp_path_factory.mktemp("planned") / "root"
     shutil.copytree(raw_root, root)
-    good("plan_and_preprocess", "--preset", "cpu", "-c", "3d_fullres", "2d", "--set", *TINY, "--root", root)
+    run_ok("plan_and_preprocess", "--preset", "cpu", "-c", "3d_fullres", "2d", "--set", *TINY, "--root", root)
     return root
 
 
@@ -25,5 +25,5 @@ def trained_root(planned_root, tmp_path_factory) -> Path:
     """A root with fold 0 of 3d_fullres trained for two steps. Nobody changes it."""
     root = tmp_path_factory.mktemp("trained") / "root"
     shutil.copytree(planned_root, root)
-    good("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--root", root)
+    run_ok("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--root", root)
     return root

@@ -18,7 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from support.commands import TINY, good, leftovers, refused, run
+from support.commands import TINY, run, run_error, run_ok, unfinished_files
 
 from rfmedsam2.store import images
 from rfmedsam2.store.checkpoint_header import read_record_of
@@ -182,10 +182,10 @@ def test_faulty_raw_data(raw_root, root_of, damage):
     told = (outcome.out + outcome.err).replace("\n", "")
     assert named in told
     assert "Traceback" not in outcome.err
-    sentence = refused("plan_and_preprocess", *PLANNING, "--root", root)
+    sentence = run_error("plan_and_preprocess", *PLANNING, "--root", root)
     assert named in sentence
     assert not list((root / "preprocessed").rglob("rfmed*"))
-    assert leftovers(root) == []
+    assert unfinished_files(root) == []
 
 
 def test_a_file_that_changes_while_it_is_used(raw_root, root_of, monkeypatch):
@@ -202,7 +202,7 @@ def test_a_file_that_changes_while_it_is_used(raw_root, root_of, monkeypatch):
     outcome = run("verify", "--root", root)
     assert outcome.code == 2
     assert "changed-while-reading" in outcome.out
-    sentence = refused("plan_and_preprocess", *PLANNING, "--root", root)
+    sentence = run_error("plan_and_preprocess", *PLANNING, "--root", root)
     assert "phantom_002" in sentence
     assert "has ended, then run the same command again" in sentence
     assert not list(root.rglob("*.b2nd"))
@@ -239,7 +239,7 @@ def test_wrong_words_of_a_training(planned_root, root_of, words, named):
     root = root_of(planned_root)
     before = tree(root)
     words = (*words, *SHORT) if "--epochs" not in words else words
-    sentence = refused("train", *words, "--no-validate", "--root", root)
+    sentence = run_error("train", *words, "--no-validate", "--root", root)
     assert named in sentence
     assert tree(root) == before
 
@@ -264,10 +264,10 @@ def test_wrong_words_of_a_training(planned_root, root_of, words, named):
 )
 def test_wrong_words_of_planning(raw_root, root_of, words, named):
     root = root_of(raw_root)
-    assert named in refused("plan_and_preprocess", *words, "--root", root)
+    assert named in run_error("plan_and_preprocess", *words, "--root", root)
     assert not list(root.rglob("*.b2nd"))
     assert not list(root.parent.rglob("outside*"))
-    assert leftovers(root) == []
+    assert unfinished_files(root) == []
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_what_the_parser_refuses_is_exit_code_2_as_well(words):
 
 @pytest.mark.parametrize("words", [("--seed", -1), ("--cases", 0), ("--shape", 1, 2, 3)], ids=str)
 def test_impossible_phantoms(tmp_path, words):
-    assert str(words[-1]) in refused("make_phantom", *words, "-o", tmp_path)
+    assert str(words[-1]) in run_error("make_phantom", *words, "-o", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -313,13 +313,13 @@ def predicting(root: Path, out: Path, *words: object) -> tuple[object, ...]:
     ],
 )
 def test_wrong_words_of_predicting(trained_root, tmp_path, words, named):
-    assert named in refused(*predicting(trained_root, tmp_path / "preds", *words))
+    assert named in run_error(*predicting(trained_root, tmp_path / "preds", *words))
     assert not list(tmp_path.rglob("*.nii.gz"))
 
 
 def test_nothing_to_predict(trained_root, tmp_path):
     def predict(source):
-        return refused("predict", "-i", source, "-o", tmp_path / "preds", "--root", trained_root)
+        return run_error("predict", "-i", source, "-o", tmp_path / "preds", "--root", trained_root)
 
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in predict(tmp_path / "empty")
@@ -336,7 +336,7 @@ def test_nothing_to_predict(trained_root, tmp_path):
 def test_a_faulty_case_is_named_and_the_others_are_predicted(trained_root, tmp_path):
     shutil.copytree(raw_of(trained_root) / "imagesTs", tmp_path / "in")
     (tmp_path / "in" / "phantom_006_0000.nii.gz").write_bytes(b"\x1f\x8b broken")
-    sentence = refused("predict", "-i", tmp_path / "in", "-o", tmp_path / "preds", "--root", trained_root)
+    sentence = run_error("predict", "-i", tmp_path / "in", "-o", tmp_path / "preds", "--root", trained_root)
     assert "1 of 2 cases" in sentence
     assert "phantom_006" in sentence
     assert "--continue" in sentence
@@ -348,7 +348,7 @@ def test_wrong_words_of_scoring_and_reporting(raw_root, tmp_path):
     (tmp_path / "empty").mkdir()
 
     def evaluate(predictions, references, *words):
-        return refused("evaluate", "-p", predictions, "-g", references, "-o", tmp_path / "scores", *words)
+        return run_error("evaluate", "-p", predictions, "-g", references, "-o", tmp_path / "scores", *words)
 
     assert "empty" in evaluate(tmp_path / "empty", labels)
     assert "nowhere" in evaluate(tmp_path / "nowhere", labels)
@@ -361,9 +361,9 @@ def test_wrong_words_of_scoring_and_reporting(raw_root, tmp_path):
     assert "phantom_007" in evaluate(tmp_path / "preds", labels, "--labels", raw_of(raw_root) / "dataset.json")
     assert not list((tmp_path / "scores").glob("*"))
     page = tmp_path / "page.html"
-    assert "no.json" in refused("report", "-o", page, "-e", tmp_path / "no.json")
-    assert "nowhere" in refused("report", "-o", page, "-t", tmp_path / "nowhere")
-    assert "no such folder of images" in refused("report", "-o", page, "-t", tmp_path, "-i", tmp_path / "nowhere")
+    assert "no.json" in run_error("report", "-o", page, "-e", tmp_path / "no.json")
+    assert "nowhere" in run_error("report", "-o", page, "-t", tmp_path / "nowhere")
+    assert "no such folder of images" in run_error("report", "-o", page, "-t", tmp_path, "-i", tmp_path / "nowhere")
     assert not page.exists()
 
 
@@ -423,18 +423,18 @@ def test_a_full_disk_and_a_closed_folder(trained_root, root_of, monkeypatch, com
     root = root_of(trained_root)
     out = root.parent / "out"
     out.mkdir()
-    good("export_model", "-o", root.parent / "model.zip", "--root", root)
+    run_ok("export_model", "-o", root.parent / "model.zip", "--root", root)
     before = {p for p in root.rglob("*") if p.is_file()}
     trouble(monkeypatch)
-    sentence = refused(command, *writing(command, root, out))
+    sentence = run_error(command, *writing(command, root, out))
     monkeypatch.undo()
     assert "disk is full" in sentence if trouble is full_disk else "cannot be written" in sentence
     assert str(root.parent) in sentence
-    assert leftovers(root.parent) == []
+    assert unfinished_files(root.parent) == []
     assert not [p for p in out.rglob("*") if p.is_file() and p.stat().st_size]
     after = {p for p in root.rglob("*") if p.is_file()}
     assert not {p for p in after - before if p.suffix in (".safetensors", ".b2nd", ".json")}
-    good(command, *writing(command, root, out))
+    run_ok(command, *writing(command, root, out))
 
 
 @pytest.fixture
@@ -454,7 +454,7 @@ def small_disk(tmp_path):
 )
 def test_a_disk_that_is_really_full(trained_root, small_disk, words, taken):
     (small_disk / "other").write_bytes(b"x" * taken)
-    sentence = refused(*predicting(trained_root, small_disk / "preds", *words))
+    sentence = run_error(*predicting(trained_root, small_disk / "preds", *words))
     assert "2 of 2 cases" in sentence
     assert "Free space" in sentence
     assert ".." not in sentence
@@ -463,12 +463,12 @@ def test_a_disk_that_is_really_full(trained_root, small_disk, words, taken):
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "export_model", "import_model", "make_phantom", "report"])
 def test_a_file_stands_where_a_folder_is_needed(trained_root, tmp_path, command):
-    good("export_model", "-o", tmp_path / "model.zip", "--root", trained_root)
+    run_ok("export_model", "-o", tmp_path / "model.zip", "--root", trained_root)
     root = tmp_path / "root"
     root.symlink_to(trained_root)
     out = tmp_path / "out"
     out.write_text("I am a file")
-    sentence = refused(command, *writing(command, root, out))
+    sentence = run_error(command, *writing(command, root, out))
     assert "file stands where a folder is needed" in sentence
     assert out.read_text() == "I am a file"
 
@@ -477,9 +477,9 @@ def test_a_folder_that_cannot_be_made(trained_root):
     """Whatever else the system says when it refuses: here, a folder of the kernel."""
     if not Path("/proc/self").is_dir():
         pytest.skip("no /proc here")
-    assert "/proc/preds" in refused(*predicting(trained_root, Path("/proc/preds")))
+    assert "/proc/preds" in run_error(*predicting(trained_root, Path("/proc/preds")))
     long = "x" * 300
-    assert long in refused(*predicting(trained_root, Path("/tmp") / long))
+    assert long in run_error(*predicting(trained_root, Path("/tmp") / long))
 
 
 # ---------------------------------------------------------------- checkpoints and archives
@@ -489,7 +489,7 @@ def test_a_checkpoint_of_another_plan_is_not_gone_on_with(trained_root, root_of)
     root = root_of(trained_root)
     before = tree(fold_of(root))
     other = ("--epochs", 1, "--iterations", 2, "--lr", 0.5)
-    sentence = refused("train", "3d_fullres", 0, *other, "--root", root)
+    sentence = run_error("train", "3d_fullres", 0, *other, "--root", root)
     assert "checkpoint_latest.safetensors" in sentence
     assert "learning_rate was 0.003, is 0.5" in sentence
     assert "--restart" in sentence
@@ -501,11 +501,11 @@ def test_a_truncated_checkpoint_is_neither_trained_nor_predicted_with(trained_ro
     for which in ("latest", "final"):
         path = fold_of(root) / f"checkpoint_{which}.safetensors"
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert "checkpoint_latest.safetensors" in refused("train", "3d_fullres", 0, *SHORT, "--root", root)
-    assert "checkpoint_final.safetensors" in refused(*predicting(root, tmp_path / "preds"))
-    assert "checkpoint_final.safetensors" in refused("export_model", "-o", tmp_path / "m.zip", "--root", root)
+    assert "checkpoint_latest.safetensors" in run_error("train", "3d_fullres", 0, *SHORT, "--root", root)
+    assert "checkpoint_final.safetensors" in run_error(*predicting(root, tmp_path / "preds"))
+    assert "checkpoint_final.safetensors" in run_error("export_model", "-o", tmp_path / "m.zip", "--root", root)
     assert not (tmp_path / "m.zip").exists()
-    assert leftovers(tmp_path) == []
+    assert unfinished_files(tmp_path) == []
 
 
 def test_a_damaged_case_is_not_trained_with_and_is_rebuilt(planned_root, root_of):
@@ -515,12 +515,12 @@ def test_a_damaged_case_is_not_trained_with_and_is_rebuilt(planned_root, root_of
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     words = ("3d_fullres", 0, *SHORT, "--no-validate", "--root", root)
-    sentence = refused("train", *words)
+    sentence = run_error("train", *words)
     assert "1 of 5 preprocessed cases were damaged" in sentence
     assert "phantom_002" in sentence
     assert not fold_of(root).exists()
-    assert "1 rebuilt" in good("plan_and_preprocess", *PLANNING, "--root", root).out
-    good("train", *words)
+    assert "1 rebuilt" in run_ok("plan_and_preprocess", *PLANNING, "--root", root).out
+    run_ok("train", *words)
 
 
 class Bomb:
@@ -540,23 +540,23 @@ def test_a_pickle_dressed_as_a_checkpoint_is_not_run(trained_root, root_of, tmp_
         ("train", "3d_fullres", 0, *SHORT, "--root", root),
         ("export_model", "-o", tmp_path / "m.zip", "--root", root),
     ):
-        assert "checkpoint_" in refused(*words)
+        assert "checkpoint_" in run_error(*words)
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_zip_that_wants_out_of_its_folder_is_refused(trained_root, tmp_path):
-    good("export_model", "-o", tmp_path / "good.zip", "--root", trained_root)
+    run_ok("export_model", "-o", tmp_path / "good.zip", "--root", trained_root)
     with zipfile.ZipFile(tmp_path / "good.zip") as source, zipfile.ZipFile(tmp_path / "evil.zip", "w") as target:
         for name in source.namelist():
             target.writestr(name, source.read(name))
         target.writestr("../../evil.txt", "out")
-    assert "../../evil.txt" in refused("import_model", tmp_path / "evil.zip", "--root", tmp_path / "a" / "b")
+    assert "../../evil.txt" in run_error("import_model", tmp_path / "evil.zip", "--root", tmp_path / "a" / "b")
     (tmp_path / "no.zip").write_bytes(b"PK\x03\x04 nothing")
-    assert "no.zip" in refused("import_model", tmp_path / "no.zip", "--root", tmp_path / "a" / "b")
-    assert "nowhere.zip" in refused("import_model", tmp_path / "nowhere.zip", "--root", tmp_path / "a" / "b")
+    assert "no.zip" in run_error("import_model", tmp_path / "no.zip", "--root", tmp_path / "a" / "b")
+    assert "nowhere.zip" in run_error("import_model", tmp_path / "nowhere.zip", "--root", tmp_path / "a" / "b")
     assert not list(tmp_path.rglob("evil.txt"))
     assert not [p for p in (tmp_path / "a").rglob("*") if p.is_file()]
-    assert leftovers(tmp_path) == []
+    assert unfinished_files(tmp_path) == []
 
 
 def test_a_damaged_plan_and_damaged_splits_are_sentences(planned_root, root_of):
@@ -564,17 +564,17 @@ def test_a_damaged_plan_and_damaged_splits_are_sentences(planned_root, root_of):
     folder = root / "preprocessed" / PHANTOM
     splits = (folder / "splits_final.json").read_text()
     (folder / "splits_final.json").write_text(splits.replace("phantom_002", "phantom_099"))
-    assert "phantom_099" in refused("train", "3d_fullres", 0, *SHORT, "--root", root)
+    assert "phantom_099" in run_error("train", "3d_fullres", 0, *SHORT, "--root", root)
     (folder / "splits_final.json").write_text("[{]")
-    assert "splits_final.json" in refused("train", "3d_fullres", 0, *SHORT, "--root", root)
+    assert "splits_final.json" in run_error("train", "3d_fullres", 0, *SHORT, "--root", root)
     (folder / "splits_final.json").unlink()
-    assert "rfmed_plan_and_preprocess" in refused("train", "3d_fullres", 0, *SHORT, "--root", root)
+    assert "rfmed_plan_and_preprocess" in run_error("train", "3d_fullres", 0, *SHORT, "--root", root)
     (folder / "splits_final.json").write_text(splits)
     plan = folder / "rfmed_cpu.json"
     plan.write_text(
         plan.read_text().replace('"batch_size": 2', '"batch_size": 0').replace('"order_z": 0', '"order_z": 9')
     )
-    sentence = refused("train", "3d_fullres", 0, *SHORT, "--root", root)
+    sentence = run_error("train", "3d_fullres", 0, *SHORT, "--root", root)
     assert "batch_size" in sentence
     assert "order_z" in sentence
 
@@ -600,12 +600,12 @@ def test_a_terminated_training_saves_and_the_same_command_finishes(planned_root,
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "Stopped by SIGTERM after step" in out
     assert "Traceback" not in err
-    assert leftovers(root) == []
+    assert unfinished_files(root) == []
     latest = read_record_of(fold_of(root) / "checkpoint_latest.safetensors")
     assert 0 < latest.step < 300
     # the same command, only with fewer epochs, so that the test is short
     words[4] = str(latest.step + 2)
-    done = good("train", *words, "--set", "3d_fullres.train.validate_every_epochs=1")
+    done = run_ok("train", *words, "--set", "3d_fullres.train.validate_every_epochs=1")
     assert f"Trained {latest.step + 2} steps" in done.out
     lines = (fold_of(root) / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if json.loads(line)["event"] == "step"]

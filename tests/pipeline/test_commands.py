@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from support.commands import TINY, good, leftovers, refused, run
+from support.commands import TINY, run, run_error, run_ok, unfinished_files
 
 PHANTOM = "Dataset900_PhantomCT"
 COMMANDS = {
@@ -53,23 +53,23 @@ def test_help_is_answered_before_anything_heavy_is_imported(module, name):
 
 def test_a_phantom_is_made_and_never_overwritten_unasked(tmp_path):
     words = ("--cases", 1, "--test-cases", 0, "--shape", 8, 16, 16, "-o", tmp_path)
-    assert str(tmp_path / PHANTOM) in good("make_phantom", *words).out
+    assert str(tmp_path / PHANTOM) in run_ok("make_phantom", *words).out
     before = (tmp_path / PHANTOM / "imagesTr" / "phantom_001_0000.nii.gz").read_bytes()
-    assert "exists" in refused("make_phantom", *words) or "--force" in refused("make_phantom", *words)
+    assert "exists" in run_error("make_phantom", *words) or "--force" in run_error("make_phantom", *words)
     assert (tmp_path / PHANTOM / "imagesTr" / "phantom_001_0000.nii.gz").read_bytes() == before
-    good("make_phantom", *words, "--force", "--seed", 1)
+    run_ok("make_phantom", *words, "--force", "--seed", 1)
     assert (tmp_path / PHANTOM / "imagesTr" / "phantom_001_0000.nii.gz").read_bytes() != before
 
 
 def test_verify_counts_cases_and_files(raw_root):
-    done = good("verify", "--root", raw_root)
+    done = run_ok("verify", "--root", raw_root)
     assert f"{PHANTOM}: 7 cases, 12 files read" in done.out
     assert "0 error(s), 0 warning(s)" in done.out
     assert f"Data: {raw_root} (--root)" in done.err
 
 
 def test_verify_as_json_is_json_alone(raw_root):
-    found = json.loads(good("verify", "--json", "--root", raw_root).out)
+    found = json.loads(run_ok("verify", "--json", "--root", raw_root).out)
     assert (found["cases"], found["files"], found["faults"]) == (7, 12, [])
 
 
@@ -86,9 +86,9 @@ def test_a_second_run_skips_what_is_finished(planned_root, root_of):
     root = root_of(planned_root)
     words = ("--preset", "cpu", "-c", "3d_fullres", "2d", "--set", *TINY, "--root", root)
     # the copy has new file times, but the same contents
-    good("plan_and_preprocess", *words)
+    run_ok("plan_and_preprocess", *words)
     before = {p: p.stat().st_mtime_ns for p in (root / "preprocessed").rglob("*.b2nd")}
-    done = good("plan_and_preprocess", *words)
+    done = run_ok("plan_and_preprocess", *words)
     assert "0 new, 0 rebuilt, 10 finished before" in done.out
     assert "5 fold(s)" in done.out
     assert {p: p.stat().st_mtime_ns for p in (root / "preprocessed").rglob("*.b2nd")} == before
@@ -97,19 +97,21 @@ def test_a_second_run_skips_what_is_finished(planned_root, root_of):
 def test_an_edited_plan_is_kept_when_planned_anew(raw_root, root_of):
     root = root_of(raw_root)
     words = ("-d", 900, "--preset", "cpu", "--no-preprocess", "--root", root)
-    good("plan_and_preprocess", *words)
+    run_ok("plan_and_preprocess", *words)
     path = next((root / "preprocessed").rglob("rfmed_cpu.json"))
     edited = [path.read_text().replace('"epochs": 20', f'"epochs": {epochs}') for epochs in (30, 40)]
     for content in edited:
         path.write_text(content)
-        assert "that one is kept as rfmed_cpu.json.older" in good("plan_and_preprocess", *words).out
+        assert "that one is kept as rfmed_cpu.json.older" in run_ok("plan_and_preprocess", *words).out
     assert [path.with_name(f"{path.name}.older{number}").read_text() for number in (1, 2)] == edited
-    assert "kept as" not in good("plan_and_preprocess", *words).out
+    assert "kept as" not in run_ok("plan_and_preprocess", *words).out
 
 
 def test_planning_alone_preprocesses_nothing(raw_root, root_of):
     root = root_of(raw_root)
-    done = good("plan_and_preprocess", "-d", 900, "--preset", "nnunet", "-p", "mine", "--no-preprocess", "--root", root)
+    done = run_ok(
+        "plan_and_preprocess", "-d", 900, "--preset", "nnunet", "-p", "mine", "--no-preprocess", "--root", root
+    )
     assert "Plan mine" in done.out
     assert sorted(p.name for p in (root / "preprocessed" / PHANTOM).iterdir()) == [
         "dataset.json",
@@ -125,14 +127,14 @@ def test_training_leaves_checkpoints_metrics_scores_and_report(trained_root):
     assert names >= {f"checkpoint_{which}.safetensors" for which in ("final", "best", "latest")}
     assert names >= {"metrics.jsonl", "metrics.csv", "progress.png", "report.html", "validation"}
     assert (folder / "validation" / "metrics.json").is_file()
-    assert leftovers(trained_root) == []
+    assert unfinished_files(trained_root) == []
 
 
 def test_a_finished_training_says_so_and_changes_nothing(trained_root, root_of):
     root = root_of(trained_root)
     final = root / "results" / PHANTOM / "rfmed_cpu__3d_fullres" / "fold_0" / "checkpoint_final.safetensors"
     before = final.read_bytes()
-    done = good("train", "3d_fullres", "fold", 0, *SHORT, "--root", root)
+    done = run_ok("train", "3d_fullres", "fold", 0, *SHORT, "--root", root)
     assert "had finished after 2 steps" in done.out
     assert "--restart" in done.out
     assert final.read_bytes() == before
@@ -140,7 +142,7 @@ def test_a_finished_training_says_so_and_changes_nothing(trained_root, root_of):
 
 def test_restart_keeps_the_old_training_aside(trained_root, root_of):
     root = root_of(trained_root)
-    done = good(
+    done = run_ok(
         "train", "3d_fullres", 0, "--epochs", 1, "--iterations", 1, "--restart", "--no-validate", "--root", root
     )
     assert "Trained 1 steps" in done.out
@@ -149,11 +151,11 @@ def test_restart_keeps_the_old_training_aside(trained_root, root_of):
     assert len(old) == 1
     assert (old[0] / "checkpoint_final.safetensors").is_file()
     # what was moved aside is no fold that predicting would average
-    assert "fold(s) 0," in good("predict", "-i", images_of(root), "-o", root / "preds", "--root", root).err
+    assert "fold(s) 0," in run_ok("predict", "-i", images_of(root), "-o", root / "preds", "--root", root).err
 
 
 def test_predicting_takes_the_only_model_and_says_which(trained_root, tmp_path):
-    done = good("predict", "-i", images_of(trained_root), "-o", tmp_path / "preds", "--root", trained_root)
+    done = run_ok("predict", "-i", images_of(trained_root), "-o", tmp_path / "preds", "--root", trained_root)
     assert f"Model: {trained_root / 'results' / PHANTOM / 'rfmed_cpu__3d_fullres'}, fold(s) 0" in done.err
     assert "Predicted 2 case(s)" in done.out
     made = labels_in(tmp_path / "preds")
@@ -167,10 +169,10 @@ def test_predicting_takes_the_only_model_and_says_which(trained_root, tmp_path):
 
 
 def test_evaluating_needs_to_be_told_nothing_but_the_folders(trained_root, tmp_path):
-    good("predict", "-i", images_of(trained_root), "-o", tmp_path / "preds", "--root", trained_root)
+    run_ok("predict", "-i", images_of(trained_root), "-o", tmp_path / "preds", "--root", trained_root)
     # no dataset.json anywhere near: the predictions say what their labels mean
     shutil.copytree(images_of(trained_root).with_name("labelsTs"), tmp_path / "alone" / "labels")
-    good("evaluate", "-p", tmp_path / "preds", "-g", tmp_path / "alone" / "labels", "-o", tmp_path / "out")
+    run_ok("evaluate", "-p", tmp_path / "preds", "-g", tmp_path / "alone" / "labels", "-o", tmp_path / "out")
     scores = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert set(scores["classes"]) >= {"liver", "spleen"}
     assert (tmp_path / "out" / "metrics.csv").is_file()
@@ -178,10 +180,10 @@ def test_evaluating_needs_to_be_told_nothing_but_the_folders(trained_root, tmp_p
 
 def test_continue_keeps_and_json_tells(trained_root, tmp_path):
     words = ("-i", images_of(trained_root), "-o", tmp_path / "preds", "--root", trained_root, "--json")
-    first = json.loads(good("predict", *words).out)
+    first = json.loads(run_ok("predict", *words).out)
     assert [Path(p).name for p in first["written"]] == ["phantom_006.nii.gz", "phantom_007.nii.gz"]
     (tmp_path / "preds" / "phantom_007.nii.gz").unlink()
-    second = json.loads(good("predict", *words, "--continue").out)
+    second = json.loads(run_ok("predict", *words, "--continue").out)
     assert [Path(p).name for p in second["kept"]] == ["phantom_006.nii.gz"]
     assert [Path(p).name for p in second["written"]] == ["phantom_007.nii.gz"]
 
@@ -189,7 +191,7 @@ def test_continue_keeps_and_json_tells(trained_root, tmp_path):
 def test_single_files_and_options_of_predicting(trained_root, tmp_path):
     image = images_of(trained_root) / "phantom_006_0000.nii.gz"
     words = ("--step-size", 1.0, "--mirror", "on", "--tile-batch", 2, "--skip-empty", "--probabilities")
-    good("predict", "-i", image, "-o", tmp_path, "--root", trained_root, "--checkpoint", "best", *words)
+    run_ok("predict", "-i", image, "-o", tmp_path, "--root", trained_root, "--checkpoint", "best", *words)
     assert {p.name for p in tmp_path.iterdir()} == {
         "phantom_006.nii.gz",
         "phantom_006.probabilities.b2nd",
@@ -199,30 +201,30 @@ def test_single_files_and_options_of_predicting(trained_root, tmp_path):
 
 def test_several_models_are_listed_and_one_can_be_named(trained_root, root_of, tmp_path):
     root = root_of(trained_root)
-    done = good("train", "PhantomCT", "2d", 1, *SHORT, "--root", root)
+    done = run_ok("train", "PhantomCT", "2d", 1, *SHORT, "--root", root)
     assert "fold 1" in done.err
     words = ("-i", images_of(root), "-o", tmp_path / "preds", "--root", root)
-    sentence = refused("predict", *words)
+    sentence = run_error("predict", *words)
     assert "-c 2d (folds 1)" in sentence
     assert "-c 3d_fullres (folds 0)" in sentence
     assert not (tmp_path / "preds").exists()
-    assert "rfmed_cpu__2d, fold(s) 1" in good("predict", *words, "-c", "2d").err
+    assert "rfmed_cpu__2d, fold(s) 1" in run_ok("predict", *words, "-c", "2d").err
     model = root / "results" / PHANTOM / "rfmed_cpu__3d_fullres"
-    assert f"{model}, fold(s) 0" in good("predict", *words, "-m", model).err
+    assert f"{model}, fold(s) 0" in run_ok("predict", *words, "-m", model).err
 
 
 def test_evaluate_and_report(trained_root, tmp_path):
     preds = tmp_path / "preds"
-    good("predict", "-i", images_of(trained_root), "-o", preds, "--root", trained_root)
+    run_ok("predict", "-i", images_of(trained_root), "-o", preds, "--root", trained_root)
     labels = trained_root / "raw" / PHANTOM / "labelsTs"
-    done = good("evaluate", "-p", preds, "-g", labels, "-o", tmp_path / "scores")
+    done = run_ok("evaluate", "-p", preds, "-g", labels, "-o", tmp_path / "scores")
     assert "2 case(s), NSD at 2 mm" in done.out
     assert {p.name for p in (tmp_path / "scores").iterdir()} == {"metrics.json", "metrics.csv"}
-    same = good("evaluate", "-p", labels, "-g", labels, "-o", tmp_path / "same", "--tolerance", 1, "--json")
+    same = run_ok("evaluate", "-p", labels, "-g", labels, "-o", tmp_path / "same", "--tolerance", 1, "--json")
     assert json.loads(same.out)["mean"]["dsc"]["mean"] == 1.0
     fold = trained_root / "results" / PHANTOM / "rfmed_cpu__3d_fullres" / "fold_0"
     metrics = tmp_path / "scores" / "metrics.json"
-    good("report", "-o", tmp_path / "page.html", "-t", fold, "-e", metrics, "-i", images_of(trained_root))
+    run_ok("report", "-o", tmp_path / "page.html", "-t", fold, "-e", metrics, "-i", images_of(trained_root))
     page = (tmp_path / "page.html").read_text()
     assert "liver" in page
     assert "data:image/png;base64," in page
@@ -231,37 +233,37 @@ def test_evaluate_and_report(trained_root, tmp_path):
 
 def test_a_model_goes_to_another_root_and_predicts_the_same(trained_root, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    good("predict", "-i", images_of(trained_root), "-o", here, "--root", trained_root)
-    good("export_model", "-o", tmp_path / "model.zip", "--root", trained_root)
+    run_ok("predict", "-i", images_of(trained_root), "-o", here, "--root", trained_root)
+    run_ok("export_model", "-o", tmp_path / "model.zip", "--root", trained_root)
     other = tmp_path / "other"
-    done = good("import_model", tmp_path / "model.zip", "--root", other)
+    done = run_ok("import_model", tmp_path / "model.zip", "--root", other)
     assert f"Imported: {other / 'results' / PHANTOM / 'rfmed_cpu__3d_fullres'} (fold(s) 0)" in done.out
-    assert "--force" in refused("import_model", tmp_path / "model.zip", "--root", other)
-    good("import_model", tmp_path / "model.zip", "--root", other, "--force")
-    good("predict", "-i", images_of(trained_root), "-o", there, "-d", "PhantomCT", "--root", other)
+    assert "--force" in run_error("import_model", tmp_path / "model.zip", "--root", other)
+    run_ok("import_model", tmp_path / "model.zip", "--root", other, "--force")
+    run_ok("predict", "-i", images_of(trained_root), "-o", there, "-d", "PhantomCT", "--root", other)
     ours, theirs = labels_in(here), labels_in(there)
     assert ours.keys() == theirs.keys()
     for name, labels in ours.items():
         np.testing.assert_array_equal(labels, theirs[name])
-    assert leftovers(other) == []
+    assert unfinished_files(other) == []
 
 
 def test_variables_stand_in_for_flags(trained_root, tmp_path):
     images = images_of(trained_root)
     ours = {"RFMED_ROOT": trained_root, "RFMED_DATASET": "900"}
-    assert "(RFMED_ROOT)" in good("predict", "-i", images, "-o", tmp_path / "a", environment=ours).err
-    assert "No such dataset: 4" in refused(
+    assert "(RFMED_ROOT)" in run_ok("predict", "-i", images, "-o", tmp_path / "a", environment=ours).err
+    assert "No such dataset: 4" in run_error(
         "predict", "-i", images, "-o", tmp_path / "b", environment=ours | {"RFMED_DATASET": "4"}
     )
     nnunet = {f"nnUNet_{part}": trained_root / part for part in ("raw", "preprocessed", "results")}
-    assert "nnU-Net's variables" in good("predict", "-i", images, "-o", tmp_path / "c", environment=nnunet).err
-    assert "7 cases" in good("verify", environment=nnunet).out
+    assert "nnU-Net's variables" in run_ok("predict", "-i", images, "-o", tmp_path / "c", environment=nnunet).err
+    assert "7 cases" in run_ok("verify", environment=nnunet).out
 
 
 def test_without_any_root_it_is_the_folder_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ("--cases", 1, "--test-cases", 0, "--shape", 8, 16, 16)
-    assert "./rfmed_data" in good("make_phantom", *words).err
+    assert "./rfmed_data" in run_ok("make_phantom", *words).err
     assert (tmp_path / "rfmed_data" / "raw" / PHANTOM).is_dir()
 
 
@@ -269,7 +271,7 @@ def test_an_incomplete_submission_is_refused(raw_root, tmp_path):
     labels = raw_root / "raw" / PHANTOM / "labelsTr"
     words = ("amos22", "-i", labels, "--images", images_of(raw_root), "-o", tmp_path / "amos.zip")
     assert "phantom_006" in run("submit", *words).out
-    refused("submit", *words)
+    run_error("submit", *words)
     as_json = run("submit", *words, "--json")
     assert (as_json.code, bool(json.loads(as_json.out)["faults"])) == (2, True)
     assert list(tmp_path.iterdir()) == []
@@ -282,7 +284,7 @@ def test_amos22_predictions_become_a_zip(raw_root, tmp_path):
             source = raw_root / "raw" / PHANTOM / f"{kind}Ts" / f"phantom_{number:03d}{suffix}.nii.gz"
             shutil.copy(source, tmp_path / kind / f"amos_{number:04d}{suffix}.nii.gz")
     words = ("amos22", "-i", tmp_path / "labels", "--images", tmp_path / "images", "-o", tmp_path / "amos.zip")
-    assert "(2 cases)" in good("submit", *words).out
+    assert "(2 cases)" in run_ok("submit", *words).out
     assert (tmp_path / "amos.zip").is_file()
 
 
@@ -304,16 +306,16 @@ def test_an_msd_task_is_converted_and_verified(raw_root, tmp_path):
         "test": [],
     }
     (task / "dataset.json").write_text(json.dumps(declared))
-    done = good("convert", "msd", "-i", task, "--root", tmp_path / "root")
+    done = run_ok("convert", "msd", "-i", task, "--root", tmp_path / "root")
     assert "Dataset007_Small (2 training, 0 test cases)" in done.out
-    assert "2 cases, 4 files" in good("verify", "-d", 7, "--root", tmp_path / "root").out
-    assert "--force" in refused("convert", "msd", "-i", task, "--root", tmp_path / "root")
+    assert "2 cases, 4 files" in run_ok("verify", "-d", 7, "--root", tmp_path / "root").out
+    assert "--force" in run_error("convert", "msd", "-i", task, "--root", tmp_path / "root")
 
 
 def test_the_doctor_tells_versions_and_folders(tmp_path):
-    found = json.loads(good("doctor", "--root", tmp_path, "--json").out)
+    found = json.loads(run_ok("doctor", "--root", tmp_path, "--json").out)
     assert found["packages"]["torch"]
-    assert "This machine" in good("doctor", "--root", tmp_path).out
+    assert "This machine" in run_ok("doctor", "--root", tmp_path).out
 
 
 def test_installed_commands_give_exit_codes(raw_root, tmp_path):
@@ -361,7 +363,7 @@ def special_root(tmp_path_factory) -> Path:
         model = json.dumps({part.split("=")[0]: json.loads(part.split("=")[1]) for part in changes} | {"kind": "unet"})
         words = (f"3d_fullres.model={model}", "3d_fullres.patch_size=[16,16,16]", "3d_fullres.train.workers=0")
         words += ("3d_fullres.validation.patches_while_training=2",)
-        good("plan_and_preprocess", "-d", name, "--preset", "cpu", "--set", *words, "--root", root)
+        run_ok("plan_and_preprocess", "-d", name, "--preset", "cpu", "--set", *words, "--root", root)
     return root
 
 
@@ -369,10 +371,10 @@ def special_root(tmp_path_factory) -> Path:
     ("dataset", "classes", "values"), [(77, ["whole", "core"], {0, 1, 2}), (78, ["organ"], {0, 1})]
 )
 def test_regions_and_ignored_voxels_train_predict_and_score(special_root, tmp_path, dataset, classes, values):
-    good("train", dataset, "3d_fullres", 0, *SHORT, "--root", special_root)
+    run_ok("train", dataset, "3d_fullres", 0, *SHORT, "--root", special_root)
     name = next(p.name for p in (special_root / "raw").iterdir() if p.name.startswith(f"Dataset{dataset:03d}"))
     metrics = special_root / "results" / name / "rfmed_cpu__3d_fullres" / "fold_0" / "validation" / "metrics.json"
     assert list(json.loads(metrics.read_text())["classes"]) == classes
     images = special_root / "raw" / name / "imagesTr" / "c0_0000.nii.gz"
-    good("predict", "-d", dataset, "-i", images, "-o", tmp_path, "--root", special_root)
+    run_ok("predict", "-d", dataset, "-i", images, "-o", tmp_path, "--root", special_root)
     assert set(np.unique(labels_in(tmp_path)["c0.nii.gz"])) <= values

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from support.commands import good, refused
+from support.commands import run_error, run_ok
 
 from rfmedsam2 import models
 from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
@@ -260,12 +260,12 @@ def test_a_turned_plan_takes_boxes_in_the_axes_of_the_file(cases, references, tm
 def test_the_command_takes_steps_and_boxes(model_of, cases, references, tmp_path) -> None:
     folder = cases[0].images[0].parent
     common = ("-i", folder, "--device", "cpu")
-    good("predict", *common, "-m", model_of("unet"), "-o", tmp_path / "a", "--step", 1)
-    good("predict", *common, "-m", model_of("gt"), "-o", tmp_path / "b", "--boxes", references)
+    run_ok("predict", *common, "-m", model_of("unet"), "-o", tmp_path / "a", "--step", 1)
+    run_ok("predict", *common, "-m", model_of("gt"), "-o", tmp_path / "b", "--boxes", references)
     assert json.loads((tmp_path / "b" / "predictions.json").read_text())["options"]["boxes"] == "given"
-    message = refused("predict", *common, "-m", model_of("gt"), "-o", tmp_path / "c")
+    message = run_error("predict", *common, "-m", model_of("gt"), "-o", tmp_path / "c")
     assert "--boxes" in message
-    message = refused("predict", *common, "-m", model_of("object_queries"), "-o", tmp_path / "c", "--step", 0)
+    message = run_error("predict", *common, "-m", model_of("object_queries"), "-o", tmp_path / "c", "--step", 0)
     assert "--step 1 or 2" in message
     assert not (tmp_path / "c").exists()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import good, refused
+from support.commands import run_error, run_ok
 
 from rfmedsam2.nn.sam2.build import build_base
 
@@ -27,7 +27,7 @@ def nano(tmp_path_factory) -> Path:
 
 def test_a_table_and_files_come_out(raw_root, nano, tmp_path) -> None:
     words = ("--sam2", nano, "--frame-size", 64, "--cases", 1, "--prompts", "box", "-o", tmp_path, "--root", raw_root)
-    outcome = good("prompt_study", *words)
+    outcome = run_ok("prompt_study", *words)
     assert "nano" in outcome.out
     assert "unprompted" in outcome.out
     assert "CT: -160 to 240 HU" in outcome.out
@@ -42,7 +42,7 @@ def test_a_table_and_files_come_out(raw_root, nano, tmp_path) -> None:
 
 def test_the_answer_as_json(raw_root, nano) -> None:
     words = ("--sam2", nano, "--frame-size", 64, "--cases", 1, "--prompts", "point", "--prompted", "one", "--json")
-    study = json.loads(good("prompt_study", *words, "--root", raw_root).out)
+    study = json.loads(run_ok("prompt_study", *words, "--root", raw_root).out)
     assert {row["prompts"] for row in study["rows"]} == {"point"}
     assert len(study["rows"]) == 2
 
@@ -61,26 +61,26 @@ def test_of_several_channels_the_first_is_shown_and_said(raw_root, nano, tmp_pat
     content |= {"channel_names": {"0": "T1", "1": "T2"}, "numTraining": 1}
     (folder / "dataset.json").write_text(json.dumps(content))
     words = ("--sam2", nano, "--frame-size", 64, "--prompts", "box", "--prompted", "one", "--root", tmp_path)
-    outcome = good("prompt_study", *words)
+    outcome = run_ok("prompt_study", *words)
     assert "of 2 channels (T1, T2), T1 is shown; another: --channel" in outcome.err
-    second = good("prompt_study", *words, "--channel", "t2", "--json")
+    second = run_ok("prompt_study", *words, "--channel", "t2", "--json")
     assert json.loads(second.out)["channels"] == ["T2"]
     assert "is shown" not in second.err
     assert json.loads(second.out)["cases"] == [id]
 
 
 def test_bad_input_gets_sentences(raw_root, nano, tmp_path) -> None:
-    assert "Give --sam or --sam2" in refused("prompt_study", "--root", raw_root)
-    assert "Give files of SAM 2 with --sam2" in refused("prompt_study", "--sam", nano, "--root", raw_root)
+    assert "Give --sam or --sam2" in run_error("prompt_study", "--root", raw_root)
+    assert "Give files of SAM 2 with --sam2" in run_error("prompt_study", "--sam", nano, "--root", raw_root)
     other = tmp_path / "other.pt"
     torch.save({"weight": torch.zeros(1)}, other)
-    assert "weights of no SAM 2" in refused("prompt_study", "--sam2", other, "--root", raw_root)
-    assert "no SAM that is known" in refused("prompt_study", "--sam", other, "--root", raw_root)
-    missing = refused("prompt_study", "--sam", tmp_path / "none.pt", "--root", raw_root)
+    assert "weights of no SAM 2" in run_error("prompt_study", "--sam2", other, "--root", raw_root)
+    assert "no SAM that is known" in run_error("prompt_study", "--sam", other, "--root", raw_root)
+    missing = run_error("prompt_study", "--sam", tmp_path / "none.pt", "--root", raw_root)
     assert "There is no such file of weights" in missing
-    assert "No such dataset" in refused("prompt_study", "-d", "Nowhere", "--sam2", nano, "--root", raw_root)
+    assert "No such dataset" in run_error("prompt_study", "-d", "Nowhere", "--sam2", nano, "--root", raw_root)
     words = ("prompt_study", "--sam2", nano, "--frame-size", 64, "--root", raw_root)
-    assert "one of 0 CT" in refused(*words, "--channel", "T2")
-    assert "--window LOW HIGH" in refused(*words, "--window", 5, 1)
-    assert "1 or more (--cases)" in refused(*words, "--cases", 0)
-    assert "multiple of 32" in refused(*words[:4], 50, "--root", raw_root)
+    assert "one of 0 CT" in run_error(*words, "--channel", "T2")
+    assert "--window LOW HIGH" in run_error(*words, "--window", 5, 1)
+    assert "1 or more (--cases)" in run_error(*words, "--cases", 0)
+    assert "multiple of 32" in run_error(*words[:4], 50, "--root", raw_root)

@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from PIL import Image
-from support.samhq_commands import SIZES, good, refused, run, write_images, written
+from support.samhq_commands import SIZES, run, run_error, run_ok, write_images, written
 
 from segment_anything_hq import records
 from segment_anything_hq.cli import names
@@ -57,10 +57,10 @@ def test_help_is_answered_before_anything_heavy_is_imported(module, name):
 
 
 def test_whole_data_pass_and_are_counted(data):
-    told = good("check_data", "--data", data).out
+    told = run_ok("check_data", "--data", data).out
     assert "data: 2 samples, no faults" in told
     assert "2 samples in 1 sets, no faults" in told
-    assert json.loads(good("check_data", "--data", data, "--json", "--no-pixels").out)["faults"] == 0
+    assert json.loads(run_ok("check_data", "--data", data, "--json", "--no-pixels").out)["faults"] == 0
 
 
 def test_faults_of_all_sets_are_listed_and_end_with_2(data, tmp_path):
@@ -92,31 +92,31 @@ def test_known_totals_are_told(name, total, tmp_path):
 
 def test_sizes_alone_do_not_find_what_pixels_do(data):
     Image.fromarray(np.zeros((50, 30), np.uint8)).save(data / "masks" / "b.png")
-    good("check_data", "--data", data, "--no-pixels")
+    run_ok("check_data", "--data", data, "--no-pixels")
     assert "the mask is empty" in run("check_data", "--data", data).out
 
 
 def test_an_unknown_collection_is_a_sentence(data):
-    assert "one of hqseg44k_train" in refused("check_data", "--data", f"hqseg={data}")
+    assert "one of hqseg44k_train" in run_error("check_data", "--data", f"hqseg={data}")
 
 
 # samhq_summary
 
 
 def test_a_summary_counts_parts_beside_the_papers_figure():
-    told = good("summary", "hq_sam", "-b", "vit_h").out
+    told = run_ok("summary", "hq_sam", "-b", "vit_h").out
     assert "Trained: 1.595 M parameters, 6.09 MiB in fp32." in told
     assert "HQ-SAM paper says 6.1 MB; here it is 6.09" in told
-    found = json.loads(good("summary", "sam2_refiner", "--backbone", "hiera_l", "--json").out)
+    found = json.loads(run_ok("summary", "sam2_refiner", "--backbone", "hiera_l", "--json").out)
     assert found["trained"] + found["frozen"] == found["parameters"]
     assert found["published"]["value"] == 12
     assert {"localization", "retargeting", "refinement"} <= {p["name"] for p in found["parts"] if p["trained"]}
-    assert json.loads(good("summary", "sam", "-b", "vit_tiny", "--json").out)["trained"] == 0
+    assert json.loads(run_ok("summary", "sam", "-b", "vit_tiny", "--json").out)["trained"] == 0
 
 
 def test_a_summary_of_what_cannot_be_is_a_sentence():
-    assert "hq_sam is not built on hiera_t" in refused("summary", "hq_sam", "-b", "hiera_t")
-    assert "Frames cannot have this size" in refused("summary", "hq_sam", "-b", "vit_b", "--frame-size", 100)
+    assert "hq_sam is not built on hiera_t" in run_error("summary", "hq_sam", "-b", "hiera_t")
+    assert "Frames cannot have this size" in run_error("summary", "hq_sam", "-b", "vit_b", "--frame-size", 100)
 
 
 # samhq_predict
@@ -127,7 +127,7 @@ def test_masks_are_files_of_the_pictures_sizes(method, backbone, data, tmp_path)
     out = tmp_path / "out"
     prompts = [*BOXES, {"image": "b.png", "box": [1, 1, 9, 9]}]
     words = masks_words(data, out, prompts)
-    outcome = good("predict", method, "-b", backbone, "--frame-size", 64, "--device", "cpu", *words)
+    outcome = run_ok("predict", method, "-b", backbone, "--frame-size", 64, "--device", "cpu", *words)
     assert "Written: 3 masks of 2 pictures" in outcome.out
     assert "only for trying out" in outcome.err
     assert sorted(p.name for p in out.iterdir()) == ["a.png", "b_1.png", "b_2.png", "predictions.json"]
@@ -146,18 +146,18 @@ def test_masks_are_files_of_the_pictures_sizes(method, backbone, data, tmp_path)
 def test_csv_prompts_and_json_answers(data, tmp_path):
     lines = "image,x0,y0,x1,y1\na.png,8,10,24,30\n"
     words = masks_words(data, tmp_path / "out", lines, "p.csv")
-    outcome = good("predict", "sam", *NANO, *words, "--json")
+    outcome = run_ok("predict", "sam", *NANO, *words, "--json")
     assert json.loads(outcome.out)["objects"][0]["file"] == "a.png"
 
 
 def test_masks_are_not_replaced_unasked(data, tmp_path):
     words = masks_words(data, tmp_path / "out")
-    good("predict", "sam", *NANO, *words)
+    run_ok("predict", "sam", *NANO, *words)
     before = (tmp_path / "out" / "predictions.json").read_bytes()
-    assert "there already" in refused("predict", "sam", *NANO, *words)
+    assert "there already" in run_error("predict", "sam", *NANO, *words)
     assert (tmp_path / "out" / "predictions.json").read_bytes() == before
-    good("predict", "sam", *NANO, *words, "--overwrite")
-    assert "overwrite their pictures" in refused(
+    run_ok("predict", "sam", *NANO, *words, "--overwrite")
+    assert "overwrite their pictures" in run_error(
         "predict", "sam", *NANO, *masks_words(data, data / "images"), "--overwrite"
     )
 
@@ -182,14 +182,14 @@ FAULTY = {
 def test_faulty_prompts_are_refused_before_anything_is_written(sentence, data, tmp_path):
     content = FAULTY[sentence]
     name = "p.csv" if isinstance(content, str) and content.startswith("image") else "p.json"
-    told = refused("predict", "sam", *NANO, *masks_words(data, tmp_path / "out", content, name))
+    told = run_error("predict", "sam", *NANO, *masks_words(data, tmp_path / "out", content, name))
     assert sentence in told
     assert not (tmp_path / "out").exists()
 
 
 def test_all_faults_are_told_in_one_go(data, tmp_path):
     prompts = [entry for content in FAULTY.values() if isinstance(content, list) for entry in content]
-    told = refused("predict", "sam", *NANO, *masks_words(data, tmp_path / "out", prompts))
+    told = run_error("predict", "sam", *NANO, *masks_words(data, tmp_path / "out", prompts))
     for sentence, content in FAULTY.items():
         assert not isinstance(content, list) or sentence in told
 
@@ -212,7 +212,7 @@ CHOICES = {
 def test_networks_that_cannot_be_are_refused_before_anything_is_written(name, sentence, data, tmp_path):
     out = tmp_path / "out"
     rest = masks_words(data, out) if name == "predict" else ("--data", data, "-o", out)
-    assert sentence in refused(name, *CHOICES[sentence], *rest)
+    assert sentence in run_error(name, *CHOICES[sentence], *rest)
     assert not out.exists()
 
 
@@ -242,7 +242,7 @@ def test_an_evaluation_is_a_page_a_record_and_a_csv_a_protocol(data, tmp_path):
     out = tmp_path / "out"
     protocols = ("box", "box_0.4", "center", "points_2", "clicks")
     words = ("--data", data, "-o", out, "--clicks", 3, "--protocol", *protocols)
-    outcome = good("evaluate", "sam_ref", *NANO, *words)
+    outcome = run_ok("evaluate", "sam_ref", *NANO, *words)
     assert "mIoU %" in outcome.out
     assert "NoC90" in outcome.out
     assert "NoF95 legacy" in outcome.out
@@ -272,7 +272,7 @@ def test_latency_needs_no_data(tmp_path, monkeypatch):
     monkeypatch.setattr("segment_anything_hq.evaluation.latency.sat_latency.__kwdefaults__", {
         "grid": 2, "size": 64, "warm_up": 1
     })  # fmt: skip
-    outcome = good("evaluate", "sam", *NANO, "--protocol", "sat", "-o", tmp_path / "out")
+    outcome = run_ok("evaluate", "sam", *NANO, "--protocol", "sat", "-o", tmp_path / "out")
     assert "SAT latency" in outcome.out
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["evaluation.json"]
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -285,15 +285,15 @@ def test_only_the_first_or_held_out_samples(data, tmp_path):
         for part in ("images", "masks"):
             (data / part / f"{name}.png").write_bytes((data / part / "a.png").read_bytes())
     words = ("evaluate", "sam", *NANO, "--data", data, "--json")
-    assert json.loads(good(*words, "--samples", 3, "-o", tmp_path / "1").out)["data"] == {"data": 3}
-    held = json.loads(good(*words, "--held-out", 0.4, "-o", tmp_path / "2").out)
+    assert json.loads(run_ok(*words, "--samples", 3, "-o", tmp_path / "1").out)["data"] == {"data": 3}
+    held = json.loads(run_ok(*words, "--held-out", 0.4, "-o", tmp_path / "2").out)
     assert 0 < held["data"]["data"] < 10
     assert held["held_out"] == 0.4
 
 
 def test_the_same_seed_gives_the_same_figures(data, tmp_path):
     words = ("evaluate", "sam", *NANO, "--data", data, "--protocol", "points_1", "box_0.4", "--json", "-o")
-    found = [json.loads(good(*words, tmp_path / str(i), "--seed", seed).out) for i, seed in enumerate((1, 1, 2))]
+    found = [json.loads(run_ok(*words, tmp_path / str(i), "--seed", seed).out) for i, seed in enumerate((1, 1, 2))]
     figures = [{k: p["sets"] for k, p in record["protocols"].items()} for record in found]
     assert figures[0] == figures[1]
     assert figures[0] != figures[2]
@@ -301,11 +301,11 @@ def test_the_same_seed_gives_the_same_figures(data, tmp_path):
 
 def test_an_evaluation_is_not_replaced_unasked(data, tmp_path):
     words = ("evaluate", "sam", *NANO, "--data", data, "-o", tmp_path / "out")
-    good(*words)
+    run_ok(*words)
     before = (tmp_path / "out" / "evaluation.json").read_bytes()
-    assert "holds an evaluation already" in refused(*words)
+    assert "holds an evaluation already" in run_error(*words)
     assert (tmp_path / "out" / "evaluation.json").read_bytes() == before
-    good(*words, "--overwrite")
+    run_ok(*words, "--overwrite")
 
 
 @pytest.mark.parametrize(
@@ -320,19 +320,19 @@ def test_an_evaluation_is_not_replaced_unasked(data, tmp_path):
 )
 def test_evaluations_that_cannot_be_are_sentences(words, sentence, data, tmp_path):
     given = () if "--data" in words else ("--data", data)
-    assert sentence in refused("evaluate", "sam", *NANO, *given, *words, "-o", tmp_path / "out")
+    assert sentence in run_error("evaluate", "sam", *NANO, *given, *words, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_of_samhq_train_is_all_that_is_named(data, tmp_path):
     figures = ("--epochs", 1, "--iterations", 1, "--batch-size", 2, "--held-out", 0)
-    good("train", "sam_ref", *NANO, "--data", data, "-o", tmp_path / "run", *figures)
+    run_ok("train", "sam_ref", *NANO, "--data", data, "-o", tmp_path / "run", *figures)
     model = ("--model", tmp_path / "run" / "checkpoint_final.safetensors")
     masks = masks_words(data, tmp_path / "masks")
-    found = json.loads(good("predict", *model, *masks, "--json").out)
+    found = json.loads(run_ok("predict", *model, *masks, "--json").out)
     assert found["network"]["method"] == "sam_ref"
     assert found["network"]["frames"].startswith("64 x 64")
-    scores = json.loads(good("evaluate", *model, "--data", data, "-o", tmp_path / "scores", "--json").out)
+    scores = json.loads(run_ok("evaluate", *model, "--data", data, "-o", tmp_path / "scores", "--json").out)
     assert scores["weights_sha256"] == found["weights_sha256"]
     for words, sentence in (
         (("hq_sam",), "another method than was named"),
@@ -340,12 +340,12 @@ def test_a_checkpoint_of_samhq_train_is_all_that_is_named(data, tmp_path):
         (("--frame-size", 128), "another frame size than was named"),
     ):
         out = masks_words(data, tmp_path / "not")
-        assert sentence in refused("predict", *words, *model, *out)
+        assert sentence in run_error("predict", *words, *model, *out)
     assert not (tmp_path / "not").exists()
 
 
 def test_no_data_is_a_sentence(tmp_path):
-    assert "No data was named" in refused("evaluate", "sam", *NANO, "-o", tmp_path / "out")
+    assert "No data was named" in run_error("evaluate", "sam", *NANO, "-o", tmp_path / "out")
 
 
 @pytest.mark.data
@@ -358,7 +358,7 @@ def test_mobile_sam_masks_a_real_picture_with_a_box(data_root, tmp_path):
     prompts = written(tmp_path / "p.json", [{"image": image.name, "box": box}])
     words = ("-i", image, "-p", prompts, "-o", tmp_path / "out", "--device", "cpu")
     weights = data_root / "weights-mobilesam" / "mobile_sam.pt"
-    outcome = good("predict", "sam", "-b", "vit_tiny", "-w", weights, *words)
+    outcome = run_ok("predict", "sam", "-b", "vit_tiny", "-w", weights, *words)
     assert "Note" not in outcome.err
     mask = np.asarray(Image.open(tmp_path / "out" / f"{image.stem}.png")) > 0
     assert (mask & ground_truth).sum() / (mask | ground_truth).sum() > 0.8

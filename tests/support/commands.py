@@ -62,14 +62,14 @@ def run(name: str, *words: object, environment: Mapping[str, object] | None = No
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def good(name: str, *words: object, environment: Mapping[str, object] | None = None) -> Outcome:
+def run_ok(name: str, *words: object, environment: Mapping[str, object] | None = None) -> Outcome:
     """Run a command that must succeed."""
     outcome = run(name, *words, environment=environment)
     assert outcome.code == 0, outcome.err + outcome.out
     return outcome
 
 
-def refused(name: str, *words: object, environment: Mapping[str, object] | None = None) -> str:
+def run_error(name: str, *words: object, environment: Mapping[str, object] | None = None) -> str:
     """Run a command that must end with one sentence and exit code 2; gives the sentence."""
     outcome = run(name, *words, environment=environment)
     assert outcome.code == 2, outcome.err + outcome.out
@@ -79,6 +79,6 @@ def refused(name: str, *words: object, environment: Mapping[str, object] | None 
     return outcome.err[start:]
 
 
-def leftovers(folder: Path) -> list[Path]:
+def unfinished_files(folder: Path) -> list[Path]:
     """Files and folders that something unfinished has left."""
     return [p for p in folder.rglob("*") if p.name.startswith((".partial-", ".import-", ".building", ".export"))]

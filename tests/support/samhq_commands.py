@@ -40,14 +40,14 @@ def run(name: str, *words: object) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def good(name: str, *words: object) -> Outcome:
+def run_ok(name: str, *words: object) -> Outcome:
     """Run a command that must succeed."""
     outcome = run(name, *words)
     assert outcome.code == 0, outcome.err + outcome.out
     return outcome
 
 
-def refused(name: str, *words: object) -> str:
+def run_error(name: str, *words: object) -> str:
     """Run a command that must end with one sentence and exit code 2; gives the sentence."""
     outcome = run(name, *words)
     assert outcome.code == 2, outcome.err + outcome.out

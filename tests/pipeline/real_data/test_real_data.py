@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from support.commands import good, refused
+from support.commands import run_error, run_ok
 
 from rfmedsam2 import Predictor
 from rfmedsam2.inference.volume import PredictOptions
@@ -45,13 +45,13 @@ def link(source: Path, root: Path, *, changes: dict | None = None) -> Path:
 
 def through(raw: Path, root: Path) -> Path:
     """Verify, plan, preprocess, train two steps, predict the training images, evaluate, report; gives predictions."""
-    assert json.loads(good("verify", "-d", raw.name, "--json", "--root", root).out)["faults"] is not None
-    good("plan_and_preprocess", "-d", raw.name, "--preset", "cpu", "--set", *QUICK, "--root", root)
-    good("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--no-validate", "--root", root)
+    assert json.loads(run_ok("verify", "-d", raw.name, "--json", "--root", root).out)["faults"] is not None
+    run_ok("plan_and_preprocess", "-d", raw.name, "--preset", "cpu", "--set", *QUICK, "--root", root)
+    run_ok("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--no-validate", "--root", root)
     predicted = root / "predictions"
-    good("predict", "-i", raw / "imagesTr", "-o", predicted, "--step-size", 1, "--root", root)
-    good("evaluate", "-p", predicted, "-g", raw / "labelsTr", "-o", root / "scores", "--root", root)
-    good("report", "-e", root / "scores" / "metrics.json", "-i", raw / "imagesTr", "-o", root / "page.html")
+    run_ok("predict", "-i", raw / "imagesTr", "-o", predicted, "--step-size", 1, "--root", root)
+    run_ok("evaluate", "-p", predicted, "-g", raw / "labelsTr", "-o", root / "scores", "--root", root)
+    run_ok("report", "-e", root / "scores" / "metrics.json", "-i", raw / "imagesTr", "-o", root / "page.html")
     assert (root / "page.html").read_text().startswith("<!")
     return predicted
 
@@ -79,7 +79,7 @@ def test_subjects_that_were_scanned_twice_stay_on_one_side(data_root, tmp_path):
     groups = {case: first for first, second in TWICE.items() for case in (first, second)}
     source = data_root / "oasis-subcortical/Dataset115_OASISSubcortical"
     raw = link(source, tmp_path, changes={"groups": groups})
-    good("plan_and_preprocess", "-d", raw.name, "--no-preprocess", "--root", tmp_path)
+    run_ok("plan_and_preprocess", "-d", raw.name, "--no-preprocess", "--root", tmp_path)
     splits = json.loads((tmp_path / "preprocessed" / raw.name / "splits_final.json").read_text())
     assert len(splits) == 5
     assert sorted(case for fold in splits for case in fold["val"]) == sorted(
@@ -95,8 +95,8 @@ def mr_root(data_root, tmp_path_factory) -> Path:
     """A root with a one-channel MR model."""
     root = tmp_path_factory.mktemp("mr")
     raw = link(data_root / "mr-organs-totalsegmentator/Dataset119_TSAbdomenMR", root)
-    good("plan_and_preprocess", "-d", raw.name, "--preset", "cpu", "--set", *QUICK, "--root", root)
-    good("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--no-validate", "--root", root)
+    run_ok("plan_and_preprocess", "-d", raw.name, "--preset", "cpu", "--set", *QUICK, "--root", root)
+    run_ok("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--no-validate", "--root", root)
     return root
 
 
@@ -114,7 +114,7 @@ def mr_root(data_root, tmp_path_factory) -> Path:
 )
 def test_predictions_have_the_geometry_of_any_format(sample, mr_root, data_root, tmp_path):
     source = data_root / "format-samples" / sample
-    good("predict", "-i", source, "-o", tmp_path, "--step-size", 1, "--root", mr_root)
+    run_ok("predict", "-i", source, "-o", tmp_path, "--step-size", 1, "--root", mr_root)
     (written,) = [p for p in tmp_path.iterdir() if p.name != "predictions.json"]
     header = read_label(written)[1]
     image, theirs = read_image(source)
@@ -128,7 +128,7 @@ def test_a_folder_with_two_scans_is_refused_with_both_named(mr_root, data_root, 
     for series in ("dicom_hippocampus_crop", "dicom_ct_totalseg20"):
         for file in (data_root / "format-samples" / series).iterdir():
             (folder / f"{series}_{file.name}").symlink_to(file)
-    sentence = refused("predict", "-i", folder, "-o", tmp_path / "out", "--root", mr_root)
+    sentence = run_error("predict", "-i", folder, "-o", tmp_path / "out", "--root", mr_root)
     assert "2 DICOM image series" in sentence
     assert "32 slices" in sentence
     assert "20 slices" in sentence
@@ -137,7 +137,7 @@ def test_a_folder_with_two_scans_is_refused_with_both_named(mr_root, data_root, 
 
 def test_scripts_get_the_labels_of_the_command(mr_root, data_root, tmp_path):
     source = data_root / "mr-organs-totalsegmentator/Dataset119_TSAbdomenMR/imagesTr/ts_mr_0000.nii.gz"
-    good("predict", "-i", source, "-o", tmp_path, "--step-size", 1, "--root", mr_root)
+    run_ok("predict", "-i", source, "-o", tmp_path, "--step-size", 1, "--root", mr_root)
     expected = np.asarray(nib.Nifti1Image.from_filename(tmp_path / "ts_mr.nii.gz").dataobj)
     assert expected.any()
     (model,) = (mr_root / "results").glob("*/*__3d_fullres")
@@ -166,7 +166,7 @@ def test_nnunets_own_files_in_shared_folders_stay_untouched(data_root, tmp_path)
         "nnUNet_results": tmp_path / "results",
     }
     words = ("-d", 119, "--no-preprocess", "--preset", "cpu")
-    assert "-p" in refused("plan_and_preprocess", *words, "-p", "nnUNetPlans", environment=where)
-    good("plan_and_preprocess", *words, environment=where)
+    assert "-p" in run_error("plan_and_preprocess", *words, "-p", "nnUNetPlans", environment=where)
+    run_ok("plan_and_preprocess", *words, environment=where)
     assert theirs.read_bytes() == before
     assert (shared / "dataset.json").read_bytes() == (raw / "dataset.json").read_bytes()

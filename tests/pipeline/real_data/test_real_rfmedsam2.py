@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import good, refused
+from support.commands import run_error, run_ok
 
 from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.store.images import read_header, read_label
@@ -43,24 +43,24 @@ def test_real_ct_goes_through_every_command(backbone, weights, data_root, tmp_pa
     raw.parent.mkdir()
     raw.symlink_to(data_root / "ct-organs-totalsegmentator" / raw.name)
     planning = ("--model", "rfmedsam2", "--preset", "cpu", "--backbone", backbone, "--spacing", 12, 6, 6)
-    good("plan_and_preprocess", "-d", 110, *planning, "--set", *QUICK, "--root", tmp_path)
+    run_ok("plan_and_preprocess", "-d", 110, *planning, "--set", *QUICK, "--root", tmp_path)
     training = ("--epochs", 1, "--iterations", 2, "--no-validate", "--root", tmp_path)
     if weights is None:
-        good("train", "3d_fullres", "fold", 0, *training)
+        run_ok("train", "3d_fullres", "fold", 0, *training)
     else:
-        assert "--sam2" in refused("train", "3d_fullres", "fold", 0, *training)
-        good("train", "3d_fullres", "fold", 0, "--sam2", weights, *training)
+        assert "--sam2" in run_error("train", "3d_fullres", "fold", 0, *training)
+        run_ok("train", "3d_fullres", "fold", 0, "--sam2", weights, *training)
     image = sorted((raw / "imagesTr").iterdir())[-1]
     label = tmp_path / "labels" / image.name.replace("_0000", "")
     label.parent.mkdir()
     label.symlink_to(raw / "labelsTr" / label.name)
     for words in ((), ("--step", 1), ("--boxes", label)):
         out = tmp_path / f"predicted{len(words) and words[0]}"
-        good("predict", "-i", image, "-o", out, "--step-size", 1, *words, "--root", tmp_path)
+        run_ok("predict", "-i", image, "-o", out, "--step-size", 1, *words, "--root", tmp_path)
         labels, header = read_label(out / label.name)
         assert header.grid.mismatch(read_header(label).grid) is None
         assert labels.array.max() <= 13
-    good("evaluate", "-p", out, "-g", label.parent, "-o", tmp_path / "scores", "--root", tmp_path)
-    good("report", "-e", tmp_path / "scores/metrics.json", "-i", image.parent, "-o", tmp_path / "page.html")
+    run_ok("evaluate", "-p", out, "-g", label.parent, "-o", tmp_path / "scores", "--root", tmp_path)
+    run_ok("report", "-e", tmp_path / "scores/metrics.json", "-i", image.parent, "-o", tmp_path / "page.html")
     assert "liver" in json.loads((tmp_path / "scores/metrics.json").read_text())["classes"]
     assert (tmp_path / "page.html").read_text().startswith("<!")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.commands import leftovers, refused
+from support.commands import run_error, unfinished_files
 
 from rfmedsam2.engine.log import read_events
 from rfmedsam2.errors import RfMedSamError, UsageError
@@ -166,10 +166,10 @@ def test_a_broken_preprocessed_case_is_named(planned_root, root_of, plan, worker
 def test_a_training_that_diverges_names_its_cases_and_keeps_the_last_good_checkpoint(planned_root, root_of):
     root = root_of(planned_root)
     words = ("3d_fullres", 0, "--epochs", 4, "--iterations", 5, "--lr", 1e30, "--no-validate", "--root", root)
-    sentence = refused("train", *words, "--set", "3d_fullres.train.schedule.warmup_iterations=0")
+    sentence = run_error("train", *words, "--set", "3d_fullres.train.schedule.warmup_iterations=0")
     assert "phantom_00" in sentence
     assert "diverged" in sentence
-    assert leftovers(root) == []
+    assert unfinished_files(root) == []
 
 
 def test_two_ranks_end_with_the_same_weights(planned_root, root_of, tmp_path):

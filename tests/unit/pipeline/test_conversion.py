@@ -33,7 +33,7 @@ def write_pair(image: Path, label: Path, *, highest: int = 13, channels: int = 1
     write(label, labels)
 
 
-def leftovers(raw: Path) -> list[str]:
+def names_in(raw: Path) -> list[str]:
     return [p.name for p in raw.iterdir()] if raw.exists() else []
 
 
@@ -114,7 +114,7 @@ def test_btcv_becomes_a_raw_dataset(btcv: Path, tmp_path: Path) -> None:
     assert record["numTraining"] == 3
     original = btcv / "RawData/Training/img/img0002.nii.gz"
     assert (result.folder / "imagesTr/img0002_0000.nii.gz").read_bytes() == original.read_bytes()
-    assert leftovers(tmp_path / "raw") == ["Dataset217_BTCV"]
+    assert names_in(tmp_path / "raw") == ["Dataset217_BTCV"]
 
 
 def test_btcv_names_the_official_cases_that_are_not_there(btcv: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_all_faults_of_all_cases_are_in_one_error_and_nothing_is_written(btcv: P
         "img0022: there is no label",
     ):
         assert words in text
-    assert leftovers(tmp_path / "raw") == []
+    assert names_in(tmp_path / "raw") == []
 
 
 def test_a_truncated_label_is_a_fault(btcv: Path, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_failed_forced_conversion_keeps_the_old_dataset(btcv: Path, tmp_path: 
     with pytest.raises(DatasetError):
         convert_btcv(btcv, tmp_path / "raw", options=ConvertOptions(force=True))
     assert (folder / "imagesTr/img0001_0000.nii.gz").exists()
-    assert leftovers(tmp_path / "raw") == [folder.name]
+    assert names_in(tmp_path / "raw") == [folder.name]
 
 
 @pytest.mark.parametrize("converter", [convert_btcv, convert_amos22, convert_msd])
@@ -186,7 +186,7 @@ def test_a_folder_that_is_no_download_is_named_with_what_is_in_it(converter, tmp
         converter(tmp_path / "download", tmp_path / "raw")
     with pytest.raises(DatasetError, match="There is no"):
         converter(tmp_path / "absent", tmp_path / "raw")
-    assert leftovers(tmp_path / "raw") == []
+    assert names_in(tmp_path / "raw") == []
 
 
 def test_amos_task_1_takes_ct_only(amos: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.samhq_commands import good, refused
+from support.samhq_commands import run_error, run_ok
 
 from rfmedsam2.errors import DatasetError
 from rfmedsam2.nn.segmenter import Embedded, Segmented
@@ -96,10 +96,10 @@ def test_a_real_network_is_masked_by_boxes(coco) -> None:
 def test_the_command_writes_what_it_found(coco) -> None:
     out = coco.root / "ap.json"
     words = ("sam", "-b", "vit_nano", "--frame-size", 64, "--annotations", coco.path, "-i", coco.root, "-o", out)
-    assert "3 in 2 pictures" in good("evaluate_coco", *words).out.replace("\n", " ")
+    assert "3 in 2 pictures" in run_ok("evaluate_coco", *words).out.replace("\n", " ")
     record = json.loads(out.read_text())
     assert (record["pictures"], record["boxes"], record["figures"]["APl"]) == (2, 3, None)
-    assert "is there already" in refused("evaluate_coco", *words)
+    assert "is there already" in run_error("evaluate_coco", *words)
 
 
 def test_wrong_files_are_sentences(coco) -> None:

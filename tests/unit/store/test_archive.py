@@ -85,15 +85,15 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def good(model: Path, tmp_path: Path) -> Path:
+def archive(model: Path, tmp_path: Path) -> Path:
     export_model(model, tmp_path / "model.zip", folds=["0"])
     return tmp_path / "model.zip"
 
 
-def rebuilt(good: Path, *, add: dict | None = None, change: dict | None = None, manifest=None) -> Path:
+def rebuilt(archive: Path, *, add: dict | None = None, change: dict | None = None, manifest=None) -> Path:
     """The archive again with members added, contents changed or the manifest edited."""
-    path = good.with_name("changed.zip")
-    with zipfile.ZipFile(good) as source, zipfile.ZipFile(path, "w") as target:
+    path = archive.with_name("changed.zip")
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w") as target:
         for member in source.infolist():
             data = (change or {}).get(member.filename, source.read(member))
             if member.filename == "manifest.json" and manifest is not None:
@@ -106,7 +106,7 @@ def rebuilt(good: Path, *, add: dict | None = None, change: dict | None = None, 
     return path
 
 
-def refused(archive: Path, tmp_path: Path, match: str) -> None:
+def import_fails(archive: Path, tmp_path: Path, match: str) -> None:
     """Importing fails with a sentence and leaves neither a model nor a temporary file."""
     before = {p for p in tmp_path.rglob("*") if "results" not in p.parts}
     with pytest.raises(CheckpointError, match=match):
@@ -135,21 +135,21 @@ def test_equal_models_give_equal_archives(model, tmp_path) -> None:
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
 
-def test_a_model_that_is_there_is_replaced_only_by_force(good, tmp_path) -> None:
-    found = import_model(good, tmp_path / "results")
+def test_a_model_that_is_there_is_replaced_only_by_force(archive, tmp_path) -> None:
+    found = import_model(archive, tmp_path / "results")
     (found.folder / "note.txt").write_text("mine")
     with pytest.raises(UsageError, match="there already"):
-        import_model(good, tmp_path / "results")
+        import_model(archive, tmp_path / "results")
     assert (found.folder / "note.txt").is_file()
-    import_model(good, tmp_path / "results", force=True)
+    import_model(archive, tmp_path / "results", force=True)
     assert not (found.folder / "note.txt").exists()
     assert [p.name for p in (tmp_path / "results").iterdir()] == [NAME]
 
 
-def test_a_failed_import_by_force_keeps_the_old_model(good, tmp_path) -> None:
-    found = import_model(good, tmp_path / "results")
+def test_a_failed_import_by_force_keeps_the_old_model(archive, tmp_path) -> None:
+    found = import_model(archive, tmp_path / "results")
     with pytest.raises(CheckpointError):
-        import_model(rebuilt(good, change={WEIGHTS: b"x" * 10}), tmp_path / "results", force=True)
+        import_model(rebuilt(archive, change={WEIGHTS: b"x" * 10}), tmp_path / "results", force=True)
     assert (found.folder / WEIGHTS).is_file()
 
 
@@ -170,33 +170,33 @@ def test_a_failed_import_by_force_keeps_the_old_model(good, tmp_path) -> None:
         "x\n.json",
     ],
 )
-def test_names_that_could_leave_the_folder_or_run_are_refused(good, tmp_path, name) -> None:
-    refused(rebuilt(good, add={name: b"{}"}), tmp_path, "may not be in a model archive")
+def test_names_that_could_leave_the_folder_or_run_are_refused(archive, tmp_path, name) -> None:
+    import_fails(rebuilt(archive, add={name: b"{}"}), tmp_path, "may not be in a model archive")
 
 
-def test_links_are_refused(good, tmp_path) -> None:
+def test_links_are_refused(archive, tmp_path) -> None:
     link = zipfile.ZipInfo("fold_0/link.json")
     link.create_system = 3
     link.external_attr = 0o120777 << 16
-    refused(rebuilt(good, add={link: b"/etc/passwd"}), tmp_path, "no plain file")
+    import_fails(rebuilt(archive, add={link: b"/etc/passwd"}), tmp_path, "no plain file")
 
 
-def test_names_that_differ_only_in_case_are_refused(good, tmp_path) -> None:
-    refused(rebuilt(good, add={"Fold_0/checkpoint_final.safetensors": b"x"}), tmp_path, "two files of one name")
+def test_names_that_differ_only_in_case_are_refused(archive, tmp_path) -> None:
+    import_fails(rebuilt(archive, add={"Fold_0/checkpoint_final.safetensors": b"x"}), tmp_path, "two files of one name")
 
 
-def test_a_file_that_the_manifest_does_not_list_is_refused(good, tmp_path) -> None:
-    refused(rebuilt(good, add={"fold_0/more.json": b"{}"}), tmp_path, "does not hold what its manifest lists")
+def test_a_file_that_the_manifest_does_not_list_is_refused(archive, tmp_path) -> None:
+    import_fails(rebuilt(archive, add={"fold_0/more.json": b"{}"}), tmp_path, "does not hold what its manifest lists")
 
 
-def test_a_changed_file_is_refused(good, tmp_path) -> None:
-    with zipfile.ZipFile(good) as archive:
-        data = bytearray(archive.read(WEIGHTS))
+def test_a_changed_file_is_refused(archive, tmp_path) -> None:
+    with zipfile.ZipFile(archive) as members:
+        data = bytearray(members.read(WEIGHTS))
     data[-1] ^= 1
-    refused(rebuilt(good, change={WEIGHTS: bytes(data)}), tmp_path, "not the one that its manifest names")
+    import_fails(rebuilt(archive, change={WEIGHTS: bytes(data)}), tmp_path, "not the one that its manifest names")
 
 
-def test_a_pickle_dressed_as_a_checkpoint_is_refused_and_not_run(good, tmp_path) -> None:
+def test_a_pickle_dressed_as_a_checkpoint_is_refused_and_not_run(archive, tmp_path) -> None:
     class Bomb:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
@@ -206,11 +206,11 @@ def test_a_pickle_dressed_as_a_checkpoint_is_refused_and_not_run(good, tmp_path)
     def swear(manifest: dict) -> None:
         manifest["files"] = [{"name": WEIGHTS, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
 
-    refused(rebuilt(good, change={WEIGHTS: data}, manifest=swear), tmp_path, "pickle")
+    import_fails(rebuilt(archive, change={WEIGHTS: data}, manifest=swear), tmp_path, "pickle")
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_torch_file_dressed_as_a_checkpoint_is_refused(good, tmp_path) -> None:
+def test_a_torch_file_dressed_as_a_checkpoint_is_refused(archive, tmp_path) -> None:
     stream = io.BytesIO()
     torch.save({"w": torch.zeros(2)}, stream)
     data = stream.getvalue()
@@ -218,18 +218,18 @@ def test_a_torch_file_dressed_as_a_checkpoint_is_refused(good, tmp_path) -> None
     def swear(manifest: dict) -> None:
         manifest["files"] = [{"name": WEIGHTS, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
 
-    refused(rebuilt(good, change={WEIGHTS: data}, manifest=swear), tmp_path, "never opened")
+    import_fails(rebuilt(archive, change={WEIGHTS: data}, manifest=swear), tmp_path, "never opened")
 
 
-def test_a_manifest_that_names_another_model_is_refused(good, tmp_path) -> None:
+def test_a_manifest_that_names_another_model_is_refused(archive, tmp_path) -> None:
     def lie(manifest: dict) -> None:
         manifest["models"][0]["weights_sha256"] = "0" * 64
 
-    refused(rebuilt(good, manifest=lie), tmp_path, "another than its manifest says")
+    import_fails(rebuilt(archive, manifest=lie), tmp_path, "another than its manifest says")
 
 
 @pytest.mark.parametrize("dataset", ["Dataset902_../../x", "..", "/abs", "Dataset902_a\\b"])
-def test_a_dataset_name_that_leaves_the_results_folder_is_refused(good, tmp_path, dataset) -> None:
+def test_a_dataset_name_that_leaves_the_results_folder_is_refused(archive, tmp_path, dataset) -> None:
     plan = tiny_plan(dataset=dataset)
     record = read_all(tmp_path / "trained" / NAME / "rfmed__2d" / WEIGHTS)[0].model_copy(update={"plan": plan})
     hostile = tmp_path / "hostile.safetensors"
@@ -240,18 +240,18 @@ def test_a_dataset_name_that_leaves_the_results_folder_is_refused(good, tmp_path
         manifest["dataset"] = dataset
         manifest["files"] = [{"name": WEIGHTS, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
 
-    refused(rebuilt(good, change={WEIGHTS: data}, manifest=adapt), tmp_path, "no folder name")
+    import_fails(rebuilt(archive, change={WEIGHTS: data}, manifest=adapt), tmp_path, "no folder name")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_a_truncated_archive_is_refused(good, tmp_path, share) -> None:
+def test_a_truncated_archive_is_refused(archive, tmp_path, share) -> None:
     path = tmp_path / "short.zip"
-    path.write_bytes(good.read_bytes()[: int(share * good.stat().st_size)])
-    refused(path, tmp_path, "truncated")
+    path.write_bytes(archive.read_bytes()[: int(share * archive.stat().st_size)])
+    import_fails(path, tmp_path, "truncated")
 
 
-def test_any_flipped_byte_is_refused_or_harmless(good, tmp_path) -> None:
-    whole = good.read_bytes()
+def test_any_flipped_byte_is_refused_or_harmless(archive, tmp_path) -> None:
+    whole = archive.read_bytes()
     wanted = read_all(tmp_path / "trained" / NAME / "rfmed__2d" / WEIGHTS)[0].weights_sha256
     for place in range(0, len(whole), max(1, len(whole) // 150)):
         data = bytearray(whole)
@@ -268,29 +268,29 @@ def test_any_flipped_byte_is_refused_or_harmless(good, tmp_path) -> None:
 def test_a_zip_without_manifest_and_a_missing_file_are_sentences(tmp_path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a.json", "{}")
-    refused(tmp_path / "x.zip", tmp_path, "no model archive")
-    refused(tmp_path / "absent.zip", tmp_path, "no such archive")
+    import_fails(tmp_path / "x.zip", tmp_path, "no model archive")
+    import_fails(tmp_path / "absent.zip", tmp_path, "no such archive")
 
 
-def test_a_zip_bomb_is_refused_before_it_is_unpacked(good, tmp_path, monkeypatch) -> None:
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(archive, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(archives, "MOST_BYTES", 1000)
-    refused(good, tmp_path, "too large")
+    import_fails(archive, tmp_path, "too large")
 
 
-def test_a_member_larger_than_its_header_says_is_not_unpacked_whole(good, tmp_path) -> None:
-    path = good.with_name("bomb.zip")
-    with zipfile.ZipFile(good) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+def test_a_member_larger_than_its_header_says_is_not_unpacked_whole(archive, tmp_path) -> None:
+    path = archive.with_name("bomb.zip")
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
         target.writestr("manifest.json", source.read("manifest.json"))
         target.writestr(WEIGHTS, source.read(WEIGHTS) * 100)
-    refused(path, tmp_path, "does not hold what its manifest lists")
+    import_fails(path, tmp_path, "does not hold what its manifest lists")
 
 
-def test_a_member_that_is_packed_too_far_is_refused_before_it_is_unpacked(good, tmp_path) -> None:
-    path = good.with_name("bomb.zip")
-    with zipfile.ZipFile(good) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+def test_a_member_that_is_packed_too_far_is_refused_before_it_is_unpacked(archive, tmp_path) -> None:
+    path = archive.with_name("bomb.zip")
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
         target.writestr("manifest.json", source.read("manifest.json"))
         target.writestr(WEIGHTS, b"\0" * 5_000_000)
-    refused(path, tmp_path, "packed too far")
+    import_fails(path, tmp_path, "packed too far")
 
 
 def test_folds_without_a_checkpoint_cannot_be_exported(model, tmp_path) -> None:
