@@ -65,10 +65,9 @@ def fit(task: Task[Batch], config: TrainConfig, run: Run, *, resume: bool = Fals
         WorkerError: data loading failed, or another rank ended.
         StoreError: the folder cannot be written.
     """
-    device = run.runtime.device
     with (
         determinism(config.deterministic),
-        preserved(device),
+        preserved(run.runtime.device),
         lost_ranks_named(run.runtime),
         handle_signals() as signals,
     ):
@@ -87,8 +86,7 @@ class _Loop(Generic[Batch]):
         self._model.train()
         self._optimizer = task.optimizer()
         self._learning = [p for group in self._optimizer.param_groups for p in group["params"]]
-        fp16 = run.runtime.precision == torch.float16
-        self._scaler = torch.amp.GradScaler(run.runtime.device.type, enabled=fp16)
+        self._scaler = torch.amp.GradScaler(run.runtime.device.type, enabled=run.runtime.precision == torch.float16)
         self._position = Position()
         self._waiting: list[PendingMetrics] = []
         self._last = (float("nan"), float("nan"), 0.0)
@@ -114,10 +112,8 @@ class _Loop(Generic[Batch]):
             return
         trained = Trained(model=self._model, optimizer=self._optimizer, scaler=self._scaler)
         self._position, before, generators = load_training(path, self._run.record, trained, config)
-        step = self._position.step
-        logger.info(
-            "Resuming at step %d of %d (epoch %d)", step, config.iterations, step // config.iterations_per_epoch
-        )
+        step, total = self._position.step, config.iterations
+        logger.info("Resuming at step %d of %d (epoch %d)", step, total, step // config.iterations_per_epoch)
         if before.epochs != config.epochs:
             logger.warning(
                 "Epochs changed from %d to %d: the learning rate follows the new schedule from here on",
@@ -196,7 +192,7 @@ class _Loop(Generic[Batch]):
                 share = part.detach().float() / config.accumulation
                 sums[name] = sums[name] + share if name in sums else share
         norm = self._update()
-        return self._sent(number, sums, norm, tuple(ids), lr)
+        return self._sent(number, sums, norm, ids, lr)
 
     def _update(self) -> Tensor:
         """Clip and apply the gradients; gives their norm before clipping."""
@@ -209,13 +205,10 @@ class _Loop(Generic[Batch]):
 
     def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients only with the last micro-batch."""
-        if wanted and isinstance(self._forward, DistributedDataParallel):
-            return self._forward.no_sync()
-        return nullcontext()
+        forward = self._forward
+        return forward.no_sync() if wanted and isinstance(forward, DistributedDataParallel) else nullcontext()
 
-    def _sent(
-        self, number: int, sums: dict[str, Tensor], norm: Tensor, ids: tuple[str, ...], lr: float
-    ) -> PendingMetrics:
+    def _sent(self, number: int, sums: dict[str, Tensor], norm: Tensor, ids: list[str], lr: float) -> PendingMetrics:
         """Send the step's figures off to the CPU without waiting for them."""
         due = time.monotonic() - self._saved_at >= self._config.checkpoint_minutes * 60 and self._runtime.is_main
         # the loss scale finds infinite gradients by itself
@@ -225,7 +218,7 @@ class _Loop(Generic[Batch]):
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         return PendingMetrics(
-            number=number, ids=ids, lr=lr, seconds=seconds, names=tuple(sums), values=values, ready=ready
+            number=number, ids=tuple(ids), lr=lr, seconds=seconds, names=tuple(sums), values=values, ready=ready
         )
 
     def _after_step(self) -> None:

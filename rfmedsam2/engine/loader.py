@@ -116,9 +116,8 @@ def _made_by_workers(
     timeout_seconds: float,
     describe: Callable[[int], str],
 ) -> Generator[Batch, None, None]:
-    pool = _WorkerPool(
-        _started(numbered, numbers, len(heartbeat), timeout_seconds), heartbeat, timeout_seconds, describe
-    )
+    started = _started(numbered, numbers, len(heartbeat), timeout_seconds)
+    pool = _WorkerPool(started, heartbeat, timeout_seconds, describe)
     try:
         for number in numbers:
             yield _unwrap(pool.take(number), number, describe)
