@@ -9,14 +9,15 @@ __all__ = ["Grid", "Plan", "Predictor", "RfMedSamError", "Volume", "__version__"
 
 if TYPE_CHECKING:
     from rfmedsam2.errors import RfMedSamError
-    from rfmedsam2.geometry import Grid, Volume
+    from rfmedsam2.geometry import Grid
     from rfmedsam2.pipeline.prediction.predictor import Predictor
     from rfmedsam2.records.plan import Plan
+    from rfmedsam2.volume import Volume
 
 _HOMES = {
     "RfMedSamError": "rfmedsam2.errors",
     "Grid": "rfmedsam2.geometry",
-    "Volume": "rfmedsam2.geometry",
+    "Volume": "rfmedsam2.volume",
     "Predictor": "rfmedsam2.pipeline.prediction.predict",
     "Plan": "rfmedsam2.records.plan",
 }

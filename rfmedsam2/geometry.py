@@ -1,7 +1,7 @@
 """Grids: how voxels lie in the world.
 
 A `Grid` ties array indices (z, y, x) to millimeters in LPS world coordinates (DICOM and ITK: +x left, +y posterior,
-+z superior). It holds no voxels; a `Volume` is an array with its grid.
++z superior). It holds no voxels; a `volume.Volume` is an array with its grid.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Half-open index ranges ((z0, z1), (y0, y1), (x0, x1))."""
 
 IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""Its own inverse: NIfTI's and FreeSurfer's world runs to the right and to the front."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +41,9 @@ class Grid:
     direction: tuple[Triple, Triple, Triple] = IDENTITY
 
     def __post_init__(self) -> None:
-        if any(n < 1 for n in self.shape_zyx):
+        if len(self.shape_zyx) != 3 or any(n < 1 for n in self.shape_zyx):
             raise GeometryError("A grid has no voxels", expected="at least one voxel an axis", found=self.shape_zyx)
-        if not all(math.isfinite(s) and s > 0 for s in self.spacing_zyx_mm):
+        if len(self.spacing_zyx_mm) != 3 or not all(math.isfinite(s) and s > 0 for s in self.spacing_zyx_mm):
             raise GeometryError(
                 "A voxel spacing is not positive", expected="three spacings above 0 mm", found=self.spacing_zyx_mm
             )
@@ -56,6 +58,16 @@ class Grid:
         affine[:3, :3] = np.asarray(self.direction) * np.asarray(self.spacing_zyx_mm[::-1])[None]
         affine[:3, 3] = self.origin_xyz_mm
         return affine
+
+    @property
+    def affine_ras(self) -> np.ndarray:
+        """4x4 matrix, index (x, y, z) -> RAS mm: the affine of NIfTI and nibabel."""
+        return _RAS_TO_LPS @ self.affine_lps
+
+    @classmethod
+    def from_affine_ras(cls, affine: np.ndarray, shape_zyx: Shape) -> Grid:
+        """The grid of a 4x4 matrix that maps index (x, y, z) to RAS mm (NIfTI's and nibabel's affine)."""
+        return cls.from_affine_lps(_RAS_TO_LPS @ np.asarray(affine, dtype=float), shape_zyx)
 
     @classmethod
     def from_affine_lps(cls, affine: np.ndarray, shape_zyx: Shape) -> Grid:
@@ -107,22 +119,6 @@ class Grid:
         if shift > max(tolerance_mm, 1e-2 * min(self.spacing_zyx_mm)):
             return f"origins differ by {shift:.3f} mm"
         return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Volume:
-    """An array with axes (channel, z, y, x) and the grid of its last three axes."""
-
-    array: np.ndarray
-    grid: Grid
-
-    def __post_init__(self) -> None:
-        if self.array.ndim != 4 or self.array.shape[1:] != self.grid.shape_zyx:
-            raise GeometryError(
-                "A volume's array does not fit its grid",
-                expected=f"(channels, {', '.join(map(str, self.grid.shape_zyx))})",
-                found=self.array.shape,
-            )
 
 
 def _triple(values: object) -> Triple:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from rfmedsam2.errors import ImageError, PlanError
-from rfmedsam2.geometry import Volume
 from rfmedsam2.inference.box_prompts import BoxPrompts, planned_boxes
 from rfmedsam2.inference.export import labels_from_slabs
 from rfmedsam2.inference.probabilities import ProbabilityFile
@@ -24,6 +23,7 @@ from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.plan import Inference, Plan, Stage
 from rfmedsam2.store.orientation import Orientation, reoriented
 from rfmedsam2.transforms.prepare import Prepared, prepare
+from rfmedsam2.volume import Volume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,8 @@ from typing import Literal
 import numpy as np
 from nibabel.orientations import io_orientation
 
-from rfmedsam2.geometry import Grid, Volume
-
-_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+from rfmedsam2.geometry import Grid
+from rfmedsam2.volume import Volume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +44,7 @@ def reoriented(volume: Volume, to: Literal["RAS"] = "RAS") -> tuple[Volume, Orie
     The same as nibabel's closest canonical image, which nnU-Net's readers "WithReorient" give.
     """
     assert to == "RAS"
-    found = io_orientation(_RAS_TO_LPS @ volume.grid.affine_lps)
+    found = io_orientation(volume.grid.affine_ras)
     order_xyz = np.argsort(found[:, 0])  # world axis -> index axis, both in x, y, z
     flips_xyz = found[order_xyz, 1] < 0
     source = [2 - int(order_xyz[2 - axis]) for axis in range(3)]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rfmedsam2.errors import DatasetError, ImageError
-from rfmedsam2.geometry import Volume
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.case_files import (
@@ -28,6 +27,7 @@ from rfmedsam2.store.case_files import (
 )
 from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import IMAGE_ENDINGS, read_channels
+from rfmedsam2.volume import Volume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from rfmedsam2.geometry import Grid, Volume
+from rfmedsam2.geometry import Grid
 from rfmedsam2.store.formats.image_header import ImageHeader, displacement_mm
 from rfmedsam2.store.images import read_header, read_label, write_label
 from rfmedsam2.store.orientation import reoriented
+from rfmedsam2.volume import Volume
 
 angles = st.floats(-180, 180)
 spacings = st.tuples(*[st.floats(0.1, 9)] * 3)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfmedsam2.geometry import Grid, Volume
+from rfmedsam2.geometry import Grid
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
@@ -14,6 +14,7 @@ from rfmedsam2.records.plan import Normalization, Plan, Resampling, Stage
 from rfmedsam2.transforms.crop import nonzero_box, outside_mask
 from rfmedsam2.transforms.prepare import prepare
 from rfmedsam2.transforms.resample import nearest_index, resample_image, resample_label
+from rfmedsam2.volume import Volume
 
 SIZE = st.integers(1, 9)
 SPACING = st.floats(0.3, 6.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import GeometryError, RfMedSamError
-from rfmedsam2.geometry import Grid, Volume
+from rfmedsam2.geometry import Grid
 from rfmedsam2.records.base import Record
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.plan import Split
@@ -28,6 +28,7 @@ from rfmedsam2.store.formats.image_header import (
 from rfmedsam2.store.images import read_image, read_label, with_channel
 from rfmedsam2.store.raw import RawDataset, require_no_errors
 from rfmedsam2.system.parallel import Track, map_cases, silent
+from rfmedsam2.volume import Volume
 
 _TOLD_BY_NAMES = ("missing-channel", "extra-channel", "missing-image", "missing-label")
 

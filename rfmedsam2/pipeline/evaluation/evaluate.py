@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import DatasetError, RfMedSamError, UsageError
-from rfmedsam2.geometry import Volume
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, case_metrics, empty_policy
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation, Interval
 from rfmedsam2.store.atomic import atomic, write_record
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending, read_label
 from rfmedsam2.system.parallel import Track, map_cases, silent
+from rfmedsam2.volume import Volume
 
 logger = logging.getLogger(__name__)
 

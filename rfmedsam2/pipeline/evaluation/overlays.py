@@ -16,10 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rfmedsam2.errors import GeometryError
-from rfmedsam2.geometry import Volume
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.images import read_image, read_label
 from rfmedsam2.store.orientation import reoriented
+from rfmedsam2.volume import Volume
 
 REFERENCE_COLOR = "#35d07f"
 PREDICTION_COLOR = "#ff5ca8"

@@ -17,7 +17,7 @@ from torch import nn
 from typing_extensions import Self
 
 from rfmedsam2.errors import CheckpointError, ImageError, UsageError
-from rfmedsam2.geometry import Grid, Triple, Volume
+from rfmedsam2.geometry import Grid, Triple
 from rfmedsam2.inference.box_prompts import BoxPrompts
 from rfmedsam2.inference.volume import PredictOptions, VolumePrediction, predict_volume
 from rfmedsam2.models import load_network
@@ -29,6 +29,7 @@ from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PredictingModel
 from rfmedsam2.store.images import read_channels, write_label
 from rfmedsam2.system.devices import choose_device
+from rfmedsam2.volume import Volume
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

@@ -17,8 +17,6 @@ from rfmedsam2.geometry import Grid
 from rfmedsam2.store.formats.decompression import damaged
 from rfmedsam2.store.formats.image_header import ImageHeader, checked_spacing, repaired
 
-_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
 
 def read_mgz_header(path: Path) -> ImageHeader:
     """Header of an MGH or MGZ file."""
@@ -44,9 +42,8 @@ def read_mgz(path: Path) -> tuple[np.ndarray, ImageHeader]:
 
 def write_mgz_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
     """Write labels (Z,Y,X); values above 255 as int32, for the format knows no uint16 (not atomic)."""
-    affine = _RAS_TO_LPS @ header.source_grid.affine_lps
     stored = labels_zyx if labels_zyx.dtype == np.uint8 else labels_zyx.astype(np.int32)
-    MGHImage(cast(Any, stored.T), affine).to_filename(path)
+    MGHImage(cast(Any, stored.T), header.source_grid.affine_ras).to_filename(path)
 
 
 def _load(path: Path) -> MGHImage:
@@ -61,7 +58,7 @@ def _load(path: Path) -> MGHImage:
 def _header(path: Path, image: MGHImage) -> ImageHeader:
     shape = tuple(int(n) for n in image.shape)
     x, y, z = checked_spacing([float(s) for s in image.header.get_zooms()[:3]], where=path)
-    source = Grid.from_affine_lps(_RAS_TO_LPS @ np.asarray(image.affine), (shape[2], shape[1], shape[0]))
+    source = Grid.from_affine_ras(np.asarray(image.affine), (shape[2], shape[1], shape[0]))
     source = replace(source, spacing_zyx_mm=(z, y, x))
     straight, skew = repaired(source, where=path)
     return ImageHeader(

@@ -29,7 +29,6 @@ from rfmedsam2.store.formats.image_header import (
     repaired,
 )
 
-_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _LARGEST_RATIO = 1100  # deflate cannot pack better than 1032 to 1
 
 
@@ -202,7 +201,7 @@ def _source_grid(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int])
     except (ValueError, HeaderDataError) as error:
         raise GeometryError("The NIfTI qform is impossible", where=path, found=error) from None
     usable = [a for a in affines if np.all(np.isfinite(a)) and np.all(np.linalg.norm(a[:3, :3], axis=0) > 0)]
-    grids = [Grid.from_affine_lps(_RAS_TO_LPS @ affine, shape_zyx) for affine in usable]
+    grids = [Grid.from_affine_ras(affine, shape_zyx) for affine in usable]
     if not grids:
         raise GeometryError(
             "The NIfTI affine is not finite or has a zero column", where=path, remedy="Convert the file again"
@@ -240,8 +239,8 @@ def _label_header(header: ImageHeader, labels_zyx: np.ndarray) -> Nifti1Header:
         raw = Nifti1Header(endianness="<")
         raw.set_data_shape(shape_xyz)
         # a quaternion can only hold perpendicular axes; the sform keeps the source's
-        raw.set_qform(_RAS_TO_LPS @ header.grid.affine_lps, code=1)
-        raw.set_sform(_RAS_TO_LPS @ header.source_grid.affine_lps, code=1)
+        raw.set_qform(header.grid.affine_ras, code=1)
+        raw.set_sform(header.source_grid.affine_ras, code=1)
         raw.set_xyzt_units("mm")
     else:
         kind = Nifti1Header if len(header.nifti.block) == 348 else Nifti2Header

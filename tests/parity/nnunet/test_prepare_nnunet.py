@@ -13,7 +13,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy.ndimage import gaussian_filter
 
 from rfmedsam2.errors import ImageError
-from rfmedsam2.geometry import Grid, Volume
+from rfmedsam2.geometry import Grid
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
@@ -21,6 +21,7 @@ from rfmedsam2.records.plan import Normalization, Plan, Stage
 from rfmedsam2.store.images import read_channels, read_label
 from rfmedsam2.transforms.foreground import sample_foreground
 from rfmedsam2.transforms.prepare import Prepared, Restore, prepare
+from rfmedsam2.volume import Volume
 
 PEERS = {
     "ct": "CTNormalization",

@@ -17,11 +17,11 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from rfmedsam2.errors import GeometryError, ImageError, StoreError, UsageError
-from rfmedsam2.geometry import Volume
 from rfmedsam2.store import images
 from rfmedsam2.store.formats.image_header import ChangedWhileReadingError, NotLabelsError, TruncatedImageError
 from rfmedsam2.store.images import read_channels, read_header, read_image, read_label, write_label
 from rfmedsam2.store.orientation import reoriented
+from rfmedsam2.volume import Volume
 
 ARRAY = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)  # z, y, x
 

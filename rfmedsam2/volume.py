@@ -1,0 +1,171 @@
+"""Volumes in memory: an array with its grid, from and to NumPy, nibabel and SimpleITK without losing geometry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk  # noqa: N813 - its usual name
+from nibabel.spatialimages import SpatialImage
+from typing_extensions import Self
+
+from rfmedsam2.errors import GeometryError, ImageError, UsageError
+from rfmedsam2.geometry import IDENTITY, Grid, Triple
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """An array with axes (channel, z, y, x) and the grid of its last three axes.
+
+    Conversions keep every voxel, spacing, origin and direction, oblique and skewed ones too. Integers stay what they
+    are; only types that a format cannot hold are widened (bool to uint8, float16 to float32).
+    """
+
+    array: np.ndarray
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        if self.array.ndim != 4 or self.array.shape[1:] != self.grid.shape_zyx:
+            raise GeometryError(
+                "A volume's array does not fit its grid",
+                expected=f"(channels, {', '.join(map(str, self.grid.shape_zyx))})",
+                found=self.array.shape,
+            )
+
+    @classmethod
+    def from_numpy(
+        cls,
+        array: np.ndarray,
+        *,
+        spacing_zyx_mm: Sequence[float] | np.ndarray,
+        origin_xyz_mm: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0),
+        direction: Sequence[Sequence[float]] | np.ndarray = IDENTITY,
+    ) -> Self:
+        """A volume from an array, which is not copied.
+
+        Args:
+            array: (Z, Y, X) or (C, Z, Y, X), numbers or bool.
+            spacing_zyx_mm: distance of voxel centers along z, y, x, mm.
+            origin_xyz_mm: LPS world position of the center of voxel (0, 0, 0).
+            direction: 3x3; column j is the LPS unit vector of index axis j in the order x, y, z.
+
+        Raises:
+            UsageError: not an array (a tensor, a list).
+            ImageError: another number of axes, no voxels, or not numbers.
+            GeometryError: spacing, origin or direction that is impossible.
+        """
+        channels = _channels(array)
+        spacing, origin = _three(spacing_zyx_mm, "spacing_zyx_mm"), _three(origin_xyz_mm, "origin_xyz_mm")
+        x, y, z = (_three(row, "a row of direction") for row in _three_rows(direction))
+        _, depth, height, width = channels.shape
+        grid = Grid(shape_zyx=(depth, height, width), spacing_zyx_mm=spacing, origin_xyz_mm=origin, direction=(x, y, z))
+        return cls(array=channels, grid=grid)
+
+    def to_numpy(self) -> np.ndarray:
+        """The array, not copied: (Z, Y, X) of one channel, else (C, Z, Y, X)."""
+        return self.array[0] if len(self.array) == 1 else self.array
+
+    @classmethod
+    def from_nibabel(cls, image: SpatialImage) -> Self:
+        """A volume from a nibabel image (x, y, z), (x, y, z, C) or (x, y, z, 1, C), scaled as its header says.
+
+        Raises:
+            UsageError: not a nibabel image.
+            ImageError: another number of axes, or colors or complex numbers as voxels.
+            GeometryError: an affine that is impossible.
+        """
+        if not isinstance(image, SpatialImage):
+            raise UsageError("This is not a nibabel image", expected="a SpatialImage", found=_kind(image))
+        voxels = np.asarray(image.dataobj)
+        if voxels.ndim == 5 and voxels.shape[3] == 1:
+            voxels = voxels[:, :, :, 0]
+        channels = _channels(voxels.T)
+        _, z, y, x = channels.shape
+        return cls(array=channels, grid=Grid.from_affine_ras(np.asarray(image.affine), (z, y, x)))
+
+    def to_nibabel(self) -> nib.Nifti1Image:
+        """A NIfTI image (x, y, z), or (x, y, z, C) of several channels, with this volume's affine."""
+        voxels = _storable(self.to_numpy()).T
+        image = nib.Nifti1Image(voxels, _as_stored(self.grid.affine_ras), dtype=voxels.dtype)
+        image.header.set_xyzt_units("mm")
+        return image
+
+    @classmethod
+    def from_sitk(cls, image: sitk.Image) -> Self:
+        """A volume from a three-dimensional SimpleITK image; components of vector pixels become channels.
+
+        Raises:
+            UsageError: not a SimpleITK image.
+            ImageError: not three dimensions, or complex voxels.
+        """
+        if not isinstance(image, sitk.Image):
+            raise UsageError("This is not a SimpleITK image", expected="a SimpleITK.Image", found=_kind(image))
+        if image.GetDimension() != 3:
+            raise ImageError("The image is not a volume", expected="3 dimensions", found=image.GetDimension())
+        voxels = sitk.GetArrayFromImage(image)
+        return cls.from_numpy(
+            np.moveaxis(voxels, -1, 0) if image.GetNumberOfComponentsPerPixel() > 1 else voxels,
+            spacing_zyx_mm=image.GetSpacing()[::-1],
+            origin_xyz_mm=image.GetOrigin(),
+            direction=np.reshape(image.GetDirection(), (3, 3)),
+        )
+
+    def to_sitk(self) -> sitk.Image:
+        """A SimpleITK image; several channels become components of vector pixels."""
+        several = len(self.array) > 1
+        voxels = _storable(self.to_numpy())
+        image = sitk.GetImageFromArray(np.moveaxis(voxels, 0, -1) if several else voxels, isVector=several)
+        image.SetSpacing(self.grid.spacing_zyx_mm[::-1])
+        image.SetOrigin(self.grid.origin_xyz_mm)
+        image.SetDirection([cosine for row in self.grid.direction for cosine in row])
+        return image
+
+
+def _channels(array: Any) -> np.ndarray:
+    """An array as (C, Z, Y, X), in the machine's byte order."""
+    if not isinstance(array, np.ndarray):
+        remedy = "Give tensor.detach().cpu().numpy()" if hasattr(array, "detach") else "Give numpy.asarray(...)"
+        raise UsageError("This is not a NumPy array", expected="numpy.ndarray", found=_kind(array), remedy=remedy)
+    if array.ndim not in (3, 4) or array.dtype.kind not in "iufb" or array.size == 0:
+        raise ImageError(
+            "This array is not a volume",
+            expected="numbers with axes (Z, Y, X) or (C, Z, Y, X), none of them empty",
+            found=f"{array.dtype} {array.shape}",
+        )
+    native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return native[None] if native.ndim == 3 else native
+
+
+def _three(values: Any, name: str) -> Triple:
+    try:
+        a, b, c = np.asarray(values, dtype=float).tolist()
+        return (float(a), float(b), float(c))
+    except (TypeError, ValueError):
+        raise GeometryError(f"{name} is not three numbers", expected="three numbers", found=repr(values)) from None
+
+
+def _three_rows(direction: Any) -> list[Any]:
+    rows = list(direction) if isinstance(direction, Sequence | np.ndarray) else []
+    if len(rows) != 3:
+        raise GeometryError("A direction is not a 3x3 matrix", expected="three rows", found=repr(direction))
+    return rows
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """The array in a type that NIfTI and ITK both know."""
+    widened = {"bool": np.uint8, "float16": np.float32}.get(array.dtype.name)
+    return array if widened is None else array.astype(widened)
+
+
+def _as_stored(affine: np.ndarray) -> np.ndarray:
+    """NIfTI keeps single precision: undo what taking spacing and direction apart has rounded in the last digit."""
+    stored = affine.astype(np.float32).astype(np.float64)
+    near = np.abs(stored - affine) <= 8 * np.finfo(np.float64).eps * np.abs(affine).max(axis=0)
+    return np.where(near, stored, affine)
+
+
+def _kind(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
