@@ -9,50 +9,56 @@ from torch import nn
 from typing_extensions import assert_never
 
 from rfmedsam2.errors import CheckpointError
+from rfmedsam2.nn.feature_cache import FeatureCache
 from rfmedsam2.nn.meta_device import skip_init
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import ModelConfig, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.checkpoints import read_weights
 
 
-def build(config: ModelConfig, *, channels: int, outputs: int, regions: bool = False) -> nn.Module:
-    """Build the network of a model record, freshly initialized from torch's current random state.
+def build_stage(plan: Plan, stage: Stage, *, cache_features: bool = False) -> nn.Module:
+    """Build the network of a plan's stage, complete, freshly initialized from torch's current random state.
+
+    What the plan says of computing (`stage.compute`, `stage.sampling.max_prompted_objects`,
+    `stage.loss.deep_supervision`) is built in. Deep supervision acts in training mode alone, the limit of objects where
+    gradients are wanted.
 
     Args:
-        config: any model record.
-        channels: input channels.
-        outputs: output channels (`LabelSet.num_outputs`).
-        regions: the outputs are overlapping regions, without background (`LabelSet.has_regions`).
+        plan: for the channels and labels.
+        stage: one of its stages.
+        cache_features: keep features of a frozen image encoder as `stage.compute.cache_features_mb` says. For training:
+            predicting sees few frames twice.
 
     Returns:
-        A module whose attribute `deep_supervision` (at first False) may be set: `forward` gives logits
-        (B, outputs, *patch), or with deep supervision a list of them, highest resolution first.
+        A module whose `forward` gives logits (B, outputs, *patch) for (B, channels, *patch), or in training mode with
+        deep supervision a list of them, highest resolution first.
     """
-    match config:
-        case UNetConfig():
-            return UNet(config, channels=channels, outputs=outputs)
-        case RFMedSam2Config():
-            return RFMedSam2(config, channels=channels, outputs=outputs, regions=regions)
+    channels, labels, deep = len(plan.channels), plan.labels, stage.loss.deep_supervision
+    match stage.model:
+        case UNetConfig() as config:
+            return UNet(config, channels=channels, outputs=labels.num_outputs, deep_supervision=deep)
+        case RFMedSam2Config() as config:
+            limit_mb = stage.compute.cache_features_mb if cache_features else 0
+            return RFMedSam2(
+                config,
+                channels=channels,
+                outputs=labels.num_outputs,
+                regions=labels.has_regions,
+                compute=stage.compute,
+                max_objects=stage.sampling.max_prompted_objects,
+                deep_supervision=deep,
+                cache=FeatureCache(limit_mb) if limit_mb else None,
+            )
         case _:
-            assert_never(config)
-
-
-def build_stage(plan: Plan, stage: Stage) -> nn.Module:
-    """Build the network of a plan's stage; see `build`."""
-    return build(
-        stage.model,
-        channels=len(plan.channels),
-        outputs=plan.labels.num_outputs,
-        regions=plan.labels.has_regions,
-    )
+            assert_never(stage.model)
 
 
 def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tuple[CheckpointRecord, nn.Module]:
-    """Load the network of a checkpoint, in evaluation mode on `device`, with deep supervision off.
+    """Load the network of a checkpoint, in evaluation mode on `device`.
 
     Raises:
         CheckpointError: unreadable, damaged, or weights that are not those of its plan's network.

@@ -42,26 +42,51 @@ def compile_model(model: nn.Module, loss: Loss, batch: object, runtime: Runtime)
 def wrap_ddp(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> DistributedDataParallel:
     """Wrap a task's loss so that the ranks' gradients are averaged; called with a batch it gives the loss parts.
 
-    Looking for parameters without gradient costs time in every step; it is done where the first batch shows that, on
-    any rank, there are some.
+    A batch may leave out parameters, and other ones on each rank. DDP searches the graph of every step for them where
+    the first batch already leaves some out on any rank. Else the search would nearly always be in vain: then every
+    parameter is tied to the loss instead, and what a step leaves out counts as a gradient of zero.
     """
     missing = _dry_run(model, loss, batch, runtime)
     if missing:
         logger.info("%d parameters have no part in the loss, for instance %s", len(missing), missing[0])
-    return DistributedDataParallel(_LossModule(model, loss), find_unused_parameters=runtime.any(bool(missing)))
+    search = runtime.any(bool(missing))
+    return DistributedDataParallel(_LossModule(model, loss, tied=not search), find_unused_parameters=search)
 
 
 class _LossModule(nn.Module):
     """The task's loss as a module, so that torch's DDP sees the whole forward pass and the task sees no ranks."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, *, tied: bool) -> None:
         super().__init__()
         self.model = model
-        self._loss = loss
+        self._loss, self._tied = loss, tied
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """Give the task's loss parts."""
-        return self._loss(batch)
+        parts = self._loss(batch)
+        if self._tied:
+            name, part = next(iter(parts.items()))
+            learning = [p for p in self.model.parameters() if p.requires_grad]
+            parts = parts | {name: _Tied.apply(part, *learning)}
+        return parts
+
+
+class _Tied(torch.autograd.Function):
+    """A loss as it is, with parameters in its graph that get no gradient from here.
+
+    DDP waits for the hook of every parameter; the hook runs for a gradient that is not there, too. No value of a
+    parameter is read, so this costs nothing and one that is not finite cannot spread.
+    """
+
+    @staticmethod
+    def forward(_ctx: Any, loss: Tensor, *_parameters: Tensor) -> Tensor:
+        """Give the loss."""
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Pass the gradient to the loss alone."""
+        return grads[0], *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _dry_run(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> list[str]:

@@ -84,7 +84,7 @@ class FrameStream:
     def _refined(self, part: _Part, start: RefinementInput, *, last: bool) -> Tensor:
         first = None
         if part.features is not None and len(part.active):
-            first = self.network.first(part.features, chosen(start, part.active))
+            first = self.network.refiner.first(part.features, chosen(start, part.active))
             part = replace(part, logits=_with_rows(part.logits, part.active, first.logits))
         if self.step == 1:
             return part.logits
@@ -97,7 +97,7 @@ class FrameStream:
         if now.features is None or not len(now.active):
             return now.logits
         at = now.active + (len(memory.rows) - len(part.logits))
-        final = self.network.second(now.features, _rows(now.logits, now.active), memory, at=at)
+        final = self.network.refiner.second(now.features, _rows(now.logits, now.active), memory, at=at)
         return _with_rows(now.logits, now.active, final)
 
     def _remembered(self, part: _Part, first: Step1Output | None) -> Memory:
@@ -107,7 +107,7 @@ class FrameStream:
         bank = self._nothing(part.logits) if held is None else held.bank
         if first is not None:
             assert part.features is not None
-            new = self.network.encode_memory(part.features, first, 1)
+            new = self.network.refiner.encode_memory(part.features, first, 1)
             rows[part.active] = torch.where(new.rows >= 0, new.rows + len(bank.maps), -1)
             bank = _joined(bank, new.bank)
         return Memory(bank=bank, rows=rows if held is None else torch.cat([held.rows, rows]))

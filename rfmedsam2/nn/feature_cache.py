@@ -14,9 +14,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rfmedsam2.errors import PlanError
-from rfmedsam2.records.plan import Augmentation, Stage
-
 Levels = tuple[Tensor, ...]
 """Feature maps (N, C, h, w) of N frames, one tensor a level."""
 
@@ -91,46 +88,6 @@ class FeatureCache:
         while self.kept_bytes > self._limit:
             _, oldest = self._frames.popitem(last=False)
             self.kept_bytes -= oldest.nbytes
-
-
-def feature_cache(stage: Stage, *, learns: bool) -> FeatureCache | None:
-    """Make the cache that a stage plans; None where it plans none.
-
-    Args:
-        stage: see `Compute.cache_features_mb`.
-        learns: the image encoder learns.
-
-    Raises:
-        PlanError: features of a frame do not stay the same, or frames do not come again.
-    """
-    limit = stage.compute.cache_features_mb
-    if not limit:
-        return None
-    without = ", or keep no features (compute.cache_features_mb 0)"
-    if learns:
-        raise PlanError(
-            "Features of an image encoder that learns cannot be kept",
-            where="compute.cache_features_mb",
-            expected="model.freeze_backbone true and model.adapters.encoder false",
-            found=f"{limit} MB planned",
-            remedy=f"Let the encoder be as it is{without}",
-        )
-    changing = changes_of_frames(stage.augmentation)
-    if changing:
-        raise PlanError(
-            "Features of frames cannot be kept while augmentation changes the frames",
-            where=", ".join(f"augmentation.{name}" for name in changing),
-            expected="every probability 0 and no mirroring in plane (mirror_axes [] or [0])",
-            remedy=f"Set these fields so{without}",
-        )
-    return FeatureCache(limit)
-
-
-def changes_of_frames(augmentation: Augmentation) -> list[str]:
-    """Fields that make a frame come in another form each time. Mirroring along the first axis only reorders frames."""
-    chances = [name for name in Augmentation.model_fields if name.endswith("_probability")]
-    changing = [name for name in chances if getattr(augmentation, name) > 0]
-    return [*changing, "mirror_axes"] if set(augmentation.mirror_axes) - {0} else changing
 
 
 def _key(frame: Tensor) -> bytes:

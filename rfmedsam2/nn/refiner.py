@@ -43,17 +43,17 @@ class Refiner:
         sam: SAM 2; registered as a module elsewhere.
         config: of the whole model.
         regions: classes overlap.
-
-    Attributes:
         compute: working memory for what SAM 2 treats at once; whether activations are computed again in the backward
             pass.
-        most_cells: while training, decode at most so many cells of a batch, drawn at random; None: all.
+        max_objects: where gradients are wanted, decode at most so many object prompts of a batch, drawn at random;
+            None: all.
     """
 
-    def __init__(self, sam: Sam2, config: RFMedSam2Config, *, regions: bool) -> None:
+    def __init__(
+        self, sam: Sam2, config: RFMedSam2Config, *, regions: bool, compute: Compute, max_objects: int | None
+    ) -> None:
         self.sam, self.config, self.regions = sam, config, regions
-        self.compute = Compute()
-        self.max_objects: int | None = None
+        self.compute, self.max_objects = compute, max_objects
 
     def first(self, features: FrameFeatures, start: RefinementInput) -> Step1Output:
         """Step 1: decode every prompted cell of N frames."""

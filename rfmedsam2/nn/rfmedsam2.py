@@ -23,10 +23,8 @@ from rfmedsam2.nn.memory_budget import chunk_size, frame_bytes
 from rfmedsam2.nn.prompt_generators import HierarchicalMasks, ObjectQueries, PointEmbeddings
 from rfmedsam2.nn.refinement_state import (
     ABSENT,
-    Memory,
     RefinementInput,
     Size,
-    Step1Output,
     StepOutputs,
     one_against_rest,
     prompts_of,
@@ -44,6 +42,7 @@ from rfmedsam2.nn.sam2.weights import LoadReport, load_sam2
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.model import LIGHT_BACKBONES, RFMedSam2Config
+from rfmedsam2.records.plan import Compute
 
 
 class RFMedSam2(nn.Module):
@@ -54,22 +53,33 @@ class RFMedSam2(nn.Module):
         channels: M, input channels.
         outputs: channels of the logits: K classes and background, or K regions.
         regions: which of the two.
+        compute: the memory budget of what SAM 2 treats at once, and checkpointing.
+        max_objects: where gradients are wanted, decode at most so many object prompts of a batch; None: all.
+        deep_supervision: in training mode, Step 0's U-Net gives all its resolutions.
+        cache: features of a frozen image encoder, kept for frames that come again; None: they are not kept.
 
     Attributes:
         classes: K.
-        step: whose logits `forward` gives: 0, 1, 2, or None for the last.
-        refiner: Steps 1 and 2; its `compute` says how much SAM 2 treats at once.
-        cache: features of a frozen image encoder, kept for frames that come again; None: they are not kept.
+        refiner: Steps 1 and 2.
     """
 
-    def __init__(self, config: RFMedSam2Config, *, channels: int, outputs: int, regions: bool = False) -> None:
+    def __init__(
+        self,
+        config: RFMedSam2Config,
+        *,
+        channels: int,
+        outputs: int,
+        regions: bool = False,
+        compute: Compute | None = None,
+        max_objects: int | None = None,
+        deep_supervision: bool = False,
+        cache: FeatureCache | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.outputs, self.regions = config, outputs, regions
+        self.config, self.outputs, self.regions, self.cache = config, outputs, regions, cache
         self.classes = outputs if regions else outputs - 1
         if self.classes < 1:
             raise PlanError("There is no class to segment", expected="at least one foreground class", found="none")
-        self.step: int | None = None
-        self.cache: FeatureCache | None = None
         self.channel_adapter = ChannelAdapter(channels, config.adapters.channel_hidden)
         base = build_base(
             config.backbone,
@@ -83,12 +93,14 @@ class RFMedSam2(nn.Module):
             for parameter in pretrained_parameters(base, config.backbone).values():
                 parameter.requires_grad_(False)
         inject(base, config.adapters)
-        if not self.encoder_learns:  # what gets no gradients is not to be decayed either
+        if not config.encoder_learns:  # what gets no gradients is not to be decayed either
             self.channel_adapter.requires_grad_(False)
             base.image_encoder.requires_grad_(False)
         self.sam = Sam2(base, object_scores=config.object_scores)
-        self.refiner = Refiner(self.sam, config, regions=regions)
-        self.unet = None if config.unet is None else UNet(config.unet, channels=channels, outputs=outputs)
+        self.refiner = Refiner(self.sam, config, regions=regions, compute=compute or Compute(), max_objects=max_objects)
+        self.unet = None
+        if config.unet is not None:
+            self.unet = UNet(config.unet, channels=channels, outputs=outputs, deep_supervision=deep_supervision)
         self.generator = self._generator()
 
     def _generator(self) -> nn.Module | None:
@@ -107,22 +119,6 @@ class RFMedSam2(nn.Module):
     def last_step(self) -> int:
         """Number of the last step."""
         return self.config.refinements
-
-    @property
-    def deep_supervision(self) -> bool:
-        """Whether Step 0's U-Net gives all its resolutions."""
-        return self.unet is not None and self.unet.deep_supervision
-
-    @deep_supervision.setter
-    def deep_supervision(self, wanted: bool) -> None:
-        if self.unet is not None:
-            self.unet.deep_supervision = wanted
-
-    @property
-    def encoder_learns(self) -> bool:
-        """Whether gradients are needed through the image encoder."""
-        config = self.config
-        return config.adapters.encoder or not config.freeze_backbone or config.backbone == "nano"
 
     def load_backbone(self, weights: Mapping[str, Tensor], *, where: Path) -> LoadReport:
         """Load published weights of the backbone; adapters begin anew.
@@ -153,7 +149,7 @@ class RFMedSam2(nn.Module):
     def encode(self, frames: Tensor) -> FrameFeatures:
         """(N, M, H, W) -> features; frames are resized to the frame size and encoded in chunks."""
         size = self.config.frame_size
-        training = self.encoder_learns and torch.is_grad_enabled()
+        training = self.config.encoder_learns and torch.is_grad_enabled()
         side = frames.shape[-1]
         each = frame_bytes(self.config.backbone, size, side=side, training=training)
         count = chunk_size(self.refiner.compute.memory_mb, each)
@@ -188,34 +184,24 @@ class RFMedSam2(nn.Module):
         base_logits = prompts.boxes.new_full((*prompts.present.shape, *size), ABSENT)
         return RefinementInput(prompts=prompts, base_logits=base_logits, tokens=tokens)
 
-    def first(self, features: FrameFeatures, start: RefinementInput) -> Step1Output:
-        """Step 1; see `Refiner.first`."""
-        return self.refiner.first(features, start)
-
-    def encode_memory(self, features: FrameFeatures, first: Step1Output, volumes: int) -> Memory:
-        """Memories of Step 1; see `Refiner.encode_memory`."""
-        return self.refiner.encode_memory(features, first, volumes)
-
-    def second(self, features: FrameFeatures, logits: Tensor, memory: Memory, *, at: Tensor | None = None) -> Tensor:
-        """Step 2; see `Refiner.second`."""
-        return self.refiner.second(features, logits, memory, at=at)
-
     # ---- whole patches
 
-    def steps(self, volumes: Tensor, boxes: Prompts | None = None) -> StepOutputs:
-        """All steps of patches (B, M, D, H, W).
+    def steps(self, volumes: Tensor, boxes: Prompts | None = None, *, last: int | None = None) -> StepOutputs:
+        """The steps of patches (B, M, D, H, W).
 
         Args:
             volumes: patches.
             boxes: of the B * D frames, for the generator gt; for generators of boxes the presence to decode by while
                 training (what the reference holds), else their own.
+            last: leave out the steps after this one; None: all.
         """
+        last = self.last_step if last is None else min(last, self.last_step)
         count, size = len(volumes), (volumes.shape[-2], volumes.shape[-1])
         logits: dict[int, Tensor | list[Tensor]] = {}
         start = None
         if self.config.generator == "unet":
             outputs = logits[0] = self.prompt_volumes(volumes)
-            if self.step == 0 and not self.training:
+            if last == 0:
                 return StepOutputs(logits=logits)
             full = outputs if isinstance(outputs, Tensor) else outputs[0]
             start = self.start_from_logits(full.transpose(1, 2).flatten(0, 1))
@@ -224,11 +210,11 @@ class RFMedSam2(nn.Module):
             start = self.start(features, size, boxes)
             if self.config.generator == "hierarchical_masks":
                 logits[0] = with_background(start.base_logits, count, regions=self.regions)
-        first = self.first(features, start)
+        first = self.refiner.first(features, start)
         logits[1] = with_background(first.logits, count, regions=self.regions)
-        if self.last_step > 1 and (self.training or self.step != 1):
-            memory = self.encode_memory(features, first, count)
-            second = self.second(features, first.logits, memory)
+        if last > 1:
+            memory = self.refiner.encode_memory(features, first, count)
+            second = self.refiner.second(features, first.logits, memory)
             logits[2] = with_background(second, count, regions=self.regions)
         return StepOutputs(
             logits=logits, scores=first.scores, objects=first.objects, found=start.found, presence=start.presence
@@ -264,10 +250,10 @@ class RFMedSam2(nn.Module):
         start = self.start_from_boxes(Prompts(boxes=found.float() * scale, present=present), size)
         return replace(start, found=found, presence=presence)
 
-    def forward(self, volumes: Tensor, boxes: Prompts | None = None) -> Tensor:
-        """(B, M, D, H, W) -> logits (B, outputs, D, H, W) of `step`."""
-        results = self.steps(volumes, boxes).logits
-        step = self.last_step if self.step is None else self.step
+    def forward(self, volumes: Tensor, boxes: Prompts | None = None, *, step: int | None = None) -> Tensor:
+        """(B, M, D, H, W) -> logits (B, outputs, D, H, W) of Step 0, 1 or 2; None: of the last."""
+        step = self.last_step if step is None else step
+        results = self.steps(volumes, boxes, last=step).logits
         if step not in results:
             raise UsageError(
                 "This model has no such step",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
-from typing_extensions import assert_never
+from typing_extensions import Self, assert_never
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.nn.attention import TransformerBlock
@@ -29,30 +29,29 @@ class UNet(nn.Module):
         config: topology and blocks.
         channels: input channels.
         outputs: output channels.
+        deep_supervision: in training mode, give the logits of every resolution.
 
     Shapes:
         input (B, channels, *patch) with every axis a multiple of the total stride; output logits
-        (B, outputs, *patch), or with `deep_supervision` a list of them, highest resolution first, one per decoder
-        level.
+        (B, outputs, *patch), or with `deep_supervision` in training mode a list of them, highest resolution first, one
+        per decoder level.
     """
 
-    def __init__(self, config: UNetConfig, *, channels: int, outputs: int) -> None:
+    def __init__(self, config: UNetConfig, *, channels: int, outputs: int, deep_supervision: bool = False) -> None:
         super().__init__()
+        self.deep_supervision = deep_supervision
         network = _library_network(config, channels, outputs)
         network.apply(network.initialize)
         self.encoder = network.encoder
         self.decoder = network.decoder
         self.bottleneck = TransformerBlock(config.features[-1]) if config.attention else None
         _keep_modules_once(self)
+        self.train(self.training)
 
-    @property
-    def deep_supervision(self) -> bool:
-        """Whether `forward` gives one tensor per decoder level; may be set at any time."""
-        return bool(self.decoder.deep_supervision)
-
-    @deep_supervision.setter
-    def deep_supervision(self, wanted: bool) -> None:
-        self.decoder.deep_supervision = wanted
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation mode; deep supervision belongs to the former."""
+        self.decoder.deep_supervision = mode and self.deep_supervision
+        return super().train(mode)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Logits; see the class."""

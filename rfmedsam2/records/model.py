@@ -125,6 +125,11 @@ class RFMedSam2Config(Record):
         return 3
 
     @property
+    def encoder_learns(self) -> bool:
+        """Whether gradients are needed through the image encoder."""
+        return self.adapters.encoder or not self.freeze_backbone or self.backbone == "nano"
+
+    @property
     def strides(self) -> tuple[tuple[int, ...], ...]:
         """Strides of Step 0's network, three axes each; empty without one."""
         if self.unet is None:

@@ -92,6 +92,13 @@ class Augmentation(Record):
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0, 1, 2)
     """Axes of the patch that are flipped with probability 0.5 each; also used by test-time mirroring."""
 
+    @property
+    def changes_of_frames(self) -> list[str]:
+        """Fields by which a frame differs each time it is drawn; mirroring the first axis only reorders frames."""
+        chances = [name for name in type(self).model_fields if name.endswith("_probability")]
+        changing = [name for name in chances if getattr(self, name) > 0]
+        return [*changing, "mirror_axes"] if set(self.mirror_axes) - {0} else changing
+
 
 class SegmentationLoss(Record):
     """Cross-entropy + Dice (nnU-Net's; binary cross-entropy for regions), summed over deep supervision levels."""
@@ -254,6 +261,25 @@ class Stage(Record):
                 raise ValueError(f"patch axis {axis} is {size}, not a multiple of the network's total stride {step}")
         if isinstance(self.model, RFMedSam2Config) and self.patch_size[1] != self.patch_size[2]:
             raise ValueError(f"frames are square for RFMedSAM 2, but the patch is {self.patch_size} (z, y, x)")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_features_stay_valid(self) -> Self:
+        limit = self.compute.cache_features_mb
+        if not limit or not isinstance(self.model, RFMedSam2Config):
+            return self
+        kept = f"compute.cache_features_mb {limit} (0: keep none)"
+        if self.model.encoder_learns:
+            raise ValueError(
+                f"{kept}, but features of an image encoder that learns cannot be kept: set model.freeze_backbone true "
+                "and model.adapters.encoder false, with a backbone that has published weights"
+            )
+        if changing := self.augmentation.changes_of_frames:
+            names = ", ".join(f"augmentation.{name}" for name in changing)
+            raise ValueError(
+                f"{kept}, but features cannot be kept while augmentation changes frames ({names}): set every "
+                "probability 0 and mirror_axes [] or [0]"
+            )
         return self
 
 

@@ -16,7 +16,6 @@ from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.inference.refined_tiles import Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
 from rfmedsam2.losses import deep_supervision_losses, generalized_box_iou_loss, memberships, segmentation_losses
-from rfmedsam2.nn.feature_cache import feature_cache
 from rfmedsam2.nn.refinement_state import StepOutputs
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
@@ -48,13 +47,9 @@ class RFMedSam2Task:
         self.plan, self.stage = plan, plan.stages[stage_name]
         self._runtime = runtime
         torch.manual_seed(self.stage.train.seed)  # the same first weights on every rank
-        model = models.build_stage(plan, self.stage)
+        model = models.build_stage(plan, self.stage, cache_features=True)
         assert isinstance(model, RFMedSam2)
         self.model: RFMedSam2 = model.to(runtime.device)
-        self.model.deep_supervision = self.stage.loss.deep_supervision
-        self.model.refiner.compute = self.stage.compute
-        self.model.refiner.max_objects = self.stage.sampling.max_prompted_objects
-        self.model.cache = feature_cache(self.stage, learns=self.model.encoder_learns)
         self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -82,16 +77,11 @@ class RFMedSam2Task:
             assert steps.objects is not None
             present = reference.present[steps.objects[:, 0], steps.objects[:, 1]]
             parts["step1/object_score"] = F.binary_cross_entropy_with_logits(steps.scores.float(), present.float())
-        if self._runtime.world_size > 1:
-            # ranks whose patch holds no prompted cell take part in the exchange of gradients all the same
-            first = next(iter(parts))
-            parts[first] = parts[first] + 0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)
         return parts
 
     def validate(self) -> dict[str, float]:
         """Dice per foreground class and step over validation patches or volumes; `score` is the last step's mean."""
         self.model.eval()
-        supervised, self.model.deep_supervision = self.model.deep_supervision, False
         whole = self.stage.validation.cases_while_training > 0
         totals: dict[int, np.ndarray] = {}
         try:
@@ -99,7 +89,6 @@ class RFMedSam2Task:
                 for number, logits, target in self._predicted_volumes() if whole else self._predicted_patches():
                     totals[number] = totals.get(number, 0) + overlap_counts(logits, target, self.plan.labels)
         finally:
-            self.model.deep_supervision = supervised
             self.model.train()
         if self.model.cache is not None:
             logger.info("%s", self.model.cache.tally())

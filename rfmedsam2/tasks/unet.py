@@ -40,7 +40,6 @@ class UNetTask:
         self._runtime = runtime
         torch.manual_seed(self.stage.train.seed)  # the same first weights on every rank
         self.model: nn.Module = models.build_stage(plan, self.stage).to(runtime.device)
-        self.model.deep_supervision = self.stage.loss.deep_supervision  # type: ignore[assignment]
         self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -59,13 +58,11 @@ class UNetTask:
 
     def validate(self) -> dict[str, float]:
         """Dice per foreground class over validation patches or volumes; `score` is their mean."""
-        supervised, self.model.deep_supervision = self.model.deep_supervision, False  # type: ignore[assignment]
         self.model.eval()
         try:
             with torch.inference_mode():
                 counts = self._volume_counts() if self.stage.validation.cases_while_training else self._patch_counts()
         finally:
-            self.model.deep_supervision = supervised  # type: ignore[assignment]
             self.model.train()
         return scores_of(counts, self.plan.labels)
 

@@ -34,7 +34,6 @@ from torch import Tensor
 
 from rfmedsam2.inference.refined_tiles import RefinedTiles, Request, Tiling
 from rfmedsam2.inference.sliding_window import Execution, Slab, tile_starts
-from rfmedsam2.models import build
 from rfmedsam2.nn import refiner
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.pipeline.datasets.phantom import phantom_case
@@ -62,7 +61,7 @@ def main() -> None:
     stage = read_record(PLAN, Plan).stage("3d_fullres")
     torch.manual_seed(0)
     config = stage.model.model_copy(update={"backbone": args.backbone})
-    network: Any = build(config, channels=1, outputs=CLASSES + 1).eval().to(device)
+    network: Any = RFMedSam2(config, channels=1, outputs=CLASSES + 1, compute=stage.compute).eval().to(device)
     labels = label_maps(args.slices)
     tiling = Tiling(
         patch_size=stage.patch_size,
@@ -149,8 +148,8 @@ class Stopwatch:
 def parts_of(network: RFMedSam2) -> list[tuple[object, str]]:
     """Where SAM 2's modules are called."""
     sam = network.sam
-    own: list[tuple[object, str]] = [(sam, name) for name in ("pyramid", "features", "decode", "remember")]
-    return own + [(refiner, name) for name in ("prepare_frames", "recall")]
+    own: list[tuple[object, str]] = [(sam, name) for name in ("pyramid", "features", "decode", "encode_memory")]
+    return own + [(refiner, name) for name in ("prepare_frames", "condition_on_memory")]
 
 
 def unet_seconds(network: RFMedSam2, stage: Stage, slices: int, *, count: int, flips: int) -> float:

@@ -82,8 +82,6 @@ class Step:
         network = build_stage(plan, stage.model_copy(update={"model": model}))
         assert isinstance(network, RFMedSam2)
         self.network = network.to(device).train()
-        self.network.deep_supervision = True
-        self.network.refiner.compute = stage.compute
         self.volume = torch.randn(1, 1, frames, SIZE, SIZE, device=device)
         self.target = torch.randint(0, plan.labels.num_outputs, (1, frames, SIZE, SIZE), device=device)
 

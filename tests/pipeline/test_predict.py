@@ -82,7 +82,7 @@ def make_plan(**changes) -> Plan:
 
 def write_model(folder: Path, plan: Plan, *, fold: str = "0", stage: str = "3d_fullres", which: str = "final") -> Path:
     torch.manual_seed(int(fold) if fold.isdigit() else 99)
-    network = models.build(plan.stages[stage].model, channels=len(plan.channels), outputs=plan.labels.num_outputs)
+    network = models.build_stage(plan, plan.stages[stage])
     record = CheckpointRecord(
         plan=plan,
         stage=stage,

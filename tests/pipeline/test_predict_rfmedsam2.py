@@ -159,9 +159,9 @@ def in_boxes(labels: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_every_generator_predicts_files(rng, model_of, cases, references, tmp_path) -> None:
-    boxes = references if rng == "gt" else None
-    predictor = Predictor.load(model_of(rng), device="cpu", options=Options(boxes=boxes))
+def test_every_generator_predicts_files(generator, model_of, cases, references, tmp_path) -> None:
+    boxes = references if generator == "gt" else None
+    predictor = Predictor.load(model_of(generator), device="cpu", options=Options(boxes=boxes))
     summary = predict_files(predictor, cases, tmp_path / "out")
     assert len(summary.written) == 2
     for path in summary.written:

@@ -6,13 +6,20 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.records.plan import Sgd
 from rfmedsam2.store.checkpoints import weights_sha256
-from support.toy_task import ToyTask, make_config, make_run
+from support.toy_task import BranchingTask, ToyTask, branching_config, make_config, make_run
+
+BRANCHES: dict[str, list[tuple[int, ...]]] = {
+    "all_at_first": [(0, 1), (0,), (1,), ()],
+    "one_at_first": [(1,), (0, 1), (), (0,)],
+}
+"""Ranks on which a part of the network is used, step by step."""
 
 
 def main(folder: Path, mode: str) -> None:
@@ -20,7 +27,12 @@ def main(folder: Path, mode: str) -> None:
     config = make_config(accumulation=2, checkpoint_minutes=1e-9, optimizer=Sgd(), learning_rate=0.01)
     with start_runtime("cpu", precision="fp32", timeout_seconds=60.0) as runtime:
         rank = runtime.rank
-        task = ToyTask(config, rank=rank, ranks=runtime.world_size, dropout=0.0, batch_norm=False, idle=True)
+        place: dict[str, Any] = {"rank": rank, "ranks": runtime.world_size, "dropout": 0.0, "batch_norm": False}
+        if mode in BRANCHES:
+            config = branching_config()
+            task = BranchingTask(config, used=BRANCHES[mode], **place)
+        else:
+            task = ToyTask(config, idle=True, **place)
         if mode == "die" and rank == 1:
             task.at[31] = lambda: os.kill(os.getpid(), signal.SIGKILL)
         if mode == "stop" and rank == 1:

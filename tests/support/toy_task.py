@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.engine.task import Run
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.plan import AdamW, Plan, TrainConfig
+from rfmedsam2.records.plan import AdamW, Plan, Sgd, TrainConfig
 from rfmedsam2.store.checkpoint_header import read_record_of
 
 
@@ -134,10 +134,42 @@ class ToyTask:
         return {"score": -float((self.model(batch.x) - batch.y).pow(2).mean()), "other": 1.0}
 
 
+class BranchingTask(ToyTask):
+    """A part of the network has no part in the loss of some batches, on one rank or on all.
+
+    `used` holds, for every step in turn, the ranks on which it has.
+    """
+
+    def __init__(self, config: TrainConfig, *, used: Sequence[tuple[int, ...]], **fields: Any) -> None:
+        super().__init__(config, **fields)
+        self.used = used
+        self.model.branch = torch.nn.Linear(6, 1)
+
+    def loss(self, batch: ToyBatch) -> dict[str, torch.Tensor]:
+        number = int(batch.ids[0].removeprefix("case_"))
+        used = self.used[number // self.config.accumulation % len(self.used)]
+        # one process that stands for two ranks has the rows of both, one after the other
+        shares = [(self.rank, batch.x, batch.y)]
+        if self.ranks == 1:
+            shares = list(zip((0, 1), batch.x.chunk(2), batch.y.chunk(2), strict=True))
+        losses = []
+        for rank, x, y in shares:
+            found = self.model(x)
+            if rank in used:
+                found = found + self.model.branch(x)
+            losses.append((found - y).square().mean())
+        return {"square": torch.stack(losses).mean()}
+
+
 def make_config(**fields: Any) -> TrainConfig:
     """A training of 4 epochs of 5 steps."""
     base = {"epochs": 4, "iterations_per_epoch": 5, "learning_rate": 0.05, "optimizer": AdamW()}
     return TrainConfig(**(base | fields))
+
+
+def branching_config() -> TrainConfig:
+    """Without momentum, so that a gradient of zero and none at all do the same."""
+    return make_config(accumulation=2, optimizer=Sgd(momentum=0, nesterov=False), learning_rate=0.01, weight_decay=0)
 
 
 def make_run(folder: Path, *, runtime: Runtime | None = None, **fields: Any) -> Run:

@@ -21,7 +21,6 @@ from rfmedsam2.geometry import Grid, Triple
 from rfmedsam2.inference.box_prompts import BoxPrompts
 from rfmedsam2.inference.volume import PredictOptions, VolumePrediction, predict_volume
 from rfmedsam2.models import load_network
-from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.pipeline.prediction.checkpoints import Which, checkpoints_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import RFMedSam2Config
@@ -85,9 +84,6 @@ class Predictor:
         for path, record in zip(paths[1:], records[1:], strict=True):
             _require_same_model(records[0], record, where=path)
         networks = tuple(network for _, network in loaded)
-        for network in networks:
-            if isinstance(network, RFMedSam2):
-                network.refiner.compute = records[0].plan.stages[records[0].stage].compute
         options = replace(options or PredictOptions(), device=place)
         return cls(networks=networks, checkpoints=tuple(paths), records=records, options=options)
 

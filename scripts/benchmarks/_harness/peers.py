@@ -147,7 +147,7 @@ def write_models(sides: Sides, *, classes: int | None = None, features: Sequence
     names = stage["network_class_name"], stage["arch_kwargs"], stage["_kw_requires_import"]
     outputs = plan.labels.num_outputs
     weights = get_network_from_plans(*names, len(plan.channels), outputs, deep_supervision=False).state_dict()
-    network: Any = models.build(plan.stages[STAGE].model, channels=len(plan.channels), outputs=outputs)
+    network: Any = models.build_stage(plan, plan.stages[STAGE])
     load_nnunet_weights(network, weights)
     checkpoint = {
         "network_weights": weights,

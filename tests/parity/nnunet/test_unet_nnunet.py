@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rfmedsam2.models import build
 from rfmedsam2.nn.unet import UNet, load_nnunet_weights
 from rfmedsam2.pipeline.planning.topology import FeatureWidths, topology_of
 from rfmedsam2.records.model import UNetConfig
@@ -60,14 +59,12 @@ def test_equal_weights_give_equal_outputs_bit_for_bit(block, spacing, patch):
     theirs = nnunets_network(config, 2, 3)
     for parameter in theirs.parameters():  # initial biases are zero and hide a wrong order
         torch.nn.init.normal_(parameter, std=0.2)
-    mine = UNet(config, channels=2, outputs=3)
+    mine = UNet(config, channels=2, outputs=3, deep_supervision=True)
     load_nnunet_weights(mine, theirs.state_dict())
     x = torch.randn(2, 2, *topology_of(spacing, patch).patch_size)
-    mine.deep_supervision = True
     with torch.no_grad():
         expected, found = theirs(x), mine(x)
-        mine.deep_supervision = False
-        single = mine(x)
+        single = mine.eval()(x)
     assert len(found) == len(expected) == len(config.features) - 1
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert torch.equal(single, expected[0])
@@ -79,6 +76,6 @@ def test_equal_seeds_give_nnunets_initial_weights(block, spacing, patch):
     torch.manual_seed(3)
     theirs = nnunets_network(config, 1, 2).state_dict()
     torch.manual_seed(3)
-    mine = build(config, channels=1, outputs=2).state_dict()
+    mine = UNet(config, channels=1, outputs=2).state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
     assert sum(v.numel() for v in mine.values()) == sum({v.data_ptr(): v.numel() for v in theirs.values()}.values())

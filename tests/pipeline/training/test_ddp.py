@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.toy_task import ToyTask, make_config, make_run, timeless, weights_of
+from support.ddp_worker import BRANCHES
+from support.toy_task import BranchingTask, ToyTask, branching_config, make_config, make_run, timeless, weights_of
 
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.records.plan import Sgd
@@ -57,6 +58,23 @@ def test_two_ranks_learn_what_one_process_does_with_both_batches(together, alone
     losses = [[e["loss"] for e in timeless(f) if e["event"] == "step"] for f in (together, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len(timeless(together)) == len(timeless(alone))
+
+
+@pytest.mark.parametrize("mode", BRANCHES)
+def test_a_part_without_gradient_on_one_rank_in_some_steps_neither_hangs_nor_parts_the_ranks(tmp_path, mode):
+    done = launch(tmp_path / "two", mode)
+    assert done.returncode == 0, done.stderr[-3000:]
+    texts = [(tmp_path / "two" / f"rank_{n}.txt").read_text() for n in (0, 1)]
+    assert texts[0] == texts[1] == f"finished {weights_of(tmp_path / 'two')}"
+
+    config = branching_config()
+    task = BranchingTask(config, used=BRANCHES[mode], ranks=1, size=8, dropout=0.0, batch_norm=False)
+    before = task.model.branch.weight.detach().clone()
+    fit(task, config, make_run(tmp_path / "one"))
+    ours, theirs = (read_weights(tmp_path / n / "checkpoint_final.safetensors") for n in ("two", "one"))
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], rtol=1e-4, atol=1e-6), name
+    assert not torch.allclose(before, ours["branch.weight"], atol=1e-3)
 
 
 def test_whatever_ends_a_training_the_same_command_goes_on_exactly(tmp_path, together):

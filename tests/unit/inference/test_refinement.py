@@ -13,7 +13,6 @@ from rfmedsam2.inference.frame_stream import FrameStream, clipped_boxes, flipped
 from rfmedsam2.inference.refined_tiles import Planes, RefinedTiles, Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
 from rfmedsam2.inference.sliding_window import Execution, Slab, predict_slabs
-from rfmedsam2.models import build
 from rfmedsam2.nn.refinement_state import ABSENT, RefinementInput
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts, prompts_from_labels
@@ -35,8 +34,7 @@ def network(*, outputs: int = CLASSES + 1, channels: int = 1, regions: bool = Fa
     torch.manual_seed(seed)
     given = {"unet": UNET, "backbone": "nano", "frame_size": SIDE, "adapters": AdapterConfig(blocks="none")}
     config = RFMedSam2Config.parse({**given, **fields})
-    built = build(config, channels=channels, outputs=outputs, regions=regions)
-    assert isinstance(built, RFMedSam2)
+    built = RFMedSam2(config, channels=channels, outputs=outputs, regions=regions)
     # untrained, it takes nothing from memories, and what is tested here would not show
     base: Any = built.sam.base
     with torch.no_grad():
@@ -260,28 +258,26 @@ def test_regions_have_no_background() -> None:
 @pytest.mark.parametrize(
     "generator", ["object_queries", "scored_object_queries", "point_embeddings", "hierarchical_masks", "gt"]
 )
-def test_generators_without_a_u_net_equal_their_steps(rng) -> None:
-    net = network(generator=rng, unet=None)
+def test_generators_without_a_u_net_equal_their_steps(generator) -> None:
+    net = network(generator=generator, unet=None)
     image = image_of(6)
     labels = logits_of(6)[:].argmax(0)
-    boxes = prompts_from_labels(labels, CLASSES) if rng == "gt" else None
+    boxes = prompts_from_labels(labels, CLASSES) if generator == "gt" else None
     found = refined(net, image, None, boxes=boxes, frames_at_once=4)
     with torch.inference_mode():
         expected = net(image[None], boxes)[0]
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
     one = refined(net, image, None, boxes=boxes, step=1)
-    net.step = 1
     with torch.inference_mode():
-        torch.testing.assert_close(one, net(image[None], boxes)[0], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(one, net(image[None], boxes, step=1)[0], atol=2e-4, rtol=1e-4)
 
 
 def test_masks_from_features_are_a_step_0() -> None:
     net = network(generator="hierarchical_masks", unet=None)
     image = image_of(3)
     found = refined(net, image, None, step=0)
-    net.step = 0
     with torch.inference_mode():
-        torch.testing.assert_close(found, net(image[None])[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, net(image[None], step=0)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_frames_of_air_are_left_out_where_prompts_come_from_features() -> None:

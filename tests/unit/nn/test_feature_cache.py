@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from rfmedsam2.errors import PlanError
-from rfmedsam2.nn.feature_cache import FeatureCache, changes_of_frames, feature_cache
+from rfmedsam2.errors import RecordError
+from rfmedsam2.nn.feature_cache import FeatureCache
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config
@@ -127,26 +129,30 @@ def test_a_tally_counts_since_the_one_before() -> None:
     assert "0 of 0 frames" in cache.tally()
 
 
-def test_a_stage_without_a_cache_has_none() -> None:
-    assert feature_cache(stage_of(cache_mb=0), learns=True) is None
-
-
 def test_an_encoder_that_learns_keeps_no_features() -> None:
-    with pytest.raises(PlanError, match=r"learns(.|\n)*model.adapters.encoder false"):
-        feature_cache(stage_of(), learns=True)
+    with pytest.raises(RecordError, match=r"encoder that learns(.|\n)*model.adapters.encoder false"):
+        Stage.parse(changed(stage_of(), "model", "adapters", "encoder", to=True))
 
 
 def test_augmentation_that_changes_frames_is_named() -> None:
-    assert feature_cache(stage_of(), learns=False) is not None
-    changing = STILL.model_copy(update={"gamma_probability": 0.3, "mirror_axes": (0, 2)})
-    with pytest.raises(PlanError, match=r"augmentation.gamma_probability, augmentation.mirror_axes"):
-        feature_cache(stage_of(changing), learns=False)
-    assert len(changes_of_frames(Augmentation())) == 10
+    changing = STILL.model_copy(update={"gamma_probability": 0.3, "mirror_axes": (0, 2)}).model_dump()
+    with pytest.raises(RecordError, match=r"augmentation.gamma_probability, augmentation.mirror_axes"):
+        Stage.parse(changed(stage_of(), "augmentation", to=changing))
+    assert Stage.parse(changed(stage_of(cache_mb=0), "augmentation", to=changing)).compute.cache_features_mb == 0
+    assert len(Augmentation().changes_of_frames) == 10
 
 
-def network() -> RFMedSam2:
+def changed(stage: Stage, *path: str, to: object) -> dict[str, Any]:
+    data = inner = stage.model_dump()
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = to
+    return data
+
+
+def network(cache: FeatureCache | None = None) -> RFMedSam2:
     torch.manual_seed(0)
-    model = RFMedSam2(stage_of().model, channels=1, outputs=3)  # pyright: ignore[reportArgumentType]
+    model = RFMedSam2(stage_of().model, channels=1, outputs=3, cache=cache)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():  # away from the zeros at which parts begin
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -172,10 +178,10 @@ def losses_of(model: RFMedSam2, *, rounds: int) -> list[float]:
 
 
 def test_training_with_kept_features_has_the_same_losses() -> None:
-    without, with_cache = network(), network()
-    with_cache.cache = FeatureCache(64)
-    torch.testing.assert_close(losses_of(with_cache, rounds=4), losses_of(without, rounds=4), rtol=2e-3, atol=1e-4)
-    assert (with_cache.cache.asked, with_cache.cache.found) == (8, 4)
+    cache = FeatureCache(64)
+    kept, anew = losses_of(network(cache), rounds=4), losses_of(network(), rounds=4)
+    torch.testing.assert_close(kept, anew, rtol=2e-3, atol=1e-4)
+    assert (cache.asked, cache.found) == (8, 4)
 
 
 def test_an_encoder_that_does_not_learn_has_nothing_to_learn() -> None:

@@ -7,7 +7,6 @@ import torch
 from pydantic import ValidationError
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.models import build
 from rfmedsam2.nn.refinement_state import (
     ABSENT,
     one_against_rest,
@@ -46,11 +45,19 @@ def config(**fields: object) -> RFMedSam2Config:
     return RFMedSam2Config(**(given | fields))
 
 
-def network(*, channels: int = 1, outputs: int = 3, regions: bool = False, **fields: object) -> RFMedSam2:
+def network(
+    *,
+    channels: int = 1,
+    outputs: int = 3,
+    regions: bool = False,
+    compute: Compute | None = None,
+    max_objects: int | None = None,
+    **fields: object,
+) -> RFMedSam2:
     torch.manual_seed(0)
-    built = build(config(**fields), channels=channels, outputs=outputs, regions=regions)
-    assert isinstance(built, RFMedSam2)
-    return built.eval()
+    return RFMedSam2(
+        config(**fields), channels=channels, outputs=outputs, regions=regions, compute=compute, max_objects=max_objects
+    ).eval()
 
 
 def patch(channels: int = 1, frames: int = 4, size: int = 32, batch: int = 1) -> torch.Tensor:
@@ -96,9 +103,8 @@ def test_every_step_gives_logits_of_the_patch(output: str, strategy: str) -> Non
     model = network(output=output, strategy=strategy)
     volumes = patch(batch=2)
     for step in (0, 1, 2):
-        model.step = step
         with torch.inference_mode():
-            assert model(volumes).shape == (2, 3, 4, 32, 32)
+            assert model(volumes, step=step).shape == (2, 3, 4, 32, 32)
 
 
 def test_all_trained_parameters_get_gradients_from_the_last_step() -> None:
@@ -135,8 +141,7 @@ def test_without_propagation_the_prompter_learns_from_its_own_loss_alone() -> No
 def test_checkpointing_changes_neither_results_nor_gradients() -> None:
     gradients = []
     for checkpointing in (True, False):
-        model = network(output="correct").train()
-        model.refiner.compute = Compute(checkpointing=checkpointing)
+        model = network(output="correct", compute=Compute(checkpointing=checkpointing)).train()
         result = model.steps(patch()).logits[2]
         assert isinstance(result, torch.Tensor)
         result.square().mean().backward()
@@ -147,11 +152,10 @@ def test_checkpointing_changes_neither_results_nor_gradients() -> None:
 
 
 def test_chunks_do_not_change_results() -> None:
-    model, volumes = network(output="detail"), patch()
+    volumes, no_memory = patch(), Compute().model_copy(update={"memory_mb": 0})
     with torch.inference_mode():
-        at_once = model(volumes)
-        model.refiner.compute = Compute(memory_mb=64).model_copy(update={"memory_mb": 0})
-        one_by_one = model(volumes)
+        at_once = network(output="detail")(volumes)
+        one_by_one = network(output="detail", compute=no_memory)(volumes)
     torch.testing.assert_close(at_once, one_by_one, atol=1e-4, rtol=1e-4)
 
 
@@ -175,8 +179,7 @@ def test_cells_without_a_prompt_are_not_decoded(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_training_decodes_at_most_so_many_cells_and_predicting_all() -> None:
-    model = network(generator="gt", unet=None).train()
-    model.refiner.max_objects = 3
+    model = network(generator="gt", unet=None, max_objects=3).train()
     with torch.no_grad():
         assert len(model.steps(patch(), boxes(4, 2)).objects) == 8
     torch.manual_seed(0)
@@ -199,17 +202,15 @@ def test_a_model_of_boxes_asks_for_them() -> None:
 
 
 def test_a_step_that_is_not_there_is_refused() -> None:
-    model = network(refinements=1)
-    model.step = 2
     with pytest.raises(UsageError, match="no such step"):
-        model(patch())
+        network(refinements=1)(patch(), step=2)
 
 
 @pytest.mark.parametrize(
     "generator", ["object_queries", "scored_object_queries", "point_embeddings", "hierarchical_masks"]
 )
-def test_generators_on_features_give_logits(rng: str) -> None:
-    model = network(generator=rng, unet=None, object_scores=rng == "scored_object_queries")
+def test_generators_on_features_give_logits(generator: str) -> None:
+    model = network(generator=generator, unet=None, object_scores=generator == "scored_object_queries")
     with torch.inference_mode():
         assert model(patch(), None).shape == (1, 3, 4, 32, 32)
 
@@ -224,12 +225,11 @@ def test_regions_channels_2d_prompters_and_other_frame_sizes() -> None:
 
 def test_frozen_backbones_learn_by_adapters_alone() -> None:
     with torch.device("meta"):
-        model = build(
+        model = RFMedSam2(
             config(backbone="sam2_tiny", frame_size=64, freeze_backbone=True, adapters=AdapterConfig()),
             channels=1,
             outputs=3,
         )
-    assert isinstance(model, RFMedSam2)
     learning = {n for n, p in model.named_parameters() if p.requires_grad}
     assert any(n.startswith("channel_adapter") for n in learning)
     assert not any("patch_embed" in n or "qkv" in n for n in learning)

@@ -1,4 +1,4 @@
-"""The U-Net and models.build / load_network."""
+"""The U-Net and models.build_stage / load_network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rfmedsam2.errors import CheckpointError
-from rfmedsam2.models import build, load_network
+from rfmedsam2.models import build_stage, load_network
 from rfmedsam2.nn.attention import TransformerBlock, sine_positions
 from rfmedsam2.nn.unet import UNet, load_nnunet_weights
 from rfmedsam2.pipeline.planning.plan import plan
@@ -67,18 +67,16 @@ def test_every_tensor_is_named_once(block):
 
 
 def test_deep_supervision_gives_one_output_per_level_highest_first():
-    network = build(small(), channels=1, outputs=3)
-    assert network.deep_supervision is False
-    network.deep_supervision = True
-    outputs = network(torch.zeros(1, 1, *PATCH))
-    assert [tuple(o.shape) for o in outputs] == [(1, 3, 16, 16, 16), (1, 3, 8, 8, 8)]
-    network.deep_supervision = False
-    assert network(torch.zeros(1, 1, *PATCH)).shape == (1, 3, 16, 16, 16)
+    network = UNet(small(), channels=1, outputs=3, deep_supervision=True)
+    x = torch.zeros(1, 1, *PATCH)
+    assert [tuple(o.shape) for o in network(x)] == [(1, 3, 16, 16, 16), (1, 3, 8, 8, 8)]
+    assert network.eval()(x).shape == (1, 3, 16, 16, 16)
+    assert len(network.train()(x)) == 2
+    assert UNet(small(), channels=1, outputs=3)(x).shape == (1, 3, 16, 16, 16)
 
 
 def test_gradients_reach_every_parameter_under_deep_supervision():
-    network = build(small(), channels=1, outputs=3)
-    network.deep_supervision = True
+    network = UNet(small(), channels=1, outputs=3, deep_supervision=True)
     sum(o.square().mean() for o in network(torch.randn(1, 1, *PATCH))).backward()
     assert all(p.grad is not None for p in network.parameters())
 
@@ -90,11 +88,10 @@ def test_weights_of_another_network_are_refused():
 
 def test_a_checkpoint_becomes_the_network_it_was_written_from(tmp_path):
     plan = small_plan()
-    network = build(plan.stages["3d_fullres"].model, channels=2, outputs=2).eval()
+    network = build_stage(plan, plan.stages["3d_fullres"]).eval()
     record, loaded = load_network(checkpoint_of(tmp_path, network, plan), device="cpu")
     assert record.plan == plan
     assert not loaded.training
-    assert loaded.deep_supervision is False
     x = torch.randn(1, 2, *PATCH)
     with torch.no_grad():
         assert torch.equal(loaded(x), network(x))
@@ -108,7 +105,7 @@ def test_weights_that_do_not_fit_the_plan_are_refused(tmp_path):
 
 def test_a_stage_that_the_plan_has_not_is_named(tmp_path):
     plan = small_plan()
-    network = build(plan.stages["3d_fullres"].model, channels=2, outputs=2)
+    network = build_stage(plan, plan.stages["3d_fullres"])
     with pytest.raises(CheckpointError, match="3d_nothing"):
         load_network(checkpoint_of(tmp_path, network, plan, "3d_nothing"), device="cpu")
 
@@ -136,8 +133,7 @@ def test_attention_at_the_bottleneck_starts_as_the_same_network(patch):
 
 @pytest.mark.parametrize("patch", [(32, 32), PATCH], ids=["2d", "3d"])
 def test_attention_at_the_bottleneck_learns(patch):
-    network = UNet(with_attention(patch), channels=1, outputs=2)
-    network.deep_supervision = True
+    network = UNet(with_attention(patch), channels=1, outputs=2, deep_supervision=True)
     nn.init.normal_(network.bottleneck.attention.out_proj.weight)
     nn.init.normal_(network.bottleneck.narrow.weight)
     sum(o.square().mean() for o in network(torch.randn(2, 1, *patch))).backward()
@@ -177,5 +173,5 @@ def test_the_papers_network_has_45_million_parameters():
     config = FeatureWidths().network(topology_of((3.0, 0.76, 0.76), (32, 256, 256)))
     assert config.features == (32, 64, 128, 256, 320, 320, 320)
     with torch.device("meta"):
-        network = build(config, channels=1, outputs=14)
+        network = UNet(config, channels=1, outputs=14)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 45.0
