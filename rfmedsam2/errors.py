@@ -1,8 +1,8 @@
-"""Every error that a user can meet.
+"""All errors that users can encounter.
 
-An error names the thing, the place, what was expected, what was found and what to do. The command line prints the
-sentence and exits with 2; a traceback is therefore always a bug of ours. Each kind is also the builtin that fits, so
-that a caller can catch either.
+An error says what is wrong, where, what was expected, what was found, and what to do. Commands print the message and
+exit with code 2; a traceback is therefore always a bug in this package. Each class also derives from the matching
+builtin exception, so that callers can catch either.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ class RfMedSamError(Exception):
     """Base of all errors of this package.
 
     Args:
-        what: what is wrong, one sentence without the full stop.
-        where: the file, folder, case or field it was found in.
+        what: what is wrong, one sentence without the period.
+        where: the file, folder, case or field that is concerned.
         expected: what would have been right.
-        found: what was there instead.
+        found: what was found instead.
         remedy: what the user can do, one sentence.
     """
 
@@ -44,7 +44,7 @@ class RfMedSamError(Exception):
 
 
 class UsageError(RfMedSamError, ValueError):
-    """An argument that cannot be used: a dataset, plan, configuration or fold that does not exist, flags that clash."""
+    """An invalid argument: a dataset, plan, configuration or fold that does not exist, or conflicting flags."""
 
 
 class DatasetError(RfMedSamError, ValueError):
@@ -52,15 +52,15 @@ class DatasetError(RfMedSamError, ValueError):
 
 
 class ImageError(RfMedSamError, ValueError):
-    """A single image or label file that is unreadable, truncated or holds what it must not."""
+    """An image or label file that is unreadable, truncated or holds invalid values."""
 
 
 class GeometryError(RfMedSamError, ValueError):
-    """Spacing, direction, origin or shape that is impossible or does not match."""
+    """A spacing, direction, origin or shape that is invalid or does not match."""
 
 
 class RecordError(RfMedSamError, ValueError):
-    """A JSON record (plan, fingerprint, dataset.json ...) with faults; the message lists all of them."""
+    """A JSON record (plan, fingerprint, dataset.json ...) with faulty fields; the message lists all of them."""
 
 
 class PlanError(RfMedSamError, ValueError):
@@ -68,27 +68,27 @@ class PlanError(RfMedSamError, ValueError):
 
 
 class StoreError(RfMedSamError, OSError):
-    """A folder that cannot be written, a full disk, a preprocessed case that is broken."""
+    """A folder that cannot be written, a full disk, or a damaged preprocessed case."""
 
 
 class CheckpointError(RfMedSamError, ValueError):
-    """A checkpoint or model archive that is truncated, foreign, unsafe or of another plan."""
+    """A checkpoint or model archive that is truncated, not one of ours, unsafe, or of another plan."""
 
 
 class WorkerError(RfMedSamError, RuntimeError):
-    """A data loading or case worker that died, was killed or stalled; names the cause and the case."""
+    """A worker process or thread that died, was killed or stalled; names the cause and the case."""
 
 
 class MemoryShortError(WorkerError, MemoryError):
-    """A worker that ran out of memory, as far as can be told; work is tried once more with fewer of them."""
+    """A worker that most likely ran out of memory; the work is retried once with fewer workers."""
 
 
 class DivergedError(RfMedSamError, ArithmeticError):
-    """Training whose loss is no longer finite; names the cases of the batch."""
+    """A training whose loss is no longer finite; names the cases of the batch."""
 
 
 class SubmissionError(RfMedSamError, ValueError):
-    """A set of predictions that a challenge would refuse."""
+    """Predictions that a challenge would reject."""
 
 
 class MissingPackageError(RfMedSamError, ImportError):

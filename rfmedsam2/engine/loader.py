@@ -42,7 +42,7 @@ Batch = TypeVar("Batch")
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps the memory that workers hand batches over in
 MEMORY_PER_WORKER = 1.5 * 2**30
-MOST_WORKERS = 12
+MAX_WORKERS = 12
 PREFETCH = 2
 POLL_SECONDS = 1.0
 DEATH_SECONDS = 2.0
@@ -136,7 +136,7 @@ def default_workers(local_ranks: int = 1) -> int:
             shutil.disk_usage(SHARED_MEMORY).total / 2**20,
         )
         return 0
-    return max(0, min(MOST_WORKERS, max(1, cores - 1), by_memory) // local_ranks)
+    return max(0, min(MAX_WORKERS, max(1, cores - 1), by_memory) // local_ranks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from rfmedsam2.records.plan import Resampling
 from rfmedsam2.transforms.prepare import Restore
 from rfmedsam2.transforms.resample import linear_taps, nearest_index, separate_axis
 
-MOST_THREADS = 8
+MAX_THREADS = 8
 Taps = tuple[np.ndarray, np.ndarray]
 """Source index (int32) and weight of the next source (float32) for every target voxel along an axis."""
 
@@ -65,7 +65,7 @@ def labels_from_slabs(
         labels: classes (arg-max) or regions (painted in `regions_class_order` where the sigmoid exceeds 0.5).
         resampling: order of interpolation of the logits, as of nnU-Net with a separate axis where anisotropic.
         probabilities: a file that gets the softmax or sigmoid at full resolution.
-        threads: for CPU slabs; default: the machine's cores, at most `MOST_THREADS`.
+        threads: for CPU slabs; default: the machine's cores, at most `MAX_THREADS`.
 
     Returns:
         (Z, Y, X) in the axes and shape of `restore.source_grid`; uint8, or uint16 if a value exceeds 255.
@@ -79,7 +79,7 @@ def labels_from_slabs(
     result = np.zeros(restore.source_grid.shape_zyx, dtype=table.dtype)
     inside = tuple(slice(start, stop) for start, stop in restore.box)
     view = result[inside].transpose(restore.transpose_forward)
-    workers = threads or min(os.cpu_count() or 1, MOST_THREADS)
+    workers = threads or min(os.cpu_count() or 1, MAX_THREADS)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         file = None if probabilities is None else stack.enter_context(probabilities)

@@ -33,9 +33,9 @@ from rfmedsam2.nn.sam2.types import FrameFeatures
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.plan import Inference
 
-MOST_FRAMES_CPU = 8
+MAX_FRAMES_CPU = 8
 """Frames that a stream is fed at once on a CPU, where larger batches gain nothing."""
-MOST_FRAMES = 32
+MAX_FRAMES = 32
 """The same elsewhere."""
 PLANE_BYTES = 6 * 4
 """A pixel and class: float32 of Step 0, evidence, mask prompts, sums, averages, what is exported."""
@@ -175,7 +175,7 @@ class RefinedTiles:
         network = self._networks[0]
         pixels = self._padded[0] * self._padded[1]
         fitting = chunk_size(network.refiner.compute.memory_mb, PLANE_BYTES * network.outputs * pixels)
-        return min(fitting, MOST_FRAMES_CPU if self._device.type == "cpu" else MOST_FRAMES)
+        return min(fitting, MAX_FRAMES_CPU if self._device.type == "cpu" else MAX_FRAMES)
 
     def slabs(self, given: Iterable[Slab] | None, execution: Execution) -> Iterator[Slab]:
         """Finished frames in order; `given` are those of Step 0, where it is a U-Net's."""

@@ -1,1 +1,1 @@
-"""How well masks agree: overlap, surface and boundary metrics of volumes and images."""
+"""Segmentation metrics: overlap and surface distances of volumes, boundary IoU of images."""

@@ -1,7 +1,7 @@
-"""Boundary IoU: how well outlines fit, whatever the size of the object (Cheng et al., CVPR 2021).
+"""Boundary IoU of two masks (Cheng et al., CVPR 2021).
 
-A mask's boundary is what `d` erosions by a 3 x 3 square take away, that is: the pixels with background, or the
-picture's edge, within `d` rows and columns. Here 64 pixels are one word, and d erosions are log2(d) steps.
+A mask's boundary is what `d` erosions by a 3 x 3 square remove: the pixels with background, or the image's edge, within
+`d` rows and columns. Masks are packed 64 pixels per word, and d erosions take log2(d) steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from rfmedsam2.errors import UsageError
 from rfmedsam2.system.numba_cache import compiled
 
 DILATION_RATIO = 0.02
-"""Width of the boundary as a part of the picture's diagonal."""
+"""Width of the boundary as a fraction of the image's diagonal."""
 _BITS = 64
 
 
@@ -25,8 +25,8 @@ def mask_to_boundary(mask: np.ndarray, dilation_ratio: float = DILATION_RATIO) -
     """The boundary of a mask, equal to the published `mask_to_boundary`.
 
     Args:
-        mask: (H, W), bool or anything that is 0 outside the object.
-        dilation_ratio: width of the boundary as a part of the picture's diagonal.
+        mask: (H, W), bool or any dtype; 0 outside the object.
+        dilation_ratio: width of the boundary as a fraction of the image's diagonal.
 
     Returns:
         (H, W) bool.
@@ -43,13 +43,13 @@ def boundary_iou(
     dilation_ratio: float = DILATION_RATIO,
     ignored: np.ndarray | None = None,
 ) -> float:
-    """Intersection over union of two masks' boundaries; 1 where both masks are empty.
+    """Intersection over union of two masks' boundaries; 1 if both masks are empty.
 
     Args:
         ground_truth: (H, W), 0 outside the object.
         predicted: (H, W), 0 outside the object.
-        dilation_ratio: width of the boundary as a part of the picture's diagonal.
-        ignored: (H, W), not 0 where boundaries do not count. The published rule knows no such pixels.
+        dilation_ratio: width of the boundary as a fraction of the image's diagonal.
+        ignored: (H, W), nonzero where pixels are excluded. Our extension; the published metric has no such mask.
 
     Raises:
         UsageError: shapes differ.
@@ -57,7 +57,7 @@ def boundary_iou(
     others = [predicted] if ignored is None else [predicted, ignored]
     if any(other.shape != ground_truth.shape for other in others):
         found = " and ".join(str(m.shape) for m in (ground_truth, *others))
-        raise UsageError("Masks do not fit together", expected="the same (H, W)", found=found)
+        raise UsageError("The masks differ in shape", expected="the same (H, W)", found=found)
     width = boundary_width(*_size(ground_truth), dilation_ratio)
     first, second = (_boundary(mask, width) for mask in (ground_truth, predicted))
     kept = np.full_like(first, ~np.uint64(0)) if ignored is None else ~_packed(ignored)
@@ -67,7 +67,7 @@ def boundary_iou(
 
 def _size(mask: np.ndarray) -> tuple[int, int]:
     if mask.ndim != 2 or mask.size == 0:
-        raise UsageError("Boundaries are those of masks", expected="(H, W)", found=mask.shape)
+        raise UsageError("The mask does not have two axes", expected="(H, W)", found=mask.shape)
     return mask.shape[0], mask.shape[1]
 
 
@@ -87,14 +87,14 @@ def _boundary(mask: np.ndarray, width: int) -> np.ndarray:
     """Packed boundary of a mask."""
     words = _packed(mask)
     inner = words.copy()
-    # windows of 2 width + 1 pixels that begin at each pixel, by joining windows of half the length
+    # AND over windows of 2 width + 1 pixels that start at each pixel, by combining windows of half the length
     for axis_erode in (_and_with_right, _and_with_below):
         done = 1
         while done < 2 * width + 1:
             step = min(done, 2 * width + 1 - done)
             axis_erode(inner, step)
             done += step
-    # what begins at a pixel is centered `width` pixels right of it and below it
+    # a window that starts at a pixel is centered `width` pixels to the right of it and below it
     return _without_shifted(words, inner, width)
 
 
@@ -103,11 +103,11 @@ _kernel = compiled(error_model="numpy")
 
 @_kernel
 def _and_with_right(words: np.ndarray, step: int) -> None:
-    """Each pixel and the one `step` to the right of it, in place; beyond the edge is 0."""
+    """AND each pixel with the one `step` to the right of it, in place; 0 beyond the edge."""
     rows, columns = words.shape
     whole, part = step // 64, np.uint64(step % 64)
     rest = np.uint64(64) - part
-    # the last word that has both its parts within the row
+    # the last word whose two parts are both inside the row
     end = max(columns - whole - 1, 0)
     for y in range(rows):
         row = words[y]
@@ -125,7 +125,7 @@ def _and_with_right(words: np.ndarray, step: int) -> None:
 
 @_kernel
 def _and_with_below(words: np.ndarray, step: int) -> None:
-    """Each pixel and the one `step` below it, in place; beyond the edge is 0."""
+    """AND each pixel with the one `step` below it, in place; 0 beyond the edge."""
     rows = words.shape[0]
     for y in range(rows):
         if y + step < rows:
@@ -136,7 +136,7 @@ def _and_with_below(words: np.ndarray, step: int) -> None:
 
 @_kernel
 def _without_shifted(words: np.ndarray, inner: np.ndarray, shift: int) -> np.ndarray:
-    """What of `words` is not in `inner` moved by `shift` pixels to the right and down."""
+    """`words` AND NOT (`inner` shifted by `shift` pixels to the right and down)."""
     rows, columns = words.shape
     result = words.copy()
     whole, part = shift // 64, np.uint64(shift % 64)
@@ -153,7 +153,7 @@ def _without_shifted(words: np.ndarray, inner: np.ndarray, shift: int) -> np.nda
 
 @_kernel
 def _ones(word: np.uint64) -> np.uint64:
-    """How many bits of a word are set."""
+    """Number of set bits in a word."""
     word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
     word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -162,7 +162,7 @@ def _ones(word: np.uint64) -> np.uint64:
 
 @_kernel
 def _overlap(first: np.ndarray, second: np.ndarray, kept: np.ndarray) -> tuple[int, int]:
-    """Pixels of intersection and union among those kept."""
+    """Number of pixels in the intersection and in the union, among the kept ones."""
     both, either = np.uint64(0), np.uint64(0)
     rows, columns = first.shape
     for y in range(rows):

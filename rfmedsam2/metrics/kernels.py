@@ -1,4 +1,4 @@
-"""Compiled loops of the metrics: one pass over two label maps, surface elements, exact distances where asked."""
+"""Compiled loops of the metrics: joint histogram, surface elements, exact Euclidean distances."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def joint_histogram(
     counts: np.ndarray,
     boxes: np.ndarray,
 ) -> None:
-    """Fill the joint histogram `counts` (by table value) and, for each value, the box of both maps together."""
+    """Fill the joint histogram `counts` (indexed by `table`) and the bounding box of each value over both maps."""
     depth, height, width = reference.shape
     for z in range(depth):
         for y in range(height):
@@ -43,7 +43,7 @@ def surface_codes(
     box: np.ndarray,
     codes: np.ndarray,
 ) -> None:
-    """Code of every voxel corner of the box: which of its eight voxels are inside, highest bit at lowest z, y, x."""
+    """Code of every voxel corner in the box: which of its eight voxels are inside, highest bit at lowest z, y, x."""
     z0, y0, x0 = box[0], box[1], box[2]
     depth, height, width = codes.shape[0] - 1, codes.shape[1] - 1, codes.shape[2] - 1
     for k in range(depth + 1):
@@ -69,9 +69,9 @@ def distances_at(
 ) -> np.ndarray:
     """Distance (mm) from corners, given by flat index, to the nearest surface corner of `codes`.
 
-    Exact separable transform (Felzenszwalb and Huttenlocher 2012): the nearest surface corner in each row, then of
-    each slice by the lower envelope of parabolas; along z only at the points themselves, outwards until nothing nearer
-    can come. Distances are summed from the index differences in the order z, y, x: no rounding of the passes enters.
+    Exact separable transform (Felzenszwalb and Huttenlocher 2012): the nearest surface corner in each row, then in
+    each slice by the lower envelope of parabolas; along z only at the given points, outwards until no slice can be
+    nearer. Distances are summed from index differences in the order z, y, x, so passes do not accumulate rounding.
     """
     depth, height, width = codes.shape
     sz, sy, sx = spacing[0], spacing[1], spacing[2]

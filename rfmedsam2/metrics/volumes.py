@@ -1,9 +1,9 @@
-"""How well a label map fits a reference: DSC, IoU, NSD, HD95 and volume error of all classes in one go.
+"""DSC, IoU, NSD, HD95 and volume error of all classes of a label map against a reference.
 
 Overlap comes from one joint histogram of both label maps. Surfaces follow the definition of DeepMind's surface-distance
 (Nikolov et al. 2018, arXiv:1809.04430): surface elements lie at voxel corners, are weighted by their area (marching
-cubes), and everything outside of the volume is background. Its table of areas is used; distances are our own exact
-Euclidean transform, restricted to the union box of a class and finished only at the points that are asked for.
+cubes), and everything outside the volume is background. Its table of areas is used; distances come from our own exact
+Euclidean transform, restricted to the union box of a class and completed only at the surface points.
 
 Arrays are (Z, Y, X), spacings mm along z, y, x. Imports no torch.
 """
@@ -24,16 +24,16 @@ from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import ClassMetrics
 
 BothEmpty = Literal["skip", "perfect"]
-"""What a class counts that neither mask holds: nothing (left out of means), or as a perfect match."""
+"""Score of a class that is absent from both masks: undefined (left out of means), or a perfect match."""
 
 NSD_TOLERANCE_MM = 2.0
 HD_PERCENT = 95.0
 OUTSIDE_TABLE = 65535
-"""Largest label value that can be looked up."""
+"""Largest supported label value (size of the lookup table)."""
 
 
 def empty_policy(both_empty: BothEmpty) -> str:
-    """Rules for empty masks in words, for records and reports."""
+    """The rules for empty masks as text, for records and reports."""
     both = {
         "skip": "Both masks empty: all scores are undefined and left out of means.",
         "perfect": "Both masks empty: DSC, IoU and NSD count as 1, HD95 as 0 mm.",
@@ -58,9 +58,9 @@ def case_metrics(
     Args:
         reference: label map (Z, Y, X), integer or bool. Voxels of the ignore label are left out of both masks.
         prediction: label map of the same shape. The ignore label in it counts as background, as in nnU-Net.
-        labels: what the values mean; regions are unions of their values.
+        labels: names of the label values; regions are unions of their values.
         spacing_zyx_mm: voxel spacing along z, y, x.
-        nsd_tolerance_mm: surfaces closer than this (inclusive) agree.
+        nsd_tolerance_mm: surfaces within this distance (inclusive) count as agreeing.
         both_empty: see `empty_policy`.
 
     Returns:
@@ -68,14 +68,14 @@ def case_metrics(
 
     Raises:
         GeometryError: shapes differ.
-        ImageError: a label value that is not declared; lists all of them.
+        ImageError: undeclared label values; lists all of them.
     """
     reference, prediction = _comparable(reference, prediction)
     counts, boxes = confusion(reference, prediction, labels)
     position = {value: i for i, value in enumerate(labels.values)}
     voxel_ml = float(np.prod(spacing_zyx_mm)) / 1000.0
     kept = counts[: len(position), : len(position)]
-    # a prediction of the ignore label is a voxel without class: it counts for the reference's volume alone
+    # a voxel predicted as the ignore label has no class: it counts for the reference's volume only
     unclassified = counts[: len(position), len(position) :].sum(axis=1)
     scores: dict[str, ClassMetrics] = {}
     for name, values in labels.foreground.items():
@@ -92,12 +92,12 @@ def case_metrics(
 
 
 def confusion(reference: np.ndarray, prediction: np.ndarray, labels: LabelSet) -> tuple[np.ndarray, np.ndarray]:
-    """Joint histogram of two label maps and the box of every value, in one pass.
+    """Joint histogram of two label maps and the bounding box of every value, in one pass.
 
     Args:
-        reference: (Z, Y, X).
-        prediction: (Z, Y, X).
-        labels: what the values mean.
+        reference: label map (Z, Y, X).
+        prediction: label map (Z, Y, X).
+        labels: names of the label values.
 
     Returns:
         counts: int64 (n, n), voxels with reference value i and prediction value j in the order of
@@ -107,7 +107,7 @@ def confusion(reference: np.ndarray, prediction: np.ndarray, labels: LabelSet) -
 
     Raises:
         GeometryError: shapes differ.
-        ImageError: a label value that is not declared.
+        ImageError: undeclared label values.
     """
     reference, prediction = _comparable(reference, prediction)
     known = labels.allowed_values
@@ -183,7 +183,7 @@ def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing_zyx
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Masks:
-    """One class of two label maps, without copying either."""
+    """The two masks of one class, as views into the label maps."""
 
     reference: np.ndarray
     prediction: np.ndarray
@@ -192,11 +192,11 @@ class _Masks:
 
 
 def _comparable(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both maps as C-contiguous arrays of one unsigned type, so that the kernels are compiled once; no copy if so."""
+    """Both maps as C-contiguous arrays of one unsigned dtype, so that kernels compile once; copied only if needed."""
     if reference.shape != prediction.shape or reference.ndim != 3:
         raise GeometryError(
             "The shapes of reference and prediction do not match",
-            expected=f"{reference.shape} (z, y, x) as the reference",
+            expected=f"{reference.shape} (z, y, x), the reference's",
             found=prediction.shape,
         )
     pair = [a.view(np.uint8) if a.dtype == bool else a for a in (reference, prediction)]
@@ -209,7 +209,7 @@ def _comparable(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarr
 
 def _require_lookup(side: str, array: np.ndarray) -> None:
     if not np.issubdtype(array.dtype, np.integer):
-        raise ImageError(f"The {side} is no label map", expected="whole numbers", found=array.dtype)
+        raise ImageError(f"The {side} is not a label map", expected="an integer dtype", found=array.dtype)
     low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
     if low < 0 or high > OUTSIDE_TABLE:
         raise ImageError(
@@ -227,7 +227,7 @@ def _scores(
     tolerance_mm: float,
     both_empty: BothEmpty,
 ) -> ClassMetrics:
-    """Scores of one class from its voxel counts (in both; reference, prediction) and surfaces, if both are there."""
+    """Scores of one class from its voxel counts (intersection; reference, prediction) and its surfaces, if any."""
     reference, prediction = sizes
     dsc: float | None = None
     iou: float | None = None
@@ -286,7 +286,7 @@ def _surfaces(masks: _Masks, box: np.ndarray, spacing_zyx_mm: Triple) -> Surface
     codes = [np.empty(tuple(box[3:] - box[:3] + 2), np.uint8) for _ in range(2)]
     surface_codes(masks.reference, masks.reference, member, kept, box, codes[0])
     surface_codes(masks.prediction, masks.reference, member, kept, box, codes[1])
-    # 0: all eight voxels outside, 255: all inside; the surface runs through every other corner. One less wraps 0
+    # 0: all eight voxels outside, 255: all inside; every other code is on the surface. Subtracting one wraps 0 to 255
     points = [np.flatnonzero((code - np.uint8(1)).ravel() < 254) for code in codes]
     areas = [area_of_code[code.ravel()[at]] for code, at in zip(codes, points, strict=True)]
     near_x, near_y = (np.empty(codes[0].shape, np.int16) for _ in range(2))
@@ -301,5 +301,5 @@ def _surfaces(masks: _Masks, box: np.ndarray, spacing_zyx_mm: Triple) -> Surface
 
 @lru_cache(maxsize=64)
 def _areas(spacing_zyx_mm: tuple[float, ...]) -> np.ndarray:
-    """Area (mm^2) of each of the 256 neighbor codes; kept, as making the table takes longer than a small class."""
+    """Area (mm^2) of each of the 256 neighbor codes; cached, because the table takes longer than a small class."""
     return create_table_neighbour_code_to_surface_area(spacing_zyx_mm)

@@ -1,1 +1,1 @@
-"""What lies on disk: frozen, validated records. Importing this package loads neither torch nor numpy code of ours."""
+"""Records: frozen, validated contents of JSON files and checkpoint headers. Imports no torch."""

@@ -9,7 +9,7 @@ from rfmedsam2.records.prediction import PredictingModel
 
 
 class ArchivedFile(Record):
-    """One member of the archive."""
+    """One file in the archive."""
 
     name: str
     """Path below the model folder, with forward slashes."""
@@ -18,7 +18,7 @@ class ArchivedFile(Record):
 
 
 class Manifest(VersionedRecord):
-    """The member manifest.json, first in the archive."""
+    """Contents of manifest.json, the first file in the archive."""
 
     format: Literal[1] = 1
     kind: Literal["rfmedsam2 model"] = "rfmedsam2 model"

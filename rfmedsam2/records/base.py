@@ -1,4 +1,4 @@
-"""What all records share: frozen, strict, readable JSON, all faults listed at once."""
+"""Base of all records: frozen, strict validation, readable JSON, all faulty fields reported at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rfmedsam2.errors import RecordError
 
 
 class Record(BaseModel):
-    """A frozen, validated piece of what lies on disk. Unknown fields are faults, not ignored."""
+    """Frozen, validated content of a file. Unknown fields are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -22,7 +22,7 @@ class Record(BaseModel):
         """Validate plain data (from JSON).
 
         Raises:
-            RecordError: names every faulty field with what it holds and what it should.
+            RecordError: names every faulty field, its value and what is expected.
         """
         try:
             return cls.model_validate(data)
@@ -31,7 +31,7 @@ class Record(BaseModel):
             raise RecordError(
                 f"{cls.__name__} has {error.error_count()} fault(s) ({faults})",
                 where=where,
-                remedy="Correct the fields named, or make the file anew with the command that wrote it",
+                remedy="Correct these fields, or create the file again with the command that wrote it",
             ) from None
 
     @classmethod
@@ -41,12 +41,12 @@ class Record(BaseModel):
             data = json.loads(text)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise RecordError(
-                f"{cls.__name__} is not valid JSON ({error})", where=where, remedy="Mend the file or make it anew"
+                f"{cls.__name__} is not valid JSON ({error})", where=where, remedy="Correct the file or create it again"
             ) from None
         return cls.parse(data, where=where)
 
     def to_json(self) -> str:
-        """Readable JSON: one field a line, lists of numbers or words on one line."""
+        """Readable JSON: one field per line, lists of numbers or strings on one line."""
         return dump_json(self.model_dump(mode="json"))
 
 
@@ -55,16 +55,16 @@ Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A copy with some keys renamed, in the same order; what else it holds stays."""
+    """A copy with some keys renamed; order and other keys stay."""
     return {names.get(key, key): value for key, value in data.items()}
 
 
 class VersionedRecord(Record):
     """A record with a format number, which is raised when a field is renamed or gets another meaning.
 
-    A subclass of format N lists N - 1 upgrades, from format 1 on: files of every earlier format are read, in any place
-    where the record stands (a plan within a checkpoint, too), and written back in the newest. A later format than this
-    version knows is a fault.
+    A subclass of format N lists N - 1 upgrades, starting with format 1. Every earlier format can be read, also if the
+    record is nested in another (a plan in a checkpoint), and is written back in the newest. Formats later than N are
+    rejected.
     """
 
     upgrades: ClassVar[tuple[Upgrade, ...]] = ()
@@ -84,7 +84,7 @@ class VersionedRecord(Record):
 
 
 def dump_json(value: object, indent: int = 0) -> str:
-    """JSON text with short lists of scalars (also nested ones) kept on one line."""
+    """JSON text with short lists of scalars (also nested ones) on one line."""
     pad, inner = " " * indent, " " * (indent + 2)
     if isinstance(value, dict) and value:
         body = ",\n".join(f"{inner}{json.dumps(str(k))}: {dump_json(v, indent + 2)}" for k, v in value.items())

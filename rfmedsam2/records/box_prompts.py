@@ -1,4 +1,4 @@
-"""Boxes that a person, or another program, gives to be segmented: one rectangle on one slice each."""
+"""Box prompts given by a user or another program: each a rectangle on one slice."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Place = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class BoxPrompt(Record):
-    """A rectangle about one object on one slice, in voxels of the image file, counted from 0."""
+    """A rectangle around one object on one slice, in voxel indices of the image file, from 0."""
 
     label: str | int
-    """Name or value, as in the dataset's labels."""
+    """Name or value of the class, as in the dataset's labels."""
     slice: Annotated[int, Field(ge=0)]
     """Index along the file's array axis z (the third of NIfTI's axes)."""
     box: tuple[Place, Place, Place, Place]
-    """x and y of the first voxel, x and y of the last: x0, y0, x1, y1."""
+    """x0, y0, x1, y1: x and y of the first voxel, then of the last (inclusive)."""
 
     @model_validator(mode="after")
     def _ends_after_it_begins(self) -> Self:

@@ -1,4 +1,4 @@
-"""What a preprocessed case says about itself."""
+"""Records of preprocessed cases: geometry, foreground locations, files and checksums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Range = tuple[int, int]
 
 
 class CaseGeometry(Record):
-    """From the file's grid to the prepared arrays; enough to put a prediction back."""
+    """How the arrays follow from the file's grid; enough to map a prediction back."""
 
     shape_zyx: ThreeInts
     spacing_zyx_mm: ThreeFloats
@@ -28,7 +28,7 @@ class CaseGeometry(Record):
 
 
 class StoredFile(Record):
-    """One file of a case, as it was when written."""
+    """Size and checksum of one file of a case when it was written."""
 
     size: int
     crc32: int
@@ -36,14 +36,14 @@ class StoredFile(Record):
 
 
 class ForegroundClass(Record):
-    """Sampled locations of one class, region or of all annotated voxels."""
+    """Sampled locations of one class, one region, or all annotated voxels."""
 
     key: int
     """Label value; with regions 1, 2, ... in declared order; -1: any annotated voxel (only with an ignore label)."""
     voxels: int
-    """How many voxels it has in this case."""
+    """Number of its voxels in this case."""
     count: int
-    """How many locations were kept."""
+    """Number of sampled locations."""
 
 
 class CaseRecord(VersionedRecord):
@@ -60,14 +60,14 @@ class CaseRecord(VersionedRecord):
     files: dict[str, StoredFile]
     """Suffix -> file."""
     crc32: int | None = None
-    """Of all the other fields, see `sealed`; None: written before there was one."""
+    """Checksum of all other fields, see `sealed`; None in files written before it was introduced."""
 
     def sealed(self) -> CaseRecord:
-        """Give the record with its checksum."""
+        """The record with its checksum filled in."""
         return self.model_copy(update={"crc32": self._checksum()})
 
     def is_intact(self) -> bool:
-        """Tell whether the fields are those that were sealed."""
+        """Whether the fields match the checksum."""
         return self.crc32 is None or self.crc32 == self._checksum()
 
     def _checksum(self) -> int:

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: enough to predict without the training code."""
+"""Records in checkpoint headers: plan, stage, fold and progress; enough to predict without the training code."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rfmedsam2.records.base import VersionedRecord
 from rfmedsam2.records.plan import Plan
 
 STAGE_CHANGEABLE = {"train", "validation", "inference", "compute"}
-"""Fields of a Stage that may change when a training goes on; `train` is compared by itself."""
+"""Fields of a Stage that may change on resume; `train` is compared separately."""
 
 
 class TrainedRecord(VersionedRecord):
-    """What every checkpoint says, whatever was trained; each kind of training adds what it was trained by."""
+    """Fields of every checkpoint; each kind of training adds its own."""
 
     format: Literal[1] = 1
     step: int
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     scores: dict[str, float] = Field(default_factory=dict)
     weights_sha256: str
-    """Over the names, shapes and bytes of the model's tensors: the identity of the model."""
+    """SHA-256 of the names, shapes and bytes of the model's tensors: the identity of the model."""
     code_version: str
     torch_version: str
     created: str
@@ -30,11 +30,11 @@ class TrainedRecord(VersionedRecord):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Plain data that must be equal for two trainings to be the same; training figures are compared apart."""
+        """Plain data that must be equal on resume; the training configuration is compared separately."""
 
 
 class CheckpointRecord(TrainedRecord):
-    """The header of a checkpoint of volumes; the tensors beside it are weights and, while training, optimizer state."""
+    """Record of a volume model's checkpoint, whose tensors are weights and, to resume, optimizer state."""
 
     plan: Plan
     stage: str

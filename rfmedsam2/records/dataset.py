@@ -1,4 +1,4 @@
-"""nnU-Net v2's `dataset.json`, and the labels that it declares."""
+"""nnU-Net v2's `dataset.json` and its labels."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rfmedsam2.records.base import Record
 
 
 class LabelSet(Record):
-    """What the values of a label map mean.
+    """Names of the values of a label map.
 
-    Two ways of learning follow from it: mutually exclusive classes (softmax, arg-max) or, with regions (a name that
-    stands for several values), overlapping regions (one sigmoid each), painted in `regions_class_order`.
+    Classes are mutually exclusive (softmax, arg-max) or, with regions (a name that
+    stands for several values), overlapping (one sigmoid each), painted in `regions_class_order`.
     """
 
     names: dict[str, int | tuple[int, ...]]
@@ -39,7 +39,7 @@ class LabelSet(Record):
 
     @property
     def has_regions(self) -> bool:
-        """True when a foreground name stands for several values: learned with sigmoids."""
+        """Whether a foreground name stands for several values (trained with sigmoids)."""
         return any(isinstance(v, tuple) and len(v) > 1 for n, v in self.names.items() if n != "background")
 
     @property
@@ -54,12 +54,12 @@ class LabelSet(Record):
 
     @property
     def allowed_values(self) -> tuple[int, ...]:
-        """Every value that a label file may hold: `values` and the ignore label."""
+        """All values allowed in a label file: `values` and the ignore label."""
         return self.values if self.ignore is None else (*self.values, self.ignore)
 
     @property
     def num_outputs(self) -> int:
-        """Output channels of a network: regions, or classes with background."""
+        """Number of a network's output channels: regions, or classes with background."""
         return len(self.foreground) if self.has_regions else len(self.values)
 
     @classmethod
@@ -73,7 +73,7 @@ class LabelSet(Record):
 
 
 class DatasetJson(Record):
-    """The fields of nnU-Net v2's `dataset.json` that matter here; further fields are kept as they are."""
+    """The fields of nnU-Net v2's `dataset.json` that we use; other fields are kept unchanged."""
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
@@ -86,7 +86,7 @@ class DatasetJson(Record):
     overwrite_image_reader_writer: str | None = None
     dataset: dict[str, dict[str, Any]] | None = None
     groups: dict[str, str] | None = Field(default=None)
-    """Ours: case id -> patient (or any group) that must stay on one side of a split."""
+    """Our extension: case id -> patient (or other group); a group stays on one side of every split."""
 
     @field_validator("file_ending")
     @classmethod
@@ -96,7 +96,7 @@ class DatasetJson(Record):
         return value
 
     @model_validator(mode="after")
-    def _labels_are_sound(self) -> Self:
+    def _labels_are_valid(self) -> Self:
         _ = self.label_set
         numbers = sorted(int(k) if k.isdigit() else -1 for k in self.channel_names)
         if numbers != list(range(len(numbers))):

@@ -1,4 +1,4 @@
-"""The dataset fingerprint: what planning needs to know about the data, nothing else."""
+"""The dataset fingerprint: shapes, spacings and intensity statistics that planning needs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class CaseFingerprint(Record):
     shape_after_crop_zyx: tuple[int, int, int]
     spacing_zyx_mm: tuple[float, float, float]
     voxels_by_label: dict[int, int]
-    """Label value -> number of voxels, background and absent labels left out."""
+    """Label value -> number of voxels, without background and absent labels."""
 
     @property
     def relative_size_after_crop(self) -> float:
-        """Voxels that remain after the crop to non-zero, as a share of all."""
+        """Fraction of voxels that remain after the crop to non-zero."""
         z, y, x = self.shape_zyx
         a, b, c = self.shape_after_crop_zyx
         return (a * b * c) / (z * y * x)
 
 
 class IntensityStatistics(Record):
-    """Foreground intensities of one channel over the training set, every case weighted equally (as nnU-Net samples)."""
+    """Foreground intensities of one channel over the training set; every case has equal weight (as in nnU-Net)."""
 
     mean: float
     median: float
@@ -38,13 +38,13 @@ class IntensityStatistics(Record):
 
 
 class Fingerprint(VersionedRecord):
-    """What `rfmed_plan_and_preprocess` found out about a dataset."""
+    """Fingerprint of a dataset, computed by `rfmed_plan_and_preprocess`."""
 
     format: Literal[1] = 1
     dataset: str
     """Folder name, for instance Dataset004_Hippocampus."""
     digest: str
-    """SHA-256 over dataset.json and every file's name, size and modification time: stale fingerprints are noticed."""
+    """SHA-256 of dataset.json and of all files' names, sizes and modification times, to detect stale fingerprints."""
     cases: tuple[CaseFingerprint, ...]
     intensities: tuple[IntensityStatistics, ...]
     """One per channel."""

@@ -1,4 +1,4 @@
-"""Model records: what a network is made of. Told apart by `kind`; a plan holds one a stage."""
+"""Records of network architectures (U-Net, RFMedSAM 2), one per stage of a plan, distinguished by `kind`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-"""Share of a running mean that stays."""
+"""Fraction of the old value kept in a running mean."""
 
 
 class UNetConfig(Record):
@@ -47,7 +47,7 @@ class UNetConfig(Record):
             raise ValueError(f"{stages} stages, but " + ", ".join(wrong))
         axes = {len(entry) for entry in (*self.kernel_sizes, *self.strides)}
         if stages < 2 or len(axes) != 1 or not axes <= {2, 3}:
-            raise ValueError("a network needs two stages or more, and kernels and strides of two or of three axes each")
+            raise ValueError("a network needs at least two stages, and kernels and strides with two or three axes each")
         if any(n < 1 for entry in (*self.kernel_sizes, *self.strides) for n in entry):
             raise ValueError("kernel sizes and strides must be 1 or more")
         return self
@@ -59,29 +59,29 @@ class UNetConfig(Record):
 
 
 Backbone = Literal["sam2_tiny", "sam2_small", "sam2_base_plus", "sam2_large", "nano", "mobile_sam", "lite_medsam"]
-"""What encodes frames: SAM 2's Hiera in its four sizes or a small one of our own, or a SAM with a TinyViT encoder."""
+"""Image encoders: SAM 2's Hiera in its four sizes or our own smaller one, or a TinyViT encoder with SAM's decoder."""
 LIGHT_BACKBONES: tuple[Backbone, ...] = ("mobile_sam", "lite_medsam")
-"""SAMs with a TinyViT encoder, without memory of their own."""
+"""SAMs with a TinyViT encoder; their weights include no memory modules."""
 PromptGenerator = Literal[
     "unet", "object_queries", "scored_object_queries", "point_embeddings", "hierarchical_masks", "gt"
 ]
-"""RFMedSAM 2 paper, Fig. 4(4): unet is e and f, object_queries a, scored_object_queries b, point_embeddings c,
-hierarchical_masks d; gt takes boxes from reference labels or from a person."""
+"""RFMedSAM 2 paper, Fig. 4(4): unet is (e) and (f), object_queries (a), scored_object_queries (b), point_embeddings
+(c), hierarchical_masks (d); gt takes boxes from reference labels or from a user."""
 MemoryStrategy = Literal["sam2", "preceding", "following", "both"]
-"""RFMedSAM 2 paper, Fig. 4(2): sam2 is a, preceding b, following c, both d."""
+"""RFMedSAM 2 paper, Fig. 4(2): sam2 is (a), preceding (b), following (c), both (d)."""
 
 
 class AdapterConfig(Record):
-    """Trainable parts put into a frozen SAM 2 (RFMedSAM 2 paper, section 3.3.3, appendices C and D)."""
+    """Trainable adapters in a frozen SAM 2 (RFMedSAM 2 paper, section 3.3.3, appendices C and D)."""
 
     blocks: Literal["dwconv", "plain", "none"] = "dwconv"
     """In attention blocks: DWConvAdapters on image features (Fig. 4(3b)), plain ones alone (Fig. 4(3a)), or none."""
     convolutions: Literal["cnn", "none"] = "cnn"
-    """CNN-Adapters behind convolutions."""
+    """CNN-Adapters after convolutions."""
     encoder: bool = True
-    """Also in the image encoder; without, a frozen encoder needs no gradients and its features can be kept."""
+    """Also in the image encoder. If off, a frozen encoder needs no gradients and its features can be cached."""
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Width of the bottleneck as a share of the features'."""
+    """Bottleneck width as a fraction of the feature width."""
     channel_hidden: Count = 16
     """Hidden channels of the channel adapter (M -> hidden -> 3)."""
 
@@ -92,36 +92,36 @@ class RFMedSam2Config(Record):
     kind: Literal["rfmedsam2"] = "rfmedsam2"
     generator: PromptGenerator = "unet"
     unet: UNetConfig | None
-    """Step 0's network; None for generators that need none. With two axes it sees single frames."""
+    """Step 0's network; None for generators without one. A 2D network processes single slices."""
     backbone: Backbone = "sam2_large"
     frame_size: Annotated[int, Field(ge=32)]
-    """Pixels a side of the square frames that SAM 2 sees, a multiple of 32; frames of another size are resized."""
+    """Side length in pixels of SAM 2's square input frames, a multiple of 32; slices of another size are resized."""
     refinements: Literal[1, 2] = 2
     """Steps after Step 0: 1 ends with Step 1 (Fig. 4(4e)), 2 with memory (Fig. 4(4f))."""
     strategy: MemoryStrategy = "preceding"
     memory_frames: Annotated[int, Field(ge=0, le=6)] = 6
-    """How many frames on a side Step 2 looks back (or ahead) at, beside the current one."""
+    """Number of neighboring frames on each side that Step 2's memory covers, besides the current one."""
     object_scores: bool = False
-    """Learn whether a prompted object is there, and empty the masks where it is not (RFMedSAM 2 paper, Table 4)."""
+    """Predict whether a prompted object is present, and empty its mask if not (RFMedSAM 2 paper, Table 4)."""
     mask_prompt: bool = True
     """Also prompt with the previous step's mask: the path by which SAM 2's losses reach the prompt generator."""
     propagate_loss: bool = True
     """Losses of Steps 1 and 2 reach the prompt generator (the paper's loss propagation). Off: the U-Net learns from its
-    own loss alone; for a SAM 2 trained from scratch, which has nothing to teach it yet."""
+    own loss only; meant for a SAM 2 trained from scratch, whose gradients are uninformative at first."""
     output: Literal["replace", "detail", "correct"] = "replace"
     """How a step's mask comes from SAM 2's, which has a quarter of the frame's resolution. replace: it is SAM 2's.
     detail: SAM 2's, plus what the mask prompt holds beyond that resolution. correct: the mask prompt plus SAM 2's
     output as a correction, which starts at zero where the decoder is trained from scratch; log-odds of both add up."""
     freeze_backbone: bool = True
-    """Keep pre-trained weights as they are; what had none is always trained."""
+    """Freeze pre-trained weights; parts without pre-trained weights are always trained."""
     fitted_windows: bool = False
-    """tiny, small, base_plus: attention windows of 8, 4, 16, 8 positions instead of 8, 4, 14, 7, which need no padding
-    at 256 and 512 pixels: a third faster, but other values than the published weights were trained for."""
+    """tiny, small, base_plus: attention windows of 8, 4, 16, 8 positions instead of 8, 4, 14, 7. No padding at
+    256 and 512 pixels, a third faster; but the published weights were trained with the latter."""
     adapters: AdapterConfig = AdapterConfig()
 
     @property
     def dimensions(self) -> int:
-        """Always 3: volumes of frames."""
+        """Always 3: a volume is a sequence of frames."""
         return 3
 
     @property
@@ -131,7 +131,7 @@ class RFMedSam2Config(Record):
 
     @property
     def strides(self) -> tuple[tuple[int, ...], ...]:
-        """Strides of Step 0's network, three axes each; empty without one."""
+        """Strides of Step 0's network, three axes each; empty if there is none."""
         if self.unet is None:
             return ()
         return tuple((1,) * (3 - len(stride)) + tuple(stride) for stride in self.unet.strides)
@@ -139,15 +139,15 @@ class RFMedSam2Config(Record):
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
         if (self.generator == "unet") != (self.unet is not None):
-            raise ValueError(f"generator {self.generator} {'needs' if self.generator == 'unet' else 'takes no'} unet")
+            raise ValueError(f"generator {self.generator} {'needs' if self.generator == 'unet' else 'cannot use'} unet")
         if self.frame_size % 32:
             raise ValueError(f"frame_size {self.frame_size} is not a multiple of 32")
         if self.output != "replace" and self.generator not in ("unet", "hierarchical_masks"):
-            raise ValueError(f"output {self.output} needs a generator of masks, not {self.generator}")
+            raise ValueError(f"output {self.output} needs a generator that predicts masks, not {self.generator}")
         if not self.propagate_loss and self.generator != "unet":
-            raise ValueError(f"generator {self.generator} needs propagate_loss, only unet can do without")
+            raise ValueError(f"generator {self.generator} needs propagate_loss; only unet works without it")
         return self
 
 
 ModelConfig = Annotated[Union[UNetConfig, RFMedSam2Config], Field(discriminator="kind")]  # noqa: UP007 - for pydantic
-"""Union of all model records, told apart by `kind`."""
+"""Union of all model records, distinguished by `kind`."""

@@ -1,4 +1,4 @@
-"""Changing fields of a record by assignments, `train.learning_rate=0.01`: what every `--set` of a command does."""
+"""Overriding fields of a record by assignments such as `train.learning_rate=0.01` (the `--set` of commands)."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ RecordT = TypeVar("RecordT", bound=Record)
 
 
 def with_overrides(record: RecordT, assignments: Sequence[str], *, within: str | None = None, where: object) -> RecordT:
-    """Change some fields of a record.
+    """Return a record with some fields changed.
 
     Args:
-        record: stays as it is.
+        record: the record; it is not modified.
         assignments: each PATH=VALUE. PATH is a field and those below it ("train.epochs"); items of lists are numbers
-            ("normalization.0.use_mask"). VALUE is JSON, or else a word. Changing a `kind`
-            ("train.optimizer.kind=adamw") takes the defaults of that kind.
-        within: a field whose own fields may be named without it.
-        where: what error messages name.
+            ("normalization.0.use_mask"). VALUE is JSON, or else a string. Changing a `kind`
+            ("train.optimizer.kind=adamw") resets the other fields to the defaults of that kind.
+        within: a field whose own fields may be given without its name.
+        where: the place that error messages name.
 
     Raises:
-        UsageError: an assignment without "=", or a field that does not exist; lists what does.
-        RecordError: a value that the field cannot have; lists all such.
+        UsageError: an assignment without "=", or a field that does not exist; lists the existing fields.
+        RecordError: a value that its field does not allow; lists all of them.
     """
     data = record.model_dump(mode="json")
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path.strip():
             expected = "field=value" if within is None else "stage.field=value"
-            raise UsageError("A change has no value", where=assignment, expected=expected)
+            raise UsageError("An override has no value", where=assignment, expected=expected)
         keys = path.strip().split(".")
         _assign(data, keys, _value(text.strip()), within, assignment)
         if keys[-1] == "kind":
-            # the next assignment may name a field of the new kind: fill in its defaults
+            # fill in the new kind's defaults, because the next assignment may name one of its fields
             data = type(record).parse(data, where=assignment).model_dump(mode="json")
     return type(record).parse(data, where=where)
 
@@ -59,7 +59,7 @@ def _assign(data: dict[str, Any], path: list[str], value: Any, within: str | Non
     last = path[-1]
     old = _child(holder, last, path[:-1], within, assignment)
     if last == "kind" and value != old:
-        # the fields of the old kind mean nothing to the new one: leave them to its defaults
+        # drop the fields of the old kind; the new kind takes its defaults
         holder.clear()
     if isinstance(holder, list):
         holder[int(last)] = value
@@ -79,8 +79,8 @@ def _child(holder: Any, key: str, above: list[str], within: str | None, assignme
         valid = [*holder[within], *valid]
     near = difflib.get_close_matches(key, valid, n=1)
     raise UsageError(
-        f"There is no field {key!r} in {'.'.join(above) or 'the plan'}",
+        f"The field {key!r} does not exist in {'.'.join(above) or 'the plan'}",
         where=assignment,
         expected=f"one of {', '.join(valid)}" if valid else "a value here, not a field below it",
-        remedy=f"Perhaps {near[0]!r} was meant" if near else None,
+        remedy=f"Did you mean {near[0]!r}" if near else None,
     )

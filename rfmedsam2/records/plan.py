@@ -1,8 +1,8 @@
-"""The plan: one readable file that says everything about preparing data, the network, training and predicting.
+"""The plan: one readable file with the whole configuration of preprocessing, network, training and prediction.
 
-Every figure that a user may want to change is a field here. Tuples over axes follow the planned axis order
-(`transpose_forward` applied to z, y, x), lengths are mm. Defaults of training and augmentation are those of RFMedSAM 2
-(its paper, appendix G) and, where it is silent, nnU-Net's.
+Every setting that a user may want to change is a field here. Tuples over axes are in the planned axis order
+(`transpose_forward` applied to z, y, x), lengths are in mm. Defaults of training and augmentation are those of
+RFMedSAM 2 (paper, appendix G) and, where the paper does not say, nnU-Net's.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from rfmedsam2.records.model import (
 )
 
 TAKEN_NAMES = ("dataset", "splits_final", "splits_named", "rfmed_fingerprint", "dataset_fingerprint")
-"""Files that lie beside a plan's."""
+"""Names of other files in the folder of plans."""
 
 
 PLAN_NAMES = f"at most 100 letters, digits and . + - _ (no two together), but not {', '.join(TAKEN_NAMES)}"
 
 
 def is_plan_name(name: str) -> bool:
-    """Tell whether a plan may be called so: the name becomes that of files and folders (`PLAN__STAGE`)."""
+    """Whether a plan may have this name, which becomes part of file and folder names (`PLAN__STAGE`)."""
     plain = re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", name, re.ASCII) is not None
     return plain and "__" not in name and name not in TAKEN_NAMES
 
 
 class Normalization(Record):
-    """How one channel's intensities are scaled (nnU-Net's schemes by their meaning)."""
+    """How one channel's intensities are normalized (nnU-Net's schemes)."""
 
     kind: Literal["ct", "zscore", "rescale_0_1", "rgb_0_1", "none"]
     use_mask: bool = False
-    """zscore only: statistics over the non-zero region, outside stays 0."""
+    """zscore only: statistics over the non-zero region; voxels outside stay 0."""
 
 
 class Resampling(Record):
@@ -59,17 +59,17 @@ class Resampling(Record):
 
 
 class Sampling(Record):
-    """Where training patches are taken."""
+    """How training patches are sampled."""
 
     oversample_foreground: Probability = 0.33
-    """Share of a batch's samples that must hold a voxel of a random foreground class."""
+    """Fraction of a batch's patches that must contain a voxel of a random foreground class."""
     max_prompted_objects: Count | None = None
-    """RFMedSAM 2: decode at most this many object prompts (one class on one slice) per batch,
+    """RFMedSAM 2: decode at most this many object prompts (one per slice and class) per batch,
     drawn at random; None: all."""
 
 
 class Augmentation(Record):
-    """Random changes of training patches; probabilities per sample. Kinds and defaults are nnU-Net's list."""
+    """Augmentation of training patches; probabilities per sample. Transforms and defaults are nnU-Net's."""
 
     rotation_degrees: tuple[float, float] | Literal["nnunet"] = "nnunet"
     """Range about each axis; "nnunet": +-30 (3D), +-180 in plane for strongly anisotropic or flat patches."""
@@ -90,7 +90,7 @@ class Augmentation(Record):
     gamma_probability: Probability = 0.3
     gamma: tuple[Positive, Positive] = (0.7, 1.5)
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0, 1, 2)
-    """Axes of the patch that are flipped with probability 0.5 each; also used by test-time mirroring."""
+    """Axes of the patch that are flipped with probability 0.5 each, and by test-time mirroring."""
 
     @property
     def changes_of_frames(self) -> list[str]:
@@ -162,7 +162,7 @@ class OneCycleSchedule(Record):
 
 
 class TrainConfig(Record):
-    """Everything that the engine needs to know to train; nothing about the model."""
+    """Settings of the training loop; nothing about the model."""
 
     epochs: Count = 1000
     iterations_per_epoch: Count = 250
@@ -176,28 +176,28 @@ class TrainConfig(Record):
     """Micro-batches per optimizer step."""
     clip_norm: Positive | None = 12.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the hardware multiplies it (GPUs, CPUs with AMX), else fp16 on a GPU, fp32 on CPU and MPS."""
+    """auto: bf16 if the hardware supports it (GPUs, CPUs with AMX), else fp16 on a GPU and fp32 on CPU and MPS."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA if a probe succeeds."""
+    """torch.compile; auto: on CUDA, if a trial step succeeds."""
     seed: Whole = 0
     deterministic: bool = False
     checkpoint_minutes: Positive = 10.0
     validate_every_epochs: Count = 1
     workers: Whole | None = None
-    """Data loading processes; None: from the machine, 0: in this process."""
+    """Data loading processes; None: chosen from cores and memory, 0: load in the main process."""
     worker_timeout_seconds: Positive = 300.0
 
     @property
     def iterations(self) -> int:
-        """Optimizer steps of the whole training."""
+        """Number of optimizer steps of the whole training."""
         return self.epochs * self.iterations_per_epoch
 
 
 class Validation(Record):
-    """What is validated while training, and after it."""
+    """Validation during and after training."""
 
     cases_while_training: int = 0
-    """Full volumes predicted at each validation (0: patches only, nnU-Net's pseudo Dice)."""
+    """Number of full volumes predicted at each validation (0: patches only, nnU-Net's pseudo Dice)."""
     patches_while_training: Count = 50
 
 
@@ -211,14 +211,14 @@ class Inference(Record):
 
 
 class Compute(Record):
-    """How refinement is computed; none of it changes what is learned beyond rounding."""
+    """Memory and speed settings of RFMedSAM 2's refinement; they change results only by rounding."""
 
     memory_mb: Annotated[int, Field(ge=64)] = 2048
-    """Working memory for the cells (one class on one frame) that SAM 2 treats at once: fewer where it is small."""
+    """Working memory in MiB that limits how many object prompts (slice, class) SAM 2 decodes at a time."""
     checkpointing: bool = True
-    """While training, compute activations of SAM 2 again in the backward pass instead of keeping them."""
+    """Activation checkpointing: recompute SAM 2's activations in the backward pass instead of storing them."""
     cache_features_mb: Whole = 0
-    """Keep a frozen encoder's features of frames seen before, up to so much memory; 0: do not."""
+    """Memory limit of the cache of a frozen encoder's features; 0: no cache."""
 
 
 class Stage(Record):
@@ -242,17 +242,17 @@ class Stage(Record):
     inference: Inference = Inference()
     compute: Compute = Compute()
     starts_from: str | None = None
-    """Name of the stage whose result this one builds on."""
+    """Name of the stage whose predictions are input to this one (cascade)."""
 
     @property
     def is_2d(self) -> bool:
-        """True for a stage that sees single slices."""
+        """Whether this stage processes single slices."""
         return len(self.patch_size) == 2
 
     @model_validator(mode="after")
     def _patch_fits_network(self) -> Self:
         if len(self.patch_size) != self.model.dimensions:
-            raise ValueError(f"patch {self.patch_size} against a {self.model.dimensions}D network")
+            raise ValueError(f"patch {self.patch_size} does not match a {self.model.dimensions}D network")
         for axis, size in enumerate(self.patch_size):
             step = 1
             for stride in self.model.strides:
@@ -260,7 +260,7 @@ class Stage(Record):
             if size % step:
                 raise ValueError(f"patch axis {axis} is {size}, not a multiple of the network's total stride {step}")
         if isinstance(self.model, RFMedSam2Config) and self.patch_size[1] != self.patch_size[2]:
-            raise ValueError(f"frames are square for RFMedSAM 2, but the patch is {self.patch_size} (z, y, x)")
+            raise ValueError(f"RFMedSAM 2 needs square slices, but the patch is {self.patch_size} (z, y, x)")
         return self
 
     @model_validator(mode="after")
@@ -284,7 +284,7 @@ class Stage(Record):
 
 
 def _plan_1_to_2(data: dict[str, Any]) -> dict[str, Any]:
-    """`normalisation` became `normalization`; `cells` of `sampling` became `max_prompted_objects`."""
+    """Rename `normalisation` to `normalization`, and `cells` in `sampling` to `max_prompted_objects`."""
     stages = data.get("stages")
     if isinstance(stages, dict):
         data["stages"] = {name: _stage_1_to_2(stage) for name, stage in stages.items()}
@@ -301,7 +301,7 @@ def _stage_1_to_2(stage: object) -> object:
 
 
 class Plan(VersionedRecord):
-    """The plan of one dataset: what `rfmed_plan_and_preprocess` decides and every other command follows."""
+    """The plan of one dataset, made by `rfmed_plan_and_preprocess` and used by every other command."""
 
     upgrades = (_plan_1_to_2,)
 
@@ -311,12 +311,12 @@ class Plan(VersionedRecord):
     dataset: str
     """Folder name of the dataset, for instance Dataset004_Hippocampus."""
     fingerprint: str
-    """Digest of the fingerprint that it was made from."""
+    """Digest of the fingerprint that the plan was made from."""
     channels: tuple[str, ...]
     labels: LabelSet
     file_ending: str
     reorient: Literal["RAS"] | None = None
-    """Turn images to this orientation when reading (nnU-Net's ...WithReorient readers); undone when writing."""
+    """Reorient images when reading (nnU-Net's ...WithReorient readers); undone when writing."""
     transpose_forward: tuple[int, int, int] = (0, 1, 2)
     """Planned axis i is axis transpose_forward[i] of the file's z, y, x."""
     intensities: tuple[IntensityStatistics, ...]
@@ -333,11 +333,11 @@ class Plan(VersionedRecord):
         """The stage (configuration) of this name.
 
         Raises:
-            PlanError: there is none; lists those there are.
+            PlanError: the stage does not exist; lists the existing ones.
         """
         if name not in self.stages:
             raise PlanError(
-                f"The plan {self.name} has no such configuration",
+                f"The configuration does not exist in plan {self.name}",
                 where=name,
                 expected=f"one of {', '.join(self.stages)}",
             )
@@ -352,7 +352,7 @@ class Plan(VersionedRecord):
     @model_validator(mode="after")
     def _has_classes(self) -> Self:
         if not self.labels.foreground:
-            raise ValueError("labels name no class beside the background: there is nothing to segment")
+            raise ValueError("labels define only background, at least one foreground class is needed")
         return self
 
     @model_validator(mode="after")
@@ -361,14 +361,14 @@ class Plan(VersionedRecord):
             if len(stage.normalization) != len(self.channels):
                 raise ValueError(f"stage {name} normalizes {len(stage.normalization)} of {len(self.channels)} channels")
         if len(self.intensities) != len(self.channels):
-            raise ValueError(f"intensities of {len(self.intensities)} of {len(self.channels)} channels")
+            raise ValueError(f"intensities has {len(self.intensities)} entries for {len(self.channels)} channels")
         if sorted(self.transpose_forward) != [0, 1, 2]:
-            raise ValueError(f"transpose_forward {self.transpose_forward} is no order of the three axes")
+            raise ValueError(f"transpose_forward {self.transpose_forward} is not a permutation of 0, 1, 2")
         return self
 
 
 class Split(Record):
-    """One fold: who trains, who validates (nnU-Net's splits_final.json entry)."""
+    """One fold: training and validation cases (an entry of nnU-Net's splits_final.json)."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]

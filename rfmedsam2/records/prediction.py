@@ -1,4 +1,4 @@
-"""What lies beside predictions: which model made them, how, and from what."""
+"""Record of a folder of predictions (predictions.json): models, options and source images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rfmedsam2.records.dataset import LabelSet
 
 
 class PredictingModel(Record):
-    """One of the networks that were averaged."""
+    """One network of the ensemble."""
 
     fold: str
     step: int
@@ -19,7 +19,7 @@ class PredictingModel(Record):
 
 
 class PredictedCase(Record):
-    """One label map."""
+    """One predicted label map."""
 
     file: str
     """File name of the label map, in the folder of this record."""
@@ -32,29 +32,29 @@ class PredictedCase(Record):
     """Digest of model and options; `PredictionsRecord.made_by` unless another run made this case."""
     shape_zyx: tuple[int, int, int]
     seconds: dict[str, float]
-    """By part: read, prepare, network, export, write."""
+    """Seconds by phase: read, prepare, network, export, write."""
 
 
 PREDICTIONS = "predictions.json"
 
 
 class PredictionsRecord(VersionedRecord):
-    """The file predictions.json, beside label maps."""
+    """Contents of predictions.json, in the folder of the label maps."""
 
     format: Literal[1] = 1
     dataset: str
     plan: str
     stage: str
     labels: dict[str, int | tuple[int, ...]]
-    """Name -> value in the label maps, or the values of a region."""
+    """Class name -> value in the label maps, or the values of a region."""
     regions_class_order: tuple[int, ...] | None = None
-    """With regions: the value painted for each."""
+    """For regions: the value painted for each."""
     ignore: int | None = None
     """Value of voxels without annotation in the training labels."""
     models: tuple[PredictingModel, ...]
     options: dict[str, float | int | bool | str]
     made_by: str
-    """Digest of the last run's model and options."""
+    """Digest of model and options of the last run."""
     code_version: str
     cases: dict[str, PredictedCase]
 

@@ -1,4 +1,4 @@
-"""What an evaluation found: metrics per case and class, with the rules they were computed by."""
+"""Evaluation results: metrics per case and class, and the rules they were computed by."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Interval(Record):
     low: float | None
     high: float | None
     cases: int
-    """Cases with a defined value."""
+    """Number of cases with a defined value."""
 
 
 class Evaluation(VersionedRecord):
-    """The file metrics.json."""
+    """Contents of metrics.json."""
 
     format: Literal[1] = 1
     nsd_tolerance_mm: float
     empty_policy: str
-    """In words: how cases without reference or prediction are scored."""
+    """Text: how classes with an empty reference or prediction are scored."""
     confidence: float
     bootstrap_samples: int
     cases: tuple[CaseMetrics, ...]
@@ -56,4 +56,4 @@ class Evaluation(VersionedRecord):
     mean: dict[str, Interval]
     """Metric -> mean over cases of each case's mean over classes."""
     warnings: tuple[str, ...] = ()
-    """What was left out, for instance predictions without reference."""
+    """What was excluded, for instance predictions without a reference."""

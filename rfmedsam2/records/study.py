@@ -1,4 +1,4 @@
-"""What a study of prompts found: zero-shot SAM and SAM 2 by kind and number of prompts (RFMedSAM 2 paper, Table 1)."""
+"""Results of the prompt study: zero-shot SAM and SAM 2 by kind and number of prompts (RFMedSAM 2 paper, Table 1)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rfmedsam2.records.report import CaseMetrics, Interval
 
 PromptKind = Literal["box", "point"]
 Prompted = Literal["all", "two", "one"]
-"""Of the frames that a class appears on, those with a prompt."""
+"""Which of the slices that contain a class get a prompt."""
 Step2 = Literal["none", "unprompted", "all"]
-"""Which frames are segmented with memories of others; none: SAM has no memory."""
+"""Which slices are segmented with memories of others; none: SAM, which has no memory."""
 
 
 class StudyRow(Record):
-    """One model with one way of prompting."""
+    """Results of one model with one kind and number of prompts."""
 
     model: str
     """MobileSAM, SAM ViT-B, SAM 2 tiny ..."""
@@ -31,16 +31,16 @@ class StudyRow(Record):
 
 
 class PromptStudy(VersionedRecord):
-    """The file prompt_study.json."""
+    """Contents of prompt_study.json."""
 
     format: Literal[1] = 1
     dataset: str
     cases: tuple[str, ...]
     channels: tuple[str, ...]
-    """What the three colors were made of."""
+    """Image channels that became the three color channels."""
     window: str
-    """How intensities became 0 to 255."""
+    """How intensities were mapped to 0 to 255."""
     empty_policy: str
     seconds: dict[str, float]
-    """Checkpoint -> seconds for all cases and rows."""
+    """Checkpoint -> seconds for all its cases and rows."""
     rows: tuple[StudyRow, ...]

@@ -1,1 +1,1 @@
-"""Charts and self-contained HTML pages."""
+"""Training charts and self-contained HTML pages."""

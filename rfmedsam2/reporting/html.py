@@ -1,4 +1,4 @@
-"""Self-contained HTML pages from templates: every value is escaped, pictures lie within, nothing is half-written."""
+"""Self-contained HTML pages from Jinja templates: values are escaped, images embedded, files written atomically."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rfmedsam2.store.atomic import write_text
 
 
 def write_html(path: Path, template: Path, context: Mapping[str, Any], *, figure: Callable[..., str]) -> None:
-    """Fill a template and write the page, atomically.
+    """Render a template and write the page atomically.
 
     Args:
         path: the HTML file.
-        template: the Jinja template's file.
-        context: what it names; when the page was made (`created`) and the code's `version` are added.
-        figure: the template's filter of that name, which formats numbers.
+        template: path of the Jinja template.
+        context: variables of the template; `created` (date and time) and the code's `version` are added.
+        figure: the template filter `figure`, which formats numbers.
 
     Raises:
         StoreError: the file cannot be written.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
-        autoescape=True,  # names of files, labels and sets are not ours
+        autoescape=True,  # names of files, labels and datasets are untrusted
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -42,5 +42,5 @@ def write_html(path: Path, template: Path, context: Mapping[str, Any], *, figure
 
 
 def png_uri(png: bytes) -> str:
-    """A picture as an address that holds it."""
+    """A PNG image as a data URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,6 +1,6 @@
-"""Charts of a training: loss, scores and learning rate, from its metrics.jsonl; and how any chart looks.
+"""Training charts (loss, scores, learning rate) from metrics.jsonl, and the style shared by all charts.
 
-Drawn on matplotlib's object interface: no global state, no display, safe in any thread that owns its figure.
+Uses matplotlib's object-oriented interface: no global state, no display, thread-safe.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Theme = Literal["light", "dark"]
 
 PROGRESS = "progress.png"
 RAW_POINTS = 1500
-"""Single steps drawn at most; more are averaged in groups."""
+"""Largest number of points drawn for single steps; more are averaged in groups."""
 MAX_SCORE_LINES = 20
 STEP_SCORE = re.compile(r"step(?P<step>\d+)/dsc(?:/(?P<class>.+))?")
-"""Names of scores of RFMedSAM 2's steps."""
+"""Pattern of the names of scores of RFMedSAM 2's steps."""
 SERIES = ("#3b6fb6", "#d1763c", "#4c9a62", "#b6579e", "#8a7ac8", "#b3a02f", "#4aa3b0", "#c25656", "#7d8a96", "#9c6b4a")
 INK: dict[Theme, tuple[str, str, str]] = {
     "light": ("#1d2733", "#d9dee5", "#ffffff"),
@@ -38,12 +38,12 @@ INK: dict[Theme, tuple[str, str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """A training's metrics.
+    """Metrics of one training.
 
     Attributes:
-        steps: optimizer steps logged (n,).
+        steps: numbers of the logged optimizer steps (n,).
         losses: loss of each step (n,).
-        epochs: rows of means by epoch: epoch, step, loss, loss/PART, lr, seconds, and scores where validated.
+        epochs: one row of means per epoch: epoch, step, loss, loss/PART, lr, seconds, and scores if validated.
     """
 
     steps: np.ndarray
@@ -58,7 +58,7 @@ class Training:
         return tuple(sorted(names, key=lambda n: n != "score"))
 
     def scores_by_step(self) -> dict[str, dict[str, float]]:
-        """Last validated DSC of RFMedSAM 2: class (or "mean") -> "Step 0" ... -> value; empty for other models."""
+        """DSC of RFMedSAM 2 at the last validation: class (or "mean") -> "Step 0" ... -> value; else empty."""
         last = next((row for row in reversed(self.epochs) if "score" in row), {})
         table: dict[str, dict[str, float]] = {}
         for name, value in last.items():
@@ -67,21 +67,21 @@ class Training:
         return dict(sorted(table.items(), key=lambda item: item[0] == "mean"))
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Give steps and values of one column of the epochs, where it is there."""
+        """Steps and values of one column of the epochs, for epochs that have it."""
         pairs = [(row["step"], row[name]) for row in self.epochs if name in row]
         values = np.asarray(pairs, dtype=float).reshape(-1, 2)
         return values[:, 0], values[:, 1]
 
 
 def read_training(folder: Path) -> Training:
-    """Read a training folder's metrics.jsonl; a torn last line is left out.
+    """Read a training folder's metrics.jsonl; an incomplete last line is ignored.
 
     Raises:
-        RecordError: no such file, or events that are not a training's.
+        RecordError: the file does not exist, or it holds lines that are not training events.
     """
     path = folder / EVENTS
     if not path.is_file():
-        raise RecordError("There are no training metrics", where=path, remedy="Name the folder of a trained fold")
+        raise RecordError("The training metrics do not exist", where=path, remedy="Name the folder of a trained fold")
     epochs = Epochs()
     points: dict[int, float] = {}
     try:
@@ -91,7 +91,7 @@ def read_training(folder: Path) -> Training:
                 points[int(event["step"])] = float(event["loss"])
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(
-            f"The training metrics hold a line that is no event of a training ({error!r})", where=path
+            f"The training metrics hold a line that is not a training event ({error!r})", where=path
         ) from None
     steps = np.asarray(sorted(points), dtype=float)
     losses = np.asarray([points[int(s)] for s in steps], dtype=float)
@@ -99,10 +99,10 @@ def read_training(folder: Path) -> Training:
 
 
 def progress_png(folder: Path) -> Path:
-    """Draw metrics.jsonl of a training folder into progress.png beside it, atomically; returns its path.
+    """Draw progress.png from metrics.jsonl of a training folder, atomically; returns its path.
 
     Raises:
-        RecordError: no metrics.jsonl, or one that cannot be understood.
+        RecordError: metrics.jsonl does not exist or is invalid.
     """
     path = folder / PROGRESS
     image = training_png(read_training(folder), theme="light")
@@ -112,7 +112,7 @@ def progress_png(folder: Path) -> Path:
 
 
 def training_png(training: Training, *, theme: Theme = "light") -> bytes:
-    """Loss, validation scores and learning rate over steps, one below the other, as PNG."""
+    """Loss, validation scores and learning rate over steps, in panels below each other, as PNG."""
     panels = [_draw_loss, *([_draw_scores] if training.score_names else []), _draw_rate]
     heights = [2.4, *([2.6] if training.score_names else []), 1.0]
     figure = new_figure((9.0, 1.05 * sum(heights)), theme)
@@ -122,7 +122,7 @@ def training_png(training: Training, *, theme: Theme = "light") -> bytes:
         draw(ax, training)
     if len(training.steps):
         last = max(training.steps[-1], 1)
-        axes[-1].set_xlim(min(0.0, training.steps[0] - 1), 1.01 * last)  # the last marker is drawn whole
+        axes[-1].set_xlim(min(0.0, training.steps[0] - 1), 1.01 * last)  # do not clip the last marker
     axes[-1].set_xlabel("optimizer step")
     return as_png(figure)
 
@@ -140,7 +140,7 @@ def _draw_loss(ax: Axes, training: Training) -> None:
 
 
 def _draw_scores(ax: Axes, training: Training) -> None:
-    # of single classes the last step alone
+    # per-class scores of the single steps are left out
     names = [n for n in training.score_names if not ((match := STEP_SCORE.fullmatch(n)) and match["class"])]
     for i, name in enumerate(names[:MAX_SCORE_LINES]):
         _line(ax, training, name, name.removeprefix("dsc/"), SERIES[i % len(SERIES)], 2.4 if name == "score" else 1.2)
@@ -169,21 +169,21 @@ def _legend(ax: Axes) -> None:
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most RAW_POINTS points: means of neighbors."""
+    """Reduce to at most RAW_POINTS points by averaging neighbors."""
     group = -(-len(steps) // RAW_POINTS) if len(steps) else 1
     whole = len(steps) // group * group
     return steps[:whole].reshape(-1, group).mean(axis=1), values[:whole].reshape(-1, group).mean(axis=1)
 
 
 def new_figure(size: tuple[float, float], theme: Theme) -> Figure:
-    """An empty figure of (width, height) inches."""
+    """Make an empty figure of (width, height) inches."""
     figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor=INK[theme][2])
     FigureCanvasAgg(figure)
     return figure
 
 
 def styled(ax: Axes, theme: Theme) -> None:
-    """Give axes the look of all charts."""
+    """Apply the common chart style to axes."""
     text, line, ground = INK[theme]
     ax.set_facecolor(ground)
     ax.grid(visible=True, color=line, lw=0.7)
@@ -200,7 +200,7 @@ def styled(ax: Axes, theme: Theme) -> None:
 
 
 def as_png(figure: Figure) -> bytes:
-    """Draw a figure."""
+    """Render a figure as PNG."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()

@@ -1,1 +1,1 @@
-"""Bytes <-> arrays: images, raw datasets, preprocessed cases, run folders, atomic writes."""
+"""Files on disk: images, raw datasets, preprocessed cases, checkpoints, folder layout, atomic writes and locks."""

@@ -1,7 +1,7 @@
-"""Model archives: a zip of checkpoints and records with a manifest, unpacked only where it cannot do harm.
+"""Model archives: a zip of checkpoints and records with a manifest, checked before and while it is unpacked.
 
-Nothing in an archive is trusted: names must be of a short list of shapes, sizes and hashes must be the manifest's, and
-what does not fit leaves nothing behind.
+Nothing in an archive is trusted: member names must match a strict pattern, sizes and hashes must be the manifest's, and
+a rejected archive leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from rfmedsam2.store.atomic import atomic, writing_to
 
 MANIFEST = "manifest.json"
 MEMBER = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9_.-]{0,99}/){0,2}[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.(?:safetensors|json)")
-"""Members: relative, at most two folders deep, plain characters, weights or JSON."""
-MOST_MEMBERS = 200
-MOST_BYTES = 64 << 30
-"""Of all members together, unpacked; far above any model, far below a zip bomb."""
-MOST_JSON_BYTES = 64 << 20
-MOST_RATIO = 100
-"""How far a member may be packed, beyond its first MiB: weights hardly are (1.1), a bomb is by 1000."""
+"""Names of members: relative, at most two folders deep, plain characters, .safetensors or .json."""
+MAX_MEMBERS = 200
+MAX_BYTES = 64 << 30
+"""Limit for all members together, unpacked; far above any model, far below a zip bomb."""
+MAX_JSON_BYTES = 64 << 20
+MAX_RATIO = 100
+"""Largest compression ratio of a member beyond its first MiB: weights reach 1.1, a zip bomb 1000."""
 _DATE = (1980, 1, 1, 0, 0, 0)
 _BLOCK = 1 << 20
 _BROKEN = (
@@ -39,7 +39,7 @@ _BROKEN = (
     EOFError,
     NotImplementedError,
     UnicodeDecodeError,
-    # offsets of damaged directories lead before the file's beginning, or nowhere
+    # offsets in damaged directories point before the file's beginning, or past its end
     OSError,
     ValueError,
     OverflowError,
@@ -57,15 +57,15 @@ def describe(files: Mapping[str, Path]) -> tuple[ArchivedFile, ...]:
 
 
 def write_archive(path: Path, manifest: Manifest, files: Mapping[str, Path]) -> None:
-    """Write an archive whole or not at all; equal files and manifest give equal bytes.
+    """Write an archive atomically; equal files and manifest give equal bytes.
 
     Args:
-        path: the zip.
+        path: the zip file to write.
         manifest: names every member of `files` (see `describe`).
         files: member name -> file.
 
     Raises:
-        CheckpointError: a member name that `read_archive` would refuse.
+        CheckpointError: a member name that `unpack_archive` would reject.
         StoreError: the folder cannot be written, the disk is full.
     """
     for name in files:
@@ -73,14 +73,14 @@ def write_archive(path: Path, manifest: Manifest, files: Mapping[str, Path]) -> 
     with atomic(path) as temporary, writing_to(path), zipfile.ZipFile(temporary, "w") as archive:
         archive.writestr(_entry(MANIFEST), manifest.to_json() + "\n")
         for name in sorted(files):
-            # weights do not shrink: stored, so that neither side spends time on them
+            # weights hardly compress: stored, which saves time on both sides
             with files[name].open("rb") as source, archive.open(_entry(name), "w", force_zip64=True) as target:
                 while block := source.read(_BLOCK):
                     target.write(block)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read the manifest of an archive; names and sizes of all members are checked against it, no weights are read.
+    """Read the manifest of an archive and check names and sizes of all members against it; no weights are read.
 
     Raises:
         CheckpointError: not a zip, truncated, not a model archive, unsafe names, sizes that disagree.
@@ -93,7 +93,7 @@ def unpack_archive(path: Path, folder: Path) -> Manifest:
     """Unpack into an empty folder, verifying every hash; the caller removes the folder after an error.
 
     Raises:
-        CheckpointError: as `read_manifest`, and for members whose bytes are not those of the manifest.
+        CheckpointError: as in `read_manifest`, and if the bytes of a member do not match the manifest.
         StoreError: the folder cannot be written, the disk is full.
     """
     with _opened(path) as archive:
@@ -105,11 +105,11 @@ def unpack_archive(path: Path, folder: Path) -> Manifest:
                 digest, size = _copy(archive, file, target)
             if (digest, size) != (file.sha256, file.bytes):
                 raise CheckpointError(
-                    "A file in the archive is not the one that its manifest names",
+                    "A file in the archive does not match the manifest",
                     where=f"{path}: {file.name}",
                     expected=f"{file.bytes} bytes with SHA-256 {file.sha256[:16]}...",
                     found=f"{size} bytes with {digest[:16]}...",
-                    remedy="The archive was damaged or changed: get it again",
+                    remedy="The archive was damaged or modified: download or export it again",
                 )
     return manifest
 
@@ -122,38 +122,38 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except RfMedSamError:
         raise
     except FileNotFoundError:
-        raise CheckpointError("There is no such archive", where=path) from None
+        raise CheckpointError("The archive does not exist", where=path) from None
     except IsADirectoryError:
-        raise CheckpointError("This is a folder, not an archive", where=path) from None
+        raise CheckpointError("Expected an archive, found a folder", where=path) from None
     except _BROKEN as error:
         raise CheckpointError(
-            f"The archive is truncated or no zip file ({error})", where=path, remedy="Copy or export it again"
+            f"The archive is truncated or not a zip file ({error})", where=path, remedy="Copy or export it again"
         ) from None
 
 
 def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
-    """Everything that can be known before a member is unpacked."""
+    """Read the manifest and make every check that does not need unpacking."""
     members = archive.infolist()
     names = [member.filename for member in members]
     if MANIFEST not in names:
         raise CheckpointError(
-            "This zip is no model archive",
+            "This zip file is not a model archive",
             where=path,
             expected=f"a member {MANIFEST}",
             found=", ".join(names[:5]) or "an empty zip",
             remedy="Archives are made with rfmed_export_model",
         )
-    if len(members) > MOST_MEMBERS or sum(m.file_size for m in members) > MOST_BYTES:
+    if len(members) > MAX_MEMBERS or sum(m.file_size for m in members) > MAX_BYTES:
         raise CheckpointError(
             "The archive is too large to be a model",
             where=path,
-            expected=f"at most {MOST_MEMBERS} files and {MOST_BYTES >> 30} GiB",
+            expected=f"at most {MAX_MEMBERS} files and {MAX_BYTES >> 30} GiB",
             found=f"{len(members)} files and {sum(m.file_size for m in members) / 2**30:.1f} GiB",
         )
     for member in members:
         _checked_member(member, where=path)
     if len({name.lower() for name in names}) != len(names):
-        raise CheckpointError("The archive holds two files of one name", where=path)
+        raise CheckpointError("The archive holds two files of the same name", where=path)
     try:
         manifest = Manifest.from_json(archive.read(MANIFEST), where=f"{path}: {MANIFEST}")
     except RecordError as error:
@@ -166,7 +166,7 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
             "The archive does not hold what its manifest lists",
             where=path,
             found=", ".join(dict.fromkeys(name for name, _ in differing)),
-            remedy="The archive was damaged or changed: get it again",
+            remedy="The archive was damaged or modified: download or export it again",
         )
     return manifest
 
@@ -175,27 +175,29 @@ def _checked_member(member: zipfile.ZipInfo, *, where: Path) -> None:
     _checked_name(member.filename, where=where)
     mode = member.external_attr >> 16
     if mode & 0o170000 not in (0, 0o100000):
-        raise CheckpointError("The archive holds something that is no plain file", where=where, found=member.filename)
+        raise CheckpointError(
+            "The archive holds something other than a regular file", where=where, found=member.filename
+        )
     if member.flag_bits & 0x1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise CheckpointError(
-            "The archive is encrypted or packed in an unknown way", where=where, found=member.filename
+            "The archive is encrypted or uses an unknown compression", where=where, found=member.filename
         )
-    if member.file_size > MOST_RATIO * member.compress_size + (1 << 20):
+    if member.file_size > MAX_RATIO * member.compress_size + (1 << 20):
         raise CheckpointError(
-            "The archive holds a file that is packed too far to be weights",
+            "The archive holds a file with too high a compression ratio to be weights",
             where=where,
-            expected=f"at most {MOST_RATIO} to 1",
-            found=f"{member.filename}: {member.file_size} bytes packed to {member.compress_size}",
+            expected=f"at most {MAX_RATIO} to 1",
+            found=f"{member.filename}: {member.file_size} bytes compressed to {member.compress_size}",
             remedy="Do not trust this archive; ask its source for one made with rfmed_export_model",
         )
-    if member.filename.endswith(".json") and member.file_size > MOST_JSON_BYTES:
+    if member.filename.endswith(".json") and member.file_size > MAX_JSON_BYTES:
         raise CheckpointError("The archive holds a JSON file that is too large", where=where, found=member.filename)
 
 
 def _checked_name(name: str, *, where: Path) -> None:
     if not MEMBER.fullmatch(name) or ".." in name:
         raise CheckpointError(
-            "The archive holds a file that may not be in a model archive",
+            "The archive holds a file that is not allowed in a model archive",
             where=where,
             expected="relative names of .safetensors and .json files, such as fold_0/checkpoint_final.safetensors",
             found=repr(name),
@@ -211,7 +213,7 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 
 def _copy(archive: zipfile.ZipFile, file: ArchivedFile, target: Path) -> tuple[str, int]:
-    """Unpack one member, never more than a byte beyond what the manifest says."""
+    """Unpack one member, writing at most one byte more than the manifest says."""
     digest, size = hashlib.sha256(), 0
     with archive.open(file.name) as source, target.open("xb") as out:
         while size <= file.bytes and (block := source.read(min(_BLOCK, file.bytes - size + 1))):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and records in them."""
+"""Atomic file writes, and reading and writing of records as JSON."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from rfmedsam2.records.base import Record
 logger = logging.getLogger(__name__)
 R = TypeVar("R", bound=Record)
 PARTIAL = ".partial-"
-"""What the name of a file begins with while it is being written."""
+"""Prefix of a file's name while it is being written."""
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it replaces `path`, on any error nothing is left.
+    """Yield a temporary path beside `path`; on success it replaces `path`, on an error it is removed.
 
-    The temporary name keeps all suffixes of `path`, so that writers which choose a format by suffix work.
+    The temporary name keeps all suffixes of `path`, so that writers that choose the format by suffix still work.
 
     Raises:
         StoreError: the folder cannot be written or the disk is full.
@@ -51,7 +51,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write `path` into sentences."""
+    """Turn operating system errors while writing `path` into a `StoreError` with a remedy."""
     try:
         yield
     except OSError as error:
@@ -63,11 +63,17 @@ def writing_to(path: Path) -> Iterator[None]:
             errno.EACCES: ("The folder cannot be written", "Choose another place or ask for write permission"),
             errno.EPERM: ("The folder cannot be written", "Choose another place or ask for write permission"),
             errno.EROFS: ("The file system is read-only", "Choose another place"),
-            errno.EEXIST: ("A file stands where a folder is needed", "Move that file or choose another place"),
-            errno.ENOTDIR: ("A file stands where a folder is needed", "Move that file or choose another place"),
+            errno.EEXIST: (
+                "Expected a folder, but a file exists at this path",
+                "Move that file or choose another place",
+            ),
+            errno.ENOTDIR: (
+                "Expected a folder, but a file exists at this path",
+                "Move that file or choose another place",
+            ),
         }
         if error.errno is None:
-            raise  # a library's own error about what it reads
+            raise  # raised by a library about the content that it reads
         else_ = (f"The file cannot be written ({error.strerror})", "Choose another place")
         what, remedy = remedies.get(error.errno, else_)
         raise StoreError(what, where=path, remedy=remedy) from error
@@ -85,10 +91,10 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def read_record(path: Path, kind: type[R]) -> R:
-    """Read a record; all faults are reported at once.
+    """Read a record; all faulty fields are reported at once.
 
     Raises:
-        RecordError: the file is missing, not JSON, or not such a record.
+        RecordError: the file is missing, is not JSON, or does not hold a record of this kind.
     """
     try:
         text = path.read_bytes()
@@ -101,12 +107,14 @@ def read_record(path: Path, kind: type[R]) -> R:
 
 
 def backup_folder(folder: Path) -> Path | None:
-    """Rename a folder of results so that a new one can take its place; gives the new name, None if there is none."""
+    """Rename a folder of results to make room for a new one; returns its new path, None if there was no folder."""
     if not folder.exists():
         return None
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")  # one second sees two begin anew
+    stamp = datetime.now(timezone.utc).strftime(
+        "%Y%m%d-%H%M%S-%f"
+    )  # microseconds: two runs may restart within one second
     target = folder.with_name(f"before-{stamp}-{folder.name}")
     with writing_to(folder.parent):
         folder.rename(target)
-    logger.warning("What was in %s is now in %s", folder, target)
+    logger.warning("Moved the previous contents of %s to %s", folder, target)
     return target

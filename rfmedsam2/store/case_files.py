@@ -1,6 +1,6 @@
-"""Which files make a case: nnU-Net's channel suffixes, files without them, DICOM folders; faults of the layout.
+"""Grouping image files into cases: nnU-Net's channel suffixes, files without them, DICOM folders; layout faults.
 
-CASE_0000.nii.gz, CASE_0001.nii.gz ... are the channels of CASE. A file without suffix is a case of its own, with one
+CASE_0000.nii.gz, CASE_0001.nii.gz ... are the channels of CASE. A file without a suffix is a case on its own, with one
 channel or with all of them inside.
 """
 
@@ -47,10 +47,10 @@ _SUFFIXED = re.compile(r"(.+)_(\d{4})")
 
 
 class Fault(Record):
-    """One thing that is wrong with a dataset."""
+    """One problem of a dataset."""
 
     case: str
-    """Case id, or "" for the dataset as a whole."""
+    """Case id, "" for the dataset as a whole."""
     file: str
     kind: FaultKind
     severity: Literal["error", "warning"]
@@ -66,7 +66,7 @@ class Case:
         id: name without channel suffix and ending.
         images: image files or DICOM folders.
         label: label file; None for cases to predict.
-        group: patient (or any group) that stays on one side of a split.
+        group: patient (or any other group) whose cases must not be split between training and validation.
     """
 
     id: str
@@ -76,7 +76,7 @@ class Case:
 
 
 def list_images(folder: Path, ending: str | None) -> list[Path]:
-    """Files of a folder with this ending (None: any image ending), and folders that hold a DICOM series, sorted."""
+    """Image files of a folder with this ending (None: any image ending), and its DICOM series folders, sorted."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name.startswith("."):
@@ -90,7 +90,7 @@ def list_images(folder: Path, ending: str | None) -> list[Path]:
 
 
 def file_stem(path: Path, ending: str | None) -> str:
-    """The name without its ending; a folder's whole name."""
+    """File name without its ending; the whole name of a folder."""
     if path.is_dir():
         return path.name
     written = ending if ending and path.name.endswith(ending) else image_ending(path)
@@ -100,11 +100,11 @@ def file_stem(path: Path, ending: str | None) -> str:
 def grouped(
     paths: Iterable[Path], *, channels: int, ending: str | None, known_ids: Collection[str] = ()
 ) -> dict[str, dict[int | None, list[Path]]]:
-    """Case id -> channel number (None: a file without suffix) -> files; more than one file is a duplicate.
+    """Group files: case id -> channel number (None: no suffix) -> files; more than one file is a duplicate.
 
-    A number counts as a channel suffix unless that cannot be: the whole name is the id of a label, or numbers go
-    beyond the channels and no label has the name before the number. But where several names have the same numbers from
-    0 on, these are channels, and too many.
+    A number counts as a channel suffix, with two exceptions: the whole name is the id of a label, or numbers exceed the
+    channels and no label has the name without the number. If several names have the same numbers from 0 on, however,
+    the numbers are channels, and there are too many of them.
     """
     by_stem: dict[str, list[Path]] = {}
     for path in paths:
@@ -125,7 +125,7 @@ def grouped(
 
 
 def _same_channels(numbers: Sequence[set[int]]) -> bool:
-    """Whether several names have the numbers 0, 1, ... alike, which ids of cases hardly do."""
+    """Whether several names share the numbers 0, 1, ..., which is unlikely for case ids."""
     first = numbers[0] if numbers else set()
     return len(numbers) > 1 and first == set(range(len(first))) and all(other == first for other in numbers)
 
@@ -139,7 +139,7 @@ def _is_channel(stem: str, prefix: str, numbers: set[int], channels: int, known_
 def case_of(
     case: str, files: Mapping[int | None, Sequence[Path]], *, channels: Sequence[str]
 ) -> tuple[tuple[Path, ...], list[Fault]]:
-    """Image files of one case in channel order, and what is wrong with them by name alone."""
+    """Image files of one case in channel order, and problems that can be seen from their names."""
     faults = []
     every = [path for paths in files.values() for path in paths]
     if (None in files and len(every) > 1) or any(len(paths) > 1 for paths in files.values()):
@@ -185,7 +185,7 @@ def case_of(
 
 
 def case_insensitive_duplicates(ids: Iterable[str]) -> list[Fault]:
-    """Ids that differ only in letter case: one and the same on many file systems."""
+    """Faults for ids that differ only in letter case: they collide on case-insensitive file systems."""
     by_lower: dict[str, list[str]] = {}
     for case in ids:
         by_lower.setdefault(case.lower(), []).append(case)
@@ -204,9 +204,9 @@ def case_insensitive_duplicates(ids: Iterable[str]) -> list[Fault]:
 
 
 def describe_contents(folder: Path) -> str:
-    """A phrase for error messages: how many files of which endings a folder holds, with an example."""
+    """Phrase for error messages: number of files by ending in a folder, with an example."""
     if not folder.is_dir():
-        return "no such folder"
+        return "a folder that does not exist"
     entries = [p for p in folder.iterdir() if not p.name.startswith(".")]
     files = [p for p in entries if not p.is_dir()]
     folders = [p for p in entries if p.is_dir()]
@@ -219,7 +219,7 @@ def describe_contents(folder: Path) -> str:
 
 
 def closest_name(name: str, folder: Path) -> str | None:
-    """The entry of a folder whose name is closest to `name`, None when none is near."""
+    """The entry of a folder whose name is most similar to `name`, None if none is similar enough."""
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.6)
     return next((n for n in names if close and n.lower() == close[0]), None)

@@ -1,7 +1,7 @@
-"""The header of a checkpoint file, read without torch: what the file says about itself.
+"""Reading the header of a checkpoint file without torch: record, training state and digests.
 
 A checkpoint is one safetensors file (8 bytes of header length, a JSON header, tensor bytes). Nothing in it can
-execute. Its metadata hold our record, the training state, the digest of all that is not weights, and the record's own.
+execute. Its metadata hold the record, the training state, and digests of the record and of everything but the weights.
 """
 
 from __future__ import annotations
@@ -23,36 +23,40 @@ MAX_HEADER_BYTES = 100_000_000
 METADATA = {"format", "record", "record_sha256", "state", "rest_sha256"}
 REMEDY = "Use a checkpoint (.safetensors) that rfmed_train wrote, or import a model archive with rfmed_import_model"
 DISGUISES = (
-    (b"PK\x03\x04", "a zip archive, as torch.save writes (.pth, .pt): these can execute code and are never opened"),
-    (b"\x80", "a Python pickle: these can execute code and are never opened"),
+    (
+        b"PK\x03\x04",
+        "a zip archive, as torch.save writes (.pth, .pt): such files can execute code and are never opened",
+    ),
+    (b"\x80", "a Python pickle: such files can execute code and are never opened"),
     (b"\x1f\x8b", "a gzip file"),
     (b"\x89HDF", "an HDF5 file"),
-    (b"version https://git-lfs", "a git-lfs pointer: the file itself was not downloaded"),
-    (b"<", "an HTML or XML page: probably an error page of the download"),
+    (b"version https://git-lfs", "a git-lfs pointer, the file itself was not downloaded"),
+    (b"<", "an HTML or XML page, probably an error page of the download"),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointHeader(Generic[RecordT]):
-    """What stands before the tensor bytes."""
+    """The checkpoint's header, which precedes the tensor bytes."""
 
     record: RecordT
     state: dict[str, Any]
     rest_sha256: str
-    """Over the state and every tensor that is not a weight."""
+    """Digest of the state and of every tensor that is not a weight."""
     tensors: tuple[str, ...]
-    """Names, each with its group: model/..., optimizer/..., random/..."""
+    """Tensor names with their group: model/..., optimizer/..., random/..."""
 
 
 def read_header(path: Path, kind: type[RecordT]) -> CheckpointHeader[RecordT]:
-    """Read and check the header; the file's length must be what the header says, tensor bytes are not read.
+    """Read and check the header and that the file's length matches it; tensor bytes are not read.
 
     Args:
         path: the checkpoint.
-        kind: of its record: what was trained.
+        kind: class of its record, by what was trained.
 
     Raises:
-        CheckpointError: missing, truncated, foreign, a pickle or zip under a false name, or of an unknown format.
+        CheckpointError: the file is missing, truncated, not one of ours (also a renamed pickle or zip), or of an
+            unknown format.
     """
     header = _json_header(path)
     metadata = header.pop("__metadata__", None)
@@ -62,14 +66,14 @@ def read_header(path: Path, kind: type[RecordT]) -> CheckpointHeader[RecordT]:
             "This safetensors file is not a checkpoint of this package",
             where=path,
             expected="a header with record and state",
-            found=f"{len(header)} tensors without them",
+            found=f"{len(header)} tensors without record and state",
             remedy=REMEDY,
         )
-    # the first files had no digest of the record
+    # files written by the first version have no digest of the record
     digest = metadata.get("record_sha256", None)
     if not metadata.keys() <= METADATA or (digest is not None and digest != record_sha256(metadata["record"])):
         raise CheckpointError(
-            "The record in this checkpoint does not match its digest: the file was damaged or changed",
+            "The record in this checkpoint does not match its digest: the file was damaged or modified",
             where=path,
             remedy="Copy it again, or use another checkpoint of the same folder",
         )
@@ -86,21 +90,21 @@ def read_header(path: Path, kind: type[RecordT]) -> CheckpointHeader[RecordT]:
 
 
 def record_sha256(text: str) -> str:
-    """Digest of a record as it stands in the header."""
+    """Digest of a record's text in the header."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_record_of(path: Path) -> CheckpointRecord:
-    """Read the record of a checkpoint of volumes, from its header alone (milliseconds, no torch).
+    """Read the record of a volume model's checkpoint from its header (milliseconds, no torch).
 
     Raises:
-        CheckpointError: as `read_header`.
+        CheckpointError: as in `read_header`.
     """
     return read_header(path, CheckpointRecord).record
 
 
 def _json_header(path: Path) -> dict[str, Any]:
-    """Read the JSON header as a dict; checks the prefix, the JSON and the file's length."""
+    """Read the JSON header; checks the prefix, the JSON and the file's length."""
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -115,7 +119,7 @@ def _json_header(path: Path) -> dict[str, Any]:
             text = stream.read(length)
     except FileNotFoundError:
         raise CheckpointError(
-            "There is no such checkpoint", where=path, remedy="Train first, or check the path"
+            "The checkpoint does not exist", where=path, remedy="Train first, or check the path"
         ) from None
     except OSError as error:
         raise CheckpointError(f"The checkpoint cannot be read ({error.strerror})", where=path) from error
@@ -134,7 +138,7 @@ def _json_header(path: Path) -> dict[str, Any]:
 
 def _truncated(path: Path, expected: str, size: int) -> CheckpointError:
     return CheckpointError(
-        "The checkpoint is truncated or was changed",
+        "The checkpoint is truncated or was modified",
         where=path,
         expected=expected,
         found=f"{size} bytes",

@@ -1,7 +1,7 @@
-"""Checkpoint files: weights with their record and, while training, optimizer and random state.
+"""Checkpoint files: weights and their record and, to resume training, optimizer and RNG state.
 
 One safetensors file each: tensors "model/NAME", "optimizer/...", "random/..."; metadata "record" (a TrainedRecord),
-"state" (plain JSON) and digests of both. Nothing is unpickled, everything is checked against digests when read.
+"state" (plain JSON) and digests of both. Nothing is unpickled; digests are checked when reading.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""The format's names; the order is that of the bytes in the file, so that every tensor starts aligned."""
+"""Safetensors' dtype names, in the order of the bytes in the file, so that every tensor starts aligned."""
 
 
 def write_checkpoint(
     path: Path, record: RecordT, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
 ) -> RecordT:
-    """Write a checkpoint whole or not at all, on disk when this returns.
+    """Write a checkpoint atomically; it is on disk (fsync) when this returns.
 
-    Tensors may lie on any device, share memory or be strided; one at a time is copied to the CPU.
+    Tensors may be on any device, share memory or be strided; they are copied to the CPU one at a time.
 
     Args:
         path: the file, .safetensors.
-        record: `weights_sha256` is filled in here.
-        tensors: names with group, "model/encoder.weight".
-        state: what JSON can hold.
+        record: the record; `weights_sha256` is filled in here.
+        tensors: tensors by name with group, such as "model/encoder.weight".
+        state: training state; any value that JSON can hold.
 
     Returns:
         The record as written.
 
     Raises:
-        CheckpointError: a tensor of a kind that the format does not know.
+        CheckpointError: a tensor's dtype is not supported by the format.
         StoreError: the folder cannot be written, the disk is full.
     """
     weights = {name.removeprefix(MODEL): t for name, t in tensors.items() if name.startswith(MODEL)}
@@ -86,10 +86,10 @@ def write_checkpoint(
 
 
 def read_weights(path: Path, kind: type[TrainedRecord] = CheckpointRecord) -> dict[str, torch.Tensor]:
-    """Read the model's tensors by their state-dict names, to the CPU; nothing else is read.
+    """Read the model's tensors by their state-dict names, onto the CPU; nothing else is read.
 
     Raises:
-        CheckpointError: see `read_header`; or the weights are not those that the record names.
+        CheckpointError: as in `read_header`, and if the weights do not match the record's digest.
     """
     return _read_weights(path, read_header(path, kind))
 
@@ -101,10 +101,10 @@ def read_all(path: Path, kind: type[RecordT]) -> tuple[RecordT, dict[str, torch.
 def read_all(
     path: Path, kind: type[TrainedRecord] = CheckpointRecord
 ) -> tuple[TrainedRecord, dict[str, torch.Tensor], dict[str, Any]]:
-    """Record of a kind, all tensors (names with their group) and state, all checked.
+    """Read the record, all tensors (names with their group) and the state; all digests are checked.
 
     Raises:
-        CheckpointError: as `read_weights`, and for optimizer or random state that was changed.
+        CheckpointError: as in `read_weights`, and if optimizer or RNG state do not match their digest.
     """
     header = read_header(path, kind)
     tensors = {MODEL + name: tensor for name, tensor in _read_weights(path, header).items()}
@@ -115,7 +115,7 @@ def read_all(
 
 
 def weights_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, kinds, shapes and bytes: the identity of a model, whatever device it is on."""
+    """SHA-256 of names, dtypes, shapes and bytes: the identity of a model, independent of its device."""
     return _sha256("", state_dict)
 
 
@@ -137,7 +137,7 @@ def _read_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
 
 def _changed(path: Path, part: str) -> CheckpointError:
     return CheckpointError(
-        f"The {part} in this checkpoint do not match its digest: the file was damaged or changed",
+        f"The {part} in this checkpoint did not match the stored digest: the file was damaged or modified",
         where=path,
         remedy="Copy it again, or use another checkpoint of the same folder",
     )
@@ -169,6 +169,6 @@ def _dtype(name: str, tensor: object) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """Give the tensor's bytes in row-major order; a view where it lies contiguous on the CPU."""
+    """The tensor's bytes in row-major order; a view if it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

@@ -1,7 +1,7 @@
-"""Image and label files of every format: one read gives voxels and header, one write restores the geometry.
+"""Reading images and writing label maps in every supported format, with the geometry preserved.
 
-NIfTI (.nii, .nii.gz), NRRD, MHA, MHD, MGZ, pictures and DICOM series folders. Arrays are (C,Z,Y,X); integer types stay
-as they are, everything else is float32. Spacings and arrays equal those of nnU-Net's SimpleITKIO.
+Formats: NIfTI (.nii, .nii.gz), NRRD, MHA, MHD, MGZ, PNG, BMP, TIFF and DICOM series folders. Arrays are (C,Z,Y,X);
+integer types stay as they are, everything else is float32. Spacings and arrays equal those of nnU-Net's SimpleITKIO.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rfmedsam2.store.formats.image_header import (
     parsing,
     unchanged,
 )
-from rfmedsam2.store.formats.itk import PICTURE_ENDINGS, read_itk, read_itk_header, write_itk_label, write_mhd_label
+from rfmedsam2.store.formats.itk import RASTER_ENDINGS, read_itk, read_itk_header, write_itk_label, write_mhd_label
 from rfmedsam2.store.formats.mgz import read_mgz, read_mgz_header, write_mgz_label
 from rfmedsam2.store.formats.nifti import read_nifti, read_nifti_header, write_nifti_label
 from rfmedsam2.volume import Volume
@@ -29,20 +29,20 @@ from rfmedsam2.volume import Volume
 _NIFTI = (".nii.gz", ".nii")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _MGZ = (".mgz", ".mgh")
-IMAGE_ENDINGS = (*_NIFTI, *_ITK, *_MGZ, *PICTURE_ENDINGS, ".dcm")
-"""Endings of files that can be read; a folder of DICOM files is read too, whatever they are called."""
+IMAGE_ENDINGS = (*_NIFTI, *_ITK, *_MGZ, *RASTER_ENDINGS, ".dcm")
+"""Endings of files that can be read; folders of DICOM files are read whatever the files are called."""
 
-_INTEGER_TOLERANCE = 1e-3  # labels that went through a scaled float file
+_INTEGER_TOLERANCE = 1e-3  # for labels that were stored as scaled floats
 
 
 def image_ending(path: Path) -> str | None:
-    """The image ending of a file name as it is written there, None for other files."""
+    """The image ending of a file name, with its letter case; None for other files."""
     lower = path.name.lower()
     return next((path.name[-len(e) :] for e in IMAGE_ENDINGS if lower.endswith(e)), None)
 
 
 def read_header(path: Path) -> ImageHeader:
-    """What an image file or DICOM folder says about itself; no voxels are read.
+    """Read the header of an image file or DICOM folder; no voxels are read.
 
     Raises:
         ImageError: missing, unreadable or of an unknown format.
@@ -58,11 +58,12 @@ def read_header(path: Path) -> ImageHeader:
 
 
 def read_image(path: Path) -> tuple[Volume, ImageHeader]:
-    """The volume (C,Z,Y,X) and header of one file of any format, or of a folder with one DICOM series.
+    """Read the volume (C,Z,Y,X) and header of one file of any format, or of a folder with one DICOM series.
 
     Raises:
         ImageError: missing, unreadable, of an unknown format.
-        TruncatedImageError, ChangedWhileReadingError: kinds of ImageError.
+        TruncatedImageError: an `ImageError`; the file ends early or its compressed data are damaged.
+        ChangedWhileReadingError: an `ImageError`; another program wrote to the file.
         GeometryError: impossible spacing or direction, missing slices, tilted gantry.
     """
     ending = _known_ending(path)
@@ -79,9 +80,9 @@ def read_image(path: Path) -> tuple[Volume, ImageHeader]:
 
 
 def read_channels(paths: Sequence[Path]) -> tuple[Volume, ImageHeader]:
-    """All channels of a case, from one file each or from one file with several; the header is the first file's.
+    """Read all channels of a case, from one file per channel or one file with all; the header is the first file's.
 
-    Origins and directions may differ by less than half a voxel at the corners (the first file's hold).
+    Origins and directions may differ by less than half a voxel at the corners; the first file's are used.
 
     Raises:
         ImageError: a file cannot be read.
@@ -100,7 +101,7 @@ def read_channels(paths: Sequence[Path]) -> tuple[Volume, ImageHeader]:
         differ = disagreement(grid, volume.grid)
         if differ is not None and not differ[1]:
             raise GeometryError(
-                "The channels of a case do not lie on one grid",
+                "The channels of a case are not on the same grid",
                 where=path,
                 expected=f"the grid of {paths[0].name}",
                 found=differ[0],
@@ -111,16 +112,16 @@ def read_channels(paths: Sequence[Path]) -> tuple[Volume, ImageHeader]:
 
 
 def with_channel(stack: np.ndarray | None, array: np.ndarray, *, index: int, count: int, where: object) -> np.ndarray:
-    """The stack (count,Z,Y,X) with `array` (1,Z,Y,X) as channel `index`; made at the first call.
+    """Write `array` (1,Z,Y,X) into channel `index` of the stack (count,Z,Y,X), which the first call allocates.
 
-    Only one channel exists twice at a time. Types that differ become their common one, float32 at most.
+    Only one channel is in memory twice at a time. Different dtypes are promoted to a common one, float32 at most.
 
     Raises:
         ImageError: the array has several channels.
     """
     if array.shape[0] != 1:
         raise ImageError(
-            "A file of a case with one file for each channel has several channels",
+            "A file has several channels, but its case has one file for each channel",
             where=where,
             expected=1,
             found=array.shape[0],
@@ -135,10 +136,10 @@ def with_channel(stack: np.ndarray | None, array: np.ndarray, *, index: int, cou
 
 
 def read_label(path: Path) -> tuple[Volume, ImageHeader]:
-    """A label map (1,Z,Y,X) in the smallest unsigned integer type that holds its values.
+    """Read a label map (1,Z,Y,X) into the smallest unsigned integer type that holds its values.
 
     Raises:
-        ImageError: several channels, values that are not whole, negative or above 65535.
+        ImageError: several channels, or values that are fractional, negative or above 65535.
     """
     volume, header = read_image(path)
     if volume.array.shape[0] != 1:
@@ -147,16 +148,16 @@ def read_label(path: Path) -> tuple[Volume, ImageHeader]:
 
 
 def as_labels(array: np.ndarray, *, where: object) -> np.ndarray:
-    """The array in the smallest of uint8 and uint16 that holds its values.
+    """Convert an array to uint8, or to uint16 if its values need it.
 
     Raises:
-        NotLabelsError: not whole numbers from 0 to 65535.
+        NotLabelsError: values that are not whole numbers from 0 to 65535.
     """
     with np.errstate(invalid="ignore"):
         low, high = array.min(), array.max()
     if not (np.isfinite(low) and np.isfinite(high) and low > -0.5 and high <= np.iinfo(np.uint16).max):
         raise NotLabelsError(
-            "A label map holds values that are no labels",
+            "A label map holds values outside the range of labels",
             where=where,
             expected="whole numbers from 0 to 65535",
             found=f"values from {low} to {high}",
@@ -169,7 +170,7 @@ def as_labels(array: np.ndarray, *, where: object) -> np.ndarray:
     away = np.abs(array - labels)
     if away.max() > _INTEGER_TOLERANCE:
         raise NotLabelsError(
-            "A label map holds values that are not whole",
+            "A label map holds fractional values",
             where=where,
             expected="integers",
             found=f"{int((away > _INTEGER_TOLERANCE).sum())} such voxels, for instance {array.flat[away.argmax()]:.6g}",
@@ -179,20 +180,20 @@ def as_labels(array: np.ndarray, *, where: object) -> np.ndarray:
 
 
 def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
-    """Write a label map (Z,Y,X) with exactly the geometry of `header`, whole or not at all; format by ending.
+    """Write a label map (Z,Y,X) with exactly the geometry of `header`, atomically; the ending selects the format.
 
     uint8, or uint16 for values above 255; no scaling. A NIfTI source keeps its affine, qform and sform with codes,
     pixdim and units; a DICOM source gives the series' geometry.
 
     Raises:
-        GeometryError: the shape is not the header's.
-        UsageError: an ending that cannot be written.
+        GeometryError: the shape differs from the header's.
+        UsageError: the ending is not that of a writable format.
         StoreError: the folder cannot be written, the disk is full.
     """
     ending = (image_ending(path) or "").lower()
     if labels_zyx.shape != header.grid.shape_zyx:
         raise GeometryError(
-            "The labels do not fit their image",
+            "The shape of the labels differs from their image's",
             where=path,
             expected=f"{header.grid.shape_zyx} (z, y, x)",
             found=labels_zyx.shape,
@@ -205,7 +206,7 @@ def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None
         return
     write = {
         **dict.fromkeys(_NIFTI, write_nifti_label),
-        **dict.fromkeys((".nrrd", ".mha", *PICTURE_ENDINGS), write_itk_label),
+        **dict.fromkeys((".nrrd", ".mha", *RASTER_ENDINGS), write_itk_label),
         **dict.fromkeys(_MGZ, write_mgz_label),
     }.get(ending)
     if write is None:
@@ -219,9 +220,9 @@ def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None
 
 
 def _known_ending(path: Path) -> str:
-    """The format's ending in lower case, ".dcm" for all DICOM."""
+    """The ending that selects the format, in lower case; ".dcm" for all DICOM."""
     if not path.exists():
-        raise ImageError("There is no such file", where=path)
+        raise ImageError("The image file does not exist", where=path)
     ending = image_ending(path) if path.is_file() else None
     if path.is_dir() or ending == ".dcm" or (ending is None and is_dicom_file(path)):
         return ".dcm"

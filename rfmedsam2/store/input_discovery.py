@@ -1,4 +1,4 @@
-"""What to predict: a folder, a file, a list of files, a DICOM series, told apart by looking."""
+"""Finding the cases to predict in a folder, an image file, a DICOM series or a list of files."""
 
 from __future__ import annotations
 
@@ -25,29 +25,31 @@ _LISTS = (".csv", ".json", ".txt")
 
 
 def find_cases(source: Path | Sequence[Path], *, channels: int, file_ending: str | None) -> tuple[Case, ...]:
-    """The cases to predict, sorted by id.
+    """Find the cases to predict, sorted by id.
 
     Args:
         source: a folder of images (with or without _0000, or of DICOM folders), a DICOM series folder, one image file
-            (its other channels are looked for beside it), a .csv, .json or .txt list, or a sequence of paths.
-        channels: number of channels that the model takes.
-        file_ending: ending of image files in a folder, any format where none has it or for None.
+            (its other channels are expected beside it), a .csv, .json or .txt list, or a sequence of paths.
+        channels: number of input channels of the model.
+        file_ending: ending of image files in a folder; any readable format if None or if no file has this ending.
 
     Raises:
-        DatasetError: nothing was found (says what was expected, what is there), channels are missing, ids clash.
-        UsageError: the source does not exist or is a file of unknown kind.
+        DatasetError: no case was found (says what was expected and found), channels are missing, or ids collide.
+        UsageError: the source does not exist or its format is unknown.
     """
     if not isinstance(source, Path):
-        return _cases([Path(p) for p in source], channels, None, where="the list given")
+        return _cases([Path(p) for p in source], channels, None, where="the list of paths")
     if not source.exists():
-        raise UsageError("There is no such input", where=source, expected="a folder, an image file or a list of files")
+        raise UsageError(
+            "The input does not exist", where=source, expected="a folder, an image file or a list of files"
+        )
     if source.is_dir():
         return _in_folder(source, channels, file_ending)
     if source.suffix.lower() in _LISTS:
         return _in_list(source, channels)
     if image_ending(source) is None and not is_dicom_file(source):
         raise UsageError(
-            "The input is no image and no list",
+            "The input is neither an image nor a list",
             where=source,
             expected=f"{' '.join(IMAGE_ENDINGS)}, DICOM, or a list in {' '.join(_LISTS)}",
         )
@@ -60,13 +62,13 @@ def _in_folder(folder: Path, channels: int, ending: str | None) -> tuple[Case, .
     if only_slices and is_dicom_folder(folder):
         return (Case(id=folder.resolve().name, images=(folder,)),)
     if not entries and (others := list_images(folder, None)):
-        # no file of the model's own format: any that can be read will do
+        # no file of the model's own format: accept any readable format
         return _cases(others, channels, None, where=folder)
     if not entries:
         remedy = "Check the folder; images/ of a dataset are in imagesTr or imagesTs below it"
         below = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and list_images(p, ending)]
         if below:
-            remedy = f"Give the folder below that holds images: {', '.join(below[:4])}"
+            remedy = f"Name the subfolder that holds the images: {', '.join(below[:4])}"
         name = f"CASE_0000{ending or '.nii.gz'}"
         raise DatasetError(
             "There are 0 cases to predict",
@@ -83,7 +85,7 @@ def _cases(paths: Sequence[Path], channels: int, ending: str | None, *, where: o
     lost = [str(p) for p in paths if not p.exists()]
     if lost or not paths:
         raise DatasetError(
-            f"{len(lost)} input file(s) are not there" if lost else "There are 0 cases to predict",
+            f"{len(lost)} input file(s) do not exist" if lost else "There are 0 cases to predict",
             where=where,
             found=", ".join(lost[:10]) if lost else "an empty list",
             remedy="Correct the paths" if lost else "Name at least one image",
@@ -94,11 +96,11 @@ def _cases(paths: Sequence[Path], channels: int, ending: str | None, *, where: o
         images, found = case_of(case, files, channels=names)
         cases.append(Case(id=case, images=images))
         faults += found
-    _require_sound([*faults, *case_insensitive_duplicates(c.id for c in cases)], where)
+    _require_usable([*faults, *case_insensitive_duplicates(c.id for c in cases)], where)
     return tuple(cases)
 
 
-def _require_sound(faults: Sequence, where: object) -> None:
+def _require_usable(faults: Sequence, where: object) -> None:
     if faults:
         shown = "; ".join(f"{f.case}: {f.message}" for f in faults[:20])
         raise DatasetError(
@@ -110,7 +112,7 @@ def _require_sound(faults: Sequence, where: object) -> None:
 
 
 def _with_siblings(path: Path, channels: int) -> list[Path]:
-    """The other channels of a single file CASE_0000, where the model takes several."""
+    """A single file CASE_0000 with the other channels beside it, for models with several channels."""
     ending = image_ending(path) or ""
     stem = file_stem(path, ending)
     if channels == 1 or len(stem) < 6 or stem[-5] != "_" or not stem[-4:].isdigit():
@@ -120,15 +122,15 @@ def _with_siblings(path: Path, channels: int) -> list[Path]:
 
 
 def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
-    """Cases of a list file; relative paths start at the file's folder."""
+    """Cases of a list file; paths are relative to the file's folder."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         named, plain = _LIST_READERS[path.suffix.lower()](text)
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, TypeError, ValueError, AttributeError) as error:
         raise DatasetError(
-            "The list of inputs cannot be understood",
+            "The list of inputs cannot be parsed",
             where=path,
-            expected="a path a line (.txt), columns id, image, image ... (.csv), or paths by case id (.json)",
+            expected="one path per line (.txt), columns id, image, image ... (.csv), or paths by case id (.json)",
             found=error,
         ) from None
     folder = path.parent
@@ -136,12 +138,10 @@ def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
     for case, images in named.items():
         files = tuple(folder / p for p in images)
         if lost := [str(p) for p in files if not p.exists()]:
-            raise DatasetError(
-                "Input files are not there", where=path, found=", ".join(lost), remedy="Correct the list"
-            )
+            raise DatasetError("Input files do not exist", where=path, found=", ".join(lost), remedy="Correct the list")
         if len(files) not in (1, channels):
             raise DatasetError(
-                f"Case {case} has another number of images than the model takes",
+                f"The number of images of case {case} differs from the model's channels",
                 where=path,
                 expected=f"{channels} file(s), or one with all channels",
                 found=len(files),
@@ -149,7 +149,7 @@ def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
         cases.append(Case(id=case, images=files))
     if not cases:
         raise DatasetError("There are 0 cases to predict", where=path, found="an empty list")
-    _require_sound(case_insensitive_duplicates(c.id for c in cases), path)
+    _require_usable(case_insensitive_duplicates(c.id for c in cases), path)
     return tuple(sorted(cases, key=lambda c: c.id))
 
 
@@ -168,12 +168,12 @@ def _json_list(text: str) -> _Listed:
         data = {entry["id"]: entry["images"] for entry in data}
     named = {str(case): [files] if isinstance(files, str) else list(files) for case, files in data.items()}
     if not all(isinstance(p, str) for files in named.values() for p in files):
-        raise ValueError("a path is not a text")
+        raise ValueError("a path is not a string")
     return named, []
 
 
 def _csv_list(text: str) -> _Listed:
-    """Rows "id, image, image ..." with or without a heading; rows of one column are paths."""
+    """Rows "id, image, image ..." with or without a header row; rows of one column are paths."""
     rows = [[cell.strip() for cell in row if cell.strip()] for row in csv.reader(io.StringIO(text))]
     rows = [row for row in rows if row]
     if rows and not any(image_ending(Path(cell)) or "/" in cell for cell in rows[0]):
@@ -183,7 +183,7 @@ def _csv_list(text: str) -> _Listed:
     for row in rows:
         if len(row) > 1:
             if row[0] in named:
-                raise ValueError(f"the id {row[0]} stands twice")
+                raise ValueError(f"the id {row[0]} occurs twice")
             named[row[0]] = row[1:]
     return named, plain
 

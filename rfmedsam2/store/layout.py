@@ -1,4 +1,4 @@
-"""Where things lie: root / raw | preprocessed | results, and the folders below them.
+"""Folder layout: root / raw | preprocessed | results, and the folders and files below them.
 
 root/raw/Dataset004_Hippocampus/                        nnU-Net's raw layout
 root/preprocessed/Dataset004_Hippocampus/
@@ -21,7 +21,7 @@ DATASET_FOLDER = re.compile(r"Dataset(\d{3,})_(.+)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The three folders that all commands share."""
+    """The three folders that all commands work in."""
 
     raw: Path
     preprocessed: Path
@@ -29,16 +29,16 @@ class Layout:
 
     @classmethod
     def under(cls, root: Path) -> Layout:
-        """raw, preprocessed and results below one root."""
+        """The layout with raw, preprocessed and results below one root."""
         return cls(raw=root / "raw", preprocessed=root / "preprocessed", results=root / "results")
 
     def dataset_name(self, wanted: str) -> str:
         """The folder name (Dataset004_Hippocampus) for an id ("4"), a short name ("Hippocampus") or the full name.
 
-        Looked up in raw, preprocessed and results, in this order of authority.
+        Looked up in raw, then preprocessed, then results.
 
         Raises:
-            UsageError: none or several fit; lists what there is.
+            UsageError: no dataset or several match; lists the known ones.
         """
         known = self.known_datasets()
         exact = [name for name in known if name == wanted]
@@ -46,12 +46,12 @@ class Layout:
         if len(fits) == 1:
             return fits[0]
         raise UsageError(
-            "Several datasets fit" if fits else "No such dataset",
+            "Several datasets match this name" if fits else "The dataset does not exist",
             where=wanted,
             expected=f"one of {', '.join(known)}" if known else None,
-            found=", ".join(fits) or (None if known else f"no dataset at all in {self.raw}"),
-            remedy=_near(wanted, known)
-            or f"Datasets are folders like Dataset217_BTCV in {self.raw}; another place is chosen with --root",
+            found=", ".join(fits) or (None if known else f"no datasets in {self.raw}"),
+            remedy=_suggestion(wanted, known)
+            or f"Datasets are folders like Dataset217_BTCV in {self.raw}; choose another root with --root",
         )
 
     def known_datasets(self) -> list[str]:
@@ -63,35 +63,35 @@ class Layout:
         return sorted(names)
 
     def plan_file(self, dataset: str, plan: str) -> Path:
-        """The JSON file of a plan."""
+        """JSON file of a plan."""
         return self.preprocessed / dataset / f"{plan}.json"
 
     def splits_file(self, dataset: str) -> Path:
-        """nnU-Net's splits_final.json."""
+        """splits_final.json, as nnU-Net writes it."""
         return self.preprocessed / dataset / "splits_final.json"
 
     def fingerprint_file(self, dataset: str) -> Path:
-        """The dataset fingerprint; not nnU-Net's dataset_fingerprint.json, which may lie beside it."""
+        """Our dataset fingerprint; nnU-Net's dataset_fingerprint.json may be in the same folder."""
         return self.preprocessed / dataset / "rfmed_fingerprint.json"
 
     def cases_folder(self, dataset: str, plan: str, stage: str) -> Path:
-        """Preprocessed cases of one stage."""
+        """Folder of the preprocessed cases of one stage."""
         return self.preprocessed / dataset / f"{plan}_{stage}"
 
     def model_folder(self, dataset: str, plan: str, stage: str) -> Path:
-        """Trained folds of one stage."""
+        """Folder of the trained folds of one stage."""
         return self.results / dataset / f"{plan}__{stage}"
 
     def fold_folder(self, dataset: str, plan: str, stage: str, fold: str) -> Path:
-        """One trained fold: a number, "all", or the name of a split."""
+        """Folder of one trained fold: a number, "all", or the name of a split."""
         return self.model_folder(dataset, plan, stage) / f"fold_{fold}"
 
 
-def _near(wanted: str, known: list[str]) -> str | None:
-    """Ask for what a misspelt name may mean."""
+def _suggestion(wanted: str, known: list[str]) -> str | None:
+    """Suggest a dataset for a misspelled name."""
     short = {name.partition("_")[2].lower(): name for name in known}
     close = get_close_matches(wanted.partition("_")[2].lower() or wanted.lower(), short, n=1)
-    return f"Perhaps {short[close[0]]} was meant" if close else None
+    return f"Did you mean {short[close[0]]}" if close else None
 
 
 def _fits(folder: str, wanted: str) -> bool:

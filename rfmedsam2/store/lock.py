@@ -1,4 +1,4 @@
-"""One run at a time in a folder of results: a lock that the kernel takes back when its process dies."""
+"""Exclusive lock on a folder of results (flock): one run at a time, released by the kernel when the process dies."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ LOCK = ".lock"
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Keep other runs out of `folder` while inside; also clears away what a killed run had half written there.
+    """Lock `folder` against other runs inside the `with` block, and remove partial files that a killed run left there.
 
-    The folder is made if it is not there, and removed again if nothing was put into it. Where the file system knows no
-    locks, runs are not told apart.
+    The folder is created if it does not exist, and removed again if nothing was put into it. On file systems without
+    locks a warning is logged and nothing is locked.
 
     Raises:
-        UsageError: another run works in it; says which.
+        UsageError: another run holds the lock; names its process and host.
         StoreError: the folder cannot be written.
     """
-    made = _make(folder)
+    created = _create(folder)
     path = folder / LOCK
     try:
-        handle = _taken(path)
+        handle = _acquire(path)
         try:
-            for left in folder.glob(PARTIAL + "*"):
+            for partial in folder.glob(PARTIAL + "*"):
                 with suppress(OSError):
-                    left.unlink()
+                    partial.unlink()
             yield
         finally:
-            # removed while it is still held: who opened it meanwhile finds it gone and tries again
+            # removed while still locked: a process that opened it meanwhile finds it gone and tries again
             with suppress(OSError):
                 path.unlink()
             os.close(handle)
     finally:
         with suppress(OSError):
-            for empty in made:
+            for empty in created:
                 empty.rmdir()
 
 
-def _make(folder: Path) -> list[Path]:
-    """Make a folder; gives those that were not there before, the innermost first."""
+def _create(folder: Path) -> list[Path]:
+    """Create a folder and its parents; returns the created ones, innermost first."""
     missing: list[Path] = []
     with writing_to(folder):
         for each in (folder, *folder.parents):
@@ -65,15 +65,15 @@ def _make(folder: Path) -> list[Path]:
     return missing
 
 
-def _taken(path: Path) -> int:
-    """Open and lock the file; gives its descriptor."""
+def _acquire(path: Path) -> int:
+    """Open and lock the file; returns its descriptor."""
     while True:
         with writing_to(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(handle, path)
-            if _is_still(handle, path):
-                _sign(handle)
+            if _is_same_file(handle, path):
+                _write_owner(handle)
                 return handle
         except BaseException:
             os.close(handle)
@@ -87,27 +87,27 @@ def _lock(handle: int, path: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        who = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
+        owner = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
         raise UsageError(
             "Another run is working in this folder",
             where=path.parent,
-            found=who or None,
+            found=owner or None,
             remedy="Wait until it has ended, or choose another place",
         ) from None
     except OSError as error:
-        logger.warning("%s cannot be locked (%s): start no second run in it", path.parent, error.strerror)
+        logger.warning("%s cannot be locked (%s): do not start a second run in it", path.parent, error.strerror)
 
 
-def _is_still(handle: int, path: Path) -> bool:
-    """Tell whether the file is still the one of this name: its last holder may have removed it."""
+def _is_same_file(handle: int, path: Path) -> bool:
+    """Whether the open file still exists under this name: its previous holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _sign(handle: int) -> None:
-    """Say who holds it; on a full disk nobody says so."""
+def _write_owner(handle: int) -> None:
+    """Write process and host into the lock file; skipped on a full disk."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with suppress(OSError):
         os.ftruncate(handle, 0)

@@ -1,8 +1,8 @@
 """Preprocessed cases: compressed arrays in patch-sized chunks, sampled foreground locations, and a record.
 
 CASE.b2nd (image, float32), CASE_label.b2nd (int8 or int16), CASE_foreground.npy (flat indices) and CASE.json, which is
-written last: a case with a record that fits its files is finished. Arrays are blosc2, LZ4 level 1 with bit shuffling:
-on CT it writes seven times as fast as LZ4HC level 5 and is a sixth larger.
+written last: a case is finished when its record matches its files. Arrays are blosc2, LZ4 level 1 with bit shuffling:
+on CT this writes seven times as fast as LZ4HC level 5, and files are a sixth larger.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from rfmedsam2.geometry import Shape
 from rfmedsam2.records.case import CaseGeometry, CaseRecord, ForegroundClass, StoredFile
 from rfmedsam2.store.atomic import PARTIAL, atomic, read_record, write_record, writing_to
 
-REBUILT = "Run rfmed_plan_and_preprocess again: it rebuilds broken cases"
+REBUILT = "Run rfmed_plan_and_preprocess again: it rebuilds damaged cases"
 IMAGE, LABEL, FOREGROUND, RECORD = ".b2nd", "_label.b2nd", "_foreground.npy", ".json"
 BLOCK_BYTES = 128 * 1024
 CHUNK_BYTES = 4 * 1024**2
 
 Ranges = Sequence[tuple[int, int]]
 Location = tuple[int, int, np.ndarray]
-"""Key, voxels in the case, sampled flat indices."""
+"""(key, number of voxels in the case, sampled flat indices) of one class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCase:
-    """A finished case; arrays are read on demand and one patch at a time.
+    """A finished case; arrays are read on demand, one patch at a time.
 
-    Nothing is held open between reads, so an instance may go through a fork or a pickle to any process. Before the
-    first read from a file the whole of it is compared with its checksum, in pieces; a pickle does not carry that over.
+    No file stays open between reads, so an instance may be pickled or inherited by a forked process. Before the first
+    read from a file, the whole file is compared with its checksum; an unpickled instance does this again.
     """
 
     folder: Path
@@ -61,13 +61,13 @@ class StoredCase:
 
     @property
     def properties(self) -> CaseGeometry:
-        """How the case was cropped, turned and resampled."""
+        """How the case was cropped, transposed and resampled."""
         return self.record.geometry
 
     @cached_property
     def foreground(self) -> dict[int, np.ndarray]:
-        """Key (see `ForegroundClass`) -> flat indices into (a, b, c), mapped from disk."""
-        places = np.load(self._sound(FOREGROUND), mmap_mode="r", allow_pickle=False)
+        """Key (see `ForegroundClass`) -> flat indices into (a, b, c), memory-mapped."""
+        places = np.load(self._verified(FOREGROUND), mmap_mode="r", allow_pickle=False)
         stops = np.cumsum([entry.count for entry in self.record.foreground])
         return {
             entry.key: places[stop - entry.count : stop]
@@ -75,11 +75,11 @@ class StoredCase:
         }
 
     def image_patch(self, box: Ranges) -> np.ndarray:
-        """(C, ...) float32 of half-open ranges inside the volume."""
+        """Read a patch of the image, (C, ...) float32, given by half-open ranges inside the volume."""
         return self._read(IMAGE, (slice(None), *(slice(*limits) for limits in box)))
 
     def label_patch(self, box: Ranges) -> np.ndarray:
-        """(...) int16 of half-open ranges inside the volume."""
+        """Read a patch of the label map, (...) int16, given by half-open ranges inside the volume."""
         return self._read(LABEL, tuple(slice(*limits) for limits in box)).astype(np.int16, copy=False)
 
     def image(self) -> np.ndarray:
@@ -91,9 +91,9 @@ class StoredCase:
         return self.label_patch([(0, n) for n in self.shape])
 
     def _read(self, suffix: str, ranges: tuple[slice, ...]) -> np.ndarray:
-        path = self._sound(suffix)
+        path = self._verified(suffix)
         try:
-            # the package's own annotations are wrong here (mmap_mode) or say too little
+            # blosc2's own annotations are wrong here (mmap_mode) or incomplete
             array: Any = cast(Any, blosc2).open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
             return array[ranges]
         except (OSError, RuntimeError, ValueError) as error:
@@ -108,19 +108,19 @@ class StoredCase:
 
     @cached_property
     def _checked(self) -> set[str]:
-        """Files that have been compared with their checksums."""
+        """Suffixes of the files already compared with their checksums."""
         return set()
 
-    def _sound(self, suffix: str) -> Path:
-        """A file of this case; read to its end once, because nothing else notices a bit that has changed on disk.
+    def _verified(self, suffix: str) -> Path:
+        """Path of a file of this case; its checksum is compared once, to notice bits that changed on disk.
 
         Raises:
-            StoreError: it is not as it was written, or gone.
+            StoreError: the file is missing or differs from what was written.
         """
         path = self.folder / (self.id + suffix)
         if suffix not in self._checked:
             if not _as_written(path, self.record.files.get(suffix)):
-                raise StoreError("A preprocessed case is damaged or its file is gone", where=path, remedy=REBUILT)
+                raise StoreError("A file of a preprocessed case is damaged or missing", where=path, remedy=REBUILT)
             self._checked.add(suffix)
         return path
 
@@ -129,8 +129,8 @@ class CaseStore:
     """All preprocessed cases of one stage of a plan.
 
     Args:
-        folder: where they lie; made when the first case is written.
-        patch_size: of the stage (2 or 3 entries); decides how arrays are cut into chunks. Needed for writing only.
+        folder: folder of the cases; created when the first case is written.
+        patch_size: patch size of the stage (2 or 3 entries), from which the chunk shape follows. Used for writing only.
     """
 
     def __init__(self, folder: Path, patch_size: Sequence[int] = (128, 128, 128)) -> None:
@@ -138,32 +138,32 @@ class CaseStore:
         self._patch = (1, *patch_size) if len(patch_size) == 2 else tuple(patch_size)
 
     def ids(self) -> tuple[str, ...]:
-        """Names of all cases that have a record, sorted."""
-        # what a killed run had half written has the same ending
+        """Names of all cases with a record, sorted."""
+        # partial files of a killed run have the same ending
         names = (path.name for path in self.folder.glob("*" + RECORD) if not path.name.startswith(PARTIAL))
         return tuple(sorted(name.removesuffix(RECORD) for name in names))
 
     def open(self, name: str) -> StoredCase:
-        """Give a finished case.
+        """Open a finished case.
 
         Raises:
-            StoreError: there is no such case, or its record is broken.
+            StoreError: the case does not exist, or its record is damaged.
         """
         try:
             record = self._record(name)
         except RecordError as error:
             raise StoreError(
-                "A preprocessed case is missing or its record is broken",
+                "A preprocessed case is missing or its record is damaged",
                 where=self.folder / (name + RECORD),
                 remedy="Run rfmed_plan_and_preprocess for this dataset and plan",
             ) from error
         return StoredCase(folder=self.folder, record=record)
 
-    def is_sound(self, name: str) -> bool:
-        """Tell at once whether the case is there and its files look as they were written.
+    def looks_complete(self, name: str) -> bool:
+        """Whether the case exists and its files look unchanged; fast.
 
-        Sizes are always compared; contents are read and compared only where a modification time has changed. What a
-        disk has changed in place is noticed by `is_complete`, and when a case is read.
+        Sizes are always compared, contents only where a modification time has changed. Bits that changed on disk are
+        noticed by `is_complete`, and when the case is read.
         """
         try:
             record = self._record(name)
@@ -173,12 +173,12 @@ class CaseStore:
             _unchanged(self.folder / (name + suffix), file) for suffix, file in record.files.items()
         )
 
-    def begun(self, name: str) -> bool:
-        """Tell whether any file of this case is there."""
+    def has_any_file(self, name: str) -> bool:
+        """Whether any file of this case exists."""
         return any((self.folder / (name + suffix)).exists() for suffix in (IMAGE, LABEL, FOREGROUND, RECORD))
 
     def is_complete(self, name: str, source: str) -> bool:
-        """Tell whether the case was made from this source; all of its files are read and compared (1 to 4 GB/s)."""
+        """Whether the case was made from this source; reads and compares all of its files (1 to 4 GB/s)."""
         try:
             record = self._record(name)
         except RecordError:
@@ -213,18 +213,19 @@ class CaseStore:
         """Write a case; returns bytes written.
 
         Args:
-            name: of the case.
+            name: name of the case.
             image: (C, a, b, c) float32, contiguous.
-            label: (a, b, c) int16, contiguous; -1: outside (see `transforms.prepare`).
-            geometry: how to go back to the source.
-            foreground: sampled locations.
-            source: digest that `is_complete` is asked with.
+            label: (a, b, c) int16, contiguous; -1 marks voxels outside (see `transforms.prepare`).
+            geometry: crop, transposition and spacing, to map predictions back to the source grid.
+            foreground: sampled locations of each class.
+            source: digest of the source, which `is_complete` compares.
 
         Raises:
-            StoreError: full disk or unwritable folder; what was there before is then gone, nothing is left half.
+            StoreError: full disk or unwritable folder. An earlier version of the case is then gone, and no partial
+                file is left.
         """
         entries = tuple(foreground)
-        # without its record the case counts as unfinished while the arrays change
+        # the case counts as unfinished while its arrays change
         with writing_to(self.folder):
             (self.folder / (name + RECORD)).unlink(missing_ok=True)
         narrow = label.astype(np.int8) if label.max(initial=0) <= 127 else label
@@ -247,14 +248,14 @@ class CaseStore:
         return sum(file.size for file in files.values())
 
     def _pack(self, array: np.ndarray) -> bytes:
-        """Make a whole blosc2 file in memory, so that a full disk shows as the system's error."""
+        """Compress to a whole blosc2 file in memory, so that a full disk raises the system's error."""
         blocks, chunks = cut(array.shape[-3:], self._patch, array.itemsize)
         lead = (1,) * (array.ndim - 3)
         packed = cast(Any, blosc2).asarray(
             array,
             chunks=(*lead, *chunks),
             blocks=(*lead, *blocks),
-            contiguous=True,  # else `to_cframe` holds what is packed three times
+            contiguous=True,  # else `to_cframe` holds three copies of the compressed data
             cparams={
                 "codec": blosc2.Codec.LZ4,
                 "clevel": 1,
@@ -272,9 +273,9 @@ class CaseStore:
 
 
 def cut(shape: Sequence[int], patch: Sequence[int], itemsize: int) -> tuple[Shape, Shape]:
-    """Choose block and chunk shape: powers of two that follow the patch, and several of them up to about a patch.
+    """Choose block and chunk shapes: blocks are powers of two shaped like the patch, chunks at most a patch.
 
-    A patch read unpacks only the blocks that it touches; a chunk is what is found and read at once.
+    Reading a patch decompresses only the blocks that it overlaps; a chunk is located and read as a whole.
     """
     block = [min(n, 1 << (p - 1).bit_length()) for n, p in zip(shape, patch, strict=True)]
     while np.prod(block) * itemsize > BLOCK_BYTES:
@@ -300,7 +301,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _unchanged(path: Path, file: StoredFile) -> bool:
-    """Tell whether a file looks as it did; it is read only where its modification time is another."""
+    """Whether a file looks unchanged; it is read only if its modification time differs."""
     try:
         status = path.stat()
     except OSError:
@@ -310,7 +311,7 @@ def _unchanged(path: Path, file: StoredFile) -> bool:
 
 
 def _as_written(path: Path, file: StoredFile | None) -> bool:
-    """Tell whether a file's content is what was written."""
+    """Whether a file's size and checksum are those written."""
     if file is None:
         return False
     value = 0

@@ -1,6 +1,6 @@
-"""Files of published weights (SAM 2, MobileSAM, LiteMedSAM ...): PyTorch's .pt and .pth, or safetensors.
+"""Reading published weights (SAM 2, MobileSAM, LiteMedSAM ...) from .pt, .pth or .safetensors files.
 
-Nothing in them can execute: a PyTorch file is read by torch's loader for plain tensors, which refuses all else.
+Nothing in them can execute: PyTorch files are read with `weights_only=True`, which accepts plain tensors only.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from safetensors.torch import load_file
 from rfmedsam2.errors import CheckpointError
 
 ENVELOPES = ("model", "state_dict", "model_state_dict")
-"""Names under which training programs put the weights beside other things."""
+"""Keys under which training programs store the weights beside other entries."""
 REMEDY = "Download it again from where it was published"
 
 
 def read_published(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a published file by name, to the CPU.
+    """Read all tensors of a published file by name, onto the CPU.
 
-    Weights that lie in an envelope ({"model": {...}} and the like) are taken out of it.
+    Weights inside an envelope ({"model": {...}} and the like) are unwrapped.
 
     Raises:
-        CheckpointError: missing, unreadable, damaged, not a file of weights, or one that holds more than tensors.
+        CheckpointError: the file is missing, unreadable, damaged, not a file of weights, or holds more than tensors.
     """
     start = _first_bytes(path)
     if start[8:9] == b"{":
@@ -36,18 +36,18 @@ def read_published(path: Path) -> dict[str, torch.Tensor]:
         content = _read_torch(path)
     else:
         raise _foreign(path, _disguise(start))
-    content = _taken_out(_taken_out(content))
+    content = _unwrapped(_unwrapped(content))
     if not isinstance(content, Mapping):
         raise _foreign(path, f"a {type(content).__name__}")
     weights = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not weights or len(weights) < len(content):
         others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
-        raise _foreign(path, f"entries that are none: {', '.join(others[:5])}" if others else "no tensors at all")
+        raise _foreign(path, f"entries that are not tensors: {', '.join(others[:5])}" if others else "no tensors")
     return weights
 
 
-def _taken_out(content: object) -> object:
-    """Give what lies in an envelope, or the content itself."""
+def _unwrapped(content: object) -> object:
+    """The content of an envelope, or the content itself if there is none."""
     if not isinstance(content, Mapping):
         return content
     return next((content[name] for name in ENVELOPES if isinstance(content.get(name), Mapping)), content)
@@ -58,9 +58,11 @@ def _first_bytes(path: Path) -> bytes:
         with path.open("rb") as stream:
             return stream.read(64)
     except FileNotFoundError:
-        raise CheckpointError("There is no such file of weights", where=path, remedy="Check the path") from None
+        raise CheckpointError("The file of weights does not exist", where=path, remedy="Check the path") from None
     except IsADirectoryError:
-        raise CheckpointError("A folder cannot be read as weights", where=path, remedy="Name the file in it") from None
+        raise CheckpointError(
+            "Expected a file of weights, found a folder", where=path, remedy="Name the file in it"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"The file of weights cannot be read ({error.strerror})", where=path) from error
 
@@ -80,16 +82,16 @@ def _read_torch(path: Path) -> Any:
         if refused is None:
             raise _damaged(path, _reason(error)) from None
         raise CheckpointError(
-            "This file holds more than tensors, which could execute code: it is not opened",
+            "This file holds more than tensors and could execute code, so it is not opened",
             where=path,
-            expected="tensors alone",
+            expected="tensors only",
             found=refused[1],
-            remedy="Ask its author for a file of the weights alone",
+            remedy="Ask its author for a file that holds only the weights",
         ) from None
 
 
 def _reason(error: Exception) -> str:
-    """Give the error's own words; torch's long advice on loading what it refuses is not for this file."""
+    """The error's message; torch's long advice on `weights_only` is left out."""
     words = " ".join(str(error).split())
     return type(error).__name__ if not words or "weights_only" in words else words[:120]
 
@@ -102,9 +104,9 @@ def _disguise(start: bytes) -> str:
     if not start:
         return "an empty file"
     if start.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer: the file itself was not downloaded"
+        return "a git-lfs pointer, the file itself was not downloaded"
     if start.lstrip().startswith(b"<"):
-        return "an HTML or XML page: probably an error page of the download"
+        return "an HTML or XML page, probably an error page of the download"
     if start.startswith(b"\x80"):
         return "a Python pickle that torch did not write"
     return "another kind of file"

@@ -1,7 +1,7 @@
-"""Raw datasets in nnU-Net v2's layout, unchanged: dataset.json, imagesTr, labelsTr, imagesTs, or explicit file lists.
+"""Raw datasets in nnU-Net v2's layout: dataset.json, imagesTr, labelsTr, imagesTs, or explicit file lists.
 
-`open_dataset` looks at names only. What makes a dataset unusable as a whole is an error; what is wrong with single
-cases is kept in `RawDataset.faults`, so that verification can report everything in one go.
+`open_dataset` looks at file names only. A dataset that is unusable as a whole raises an error; problems of single cases
+are collected in `RawDataset.faults`, so that verification can report all of them at once.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from rfmedsam2.volume import Volume
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawDataset:
-    """A dataset as it lies in the raw folder.
+    """A raw dataset: its dataset.json and its cases.
 
     Attributes:
         name: folder name, for instance Dataset004_Hippocampus.
-        folder: where it lies.
+        folder: path of the dataset.
         json: its dataset.json.
-        training: cases with labels, sorted by id (a case with a fault may lack files).
+        training: cases with labels, sorted by id (files of a faulty case may be missing).
         test: cases of imagesTs, without labels.
-        faults: what is wrong by names alone.
+        faults: problems that can be seen from file names alone.
     """
 
     name: str
@@ -52,7 +52,7 @@ class RawDataset:
 
     @property
     def reorient(self) -> Literal["RAS"] | None:
-        """How volumes are turned when read: RAS for nnU-Net's ...WithReorient readers, else not at all."""
+        """Orientation of volumes after reading: RAS for nnU-Net's ...WithReorient readers, None: as in the file."""
         return "RAS" if (self.json.overwrite_image_reader_writer or "").endswith("WithReorient") else None
 
 
@@ -60,8 +60,8 @@ def open_dataset(folder: Path) -> RawDataset:
     """Discover the training and test cases of a raw dataset; no image is read.
 
     Raises:
-        DatasetError: no such folder, no dataset.json, no training cases; says what was found and expected.
-        RecordError: dataset.json has faults, all listed.
+        DatasetError: the folder, its dataset.json or training cases do not exist; says what was found and expected.
+        RecordError: dataset.json has faulty fields; lists all of them.
     """
     json = _dataset_json(folder)
     if json.dataset is not None:
@@ -97,13 +97,13 @@ def read_case(case: Case, *, channels: int) -> tuple[Volume, ImageHeader]:
     """The image of a case with all its channels (C,Z,Y,X).
 
     Raises:
-        ImageError: a file cannot be read, or the number of channels is another.
-        GeometryError: grids of channels differ, impossible geometry.
+        ImageError: a file cannot be read, or the number of channels is not `channels`.
+        GeometryError: the grids of the channels differ, or the geometry is invalid.
     """
     volume, header = read_channels(case.images)
     if volume.array.shape[0] != channels:
         raise ImageError(
-            f"Case {case.id} has another number of channels than the dataset",
+            f"The number of channels of case {case.id} differs from the dataset's",
             where=", ".join(str(p) for p in case.images),
             expected=f"{channels} channel(s)",
             found=volume.array.shape[0],
@@ -116,7 +116,7 @@ def require_no_errors(faults: Sequence[Fault], *, where: object) -> None:
     """Raise when any fault is an error.
 
     Raises:
-        DatasetError: lists every error, one a line.
+        DatasetError: lists every error, one per line.
     """
     errors = [fault for fault in faults if fault.severity == "error"]
     if errors:
@@ -133,7 +133,7 @@ def _dataset_json(folder: Path) -> DatasetJson:
     if not folder.is_dir():
         close = closest_name(folder.name, folder.parent)
         raise DatasetError(
-            "There is no such dataset folder", where=folder, remedy=f"Did you mean {close}" if close else None
+            "The dataset folder does not exist", where=folder, remedy=f"Did you mean {close}" if close else None
         )
     path = folder / "dataset.json"
     if not path.is_file():
@@ -143,7 +143,7 @@ def _dataset_json(folder: Path) -> DatasetJson:
             where=folder,
             expected='a file dataset.json with "channel_names", "labels", "numTraining" and "file_ending"',
             found=describe_contents(folder),
-            remedy=f"Rename {close} to dataset.json" if close else "Write one, as nnU-Net v2 describes it",
+            remedy=f"Rename {close} to dataset.json" if close else "Write one as described by nnU-Net v2",
         )
     return read_record(path, DatasetJson)
 
@@ -177,7 +177,7 @@ def _discovered(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault
         )
         for case, paths in labels.items()
     ]
-    # a folder of labels alone is no dataset, and neither is one of images alone
+    # only labels or only images do not make a dataset
     return ([] if label_files == [] else cases), faults
 
 
@@ -208,7 +208,7 @@ def _label_faults(folder: Path, json: DatasetJson, case: str, label: Sequence[Pa
 
 
 def _wrong_endings(folder: Path, json: DatasetJson, ids: set[str]) -> list[Fault]:
-    """Images and labels with another ending than file_ending: no reader of the layout would see them."""
+    """Images and labels whose ending is not file_ending: readers of this layout would skip them."""
     faults = []
     for name in ("imagesTr", "labelsTr"):
         for path in list_images(folder / name, None):
@@ -224,9 +224,9 @@ def _wrong_endings(folder: Path, json: DatasetJson, ids: set[str]) -> list[Fault
                     file=str(path),
                     kind="wrong-suffix" if case is None else "duplicate-id",
                     severity="error",
-                    message=f"{path.name} does not end in {json.file_ending}, which dataset.json names"
+                    message=f"{path.name} does not end in {json.file_ending}, the file_ending of dataset.json"
                     if case is None
-                    else f"{name}/{path.name} and the file ending in {json.file_ending} have one case id",
+                    else f"{name}/{path.name} and the file ending in {json.file_ending} have the same case id",
                     remedy="Convert the file, or remove it",
                 )
             )
@@ -234,7 +234,7 @@ def _wrong_endings(folder: Path, json: DatasetJson, ids: set[str]) -> list[Fault
 
 
 def _listed(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault]]:
-    """Cases of dataset.json's "dataset": id -> {"images": [...], "label": ...}; relative paths start at the folder."""
+    """Cases of dataset.json's "dataset": id -> {"images": [...], "label": ...}; paths are relative to the folder."""
     cases, faults = [], []
     for case, entry in sorted((json.dataset or {}).items()):
         images, label = _entry(folder, case, entry)
@@ -258,8 +258,8 @@ def _listed(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault]]:
                 file=str(path),
                 kind="missing-image" if path != label else "missing-label",
                 severity="error",
-                message=f"A file that dataset.json lists is not there: {path}",
-                remedy="Correct the path, which is absolute or starts at the dataset's folder",
+                message=f"A file listed in dataset.json does not exist: {path}",
+                remedy="Correct the path (absolute, or relative to the dataset's folder)",
             )
             for path in (*images, *([label] if label else []))
             if not path.exists()
@@ -271,10 +271,10 @@ def _listed(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault]]:
 def _entry(folder: Path, case: str, entry: Mapping[str, Any]) -> tuple[tuple[Path, ...], Path | None]:
     images, label = entry.get("images"), entry.get("label")
     images = [images] if isinstance(images, str) else images
-    understood = label is None or isinstance(label, str)
-    if not (understood and isinstance(images, list) and all(isinstance(i, str) for i in images)):
+    valid_label = label is None or isinstance(label, str)
+    if not (valid_label and isinstance(images, list) and all(isinstance(i, str) for i in images)):
         raise DatasetError(
-            f'The entry of case {case} in "dataset" cannot be understood',
+            f'The entry of case {case} in "dataset" is invalid',
             where=folder / "dataset.json",
             expected='{"images": ["path", ...], "label": "path"}',
             found=dict(entry),
@@ -314,9 +314,9 @@ def _hint(folder: Path, json: DatasetJson) -> str:
     for name in ("imagesTr", "labelsTr"):
         if not (folder / name).is_dir():
             close = closest_name(name, folder)
-            return f"Rename {close} to {name}" if close else f"Make the folder {name}"
+            return f"Rename {close} to {name}" if close else f"Create the folder {name}"
         others = [p for p in list_images(folder / name, None) if not p.name.endswith(json.file_ending)]
         if others and not list_images(folder / name, json.file_ending):
             ending = next((e for e in IMAGE_ENDINGS if others[0].name.lower().endswith(e)), others[0].suffix)
             return f'Set "file_ending" in dataset.json to "{ending}", if that is the format of images and labels'
-    return "Check that names and file_ending fit each other"
+    return "Check that file names and file_ending match"

@@ -1,1 +1,1 @@
-"""The machine: devices, memory limits, threads, the cache of compiled loops."""
+"""The machine: devices, memory limits, thread pools, numba's compilation cache."""

@@ -1,4 +1,4 @@
-"""Which device a name means: for training and predicting alike."""
+"""Choosing the torch device for training and prediction."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def choose_device(wanted: str, *, local_rank: int = 0) -> torch.device:
 
     Args:
         wanted: auto, cpu, cuda, cuda:N or mps.
-        local_rank: of a process on this machine: each gets its own card unless one is named.
+        local_rank: rank of this process on this machine; selects the GPU unless `wanted` names one.
 
     Raises:
-        UsageError: this is no device, or not one of this machine.
+        UsageError: `wanted` is not a device, or the device does not exist on this machine.
     """
     if wanted == "auto":
         mps = torch.backends.mps.is_available()
@@ -25,17 +25,17 @@ def choose_device(wanted: str, *, local_rank: int = 0) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError("No such device", where=wanted, expected="auto, cpu, cuda, cuda:N or mps")
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise UsageError("Unknown device", where=wanted, expected="auto, cpu, cuda, cuda:N or mps")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda":
         device = torch.device("cuda", local_rank if device.index is None else device.index)
-    if (device.type == "cuda" and (device.index or 0) >= cards) or (
+    if (device.type == "cuda" and (device.index or 0) >= gpus) or (
         device.type == "mps" and not torch.backends.mps.is_available()
     ):
         raise UsageError(
-            "This device is not here",
+            "The device is not available",
             where=device,
-            found=f"{cards} CUDA card(s)",
-            remedy="Choose --device cpu, or start no more processes than there are cards",
+            found=f"{gpus} CUDA GPU(s)",
+            remedy="Choose --device cpu, or start at most one process per GPU",
         )
     return device

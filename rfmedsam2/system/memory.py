@@ -1,4 +1,4 @@
-"""How much memory may still be taken: of the machine, of the control group, under the process's own limit."""
+"""Free memory for this process: of the machine, within cgroup limits, and within `ulimit -v`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _OWN = Path("/proc/self/cgroup")
 
 
 def free_bytes() -> int:
-    """Memory that this process may still take before it is refused or killed; never below 0.
+    """Memory in bytes that this process can still allocate before it fails or is killed; never below 0.
 
-    The least of what the machine has available, what its control groups leave (Docker, Slurm: their limits are below
-    the machine's memory, and who exceeds them is killed), and what `ulimit -v` leaves.
+    The minimum of the machine's available memory, what the cgroup limits leave (Docker, Slurm), and what `ulimit -v`
+    leaves. cgroup limits can be lower than physical memory; exceeding them gets the process OOM-killed.
     """
     return max(0, min(psutil.virtual_memory().available, *group_bytes(), *_limit_bytes()))
 
 
 def group_bytes(groups: Path = _GROUPS, own: Path = _OWN) -> Iterator[int]:
-    """What each control group above this process leaves; pages of files that can be dropped at once count as free.
+    """Bytes left in each cgroup of this process; file pages that can be dropped at once count as free.
 
     Args:
-        groups: where the control groups are mounted, version 1 or 2.
-        own: the file that says which are this process's.
+        groups: mount point of the cgroups, version 1 or 2.
+        own: file that lists the cgroups of this process.
     """
     try:
         lines = own.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -45,7 +45,7 @@ def group_bytes(groups: Path = _GROUPS, own: Path = _OWN) -> Iterator[int]:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        # inside a container the path may be the host's, and its own group then is the mounted one
+        # inside a container the path may be the host's; the container's own group is then the mount point
         parts = [part for part in path.split("/") if part]
         for depth in range(len(parts) + 1):
             left = _left(folder.joinpath(*parts[:depth]), *names)
@@ -54,7 +54,7 @@ def group_bytes(groups: Path = _GROUPS, own: Path = _OWN) -> Iterator[int]:
 
 
 def _left(folder: Path, limit: str, usage: str, droppable: str) -> int | None:
-    """Bytes that one group leaves; None where it has no limit, or is not there."""
+    """Bytes left in one cgroup; None if it has no limit or does not exist."""
     try:
         granted, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
         fields = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())

@@ -1,4 +1,4 @@
-"""How loops are compiled: kept on disk between runs where there is a place for that, else anew in each process."""
+"""Compilation with numba, cached on disk where the cache folder is writable."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(**options: Any) -> Callable[[F], F]:
-    """Decorate a function of arrays and numbers: it is compiled when first called, and releases the interpreter lock.
+    """Decorate a function of arrays and numbers: compiled on the first call, runs without the GIL.
 
-    numba refuses to decorate where it can keep nothing: a package that may not be written, and no home folder.
+    numba raises RuntimeError if neither the package nor the home folder is writable; the function is then compiled
+    again in each process.
 
     Args:
-        options: numba's, such as fastmath.
+        options: options of `numba.njit`, such as fastmath.
     """
 
     def decorate(function: F) -> F:

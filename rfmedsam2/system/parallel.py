@@ -1,4 +1,4 @@
-"""Work over many cases on this machine, in threads: reading, packing and our kernels release the interpreter lock."""
+"""Thread pool over cases. I/O, compression and the compiled kernels release the GIL, so threads suffice."""
 
 from __future__ import annotations
 
@@ -42,40 +42,40 @@ def map_cases(
 ) -> Iterator[R]:
     """Apply `function` to every case; results come in the order of the cases.
 
-    At most `workers` cases are worked on at once, and at most as many more wait as results. After the first error no
-    further case is begun; those under way are let to end. Where memory ran out, half as many workers then try once
-    more, from the first case on whose result has not been given yet.
+    At most `workers` cases run at a time, and at most as many results wait to be consumed. After the first error no
+    further case is started; running ones finish. If memory ran out, the cases without a result are tried once more with
+    half as many workers.
 
     Args:
-        function: one case -> result; runs in a thread.
-        cases: what to work on.
-        workers: threads; 0 or 1: in the calling thread.
-        name: what an error calls the case.
+        function: makes the result of one case; runs in a thread.
+        cases: the cases.
+        workers: number of threads; 0 or 1: run in the calling thread.
+        name: gives the name of a case for error messages.
         track: progress display.
-        description: what the progress display says.
+        description: label of the progress display.
 
     Raises:
-        RfMedSamError: as raised by `function`.
-        MemoryShortError: memory ran out, also with fewer workers.
+        RfMedSamError: raised by `function`.
+        MemoryShortError: memory ran out, also with half as many workers.
         WorkerError: any other exception, with the name of the case.
     """
-    results = _in_turn(function, cases, name) if workers <= 1 else _sparing(function, cases, workers, name)
+    results = _sequential(function, cases, name) if workers <= 1 else _with_retry(function, cases, workers, name)
     yield from track(results, description, len(cases))
 
 
-def _sparing(function: Callable[[C], R], cases: Sequence[C], workers: int, name: Callable[[C], str]) -> Iterator[R]:
-    """As `_threaded`, and once more with half as many threads where memory ran out."""
-    given = 0
+def _with_retry(function: Callable[[C], R], cases: Sequence[C], workers: int, name: Callable[[C], str]) -> Iterator[R]:
+    """Like `_threaded`, but retries once with half as many threads if memory runs out."""
+    done = 0
     try:
         for result in _threaded(function, cases, workers, name):
-            given += 1
+            done += 1
             yield result
     except MemoryShortError as error:
-        logger.warning("%s Going on once with %d worker(s)", error, workers // 2)
-        yield from _threaded(function, cases[given:], workers // 2, name)
+        logger.warning("%s Retrying with %d worker(s)", error, workers // 2)
+        yield from _threaded(function, cases[done:], workers // 2, name)
 
 
-def _in_turn(function: Callable[[C], R], cases: Sequence[C], name: Callable[[C], str]) -> Iterator[R]:
+def _sequential(function: Callable[[C], R], cases: Sequence[C], name: Callable[[C], str]) -> Iterator[R]:
     for case in cases:
         yield _named(function, case, name)
 
@@ -85,7 +85,7 @@ def _threaded(function: Callable[[C], R], cases: Sequence[C], workers: int, name
     remaining = iter(cases)
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="case")
 
-    def begin(case: C) -> None:
+    def start(case: C) -> None:
         try:
             waiting.append(pool.submit(_named, function, case, name))
         except RuntimeError as error:  # no memory for one more thread
@@ -93,11 +93,11 @@ def _threaded(function: Callable[[C], R], cases: Sequence[C], workers: int, name
 
     try:
         for case in islice(remaining, 2 * workers):
-            begin(case)
+            start(case)
         while waiting:
             result = waiting.popleft().result()
             for case in islice(remaining, 1):
-                begin(case)
+                start(case)
             yield result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -121,6 +121,6 @@ def _short(case: str) -> MemoryShortError:
     return MemoryShortError(
         "Memory ran out",
         where=case,
-        found=f"{used / 2**30:.1f} GiB in use by this process, {free / 2**30:.1f} GiB more could be had",
+        found=f"{used / 2**30:.1f} GiB in use by this process, {free / 2**30:.1f} GiB more available",
         remedy="Run again with fewer workers; finished cases are kept",
     )

@@ -1,1 +1,1 @@
-"""Array -> array: crop, resample, normalize, augment; each can be undone where undoing makes sense."""
+"""Transforms of arrays: crop, resample, normalize, augment, and the way back to the source grid."""

@@ -1,8 +1,8 @@
-"""Random changes of training patches: nnU-Net's list, run by batchgeneratorsv2, every figure from the plan.
+"""Training augmentation: nnU-Net's transforms from batchgeneratorsv2, with every parameter from the plan.
 
-Randomness comes from numpy's and torch's global generators, because batchgeneratorsv2 draws from them; the engine's
-loader seeds both per batch, so that a batch is a function of its number alone. For the same reason the blur's timing
-based choice of algorithm (`benchmark`) stays off.
+Randomness comes from numpy's and torch's global RNGs, because batchgeneratorsv2 draws from them; the engine's loader
+seeds both per batch, so that a batch depends only on its number. For the same reason the blur's choice of algorithm by
+timing (`benchmark`) stays off.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from rfmedsam2.records.plan import Augmentation, Normalization
 from rfmedsam2.transforms.augment_kernels import distinct_labels, sample_labels
 
 OUTSIDE = -1
-"""Label of voxels beyond the volume's border or outside the non-zero region while a patch is being changed."""
+"""Label of voxels beyond the volume's border or outside the non-zero region during augmentation."""
 _ANISOTROPIC_PATCH = 3.0
-"""A 3D patch whose longest edge is over 3 times its first is rotated in plane only (nnU-Net's dummy 2D)."""
+"""A 3D patch whose longest edge is over 3 times its first is augmented in plane only (nnU-Net's dummy 2D)."""
 _READ_SCALE = 0.85
-"""nnU-Net reads patches 1/0.85 larger than needed, so that rotated corners hold data."""
+"""nnU-Net reads patches larger by 1/0.85, so that rotated corners contain data."""
 
 
 def in_plane_only(patch_size: Sequence[int]) -> bool:
-    """True for 3D patches that are so flat that only their slices are rotated and scaled."""
+    """Whether a 3D patch is so flat that only its slices are rotated and scaled."""
     return len(patch_size) == 3 and max(patch_size) / patch_size[0] > _ANISOTROPIC_PATCH
 
 
 def rotation_range(config: Augmentation, patch_size: Sequence[int]) -> tuple[float, float]:
-    """Range of rotation angles in radians; nnU-Net's choice by patch shape unless the plan gives degrees."""
+    """Range of rotation angles in radians; nnU-Net's choice by patch shape unless the plan gives a range in degrees."""
     if config.rotation_degrees != "nnunet":
         low, high = config.rotation_degrees
         return float(np.radians(low)), float(np.radians(high))
@@ -57,9 +57,9 @@ def rotation_range(config: Augmentation, patch_size: Sequence[int]) -> tuple[flo
 
 
 def read_size(config: Augmentation, patch_size: Sequence[int]) -> tuple[int, ...]:
-    """Size of the region to read so that a rotated, shrunk patch is still filled (nnU-Net's initial patch size).
+    """Size of the region to read so that a rotated, scaled patch is still filled (nnU-Net's initial patch size).
 
-    Equals the patch where neither rotation nor scaling can happen.
+    Equals the patch size along axes that are neither rotated nor scaled.
     """
     if config.rotation_probability == 0 and config.scale_probability == 0:
         return tuple(patch_size)
@@ -79,7 +79,7 @@ def read_size(config: Augmentation, patch_size: Sequence[int]) -> tuple[int, ...
 def training_transforms(
     config: Augmentation, patch_size: Sequence[int], normalization: Sequence[Normalization]
 ) -> BasicTransform:
-    """nnU-Net's training transforms with the plan's figures.
+    """nnU-Net's training transforms with the plan's parameters.
 
     The result is called with `image` (C, *read_size) float32 and `segmentation` (1, *read_size) int16 tensors and
     returns a dict with both at `patch_size`; label -1 (outside) has become 0.
@@ -96,7 +96,7 @@ def training_transforms(
 
 
 def plain_transforms(normalization: Sequence[Normalization]) -> BasicTransform:
-    """What validation patches get: outside removed, nothing random."""
+    """Transforms of validation patches: label -1 (outside) becomes 0, nothing random."""
     return ComposeTransforms(_closing(normalization))
 
 
@@ -118,14 +118,14 @@ def _spatial(config: Augmentation, target: tuple[int, ...], patch_size: Sequence
 
 
 class _Spatial(SpatialTransform):
-    """SpatialTransform whose labels are sampled in one pass where they are three-dimensional: equal, 15 times as fast.
+    """SpatialTransform that samples 3D label maps in one pass: equal results, 15 times as fast.
 
-    In two dimensions torch sums in an order that depends on the processor, so that its own pass is kept.
+    In 2D torch's order of summation depends on the processor, so the original implementation is kept.
     """
 
     def _apply_to_segmentation(self, segmentation: torch.Tensor, **params: Any) -> torch.Tensor:
         grid = params.get("grid")
-        # releases without a tie-break chose labels by another rule
+        # batchgeneratorsv2 releases without a tie-break choose labels by another rule
         if grid is None or segmentation.shape[0] != 1 or segmentation.ndim != 4 or not hasattr(self, "seg_tiebreak"):
             return super()._apply_to_segmentation(segmentation, **params)
         labels = np.ascontiguousarray(segmentation[0].numpy())
@@ -198,7 +198,7 @@ def _intensity(config: Augmentation, *, low_resolution_ignores: tuple[int, ...] 
 
 
 def _towards_one(limits: tuple[float, float]) -> Any:
-    """Factors below and above 1 equally often (nnU-Net's BGContrast, whose class lacks a call signature)."""
+    """Sample factors below and above 1 equally often (nnU-Net's BGContrast, whose class lacks a call signature)."""
     return BGContrast(limits)
 
 

@@ -1,9 +1,9 @@
-"""Compiled inner loop of augmentation: a label map seen through a trilinear grid, all labels in one pass.
+"""Compiled inner loop of augmentation: trilinear grid sampling of a label map, all labels in one pass.
 
-The result is that of batchgeneratorsv2's `SpatialTransform`, which samples an indicator volume of each label: the label
-with the highest interpolated share wins, shares are compared in half precision, and of labels that share the highest
-the nearest voxel's wins, else the lowest. Sums run in the order of torch's `grid_sample` in float32, so that the same
-shares tie.
+Results equal those of batchgeneratorsv2's `SpatialTransform`, which samples an indicator volume of each label: the
+label with the highest interpolated share wins, shares are compared in half precision, and ties go to the nearest
+voxel's label if it is among the tied, else to the lowest. Sums run in the order of torch's `grid_sample` in float32, so
+that the same shares tie.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numba as nb
 import numpy as np
 
 _WHOLE, _HALF, _ONE = np.float32(1000.0), np.float32(500.0), np.float32(1.0)
-"""The share that a label has where it is alone, as batchgeneratorsv2 counts, and half of it."""
+"""Share of a label that covers all eight corners, as batchgeneratorsv2 computes it, and half of it."""
 _LEAST = np.float32(64.0)
-"""Below any share that can win: of eight corners at least one label has an eighth of `_WHOLE`."""
+"""Smaller than any winning share: among eight corners, at least one label has an eighth of `_WHOLE`."""
 
 
 @nb.njit(nogil=True, cache=True)
 def distinct_labels(labels: np.ndarray) -> tuple[int, int, int]:
-    """Count the distinct values of a flat array as 1, 2 or 3 (or more), and give the first two (the same if alone)."""
+    """Count the distinct values of a flat array: 1, 2 or 3 (3 or more), and the first two (equal if there is one)."""
     first = labels[0]
     second = first
     for value in labels:
@@ -42,14 +42,14 @@ def _half_precision(share: np.float32) -> np.float32:
         step = np.float32(0.25)
     elif share >= np.float32(128.0):
         step = np.float32(0.125)
-    # adding 1.5 * 2^23 steps leaves no room for a fraction of a step
+    # after adding 1.5 * 2^23 steps, float32 cannot represent a fraction of a step
     large = np.float32(12582912.0) * step
     return np.float32(np.float32(share + large) - large)
 
 
 @nb.njit(nogil=True, cache=True)
 def _share(label, corners, inside, weights, outside_label):
-    """Interpolated share of a label; of `outside_label`, what lies outside counts (as 1 less the share of others)."""
+    """Interpolated share of a label; `outside_label` includes corners outside (1 minus the share of the others)."""
     total = np.float32(0.0)
     if label == outside_label:
         for n in range(8):
@@ -64,7 +64,7 @@ def _share(label, corners, inside, weights, outside_label):
 
 @nb.njit(nogil=True, cache=True)
 def _winner(corners, inside, weights, nearest, outside_label, two):
-    """Label of one voxel; where there are only two labels (see `sample_labels`), the higher one's share decides."""
+    """Label of one voxel; with only two labels (see `sample_labels`) the share of the higher one decides."""
     alone, lower, higher = two
     if alone:
         share = _share(higher, corners, inside, weights, outside_label)
@@ -83,19 +83,19 @@ def _winner(corners, inside, weights, nearest, outside_label, two):
 
 @nb.njit(nogil=True, cache=True)
 def sample_labels(labels, grid, padding, reaches_outside, two, sampled):
-    """Fill `sampled` (d, h, w) with the labels (Z, Y, X) that `grid` (d, h, w, 3) points at.
+    """Fill `sampled` (d, h, w) with `labels` (Z, Y, X) at the positions `grid` (d, h, w, 3).
 
     Args:
         labels: int16.
-        grid: float32; x, y, z from -1 to 1, the outer edges of the volume, as torch's grid_sample takes them.
-        padding: label of everything outside.
-        reaches_outside: the grid may do so; else the padding is a label like others.
-        two: (1, lower, higher) where there are just these two labels, padding included, else (0, 0, 0).
+        grid: float32 (x, y, z) from -1 to 1, the outer edges of the volume, as for torch's grid_sample.
+        padding: label outside the volume.
+        reaches_outside: whether the grid may leave the volume; if not, the padding is a label like any other.
+        two: (1, lower, higher) if these are the only labels, padding included, else (0, 0, 0).
         sampled: int16.
     """
     size = labels.shape
     extent = (np.float32(size[2]), np.float32(size[1]), np.float32(size[0]))
-    # else a value that no label has
+    # otherwise a value that differs from every label
     outside_label = np.int64(padding) if reaches_outside else np.int64(1 << 40)
     corners, inside = np.empty(8, np.int64), np.empty(8, np.bool_)
     weights = np.empty(8, np.float32)

@@ -1,8 +1,8 @@
-"""Cropping to the region that holds anything but zero, and telling "outside" zeros from zeros within.
+"""Crop to the non-zero region, and the mask of zeros outside it.
 
-Equal to nnU-Net's `crop_to_nonzero`: the box of all voxels that are non-zero in any channel; "outside" are the zeros
-that reach the border of the volume over faces (6-neighbors), so that enclosed zeros count as inside (the reference
-fills the holes of the non-zero mask, which is the same).
+Equal to nnU-Net's `crop_to_nonzero`: the bounding box of all voxels that are non-zero in any channel. "Outside" are the
+zeros connected to the border of the volume through faces (6-neighbors), so enclosed zeros count as inside (nnU-Net
+fills the holes of the non-zero mask, which is equivalent).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from rfmedsam2.system.numba_cache import compiled
 
 
 def nonzero_box(image: np.ndarray) -> Box:
-    """Smallest box with every voxel that is non-zero in any channel; the whole volume if all are zero.
+    """Bounding box of the voxels that are non-zero in any channel; the whole volume if all are zero.
 
     Args:
-        image: (C, a, b, c), any number type.
+        image: (C, a, b, c), any numeric dtype.
     """
     box = [(0, n) for n in image.shape[1:]]
     for axis in range(3):
-        # faces are looked at from outside in, within what is left of the axes before: mostly the first one ends it
+        # faces are scanned from outside in, within the box of the previous axes: the first face usually ends the scan
         view = np.moveaxis(image[(slice(None), *(slice(*b) for b in box))], axis + 1, 0)
         occupied = (k for k in range(len(view)) if view[k].any())
         first = next(occupied, None)
@@ -33,13 +33,13 @@ def nonzero_box(image: np.ndarray) -> Box:
 
 
 def outside_mask(image: np.ndarray) -> np.ndarray | None:
-    """Zeros of a cropped volume that hang together with its surface.
+    """Mask of the zeros of a cropped volume that are connected to its surface.
 
     Args:
         image: (C, a, b, c), already cropped to its non-zero box.
 
     Returns:
-        (a, b, c) bool, or None if no zero lies on the surface (then nothing is outside).
+        (a, b, c) bool, or None if there is no zero on the surface (nothing is outside).
     """
     faces = [np.moveaxis(image, axis, 0)[k] for axis in (1, 2, 3) for k in (0, -1)]
     if all(np.all(face.any(axis=0)) for face in faces):
@@ -57,7 +57,7 @@ _ZERO, _OUTSIDE = 1, 2
 
 @compiled()
 def _flood(state):
-    """Turn every 1 that is face-connected with the surface into a 2, in place."""
+    """Change every 1 that is face-connected to the surface into a 2, in place."""
     depth, height, width = state.shape
     flat = state.reshape(-1)
     stack = np.empty(1 << 16, np.int64)

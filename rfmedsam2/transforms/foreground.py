@@ -1,7 +1,7 @@
-"""Where foreground is: locations sampled once per case, so that training finds a voxel of any class at once.
+"""Sampling foreground locations once per case, from which training picks patch centers.
 
-Numbers are nnU-Net's: all voxels of a class up to 10 000, else the larger of 10 000 and 1 %. With regions a class is a
-region (any of its values); with an ignore label there is also a sample of all annotated voxels, background included.
+Numbers are nnU-Net's: all voxels of a class up to 10 000, else the larger of 10 000 and 1 %. With regions, each region
+is sampled (any of its values); with an ignore label, all annotated voxels (with background) are sampled too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ LEAST_SHARE_PERCENT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Foreground:
-    """Sampled voxels of one class.
+    """Sampled voxels of one class or region.
 
     Attributes:
-        key: label value; with regions 1, 2, ... in declared order; -1 for annotated voxels.
-        voxels: how many there are in the case.
-        index: (n,) ascending flat index into (a, b, c), int32 (int64 beyond 2**31 voxels).
+        key: label value; with regions 1, 2, ... in declared order; -1 for all annotated voxels.
+        voxels: number of voxels of the class in the case.
+        index: (n,) ascending flat indices into (a, b, c), int32 (int64 beyond 2**31 voxels).
     """
 
     key: int
@@ -34,7 +34,7 @@ class Foreground:
 
 
 def foreground_keys(labels: LabelSet) -> dict[int, tuple[int, ...]]:
-    """Key -> label values, of everything that locations are sampled for."""
+    """Key -> label values, for everything that locations are sampled of."""
     regions = labels.foreground.values()
     keys = dict(enumerate(regions, start=1)) if labels.has_regions else {values[0]: values for values in regions}
     if labels.ignore is not None:
@@ -46,9 +46,9 @@ def sample_foreground(label: np.ndarray, labels: LabelSet, *, seed: int = 1234) 
     """Draw locations without replacement, every voxel of a class equally likely.
 
     Args:
-        label: (a, b, c) integers; negative ones (outside) belong to nothing.
-        labels: what the values mean.
-        seed: of the draw.
+        label: (a, b, c) integers; negative ones (outside) belong to no class.
+        labels: names of the label values.
+        seed: seed of the random draw.
     """
     keys = foreground_keys(labels)
     flat = np.ascontiguousarray(label).reshape(-1)
@@ -68,7 +68,7 @@ def sample_foreground(label: np.ndarray, labels: LabelSet, *, seed: int = 1234) 
 
 @compiled()
 def _count(flat):
-    """Voxels per value 0, 1, ..."""
+    """Number of voxels of each value 0, 1, ..."""
     highest = 0
     for value in flat:
         highest = max(highest, np.int64(value))
@@ -86,7 +86,7 @@ def _draw(flat, member, totals, wanted, places, seed):
     offsets = np.zeros(keys + 1, np.int64)
     offsets[1:] = np.cumsum(wanted)
     left, missing, put = totals.copy(), wanted.copy(), offsets[:-1].copy()
-    # which keys a value belongs to, so that background costs one look
+    # keys that each value belongs to, so that background takes a single lookup
     listed = np.zeros((values, keys), np.int64)
     lengths = np.zeros(values, np.int64)
     for value in range(values):
@@ -94,7 +94,7 @@ def _draw(flat, member, totals, wanted, places, seed):
             if member[key, value]:
                 listed[value, lengths[value]] = key
                 lengths[value] += 1
-    np.random.seed(seed)  # noqa: NPY002 - the compiled generator, local to this thread
+    np.random.seed(seed)  # noqa: NPY002 - numba's RNG, local to this thread
     for place in range(flat.size):
         value = flat[place]
         if value < 0:

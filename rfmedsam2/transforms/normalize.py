@@ -1,6 +1,6 @@
-"""Scaling of intensities, one channel at a time and in place, with nnU-Net's results.
+"""Intensity normalization (nnU-Net's schemes), one channel at a time and in place.
 
-Work goes plane by plane, so that no temporary is larger than a slice; sums are taken in float64.
+Planes are processed one by one, so that temporaries are at most one slice; sums are in float64.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ def normalize(
     """Normalize one channel in place.
 
     ct: clip to the training set's 0.5 and 99.5 percentiles, then (x - mean) / std of the training set.
-    zscore: (x - mean) / std of this volume; with `use_mask` of its inside, and only that is changed.
+    zscore: (x - mean) / std of this volume; with `use_mask`, statistics over and changes to the inside only.
     rescale_0_1: minimum to 0, maximum to 1. rgb_0_1: x / 255. none: nothing.
 
     Args:
         channel: (a, b, c) float32, overwritten.
-        how: the plan's scheme for this channel.
-        statistics: foreground intensities of the training set (used by ct).
-        inside: (a, b, c) bool, for zscore with `use_mask`; None: everything.
+        how: the plan's normalization scheme for this channel.
+        statistics: foreground intensity statistics of the training set (used by ct).
+        inside: (a, b, c) bool, for zscore with `use_mask`; None: all voxels are inside.
 
     Raises:
-        ImageError: rgb_0_1 with values outside 0 to 255.
+        ImageError: values outside 0 to 255 for rgb_0_1.
     """
     match how.kind:
         case "ct":

@@ -1,6 +1,6 @@
-"""From a volume as read to what a network sees: transpose, crop to non-zero, normalize, resample (nnU-Net's order).
+"""Preprocessing of one volume: transpose, crop to non-zero, normalize, resample (nnU-Net's order).
 
-`Restore` holds what is needed to put a prediction back on the source grid.
+`Restore` holds what is needed to map a prediction back to the source grid.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from rfmedsam2.transforms.resample import planned_shape, resample_image, resampl
 from rfmedsam2.volume import Volume
 
 OUTSIDE_LABEL = -1
-"""Marks background outside the non-zero region while labels are resampled (it votes apart from background)."""
+"""Marks background outside the non-zero region while labels are resampled (it votes as a label of its own)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restore:
-    """The way back. Undo in this order: resample to `shape_cropped`, transpose back, put into `box`.
+    """How to undo preprocessing, in this order: resample to `shape_cropped`, transpose back, insert into `box`.
 
     Attributes:
-        source_grid: grid of the volume that was prepared.
-        box: crop in source axes z, y, x, half-open.
-        transpose_forward: planned axis i is source axis transpose_forward[i].
-        shape_cropped: planned axes, before resampling.
-        shape_planned: planned axes, after resampling.
-        spacing_source: mm, planned axes.
-        spacing_planned: mm, planned axes.
+        source_grid: grid of the volume before preprocessing.
+        box: crop, half-open ranges along source axes z, y, x.
+        transpose_forward: planned axis i is source axis `transpose_forward[i]`.
+        shape_cropped: shape before resampling, planned axes.
+        shape_planned: shape after resampling, planned axes.
+        spacing_source: spacing before resampling, mm, planned axes.
+        spacing_planned: spacing after resampling, mm, planned axes.
     """
 
     source_grid: Grid
@@ -46,7 +46,7 @@ class Restore:
     spacing_planned: Triple
 
     def to_record(self) -> CaseGeometry:
-        """As it is stored with a preprocessed case."""
+        """Convert to the record stored with a preprocessed case."""
         grid = self.source_grid
         return CaseGeometry(
             shape_zyx=grid.shape_zyx,
@@ -63,7 +63,7 @@ class Restore:
 
     @classmethod
     def from_record(cls, record: CaseGeometry) -> Restore:
-        """Back from a stored case."""
+        """Convert from the record stored with a preprocessed case."""
         grid = Grid(
             shape_zyx=record.shape_zyx,
             spacing_zyx_mm=record.spacing_zyx_mm,
@@ -83,13 +83,13 @@ class Restore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A volume in planned axes and spacing.
+    """A preprocessed volume, in planned axes and spacing.
 
     Attributes:
         image: (C, a, b, c) float32, contiguous.
-        label: (a, b, c) int16, or None. Where a channel is normalized over the non-zero region only, -1 marks what lies
-            outside, so that training can keep it at 0; else background stands there.
-        restore: how to go back.
+        label: (a, b, c) int16, or None. If a channel is normalized over the non-zero region only, -1 marks voxels
+            outside it, so that augmentation can keep them at 0; otherwise these are background.
+        restore: how to undo preprocessing.
     """
 
     image: np.ndarray
@@ -98,23 +98,23 @@ class Prepared:
 
 
 def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None = None, threads: int = 1) -> Prepared:
-    """Prepare one volume for a stage of a plan; the input arrays are left as they are.
+    """Preprocess one volume for a stage of a plan; the input arrays are not modified.
 
     Args:
-        volume: (C, Z, Y, X); already turned to `plan.reorient` if the plan asks for it.
+        volume: (C, Z, Y, X); already reoriented to `plan.reorient`, if the plan sets it.
         plan: the plan.
-        stage: name of one of its stages.
+        stage: name of one of the plan's stages.
         label: (Z, Y, X) or (1, Z, Y, X) integer label map on the same grid.
-        threads: planes resampled at once.
+        threads: number of planes resampled in parallel.
 
     Raises:
-        PlanError: no such stage, or another number of channels than planned.
-        ImageError: values that the planned normalization does not allow, label values above 32767.
+        PlanError: the stage does not exist, or the number of channels differs from the plan's.
+        ImageError: values that the planned normalization does not allow, or label values above 32767.
     """
     config = plan.stage(stage)
     if volume.array.shape[0] != len(plan.channels):
         raise PlanError(
-            "The number of channels is not the planned one",
+            "The number of channels differs from the plan's",
             expected=f"{len(plan.channels)} ({', '.join(plan.channels)})",
             found=volume.array.shape[0],
         )
@@ -122,7 +122,7 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
         raise ImageError("Label values are too large", expected="at most 32767", found=int(label.max()))
     box = nonzero_box(volume.array)
     restore = _restore(volume.grid, box, plan, config)
-    # crop and transpose commute; views only, the one copy is the conversion to float32
+    # crop and transpose are views and commute; the only copy is the conversion to float32
     cropped = _planned_view(volume.array, restore)
     marks = None if label is None else _planned_view(label.reshape((1, *volume.grid.shape_zyx)), restore)[0]
     resampled = restore.shape_planned != restore.shape_cropped
@@ -134,12 +134,12 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
             np.copyto(marks, np.int16(OUTSIDE_LABEL), where=outside & (marks == 0))
     inside = None
     if outside is not None:
-        # labeled voxels count as inside even where the image is zero
+        # labeled voxels count as inside even if the image is zero there
         inside = ~outside if marks is None else marks >= 0
         del outside
     axis = separate_axis(restore.spacing_source, restore.spacing_planned, config.resampling.anisotropy_threshold)
     how = config.resampling
-    # before the image is made float32: then both of its versions are all that is held
+    # computed before the image becomes float32, so that only the two versions of the image are in memory at once
     if marks is not None:
         marks = resample_label(
             marks, restore.shape_planned, separate=axis, order=how.order_label, order_z=how.order_z, threads=threads
@@ -155,7 +155,7 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
 
 
 def target_spacing(stage: Stage, spacing_source: Sequence[float]) -> Triple:
-    """Spacing in planned axes after preparation; a 2D stage leaves the distance between slices as it is."""
+    """Spacing after preprocessing, planned axes; a 2D stage keeps the distance between slices."""
     a, b, c = stage.spacing_mm
     return (spacing_source[0], b, c) if stage.is_2d else (a, b, c)
 

@@ -1,12 +1,12 @@
-"""Resampling of images, label maps and logits on regular grids, with nnU-Net's results.
+"""Resampling of images, label maps and logits, equal to nnU-Net's.
 
 A target voxel k of n_out lies at source position (k + 0.5) * n_in / n_out - 0.5 (voxel edges of both grids coincide),
-clamped to the first and last voxel for orders 0 and 1. Order 3 is interpolation by cubic B-splines with the edge value
-repeated for ever, clipped to the source's range. Where spacing is strongly anisotropic, planes are resampled in plane
-and the coarse axis takes the nearest (order_z 0) or blends the two neighboring (order_z 1) planes.
+clamped to the first and last voxel for orders 0 and 1. Order 3 is cubic B-spline interpolation with the edge value
+extended to infinity, clipped to the source's range. If spacing is strongly anisotropic, planes are resampled in plane,
+and along the coarse axis the nearest plane is taken (order_z 0) or the two neighboring planes are blended (order_z 1).
 
 The reference is nnU-Net 2.8 (`resample_data_or_seg_to_shape`: scikit-image `resize` over scipy `zoom`, and
-batchgenerators' `resize_segmentation`); parity tests hold images within 1e-5 and labels to no voxel.
+batchgenerators' `resize_segmentation`); parity tests allow 1e-5 for images and no differing voxel for labels.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _UNBOUNDED = (np.float32(-np.inf), np.float32(np.inf))
 
 
 def planned_shape(shape: Sequence[int], spacing_old: Sequence[float], spacing_new: Sequence[float]) -> Shape:
-    """Voxels along three axes after changing the spacing: round(old / new * n), at least 1, halves to even."""
+    """Number of voxels along three axes after resampling: round(old / new * n), halves to even, at least 1."""
     a, b, c = (max(1, round(old / new * n)) for n, old, new in zip(shape, spacing_old, spacing_new, strict=True))
     return (a, b, c)
 
 
 def separate_axis(spacing_old: Sequence[float], spacing_new: Sequence[float], threshold: float = 3.0) -> int | None:
-    """Choose the axis that is resampled on its own, or None for true 3D resampling.
+    """Choose the axis that is resampled separately, or None for true 3D resampling.
 
-    It is the coarse axis of the old spacing if its largest spacing exceeds the smallest by more than `threshold`, else
-    that of the new spacing by the same rule. Two equally coarse axes give None (as nnU-Net decides).
+    It is the coarse axis of the old spacing if the largest spacing exceeds `threshold` times the smallest, else
+    that of the new spacing by the same rule. Two equally coarse axes give None (as in nnU-Net).
     """
     for spacing in (spacing_old, spacing_new):
         if max(spacing) / min(spacing) > threshold:
@@ -44,18 +44,18 @@ def separate_axis(spacing_old: Sequence[float], spacing_new: Sequence[float], th
 
 
 def positions(n_in: int, n_out: int) -> np.ndarray:
-    """Source positions (float64, not clamped) of `n_out` voxel centers over `n_in` voxels."""
+    """Source positions (float64, not clamped) of `n_out` voxel centers on an axis of `n_in` voxels."""
     return (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
 
 
 def nearest_index(n_in: int, n_out: int) -> np.ndarray:
-    """(n_out,) int32: the source voxel nearest to each target voxel, halves upwards."""
+    """Index of the source voxel nearest to each target voxel, halves up: (n_out,) int32."""
     clamped = np.clip(positions(n_in, n_out), 0, n_in - 1)
     return np.floor(clamped + 0.5).astype(np.int32)
 
 
 def linear_taps(n_in: int, n_out: int) -> Taps:
-    """Linear interpolation along one axis.
+    """Indices and weights of linear interpolation along one axis.
 
     Returns:
         index (n_out,) int32 and weight (n_out,) float32, so that a target value is
@@ -79,10 +79,10 @@ def resample_image(
     Args:
         image: (C, a, b, c) float; images, or logits with order 1.
         new_shape: three target lengths.
-        separate: axis (0, 1, 2) that is resampled apart from the other two (see `separate_axis`), or None.
-        order: 3 cubic spline, 1 linear, 0 nearest; within planes if `separate`.
-        order_z: 0 nearest or 1 linear along the separate axis.
-        threads: how many planes are worked on at once.
+        separate: axis (0, 1, 2) that is resampled separately from the other two (see `separate_axis`), or None.
+        order: 3 cubic spline, 1 linear, 0 nearest; in plane only if `separate` is given.
+        order_z: 0 nearest or 1 linear, along the separate axis.
+        threads: number of planes processed in parallel.
 
     Returns:
         (C, *new_shape) float32, contiguous; the input itself if nothing changes.
@@ -112,18 +112,18 @@ def resample_label(
     order_z: int = 0,
     threads: int = 1,
 ) -> np.ndarray:
-    """Resample a label map; no value arises that was not there before.
+    """Resample a label map; no new values appear.
 
-    Order 1 gives every target voxel the label with the largest linear share among its neighbors; ties go to the
+    Order 1 gives every target voxel the label with the largest linear weight among its neighbors; ties go to the
     nearest voxel's label if it is among the tied, else to the smallest.
 
     Args:
         label: (a, b, c) integer; negative values are labels like any other.
         new_shape: three target lengths.
-        separate: axis resampled apart, or None.
+        separate: axis that is resampled separately, or None.
         order: 1 or 0.
-        order_z: along the separate axis, 0 nearest; 1: a label needs more than half, else 0 is written.
-        threads: how many planes are worked on at once.
+        order_z: along the separate axis, 0 nearest or 1 linear (a label needs more than half the weight, else 0).
+        threads: number of planes processed in parallel.
 
     Returns:
         `new_shape` of the same dtype; the input itself if nothing changes.
@@ -152,8 +152,8 @@ def _linear(n_in: int, n_out: int) -> Taps:
     clamped = np.clip(positions(n_in, n_out), 0, n_in - 1)
     index = np.floor(clamped)
     near = 1.0 - (clamped - index)
-    # the far weight is the complement of the near one and not the fraction itself: both differ by one rounding, and
-    # label ties are decided by exact equality
+    # the far weight is 1 minus the near one, not the fraction itself: they differ by rounding, and label ties are
+    # decided by exact equality
     return index.astype(np.int32), np.stack([near, 1.0 - near], axis=1)
 
 
@@ -201,13 +201,13 @@ def _axis_pass(n_in: int, n_out: int, *, order: int, rows: bool, bounds: tuple[n
 
 
 def _resample_plane(source: np.ndarray, shape: Sequence[int], *, order: int, clip: bool) -> np.ndarray:
-    """One plane (h, w) to `shape`; `clip` keeps the source's range. An axis of equal length is left alone."""
+    """Resample one plane (h, w) to `shape`; `clip` keeps the source's range. An axis of equal length is skipped."""
     plane = np.ascontiguousarray(source, dtype=np.float32)
     bounds = (plane.min(), plane.max()) if clip and order == 3 else _UNBOUNDED
     height, width = plane.shape
     if width != shape[1]:
         wide = np.empty((height, shape[1]), np.float32)
-        # clipping must wait for the last pass
+        # clip in the last pass only
         last = bounds if height == shape[0] else _UNBOUNDED
         _axis_pass(width, shape[1], order=order, rows=True, bounds=last)(plane, wide)
         plane = wide
@@ -219,7 +219,7 @@ def _resample_plane(source: np.ndarray, shape: Sequence[int], *, order: int, cli
 
 
 def _image_planes(source: np.ndarray, target: np.ndarray, *, order: int, order_z: int, threads: int) -> None:
-    """Planes along axis 0 are resampled in plane, then chosen or blended along axis 0."""
+    """Resample planes along axis 0 in plane, then select or blend them along axis 0."""
     n_in, n_out = source.shape[0], target.shape[0]
     shape = target.shape[1:]
     if n_in == n_out or order_z == 0:
@@ -246,7 +246,7 @@ def _image_planes(source: np.ndarray, target: np.ndarray, *, order: int, order_z
 
 
 def _image_3d(source: np.ndarray, target: np.ndarray, order: int, threads: int) -> None:
-    """All three axes by the same order: each plane in plane, then along axis 0; clipped to the volume's range."""
+    """Resample all three axes with the same order: in plane, then along axis 0; clipped to the volume's range."""
     n_in, shape = source.shape[0], target.shape
     bounds = (np.float32(source.min()), np.float32(source.max())) if order == 3 else _UNBOUNDED
     planes = target if n_in == shape[0] else np.empty((n_in, *shape[1:]), np.float32)

@@ -1,11 +1,11 @@
-"""Compiled inner loops of resampling: cubic splines, linear blends and label votes along one or two axes.
+"""Compiled inner loops of resampling: cubic splines, linear interpolation and label votes.
 
-All kernels work on contiguous arrays, release the interpreter lock and use one thread, so that callers may run them
-from several threads. Positions and weights come from `rfmedsam2.transforms.resample`.
+All kernels work on contiguous arrays, release the GIL and are single-threaded, so that callers can run them in several
+threads. Positions and weights come from `rfmedsam2.transforms.resample`.
 
 The cubic prefilter is the recursive one of Unser, "Splines: a perfect fit for signal and image processing" (1999).
-Beyond both ends the signal goes on with its last value for ever; the sums over that constant part have closed forms
-(below), so that no padding has to be filtered. Two coefficients beyond each end are all that the four taps can touch.
+Beyond both ends the signal continues with its last value to infinity; the sums over that constant part have closed
+forms (below), so no padding has to be filtered. The four taps reach at most two coefficients beyond each end.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def linear_columns(source, target, index, weight):
 
 @compiled(inline="always")
 def _elect(labels, votes, count, nearest):
-    """Find the label with most votes; a tie goes to `nearest` if it is among the tied, else to the smallest label.
+    """Find the label with the most votes; a tie goes to `nearest` if it is among the tied, else to the smallest label.
 
-    The votes of one label are added in the order of its voters: ties are decided by exact equality, so the order of
+    Votes for a label are added in the order of its voters: ties are decided by exact equality, so the order of
     summation is part of the definition.
     """
     best, top, nearest_on_top = np.int64(0), -1.0, False

@@ -75,7 +75,7 @@ def differences(sides: Sides) -> tuple[float, int, int]:
         case = store.open(name)
         arrays: list[Any] = [blosc2.open(str(theirs / f"{name}{part}.b2nd")) for part in ("", "_seg")]
         expected_image, expected_label = (array[...] for array in arrays)
-        image = max(image, float(np.abs(case.read_image() - expected_image).max()))
+        image = max(image, float(np.abs(case.image() - expected_image).max()))
         # nnU-Net marks zeros outside the body as -1, and takes them for background when it trains
         label += int(np.count_nonzero(case.label() != np.maximum(expected_label[0], 0)))
         voxels += expected_label.size

@@ -270,7 +270,7 @@ def test_a_case_that_the_disk_has_changed_stops_a_training_and_is_rebuilt(traine
         path.write_bytes(damaged)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     sentence = run_error("train", *words)
-    assert "A preprocessed case is damaged" in sentence
+    assert "A file of a preprocessed case is damaged" in sentence
     assert "Run rfmed_plan_and_preprocess again" in sentence
     assert "5 rebuilt" in run_ok("plan_and_preprocess", *PLANNING, "--root", root).out
     run_ok("train", *words)

@@ -115,7 +115,7 @@ def test_an_image_larger_than_memory_is_not_called_damaged(tmp_path):
     path = tmp_path / "large.nii.gz"
     nib.save(nib.Nifti1Image(np.zeros((512, 512, 100), np.int16), np.eye(4)), path)
     done = subprocess.run([sys.executable, "-c", LARGE, path], capture_output=True, text=True, timeout=120)
-    assert "There is too little memory to read the image" in done.stdout, done.stderr
+    assert "There is not enough memory to read the image" in done.stdout, done.stderr
     assert "fewer workers" in done.stdout
 
 
@@ -133,7 +133,7 @@ def test_preprocessing_killed_at_random_moments_goes_on(
         children = process.children()
         if process.kill() == -signal.SIGKILL:
             assert not psutil.wait_procs(children, timeout=GONE_SECONDS)[1]
-        assert [name for name in store.ids() if not store.is_sound(name)] == []
+        assert [name for name in store.ids() if not store.looks_complete(name)] == []
     launcher.finished("plan_and_preprocess", *words, folder=tmp_path)
     other = CaseStore(planned_root / CASES)
     for name in other.ids():

@@ -285,7 +285,7 @@ def test_missing_folds_checkpoints_and_devices_are_sentences(model, tmp_path) ->
         Predictor.load(model, checkpoint="best", device="cpu")
     with pytest.raises(UsageError, match="no trained model"):
         Predictor.load(tmp_path, device="cpu")
-    with pytest.raises(UsageError, match="No such device"):
+    with pytest.raises(UsageError, match="Unknown device"):
         Predictor.load(model, device="abacus")
 
 

@@ -77,8 +77,10 @@ def test_bad_input_gets_sentences(raw_root, nano, tmp_path) -> None:
     assert "weights of no SAM 2" in run_error("prompt_study", "--sam2", other, "--root", raw_root)
     assert "no SAM that is known" in run_error("prompt_study", "--sam", other, "--root", raw_root)
     missing = run_error("prompt_study", "--sam", tmp_path / "none.pt", "--root", raw_root)
-    assert "There is no such file of weights" in missing
-    assert "No such dataset" in run_error("prompt_study", "-d", "Nowhere", "--sam2", nano, "--root", raw_root)
+    assert "The file of weights does not exist" in missing
+    assert "The dataset does not exist" in run_error(
+        "prompt_study", "-d", "Nowhere", "--sam2", nano, "--root", raw_root
+    )
     words = ("prompt_study", "--sam2", nano, "--frame-size", 64, "--root", raw_root)
     assert "one of 0 CT" in run_error(*words, "--channel", "T2")
     assert "--window LOW HIGH" in run_error(*words, "--window", 5, 1)

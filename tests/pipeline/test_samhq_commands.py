@@ -199,10 +199,10 @@ CHOICES = {
     "sam needs a backbone": ("sam",),
     "needs the weights of vit_b": ("sam", "-b", "vit_b"),
     "sam is not built on hiera_t": ("sam", "-b", "hiera_t", "-w", "none.pt"),
-    "no such file of weights": ("sam", "-b", "vit_b", "-w", "none.pt"),
+    "file of weights does not exist": ("sam", "-b", "vit_b", "-w", "none.pt"),
     "has a mask decoder of its own": ("sam", *NANO, "--decoder", "none.pt"),
     "There is no": ("--model", "none.pt"),
-    "No such device": ("sam", "-b", "vit_nano", "--device", "tpu"),
+    "Unknown device": ("sam", "-b", "vit_nano", "--device", "tpu"),
     "Frames cannot have this size": ("sam", "-b", "vit_nano", "--frame-size", 0),
 }
 

@@ -72,7 +72,7 @@ def test_strides_that_fit_no_image_are_refused(strides):
         UNetConfig.parse(NETWORK.model_dump() | {"strides": strides})
 
 
-@pytest.mark.parametrize(("patch", "message"), [((8, 9, 8), "axis 1 is 9"), ((8, 8), "against a 3D network")])
+@pytest.mark.parametrize(("patch", "message"), [((8, 9, 8), "axis 1 is 9"), ((8, 8), "does not match a 3D network")])
 def test_a_patch_that_the_network_cannot_take_is_refused(patch, message):
     plain = {
         "spacing_mm": (1, 1, 1),

@@ -3,7 +3,7 @@
 nnU-Net draws the same number of foreground voxels from every case, with replacement, and takes mean, standard deviation
 and percentiles of the pool. Here the limit of that for endless draws is computed: the mixture of the cases' own
 distributions, each with the same weight. Moments are exact. Percentiles are exact for images of fewer than 65 536 whole
-gray values (histograms) and for up to `FEWEST_POINTS` foreground voxels a case; beyond that a case enters with that
+gray values (histograms) and for up to `MIN_POINTS` foreground voxels a case; beyond that a case enters with that
 many evenly spaced quantiles or more, so that a percentile is off by at most 1/8192 in rank. Without histograms, memory
 is bounded by `POINTS` values over all cases.
 """
@@ -27,8 +27,8 @@ from rfmedsam2.system.parallel import Track, map_cases, silent
 from rfmedsam2.transforms.crop import nonzero_box
 
 POINTS = 1 << 23
-FEWEST_POINTS = 1 << 12
-MOST_POINTS = 1 << 16
+MIN_POINTS = 1 << 12
+MAX_POINTS = 1 << 16
 
 
 def fingerprint(
@@ -92,7 +92,7 @@ def _surveyed(
 ) -> tuple[tuple[CaseFingerprint, ...], tuple[tuple[Distribution | None, ...], ...]]:
     """Fingerprint and distributions per channel of every training case; the errors of all cases are raised at once."""
     training = source.dataset.training
-    points = int(np.clip(POINTS // len(training), FEWEST_POINTS, MOST_POINTS))
+    points = int(np.clip(POINTS // len(training), MIN_POINTS, MAX_POINTS))
 
     def examine(case: Case) -> tuple[CaseFingerprint, tuple[Distribution | None, ...]] | tuple[Fault, ...]:
         try:
@@ -198,7 +198,7 @@ def _counted(samples: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
     """Ascending values and how often they occur (or stand for)."""
     low, high = float(samples.min()), float(samples.max())
     whole = samples.dtype.kind in "iu" or bool(np.all(np.rint(samples) == samples))
-    if whole and high - low < MOST_POINTS:
+    if whole and high - low < MAX_POINTS:
         counts = np.bincount(samples.astype(np.int64) - int(low))
         values = np.flatnonzero(counts)
         return (values + int(low)).astype(np.float32), counts[values].astype(np.float64)

@@ -144,7 +144,7 @@ def _preprocess_case(
 ) -> _Outcome:
     digests = {stage: case_digest(case, plan, stage) for stage in stores}
     due = [stage for stage, store in stores.items() if not store.is_complete(case.id, digests[stage])]
-    rebuilt = sum(stores[stage].begun(case.id) for stage in due)
+    rebuilt = sum(stores[stage].has_any_file(case.id) for stage in due)
     outcome = _Outcome(done=len(due) - rebuilt, skipped=len(stores) - len(due), rebuilt=rebuilt)
     if not due:
         return outcome

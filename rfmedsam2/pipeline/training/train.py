@@ -251,7 +251,7 @@ def _require_preprocessed(split: Split, store: CaseStore, plan: Plan, stage: str
             remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {stage} with the options that made {plan.name}",
         )
     # a copied dataset has new modification times: then all of it is read once
-    sound = map_cases(store.is_sound, wanted, workers=CHECKS_AT_ONCE, name=str)
+    sound = map_cases(store.looks_complete, wanted, workers=CHECKS_AT_ONCE, name=str)
     damaged = [name for name, whole in zip(wanted, sound, strict=True) if not whole]
     if damaged:
         raise StoreError(

@@ -1,1 +1,1 @@
-"""Image file formats: one module per family, all giving voxels and a header."""
+"""Readers and writers of image file formats, one module per family."""

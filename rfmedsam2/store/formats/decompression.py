@@ -1,4 +1,4 @@
-"""Bytes of image files, inflated where compressed, with damage noticed: checksums are always read to the end."""
+"""Reading plain, gzip and zlib files in chunks, always to the end, so that checksums reveal damage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _AUTO_WINDOW = zlib.MAX_WBITS | 32  # gzip or zlib by its header
 
 
 def chunks_of(path: Path) -> Generator[bytes, None, None]:
-    """The content of a file, inflated when it begins as gzip does (whatever it is called), in pieces of about 1 MB.
+    """The content of a file in chunks of about 1 MB, decompressed if it starts with gzip's magic bytes.
 
     Raises:
         ImageError: the file cannot be opened.
@@ -39,7 +39,7 @@ def chunks_of(path: Path) -> Generator[bytes, None, None]:
 
 
 def inflated(stream: BinaryIO, path: Path) -> Generator[bytes, None, None]:
-    """Inflate gzip (also several members in a row) or zlib data to the end of the stream, checking the checksum.
+    """Decompress gzip (also several members in a row) or zlib data to the end of the stream, verifying the checksum.
 
     Raises:
         TruncatedImageError: the stream ends early or is damaged.
@@ -61,15 +61,15 @@ def inflated(stream: BinaryIO, path: Path) -> Generator[bytes, None, None]:
                     return
                 inflater = zlib.decompressobj(_AUTO_WINDOW)
     except zlib.error as error:
-        raise damaged(path, f"bad data after {done} inflated bytes ({error})") from None
-    raise damaged(path, f"the compressed data end after {done} inflated bytes, without their checksum")
+        raise damaged(path, f"bad data after {done} decompressed bytes ({error})") from None
+    raise damaged(path, f"the compressed data end after {done} decompressed bytes, without their checksum")
 
 
 def fill(chunks: Iterator[bytes], first: bytes, size: int) -> tuple[np.ndarray, int]:
-    """Copy `first` and then the chunks into a new uint8 array of `size`; the chunks are read to their end.
+    """Copy `first` and then the chunks into a new uint8 array of `size`; all chunks are consumed.
 
     Returns:
-        The array, and how many of its bytes were filled (less than `size`: the file is too short).
+        The array, and the number of its bytes that were filled (less than `size`: the file is too short).
     """
     target, done = np.empty(size, dtype=np.uint8), 0
     view = target.data
@@ -81,7 +81,7 @@ def fill(chunks: Iterator[bytes], first: bytes, size: int) -> tuple[np.ndarray, 
 
 
 def damaged(path: Path, found: str) -> TruncatedImageError:
-    """The error for a file that ends early or is damaged."""
+    """Make the error for a file that ends early or is damaged."""
     return TruncatedImageError(
         "The image file is truncated or damaged",
         where=path,

@@ -1,7 +1,7 @@
-"""DICOM series: a folder of slices (or one multi-frame file) becomes one volume, or a sentence says why not.
+"""Reading a DICOM series (a folder of slices or one multi-frame file) as one volume.
 
 Slices are ordered by position, never by name or instance number. Missing slices, a tilted gantry, several volumes in
-one series and several series in one folder are refused, because each would give a silently wrong volume.
+one series and several series in one folder are rejected, because each would silently give a wrong volume.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rfmedsam2.store.formats.image_header import MAX_SKEW_DEGREES, ImageHeader, 
 
 _NO_IMAGES = {"SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC"}
 _EVEN_TOLERANCE = 0.05
-"""Share of the slice distance by which single distances may differ (positions are written with few digits)."""
+"""Tolerance of slice distances, as a fraction of the usual one (positions are stored with few digits)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class _Slice:
 
 
 def is_dicom_file(path: Path) -> bool:
-    """True for a file with DICOM's mark."""
+    """Whether a file has DICOM's magic bytes."""
     try:
         with path.open("rb") as stream:
             return path.is_file() and stream.read(132)[128:] == b"DICM"
@@ -50,7 +50,7 @@ def is_dicom_file(path: Path) -> bool:
 
 
 def is_dicom_folder(path: Path) -> bool:
-    """True for a folder that holds at least one DICOM file."""
+    """Whether a folder holds at least one DICOM file."""
     return path.is_dir() and any(is_dicom_file(file) for file in path.iterdir() if file.is_file())
 
 
@@ -62,18 +62,18 @@ def dicom_files(path: Path) -> list[Path]:
 
 
 def read_dicom_header(path: Path) -> ImageHeader:
-    """Header of a series folder or a single file; no voxels are read."""
+    """Read the header of a series folder or a single file; no voxels are read."""
     return _header(path, _sorted_slices(path))
 
 
 def read_dicom(path: Path) -> tuple[np.ndarray, ImageHeader]:
-    """Voxels (C,Z,Y,X), rescaled to the stored unit (Hounsfield for CT), and header of a series.
+    """Read voxels (C,Z,Y,X), rescaled to the stored unit (Hounsfield for CT), and header of a series.
 
     z runs along the slice normal. Integers stay when slopes and intercepts are whole numbers, else float32.
 
     Raises:
-        ImageError: no image series, several of them, several volumes in one, slices that do not belong together.
-        GeometryError: missing slices, uneven distances, a tilted gantry, impossible spacing.
+        ImageError: no image series, several series, several volumes in one series, or slices that do not match.
+        GeometryError: missing slices, uneven slice distances, a tilted gantry, or an invalid spacing.
     """
     slices = _sorted_slices(path)
     header = _header(path, slices)
@@ -143,7 +143,7 @@ def _sorted_slices(path: Path) -> list[_Slice]:
     series = sorted({s.series for s in slices})
     if not series:
         raise ImageError(
-            "There is no DICOM image series",
+            "The DICOM files hold no image series",
             where=path,
             expected="DICOM slices with positions",
             found=f"{len(files)} DICOM file(s), none of them an image with a position",
@@ -168,7 +168,7 @@ def _described(slices: Sequence[_Slice]) -> str:
 
 
 def _slices_of(path: Path) -> list[_Slice]:
-    """The slices of a file: none if it is no image, one as a rule, several for multi-frame files."""
+    """The slices of a file: usually one, several for multi-frame files, none if the file is not an image."""
     try:
         data = pydicom.dcmread(path, stop_before_pixels=True)
     except (InvalidDicomError, OSError, ValueError, EOFError) as error:
@@ -185,7 +185,7 @@ def _slices_of(path: Path) -> list[_Slice]:
 
 
 def _groups(frame: Any, shared: Any) -> dict[str, Any]:
-    """The functional groups that place a frame; the frame's own win over the shared ones."""
+    """The functional groups with a frame's position; per-frame groups override the shared ones."""
     found = {}
     for name in ("PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation"):
         for source in (frame, shared):
@@ -216,7 +216,7 @@ def _slice(path: Path, data: Any, frame: int, groups: dict[str, Any]) -> _Slice:
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise GeometryError(
-            "The DICOM file does not say where its slice lies",
+            "The DICOM file does not give the position of its slice",
             where=path,
             expected="ImagePositionPatient, ImageOrientationPatient and PixelSpacing",
             found=error,
@@ -237,7 +237,7 @@ def _check_alike(path: Path, slices: Sequence[_Slice]) -> None:
                     where=path,
                     expected=f"{one} as in {first.path.name}",
                     found=f"{two} in {other.path.name}",
-                    remedy="Move slices that do not belong to the volume (a localiser) out of the folder",
+                    remedy="Move slices that do not belong to the volume (a localizer) out of the folder",
                 )
 
 
@@ -264,9 +264,9 @@ def _check_distances(path: Path, slices: Sequence[_Slice], along: np.ndarray) ->
     if distances.min() < 1e-3 * max(usual, 1e-3):
         twice = slices[int(np.argmin(distances))]
         raise ImageError(
-            "Several slices of the series lie in the same place",
+            "Several slices of the series have the same position",
             where=path,
-            expected="one volume: one slice a position",
+            expected="one volume with one slice per position",
             found=f"{twice.path.name} and another slice at {tuple(round(v, 3) for v in twice.position)}",
             remedy="Split the series (time points, echoes, b-values) into one folder each",
         )
@@ -279,7 +279,7 @@ def _check_distances(path: Path, slices: Sequence[_Slice], along: np.ndarray) ->
             where=path,
             expected=f"{usual:.4g} mm between all slices",
             found=f"{off.size} other distance(s): {where}",
-            remedy="Export the series again, complete, or resample it to even distances",
+            remedy="Export the complete series again, or resample it to even distances",
         )
 
 

@@ -1,7 +1,7 @@
-"""What an image file says beside its voxels, and the rules that every format shares.
+"""Image headers (grid, channels, dtype, source geometry), and checks and errors that all formats share.
 
-`ImageHeader` keeps enough to write a label map with exactly the geometry of its source. Directions whose axes are not
-perpendicular are repaired here when the deviation is small, and refused when it is not.
+`ImageHeader` holds enough to write a label map with exactly the geometry of its source. Directions whose axes are not
+perpendicular are corrected here if the deviation is small, and rejected otherwise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rfmedsam2.errors import GeometryError, ImageError, RfMedSamError
 from rfmedsam2.geometry import Grid
 
 MAX_SKEW_DEGREES = 1.0
-"""Axes further than this from 90 degrees are refused.
+"""Axes further than this from 90 degrees are rejected.
 
 Rounded quaternions and affines with few digits give hundredths of a degree; a tilted gantry gives 5 to 30. At one
 degree treating the axes as perpendicular is wrong by at most 1.8 % of any length, far below what augmentation does to
@@ -33,9 +33,9 @@ training patches. Written labels keep the source's own axes, so that they fit th
 """
 
 FLAT_SPACING_MM = 999.0
-"""Spacing of the missing axis of a picture without spacing (nnU-Net's convention for 2D)."""
+"""Spacing of the missing axis of a 2D image file without spacing (nnU-Net's convention for 2D)."""
 
-Format = Literal["nifti", "itk", "mgz", "dicom", "picture"]
+Format = Literal["nifti", "itk", "mgz", "dicom", "raster"]
 
 
 class TruncatedImageError(ImageError):
@@ -52,13 +52,13 @@ class NotLabelsError(ImageError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NiftiGeometry:
-    """The header block of a NIfTI file: affine, qform and sform with codes, pixdim and units survive as they were.
+    """The header block of a NIfTI file, so that affine, qform and sform with codes, pixdim and units are preserved.
 
     Attributes:
         block: the 348 (NIfTI-1) or 540 (NIfTI-2) header bytes, little endian.
         sform_code: 0 when the file has no sform.
         qform_code: 0 when the file has no qform.
-        forms_differ_mm: largest distance between where sform and qform put a corner voxel; 0 unless both are there.
+        forms_differ_mm: largest distance between a corner voxel's positions by sform and by qform; 0 unless both exist.
     """
 
     block: bytes
@@ -69,16 +69,16 @@ class NiftiGeometry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageHeader:
-    """What is known of an image without its voxels.
+    """Everything about an image except its voxels.
 
     Attributes:
-        grid: the voxel lattice with perpendicular axes.
-        source_grid: the lattice as the file has it; differs from `grid` only when axes were repaired.
+        grid: the voxel grid, with perpendicular axes.
+        source_grid: the grid as stored in the file; differs from `grid` only if axes were corrected.
         channels: number of channels in the file.
-        dtype: NumPy name of the type that reading gives.
-        format: family of the file; decides how geometry is written back.
+        dtype: name of the NumPy dtype that reading returns.
+        format: file format family; determines how the geometry is written back.
         skew_degrees: how far the file's axes were from perpendicular.
-        flat: the file has two axes only; z was added.
+        flat: the file has only two axes; z was added.
         nifti: header of a NIfTI source.
     """
 
@@ -93,7 +93,7 @@ class ImageHeader:
 
 
 def repaired(grid: Grid, *, where: object) -> tuple[Grid, float]:
-    """The grid with perpendicular axes, and by how many degrees they were not.
+    """The grid with its axes made perpendicular, and their deviation from 90 degrees.
 
     Raises:
         GeometryError: the deviation is above `MAX_SKEW_DEGREES`, or axes coincide.
@@ -111,16 +111,16 @@ def repaired(grid: Grid, *, where: object) -> tuple[Grid, float]:
         raise GeometryError(
             "The image axes are not perpendicular",
             where=where,
-            expected=f"at most {MAX_SKEW_DEGREES:g} degree from 90 (less is repaired)",
+            expected=f"at most {MAX_SKEW_DEGREES:g} degree from 90 (less is corrected)",
             found=f"{skew:.2f} degrees of skew",
             remedy="Resample the image to an orthogonal grid first (a tilted CT gantry gives such files)",
         )
-    # below a thousandth of a degree it is rounding; such directions stay as they are, so that grids compare equal
+    # less than a thousandth of a degree is rounding; such directions stay unchanged, so that grids compare equal
     return (grid.orthonormalized() if skew > 1e-3 else grid), skew
 
 
 def checked_spacing(spacing: Sequence[float], *, where: object) -> tuple[float, float, float]:
-    """Three positive, finite spacings in mm (any axis order).
+    """Check three spacings in mm (any axis order): positive and finite.
 
     Raises:
         GeometryError: one of them is zero, negative or not a number.
@@ -138,7 +138,7 @@ def checked_spacing(spacing: Sequence[float], *, where: object) -> tuple[float, 
 
 
 def displacement_mm(one: Grid, other: Grid) -> float:
-    """Largest distance between where the two grids put the same corner voxel, mm. Shapes are taken from `one`."""
+    """Largest distance in mm between the positions of a corner voxel in the two grids. The shape is that of `one`."""
     sizes = np.asarray(one.shape_zyx[::-1]) - 1
     corners = np.array(np.meshgrid(*([0, n] for n in sizes))).reshape(3, -1)
     indices = np.vstack([corners, np.ones(corners.shape[1])])
@@ -146,7 +146,7 @@ def displacement_mm(one: Grid, other: Grid) -> float:
 
 
 def disagreement(one: Grid, other: Grid) -> tuple[str, bool] | None:
-    """None when grids agree; else a phrase, and whether it is harmless: same shape, no voxel half a voxel away."""
+    """None if the grids agree; else a phrase, and whether it is harmless (same shape, shifts below half a voxel)."""
     phrase = one.mismatch(other)
     if phrase is None:
         return None
@@ -156,10 +156,10 @@ def disagreement(one: Grid, other: Grid) -> tuple[str, bool] | None:
 
 @contextmanager
 def unchanged(paths: Sequence[Path]) -> Iterator[None]:
-    """Raise when size or modification time of a file differ after the block from before.
+    """Raise if the size or modification time of a file changes while the `with` block runs.
 
     Raises:
-        ImageError: a file cannot be reached.
+        ImageError: a file does not exist or cannot be accessed.
         ChangedWhileReadingError: a file was written to.
     """
     before = [_state(path) for path in paths]
@@ -195,10 +195,10 @@ _PARSER_ERRORS = (
 
 @contextmanager
 def parsing(path: Path) -> Iterator[None]:
-    """Turn what the libraries' parsers raise at damaged bytes (nearly anything, found by fuzzing) into a sentence.
+    """Turn what the libraries' parsers raise on damaged bytes (nearly anything, found by fuzzing) into an `ImageError`.
 
     Raises:
-        ImageError: naming the file.
+        ImageError: names the file.
     """
     try:
         yield
@@ -206,7 +206,7 @@ def parsing(path: Path) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise ImageError(
-            "There is too little memory to read the image, or its header is damaged",
+            "There is not enough memory to read the image, or its header is damaged",
             where=path,
             found=f"{psutil.virtual_memory().available / 2**30:.1f} GiB free",
             remedy="Run again with fewer workers; if the file is small, copy or convert it again",
@@ -222,9 +222,9 @@ def parsing(path: Path) -> Iterator[None]:
 
 def _state(path: Path) -> tuple[int, int]:
     try:
-        status = os.stat(path)  # noqa: PTH116 - one call a file, measured on folders of slices
+        status = os.stat(path)  # noqa: PTH116 - one call per file, measured on folders of slices
     except FileNotFoundError:
-        raise ImageError("There is no such file", where=path) from None
+        raise ImageError("The file does not exist", where=path) from None
     except OSError as error:
         raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from error
     return status.st_size, status.st_mtime_ns

@@ -1,4 +1,4 @@
-"""NRRD, MHA, MHD and pictures through SimpleITK; compressed voxels of NRRD and MetaImage through `itk_packed`."""
+"""NRRD, MHA, MHD, PNG, BMP and TIFF through SimpleITK; compressed NRRD and MetaImage through `itk_compressed`."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from rfmedsam2.errors import GeometryError, ImageError, StoreError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.store.formats.decompression import damaged
 from rfmedsam2.store.formats.image_header import FLAT_SPACING_MM, ImageHeader, checked_spacing, repaired
-from rfmedsam2.store.formats.itk_compressed import METAIMAGE_ENDINGS, metaimage_spacing, packed_voxels
+from rfmedsam2.store.formats.itk_compressed import METAIMAGE_ENDINGS, compressed_voxels, metaimage_spacing
 
-PICTURE_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
+RASTER_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
 
 
 def read_itk_header(path: Path) -> ImageHeader:
-    """Header of an NRRD, MHA, MHD or picture file."""
+    """Read the header of an NRRD, MHA, MHD, PNG, BMP or TIFF file."""
     return _header(path, _information(path))
 
 
 def read_itk(path: Path) -> tuple[np.ndarray, ImageHeader]:
-    """Voxels (C,Z,Y,X) and header. float64 becomes float32, integers stay.
+    """Read voxels (C,Z,Y,X) and header. float64 becomes float32, integer types stay.
 
     Raises:
         TruncatedImageError: voxels are missing or the compressed stream is damaged.
-        ImageError: not an image that ITK can read.
-        GeometryError: impossible spacing or direction.
+        ImageError: ITK cannot read the file as an image.
+        GeometryError: invalid spacing or direction.
     """
     reader = _information(path)
     header = _header(path, reader)
-    array = packed_voxels(path, header, components=reader.GetNumberOfComponents())
+    array = compressed_voxels(path, header, components=reader.GetNumberOfComponents())
     if array is None:
         array = _itk_voxels(path, reader, header)
     return array, header
 
 
 def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
-    """Write labels (Z,Y,X), uint8 or uint16, in the format that the ending of `path` names (not atomic).
+    """Write labels (Z,Y,X), uint8 or uint16, in the format given by the ending of `path` (not atomic).
 
     Raises:
-        StoreError: ITK could not write (it does not say whether space or permission lacked).
+        StoreError: ITK could not write (it does not say whether space or permission was missing).
     """
     grid = header.source_grid
     image = sitk.GetImageFromArray(labels_zyx[0] if header.flat else labels_zyx)
-    if header.format != "picture":
+    if header.format != "raster":
         axes = 2 if header.flat else 3
         image.SetSpacing(grid.spacing_zyx_mm[::-1][:axes])
         image.SetOrigin(grid.origin_xyz_mm[:axes])
@@ -63,7 +63,7 @@ def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
 
 
 def write_mhd_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
-    """Write an MHD header and its data file beside it; the header, which makes the pair valid, comes last."""
+    """Write an MHD header and its data file; the header, which makes the pair valid, is written last."""
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
         write_itk_label(Path(folder) / path.name, labels_zyx, header)
         for file in sorted(Path(folder).iterdir(), key=lambda f: f.suffix == ".mhd"):
@@ -72,7 +72,7 @@ def write_mhd_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
 
 def _information(path: Path) -> sitk.ImageFileReader:
     if path.suffix.lower() in METAIMAGE_ENDINGS:
-        checked_spacing(metaimage_spacing(path), where=path)  # ITK replaces impossible ones silently
+        checked_spacing(metaimage_spacing(path), where=path)  # ITK silently replaces invalid ones
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -87,31 +87,31 @@ def _header(path: Path, reader: sitk.ImageFileReader) -> ImageHeader:
     components = reader.GetNumberOfComponents()
     if axes not in (2, 3, 4) or (axes == 4 and components > 1):
         raise ImageError(
-            "The image has no usable shape",
+            "The shape of the image is not supported",
             where=path,
             expected="2 to 3 axes, and at most one more for channels",
             found=f"{tuple(size)} with {components} component(s)",
             remedy="Split the file into one volume each",
         )
-    picture = path.suffix.lower() in PICTURE_ENDINGS
-    source = _grid(path, reader, picture=picture)
+    raster = path.suffix.lower() in RASTER_ENDINGS
+    source = _grid(path, reader, raster=raster)
     straight, skew = repaired(source, where=path)
     return ImageHeader(
         grid=straight,
         source_grid=source,
         channels=size[3] if axes == 4 else components,
         dtype=_dtype(path, reader.GetPixelID()).name,
-        format="picture" if picture else "itk",
+        format="raster" if raster else "itk",
         skew_degrees=skew,
         flat=axes == 2,
     )
 
 
-def _grid(path: Path, reader: sitk.ImageFileReader, *, picture: bool) -> Grid:
+def _grid(path: Path, reader: sitk.ImageFileReader, *, raster: bool) -> Grid:
     axes = reader.GetDimension()
     space = min(axes, 3)
     spacing, origin, direction = np.ones(3), np.zeros(3), np.eye(3)
-    if picture:
+    if raster:
         spacing[2] = FLAT_SPACING_MM
     else:
         spacing[:space] = reader.GetSpacing()[:space]
@@ -135,7 +135,7 @@ def _grid(path: Path, reader: sitk.ImageFileReader, *, picture: bool) -> Grid:
 
 
 def _dtype(path: Path, pixel: int) -> np.dtype:
-    """NumPy type of what reading gives."""
+    """NumPy dtype of the voxels that reading returns."""
     names = {
         "8-bit signed": "int8",
         "16-bit signed": "int16",
@@ -152,7 +152,7 @@ def _dtype(path: Path, pixel: int) -> np.dtype:
     for name, dtype in names.items():
         if name in text and "omplex" not in text:
             return np.dtype(dtype)
-    raise ImageError("The image's data type is no intensity", where=path, expected="integers or floats", found=text)
+    raise ImageError("The image's data type is not supported", where=path, expected="integers or floats", found=text)
 
 
 def _itk_voxels(path: Path, reader: sitk.ImageFileReader, header: ImageHeader) -> np.ndarray:
@@ -177,7 +177,7 @@ def _unreadable(path: Path, error: RuntimeError) -> ImageError:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The last telling line of an ITK message, which begins with source files and object addresses."""
+    """The last informative line of an ITK message, which begins with source files and object addresses."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(("sitk::ERROR: Exception", "Exception thrown"))]
-    return (telling or lines or ["no reason given"])[-1].split("): ")[-1][:200]
+    informative = [line for line in lines if not line.startswith(("sitk::ERROR: Exception", "Exception thrown"))]
+    return (informative or lines or ["no reason given"])[-1].split("): ")[-1][:200]

@@ -1,6 +1,6 @@
-"""Voxels of compressed MetaImage and NRRD files, inflated here, because ITK does not look at their checksums.
+"""Decompressing MetaImage and NRRD files with their checksums verified, which ITK does not do.
 
-ITK reads a damaged compressed file of either format without any error and gives whatever came out of it.
+ITK reads a damaged compressed file of either format without an error and returns wrong voxels.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _HEADER_LIMIT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Packed:
-    """Where compressed voxels lie and how.
+class _Compressed:
+    """Location and layout of compressed voxels.
 
     Attributes:
         file: the file that holds them.
-        offset: first byte of the stream.
-        dtype: type as stored, with byte order.
+        offset: first byte of the compressed stream.
+        dtype: stored dtype, with byte order.
         shape: slowest axis first.
-        channel_axis: which of these axes holds the channels; None when there are z, y, x only.
+        channel_axis: index of the channel axis in `shape`; None if there are z, y, x only.
     """
 
     file: Path
@@ -37,13 +37,13 @@ class _Packed:
     channel_axis: int | None
 
 
-def packed_voxels(path: Path, header: ImageHeader, *, components: int) -> np.ndarray | None:
-    """Voxels (C,Z,Y,X) of a compressed MHA, MHD or NRRD file; None when it is not compressed that way.
+def compressed_voxels(path: Path, header: ImageHeader, *, components: int) -> np.ndarray | None:
+    """Voxels (C,Z,Y,X) of a compressed MHA, MHD or NRRD file; None if the file is not compressed with zlib or gzip.
 
     Args:
         path: the image file.
-        header: what ITK says about it.
-        components: components of a voxel (channels as the fastest axis), 1 for scalar images.
+        header: header as read by ITK.
+        components: components per voxel (channels as the fastest axis), 1 for scalar images.
 
     Raises:
         TruncatedImageError: the stream is damaged or too short, or an uncompressed MHA ends early.
@@ -68,7 +68,7 @@ def packed_voxels(path: Path, header: ImageHeader, *, components: int) -> np.nda
 
 
 def metaimage_spacing(path: Path) -> list[float]:
-    """ElementSpacing (or ElementSize), three numbers; ones where the header has none or cannot be understood."""
+    """ElementSpacing (or ElementSize), three numbers; 1.0 where the header has no valid number."""
     fields, _ = _metaimage_fields(path)
     text = fields.get("ElementSpacing") or fields.get("ElementSize") or ""
     try:
@@ -78,7 +78,7 @@ def metaimage_spacing(path: Path) -> list[float]:
     return [*numbers, 1.0, 1.0, 1.0][:3]
 
 
-def _metaimage(path: Path, header: ImageHeader, components: int) -> _Packed | None:
+def _metaimage(path: Path, header: ImageHeader, components: int) -> _Compressed | None:
     fields, offset = _metaimage_fields(path)
     data = fields.get("ElementDataFile", "")
     local = data.upper() == "LOCAL"
@@ -94,7 +94,7 @@ def _metaimage(path: Path, header: ImageHeader, components: int) -> _Packed | No
     if data == "LIST" or "%" in data:
         return None
     most = (fields.get(k, "").lower() for k in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"))
-    return _Packed(
+    return _Compressed(
         file=path if local else path.parent / data,
         offset=offset if local else 0,
         dtype=stored.newbyteorder(">" if "true" in most else "<"),
@@ -103,7 +103,7 @@ def _metaimage(path: Path, header: ImageHeader, components: int) -> _Packed | No
     )
 
 
-def _nrrd(path: Path, header: ImageHeader) -> _Packed | None:
+def _nrrd(path: Path, header: ImageHeader) -> _Compressed | None:
     head = _head(path)
     text, blank, _ = head.partition(b"\n\n")
     if not blank:
@@ -120,7 +120,7 @@ def _nrrd(path: Path, header: ImageHeader) -> _Packed | None:
         return None
     stored = np.dtype("float64") if fields.get("type") == "double" else np.dtype(header.dtype)
     last = len(sizes) - 1
-    return _Packed(
+    return _Compressed(
         file=path,
         offset=len(text) + len(blank),
         dtype=stored.newbyteorder(">" if fields.get("endian", "").strip() == "big" else "<"),
@@ -130,7 +130,7 @@ def _nrrd(path: Path, header: ImageHeader) -> _Packed | None:
 
 
 def _metaimage_fields(path: Path) -> tuple[dict[str, str], int]:
-    """Header fields of an MHA/MHD file, and where its voxels begin."""
+    """Header fields of an MHA/MHD file, and the offset of its voxels."""
     fields, position = {}, 0
     for line in _head(path).split(b"\n"):
         position += len(line) + 1

@@ -1,4 +1,4 @@
-"""FreeSurfer's MGH and MGZ volumes through nibabel."""
+"""FreeSurfer's MGH and MGZ volumes, through nibabel."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rfmedsam2.store.formats.image_header import ImageHeader, checked_spacing, r
 
 
 def read_mgz_header(path: Path) -> ImageHeader:
-    """Header of an MGH or MGZ file."""
+    """Read the header of an MGH or MGZ file."""
     return _header(path, _load(path))
 
 
 def read_mgz(path: Path) -> tuple[np.ndarray, ImageHeader]:
-    """Voxels (C,Z,Y,X) and header; integers stay.
+    """Read voxels (C,Z,Y,X) and header; integer types stay.
 
     Raises:
         TruncatedImageError: the file ends early or is damaged.
@@ -41,7 +41,7 @@ def read_mgz(path: Path) -> tuple[np.ndarray, ImageHeader]:
 
 
 def write_mgz_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
-    """Write labels (Z,Y,X); values above 255 as int32, for the format knows no uint16 (not atomic)."""
+    """Write labels (Z,Y,X); values above 255 as int32, because the format has no uint16 (not atomic)."""
     stored = labels_zyx if labels_zyx.dtype == np.uint8 else labels_zyx.astype(np.int32)
     MGHImage(cast(Any, stored.T), header.source_grid.affine_ras).to_filename(path)
 
@@ -52,7 +52,7 @@ def _load(path: Path) -> MGHImage:
     except (EOFError, zlib.error) as error:
         raise damaged(path, str(error)) from error
     except (OSError, TypeError, ValueError, KeyError, HeaderDataError, ImageFileError) as error:
-        raise ImageError("The file is no MGH volume", where=path, found=error) from error
+        raise ImageError("The file is not an MGH volume", where=path, found=error) from error
 
 
 def _header(path: Path, image: MGHImage) -> ImageHeader:

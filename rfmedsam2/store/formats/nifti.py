@@ -1,7 +1,7 @@
-"""NIfTI-1 and NIfTI-2, plain or gzipped: read in one pass straight into the array, written with the source's header.
+"""NIfTI-1 and NIfTI-2, plain or gzipped: read in one pass into the array, written with the source's header.
 
-nibabel understands the header (it accepts directions that other readers refuse); the voxels are inflated here, because
-a gzip checksum is only seen by who reads to the end of the file.
+nibabel parses the header (it accepts directions that other readers reject); the voxels are decompressed here, because
+a gzip checksum is only verified by reading to the end of the file.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from rfmedsam2.store.formats.image_header import (
     repaired,
 )
 
-_LARGEST_RATIO = 1100  # deflate cannot pack better than 1032 to 1
+_LARGEST_RATIO = 1100  # deflate's largest compression ratio is 1032
 
 
 def read_nifti_header(path: Path) -> ImageHeader:
-    """Header of a NIfTI file; at most one chunk of the file is inflated."""
+    """Read the header of a NIfTI file; at most one chunk of the file is decompressed."""
     with closing(chunks_of(path)) as chunks:
         raw, _ = _raw_header(path, chunks)
     return _image_header(path, raw)
 
 
 def read_nifti(path: Path) -> tuple[np.ndarray, ImageHeader]:
-    """Voxels (C,Z,Y,X) and header of a NIfTI file. Scaled data and float64 become float32, integers stay.
+    """Read voxels (C,Z,Y,X) and header of a NIfTI file. Scaled data and float64 become float32, integer types stay.
 
     Raises:
         TruncatedImageError: fewer voxels than the header promises, or a damaged gzip stream.
-        ImageError: not NIfTI, or a data type that is no intensity.
-        GeometryError: impossible spacing or direction.
+        ImageError: not NIfTI, or a data type other than integers and floats.
+        GeometryError: invalid spacing or direction.
     """
     with closing(chunks_of(path)) as chunks:
         raw, first = _raw_header(path, chunks)
@@ -70,7 +70,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, ImageHeader]:
 def write_nifti_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
     """Write labels (Z,Y,X), uint8 or uint16, as NIfTI at `path` (not atomic). A NIfTI source's header is kept.
 
-    Bytes depend on the labels and the header alone (no time stamp).
+    The bytes depend on the labels and the header only (no time stamp).
     """
     raw = _label_header(header, labels_zyx)
     block = raw.binaryblock + b"\0\0\0\0"  # no extensions
@@ -86,7 +86,7 @@ def write_nifti_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -
 
 
 def _raw_header(path: Path, chunks: Iterator[bytes]) -> tuple[Nifti1Header, bytes]:
-    """The header as nibabel sees it, and the bytes read so far."""
+    """The header parsed by nibabel, and the bytes read so far."""
     first = b""
     while len(first) < 544 and (more := next(chunks, None)) is not None:
         first += more
@@ -102,7 +102,7 @@ def _raw_header(path: Path, chunks: Iterator[bytes]) -> tuple[Nifti1Header, byte
     raise ImageError(
         "The file is not a single-file NIfTI image",
         where=path,
-        expected="a header of 348 or 540 bytes with the mark n+1 or n+2",
+        expected="a header of 348 or 540 bytes with the magic n+1 or n+2",
         found=f"bytes {first[:4].hex()} ...",
         remedy="Check what wrote the file; convert it to NIfTI",
     )
@@ -138,7 +138,7 @@ def _shape(path: Path, raw: Nifti1Header) -> tuple[tuple[int, int, int], int]:
     rest = [n for n in dims[3:] if n != 1]
     if min(dims) < 1 or len(rest) > 1:
         raise ImageError(
-            "The image has no usable shape",
+            "The shape of the image is not supported",
             where=path,
             expected="2 to 3 axes, and at most one more for channels",
             found=tuple(dims),
@@ -154,7 +154,7 @@ def _dtype(path: Path, raw: Nifti1Header) -> str:
         dtype = np.dtype("V0")
     if dtype.kind not in "iuf":
         raise ImageError(
-            "The image's data type is no intensity",
+            "The image's data type is not supported",
             where=path,
             expected="integers or floating point",
             found=f"NIfTI data type {int(raw['datatype'])} ({dtype})",
@@ -164,7 +164,7 @@ def _dtype(path: Path, raw: Nifti1Header) -> str:
 
 
 def _scaling(raw: Nifti1Header) -> tuple[float, float] | None:
-    """Slope and intercept, None where voxels mean what they are (slope 0 or not finite: NIfTI's "not used")."""
+    """Slope and intercept; None if voxels are not scaled (a slope that is 0 or not finite is NIfTI's "not used")."""
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
     if not np.isfinite(slope) or slope == 0:
         return None
@@ -184,9 +184,9 @@ def _scaled(array: np.ndarray, raw: Nifti1Header, dtype: str) -> np.ndarray:
 
 
 def _source_grid(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int]) -> tuple[Grid, float]:
-    """The grid by sform, or by qform where there is no sform or it is no rigid motion (a 12-parameter alignment).
+    """The grid by sform, or by qform if there is no sform or if it is not rigid (a 12-parameter alignment).
 
-    Spacing is pixdim, as every reader of the field takes it.
+    Spacing is pixdim, as in every reader of the field.
     """
     spacing_xyz = checked_spacing(_zooms(raw), where=path)
     shape_zyx = (shape_xyz[2], shape_xyz[1], shape_xyz[0])
@@ -199,7 +199,7 @@ def _source_grid(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int])
         if not affines:
             affines.append(raw.get_base_affine())
     except (ValueError, HeaderDataError) as error:
-        raise GeometryError("The NIfTI qform is impossible", where=path, found=error) from None
+        raise GeometryError("The NIfTI qform is invalid", where=path, found=error) from None
     usable = [a for a in affines if np.all(np.isfinite(a)) and np.all(np.linalg.norm(a[:3, :3], axis=0) > 0)]
     grids = [Grid.from_affine_ras(affine, shape_zyx) for affine in usable]
     if not grids:
@@ -208,11 +208,11 @@ def _source_grid(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int])
         )
     chosen = next((g for g in grids if g.skew_degrees <= MAX_SKEW_DEGREES and _scales_agree(g, spacing_xyz)), None)
     if chosen is None:
-        _ = repaired(grids[0], where=path)  # a skew has its own sentence
+        _ = repaired(grids[0], where=path)  # skew raises its own error
         raise GeometryError(
             "The NIfTI header gives two different spacings",
             where=path,
-            expected=f"the affine to have pixdim's spacing {spacing_xyz} mm (x, y, z)",
+            expected=f"the affine's spacing to be pixdim's, {spacing_xyz} mm (x, y, z)",
             found=tuple(round(s, 4) for s in grids[0].spacing_zyx_mm[::-1]),
             remedy="Correct pixdim or the affine",
         )
@@ -221,10 +221,10 @@ def _source_grid(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int])
 
 
 def _zooms(raw: Nifti1Header) -> list[float]:
-    """Spacing by pixdim along x, y, z, mm."""
+    """Spacing in pixdim along x, y, z, mm."""
     zooms = [float(s) for s in raw["pixdim"][1:4]]
     if len(raw.get_data_shape()) == 2:
-        # a flat image: the missing axis gets a spacing far above the others, so that it counts as the coarse one
+        # a 2D image: the missing axis gets a spacing far above the others, so that it counts as the coarse one
         zooms[2] = max(zooms[:2]) * 999
     return zooms
 
@@ -238,7 +238,7 @@ def _label_header(header: ImageHeader, labels_zyx: np.ndarray) -> Nifti1Header:
     if header.nifti is None:
         raw = Nifti1Header(endianness="<")
         raw.set_data_shape(shape_xyz)
-        # a quaternion can only hold perpendicular axes; the sform keeps the source's
+        # a quaternion can only represent perpendicular axes; the sform keeps the source's
         raw.set_qform(header.grid.affine_ras, code=1)
         raw.set_sform(header.source_grid.affine_ras, code=1)
         raw.set_xyzt_units("mm")

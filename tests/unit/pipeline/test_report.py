@@ -241,10 +241,10 @@ def test_progress_before_the_first_epoch_ends_is_drawn(tmp_path) -> None:
 
 
 def test_missing_or_foreign_metrics_are_a_sentence(tmp_path) -> None:
-    with pytest.raises(RecordError, match="no training metrics"):
+    with pytest.raises(RecordError, match="training metrics do not exist"):
         progress_png(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n')
-    with pytest.raises(RecordError, match="no event of a training"):
+    with pytest.raises(RecordError, match="not a training event"):
         progress_png(tmp_path)
 
 

@@ -357,7 +357,7 @@ def test_choices_that_do_not_fit_are_sentences(tmp_path):
         r"Frames cannot have this size.*Found 100": {"method": "hq_sam", "backbone": "vit_nano", "frame_size": 100},
         r"hq_sam2 is not built on vit_nano": {"method": "hq_sam2", "backbone": "vit_nano"},
         r"trained on other frozen weights": {"model": "model.pt", "weights": "other.pt"},
-        r"no such file of weights": {"method": "sam", "backbone": "vit_nano", "weights": "none.pt"},
+        r"file of weights does not exist": {"method": "sam", "backbone": "vit_nano", "weights": "none.pt"},
         r"another backbone.*Expected vit_b\. Found vit_tiny|no SAM": {
             "method": "sam",
             "backbone": "vit_b",

@@ -171,18 +171,20 @@ def test_a_failed_import_by_force_keeps_the_old_model(archive, tmp_path) -> None
     ],
 )
 def test_names_that_could_leave_the_folder_or_run_are_refused(archive, tmp_path, name) -> None:
-    import_fails(rebuilt(archive, add={name: b"{}"}), tmp_path, "may not be in a model archive")
+    import_fails(rebuilt(archive, add={name: b"{}"}), tmp_path, "not allowed in a model archive")
 
 
 def test_links_are_refused(archive, tmp_path) -> None:
     link = zipfile.ZipInfo("fold_0/link.json")
     link.create_system = 3
     link.external_attr = 0o120777 << 16
-    import_fails(rebuilt(archive, add={link: b"/etc/passwd"}), tmp_path, "no plain file")
+    import_fails(rebuilt(archive, add={link: b"/etc/passwd"}), tmp_path, "other than a regular file")
 
 
 def test_names_that_differ_only_in_case_are_refused(archive, tmp_path) -> None:
-    import_fails(rebuilt(archive, add={"Fold_0/checkpoint_final.safetensors": b"x"}), tmp_path, "two files of one name")
+    import_fails(
+        rebuilt(archive, add={"Fold_0/checkpoint_final.safetensors": b"x"}), tmp_path, "two files of the same name"
+    )
 
 
 def test_a_file_that_the_manifest_does_not_list_is_refused(archive, tmp_path) -> None:
@@ -193,7 +195,7 @@ def test_a_changed_file_is_refused(archive, tmp_path) -> None:
     with zipfile.ZipFile(archive) as members:
         data = bytearray(members.read(WEIGHTS))
     data[-1] ^= 1
-    import_fails(rebuilt(archive, change={WEIGHTS: bytes(data)}), tmp_path, "not the one that its manifest names")
+    import_fails(rebuilt(archive, change={WEIGHTS: bytes(data)}), tmp_path, "does not match the manifest")
 
 
 def test_a_pickle_dressed_as_a_checkpoint_is_refused_and_not_run(archive, tmp_path) -> None:
@@ -268,12 +270,12 @@ def test_any_flipped_byte_is_refused_or_harmless(archive, tmp_path) -> None:
 def test_a_zip_without_manifest_and_a_missing_file_are_sentences(tmp_path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a.json", "{}")
-    import_fails(tmp_path / "x.zip", tmp_path, "no model archive")
-    import_fails(tmp_path / "absent.zip", tmp_path, "no such archive")
+    import_fails(tmp_path / "x.zip", tmp_path, "not a model archive")
+    import_fails(tmp_path / "absent.zip", tmp_path, "archive does not exist")
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(archive, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(archives, "MOST_BYTES", 1000)
+    monkeypatch.setattr(archives, "MAX_BYTES", 1000)
     import_fails(archive, tmp_path, "too large")
 
 
@@ -290,7 +292,7 @@ def test_a_member_that_is_packed_too_far_is_refused_before_it_is_unpacked(archiv
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
         target.writestr("manifest.json", source.read("manifest.json"))
         target.writestr(WEIGHTS, b"\0" * 5_000_000)
-    import_fails(path, tmp_path, "packed too far")
+    import_fails(path, tmp_path, "too high a compression ratio")
 
 
 def test_folds_without_a_checkpoint_cannot_be_exported(model, tmp_path) -> None:

@@ -93,14 +93,14 @@ def test_a_truncated_file_is_refused(path, keep):
 
 def test_appended_bytes_are_refused(path):
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(CheckpointError, match="truncated or was changed"):
+    with pytest.raises(CheckpointError, match="truncated or was modified"):
         read_record_of(path)
 
 
 def test_a_changed_weight_is_noticed(path):
     _flip(path, "model/a.weight")
     assert read_record_of(path).step == 5
-    with pytest.raises(CheckpointError, match="weights in this checkpoint do not match"):
+    with pytest.raises(CheckpointError, match="weights in this checkpoint did not match"):
         read_weights(path)
 
 

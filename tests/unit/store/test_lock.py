@@ -16,8 +16,8 @@ from rfmedsam2.store.lock import LOCK, exclusive_lock
 HOLD = """
 import sys, time
 from pathlib import Path
-from rfmedsam2.store.lock import sole_run
-with sole_run(Path(sys.argv[1])):
+from rfmedsam2.store.lock import exclusive_lock
+with exclusive_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -60,5 +60,5 @@ def test_nothing_is_left_where_nothing_was_written(tmp_path):
 
 def test_a_file_in_place_of_the_folder_is_a_sentence(tmp_path):
     (tmp_path / "out").write_text("I am a file")
-    with pytest.raises(StoreError, match="file stands where a folder is needed"), exclusive_lock(tmp_path / "out"):
+    with pytest.raises(StoreError, match="Expected a folder, but a file exists"), exclusive_lock(tmp_path / "out"):
         pass

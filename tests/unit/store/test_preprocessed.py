@@ -91,7 +91,7 @@ def test_ids_are_those_with_a_record(store):
     write(store, "a")
     (store.folder / "b.json").unlink()
     assert store.ids() == ("a",)
-    assert store.begun("b")
+    assert store.has_any_file("b")
 
 
 def test_a_case_is_complete_only_for_its_own_source(store):
@@ -136,11 +136,11 @@ def test_a_changed_record_is_noticed_and_one_without_checksum_is_read(store):
     record = store.folder / "case_1.json"
     fields = json.loads(record.read_text())
     record.write_text(json.dumps(fields | {"channels": 3}))
-    assert not store.is_sound("case_1")
-    with pytest.raises(StoreError, match=r"record is broken.*rfmed_plan_and_preprocess"):
+    assert not store.looks_complete("case_1")
+    with pytest.raises(StoreError, match=r"record is damaged.*rfmed_plan_and_preprocess"):
         store.open("case_1")
     record.write_text(json.dumps(fields | {"crc32": None}))
-    assert store.is_sound("case_1")
+    assert store.looks_complete("case_1")
     assert store.open("case_1").channels == 2
 
 
@@ -148,7 +148,7 @@ def test_a_truncated_array_is_named_when_read(store):
     write(store)
     path = store.folder / "case_1.b2nd"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(StoreError, match=r"case_1\.b2nd.*rebuilds broken cases"):
+    with pytest.raises(StoreError, match=r"case_1\.b2nd.*rebuilds damaged cases"):
         store.open("case_1").image()
 
 
@@ -162,8 +162,8 @@ def test_a_bit_that_the_disk_has_changed_is_noticed_by_who_reads_the_case(store,
     path.write_bytes(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     case = store.open("case_1")
-    with pytest.raises(StoreError, match=rf"damaged.*case_1{suffix}.*rebuilds broken cases"):
-        _ = case.read_image(), case.label(), case.foreground
+    with pytest.raises(StoreError, match=rf"damaged.*case_1{suffix}.*rebuilds damaged cases"):
+        _ = case.image(), case.label(), case.foreground
     assert not store.is_complete("case_1", "s1")
 
 
@@ -197,11 +197,11 @@ def test_reading_is_possible_in_a_forked_process(store):
     write(store)
     case = store.open("case_1")
     image, _ = arrays()
-    case.read_image()
+    case.image()
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        same = np.array_equal(case.read_image(), image)
+        same = np.array_equal(case.image(), image)
         os.write(writer, b"y" if same else b"n")
         os._exit(0)
     os.waitpid(child, 0)

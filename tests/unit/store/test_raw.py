@@ -106,7 +106,7 @@ def test_explicit_file_lists_are_followed(tmp_path: Path) -> None:
         (["a_0000.nii.gz", "a_0001.nii.gz", "a_0002.nii.gz"], ["a.nii.gz"], "extra-channel", "_0002"),
         (["a.nii.gz", "b.nii.gz"], ["a.nii.gz"], "missing-label", "without label"),
         (["a.nii.gz"], ["a.nii.gz", "b.nii.gz"], "missing-image", "without image"),
-        (["a.nii.gz", "a.nii"], ["a.nii.gz"], "duplicate-id", "one case id"),
+        (["a.nii.gz", "a.nii"], ["a.nii.gz"], "duplicate-id", "the same case id"),
         (["a.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz"], ["a.nii.gz"], "duplicate-id", "Several files"),
         (["a.nii.gz", "A.nii.gz"], ["a.nii.gz", "A.nii.gz"], "duplicate-id", "letter case: A, a"),
         (["a.nii.gz", "b.nrrd"], ["a.nii.gz"], "wrong-suffix", "does not end in .nii.gz"),
@@ -192,7 +192,7 @@ def test_nothing_found_says_what_is_there_and_what_was_expected(tmp_path: Path) 
     with pytest.raises(DatasetError, match=r"0 cases.*CASE_0000\.nii\.gz.*2 \.jpg.*Check the folder"):
         find_cases(tmp_path, channels=1, file_ending=".nii.gz")
     touch(tmp_path / "top" / "imagesTs", "a.nii.gz")
-    with pytest.raises(DatasetError, match=r"0 cases.*Give the folder below.*imagesTs"):
+    with pytest.raises(DatasetError, match=r"0 cases.*Name the subfolder.*imagesTs"):
         find_cases(tmp_path / "top", channels=1, file_ending=None)
 
 
@@ -240,12 +240,12 @@ def test_list_files_of_every_kind_give_the_same_case(tmp_path: Path, name: str, 
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("l.json", "{", "cannot be understood"),
-        ("l.json", "5", "cannot be understood"),
-        ("l.json", '{"a": [3]}', "cannot be understood"),
+        ("l.json", "{", "cannot be parsed"),
+        ("l.json", "5", "cannot be parsed"),
+        ("l.json", '{"a": [3]}', "cannot be parsed"),
         ("l.txt", "", "0 cases"),
-        ("l.txt", "gone.nii.gz", "not there.*gone"),
-        ("l.csv", "a,x.nii.gz,y.nii.gz,z.nii.gz", "not there"),
+        ("l.txt", "gone.nii.gz", "not exist.*gone"),
+        ("l.csv", "a,x.nii.gz,y.nii.gz,z.nii.gz", "not exist"),
     ],
 )
 def test_faulty_list_files_have_sentences(tmp_path: Path, name: str, text: str, words: str) -> None:
@@ -258,9 +258,9 @@ def test_sequence_of_paths_and_missing_or_foreign_input(tmp_path: Path) -> None:
     touch(tmp_path, "b.nii.gz", "a_0000.nrrd", "x.pdf")
     found = find_cases([tmp_path / "b.nii.gz", tmp_path / "a_0000.nrrd"], channels=1, file_ending=None)
     assert [c.id for c in found] == ["a", "b"]
-    with pytest.raises(UsageError, match="no such input"):
+    with pytest.raises(UsageError, match="input does not exist"):
         find_cases(tmp_path / "gone", channels=1, file_ending=None)
-    with pytest.raises(UsageError, match="no image and no list"):
+    with pytest.raises(UsageError, match="neither an image nor a list"):
         find_cases(tmp_path / "x.pdf", channels=1, file_ending=None)
 
 
@@ -268,7 +268,7 @@ def test_case_with_another_number_of_channels_is_refused(data_root: Path) -> Non
     from rfmedsam2.store.raw import read_case
 
     case = open_dataset(data_root / "hippocampus" / "Dataset004_Hippocampus").training[0]
-    with pytest.raises(ImageError, match=rf"{case.id} has another number of channels.*2 channel.*Found 1"):
+    with pytest.raises(ImageError, match=rf"number of channels of case {case.id} differs.*2 channel.*Found 1"):
         read_case(case, channels=2)
 
 

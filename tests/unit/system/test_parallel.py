@@ -67,7 +67,7 @@ def test_what_was_too_much_for_many_is_tried_once_more_with_half_as_many(caplog)
                 running -= 1
 
     assert list(map_cases(work, range(12), workers=4, name=str)) == [n * n for n in range(12)]
-    assert caplog.text.count("Going on once with 2 worker(s)") == 1
+    assert caplog.text.count("Retrying with 2 worker(s)") == 1
     assert len(tried) > 12
 
 
