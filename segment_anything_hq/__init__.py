@@ -29,11 +29,15 @@ if TYPE_CHECKING:
         build_sam_vit_l,
         build_sam_vit_t,
         sam_model_registry,
-        sam_model_registry_baseline,
     )
+    from segment_anything_hq.build_sam_baseline import sam_model_registry_baseline
     from segment_anything_hq.predictor import SamPredictor
 
-_HOMES = {"SamAutomaticMaskGenerator": "automatic_mask_generator", "SamPredictor": "predictor"}
+_HOMES = {
+    "SamAutomaticMaskGenerator": "automatic_mask_generator",
+    "SamPredictor": "predictor",
+    "sam_model_registry_baseline": "build_sam_baseline",
+}
 """Modules of the public names; of all others `build_sam`."""
 
 

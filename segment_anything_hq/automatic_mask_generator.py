@@ -11,19 +11,51 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from segment_anything import SamAutomaticMaskGenerator as PlainGenerator
-from segment_anything.utils.amg import (
-    MaskData,
-    batched_mask_to_box,
-    calculate_stability_score,
-    is_box_near_crop_edge,
-    mask_to_rle_pytorch,
-    uncrop_masks,
-)
 from torch import Tensor
 
-from segment_anything_hq.nn.hq_decoder import MaskDecoderHQ
-from segment_anything_hq.nn.hq_sam import Sam
+from segment_anything_hq.modeling import MaskDecoderHQ, Sam
 from segment_anything_hq.predictor import SamPredictor
+from segment_anything_hq.utils.amg import (
+    MaskData,
+    area_from_rle,
+    batch_iterator,
+    batched_mask_to_box,
+    box_xyxy_to_xywh,
+    build_all_layer_point_grids,
+    calculate_stability_score,
+    coco_encode_rle,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+    mask_to_rle_pytorch,
+    remove_small_regions,
+    rle_to_mask,
+    uncrop_boxes_xyxy,
+    uncrop_masks,
+    uncrop_points,
+)
+
+# names that the published module has, too
+__all__ = [
+    "MaskData",
+    "Sam",
+    "SamAutomaticMaskGenerator",
+    "SamPredictor",
+    "area_from_rle",
+    "batch_iterator",
+    "batched_mask_to_box",
+    "box_xyxy_to_xywh",
+    "build_all_layer_point_grids",
+    "calculate_stability_score",
+    "coco_encode_rle",
+    "generate_crop_boxes",
+    "is_box_near_crop_edge",
+    "mask_to_rle_pytorch",
+    "remove_small_regions",
+    "rle_to_mask",
+    "uncrop_boxes_xyxy",
+    "uncrop_masks",
+    "uncrop_points",
+]
 
 FINISHED_AT_ONCE = 8
 """Masks that are brought to the image's size together."""

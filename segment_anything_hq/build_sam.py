@@ -18,9 +18,8 @@ from segment_anything.modeling import PromptEncoder, TwoWayTransformer
 from torch import nn
 
 from rfmedsam2.store.published_weights import read_published
-from segment_anything_hq.nn.hq_decoder import MaskDecoder, MaskDecoderHQ
-from segment_anything_hq.nn.hq_sam import HqSam, Sam, freeze_sam, load_sam
-from segment_anything_hq.nn.vit import TINY_EARLY, ImageEncoderViT, TinyViT
+from segment_anything_hq.modeling import ImageEncoderViT, MaskDecoderHQ, Sam, TinyViT
+from segment_anything_hq.nn.hq_sam import HqSam, freeze_sam, load_sam
 
 logger = logging.getLogger(__name__)
 CHANNELS = 256
@@ -32,22 +31,22 @@ SamT = TypeVar("SamT", bound=Sam)
 
 def build_sam_vit_h(checkpoint: Checkpoint = None) -> HqSam:
     """HQ-SAM on ViT-H."""
-    return _hq(*vit(1280, 32, 16, (7, 15, 23, 31)), checkpoint)
+    return loaded(assemble(*vit(1280, 32, 16, (7, 15, 23, 31))), checkpoint)
 
 
 def build_sam_vit_l(checkpoint: Checkpoint = None) -> HqSam:
     """HQ-SAM on ViT-L."""
-    return _hq(*vit(1024, 24, 16, (5, 11, 17, 23)), checkpoint)
+    return loaded(assemble(*vit(1024, 24, 16, (5, 11, 17, 23))), checkpoint)
 
 
 def build_sam_vit_b(checkpoint: Checkpoint = None) -> HqSam:
     """HQ-SAM on ViT-B."""
-    return _hq(*vit(768, 12, 12, (2, 5, 8, 11)), checkpoint)
+    return loaded(assemble(*vit(768, 12, 12, (2, 5, 8, 11))), checkpoint)
 
 
 def build_sam_vit_t(checkpoint: Checkpoint = None) -> HqSam:
     """HQ-SAM on TinyViT (Light HQ-SAM)."""
-    return _hq(TinyViT(FRAME_SIZE), TINY_EARLY, checkpoint)
+    return loaded(assemble(*tiny_vit()), checkpoint)
 
 
 build_sam = build_sam_vit_h
@@ -58,35 +57,6 @@ sam_model_registry: dict[str, Callable[..., HqSam]] = {
     "vit_l": build_sam_vit_l,
     "vit_b": build_sam_vit_b,
     "vit_tiny": build_sam_vit_t,
-}
-
-
-def build_plain_vit_h(checkpoint: Checkpoint = None) -> Sam:
-    """SAM itself on ViT-H."""
-    return _plain(vit(1280, 32, 16, (7, 15, 23, 31))[0], checkpoint)
-
-
-def build_plain_vit_l(checkpoint: Checkpoint = None) -> Sam:
-    """SAM itself on ViT-L."""
-    return _plain(vit(1024, 24, 16, (5, 11, 17, 23))[0], checkpoint)
-
-
-def build_plain_vit_b(checkpoint: Checkpoint = None) -> Sam:
-    """SAM itself on ViT-B."""
-    return _plain(vit(768, 12, 12, (2, 5, 8, 11))[0], checkpoint)
-
-
-def build_plain_vit_t(checkpoint: Checkpoint = None) -> Sam:
-    """SAM itself on TinyViT (MobileSAM)."""
-    return _plain(TinyViT(FRAME_SIZE), checkpoint)
-
-
-sam_model_registry_baseline: dict[str, Callable[..., Sam]] = {
-    "default": build_plain_vit_h,
-    "vit_h": build_plain_vit_h,
-    "vit_l": build_plain_vit_l,
-    "vit_b": build_plain_vit_b,
-    "vit_tiny": build_plain_vit_t,
 }
 
 
@@ -111,25 +81,24 @@ def vit(
     return encoder, channels
 
 
+def tiny_vit(frame_size: int = FRAME_SIZE) -> tuple[TinyViT, int]:
+    """MobileSAM's TinyViT-5M, and the channels of its early features."""
+    widths = [64, 128, 160, 320]
+    encoder = TinyViT(frame_size, embed_dims=widths, num_heads=[2, 4, 5, 10], drop_path_rate=0.0, layer_lr_decay=0.8)
+    return encoder, widths[2]
+
+
 def assemble(encoder: ImageEncoderViT | TinyViT, early: int) -> HqSam:
     """HQ-SAM around an image encoder whose early features have `early` channels, new, in evaluation mode."""
-    decoder = MaskDecoderHQ(transformer_dim=CHANNELS, transformer=_transformer(), vit_dim=early)
-    sam = HqSam(encoder, _prompt_encoder(encoder.img_size), decoder)
+    decoder = MaskDecoderHQ(transformer_dim=CHANNELS, transformer=transformer(), vit_dim=early)
+    sam = HqSam(encoder, prompt_encoder(encoder.img_size), decoder)
     freeze_sam(sam)
     sam.eval()
     return sam
 
 
-def _hq(encoder: ImageEncoderViT | TinyViT, early: int, checkpoint: Checkpoint) -> HqSam:
-    return _loaded(assemble(encoder, early), checkpoint)
-
-
-def _plain(encoder: ImageEncoderViT | TinyViT, checkpoint: Checkpoint) -> Sam:
-    decoder = MaskDecoder(transformer_dim=CHANNELS, transformer=_transformer())
-    return _loaded(Sam(encoder, _prompt_encoder(encoder.img_size), decoder).eval(), checkpoint)
-
-
-def _prompt_encoder(frame_size: int) -> PromptEncoder:
+def prompt_encoder(frame_size: int) -> PromptEncoder:
+    """SAM's, for frames of `frame_size`."""
     side = frame_size // PATCH
     return PromptEncoder(
         embed_dim=CHANNELS,
@@ -139,11 +108,13 @@ def _prompt_encoder(frame_size: int) -> PromptEncoder:
     )
 
 
-def _transformer() -> TwoWayTransformer:
+def transformer() -> TwoWayTransformer:
+    """SAM's, of its mask decoder."""
     return TwoWayTransformer(depth=2, embedding_dim=CHANNELS, mlp_dim=2048, num_heads=8)
 
 
-def _loaded(sam: SamT, checkpoint: Checkpoint) -> SamT:
+def loaded(sam: SamT, checkpoint: Checkpoint) -> SamT:
+    """Load a checkpoint into a model, if there is one."""
     if checkpoint is not None:
         new = load_sam(sam, read_published(Path(checkpoint)), where=checkpoint).missing
         if new:

@@ -9,7 +9,7 @@ from rfmedsam2.errors import CheckpointError, PlanError, UsageError
 from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import read_weights, weights_sha256
 from rfmedsam2.store.published_weights import read_published
-from segment_anything_hq.build_sam import FRAME_SIZE, assemble, vit
+from segment_anything_hq.build_sam import FRAME_SIZE, assemble, tiny_vit, vit
 from segment_anything_hq.nn import sam2_base, sam_base
 from segment_anything_hq.nn.hq_sam import HqSam, load_sam
 from segment_anything_hq.nn.hq_sam2 import HqSam2, load_hq_sam2
@@ -18,7 +18,6 @@ from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 from segment_anything_hq.nn.sam_base import ENCODERS, SamBackbone, SamSegmenter
 from segment_anything_hq.nn.sam_ref import SamRef
 from segment_anything_hq.nn.trainable_subset import TrainedPart
-from segment_anything_hq.nn.vit import TINY_EARLY, TinyViT
 from segment_anything_hq.records import ON_SAM2, Backbone, Method, RefinerRecord, ZeroShot, goes_on
 
 Network = HqSam | HqSam2 | SamRef | SAM2Refiner | SamSegmenter | Sam2Segmenter
@@ -137,6 +136,6 @@ def _base(backbone: Backbone, frame_size: int, weights: Path | None, *, trained:
 
 def _hq_sam(backbone: SamBackbone, frame_size: int) -> HqSam:
     if backbone == "vit_tiny":
-        return assemble(TinyViT(frame_size), TINY_EARLY)
+        return assemble(*tiny_vit(frame_size))
     channels, sizes = ENCODERS[backbone]
     return assemble(*vit(channels, sizes.depth, sizes.heads, sizes.global_blocks, frame_size))

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from segment_anything import SamPredictor as PlainPredictor
-from segment_anything.utils.transforms import ResizeLongestSide as PlainResize
 from torch import Tensor
 
 from rfmedsam2.errors import ImageError, UsageError
-from segment_anything_hq.nn.hq_decoder import Decoded, ImageSide, MaskDecoderHQ
-from segment_anything_hq.nn.hq_sam import Sam, no_mask
+from segment_anything_hq.modeling import MaskDecoderHQ, Sam
+from segment_anything_hq.modeling.mask_decoder_hq import Decoded, ImageSide
+from segment_anything_hq.nn.hq_sam import no_mask
+from segment_anything_hq.utils.transforms import ResizeLongestSide
 
 FORMATS = ("RGB", "BGR")
 
@@ -23,15 +24,6 @@ class NoImageError(UsageError, RuntimeError):
 
     def __init__(self) -> None:
         super().__init__("There is no image yet", remedy="An image must be set with .set_image(...) first")
-
-
-class ResizeLongestSide(PlainResize):
-    """SAM's resizing, whose tensors are (B, C, H, W) as its documentation says."""
-
-    def apply_image_torch(self, image: Tensor) -> Tensor:
-        """Images (B, C, H, W) with the longer side `target_length`."""
-        size = self.get_preprocess_shape(image.shape[2], image.shape[3], self.target_length)
-        return torch.nn.functional.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 class SamPredictor(PlainPredictor):
@@ -181,6 +173,8 @@ class SamPredictor(PlainPredictor):
                 sparse_prompt_embeddings=sparse,
                 dense_prompt_embeddings=dense,
                 multimask_output=multimask_output,
+                hq_token_only=hq_token_only,
+                interm_embeddings=cast(list[Tensor], self.interm_features),
             )
         masks = self.model.postprocess_masks(logits, self.input_size, self.original_size)
         return masks if return_logits else masks > self.model.mask_threshold, scores, logits

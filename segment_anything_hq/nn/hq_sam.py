@@ -1,97 +1,27 @@
-"""HQ-SAM: SAM with early features and the HQ mask decoder; weights by the published names.
+"""HQ-SAM as a `Segmenter` of the trainer, and published weights of HQ-SAM and SAM into it.
 
-`Sam` is what the published package gives (batched images with their prompts in, masks out), `HqSam` the same network
-as a `Segmenter` of the trainer. Source: HQ-SAM paper, section 3.
+Source: HQ-SAM paper, section 3.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from segment_anything.modeling import PromptEncoder
-from segment_anything.modeling import Sam as SamBase
 from torch import Tensor, nn
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.nn.sam2.weights import LoadReport
-from rfmedsam2.nn.segmenter import DEVIATION, MEAN, Embedded, PromptBatch, Segmented, normalized
-from segment_anything_hq.nn.hq_decoder import HQ_PARTS, Decoded, MaskDecoder, MaskDecoderHQ, hq_parameters
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, normalized
+from segment_anything_hq.modeling.mask_decoder_hq import HQ_PARTS, Decoded, MaskDecoderHQ, hq_parameters
+from segment_anything_hq.modeling.sam import Sam
+from segment_anything_hq.modeling.tiny_vit_sam import CLASSIFIER
 from segment_anything_hq.nn.sam_base import fitted_positions
-from segment_anything_hq.nn.vit import CLASSIFIER, ImageEncoderViT, TinyViT
 
-PIXEL_MEAN = [255 * value for value in MEAN]
-PIXEL_STD = [255 * value for value in DEVIATION]
 ENCODERS = {768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H", "tiny": "TinyViT"}
 logger = logging.getLogger(__name__)
-
-
-class Sam(SamBase):
-    """SAM whose encoder gives early features too, and whose decoder may be HQ-SAM's.
-
-    Args:
-        image_encoder: of `nn/vit.py`.
-        prompt_encoder: `segment_anything`'s.
-        mask_decoder: of `nn/hq_decoder.py`, HQ-SAM's or SAM's own.
-        pixel_mean: of the channels, of 0 to 255; `pixel_std` likewise.
-
-    Attributes:
-        load_report: which parameters the last checkpoint had; None before one is loaded.
-    """
-
-    image_encoder: ImageEncoderViT | TinyViT
-    mask_decoder: MaskDecoderHQ | MaskDecoder
-
-    def __init__(
-        self,
-        image_encoder: ImageEncoderViT | TinyViT,
-        prompt_encoder: PromptEncoder,
-        mask_decoder: MaskDecoderHQ | MaskDecoder,
-        pixel_mean: list[float] = PIXEL_MEAN,
-        pixel_std: list[float] = PIXEL_STD,
-    ) -> None:
-        # typed for its own encoder and decoder
-        super().__init__(image_encoder, prompt_encoder, mask_decoder, pixel_mean, pixel_std)  # pyright: ignore[reportArgumentType]
-        self.load_report: LoadReport | None = None
-
-    @torch.no_grad()
-    def forward(
-        self, batched_input: list[dict[str, Any]], multimask_output: bool, hq_token_only: bool = False
-    ) -> list[dict[str, Tensor]]:
-        """Masks of every image's prompts.
-
-        Args:
-            batched_input: for each image a dict of "image" (3, h, w), of 0 to 255 with its longer side S;
-                "original_size", its (H, W); and of its P prompts any of "point_coords" (P, k, 2) with "point_labels"
-                (P, k), "boxes" (P, 4) XYXY, all in the frame's pixels, "mask_inputs" (P, 1, 4s, 4s).
-            multimask_output: take the best of the masks for ambiguous prompts.
-            hq_token_only: the HQ token's mask alone, else the sum with SAM's.
-
-        Returns:
-            for each image "masks" (P, 1, H, W) bool, "iou_predictions" (P, 1), "low_res_logits" (P, 1, 4s, 4s).
-        """
-        frames = torch.stack([self.preprocess(record["image"]) for record in batched_input])
-        embeddings, early = self.image_encoder(frames)
-        outputs = []
-        for index, record in enumerate(batched_input):
-            points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None
-            sparse, dense = self.prompt_encoder(
-                points=points, boxes=record.get("boxes"), masks=record.get("mask_inputs")
-            )
-            logits, scores = self.mask_decoder(
-                image_embeddings=embeddings[index, None],
-                image_pe=self.prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
-                multimask_output=multimask_output,
-                hq_token_only=hq_token_only,
-                interm_embeddings=[early[0][index, None]],
-            )
-            masks = self.postprocess_masks(logits, record["image"].shape[-2:], record["original_size"])
-            outputs.append({"masks": masks > self.mask_threshold, "iou_predictions": scores, "low_res_logits": logits})
-        return outputs
 
 
 class HqSam(Sam):

@@ -6,7 +6,6 @@ usage: published_hq.py OUT.pt
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from segment_anything_hq.utils.onnx import SamOnnxModel
 from torch import nn
 
 import segment_anything_hq as published
 from segment_anything_hq import modeling
+from segment_anything_hq.modeling import tiny_vit_sam
+from segment_anything_hq.utils.onnx import SamOnnxModel
 
 SMALL = {
     "depth": 4,
@@ -42,7 +42,7 @@ def main() -> None:
     small, tiny = randomised(build_small()), randomised(published.sam_model_registry["vit_tiny"]())
     torch.save(
         {
-            "signatures": signatures(),
+            "parts": parts(),
             "registry": registry,
             "baseline": baseline,
             "small_sizes": SMALL,
@@ -111,30 +111,34 @@ def shapes_of(key: str, build: Callable[[], nn.Module]) -> dict[str, tuple]:
     return {name: (tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()}
 
 
-def signatures() -> dict[str, list[tuple[str, str]]]:
-    names = {
-        "build_sam": published.build_sam,
-        "SamPredictor": published.SamPredictor,
-        "SamAutomaticMaskGenerator": published.SamAutomaticMaskGenerator,
-        "SamAutomaticMaskGenerator.generate": published.SamAutomaticMaskGenerator.generate,
-        "Sam": modeling.Sam,
-        "Sam.forward": modeling.Sam.forward,
-        "MaskDecoderHQ": modeling.MaskDecoderHQ,
-        "MaskDecoderHQ.forward": modeling.MaskDecoderHQ.forward,
-        "MaskDecoderHQ.predict_masks": modeling.MaskDecoderHQ.predict_masks,
-        "SamOnnxModel": SamOnnxModel,
-        "SamOnnxModel.forward": SamOnnxModel.forward,
-    }
-    for method in ("set_image", "set_torch_image", "predict", "predict_torch", "get_image_embedding", "reset_image"):
-        names[f"SamPredictor.{method}"] = getattr(published.SamPredictor, method)
-    return {name: parameters(value) for name, value in names.items()}
+PARTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "Conv2d_BN": ({"a": 6, "b": 4, "ks": 3, "stride": 2, "pad": 1, "groups": 2}, (2, 6, 9, 8)),
+    "PatchEmbed": ({"in_chans": 3, "embed_dim": 8, "resolution": 32}, (2, 3, 32, 32)),
+    "MBConv": ({"in_chans": 6, "out_chans": 6, "expand_ratio": 4.0, "drop_path": 0.0}, (2, 6, 8, 7)),
+    "PatchMerging": ({"input_resolution": (6, 8), "dim": 6, "out_dim": 10}, (2, 48, 6)),
+    "ConvLayer": ({"dim": 6, "input_resolution": (6, 8), "depth": 2}, (2, 6, 6, 8)),
+    "Mlp": ({"in_features": 6, "hidden_features": 9, "out_features": 4}, (2, 5, 6)),
+    "Attention": ({"dim": 12, "key_dim": 4, "num_heads": 3, "attn_ratio": 2, "resolution": (3, 5)}, (2, 15, 12)),
+    "TinyViTBlock": ({"dim": 12, "input_resolution": (9, 8), "num_heads": 3, "window_size": 5}, (2, 72, 12)),
+    "BasicLayer": (
+        {"dim": 12, "input_resolution": (7, 7), "depth": 2, "num_heads": 2, "window_size": 7, "mlp_ratio": 3.0},
+        (2, 49, 12),
+    ),
+}
+"""Of TinyViT: arguments, and the shape of what goes in."""
+ACTIVATED = ("PatchEmbed", "MBConv", "PatchMerging", "ConvLayer")
+"""Parts that have to be given an activation."""
 
 
-def parameters(value: Any) -> list[tuple[str, str]]:
-    """Names and defaults; of types and arrays the default's mere presence."""
-    found = inspect.signature(value).parameters.values()
-    kinds = (bool, int, float, str, type(None), type(inspect.Parameter.empty))
-    return [(p.name, repr(p.default) if isinstance(p.default, kinds) else "given") for p in found]
+def parts() -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor, torch.Tensor]]:
+    """Of each part of TinyViT its arguments, weights, what goes in and what comes out."""
+    found = {}
+    for name, (arguments, shape) in PARTS.items():
+        given = {**arguments, **({"activation": nn.GELU} if name in ACTIVATED else {})}
+        part, x = getattr(tiny_vit_sam, name)(**given), torch.randn(shape)
+        randomised(part)
+        found[name] = (arguments, part.state_dict(), x, part(x.clone()).detach())
+    return found
 
 
 def answers(model: nn.Module, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:

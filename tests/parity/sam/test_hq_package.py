@@ -6,6 +6,7 @@ It is installed into a folder of its own and answers in a process of its own, be
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -21,31 +22,35 @@ from torch import Tensor, nn
 
 import segment_anything_hq
 from rfmedsam2.nn.segmenter import PromptBatch
-from segment_anything_hq import modeling
-from segment_anything_hq.nn.hq_decoder import MaskDecoderHQ
+from segment_anything_hq.modeling import tiny_vit_sam
+from segment_anything_hq.modeling.image_encoder import ImageEncoderViT
+from segment_anything_hq.modeling.mask_decoder_hq import MaskDecoderHQ
 from segment_anything_hq.nn.hq_sam import HqSam, load_sam
-from segment_anything_hq.nn.vit import ImageEncoderViT
-from segment_anything_hq.onnx import SamOnnxModel
+from segment_anything_hq.utils.onnx import SamOnnxModel
 
 PACKAGE = "segment-anything-hq==0.3"
 CLOSE = 1e-5
+SUPPORT = Path(__file__).resolve().parents[2] / "support"
 Answers = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """What the published package gives; see `published_hq.py`."""
+def package(request: pytest.FixtureRequest) -> Path:
+    """The folder that the published package is installed into."""
     folder = Path(request.config.cache.mkdir("segment_anything_hq_0.3"))
     if not (folder / "segment_anything_hq").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
             pytest.skip(f"{PACKAGE} cannot be installed: {done.stderr.strip()[-200:]}")
-    out = tmp_path_factory.mktemp("published") / "answers.pt"
-    program = Path(__file__).resolve().parents[2] / "support" / "published_hq.py"
+    return folder
+
+
+def run_with(package: Path, program: str, out: Path) -> Path:
+    """Run a program of `tests/support` with the published package in the place of ours."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(program), str(out)],
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        [sys.executable, "-W", "ignore", str(SUPPORT / program), str(out)],
+        env={**os.environ, "PYTHONPATH": str(package)},
         cwd=out.parent,
         capture_output=True,
         text=True,
@@ -55,6 +60,13 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if done.returncode and "ModuleNotFoundError: No module named 'timm" in done.stderr:
         pytest.skip(f"{PACKAGE} does not run with the timm that is installed")
     assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def published(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """What the published package gives; see `published_hq.py`."""
+    out = run_with(package, "published_hq.py", tmp_path_factory.mktemp("published") / "answers.pt")
     return torch.load(out, weights_only=True)
 
 
@@ -212,24 +224,22 @@ def test_automatic_masks_equal_the_published_packages(small: HqSam, published: A
     assert counts[4] == 0
 
 
-def parameters(value: Any) -> list[tuple[str, str]]:
-    """As `published_hq.py` lists them."""
-    found = inspect.signature(value).parameters.values()
-    kinds = (bool, int, float, str, type(None), type(inspect.Parameter.empty))
-    return [(p.name, repr(p.default) if isinstance(p.default, kinds) else "given") for p in found]
+def test_the_recorded_names_are_the_published_packages(package: Path, tmp_path: Path) -> None:
+    found = run_with(package, "public_names.py", tmp_path / "names.json").read_text()
+    assert json.loads(found) == json.loads((SUPPORT / "published_hq_names.json").read_text())
 
 
-def test_names_and_signatures_are_the_published_packages(published: Answers) -> None:
-    ours = {
-        **{name: getattr(segment_anything_hq, name) for name in segment_anything_hq.__all__},
-        "Sam": modeling.Sam,
-        "MaskDecoderHQ": modeling.MaskDecoderHQ,
-        "SamOnnxModel": SamOnnxModel,
-    }
-    for name, expected in published["signatures"].items():
-        owner, _, method = name.partition(".")
-        value = getattr(ours[owner], method) if method else ours[owner]
-        assert parameters(value) == [tuple(pair) for pair in expected], name
+def test_tiny_vits_parts_equal_the_published_packages(published: Answers) -> None:
+    for name, (arguments, weights, x, expected) in published["parts"].items():
+        made = getattr(tiny_vit_sam, name)
+        needed = inspect.signature(made).parameters.values()
+        activation = {p.name: nn.GELU for p in needed if p.name == "activation" and p.default is p.empty}
+        part = made(**arguments, **activation).eval()
+        part.load_state_dict(weights)
+        assert close(part(x), expected), name
+        if name == "Conv2d_BN":
+            assert close(part.fuse()(x), expected)
+    assert len(published["parts"]) == 9
 
 
 def test_registries_have_the_published_packages_keys_and_parameters(published: Answers) -> None:

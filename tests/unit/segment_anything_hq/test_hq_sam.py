@@ -16,11 +16,12 @@ from torch import Tensor, nn
 import segment_anything_hq
 from rfmedsam2.errors import CheckpointError, ImageError, PlanError, UsageError
 from rfmedsam2.nn.segmenter import PromptBatch, Segmenter
-from segment_anything_hq.build_sam import assemble, build_sam_vit_t
-from segment_anything_hq.nn.hq_decoder import HQ_PARTS, MaskDecoderHQ, hq_parameters
+from segment_anything_hq.build_sam import assemble, build_sam_vit_t, tiny_vit
+from segment_anything_hq.modeling.image_encoder import ImageEncoderViT, by_products, by_rows
+from segment_anything_hq.modeling.mask_decoder_hq import HQ_PARTS, MaskDecoderHQ, hq_parameters
+from segment_anything_hq.modeling.tiny_vit_sam import TinyViT
 from segment_anything_hq.nn.hq_sam import HqSam, load_sam
-from segment_anything_hq.nn.vit import ImageEncoderViT, TinyViT, by_products, by_rows
-from segment_anything_hq.onnx import INPUTS, OUTPUTS, SamOnnxModel
+from segment_anything_hq.utils.onnx import INPUTS, OUTPUTS, SamOnnxModel
 
 SIDE = 8
 MIB = 1 << 20
@@ -29,7 +30,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def sam() -> HqSam:
     torch.manual_seed(0)
-    return assemble(TinyViT(128), 160)
+    return assemble(*tiny_vit(128))
 
 
 def decoder_of(vit_dim: int) -> MaskDecoderHQ:
@@ -116,7 +117,7 @@ def test_few_queries_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     frames = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
         whole = encoder(frames)[0]
-        monkeypatch.setattr("segment_anything_hq.nn.vit.SCORES_AT_ONCE", 1000)
+        monkeypatch.setattr("segment_anything_hq.modeling.image_encoder.SCORES_AT_ONCE", 1000)
         torch.testing.assert_close(encoder(frames)[0], whole, rtol=0, atol=1e-5)
 
 
@@ -129,7 +130,7 @@ def plain(sam: HqSam) -> dict[str, Tensor]:
 def test_a_plain_sam_loads_and_what_is_added_is_reported_new(
     sam: HqSam, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights, fresh = plain(sam), assemble(TinyViT(128), 160)
+    weights, fresh = plain(sam), assemble(*tiny_vit(128))
     report = load_sam(fresh, weights, where="mobile_sam.pt")
     assert set(report.missing) == {name for name, _ in sam.trained_parameters()}
     assert report.unexpected == ("image_encoder.head.weight",)
@@ -143,7 +144,7 @@ def test_a_plain_sam_loads_and_what_is_added_is_reported_new(
 
 def test_a_published_state_loads_strictly_too(sam: HqSam) -> None:
     weights = {**sam.state_dict(), "image_encoder.head.weight": torch.zeros(1000, 320)}
-    assemble(TinyViT(128), 160).load_state_dict(weights)
+    assemble(*tiny_vit(128)).load_state_dict(weights)
 
 
 def other_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:

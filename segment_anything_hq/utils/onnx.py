@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from segment_anything.utils.amg import calculate_stability_score
 from segment_anything.utils.onnx import SamOnnxModel as PlainOnnxModel
 from torch import Tensor
 
 from rfmedsam2.errors import UsageError
-from segment_anything_hq.nn.hq_decoder import MaskDecoderHQ
-from segment_anything_hq.nn.hq_sam import Sam
+from segment_anything_hq.modeling import Sam
+from segment_anything_hq.modeling.mask_decoder_hq import MaskDecoderHQ
+from segment_anything_hq.utils.amg import calculate_stability_score
+
+__all__ = ["INPUTS", "OUTPUTS", "Sam", "SamOnnxModel", "calculate_stability_score"]
 
 INPUTS = (
     "image_embeddings",

@@ -12,8 +12,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
+from segment_anything.modeling.transformer import Attention, MLPBlock, TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor
+
+__all__ = [
+    "Attention",
+    "FirstLayer",
+    "MLPBlock",
+    "TwoWayAttentionBlock",
+    "TwoWayTransformer",
+    "attend",
+    "first_layer",
+    "rows_of",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

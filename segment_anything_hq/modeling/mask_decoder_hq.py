@@ -17,7 +17,9 @@ from segment_anything.modeling.mask_decoder import MaskDecoder as SamMaskDecoder
 from segment_anything.modeling.transformer import TwoWayTransformer
 from torch import Tensor, nn
 
-from segment_anything_hq.nn.two_way_transformer import FirstLayer, attend, first_layer, rows_of
+from segment_anything_hq.modeling.transformer import FirstLayer, attend, first_layer, rows_of
+
+__all__ = ["HQ_PARTS", "MLP", "Decoded", "ImageSide", "LayerNorm2d", "MaskDecoderHQ", "hq_parameters"]
 
 HQ_PARTS = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
 """What HQ-SAM adds to SAM, and what is trained of it."""
@@ -67,25 +69,6 @@ class Decoded:
     def logits(self) -> Tensor:
         """What HQ-SAM predicts (K, 4s, 4s): the sum of both tokens' logits, or the HQ token's where only it ran."""
         return self.hq if self.sam is None else self.sam + self.hq
-
-
-class MaskDecoder(SamMaskDecoder):
-    """SAM's own mask decoder; it takes what HQ-SAM's takes, and leaves it."""
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        image_embeddings: Tensor,
-        image_pe: Tensor,
-        sparse_prompt_embeddings: Tensor,
-        dense_prompt_embeddings: Tensor,
-        multimask_output: bool,
-        hq_token_only: bool = False,  # noqa: ARG002
-        interm_embeddings: list[Tensor] | Tensor | None = None,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
-        """See `segment_anything.modeling.MaskDecoder`."""
-        return super().forward(
-            image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output
-        )
 
 
 class MaskDecoderHQ(SamMaskDecoder):

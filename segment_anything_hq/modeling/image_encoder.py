@@ -1,29 +1,46 @@
-"""SAM's image encoders with the early features that HQ-SAM reads: `segment_anything`'s ViT, and TinyViT.
+"""SAM's ViT with the early features that HQ-SAM reads, and attention that never holds a map of all places to all.
 
-Both give (embedding (B, 256, s, s), early features, a list of (B, s, s, C)), of which HQ-SAM reads the first: of a ViT
-what its first block of global attention gives, of TinyViT what comes out of its second stage (HQ-SAM paper, section
-3.3; the published TinyViT configuration).
+It gives (embedding (B, 256, s, s), early features, a list of (B, s, s, C)): what each block of global attention gives,
+of which HQ-SAM reads the first (HQ-SAM paper, section 3.3).
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.image_encoder import Attention, Block, get_rel_pos, window_partition, window_unpartition
+from segment_anything.modeling.image_encoder import (
+    Attention,
+    Block,
+    LayerNorm2d,
+    MLPBlock,
+    PatchEmbed,
+    add_decomposed_rel_pos,
+    get_rel_pos,
+    window_partition,
+    window_unpartition,
+)
 from segment_anything.modeling.image_encoder import ImageEncoderViT as SamVit
-from torch import Tensor, nn
+from torch import Tensor
 
-from rfmedsam2.errors import PlanError
-from rfmedsam2.nn.sam2.tiny_vit import WIDTHS, TinyVitEncoder
+__all__ = [
+    "Attention",
+    "Block",
+    "ImageEncoderViT",
+    "LayerNorm2d",
+    "MLPBlock",
+    "PatchEmbed",
+    "add_decomposed_rel_pos",
+    "by_products",
+    "by_rows",
+    "get_rel_pos",
+    "window_partition",
+    "window_unpartition",
+]
 
 SCORES_AT_ONCE = 1 << 21
 """Attention scores that are held at a time on a CPU."""
-TINY_EARLY = WIDTHS[2]
-"""Channels of TinyViT's early features."""
-CLASSIFIER = ("norm_head.", "head.")
-"""TinyViT's classifier, which lies in the published files and has no part in segmenting."""
 
 
 class ImageEncoderViT(SamVit):
@@ -41,43 +58,6 @@ class ImageEncoderViT(SamVit):
             if block.window_size == 0:
                 early.append(x)
         return self.neck(x.permute(0, 3, 1, 2)), early
-
-
-class TinyViT(TinyVitEncoder):
-    """MobileSAM's TinyViT with early features: frames (B, 3, S, S) -> see the module.
-
-    Args:
-        img_size: S, a multiple of 32 from 64 on.
-    """
-
-    def __init__(self, img_size: int = 1024) -> None:
-        if img_size < 64 or img_size % 32:
-            raise PlanError(
-                "A frame size that TinyViT cannot take", expected="a multiple of 32 from 64 on", found=img_size
-            )
-        super().__init__(frame_size=img_size)
-        self.img_size = img_size
-        del self.laterals, self.position_encoding  # for SAM 2's decoder
-        self.register_load_state_dict_pre_hook(_without_classifier)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """See the class."""
-        # attention wants the channels last, convolutions do not mind: nothing is copied to and fro
-        x, early = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), []
-        for index, stage in enumerate(self.layers):
-            x = stage(x)
-            downsample = stage.downsample
-            if isinstance(downsample, nn.Module):
-                x = downsample(x)
-            if index == 1:
-                early.append(x.permute(0, 2, 3, 1))
-        return self.neck(x), early
-
-
-def _without_classifier(_module: nn.Module, weights: dict[str, Any], prefix: str, *_: object) -> None:
-    """Take TinyViT's classifier out of weights that are being loaded."""
-    for name in [name for name in weights if name.startswith(tuple(prefix + part for part in CLASSIFIER))]:
-        del weights[name]
 
 
 def _through(block: Block, x: Tensor) -> Tensor:

@@ -1,0 +1,88 @@
+"""SAM and HQ-SAM as the published package has them: batched images with their prompts in, masks out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from segment_anything.modeling import Sam as SamBase
+from torch import Tensor
+
+from rfmedsam2.nn.sam2.weights import LoadReport
+from rfmedsam2.nn.segmenter import DEVIATION, MEAN
+from segment_anything_hq.modeling.image_encoder import ImageEncoderViT
+from segment_anything_hq.modeling.mask_decoder import MaskDecoder
+from segment_anything_hq.modeling.mask_decoder_hq import MaskDecoderHQ
+from segment_anything_hq.modeling.prompt_encoder import PromptEncoder
+from segment_anything_hq.modeling.tiny_vit_sam import TinyViT
+
+__all__ = ["ImageEncoderViT", "MaskDecoder", "PromptEncoder", "Sam"]
+
+PIXEL_MEAN = [255 * value for value in MEAN]
+PIXEL_STD = [255 * value for value in DEVIATION]
+
+
+class Sam(SamBase):
+    """SAM whose encoder gives early features too, and whose decoder may be HQ-SAM's.
+
+    Args:
+        image_encoder: `ImageEncoderViT` or `TinyViT`.
+        prompt_encoder: `segment_anything`'s.
+        mask_decoder: `MaskDecoderHQ`, or `MaskDecoder`, which is SAM's own.
+        pixel_mean: of the channels, of 0 to 255; `pixel_std` likewise.
+
+    Attributes:
+        load_report: which parameters the last checkpoint had; None before one is loaded.
+    """
+
+    image_encoder: ImageEncoderViT | TinyViT
+    mask_decoder: MaskDecoderHQ | MaskDecoder
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoderViT | TinyViT,
+        prompt_encoder: PromptEncoder,
+        mask_decoder: MaskDecoderHQ | MaskDecoder,
+        pixel_mean: list[float] = PIXEL_MEAN,
+        pixel_std: list[float] = PIXEL_STD,
+    ) -> None:
+        # typed for its own encoder and decoder
+        super().__init__(image_encoder, prompt_encoder, mask_decoder, pixel_mean, pixel_std)  # pyright: ignore[reportArgumentType]
+        self.load_report: LoadReport | None = None
+
+    @torch.no_grad()
+    def forward(
+        self, batched_input: list[dict[str, Any]], multimask_output: bool, hq_token_only: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """Masks of every image's prompts.
+
+        Args:
+            batched_input: for each image a dict of "image" (3, h, w), of 0 to 255 with its longer side S;
+                "original_size", its (H, W); and of its P prompts any of "point_coords" (P, k, 2) with "point_labels"
+                (P, k), "boxes" (P, 4) XYXY, all in the frame's pixels, "mask_inputs" (P, 1, 4s, 4s).
+            multimask_output: take the best of the masks for ambiguous prompts.
+            hq_token_only: the HQ token's mask alone, else the sum with SAM's.
+
+        Returns:
+            for each image "masks" (P, 1, H, W) bool, "iou_predictions" (P, 1), "low_res_logits" (P, 1, 4s, 4s).
+        """
+        frames = torch.stack([self.preprocess(record["image"]) for record in batched_input])
+        embeddings, early = self.image_encoder(frames)
+        outputs = []
+        for index, record in enumerate(batched_input):
+            points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None
+            sparse, dense = self.prompt_encoder(
+                points=points, boxes=record.get("boxes"), masks=record.get("mask_inputs")
+            )
+            logits, scores = self.mask_decoder(
+                image_embeddings=embeddings[index, None],
+                image_pe=self.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=multimask_output,
+                hq_token_only=hq_token_only,
+                interm_embeddings=[early[0][index, None]],
+            )
+            masks = self.postprocess_masks(logits, record["image"].shape[-2:], record["original_size"])
+            outputs.append({"masks": masks > self.mask_threshold, "iou_predictions": scores, "low_res_logits": logits})
+        return outputs
