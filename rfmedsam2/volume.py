@@ -78,7 +78,7 @@ class Volume:
             GeometryError: an affine that is impossible.
         """
         if not isinstance(image, SpatialImage):
-            raise UsageError("This is not a nibabel image", expected="a SpatialImage", found=_kind(image))
+            raise UsageError("This is not a nibabel image", expected="a SpatialImage", found=kind_of(image))
         voxels = np.asarray(image.dataobj)
         if voxels.ndim == 5 and voxels.shape[3] == 1:
             voxels = voxels[:, :, :, 0]
@@ -102,7 +102,7 @@ class Volume:
             ImageError: not three dimensions, or complex voxels.
         """
         if not isinstance(image, sitk.Image):
-            raise UsageError("This is not a SimpleITK image", expected="a SimpleITK.Image", found=_kind(image))
+            raise UsageError("This is not a SimpleITK image", expected="a SimpleITK.Image", found=kind_of(image))
         if image.GetDimension() != 3:
             raise ImageError("The image is not a volume", expected="3 dimensions", found=image.GetDimension())
         voxels = sitk.GetArrayFromImage(image)
@@ -128,7 +128,7 @@ def _channels(array: Any) -> np.ndarray:
     """An array as (C, Z, Y, X), in the machine's byte order."""
     if not isinstance(array, np.ndarray):
         remedy = "Give tensor.detach().cpu().numpy()" if hasattr(array, "detach") else "Give numpy.asarray(...)"
-        raise UsageError("This is not a NumPy array", expected="numpy.ndarray", found=_kind(array), remedy=remedy)
+        raise UsageError("This is not a NumPy array", expected="numpy.ndarray", found=kind_of(array), remedy=remedy)
     if array.ndim not in (3, 4) or array.dtype.kind not in "iufb" or array.size == 0:
         raise ImageError(
             "This array is not a volume",
@@ -167,5 +167,6 @@ def _as_stored(affine: np.ndarray) -> np.ndarray:
     return np.where(near, stored, affine)
 
 
-def _kind(thing: object) -> str:
+def kind_of(thing: object) -> str:
+    """Name of a thing's type, for messages."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"

@@ -252,14 +252,14 @@ def predict(
 
     folder = model or trained_folder(layout_of(root), dataset, plan, configuration)
     flips = None if mirror is None else mirror == "on"
-    options = PredictOptions(
-        step_size=step_size, mirror=flips, tile_batch=tile_batch, skip_empty=skip_empty, step=step, boxes=boxes
-    )
+    options = PredictOptions(step_size=step_size, mirror=flips, tile_batch=tile_batch, skip_empty=skip_empty, step=step)
     predictor = Predictor.load(folder, folds=folds or None, checkpoint=checkpoint, device=device, options=options)
-    say(f"Model: {folder}, fold(s) {', '.join(m.fold for m in predictor.models)}, on {predictor.options.device}")
+    say(f"Model: {folder}, fold(s) {', '.join(m.fold for m in predictor.models)}, on {predictor.device}")
     source = input_[0] if len(input_) == 1 else list(input_)
     cases = find_cases(source, channels=len(predictor.plan.channels), file_ending=predictor.plan.file_ending)
-    done = predict_files(predictor, cases, output, continue_=continue_, probabilities=probabilities, track=bars)
+    done = predict_files(
+        predictor, cases, output, boxes=boxes, continue_=continue_, probabilities=probabilities, track=bars
+    )
     if as_json:
         lists = {"written": [str(p) for p in done.written], "kept": [str(p) for p in done.kept]}
         print(json.dumps({"output": str(output), "seconds": round(done.seconds, 3), **lists}, indent=2))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rfmedsam2.errors import PlanError
 from rfmedsam2.inference.export_kernels import paint_classes, paint_regions
-from rfmedsam2.inference.probabilities import ProbabilityFile
+from rfmedsam2.inference.probabilities import ProbabilityMap
 from rfmedsam2.inference.sliding_window import Slab
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Resampling
@@ -54,7 +54,7 @@ def labels_from_slabs(
     labels: LabelSet,
     resampling: Resampling,
     *,
-    probabilities: ProbabilityFile | None = None,
+    probabilities: ProbabilityMap | None = None,
     threads: int | None = None,
 ) -> np.ndarray:
     """Resample logits to the source grid, decide, and put the result back where the image was cropped from.
@@ -64,7 +64,7 @@ def labels_from_slabs(
         restore: how the image was cropped, turned and resampled.
         labels: classes (arg-max) or regions (painted in `regions_class_order` where the sigmoid exceeds 0.5).
         resampling: order of interpolation of the logits, as of nnU-Net with a separate axis where anisotropic.
-        probabilities: a file that gets the softmax or sigmoid at full resolution.
+        probabilities: gets the softmax or sigmoid at full resolution.
         threads: for CPU slabs; default: the machine's cores, at most `MAX_THREADS`.
 
     Returns:

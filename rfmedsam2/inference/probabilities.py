@@ -1,10 +1,11 @@
-"""Class probabilities written to a chunked file while a volume is being exported."""
+"""Class probabilities, gathered in memory or in a chunked file while a volume is being exported."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -22,16 +23,28 @@ CHUNK_PLANES = 8
 CHUNK_EDGE = 256
 
 
-class ProbabilityFile:
-    """A blosc2 array (K, Z, Y, X) float16 in the source grid, filled plane by plane along the first planned axis.
+class ProbabilityMap:
+    """An array (K, Z, Y, X) float16 in the source grid, filled plane by plane along the first planned axis.
 
-    With `orientation` the volume had been turned before it was prepared; the file has the axes from before that.
-    Outside the crop, background is 1 (with regions: everything is 0). The file appears when the context ends without
-    an error; at most `CHUNK_PLANES` planes are held.
+    Outside the crop, background is 1 (with regions: everything is 0).
+
+    Args:
+        restore: how the volume was prepared.
+        labels: classes or regions.
+        path: a blosc2 file, which appears when the context ends without an error and of which at most `CHUNK_PLANES`
+            planes are held; None: `array` holds the whole after the context.
+        orientation: how the volume had been turned before it was prepared; the array has the axes from before that.
     """
 
+    array: Any
+
     def __init__(
-        self, path: Path, restore: Restore, labels: LabelSet, *, orientation: Orientation | None = None
+        self,
+        restore: Restore,
+        labels: LabelSet,
+        *,
+        path: Path | None = None,
+        orientation: Orientation | None = None,
     ) -> None:
         self.path = path
         self.orientation = orientation or Orientation(source_axes=(0, 1, 2), flipped=(False, False, False))
@@ -48,16 +61,20 @@ class ProbabilityFile:
         chunk = [min(n, CHUNK_EDGE) for n in self.shape]
         chunk[self.axis] = min(self.shape[self.axis], CHUNK_PLANES)
         back = np.argsort(self.orientation.source_axes)
-        self._stack.enter_context(writing_to(self.path))
-        temporary = self._stack.enter_context(atomic(self.path))
-        self.array = blosc2.empty(
-            (self.outputs, *(self.shape[axis] for axis in back)),
-            dtype=np.dtype(np.float16),
-            urlpath=str(temporary),
-            mode="w",
-            chunks=(1, *(chunk[axis] for axis in back)),
-            cparams={"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE]},
-        )
+        shape = (self.outputs, *(self.shape[axis] for axis in back))
+        if self.path is None:
+            self.array = np.empty(shape, np.float16)
+        else:
+            self._stack.enter_context(writing_to(self.path))
+            temporary = self._stack.enter_context(atomic(self.path))
+            self.array = blosc2.empty(
+                shape,
+                dtype=np.dtype(np.float16),
+                urlpath=str(temporary),
+                mode="w",
+                chunks=(1, *(chunk[axis] for axis in back)),
+                cparams={"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE]},
+            )
         self._begin()
         self._skip_to(self.box[self.axis][0])
         return self
@@ -74,7 +91,8 @@ class ProbabilityFile:
         self._end(kind, error, trace)
 
     def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        del self.array
+        if self.path is not None:
+            del self.array
         self._stack.__exit__(kind, error, trace)
 
     def add(self, count: int, logits: Tensor) -> None:
@@ -104,7 +122,7 @@ class ProbabilityFile:
             place[1 + self.orientation.source_axes[self.axis]] = slice(start, stop)
             block = np.ascontiguousarray(self.orientation.undo(planes))
             try:
-                self.array[tuple(place)] = block  # pyright: ignore[reportArgumentType] - its stub knows integers only
+                self.array[tuple(place)] = block
             except RuntimeError as error:  # blosc2's word for whatever the system refused
                 raise StoreError(
                     f"The probabilities cannot be written ({error})",

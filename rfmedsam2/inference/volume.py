@@ -1,4 +1,4 @@
-"""One volume in, one label map out: prepare, run the tiles, export; with the seconds that each part took."""
+"""The two halves of predicting a volume: preparing it, then tiles and export; with the seconds that each part took."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from rfmedsam2.errors import ImageError, PlanError
+from rfmedsam2.geometry import Grid
 from rfmedsam2.inference.box_prompts import BoxPrompts, planned_boxes
 from rfmedsam2.inference.export import labels_from_slabs
-from rfmedsam2.inference.probabilities import ProbabilityFile
+from rfmedsam2.inference.prediction import Prediction
+from rfmedsam2.inference.probabilities import ProbabilityMap
 from rfmedsam2.inference.refined_tiles import Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, require_possible
 from rfmedsam2.inference.sliding_window import Execution, Precision, ProgressFn, Slab, predict_slabs, untracked
@@ -36,13 +38,8 @@ class PredictOptions:
         tile_batch: tiles per forward pass.
         skip_empty: leave out tiles without body; see `sliding_window.Execution`.
         step: whose result to give, of a model that has several (RFMedSAM 2: 0, 1, 2); None: the last one's.
-        boxes: where the boxes of cases lie that RFMedSAM 2 is prompted with: a folder of label maps (CASE + ending) or
-            a JSON of boxes (`records.boxes.GivenBoxes`); None: the model makes its own prompts.
         precision: of the networks on CUDA.
-        device: where the networks are.
-        probabilities: file (.b2nd) for the class probabilities, see `probabilities.ProbabilityFile`.
         threads: planes resampled or exported at once; None: the machine's cores, at most 8.
-        track: shows the progress over rows of tiles.
     """
 
     step_size: float | None = None
@@ -50,12 +47,8 @@ class PredictOptions:
     tile_batch: int | None = None
     skip_empty: bool = False
     step: int | None = None
-    boxes: Path | None = None
     precision: Precision = "auto"
-    device: torch.device | str = "cpu"
-    probabilities: Path | None = None
     threads: int | None = None
-    track: ProgressFn = untracked
 
     def inference(self, stage: Stage) -> Inference:
         """Put what is given here in the place of the plan's figures.
@@ -69,60 +62,46 @@ class PredictOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VolumePrediction:
-    """A label map (Z, Y, X) in the grid of the volume, and seconds by part: prepare, network, export."""
-
-    labels: np.ndarray
-    seconds: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedCase:
-    """A prepared volume, how it was turned before (None: not at all), the boxes given for it, the seconds it took."""
+    """A prepared volume.
+
+    Attributes:
+        prepared: in planned axes and spacing.
+        grid: of the volume as it was given.
+        orientation: how it was turned before; None: not at all.
+        seconds: that preparing took.
+        boxes: given for it, on its planned grid.
+    """
 
     prepared: Prepared
+    grid: Grid
     orientation: Orientation | None
     seconds: float
     boxes: Prompts | None = None
 
 
-def predict_volume(
-    networks: Sequence[nn.Module],
-    volume: Volume,
-    plan: Plan,
-    stage: str,
-    *,
-    options: PredictOptions,
-    boxes: BoxPrompts | None = None,
-) -> VolumePrediction:
-    """Predict the label map of a volume.
+def preprocess_case(
+    volume: Volume, plan: Plan, stage: str, *, boxes: BoxPrompts | None = None, threads: int | None = None
+) -> PreparedCase:
+    """Do everything that comes before the network; no device is touched.
 
     Args:
-        networks: folds of one model on `options.device`, in eval mode.
-        volume: (C, Z, Y, X) as it was read; turned to `plan.reorient` here, and the labels back.
-        plan: the plan that the networks were trained by.
+        volume: (C, Z, Y, X) as it was read; turned to `plan.reorient` here.
+        plan: the plan that the network was trained by.
         stage: name of the stage.
-        options: how to predict; its `boxes` are for files, not for this.
         boxes: to prompt with, in the volume's axes: a label map (Z, Y, X), or one by one.
+        threads: planes resampled at once.
 
     Raises:
         PlanError: no such stage, another number of channels.
         ImageError: voxels that are not finite, or not allowed by the planned normalization.
-        UsageError: a step or boxes that the model has not or takes not, a box outside the image, an unknown label.
+        UsageError: a box outside the image, an unknown label.
     """
-    prepared_case = preprocess_case(volume, plan, stage, options=options, boxes=boxes)
-    return predict_prepared(networks, prepared_case, plan, stage, options=options)
-
-
-def preprocess_case(
-    volume: Volume, plan: Plan, stage: str, *, options: PredictOptions, boxes: BoxPrompts | None = None
-) -> PreparedCase:
-    """Do the first half of `predict_volume`: everything before the network (no device is touched)."""
     started = time.perf_counter()
-    orientation = None
+    grid, orientation = volume.grid, None
     if plan.reorient is not None:
         volume, orientation = reoriented(volume, plan.reorient)
-    prepared = prepare(volume, plan, stage, threads=options.threads or 1)
+    prepared = prepare(volume, plan, stage, threads=threads or 1)
     # one sum is cheap and keeps every NaN and infinity
     if not np.isfinite(prepared.image.sum(dtype=np.float64)):
         raise ImageError(
@@ -136,45 +115,77 @@ def preprocess_case(
         resampling = plan.stage(stage).resampling
         prompts = planned_boxes(boxes, prepared.restore, orientation, plan.labels, resampling)
     seconds = time.perf_counter() - started
-    return PreparedCase(prepared=prepared, orientation=orientation, seconds=seconds, boxes=prompts)
+    return PreparedCase(prepared=prepared, grid=grid, orientation=orientation, seconds=seconds, boxes=prompts)
 
 
 def predict_prepared(
-    networks: Sequence[nn.Module], prepared_case: PreparedCase, plan: Plan, stage: str, *, options: PredictOptions
-) -> VolumePrediction:
-    """Do the second half of `predict_volume`: tiles, export, and the turn back."""
+    networks: Sequence[nn.Module],
+    prepared_case: PreparedCase,
+    plan: Plan,
+    stage: str,
+    *,
+    options: PredictOptions,
+    probabilities: Path | bool = False,
+    track: ProgressFn = untracked,
+) -> Prediction:
+    """Do everything from the network on: tiles, export, and the turn back to the axes of the volume as it was given.
+
+    Args:
+        networks: folds of one model, in eval mode on one device.
+        prepared_case: what `preprocess_case` gave for the same plan and stage.
+        plan: the plan that the networks were trained by.
+        stage: name of the stage.
+        options: how to predict.
+        probabilities: a file (.b2nd) to write them to, or whether to keep them in memory.
+        track: shows the progress over tiles.
+
+    Raises:
+        UsageError: `options.step` is not produced by this model, or boxes do not fit the model.
+        StoreError: the probabilities cannot be written.
+    """
     started = time.perf_counter()
     config = plan.stages[stage]
-    restore = prepared_case.prepared.restore
-    file = None
-    if options.probabilities is not None:
-        file = ProbabilityFile(options.probabilities, restore, plan.labels, orientation=prepared_case.orientation)
-    slabs = _Timed(_slabs(networks, prepared_case, plan, config, options))
+    restore, orientation = prepared_case.prepared.restore, prepared_case.orientation
+    maps = None
+    if probabilities:
+        path = probabilities if isinstance(probabilities, Path) else None
+        maps = ProbabilityMap(restore, plan.labels, path=path, orientation=orientation)
+    slabs = _Timed(_slabs(networks, prepared_case, plan, config, options, track))
     labels = labels_from_slabs(
-        slabs, restore, plan.labels, config.resampling, probabilities=file, threads=options.threads
+        slabs, restore, plan.labels, config.resampling, probabilities=maps, threads=options.threads
     )
-    if prepared_case.orientation is not None:
-        labels = np.ascontiguousarray(prepared_case.orientation.undo(labels))
+    if orientation is not None:
+        labels = np.ascontiguousarray(orientation.undo(labels))
     export = time.perf_counter() - started - slabs.seconds
-    return VolumePrediction(
-        labels=labels, seconds={"prepare": prepared_case.seconds, "network": slabs.seconds, "export": export}
+    return Prediction(
+        labels=labels,
+        grid=prepared_case.grid,
+        classes=plan.labels,
+        seconds={"prepare": prepared_case.seconds, "network": slabs.seconds, "export": export},
+        probabilities=maps.array if maps is not None and maps.path is None else None,
     )
 
 
 def _slabs(
-    networks: Sequence[nn.Module], prepared_case: PreparedCase, plan: Plan, stage: Stage, options: PredictOptions
+    networks: Sequence[nn.Module],
+    prepared_case: PreparedCase,
+    plan: Plan,
+    stage: Stage,
+    options: PredictOptions,
+    track: ProgressFn,
 ) -> Iterator[Slab]:
     """Slabs of logits, by the kind of the networks: a plain sliding window, or refinement after it."""
     require_possible(stage.model, step=options.step, boxes=prepared_case.boxes is not None)
     image, inference = prepared_case.prepared.image, options.inference(stage)
-    execution = Execution(precision=options.precision, skip_empty=options.skip_empty, track=options.track)
+    execution = Execution(precision=options.precision, skip_empty=options.skip_empty, track=track)
+    device = next(networks[0].parameters()).device
     refining = [network for network in networks if isinstance(network, RFMedSam2)]
     if refining:
         return predict_refined_slabs(
             refining,
             image,
             tiling=Tiling(patch_size=stage.patch_size, inference=inference, mirror_axes=mirror_axes(stage)),
-            device=options.device,
+            device=device,
             request=Request(step=options.step, boxes=prepared_case.boxes),
             execution=execution,
         )
@@ -184,7 +195,7 @@ def _slabs(
         patch_size=stage.patch_size,
         inference=inference,
         mirror_axes=mirror_axes(stage),
-        device=options.device,
+        device=device,
         outputs=plan.labels.num_outputs,
         regions=plan.labels.has_regions,
         execution=replace(execution, recycle=True),  # exported one by one

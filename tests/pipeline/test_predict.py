@@ -14,9 +14,10 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from rfmedsam2 import models
-from rfmedsam2.errors import CheckpointError, ImageError, PlanError, RfMedSamError, UsageError
+from rfmedsam2.errors import CheckpointError, GeometryError, ImageError, PlanError, RfMedSamError, UsageError
+from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.pipeline.prediction.checkpoints import find_models
-from rfmedsam2.pipeline.prediction.predict import Options, predict_files
+from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
@@ -25,6 +26,7 @@ from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import Augmentation, Normalization, Plan, Stage
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.checkpoints import write_checkpoint
+from rfmedsam2.volume import Volume
 
 NAME = "Dataset900_Tiny"
 
@@ -125,7 +127,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(model: Path) -> Predictor:
-    return Predictor.load(model, device="cpu", options=Options(step_size=0.75, threads=1))
+    return Predictor.load(model, device="cpu", options=PredictOptions(step_size=0.75, threads=1))
 
 
 @pytest.fixture
@@ -170,16 +172,104 @@ def test_every_way_in_gives_the_same_labels(predictor, cases, tmp_path) -> None:
     np.testing.assert_array_equal(sitk.GetArrayFromImage(by_sitk).T, expected)
     assert by_sitk.GetOrigin() == sitk.ReadImage(str(path)).GetOrigin()
     array = np.asarray(image.dataobj).T
-    np.testing.assert_array_equal(predictor.predict_array(array, (2.0, 0.8, 0.9)).T, expected)
-    np.testing.assert_array_equal(predictor.predict_array(array[None], (2.0, 0.8, 0.9)).T, expected)
+    np.testing.assert_array_equal(predictor.predict_array(array, spacing_zyx_mm=(2.0, 0.8, 0.9)).T, expected)
+    np.testing.assert_array_equal(predictor.predict_array(array[None], spacing_zyx_mm=(2.0, 0.8, 0.9)).T, expected)
     np.testing.assert_array_equal(predictor.predict_file(path, tmp_path / "one.nrrd").T, expected)
     assert (tmp_path / "one.nrrd").is_file()
+
+
+def test_a_prediction_knows_its_geometry_volumes_and_probabilities(predictor, cases, tmp_path) -> None:
+    path = cases[0].images[0]
+    image = nib.load(path)
+    prediction = predictor(path, probabilities=True)
+    assert prediction.labels.shape == image.shape[::-1]
+    np.testing.assert_array_equal(prediction.to_nibabel().affine, image.affine)
+    assert prediction.to_sitk().GetOrigin() == pytest.approx(sitk.ReadImage(str(path)).GetOrigin())
+    voxel_ml = 0.9 * 0.8 * 2.0 / 1000
+    assert prediction.volumes_ml == {
+        "liver": pytest.approx((prediction.labels == 1).sum() * voxel_ml, rel=1e-6),
+        "spleen": pytest.approx((prediction.labels == 2).sum() * voxel_ml, rel=1e-6),
+    }
+    assert set(prediction.seconds) == {"prepare", "network", "export"}
+    assert prediction.probabilities.shape == (3, *prediction.labels.shape)
+    np.testing.assert_allclose(prediction.probabilities.astype(np.float32).sum(0), 1, atol=5e-3)
+    best = np.take_along_axis(prediction.probabilities, prediction.labels[None].astype(int), axis=0)[0]
+    assert (best >= prediction.probabilities.max(0) - np.float16(1e-3)).all()
+    assert predictor(path).probabilities is None
+    prediction.save(tmp_path / "labels.nii.gz")
+    saved = nib.load(tmp_path / "labels.nii.gz")
+    assert (saved.header["sform_code"], saved.header["qform_code"]) == (2, 1)
+    np.testing.assert_array_equal(np.asarray(saved.dataobj).T, prediction.labels)
+    predictor(Volume.from_nibabel(image)).save(tmp_path / "of_memory.mha")
+    of_memory = sitk.ReadImage(str(tmp_path / "of_memory.mha"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(of_memory), prediction.labels)
+    assert of_memory.GetDirection() == pytest.approx(sitk.ReadImage(str(path)).GetDirection())
+
+
+def test_probabilities_in_memory_are_those_of_the_file(cases, tmp_path) -> None:
+    import blosc2
+
+    write_model(tmp_path / "m", make_plan(reorient="RAS", transpose_forward=(2, 0, 1)))
+    predictor = Predictor.load(tmp_path / "m", device="cpu")
+    predict_files(predictor, cases[:1], tmp_path / "out", probabilities=True)
+    stored = blosc2.open(str(tmp_path / "out" / "case0.probabilities.b2nd"), mode="r")[:]
+    np.testing.assert_array_equal(predictor(cases[0].images[0], probabilities=True).probabilities, stored)
+
+
+def test_several_channels_come_from_several_files(tmp_path) -> None:
+    plan = make_plan()
+    stage = plan.stages["3d_fullres"].model_copy(update={"normalization": (Normalization(kind="zscore"),) * 2})
+    two = make_plan(channels=("CT", "PET"), intensities=plan.intensities * 2, stages={"3d_fullres": stage})
+    write_model(tmp_path / "m", two)
+    predictor = Predictor.load(str(tmp_path / "m"), device="cpu")
+    files = [write_image(tmp_path / f"{i}.nii.gz", i) for i in range(2)]
+    array = np.stack([np.asarray(nib.load(file).dataobj).T for file in files])
+    by_files = predictor([str(file) for file in files]).labels
+    np.testing.assert_array_equal(predictor(array, spacing_zyx_mm=(2.0, 0.8, 0.9)).labels, by_files)
+    with pytest.raises(PlanError, match="channels"):
+        predictor(files[0])
+
+
+@pytest.mark.parametrize("thing", [torch.zeros(8, 9, 10), [[[1.0]]], [], 3, None, {"image": 1}])
+def test_what_is_no_image_is_a_sentence(predictor, thing) -> None:
+    with pytest.raises(UsageError, match=r"cannot be predicted.*Found"):
+        predictor(thing)
+
+
+def test_the_spacing_belongs_to_arrays(predictor, cases) -> None:
+    array = np.zeros((8, 9, 10))
+    with pytest.raises(UsageError, match="no voxel spacing"):
+        predictor(array)
+    with pytest.raises(UsageError, match="for arrays only"):
+        predictor(cases[0].images[0], spacing_zyx_mm=(1, 1, 1))
+    for wrong in ((1, 1), (1, 1, 1, 1), (0, 1, 1), (1, -1, 1), (1, np.nan, 1), "abc", 1.0):
+        with pytest.raises(GeometryError, match="spacing"):
+            predictor(array, spacing_zyx_mm=wrong)
+    with pytest.raises(TypeError):
+        predictor.predict_array(array, (1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((8, 9)), np.zeros((8, 9, 10), complex), np.full((2, 2, 2), "a"), np.zeros((0, 9, 9))]
+)
+def test_arrays_that_are_no_volumes_are_sentences(predictor, array) -> None:
+    with pytest.raises(ImageError, match="not a volume"):
+        predictor(array, spacing_zyx_mm=(1, 1, 1))
+
+
+def test_a_file_that_is_not_there_and_a_skewed_image_are_sentences(predictor, tmp_path) -> None:
+    with pytest.raises(ImageError, match="no such file"):
+        predictor(str(tmp_path / "nothing.nii.gz"))
+    skewed = np.eye(4)
+    skewed[0, 1] = 0.5
+    with pytest.raises(GeometryError, match="not perpendicular"):
+        predictor(nib.Nifti1Image(np.zeros((8, 9, 10), np.int16), skewed))
 
 
 def test_a_2d_stage_predicts_slice_by_slice(tmp_path) -> None:
     write_model(tmp_path / "m", make_plan(), stage="2d")
     labels = Predictor.load(tmp_path / "m", device="cpu").predict_array(
-        np.random.default_rng(0).random((5, 30, 20)), (3.0, 1.0, 1.0)
+        np.random.default_rng(0).random((5, 30, 20)), spacing_zyx_mm=(3.0, 1.0, 1.0)
     )
     assert labels.shape == (5, 30, 20)
 
@@ -209,7 +299,7 @@ def test_continue_keeps_valid_files_of_the_same_model_only(predictor, model, cas
     assert [p.name for p in mended.written] == ["case0.nii.gz", "case1.nii.gz"]
     one_fold = Predictor.load(model, folds=["0"], device="cpu", options=predictor.options)
     assert len(predict_files(one_fold, cases, out, continue_=True).written) == 3
-    other_step = one_fold.using(Options(step_size=1.0))
+    other_step = one_fold.using(PredictOptions(step_size=1.0))
     assert len(predict_files(other_step, cases, out, continue_=True).written) == 3
 
 
@@ -234,12 +324,12 @@ def test_a_voxel_that_is_no_number_is_a_fault(predictor) -> None:
     array = np.ones((8, 9, 10), np.float32)
     array[3, 3, 3] = np.nan
     with pytest.raises(ImageError, match="not finite"):
-        predictor.predict_array(array, (1.0, 1.0, 1.0))
+        predictor.predict_array(array, spacing_zyx_mm=(1.0, 1.0, 1.0))
 
 
 def test_another_number_of_channels_is_an_error(predictor) -> None:
     with pytest.raises(PlanError, match="channels"):
-        predictor.predict_array(np.ones((2, 8, 8, 8)), (1.0, 1.0, 1.0))
+        predictor.predict_array(np.ones((2, 8, 8, 8)), spacing_zyx_mm=(1.0, 1.0, 1.0))
 
 
 def test_inputs_are_not_overwritten(predictor, tmp_path) -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 from support.commands import run_error, run_ok
 
 from rfmedsam2 import models
-from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
+from rfmedsam2.errors import GeometryError, ImageError, RecordError, RfMedSamError, UsageError
+from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
-from rfmedsam2.pipeline.prediction.predict import Options, predict_files
+from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.box_prompts import BoxPrompt
@@ -36,6 +38,7 @@ from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.checkpoints import write_checkpoint
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.volume import Volume
 
 UNET = UNetConfig(
     features=(4, 8),
@@ -136,10 +139,10 @@ def model_of(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     known: dict[str, Path] = {}
 
-    def of(rng: str) -> Path:
-        if rng not in known:
-            known[rng] = write_model(root / rng, make_plan(generator=rng))
-        return known[rng]
+    def of(generator: str) -> Path:
+        if generator not in known:
+            known[generator] = write_model(root / generator, make_plan(generator=generator))
+        return known[generator]
 
     return of
 
@@ -161,8 +164,8 @@ def in_boxes(labels: np.ndarray) -> bool:
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_every_generator_predicts_files(generator, model_of, cases, references, tmp_path) -> None:
     boxes = references if generator == "gt" else None
-    predictor = Predictor.load(model_of(generator), device="cpu", options=Options(boxes=boxes))
-    summary = predict_files(predictor, cases, tmp_path / "out")
+    predictor = Predictor.load(model_of(generator), device="cpu")
+    summary = predict_files(predictor, cases, tmp_path / "out", boxes=boxes)
     assert len(summary.written) == 2
     for path in summary.written:
         labels = read(path)
@@ -177,7 +180,7 @@ def test_steps_differ_and_are_part_of_what_made_a_file(model_of, cases, tmp_path
     whole = Predictor.load(model_of("unet"), device="cpu")
     made = {}
     for step in (None, 0, 1, 2):
-        predictor = whole.using(Options(step=step))
+        predictor = whole.using(PredictOptions(step=step))
         predict_files(predictor, cases[:1], tmp_path / f"out{step}")
         record = json.loads((tmp_path / f"out{step}" / "predictions.json").read_text())
         assert record["options"]["step"] == (2 if step is None else step)
@@ -188,15 +191,18 @@ def test_steps_differ_and_are_part_of_what_made_a_file(model_of, cases, tmp_path
     results = [read(tmp_path / f"out{step}" / "case0.nii.gz") for step in (0, 1, 2, None)]
     assert (results[0] != results[1]).any()
     np.testing.assert_array_equal(results[2], results[3])
-    assert len(predict_files(whole.using(Options(step=1)), cases[:1], tmp_path / "out2", continue_=True).written) == 1
+    assert (
+        len(predict_files(whole.using(PredictOptions(step=1)), cases[:1], tmp_path / "out2", continue_=True).written)
+        == 1
+    )
 
 
 def test_boxes_of_label_maps_and_of_json_are_the_same_boxes(model_of, cases, references, tmp_path) -> None:
     file = tmp_path / "boxes.json"
     file.write_text(json.dumps({"case0": one_by_one(), "case1": []}))
     predictor = Predictor.load(model_of("gt"), device="cpu")
-    predict_files(predictor.using(Options(boxes=file)), cases, tmp_path / "json")
-    predict_files(predictor.using(Options(boxes=references)), cases[:1], tmp_path / "labels_out")
+    predict_files(predictor, cases, tmp_path / "json", boxes=file)
+    predict_files(predictor, cases[:1], tmp_path / "labels_out", boxes=references)
     found = read(tmp_path / "json" / "case0.nii.gz")
     # at 1 mm instead of 0.8 and 0.9 labels and boxes are rounded each in their way: to a pixel
     assert (found != read(tmp_path / "labels_out" / "case0.nii.gz")).mean() < 0.1
@@ -205,29 +211,63 @@ def test_boxes_of_label_maps_and_of_json_are_the_same_boxes(model_of, cases, ref
 
 
 def test_boxes_are_part_of_the_input(model_of, cases, references, tmp_path) -> None:
-    predictor = Predictor.load(model_of("gt"), device="cpu", options=Options(boxes=references))
-    predict_files(predictor, cases, tmp_path / "out")
+    predictor = Predictor.load(model_of("gt"), device="cpu")
+    predict_files(predictor, cases, tmp_path / "out", boxes=references)
     write_volume(references / "case1.nii.gz", np.roll(labels_zyx(), 1, axis=0))
-    again = predict_files(predictor, cases, tmp_path / "out", continue_=True)
+    again = predict_files(predictor, cases, tmp_path / "out", boxes=references, continue_=True)
     assert [path.name for path in again.written] == ["case1.nii.gz"]
 
 
 def test_boxes_take_the_place_of_a_u_nets_prompts(model_of, cases, references, tmp_path) -> None:
     predictor = Predictor.load(model_of("unet"), device="cpu")
-    for name, options in (("own", Options()), ("given", Options(boxes=references))):
-        predict_files(predictor.using(options), cases[:1], tmp_path / name)
+    for name, boxes in (("own", None), ("given", references)):
+        predict_files(predictor, cases[:1], tmp_path / name, boxes=boxes)
     assert (read(tmp_path / "own" / "case0.nii.gz") != read(tmp_path / "given" / "case0.nii.gz")).any()
 
 
-def test_arrays_are_prompted_in_memory(model_of, cases) -> None:
+def test_every_kind_of_image_takes_boxes(model_of, cases) -> None:
     predictor = Predictor.load(model_of("gt"), device="cpu")
-    array = read(cases[0].images[0])
-    by_labels = predictor.predict_array(array, (2.0, 1.0, 1.0), boxes=labels_zyx())
-    by_boxes = predictor.predict_array(array, (2.0, 1.0, 1.0), boxes=[BoxPrompt.parse(box) for box in one_by_one()])
-    np.testing.assert_array_equal(by_labels, by_boxes)
-    assert in_boxes(by_labels)
+    file, boxes = cases[0].images[0], one_by_one()
+    image = nib.load(file)
+    by_file = predictor(file, boxes=boxes).labels
+    assert by_file.any()
+    assert in_boxes(by_file)
+    label_map = nib.Nifti1Image(labels_zyx().T, image.affine)
+    ways = {
+        "path": predictor(str(file), boxes=[BoxPrompt.parse(box) for box in boxes]).labels,
+        "array": predictor.predict_array(
+            read(file), spacing_zyx_mm=Volume.from_nibabel(image).grid.spacing_zyx_mm, boxes=boxes
+        ),
+        "nibabel": np.asarray(predictor.predict_nibabel(image, boxes=boxes).dataobj).T,
+        "sitk": sitk.GetArrayFromImage(predictor.predict_sitk(sitk.ReadImage(str(file)), boxes=boxes)),
+        "volume": predictor(Volume.from_nibabel(image), boxes=boxes).labels,
+        "file": predictor.predict_file(file, boxes=boxes),
+    }
+    for way, labels in ways.items():
+        np.testing.assert_array_equal(labels, by_file, err_msg=way)
+    by_map = predictor(file, boxes=labels_zyx()).labels
+    np.testing.assert_array_equal(predictor(file, boxes=Volume.from_nibabel(label_map)).labels, by_map)
+    np.testing.assert_array_equal(predictor(file, boxes=labels_zyx().astype(float)).labels, by_map)
+    assert in_boxes(by_map)
+
+
+def test_faulty_boxes_in_memory_are_sentences(model_of, cases) -> None:
+    predictor, file = Predictor.load(model_of("gt"), device="cpu"), cases[0].images[0]
     with pytest.raises(UsageError, match="none were given"):
-        predictor.predict_array(array, (2.0, 1.0, 1.0))
+        predictor(file)
+    for wrong in (torch.zeros(SHAPE), "boxes.json", 3, {"label": 1}):
+        with pytest.raises(UsageError, match="not box prompts"):
+            predictor(file, boxes=wrong)
+    with pytest.raises(RecordError, match="ends before it begins"):
+        predictor(file, boxes=[{"label": 1, "slice": 2, "box": [3, 3, 2, 2]}])
+    with pytest.raises(RecordError, match="slice"):
+        predictor(file, boxes=[{"label": 1, "box": [3, 3, 4, 4]}])
+    with pytest.raises(ImageError, match="not whole"):
+        predictor(file, boxes=labels_zyx() + 0.5)
+    with pytest.raises(GeometryError, match="does not fit"):
+        predictor(file, boxes=labels_zyx()[1:])
+    with pytest.raises(GeometryError, match="does not lie on the grid"):
+        predictor(file, boxes=Volume.from_numpy(labels_zyx(), spacing_zyx_mm=(1, 1, 1)))
 
 
 def test_regions_channels_and_folds_predict(tmp_path) -> None:
@@ -241,16 +281,19 @@ def test_regions_channels_and_folds_predict(tmp_path) -> None:
     folder = write_model(tmp_path / "m", plan)
     file = folder / "fold_0" / "checkpoint_final.safetensors"
     array = np.random.default_rng(0).normal(size=(2, *SHAPE))
-    labels = Predictor.load([file, file], device="cpu").predict_array(array, (2.0, 1.0, 1.0))
+    spacing = (2.0, 1.0, 1.0)
+    labels = Predictor.load([file, file], device="cpu").predict_array(array, spacing_zyx_mm=spacing)
     assert labels.shape == SHAPE
     assert set(np.unique(labels)) <= {0, 1, 2}
-    np.testing.assert_array_equal(Predictor.load(file, device="cpu").predict_array(array, (2.0, 1.0, 1.0)), labels)
+    np.testing.assert_array_equal(
+        Predictor.load(file, device="cpu").predict_array(array, spacing_zyx_mm=(2.0, 1.0, 1.0)), labels
+    )
 
 
 def test_a_turned_plan_takes_boxes_in_the_axes_of_the_file(cases, references, tmp_path) -> None:
     plan = make_plan(generator="gt").model_copy(update={"reorient": "RAS", "transpose_forward": (2, 0, 1)})
-    predictor = Predictor.load(write_model(tmp_path / "m", plan), device="cpu", options=Options(boxes=references))
-    predict_files(predictor, cases, tmp_path / "out")
+    predictor = Predictor.load(write_model(tmp_path / "m", plan), device="cpu")
+    predict_files(predictor, cases, tmp_path / "out", boxes=references)
     labels = read(tmp_path / "out" / "case0.nii.gz")
     # frames are sagittal here: columns without a class have no prompt
     assert not labels[..., :4].any()
@@ -275,7 +318,7 @@ def test_boxes_that_do_not_fit_the_cases_are_sentences(model_of, cases, referenc
     file = tmp_path / "boxes.json"
 
     def run(boxes: Path) -> None:
-        predict_files(predictor.using(Options(boxes=boxes)), cases, tmp_path / "out")
+        predict_files(predictor, cases, tmp_path / "out", boxes=boxes)
 
     with pytest.raises(UsageError, match="no such folder or file"):
         run(tmp_path / "nothing")
@@ -303,20 +346,20 @@ def test_a_box_outside_its_image_is_that_cases_fault(model_of, cases, tmp_path) 
     file = tmp_path / "boxes.json"
     outside = {"label": "liver", "slice": 12, "box": [0, 0, 2, 2]}
     file.write_text(json.dumps({"case0": [outside], "case1": one_by_one()}))
-    predictor = Predictor.load(model_of("gt"), device="cpu", options=Options(boxes=file))
+    predictor = Predictor.load(model_of("gt"), device="cpu")
     with pytest.raises(RfMedSamError, match=r"1 of 2 cases.*case0: 1 box\(es\) lie outside the image.*slices 0 to 11"):
-        predict_files(predictor, cases, tmp_path / "out")
+        predict_files(predictor, cases, tmp_path / "out", boxes=file)
     assert (tmp_path / "out" / "case1.nii.gz").is_file()
 
 
 def test_a_label_map_on_another_grid_is_that_cases_fault(model_of, cases, references, tmp_path) -> None:
     write_volume(references / "case0.nii.gz", labels_zyx()[:-1])
-    predictor = Predictor.load(model_of("gt"), device="cpu", options=Options(boxes=references))
+    predictor = Predictor.load(model_of("gt"), device="cpu")
     with pytest.raises(RfMedSamError, match=r"case0: A label map does not lie on the grid of its image"):
-        predict_files(predictor, cases, tmp_path / "out")
+        predict_files(predictor, cases, tmp_path / "out", boxes=references)
     write_volume(references / "case0.nii.gz", labels_zyx() * 3)
     with pytest.raises(RfMedSamError, match=r"case0: A label map holds values that the model does not know"):
-        predict_files(predictor, cases, tmp_path / "out")
+        predict_files(predictor, cases, tmp_path / "out", boxes=references)
     assert issubclass(ImageError, RfMedSamError)
 
 
@@ -326,9 +369,9 @@ def test_plain_u_nets_have_no_steps_and_take_no_boxes(cases, references, tmp_pat
     folder = write_model(tmp_path / "m", plan.model_copy(update={"stages": {"3d_fullres": stage}}))
     predictor = Predictor.load(folder, device="cpu")
     with pytest.raises(UsageError, match="no such step"):
-        predict_files(predictor.using(Options(step=1)), cases, tmp_path / "out")
+        predict_files(predictor.using(PredictOptions(step=1)), cases, tmp_path / "out")
     with pytest.raises(UsageError, match="takes no boxes"):
-        predict_files(predictor.using(Options(boxes=references)), cases, tmp_path / "out")
+        predict_files(predictor, cases, tmp_path / "out", boxes=references)
     assert "step" not in predictor.settings()
 
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ import torch
 
 from rfmedsam2 import __version__
 from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
-from rfmedsam2.inference.refinement import require_possible
-from rfmedsam2.inference.volume import PreparedCase, VolumePrediction, predict_prepared, preprocess_case
+from rfmedsam2.inference.prediction import Prediction
+from rfmedsam2.inference.volume import PreparedCase
 from rfmedsam2.pipeline.prediction.box_prompts import BoxSource
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
@@ -51,7 +51,7 @@ class PredictionSummary:
 class _Ready:
     """A case that was read and prepared."""
 
-    turned: PreparedCase
+    prepared: PreparedCase
     header: ImageHeader
     input_sha256: str
     read_seconds: float
@@ -62,6 +62,7 @@ def predict_files(
     cases: Sequence[Case],
     out: Path,
     *,
+    boxes: Path | None = None,
     continue_: bool = False,
     probabilities: bool = False,
     workers: int = 1,
@@ -76,26 +77,27 @@ def predict_files(
         predictor: the model.
         cases: what to predict (`store.raw.find_cases`).
         out: folder; made if it is not there.
+        boxes: where the boxes lie that RFMedSAM 2 is prompted with: a folder of label maps (CASE + ending) or a JSON of
+            boxes (`records.box_prompts.BoxPromptFile`); None: the model makes its own prompts.
         continue_: keep label maps that are readable, of the right shape, and were made from the same input by the same
             model and options, as predictions.json says.
         probabilities: write CASE.probabilities.b2nd beside each label map.
         workers: cases read and prepared ahead of the one on the device; each holds one prepared volume.
-        track: progress over cases.
+        track: progress over cases, and over the tiles of each.
 
     Raises:
-        UsageError: no cases, two of one name, an output that would overwrite an input; a step that the model does not
-            have, boxes that it takes not or lacks (`PredictOptions.boxes`); another run that predicts into the folder.
+        UsageError: no cases, two of one name, an output that would overwrite an input; a step that is not produced by
+            this model, boxes that are missing or not accepted; another run that predicts into the folder.
         StoreError: the folder cannot be written.
         RfMedSamError: names every case that was not predicted, and why; all others are written.
     """
     started = time.perf_counter()
-    options = predictor.options
-    require_possible(predictor.config.model, step=options.step, boxes=options.boxes is not None)
+    predictor.require_possible(boxes=boxes is not None)
     with exclusive_lock(out):
-        run = _Run(predictor, out, probabilities=probabilities, continue_=continue_)
+        run = _Run(predictor, out, probabilities=probabilities, continue_=continue_, prompted=boxes is not None)
         _check(cases, run)
-        if options.boxes is not None:
-            run.boxes = BoxSource.open(options.boxes, cases, predictor.plan.labels)
+        if boxes is not None:
+            run.boxes = BoxSource.open(boxes, cases, predictor.plan.labels)
         written, kept = _predict_all(run, cases, workers=workers, track=track)
     return PredictionSummary(written=tuple(written), kept=tuple(kept), seconds=time.perf_counter() - started)
 
@@ -113,7 +115,8 @@ def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track
                 if item is None:
                     kept.append(run.target(case))
                     continue
-                prediction = run.predict(case, item)
+                probabilities = run.probabilities_of(case) if run.probabilities else False
+                prediction = run.predictor.predict_prepared(item.prepared, probabilities=probabilities, track=track)
                 if pending is not None:
                     _collect(pending, written, faults)
                 pending = writer.submit(run.write, case, item, prediction)
@@ -134,12 +137,15 @@ def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track
 class _Run:
     """One run into one folder: what is there, and what was made by whom."""
 
-    def __init__(self, predictor: Predictor, out: Path, *, probabilities: bool, continue_: bool) -> None:
+    def __init__(
+        self, predictor: Predictor, out: Path, *, probabilities: bool, continue_: bool, prompted: bool
+    ) -> None:
         self.predictor = predictor
         self.out = out
         self.probabilities = probabilities
         self.continue_ = continue_
-        self.made_by = predictor.made_by()
+        self.settings = predictor.settings(boxes=prompted)
+        self.made_by = predictor.made_by(boxes=prompted)
         self.boxes: BoxSource | None = None
         self.known: dict[str, PredictedCase] = {}
         # none yet, or one that says nothing: every case is predicted anew
@@ -166,26 +172,13 @@ class _Run:
         digest = _digest(case.images, also=b"" if self.boxes is None else self.boxes.digest(case))
         if self.continue_ and self._is_reusable(case, digest):
             return None
-        plan = self.predictor.plan
-        volume, header = read_case(case, channels=len(plan.channels))
+        volume, header = read_case(case, channels=len(self.predictor.plan.channels))
         seconds = time.perf_counter() - started
         boxes = None if self.boxes is None else self.boxes.of(case, header)
-        turned = preprocess_case(volume, plan, self.predictor.stage, options=self.predictor.options, boxes=boxes)
-        return _Ready(turned=turned, header=header, input_sha256=digest, read_seconds=seconds)
+        prepared = self.predictor.prepare(volume, boxes=boxes)
+        return _Ready(prepared=prepared, header=header, input_sha256=digest, read_seconds=seconds)
 
-    def predict(self, case: Case, item: _Ready) -> VolumePrediction:
-        """Labels of a prepared case; probabilities go to their file."""
-        options = self.predictor.options
-        path = self.probabilities_of(case) if self.probabilities else None
-        return predict_prepared(
-            self.predictor.networks,
-            item.turned,
-            self.predictor.plan,
-            self.predictor.stage,
-            options=replace(options, probabilities=path),
-        )
-
-    def write(self, case: Case, item: _Ready, prediction: VolumePrediction) -> Path:
+    def write(self, case: Case, item: _Ready, prediction: Prediction) -> Path:
         """Write the label map, then its entry: an entry is only ever about a finished file."""
         started = time.perf_counter()
         target = self.target(case)
@@ -214,7 +207,7 @@ class _Run:
             regions_class_order=plan.labels.regions_class_order,
             ignore=plan.labels.ignore,
             models=self.predictor.models,
-            options=self.predictor.settings(),
+            options=self.settings,
             made_by=self.made_by,
             code_version=__version__,
             cases=dict(sorted(self.known.items())),

@@ -1,4 +1,4 @@
-"""A trained model kept in memory: arrays, nibabel and SimpleITK images, or files in, label maps out."""
+"""A trained model kept in memory: files, arrays, volumes, nibabel and SimpleITK images in, predictions out."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ from nibabel.spatialimages import SpatialImage
 from torch import nn
 from typing_extensions import Self
 
-from rfmedsam2.errors import CheckpointError, ImageError, UsageError
-from rfmedsam2.geometry import Grid, Triple
-from rfmedsam2.inference.box_prompts import BoxPrompts
-from rfmedsam2.inference.volume import PredictOptions, VolumePrediction, predict_volume
+from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.inference.prediction import Prediction
+from rfmedsam2.inference.refinement import require_possible
+from rfmedsam2.inference.sliding_window import ProgressFn, untracked
+from rfmedsam2.inference.volume import PredictOptions, PreparedCase, predict_prepared, preprocess_case
 from rfmedsam2.models import load_network
 from rfmedsam2.pipeline.prediction.checkpoints import Which, checkpoints_of
+from rfmedsam2.pipeline.prediction.inputs import BoxInput, ImageInput, as_boxes, as_volume, straightened
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PredictingModel
-from rfmedsam2.store.images import read_channels, write_label
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.volume import Volume
-
-_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predictor:
     """Networks with the plan that they were trained by, ready to predict any number of volumes.
 
+    `predictor(image)` takes a file, an array, a `Volume`, a nibabel or a SimpleITK image and gives a `Prediction`;
+    `predict_array`, `predict_nibabel`, `predict_sitk` and `predict_file` give the labels alone, as the kind that was
+    given. Its networks are read and never changed, so that one predictor may serve several threads.
+
     Attributes:
-        networks: the folds, in evaluation mode on `options.device`.
+        networks: the folds, in evaluation mode on `device`.
         checkpoints: the files that they came from.
         records: what those say about themselves.
         options: how to predict; `predictor.using(...)` gives one with others and the same weights.
@@ -63,10 +66,10 @@ class Predictor:
 
         Args:
             source: a model folder (results/DATASET/PLAN__STAGE), a checkpoint file, or several that are averaged.
-            folds: of a model folder; None: all that are found (see `trained.checkpoints_of`).
+            folds: of a model folder; None: all that are found (see `checkpoints.checkpoints_of`).
             checkpoint: of a model folder: final (latest where training has not ended), best or latest.
             device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
-            options: how to predict; its device is replaced.
+            options: how to predict.
 
         Raises:
             UsageError: no such model, fold or device.
@@ -84,8 +87,12 @@ class Predictor:
         for path, record in zip(paths[1:], records[1:], strict=True):
             _require_same_model(records[0], record, where=path)
         networks = tuple(network for _, network in loaded)
-        options = replace(options or PredictOptions(), device=place)
-        return cls(networks=networks, checkpoints=tuple(paths), records=records, options=options)
+        return cls(networks=networks, checkpoints=tuple(paths), records=records, options=options or PredictOptions())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.networks[0].parameters()).device
 
     @property
     def plan(self) -> Plan:
@@ -112,97 +119,122 @@ class Predictor:
             for path, record in zip(self.checkpoints, self.records, strict=True)
         )
 
-    def settings(self) -> dict[str, float | int | bool | str]:
-        """Everything beside model and image that a label map depends on."""
+    def settings(self, *, boxes: bool = False) -> dict[str, float | int | bool | str]:
+        """Everything beside model and image that a label map depends on; `boxes`: whether they are given."""
         inference = self.options.inference(self.config)
-        cuda = torch.device(self.options.device).type == "cuda"
         settings: dict[str, float | int | bool | str] = {
             "step_size": inference.step_size,
             "mirror": inference.mirror,
             "skip_empty": self.options.skip_empty,
-            "precision": self.options.precision if cuda else "fp32",
+            "precision": self.options.precision if self.device.type == "cuda" else "fp32",
         }
         if isinstance(self.config.model, RFMedSam2Config):
             settings["step"] = self.config.model.refinements if self.options.step is None else self.options.step
             # which ones is a matter of the case: they are part of its input
-            settings["boxes"] = "own" if self.options.boxes is None else "given"
+            settings["boxes"] = "given" if boxes else "own"
         return settings
 
-    def made_by(self) -> str:
+    def made_by(self, *, boxes: bool = False) -> str:
         """SHA-256 over the weights of all folds, the plan's part that matters, and `settings`."""
         parts = [sorted(r.weights_sha256 for r in self.records), _what_predicting_needs(self.records[0])]
-        return hashlib.sha256(json.dumps([*parts, self.settings()], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*parts, self.settings(boxes=boxes)], sort_keys=True).encode()).hexdigest()
 
     def using(self, options: PredictOptions) -> Predictor:
-        """Keep the weights and take other options (the device stays)."""
-        return replace(self, options=replace(options, device=self.options.device))
+        """Keep the weights and take other options."""
+        return replace(self, options=options)
 
-    def predict_volume(self, volume: Volume, *, boxes: BoxPrompts | None = None) -> VolumePrediction:
-        """Labels and seconds; see `inference.volume.predict_volume`."""
-        return predict_volume(self.networks, volume, self.plan, self.stage, options=self.options, boxes=boxes)
-
-    def predict_array(
-        self, array: np.ndarray, spacing_zyx_mm: Triple, *, boxes: BoxPrompts | None = None
-    ) -> np.ndarray:
-        """Predict a volume that exists only in memory.
-
-        Args:
-            array: (Z, Y, X) or (C, Z, Y, X), intensities as in the files that the model was trained on. Axes must run
-                as in those files (x to the left, y to the back, z to the head for a plan with `reorient`: LPS).
-            spacing_zyx_mm: distance of voxel centers, mm.
-            boxes: to prompt RFMedSAM 2 with: a label map (Z, Y, X) to take them from, or one by one.
-
-        Returns:
-            (Z, Y, X) labels, uint8 or uint16.
+    def require_possible(self, *, boxes: bool) -> None:
+        """Check the options, and whether there are boxes, against what the model can do.
 
         Raises:
-            ImageError: not three or four axes, or not numbers.
-            PlanError: another number of channels than planned.
-            GeometryError: a spacing that is not positive.
+            UsageError: `options.step` is not produced by this model, or boxes are missing or not accepted.
         """
-        if array.ndim not in (3, 4) or array.dtype.kind not in "iufb":
-            raise ImageError(
-                "This array is no volume",
-                expected="numbers with axes (Z, Y, X) or (C, Z, Y, X)",
-                found=f"{array.dtype} {array.shape}",
-            )
-        channels = array[None] if array.ndim == 3 else array
-        z, y, x = channels.shape[1:]
-        grid = Grid(shape_zyx=(z, y, x), spacing_zyx_mm=spacing_zyx_mm)
-        return self.predict_volume(Volume(array=channels, grid=grid), boxes=boxes).labels
+        require_possible(self.config.model, step=self.options.step, boxes=boxes)
 
-    def predict_nibabel(self, image: SpatialImage) -> nib.Nifti1Image:
-        """Predict a nibabel image (x, y, z) or (x, y, z, C); the result has its affine."""
-        array = np.asarray(image.dataobj)
-        channels = array.T if array.ndim == 4 else array.T[None]
-        z, y, x = channels.shape[-3:]
-        grid = Grid.from_affine_lps(_RAS_TO_LPS @ np.asarray(image.affine), (z, y, x)).orthonormalized()
-        labels = self.predict_volume(Volume(array=channels, grid=grid)).labels
+    def __call__(
+        self,
+        image: ImageInput,
+        *,
+        spacing_zyx_mm: Sequence[float] | np.ndarray | None = None,
+        boxes: BoxInput | None = None,
+        probabilities: bool = False,
+        track: ProgressFn = untracked,
+    ) -> Prediction:
+        """Predict one volume.
+
+        Args:
+            image: a file (NIfTI, NRRD, MHA, MGZ), a DICOM folder, a list of files of one channel each, a NumPy array
+                (Z, Y, X) or (C, Z, Y, X), a `Volume`, a nibabel or a SimpleITK image. Intensities are those of the
+                files that the model was trained on; an array's axes must run as in those files (x to the left, y to
+                the back, z to the head for a plan with `reorient`: LPS).
+            spacing_zyx_mm: distance of an array's voxel centers, mm; other images know theirs.
+            boxes: to prompt RFMedSAM 2 with, in voxels of the image: a label map (Z, Y, X) whose classes are boxed
+                slice by slice, a `Volume` of one, or a list of `BoxPrompt` (or of its JSON form).
+            probabilities: whether to keep them; all classes at full resolution, 2 bytes each.
+            track: shows the progress over tiles.
+
+        Raises:
+            UsageError: another kind of image or boxes, no spacing for an array, boxes that are missing or that the
+                model does not accept, a box outside the image, a label that the model does not know.
+            ImageError: a file that cannot be read, voxels that are not numbers or not finite.
+            PlanError: another number of channels than planned.
+            GeometryError: a spacing, affine or direction that is impossible.
+        """
+        self.require_possible(boxes=boxes is not None)
+        volume, header = as_volume(image, spacing_zyx_mm)
+        prepared_case = self.prepare(straightened(volume), boxes=boxes)
+        prediction = self.predict_prepared(prepared_case, probabilities=probabilities, track=track)
+        return replace(prediction, grid=volume.grid if header is None else header.source_grid, header=header)
+
+    def prepare(self, volume: Volume, *, boxes: BoxInput | None = None) -> PreparedCase:
+        """Do the first half of predicting, everything before the network; see `inference.volume.preprocess_case`."""
+        prompts = None if boxes is None else as_boxes(boxes, volume.grid)
+        return preprocess_case(volume, self.plan, self.stage, boxes=prompts, threads=self.options.threads)
+
+    def predict_prepared(
+        self, prepared_case: PreparedCase, *, probabilities: Path | bool = False, track: ProgressFn = untracked
+    ) -> Prediction:
+        """Do the second half of predicting; see `inference.volume.predict_prepared`."""
+        return predict_prepared(
+            self.networks,
+            prepared_case,
+            self.plan,
+            self.stage,
+            options=self.options,
+            probabilities=probabilities,
+            track=track,
+        )
+
+    def predict_array(
+        self, array: np.ndarray, *, spacing_zyx_mm: Sequence[float] | np.ndarray, boxes: BoxInput | None = None
+    ) -> np.ndarray:
+        """Labels (Z, Y, X), uint8 or uint16, of an array (Z, Y, X) or (C, Z, Y, X)."""
+        return self(array, spacing_zyx_mm=spacing_zyx_mm, boxes=boxes).labels
+
+    def predict_nibabel(self, image: SpatialImage, *, boxes: BoxInput | None = None) -> nib.Nifti1Image:
+        """Labels of a nibabel image, with its affine and, of a NIfTI image, its header."""
+        labels = self(image, boxes=boxes).labels
         header = image.header.copy() if isinstance(image, nib.Nifti1Image) else None
         result = nib.Nifti1Image(np.ascontiguousarray(labels.T), image.affine, header, dtype=labels.dtype)
         result.header.set_slope_inter(1, 0)
         return result
 
-    def predict_sitk(self, image: sitk.Image) -> sitk.Image:
-        """Predict a SimpleITK image (vector pixels: channels); the result has its geometry."""
-        array = sitk.GetArrayFromImage(image)
-        channels = np.moveaxis(array, -1, 0) if image.GetNumberOfComponentsPerPixel() > 1 else array[None]
-        z, y, x = channels.shape[-3:]
-        affine = np.eye(4)
-        affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())[None]
-        affine[:3, 3] = image.GetOrigin()
-        grid = Grid.from_affine_lps(affine, (z, y, x))
-        result = sitk.GetImageFromArray(self.predict_volume(Volume(array=channels, grid=grid)).labels)
-        result.CopyInformation(image)
-        return result
+    def predict_sitk(self, image: sitk.Image, *, boxes: BoxInput | None = None) -> sitk.Image:
+        """Labels of a SimpleITK image, with its geometry."""
+        return self(image, boxes=boxes).to_sitk()
 
-    def predict_file(self, paths: Path | Sequence[Path], out: Path | None = None) -> np.ndarray:
-        """Predict one case from its file or files (one a channel, or a DICOM folder); written to `out` if given."""
-        volume, header = read_channels([paths] if isinstance(paths, Path) else list(paths))
-        labels = self.predict_volume(volume).labels
+    def predict_file(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        out: str | Path | None = None,
+        *,
+        boxes: BoxInput | None = None,
+    ) -> np.ndarray:
+        """Labels of one case from its file or files (one a channel, or a DICOM folder); written to `out` if given."""
+        prediction = self(paths, boxes=boxes)
         if out is not None:
-            write_label(out, labels, header)
-        return labels
+            prediction.save(out)
+        return prediction.labels
 
 
 def _what_predicting_needs(record: CheckpointRecord) -> dict[str, object]:

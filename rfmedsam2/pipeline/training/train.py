@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run
 from rfmedsam2.engine.task import silent as show_nothing
 from rfmedsam2.errors import RfMedSamError, StoreError, UsageError
-from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.pipeline.datasets.splits import get_split
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
 from rfmedsam2.pipeline.evaluation.report import write_report
@@ -183,7 +182,7 @@ def describe(plan: Plan, stage: str, fold: str, *, step: int, scores: dict[str, 
 
 
 def validate_fold(
-    layout: Layout, plan: Plan, folder: Path, cases: Sequence[str], *, options: PredictOptions, track: Track = silent
+    layout: Layout, plan: Plan, folder: Path, cases: Sequence[str], *, device: str, track: Track = silent
 ) -> Evaluation | None:
     """Predict the raw images of a fold's validation cases and score them; None where the raw dataset is not here.
 
@@ -196,17 +195,17 @@ def validate_fold(
         return None
     wanted = set(cases)
     inputs = [case for case in open_dataset(raw).training if case.id in wanted]
-    predictor = Predictor.load([folder / CHECKPOINTS[0]], options=options)
+    predictor = Predictor.load([folder / CHECKPOINTS[0]], device=device)
     out = folder / VALIDATION
     labels = {case.id: case.label for case in inputs}
     references = {path.parent for path in labels.values() if path is not None}
-    model = predictor.config.model
-    if isinstance(model, RFMedSam2Config) and model.generator == "gt" and options.boxes is None:
+    model, boxes = predictor.config.model, None
+    if isinstance(model, RFMedSam2Config) and model.generator == "gt":
         if len(references) != 1:
             logger.warning("Labels lie in several folders: predict with rfmed_predict --boxes")
             return None
-        predictor = predictor.using(replace(predictor.options, boxes=next(iter(references))))
-    predict_files(predictor, inputs, out, continue_=True, track=track)
+        boxes = next(iter(references))
+    predict_files(predictor, inputs, out, boxes=boxes, continue_=True, track=track)
     if len(references) != 1:
         logger.warning("Labels lie in several folders: score the predictions in %s with rfmed_evaluate", out)
         return None
@@ -218,8 +217,8 @@ def _finish(
 ) -> Evaluation | None:
     evaluation = None
     if options.validate:
-        how = PredictOptions(device=str(runtime.device))
-        evaluation = validate_fold(layout, plan, folder, split.val, options=how, track=options.track)
+        device = str(runtime.device)
+        evaluation = validate_fold(layout, plan, folder, split.val, device=device, track=options.track)
     raw = layout.raw / plan.dataset / "imagesTr"
     write_report(
         folder / "report.html",

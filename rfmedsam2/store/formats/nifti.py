@@ -72,7 +72,7 @@ def write_nifti_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -
 
     The bytes depend on the labels and the header only (no time stamp).
     """
-    raw = _label_header(header, labels_zyx)
+    raw = label_header(header, labels_zyx)
     block = raw.binaryblock + b"\0\0\0\0"  # no extensions
     voxels = np.ascontiguousarray(labels_zyx, dtype=raw.get_data_dtype()).data.cast("B")
     with path.open("wb") as stream:
@@ -233,7 +233,8 @@ def _scales_agree(grid: Grid, spacing_xyz: tuple[float, float, float]) -> bool:
     return bool(np.allclose(grid.spacing_zyx_mm[::-1], spacing_xyz, rtol=1e-2))
 
 
-def _label_header(header: ImageHeader, labels_zyx: np.ndarray) -> Nifti1Header:
+def label_header(header: ImageHeader, labels_zyx: np.ndarray) -> Nifti1Header:
+    """NIfTI header of labels (Z,Y,X) for an image: of a NIfTI source the affines with their codes, pixdim and units."""
     shape_xyz = labels_zyx.shape[::-1]
     if header.nifti is None:
         raw = Nifti1Header(endianness="<")

@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from rfmedsam2.geometry import Grid
 from rfmedsam2.inference.export import labels_from_slabs
-from rfmedsam2.inference.probabilities import ProbabilityFile
+from rfmedsam2.inference.probabilities import ProbabilityMap
 from rfmedsam2.inference.sliding_window import Slab
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Resampling
@@ -119,7 +119,7 @@ def test_transposed_axes_and_probabilities_equal_nnunet(forward, tmp_path) -> No
         expected, probabilities = theirs(logits, restore, labels)
         path = tmp_path / f"{labels.num_outputs}.b2nd"
         ours = labels_from_slabs(
-            slabs_of(logits, 6), restore, labels, Resampling(), probabilities=ProbabilityFile(path, restore, labels)
+            slabs_of(logits, 6), restore, labels, Resampling(), probabilities=ProbabilityMap(restore, labels, path=path)
         )
         assert np.array_equal(ours, expected)
         stored = blosc2.open(str(path), mode="r")

@@ -9,7 +9,7 @@ import torch
 from rfmedsam2.errors import PlanError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.inference.export import _Painter, _table, _taps, _targets, labels_from_slabs
-from rfmedsam2.inference.probabilities import ProbabilityFile
+from rfmedsam2.inference.probabilities import ProbabilityMap
 from rfmedsam2.inference.sliding_window import Slab
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Resampling
@@ -135,7 +135,7 @@ def test_a_failure_leaves_no_probability_file(tmp_path) -> None:
     how = restore((4, 3, 3), (4, 3, 3))
     half = [Slab(start=0, logits=torch.zeros(3, 2, 3, 3))]
     with pytest.raises(PlanError):
-        labels_from_slabs(half, how, THREE, Resampling(), probabilities=ProbabilityFile(path, how, THREE))
+        labels_from_slabs(half, how, THREE, Resampling(), probabilities=ProbabilityMap(how, THREE, path=path))
     assert list(tmp_path.iterdir()) == []
 
 
