@@ -22,7 +22,7 @@ from rfmedsam2.engine.checkpoint import FINAL
 from rfmedsam2.records.overrides import with_overrides
 from segment_anything_hq import models
 from segment_anything_hq.data.datasets import ImageSet
-from segment_anything_hq.data.open_data import held_out, open_data
+from segment_anything_hq.data.open_data import open_data, split_held_out
 from segment_anything_hq.evaluation.protocols import BoxRule, evaluate_prompted
 from segment_anything_hq.evaluation.report import write_page
 from segment_anything_hq.evaluation.scores import Evaluation
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=float, default=0.2)
     parser.add_argument("--frame-size", type=int, default=1024)
     args = parser.parse_args()
-    training, held = held_out(open_data([args.data]), args.held_out)
+    training, held = split_held_out(open_data([args.data]), args.held_out)
     print(f"{sum(len(s.samples) for s in training)} pictures to train on, {sum(len(s.samples) for s in held)} held out")
 
     found = {

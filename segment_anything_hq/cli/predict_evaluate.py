@@ -179,14 +179,13 @@ def _sets(
     """The data, or what a training held out of them, or the first samples."""
     from dataclasses import replace
 
-    from segment_anything_hq.data.open_data import held_out as parted
-    from segment_anything_hq.data.open_data import open_data
+    from segment_anything_hq.data.open_data import open_data, split_held_out
 
     if samples is not None and samples < 1:
         raise UsageError("So few samples cannot be evaluated", expected="--samples of 1 or more", found=samples)
     sets = open_data(words, rule=rule)
     if held_out is not None:
-        sets = parted(sets, held_out)[1]
+        sets = split_held_out(sets, held_out)[1]
     if samples is None:
         return sets
     return tuple(replace(images, samples=images.samples[:samples], expected=None) for images in sets)

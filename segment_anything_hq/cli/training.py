@@ -111,12 +111,12 @@ def _parts(
     data: tuple[str, ...], validation: tuple[str, ...], share: float, rule: MaskRule
 ) -> tuple[tuple[ImageSet, ...], tuple[ImageSet, ...]]:
     """What to train on, and what is held out."""
-    from segment_anything_hq.data.open_data import held_out, open_data
+    from segment_anything_hq.data.open_data import open_data, split_held_out
 
     training = open_data(data, rule=rule)
     if validation:
         return training, open_data(validation, rule=rule)
-    return held_out(training, share) if share else (training, ())
+    return split_held_out(training, share) if share else (training, ())
 
 
 def _plan(

@@ -1,7 +1,7 @@
 """Large-scale jitter and flips of images with the mask of an object, as HQ-SAM and SAM2Refiner are trained with.
 
-An image is made 0.1 to 2 times as large as the frame, a random part of it is cut out or the rest of the frame is gray.
-Everything is drawn from a generator that is given.
+The image is scaled to 0.1 to 2 times the frame; a larger one is cropped at random, a smaller one is padded with gray.
+All random numbers come from the generator passed in.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from torch import Generator, Tensor
 from rfmedsam2.errors import ImageError, UsageError
 
 GRAY = 128
-"""Of the frame where there is no image, as in HQ-SAM's training."""
+"""Padding value of the frame, as in HQ-SAM's training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jitter:
-    """How images are changed.
+    """Parameters of the jitter.
 
     Attributes:
-        scale_range: least and greatest length of an image's longer side, over the frame's.
-        flip: how often left and right are swapped.
-        flip_vertically: how often top and bottom are; the published training never does.
-        gray: value of the frame where there is no image.
-        least: pixels of the object that must be seen, or all that the image has where those are fewer.
-        attempts: how often another part is drawn, until the image is taken whole at the frame's size.
+        scale_range: smallest and largest length of the image's longer side, as a multiple of the frame's side.
+        flip: probability of a left-right flip.
+        flip_vertically: probability of a top-bottom flip; 0 in the published training.
+        gray: padding value of the frame.
+        min_visible_pixels: object pixels a crop must keep, or all of them if the object has fewer.
+        attempts: crops tried before the whole image is used at the frame's size.
     """
 
     scale_range: tuple[float, float] = (0.1, 2.0)
     flip: float = 0.5
     flip_vertically: float = 0.0
     gray: int = GRAY
-    least: int = 16
+    min_visible_pixels: int = 16
     attempts: int = 10
 
     def __post_init__(self) -> None:
@@ -49,14 +49,14 @@ class Jitter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where an image comes to lie on a frame.
+    """Where an image lies on a frame.
 
     Attributes:
-        height: of the scaled image, pixels.
-        width: likewise.
-        top: first row of it that is seen.
-        left: first column.
-        flips: axes of the image, from the last, that are swapped first.
+        height: height of the scaled image, pixels.
+        width: width of the scaled image, pixels.
+        top: first visible row of the scaled image.
+        left: first visible column of the scaled image.
+        flips: negative axes of the image that are flipped before scaling.
     """
 
     height: int
@@ -66,58 +66,58 @@ class Placement:
     flips: tuple[int, ...]
 
 
-def jittered(image: Tensor, mask: Tensor, *, size: int, jitter: Jitter, rng: Generator) -> tuple[Tensor, Tensor]:
-    """Draw one frame from an image.
+def jitter_image(image: Tensor, mask: Tensor, *, size: int, jitter: Jitter, rng: Generator) -> tuple[Tensor, Tensor]:
+    """Draw one jittered frame from an image.
 
     Args:
         image: (3, H, W) uint8.
         mask: (H, W) bool, the object, not empty.
-        size: S of the frame.
-        jitter: how.
-        rng: on the CPU.
+        size: side length S of the frame, pixels.
+        jitter: parameters of the jitter.
+        rng: generator on the CPU.
 
     Returns:
         The frame (3, S, S) uint8, and the object on it (S, S) bool, not empty.
 
     Raises:
-        ImageError: a mask of another size than the image, or an empty one.
+        ImageError: the mask is empty or has another size than the image.
     """
     _check(image, mask)
-    placement = chosen(mask, size=size, jitter=jitter, rng=rng)
-    return placed_image(image, placement, size=size, gray=jitter.gray), placed_object(mask, placement, size)
+    placement = draw_visible_placement(mask, size=size, jitter=jitter, rng=rng)
+    return place_image(image, placement, size=size, gray=jitter.gray), place_object(mask, placement, size)
 
 
-def chosen(mask: Tensor, *, size: int, jitter: Jitter, rng: Generator) -> Placement:
-    """Draw a placement that shows the object (H, W): the first such of some, else the whole image."""
+def draw_visible_placement(mask: Tensor, *, size: int, jitter: Jitter, rng: Generator) -> Placement:
+    """Draw placements until one shows enough of the object (H, W); the whole image after `attempts` failures."""
     for _ in range(jitter.attempts):
-        placement = drawn((mask.shape[0], mask.shape[1]), size, jitter=jitter, rng=rng)
-        if int(placed_mask(mask, placement, size).sum()) >= min(jitter.least, int(mask.sum())):
+        placement = draw_placement((mask.shape[0], mask.shape[1]), size, jitter=jitter, rng=rng)
+        if int(place_mask(mask, placement, size).sum()) >= min(jitter.min_visible_pixels, int(mask.sum())):
             return placement
-    return whole((mask.shape[0], mask.shape[1]), size)
+    return full_placement((mask.shape[0], mask.shape[1]), size)
 
 
-def fitted(image: Tensor, mask: Tensor, *, size: int, gray: int = GRAY) -> tuple[Tensor, Tensor]:
-    """The whole image (3, H, W) and mask (H, W), made as large as the frame, at its top left.
+def fit_image(image: Tensor, mask: Tensor, *, size: int, gray: int = GRAY) -> tuple[Tensor, Tensor]:
+    """Scale an image (3, H, W) and its mask (H, W) to fit the frame, top left, without jitter.
 
     Raises:
-        ImageError: a mask of another size than the image, or an empty one.
+        ImageError: the mask is empty or has another size than the image.
     """
     _check(image, mask)
-    placement = whole((mask.shape[0], mask.shape[1]), size)
-    return placed_image(image, placement, size=size, gray=gray), placed_object(mask, placement, size)
+    placement = full_placement((mask.shape[0], mask.shape[1]), size)
+    return place_image(image, placement, size=size, gray=gray), place_object(mask, placement, size)
 
 
-def whole(image_size: tuple[int, int], size: int) -> Placement:
-    """An image of this (H, W) as large as the frame, at its top left."""
+def full_placement(image_size: tuple[int, int], size: int) -> Placement:
+    """The placement that fits an image of this (H, W) into the frame, top left."""
     return _scaled(image_size, size, 1.0)
 
 
-def placed_object(mask: Tensor, placement: Placement, size: int) -> Tensor:
-    """`placed_mask` of an object that must not vanish.
+def place_object(mask: Tensor, placement: Placement, size: int) -> Tensor:
+    """Place a mask like `place_mask`, but never lose the object.
 
-    Of few pixels of a large image, it is where they fall, whatever their share of a pixel.
+    An object too small to fill half a pixel anywhere keeps every pixel that it touches.
     """
-    seen = placed_mask(mask, placement, size)
+    seen = place_mask(mask, placement, size)
     if seen.any():
         return seen
     flipped = mask.flip(placement.flips)[None].float()
@@ -125,8 +125,8 @@ def placed_object(mask: Tensor, placement: Placement, size: int) -> Tensor:
     return _cut(touched, placement, size=size, fill=0)[0] > 0
 
 
-def drawn(image_size: tuple[int, int], size: int, *, jitter: Jitter, rng: Generator) -> Placement:
-    """A random placement of an image of this (H, W) on a frame of `size` pixels a side."""
+def draw_placement(image_size: tuple[int, int], size: int, *, jitter: Jitter, rng: Generator) -> Placement:
+    """A random placement of an image of this (H, W) on a frame with sides of `size` pixels."""
     draws = torch.rand(5, dtype=torch.float64, generator=rng).tolist()
     smallest, largest = jitter.scale_range
     scale = smallest + (largest - smallest) * draws[0]
@@ -143,20 +143,20 @@ def drawn(image_size: tuple[int, int], size: int, *, jitter: Jitter, rng: Genera
     return Placement(height=scaled.height, width=scaled.width, top=top, left=left, flips=tuple(flips))
 
 
-def placed_image(image: Tensor, placement: Placement, *, size: int, gray: int) -> Tensor:
-    """The part of an image (3, H, W) uint8 that a frame (3, S, S) uint8 shows."""
+def place_image(image: Tensor, placement: Placement, *, size: int, gray: int) -> Tensor:
+    """Scale, flip and crop an image (3, H, W) uint8 to a frame (3, S, S) uint8, padded with `gray`."""
     scaled = _resized(image.flip(placement.flips), placement)
     return _cut(scaled, placement, size=size, fill=gray)
 
 
-def placed_mask(mask: Tensor, placement: Placement, size: int) -> Tensor:
-    """The same of a mask (H, W) of bool: pixels of which the object has half or more."""
+def place_mask(mask: Tensor, placement: Placement, size: int) -> Tensor:
+    """The same for a mask (H, W) bool: a frame pixel is set where the object covers at least half of it."""
     scaled = _resized(mask.flip(placement.flips)[None].to(torch.uint8) * 255, placement)
     return _cut(scaled, placement, size=size, fill=0)[0] >= 128
 
 
 def _scaled(image_size: tuple[int, int], size: int, scale: float) -> Placement:
-    """The image at its place, its longer side `scale` times the frame's."""
+    """The image top left, its longer side `scale` times the frame's."""
     factor = scale * size / max(image_size)
     rows, columns = (max(1, round(extent * factor)) for extent in image_size)
     return Placement(height=rows, width=columns, top=0, left=0, flips=())
@@ -177,10 +177,10 @@ def _cut(scaled: Tensor, placement: Placement, *, size: int, fill: int) -> Tenso
 def _check(image: Tensor, mask: Tensor) -> None:
     if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
         found = f"{image.dtype} of shape {tuple(image.shape)}"
-        raise ImageError("An image has red, green and blue", expected="uint8 of shape (3, H, W)", found=found)
+        raise ImageError("Expected an RGB image", expected="uint8 of shape (3, H, W)", found=found)
     if image.shape[1:] != mask.shape:
         raise ImageError(
-            "A mask is not as large as its image", expected=tuple(image.shape[1:]), found=tuple(mask.shape)
+            "The mask has another size than its image", expected=tuple(image.shape[1:]), found=tuple(mask.shape)
         )
     if not mask.any():
-        raise ImageError("A mask without an object cannot be trained on", remedy="Leave its image out")
+        raise ImageError("The mask is empty, so there is nothing to train on", remedy="Leave this image out")

@@ -1,4 +1,4 @@
-"""COCO's and LVIS's annotation files as sets of samples: one object each, polygons or run lengths."""
+"""Read COCO and LVIS annotation files as image sets with one sample per object (polygons or run lengths)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Annotation:
 
     Attributes:
         path: the annotation file.
-        size: height and width.
-        polygons: each (2 n,) float64 of x, y ...; empty where there are counts.
-        counts: run lengths, compressed or not; None where there are polygons.
+        size: height and width of the mask, pixels.
+        polygons: arrays (2 n,) float64 of x0, y0, x1, y1, ...; empty if there are run lengths.
+        counts: run lengths, compressed (text) or plain; None if there are polygons.
     """
 
     path: Path
@@ -43,18 +43,18 @@ class Annotation:
         return polygons_mask(self.polygons, *self.size).astype(np.int8)
 
 
-def open_annotations(path: Path, images: Path, *, name: str | None = None, least_area: float = 0.0) -> ImageSet:
-    """List the objects of an annotation file; crowds are left out.
+def open_annotations(path: Path, images: Path, *, name: str | None = None, min_area: float = 0.0) -> ImageSet:
+    """List the objects of an annotation file, without crowds.
 
     Args:
         path: COCO's instances_*.json or LVIS's lvis_v1_*.json.
-        images: folder of the pictures: of one part, or the one that holds train2017 and val2017 (LVIS's validation
-            pictures are of both).
-        name: of the set; else the file's.
-        least_area: objects smaller than this (square pixels, as annotated) are left out.
+        images: image folder of one split, or the folder that holds train2017 and val2017 (LVIS's validation images come
+            from both).
+        name: name of the set; None: the file's name.
+        min_area: smallest annotated area to keep, square pixels.
 
     Raises:
-        DatasetError: the file is missing, no JSON, or has neither images nor annotations.
+        DatasetError: the file is missing, is not valid JSON, or lacks images or annotations.
     """
     content = _read(path)
     objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -65,13 +65,13 @@ def open_annotations(path: Path, images: Path, *, name: str | None = None, least
     known = set()
     for record in sorted(content["images"], key=lambda r: r["id"]):
         known.add(record["id"])
-        mine = [o for o in objects.get(record["id"], ()) if not o.get("iscrowd") and o.get("area", 1) >= least_area]
+        wanted = [o for o in objects.get(record["id"], ()) if not o.get("iscrowd") and o.get("area", 1) >= min_area]
         image = _image_file(record, images)
         if image is None:
-            if mine:
-                faults.append(Fault(where=f"image {record['id']}", what=f"the picture is missing in {images}"))
+            if wanted:
+                faults.append(Fault(where=f"image {record['id']}", what=f"the image is missing in {images}"))
             continue
-        for entry in mine:
+        for entry in wanted:
             found = _annotation(path, record, entry)
             if isinstance(found, Fault):
                 faults.append(found)
@@ -84,23 +84,23 @@ def open_annotations(path: Path, images: Path, *, name: str | None = None, least
     return ImageSet(name=name or path.stem, samples=tuple(samples), faults=tuple(faults))
 
 
-def coco_lvis(root: Path, split: str = "train", *, least_area: float = 0.0) -> tuple[ImageSet, ...]:
-    """COCO 2017 and LVIS v1 below one root, as they are downloaded: annotations/, train2017/, val2017/.
+def coco_lvis(root: Path, split: str = "train", *, min_area: float = 0.0) -> tuple[ImageSet, ...]:
+    """Open COCO 2017 and LVIS v1 in their download layout: annotations/, train2017/, val2017/.
 
     Args:
-        root: folder of COCO; the LVIS files lie in root/annotations or in root.
+        root: COCO's folder; the LVIS files are in root/annotations or in root.
         split: "train" or "val".
-        least_area: see `open_annotations`.
+        min_area: see `open_annotations`.
 
     Raises:
-        DatasetError: an annotation file is missing or is none.
+        DatasetError: an annotation file is missing or cannot be read.
     """
     coco = root / "annotations" / f"instances_{split}2017.json"
     places = (root / "annotations" / f"lvis_v1_{split}.json", root / f"lvis_v1_{split}.json")
     lvis = next((p for p in places if p.is_file()), places[0])
     return (
-        open_annotations(coco, root / f"{split}2017", name=f"COCO-{split}", least_area=least_area),
-        open_annotations(lvis, root, name=f"LVIS-{split}", least_area=least_area),
+        open_annotations(coco, root / f"{split}2017", name=f"COCO-{split}", min_area=min_area),
+        open_annotations(lvis, root, name=f"LVIS-{split}", min_area=min_area),
     )
 
 
@@ -110,21 +110,26 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DatasetError("The annotation file is missing", where=path) from None
     except (OSError, ValueError) as error:
-        raise DatasetError("The annotation file is no JSON", where=path, found=error) from error
+        raise DatasetError("The annotation file is not valid JSON", where=path, found=error) from error
     parts = ("images", "annotations")
     if not isinstance(content, dict) or any(not isinstance(content.get(p), list) for p in parts):
         raise DatasetError("The file holds no annotations", where=path, expected="lists named images and annotations")
     bad = [r for r in content["images"] if not all(isinstance(r.get(k), int) for k in ("id", "height", "width"))]
     if bad:
-        raise DatasetError("Pictures are not described", where=path, expected="id, height and width", found=bad[0])
+        raise DatasetError(
+            "Images in the annotation file lack required fields",
+            where=path,
+            expected="id, height and width",
+            found=bad[0],
+        )
     return content
 
 
 def _image_file(record: dict[str, Any], images: Path) -> Path | None:
-    """The picture's file; LVIS names it only by its address."""
+    """The image's file, by `file_name` or, as in LVIS, by `coco_url`; None if it is missing."""
     address = str(record.get("file_name") or record.get("coco_url") or "")
     parts = Path(address).parts
-    # a name from the file never leads out of the folder
+    # names read from the file must not lead out of the folder
     candidates = [images.joinpath(*parts[-n:]) for n in (1, 2) if len(parts) >= n and ".." not in parts[-n:]]
     return next((c for c in candidates if c.is_file()), None)
 
@@ -136,7 +141,7 @@ def _annotation(path: Path, record: dict[str, Any], entry: dict[str, Any]) -> An
     if isinstance(shape, dict):
         counts, stated = shape.get("counts"), shape.get("size")
         if stated is not None and tuple(stated) != size:
-            return Fault(where=where, what=f"run lengths of {stated}, the picture has {list(size)}")
+            return Fault(where=where, what=f"run lengths are for a size of {stated}, the image has {list(size)}")
         if isinstance(counts, str):
             return Annotation(path=path, size=size, counts=counts)
         if isinstance(counts, list):
@@ -144,5 +149,5 @@ def _annotation(path: Path, record: dict[str, Any], entry: dict[str, Any]) -> An
         return Fault(where=where, what="run lengths without counts")
     usable = [p for p in shape if isinstance(p, list) and len(p) >= 6] if isinstance(shape, list) else []
     if not usable:
-        return Fault(where=where, what="no polygon of three points or more")
+        return Fault(where=where, what="no polygon with at least three points")
     return Annotation(path=path, size=size, polygons=tuple(np.asarray(p, np.float64) for p in usable))

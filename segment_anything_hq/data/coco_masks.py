@@ -1,4 +1,4 @@
-"""Masks of COCO's and LVIS's annotations: polygons and run lengths, filled exactly as the official API fills them."""
+"""Masks from COCO and LVIS annotations (polygons, run lengths), equal to the official API's pixel by pixel."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import numpy as np
 
 from rfmedsam2.errors import DatasetError
 
-_FINER = 5.0
-"""Outlines are followed on a grid that is finer by this."""
+_UPSAMPLING = 5.0
+"""Outlines are traced on a grid this many times finer than the mask, as in the official API."""
 
 
 def polygons_mask(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     """Union of polygons.
 
     Args:
-        polygons: each (2 n,) of x, y, x, y ..., pixels from the picture's corner.
-        height: of the mask.
-        width: of the mask.
+        polygons: arrays (2 n,) of x0, y0, x1, y1, ..., pixels from the image's top left corner.
+        height: height of the mask, pixels.
+        width: width of the mask, pixels.
 
     Returns:
-        (height, width) bool, as the API's `frPyObjects`, `merge` and `decode` give it.
+        (height, width) bool, equal to the API's `frPyObjects`, `merge` and `decode`.
 
     Raises:
-        DatasetError: a polygon of less than three points, or of an odd number of figures.
+        DatasetError: a polygon has fewer than three points or an odd number of coordinates.
     """
     mask = np.zeros((height, width), bool)
     for polygon in polygons:
@@ -33,18 +33,18 @@ def polygons_mask(polygons: Sequence[np.ndarray], height: int, width: int) -> np
 
 
 def counts_mask(counts: str | Sequence[int], height: int, width: int) -> np.ndarray:
-    """Mask of run lengths, column by column, beginning with background.
+    """Decode run lengths, which go down the columns and begin with background.
 
     Args:
-        counts: numbers, or the API's compressed text.
-        height: of the mask.
-        width: of the mask.
+        counts: run lengths, or the API's compressed text.
+        height: height of the mask, pixels.
+        width: width of the mask, pixels.
 
     Returns:
         (height, width) bool.
 
     Raises:
-        DatasetError: runs that do not fill the mask exactly.
+        DatasetError: the run lengths do not fill the mask exactly.
     """
     runs = np.asarray(_uncompressed(counts) if isinstance(counts, str) else counts, np.int64)
     if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
@@ -57,14 +57,12 @@ def counts_mask(counts: str | Sequence[int], height: int, width: int) -> np.ndar
 def _polygon_mask(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
     """One polygon: its outline toggles inside and outside along the columns, one after another."""
     if polygon.ndim != 1 or polygon.size < 6 or polygon.size % 2 or not np.isfinite(polygon).all():
-        raise DatasetError(
-            "A polygon is none", expected="x, y of three points or more", found=f"{polygon.size} numbers"
-        )
-    corners = (_FINER * polygon.reshape(-1, 2) + 0.5).astype(np.int64)
+        raise DatasetError("Invalid polygon", expected="at least 3 (x, y) points", found=f"{polygon.size} numbers")
+    corners = (_UPSAMPLING * polygon.reshape(-1, 2) + 0.5).astype(np.int64)
     x, y = _outline(corners)
     crossing = np.flatnonzero(np.diff(x)) + 1
-    column = (np.minimum(x[crossing], x[crossing - 1]) + 0.5) / _FINER - 0.5
-    row = (np.minimum(y[crossing], y[crossing - 1]) + 0.5) / _FINER - 0.5
+    column = (np.minimum(x[crossing], x[crossing - 1]) + 0.5) / _UPSAMPLING - 0.5
+    row = (np.minimum(y[crossing], y[crossing - 1]) + 0.5) / _UPSAMPLING - 0.5
     kept = (np.floor(column) == column) & (column >= 0) & (column <= width - 1)
     columns = column[kept].astype(np.int64)
     rows = np.ceil(np.clip(row[kept], 0, height)).astype(np.int64)
@@ -86,7 +84,7 @@ def _outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         length = a1 - a0
         steps = np.arange(length + 1)
         slope = (b1 - b0) / length if length else 0.0
-        # as a cast in C does it: toward zero
+        # rounds toward zero, like the cast in the C code
         across = (b0 + slope * steps + 0.5).astype(np.int64)
         along = a0 + steps
         if flipped:
@@ -97,13 +95,13 @@ def _outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _uncompressed(text: str) -> list[int]:
-    """Run lengths from text: six bits a character, the lowest first; later ones as differences."""
+    """Decode compressed run lengths: 6 bits per character, lowest first; from the third on as differences."""
     runs: list[int] = []
     value, shift = 0, 0
     for character in text:
         bits = ord(character) - 48
         if not 0 <= bits < 64:
-            raise DatasetError("Compressed run lengths hold a foreign character", found=repr(character))
+            raise DatasetError("Compressed run lengths hold an invalid character", found=repr(character))
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:

@@ -1,7 +1,7 @@
-"""Sets of pictures and masks: HQSeg-44K in sam-hq's layout, RITM's evaluation sets, any folder of pictures.
+"""Image sets with masks: HQSeg-44K in sam-hq's layout, RITM's evaluation sets, and plain folders.
 
-Opening a set only lists it: which files belong together, and what does not pair. `dataset_checks` looks into the files,
-`coco` reads annotations.
+Opening a set only lists files, pairs images with masks and reports what is left over. `data.checks` reads the files,
+`data.coco` reads annotation files.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ HQSEG_TEST_IMAGES = 1_537
 
 
 class Mask(Protocol):
-    """Where a mask comes from."""
+    """A source of one mask."""
 
     @property
     def source(self) -> Path:
-        """The file it is read from."""
+        """The file that the mask is read from."""
         ...
 
     def read(self) -> np.ndarray:
@@ -39,14 +39,14 @@ class Mask(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskFile:
-    """A mask that is a picture."""
+    """A mask stored as an image file."""
 
     path: Path
     rule: MaskRule = "above_128"
 
     @property
     def source(self) -> Path:
-        """The picture."""
+        """The image file of the mask."""
         return self.path
 
     def read(self) -> np.ndarray:
@@ -56,7 +56,7 @@ class MaskFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatInstance:
-    """One instance of SBD's .mat files."""
+    """One instance from one of SBD's .mat files."""
 
     path: Path
     instance: int
@@ -73,12 +73,12 @@ class MatInstance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One object of one picture.
+    """One object of one image.
 
     Attributes:
-        id: name within its set.
-        image: file of the picture; samples of one picture follow one another.
-        mask: where its mask comes from.
+        id: unique name within the set.
+        image: the image's file; samples of one image are consecutive.
+        mask: source of the object's mask.
     """
 
     id: str
@@ -93,18 +93,18 @@ class Sample:
         """(H, W) int8: 1 object, 0 background, -1 ignored."""
         return self.mask.read()
 
-    def ground_truth_of(self, picture: np.ndarray) -> np.ndarray:
-        """The truth, as large as the picture (H, W, 3).
+    def ground_truth_for(self, image: np.ndarray) -> np.ndarray:
+        """(H, W) int8: the mask, checked against the size of its image (H, W, 3).
 
         Raises:
-            ImageError: it has another size.
+            ImageError: the mask cannot be read or has another size than the image.
         """
         ground_truth = self.ground_truth()
-        if ground_truth.shape != picture.shape[:2]:
+        if ground_truth.shape != image.shape[:2]:
             raise ImageError(
-                "The mask has another size than its picture",
+                "The mask has another size than its image",
                 where=self.mask.source,
-                expected=f"{picture.shape[0]} x {picture.shape[1]}",
+                expected=f"{image.shape[0]} x {image.shape[1]}",
                 found=f"{ground_truth.shape[0]} x {ground_truth.shape[1]}",
             )
         return ground_truth
@@ -112,7 +112,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What is wrong, and with which file or sample."""
+    """One thing that is wrong with a file or sample."""
 
     where: str
     what: str
@@ -123,13 +123,13 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSet:
-    """A set of samples.
+    """A data set of images with masks.
 
     Attributes:
-        name: as the field calls it.
-        samples: in the order of their pictures' names.
-        faults: what was found while listing: pictures without masks, masks without pictures, missing folders.
-        expected: how many samples the published set has; None where that is not known.
+        name: the set's usual name.
+        samples: in the order of their images' names.
+        faults: found while listing: images without masks, masks without images, missing folders.
+        expected: number of samples in the published set; None if unknown.
     """
 
     name: str
@@ -137,24 +137,24 @@ class ImageSet:
     faults: tuple[Fault, ...] = ()
     expected: int | None = None
 
-    def only(self, ids: Collection[str]) -> ImageSet:
-        """The samples of these ids, in their order here.
+    def subset(self, ids: Collection[str]) -> ImageSet:
+        """The samples with these ids, in the order of this set.
 
         Raises:
-            DatasetError: an id that the set does not have.
+            DatasetError: an id is not in the set.
         """
         chosen = set(ids)
         samples = tuple(s for s in self.samples if s.id in chosen)
         unknown = sorted(chosen - {s.id for s in samples})
         if unknown:
-            raise DatasetError("The set has no such samples", where=self.name, found=", ".join(unknown[:10]))
+            raise DatasetError("The set does not contain these samples", where=self.name, found=", ".join(unknown[:10]))
         return replace(self, samples=samples, expected=None)
 
-    def required(self) -> ImageSet:
-        """The set itself, if it has samples.
+    def require_samples(self) -> ImageSet:
+        """Return the set itself if it has samples.
 
         Raises:
-            DatasetError: it has none; names the first faults.
+            DatasetError: the set has no samples; the message names its first faults.
         """
         if self.samples:
             return self
@@ -164,7 +164,7 @@ class ImageSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Where a set's pictures and masks lie below a root."""
+    """Folders of a published set's images and masks, relative to its root."""
 
     name: str
     images: str
@@ -215,45 +215,44 @@ BERKELEY = Layout(name="Berkeley", images="images", masks="masks", rule="ignore_
 DAVIS = Layout(name="DAVIS", images="img", masks="gt", rule="any", expected=345)
 COCO_MVAL = Layout(name="COCO_MVal", images="img", masks="gt", rule="any", expected=800)
 SBD_INSTANCES = 6671
-"""Instances of SBD's 2,857 validation pictures."""
+"""Instances in SBD's 2,857 validation images."""
 
 
 def hqseg_training(root: Path) -> tuple[ImageSet, ...]:
-    """HQSeg-44K's training sets: six by the paper's count, in seven folders."""
+    """Open HQSeg-44K's training sets: six by the paper's count, in seven folders."""
     return tuple(open_layout(layout, root) for layout in HQSEG_TRAINING)
 
 
 def hqseg_test(root: Path) -> tuple[ImageSet, ...]:
-    """The four test sets that HQ-SAM is evaluated on."""
+    """Open the four test sets that HQ-SAM is evaluated on."""
     return tuple(open_layout(layout, root) for layout in HQSEG_TEST)
 
 
 def open_layout(layout: Layout, root: Path) -> ImageSet:
-    """List a set of a known layout."""
-    samples, faults = pairs(root / layout.images, root / layout.masks, rule=layout.rule)
+    """List a set that has a published layout."""
+    samples, faults = pair_files(root / layout.images, root / layout.masks, rule=layout.rule)
     return ImageSet(name=layout.name, samples=samples, faults=faults, expected=layout.expected)
 
 
 def open_folders(images: Path, masks: Path, *, name: str | None = None, rule: MaskRule = "above_128") -> ImageSet:
-    """List any folder of pictures and folder of masks, which may be the same one.
+    """List a folder of images and a folder of masks, which may be the same folder.
 
-    A mask has its picture's name (without the ending), or that and "_", "-" or "#" and a number where a
-    picture has several objects. In a folder of both, .png files beside a .jpg of the same name are
-    masks.
+    A mask has the name of its image (without the ending), followed by "_", "-" or "#" and a number if the image has
+    several objects. If both are in one folder, .png files are masks and all others are images.
     """
-    samples, faults = pairs(images, masks, rule=rule)
+    samples, faults = pair_files(images, masks, rule=rule)
     return ImageSet(name=name or images.parent.name or images.name, samples=samples, faults=faults)
 
 
 def open_sbd(root: Path, split: str = "val") -> ImageSet:
-    """SBD as RITM evaluates it: root/img, root/inst/*.mat, root/val.txt; each instance is a sample.
+    """Open SBD as RITM evaluates it: root/img, root/inst/*.mat, root/val.txt; each instance is a sample.
 
-    Reads every .mat file once, for the numbers of its instances.
+    Reads every .mat file once to list its instances.
     """
     listing = root / f"{split}.txt"
     expected = SBD_INSTANCES if split == "val" else None
     if not listing.is_file():
-        fault = Fault(where=str(listing), what="the list of pictures is missing")
+        fault = Fault(where=str(listing), what="the list of images is missing")
         return ImageSet(name="SBD", samples=(), faults=(fault,), expected=expected)
     names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
     samples: list[Sample] = []
@@ -263,7 +262,7 @@ def open_sbd(root: Path, split: str = "val") -> ImageSet:
             image = root / "img" / f"{name}.jpg"
             if isinstance(found, Fault) or not image.is_file():
                 faults.append(
-                    found if isinstance(found, Fault) else Fault(where=str(image), what="the picture is missing")
+                    found if isinstance(found, Fault) else Fault(where=str(image), what="the image is missing")
                 )
                 continue
             path = root / "inst" / f"{name}.mat"
@@ -280,27 +279,29 @@ COLLECTIONS: dict[str, Callable[[Path], tuple[ImageSet, ...]]] = {
     "coco_mval": lambda root: (open_layout(COCO_MVAL, root),),
     "sbd": lambda root: (open_sbd(root),),
 }
-"""Sets by name, each opened by the root of its published layout."""
+"""Functions that open published collections by name, given the root folder of their layout."""
 
 
-def pairs(images: Path, masks: Path, *, rule: MaskRule = "above_128") -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
-    """Which pictures and masks belong together, and what is left over; see `open_folders`."""
+def pair_files(
+    images: Path, masks: Path, *, rule: MaskRule = "above_128"
+) -> tuple[tuple[Sample, ...], tuple[Fault, ...]]:
+    """Pair images with masks by name; returns samples, and faults for what is left over. See `open_folders`."""
     missing = [f for f in dict.fromkeys((images, masks)) if not f.is_dir()]
     if missing:
         return (), tuple(Fault(where=str(f), what="the folder is missing") for f in missing)
-    pictures, ground_truths = _split(images) if images == masks else (_files(images), _files(masks))
-    by_stem, faults = _by_stem(pictures)
-    mask_by_stem, mask_faults = _by_stem(ground_truths)
+    image_files, mask_files = _split(images) if images == masks else (_files(images), _files(masks))
+    by_stem, faults = _by_stem(image_files)
+    mask_by_stem, mask_faults = _by_stem(mask_files)
     objects: dict[str, list[str]] = defaultdict(list)
     for stem in mask_by_stem:
         owner = stem if stem in by_stem else _owner(stem, by_stem)
         if owner is None:
-            faults.append(Fault(where=str(mask_by_stem[stem]), what="the mask has no picture"))
+            faults.append(Fault(where=str(mask_by_stem[stem]), what="the mask has no image"))
         else:
             objects[owner].append(stem)
-    faults += [Fault(where=str(p), what="the picture has no mask") for s, p in by_stem.items() if s not in objects]
-    if not pictures:
-        faults.append(Fault(where=str(images), what="the folder holds no pictures"))
+    faults += [Fault(where=str(p), what="the image has no mask") for s, p in by_stem.items() if s not in objects]
+    if not image_files:
+        faults.append(Fault(where=str(images), what="the folder holds no images"))
     samples = [
         Sample(id=stem, image=by_stem[owner], mask=MaskFile(path=mask_by_stem[stem], rule=rule))
         for owner in by_stem
@@ -310,12 +311,19 @@ def pairs(images: Path, masks: Path, *, rule: MaskRule = "above_128") -> tuple[t
 
 
 def read_ahead(samples: Iterable[Sample], *, ahead: int = 2) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
-    """Samples with picture and truth, read by a thread while the one before is worked on.
+    """Yield each sample with its image and ground truth, reading the next ones in a background thread.
 
-    A picture that several samples in a row share is read once, and is the same array.
+    An image shared by consecutive samples is read once and yielded as the same array.
+
+    Args:
+        samples: the samples to read.
+        ahead: number of samples to read in advance.
+
+    Yields:
+        the sample, its image (H, W, 3) uint8 RGB, and its ground truth (H, W) int8: 1 object, 0 background, -1 ignored.
 
     Raises:
-        ImageError: a file that cannot be read, or a mask of another size than its picture.
+        ImageError: a file cannot be read, or a mask has another size than its image.
     """
     queue: list = []
     with ThreadPoolExecutor(max_workers=1) as thread:
@@ -323,9 +331,9 @@ def read_ahead(samples: Iterable[Sample], *, ahead: int = 2) -> Iterator[tuple[S
 
         def read(sample: Sample) -> tuple[Sample, np.ndarray, np.ndarray]:
             nonlocal last
-            picture = last[1] if last[0] == sample.image and last[1] is not None else sample.read_image()
-            last = (sample.image, picture)
-            return sample, picture, sample.ground_truth_of(picture)
+            image = last[1] if last[0] == sample.image and last[1] is not None else sample.read_image()
+            last = (sample.image, image)
+            return sample, image, sample.ground_truth_for(image)
 
         for sample in samples:
             queue.append(thread.submit(read, sample))
@@ -340,7 +348,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _split(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Pictures and masks of one folder: masks are .png, pictures everything else."""
+    """Images and masks of one folder: .png files are masks, all others are images."""
     files = _files(folder)
     return [p for p in files if p.suffix.lower() != ".png"], [p for p in files if p.suffix.lower() == ".png"]
 
@@ -350,29 +358,29 @@ def _by_stem(files: list[Path]) -> tuple[dict[str, Path], list[Fault]]:
     faults = []
     for path in files:
         if path.stem in found:
-            faults.append(Fault(where=str(path), what=f"has the name of {found[path.stem].name}, which is taken"))
+            faults.append(Fault(where=str(path), what=f"has the same name as {found[path.stem].name}"))
         else:
             found[path.stem] = path
     return found, faults
 
 
-def _owner(stem: str, pictures: Collection[str]) -> str | None:
-    """The picture that a mask of one of several objects belongs to."""
+def _owner(stem: str, image_stems: Collection[str]) -> str | None:
+    """The image that a numbered mask (one of several objects) belongs to; None if there is none."""
     match = re.fullmatch(r"(.+)[_#-]\d+", stem)
-    return match[1] if match and match[1] in pictures else None
+    return match[1] if match and match[1] in image_stems else None
 
 
 def _mat_instances(path: Path) -> np.ndarray:
-    """(H, W) instance numbers of an SBD file.
+    """Read the instance numbers (H, W) of an SBD file.
 
     Raises:
-        ImageError: no such file, or not one of SBD's.
+        ImageError: the file is missing or is not one of SBD's.
     """
     try:
         return np.asarray(loadmat(path)["GTinst"]["Segmentation"][0, 0])
-    except Exception as error:  # the reader has no error of its own for damage
+    except Exception as error:  # scipy's reader has no exception of its own for damaged files
         found = f"{type(error).__name__}: {error}"
-        raise ImageError("Instances cannot be read", where=path, expected="SBD's GTinst", found=found) from error
+        raise ImageError("The instances cannot be read", where=path, expected="SBD's GTinst", found=found) from error
 
 
 def _mat_ids(path: Path) -> list[int] | Fault:

@@ -1,4 +1,4 @@
-"""Pictures and masks from files: any common format and color mode, to the two arrays that everything here works on."""
+"""Read images as RGB arrays and masks as int8 label arrays, from any common file format and color mode."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from rfmedsam2.errors import ImageError
 from segment_anything_hq.prompts.clicks import IGNORE
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-# only these decoders: some of Pillow's others start programs
+# only these decoders: some of Pillow's others start external programs
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 
 MaskRule = Literal["above_128", "ignore_128", "any"]
-"""What a mask's values mean.
+"""How mask values are interpreted.
 
-above_128: object where the first channel is above 128 (sam-hq). ignore_128: the same, and 128 itself is ignored (RITM's
-GrabCut and Berkeley). any: object where any color channel is above 0 (RITM's DAVIS).
+above_128: object where the first channel is above 128 (sam-hq). ignore_128: the same, but pixels of exactly 128 are
+ignored (RITM's GrabCut and Berkeley). any: object where any color channel is above 0 (RITM's DAVIS).
 """
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read a picture of any color mode.
+    """Read an image of any color mode.
 
-    Gray and palette pictures become RGB, transparency is dropped, 16 bits become 8; a turned photograph is put upright
-    as viewers show it.
+    Gray and palette images become RGB, transparency is dropped, 16 bits become 8, and the EXIF orientation is applied.
 
     Returns:
         (H, W, 3) uint8, RGB.
 
     Raises:
-        ImageError: no such file, not a picture, or damaged.
+        ImageError: the file is missing, damaged or not an image.
     """
     with _opened(path) as image:
         image = ImageOps.exif_transpose(image)
@@ -48,7 +47,7 @@ def read_ground_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
         (H, W) int8: 1 object, 0 background, -1 ignored.
 
     Raises:
-        ImageError: no such file, not a picture, or damaged.
+        ImageError: the file is missing, damaged or not an image.
     """
     values = read_mask_values(path)
     if rule == "any":
@@ -61,24 +60,24 @@ def read_ground_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
 
 
 def read_mask_values(path: Path) -> np.ndarray:
-    """Read a mask's values as (H, W, 1) or (H, W, 3) uint8: gray or colors, without transparency.
+    """Read the raw values of a mask, gray (H, W, 1) or RGB (H, W, 3), uint8, without transparency.
 
     Raises:
-        ImageError: no such file, not a picture, or damaged.
+        ImageError: the file is missing, damaged or not an image.
     """
     with _opened(path) as image:
         return _channels(image, path)
 
 
 def image_size(path: Path, *, upright: bool = True) -> tuple[int, int]:
-    """Height and width from the head of a file.
+    """Read height and width from a file's header.
 
     Args:
-        path: picture or mask.
-        upright: of the picture as `read_image` gives it; False: as stored, which is how masks are read.
+        path: an image or a mask.
+        upright: apply the EXIF orientation, as `read_image` does; False: the stored size, as masks are read.
 
     Raises:
-        ImageError: no such file, not a picture, or damaged.
+        ImageError: the file is missing, damaged or not an image.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -87,7 +86,7 @@ def image_size(path: Path, *, upright: bool = True) -> tuple[int, int]:
 
 
 class _opened:  # noqa: N801  used as a function
-    """Open an image lazily; what Pillow raises while it is open becomes a sentence."""
+    """Open an image lazily; Pillow's exceptions while it is open become `ImageError`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,22 +95,22 @@ class _opened:  # noqa: N801  used as a function
         try:
             self.image = Image.open(self.path, formats=_FORMATS)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise _refused(self.path, error) from error
+            raise _image_error(self.path, error) from error
         return self.image
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.image.close()
         if isinstance(error, (OSError, SyntaxError, ValueError)) and not isinstance(error, ImageError):
-            raise _refused(self.path, error) from error
+            raise _image_error(self.path, error) from error
 
 
-def _refused(path: Path, error: BaseException) -> ImageError:
+def _image_error(path: Path, error: BaseException) -> ImageError:
     if isinstance(error, FileNotFoundError):
-        return ImageError("There is no such file", where=path)
+        return ImageError("The file does not exist", where=path)
     return ImageError(
-        "The file cannot be read as a picture",
+        "The file cannot be read as an image",
         where=path,
-        expected="a whole " + ", ".join(sorted(e[1:] for e in ENDINGS)),
+        expected="an undamaged file of type " + ", ".join(sorted(e[1:] for e in ENDINGS)),
         found=str(error).splitlines()[0] if str(error) else type(error).__name__,
     )
 
@@ -123,7 +122,7 @@ def _channels(image: Image.Image, path: Path) -> np.ndarray:
         values = np.asarray(image)[..., None]
         return (values >> 8 if values.max(initial=0) > 255 else values).astype(np.uint8)
     if mode == "F":
-        raise ImageError("The picture holds floating-point numbers", where=path, expected="8 or 16 bits a channel")
+        raise ImageError("The image holds floating-point numbers", where=path, expected="8 or 16 bits per channel")
     if mode in ("L", "1", "LA", "La"):
         return np.array(image.convert("L"))[..., None]
     if mode in ("P", "PA") and "transparency" in image.info:

@@ -1,4 +1,4 @@
-"""Data as users name it on the command line, and which part of it is held out."""
+"""Open data sets by their command-line names, and split off a held-out part."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ NAMES = (*COLLECTIONS, *COCO_LVIS)
 
 
 def open_data(words: Sequence[str], *, rule: MaskRule = "above_128") -> tuple[ImageSet, ...]:
-    """Open sets of pictures and masks.
+    """Open image sets.
 
     Args:
-        words: each NAME=FOLDER with the root of a known collection (`NAMES`), or a FOLDER of pictures and masks: with
-            folders `images` and `masks` in it, or with both side by side.
-        rule: what the values of plain folders' masks mean.
+        words: each NAME=FOLDER, with a known collection (`NAMES`) and its root, or a FOLDER of images and masks, either
+            in its subfolders `images` and `masks` or side by side.
+        rule: how mask values in plain folders are interpreted.
 
     Raises:
-        DatasetError: no such folder, or a set without a single sample.
-        UsageError: a name that is not known, or no data at all.
+        DatasetError: a folder is missing, or a set has no samples.
+        UsageError: a name is unknown, or no data were given.
     """
-    return tuple(images.required() for word in _named(words) for images in _opened(word, rule))
+    return tuple(images.require_samples() for word in _require_words(words) for images in _opened(word, rule))
 
 
 def list_data(words: Sequence[str], *, rule: MaskRule = "above_128") -> tuple[ImageSet, ...]:
-    """Open sets as `open_data` does, to look for faults: a set that cannot be used is one of no samples, with faults.
+    """Open sets as `open_data` does, but return an unusable set as one without samples and with its faults.
 
     Raises:
-        UsageError: a name that is not known, or no data at all.
+        UsageError: a name is unknown, or no data were given.
     """
     sets: list[ImageSet] = []
-    for word in _named(words):
+    for word in _require_words(words):
         try:
             sets += _opened(word, rule)
         except DatasetError as error:
@@ -46,37 +46,40 @@ def list_data(words: Sequence[str], *, rule: MaskRule = "above_128") -> tuple[Im
     return tuple(sets)
 
 
-def held_out(sets: Sequence[ImageSet], share: float) -> tuple[tuple[ImageSet, ...], tuple[ImageSet, ...]]:
-    """Part sets by their pictures' names: (to train on, held out).
+def split_held_out(sets: Sequence[ImageSet], share: float) -> tuple[tuple[ImageSet, ...], tuple[ImageSet, ...]]:
+    """Split sets by image into a training part and a held-out part.
 
-    A picture's part depends on its name and its set's alone: it stays the same when others come or go, and on every
-    machine. All objects of a picture are in one part.
+    Which part an image goes to depends only on its name and its set's name, so it does not change when other images are
+    added or removed, and is the same on every machine. All objects of an image go to the same part.
 
     Args:
-        sets: of `open_data`.
-        share: of the pictures to hold out, 0 to 1.
+        sets: sets from `open_data`.
+        share: fraction of the images to hold out, above 0 and below 1.
+
+    Returns:
+        the sets to train on, and the held-out sets.
 
     Raises:
-        UsageError: a share that leaves one part empty.
+        UsageError: the share is out of range or leaves one part empty.
     """
     if not 0 < share < 1:
-        raise UsageError("This share cannot be held out", expected="above 0 and below 1", found=share)
+        raise UsageError("The held-out share must be a fraction", expected="above 0 and below 1", found=share)
     kept, held = [], []
     for images in sets:
-        away = {s.image for s in images.samples if _place(images.name, s.image.stem) < share}
+        away = {s.image for s in images.samples if _hash_fraction(images.name, s.image.stem) < share}
         for part, chosen in ((kept, False), (held, True)):
             samples = tuple(s for s in images.samples if (s.image in away) is chosen)
             if samples:
                 part.append(replace(images, samples=samples, faults=(), expected=None))
     if not kept or not held:
         count = sum(len(images.samples) for images in sets)
-        raise UsageError("This share leaves nothing of one part", found=f"{share} of {count} samples")
+        raise UsageError("This held-out share leaves one part empty", found=f"a share of {share} of {count} samples")
     return tuple(kept), tuple(held)
 
 
-def _named(words: Sequence[str]) -> Sequence[str]:
+def _require_words(words: Sequence[str]) -> Sequence[str]:
     if not words:
-        raise UsageError("No data was named", expected=f"--data FOLDER, or NAME=FOLDER with {', '.join(NAMES)}")
+        raise UsageError("No data were given", expected=f"--data FOLDER, or NAME=FOLDER with {', '.join(NAMES)}")
     return words
 
 
@@ -86,7 +89,7 @@ def _opened(word: str, rule: MaskRule) -> tuple[ImageSet, ...]:
         return (_open_folder(Path(word), rule),)
     root = Path(text)
     if name not in NAMES:
-        raise UsageError("No collection has this name", where=word, expected=f"one of {', '.join(NAMES)}", found=name)
+        raise UsageError("Unknown collection", where=word, expected=f"one of {', '.join(NAMES)}", found=name)
     if not root.is_dir():
         raise DatasetError("The collection's folder is missing", where=root)
     return coco_lvis(root, COCO_LVIS[name]) if name in COCO_LVIS else COLLECTIONS[name](root)
@@ -95,13 +98,15 @@ def _opened(word: str, rule: MaskRule) -> tuple[ImageSet, ...]:
 def _open_folder(folder: Path, rule: MaskRule) -> ImageSet:
     if not folder.is_dir():
         raise DatasetError(
-            "The data's folder is missing", where=folder, expected="a folder with images/ and masks/, or with both"
+            "The data folder does not exist",
+            where=folder,
+            expected="a folder with images/ and masks/, or with images and masks side by side",
         )
     inside = [folder / "images", folder / "masks"]
     images, masks = inside if all(part.is_dir() for part in inside) else (folder, folder)
     return open_folders(images, masks, name=folder.resolve().name, rule=rule)
 
 
-def _place(name: str, stem: str) -> float:
-    """0 to 1, as good as random, always the same."""
+def _hash_fraction(name: str, stem: str) -> float:
+    """A fixed pseudo-random number in [0, 1) for an image's name."""
     return int.from_bytes(hashlib.sha256(f"{name}/{stem}".encode()).digest()[:6], "big") / 2**48

@@ -187,7 +187,7 @@ def evaluate_clicks(
     for images in named_apart(sets):
         runs[images.name], encoding[images.name] = [], 0.0
         current: np.ndarray | None = None
-        for sample, image, ground_truth in read_ahead(images.required().samples):
+        for sample, image, ground_truth in read_ahead(images.require_samples().samples):
             if not (ground_truth == 1).any():
                 skipped.append(Fault(where=f"{images.name} {sample.id}", what="the mask is empty"))
                 continue

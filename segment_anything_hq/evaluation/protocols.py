@@ -174,7 +174,7 @@ def evaluate_prompted(
     skipped: list[Fault] = []
     for images in named_apart(sets):
         current: np.ndarray | None = None
-        for index, (sample, image, ground_truth) in enumerate(read_ahead(images.required().samples)):
+        for index, (sample, image, ground_truth) in enumerate(read_ahead(images.require_samples().samples)):
             if not (ground_truth == 1).any():
                 skipped.append(Fault(where=f"{images.name} {sample.id}", what="the mask is empty"))
                 continue

@@ -17,11 +17,11 @@ from segment_anything_hq.data.augment import (
     GRAY,
     Jitter,
     Placement,
-    chosen,
-    placed_image,
-    placed_mask,
-    placed_object,
-    whole,
+    draw_visible_placement,
+    full_placement,
+    place_image,
+    place_mask,
+    place_object,
 )
 from segment_anything_hq.data.datasets import ImageSet, Sample
 from segment_anything_hq.prompts.clicks import IGNORE
@@ -62,7 +62,7 @@ class ObjectSource:
     """
 
     def __init__(self, sets: Sequence[ImageSet], plan: RefinerPlan, *, rank: int = 0, ranks: int = 1) -> None:
-        self._samples = tuple((images.name, sample) for images in sets for sample in images.required().samples)
+        self._samples = tuple((images.name, sample) for images in sets for sample in images.require_samples().samples)
         self._plan, self._rank, self._ranks = plan, rank, ranks
         self._mix = None
         if isinstance(plan.prompting, PromptConfig):
@@ -103,13 +103,13 @@ class ObjectSource:
         sample, size = self._samples[index][1], self._plan.frame_size
         picture, ground_truth = _read(sample)
         image, mask = torch.from_numpy(picture.copy()).permute(2, 0, 1), torch.from_numpy(ground_truth == 1)
-        placement, gray = whole((ground_truth.shape[0], ground_truth.shape[1]), size), GRAY
+        placement, gray = full_placement((ground_truth.shape[0], ground_truth.shape[1]), size), GRAY
         if self._jitter is not None:
             words = np.random.SeedSequence([self._plan.train.seed, VIEW, index, view]).generate_state(1, np.uint64)
             rng = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-            placement = chosen(mask, size=size, jitter=self._jitter, rng=rng)
+            placement = draw_visible_placement(mask, size=size, jitter=self._jitter, rng=rng)
             gray = self._jitter.gray
-        frame = placed_image(image, placement, size=size, gray=gray)
+        frame = place_image(image, placement, size=size, gray=gray)
         return frame, _placed_ground_truth(ground_truth, mask, placement, size)
 
 
@@ -137,7 +137,7 @@ class ObjectFeed:
 def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Picture and truth, which fit together and show an object."""
     picture = sample.read_image()
-    ground_truth = sample.ground_truth_of(picture)
+    ground_truth = sample.ground_truth_for(picture)
     if not (ground_truth == 1).any():
         remedy = "Leave this sample out; samhq_check_data lists all such"
         raise ImageError(
@@ -148,9 +148,9 @@ def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
 
 def _placed_ground_truth(ground_truth: np.ndarray, mask: Tensor, placement: Placement, size: int) -> Tensor:
     """(S, S) int8 on the frame: where both could be, the object counts, not that it is ignored."""
-    seen = placed_object(mask, placement, size)
+    seen = place_object(mask, placement, size)
     placed = seen.to(torch.int8)
     ignored = ground_truth == IGNORE
     if ignored.any():
-        placed[placed_mask(torch.from_numpy(ignored), placement, size) & ~seen] = IGNORE
+        placed[place_mask(torch.from_numpy(ignored), placement, size) & ~seen] = IGNORE
     return placed

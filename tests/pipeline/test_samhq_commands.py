@@ -71,13 +71,13 @@ def test_faults_of_all_sets_are_listed_and_end_with_2(data, tmp_path):
     outcome = run("check_data", "--data", *sets)
     assert outcome.code == 2
     for sentence in (
-        "the mask has 7 x 7 pixels, its picture 50 x 30",
+        "the mask has 7 x 7 pixels, its image 50 x 30",
         "the mask is empty",
-        "the picture has no mask",
+        "the image has no mask",
         "HRSOD: 0 samples of 287 that are published",
         "the folder is missing",
         "The collection's folder is missing",
-        "The data's folder is missing",
+        "The data folder does not exist",
     ):
         assert sentence in outcome.out, sentence
     found = json.loads(run("check_data", "--data", *sets, "--json").out)
@@ -312,10 +312,10 @@ def test_an_evaluation_is_not_replaced_unasked(data, tmp_path):
     ("words", "sentence"),
     [
         (("--protocol", "boxes"), "no such protocol"),
-        (("--protocol", "box", "--data", "nowhere"), "data's folder is missing"),
+        (("--protocol", "box", "--data", "nowhere"), "data folder does not exist"),
         (("--protocol", "clicks", "--clicks", 0), "clicks do not fit together"),
         (("--samples", 0), "So few samples"),
-        (("--held-out", 2), "This share cannot be held out"),
+        (("--held-out", 2), "held-out share must be"),
     ],
 )
 def test_evaluations_that_cannot_be_are_sentences(words, sentence, data, tmp_path):
@@ -345,7 +345,7 @@ def test_a_checkpoint_of_samhq_train_is_all_that_is_named(data, tmp_path):
 
 
 def test_no_data_is_a_sentence(tmp_path):
-    assert "No data was named" in run_error("evaluate", "sam", *NANO, "-o", tmp_path / "out")
+    assert "No data were given" in run_error("evaluate", "sam", *NANO, "-o", tmp_path / "out")
 
 
 @pytest.mark.data

@@ -20,7 +20,7 @@ from rfmedsam2.records.overrides import with_overrides
 from rfmedsam2.store.checkpoints import read_weights
 from segment_anything_hq import models
 from segment_anything_hq.data.datasets import ImageSet
-from segment_anything_hq.data.open_data import held_out, open_data
+from segment_anything_hq.data.open_data import open_data, split_held_out
 from segment_anything_hq.records import METHODS, ON_SAM2, Backbone, Method, RefinerPlan, RefinerRecord
 from segment_anything_hq.tasks.defaults import default_plan
 from segment_anything_hq.tasks.feed import ObjectSource
@@ -66,7 +66,7 @@ def plan_of(method: Method, *changes: str) -> RefinerPlan:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_comes_back(method: Method, sets, tmp_path: Path) -> None:
     plan = plan_of(method)
-    training, held = held_out(sets, 0.3)
+    training, held = split_held_out(sets, 0.3)
     torch.manual_seed(plan.train.seed)
     new = models.build(method, plan.backbone, frame_size=SIDE)
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
@@ -237,12 +237,12 @@ def test_what_does_not_fit_is_a_sentence(sets, tmp_path: Path) -> None:
 
 
 def test_a_share_is_held_out_by_name(sets) -> None:
-    training, held = held_out(sets, 0.3)
+    training, held = split_held_out(sets, 0.3)
     names = [{s.id for images in part for s in images.samples} for part in (training, held)]
     assert not names[0] & names[1]
     assert len(names[0] | names[1]) == 12
     fewer = (ImageSet(name=sets[0].name, samples=sets[0].samples[:9]),)
-    names = [{s.id for images in part for s in images.samples} for part in held_out(sets, 0.5)]
-    assert {s.id for images in held_out(fewer, 0.5)[1] for s in images.samples} <= names[1]
+    names = [{s.id for images in part for s in images.samples} for part in split_held_out(sets, 0.5)]
+    assert {s.id for images in split_held_out(fewer, 0.5)[1] for s in images.samples} <= names[1]
     with pytest.raises(UsageError, match="above 0"):
-        held_out(sets, 1.0)
+        split_held_out(sets, 1.0)

@@ -326,14 +326,14 @@ def test_a_case_that_cannot_be_drawn_is_named(squares: ImageSet, tmp_path: Path)
     found = evaluate_prompted(Painter(), [squares], BoxRule(), worst=1)
     found.worst[0].sample.image.unlink()
     write_page(tmp_path / "page.html", [found], title="T")
-    assert "no such file" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "does not exist" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.data
 def test_real_pictures_are_evaluated_by_every_protocol(data_root: Path, tmp_path: Path) -> None:
     folder = data_root / "vgg-iseg-151"
     found = open_folders(folder / "images", folder / "masks", rule="ignore_128")
-    few = found.only([s.id for s in found.samples[:3]])
+    few = found.subset([s.id for s in found.samples[:3]])
     clicks = evaluate_clicks(Painter(40), [few], ClickProtocol(max_clicks=6, miou_at=(3,)), worst=1)
     assert 0.3 < clicks.overall["miou_at_3"] < 1
     assert clicks.samples[0].values["iou_3"] is not None

@@ -186,7 +186,7 @@ def test_a_damaged_picture_is_among_the_faults(tmp_path, images):
     images[0].write_bytes(b"no picture")
     told = faults(tmp_path, images, [{"image": "a.png", "box": [1, 1, 2, 2]}, {"image": "b.png"}])
     assert "2 faults" in told
-    assert "cannot be read as a picture" in told
+    assert "cannot be read as an image" in told
 
 
 # masks

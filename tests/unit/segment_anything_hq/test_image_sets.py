@@ -1,4 +1,4 @@
-"""Sets of pictures and masks: what pairs, what is counted, what is wrong, in every layout and color mode."""
+"""Image sets: pairing, counting and checking of images and masks, in every layout and color mode."""
 
 from __future__ import annotations
 
@@ -67,26 +67,26 @@ def test_a_folder_without_faults(folder: Path) -> None:
 def test_all_faults_are_listed_at_once(folder: Path) -> None:
     images, masks = folder / "images", folder / "masks"
     save(images / "no_mask.jpg", image())
-    save(masks / "no_picture.png", mask())
+    save(masks / "no_image.png", mask())
     for name, array in (("small", mask(shape=(6, 7))), ("empty", mask(0)), ("ones", mask(1)), ("full", mask() | 255)):
         save(images / f"{name}.jpg", image())
         save(masks / f"{name}.png", array)
     save(images / "cut.jpg", image(shape=(90, 90)))
     save(masks / "cut.png", mask(shape=(90, 90)))
     (images / "cut.jpg").write_bytes((images / "cut.jpg").read_bytes()[:1500])
-    (images / "text.jpg").write_text("no picture")
+    (images / "text.jpg").write_text("no image")
     save(masks / "text.png", mask())
     (images / "Thumbs.db").write_text("")
     (images / "._0.jpg").write_text("")
     found = check_set(open_folders(images, masks))
     faults = {Path(f.where).name: f.what for f in found.faults}
     assert len(found.faults) == 8
-    assert faults["no_mask.jpg"] == "the picture has no mask"
-    assert faults["no_picture.png"] == "the mask has no picture"
-    assert faults["small.png"] == "the mask has 6 x 7 pixels, its picture 6 x 8"
+    assert faults["no_mask.jpg"] == "the image has no mask"
+    assert faults["no_image.png"] == "the mask has no image"
+    assert faults["small.png"] == "the mask has 6 x 7 pixels, its image 6 x 8"
     assert faults["empty.png"] == "the mask is empty"
-    assert faults["ones.png"] == "the mask is empty: its values end at 1, and object is above 128"
-    assert faults["full.png"] == "the mask covers the whole picture"
+    assert faults["ones.png"] == "the mask is empty: its largest value is 1, and object pixels are above 128"
+    assert faults["full.png"] == "the mask covers the whole image"
     assert "cannot be read" in faults["cut.jpg"]
     assert "cannot be read" in faults["text.jpg"]
     assert not found.complete
@@ -95,19 +95,19 @@ def test_all_faults_are_listed_at_once(folder: Path) -> None:
 def test_sizes_alone_are_compared_from_the_heads_of_files(folder: Path) -> None:
     save(folder / "masks" / "1.png", mask(0, shape=(6, 7)))
     found = check_set(open_folders(folder / "images", folder / "masks"), pixels=False)
-    assert [f.what for f in found.faults] == ["the mask has 6 x 7 pixels, its picture 6 x 8"]
+    assert [f.what for f in found.faults] == ["the mask has 6 x 7 pixels, its image 6 x 8"]
 
 
-def test_missing_folders_and_names_taken_twice_are_faults(folder: Path) -> None:
+def test_missing_folders_and_duplicate_names_are_faults(folder: Path) -> None:
     assert [f.what for f in open_folders(folder / "images", folder / "nowhere").faults] == ["the folder is missing"]
     save(folder / "images" / "1.bmp", image())
     (fault,) = open_folders(folder / "images", folder / "masks").faults
-    assert "which is taken" in fault.what
+    assert "same name as" in fault.what
     with pytest.raises(DatasetError, match="no samples"):
-        open_folders(folder, folder / "masks").required()
+        open_folders(folder, folder / "masks").require_samples()
 
 
-def test_several_objects_of_one_picture(tmp_path: Path) -> None:
+def test_several_objects_of_one_image(tmp_path: Path) -> None:
     save(tmp_path / "images" / "a_1.jpg", image())
     for name in ("a_1_1", "a_1_2", "a_1#3"):
         save(tmp_path / "masks" / f"{name}.png", mask())
@@ -118,7 +118,7 @@ def test_several_objects_of_one_picture(tmp_path: Path) -> None:
     assert read[0][1] is read[2][1]
 
 
-def test_pictures_and_masks_in_one_folder(tmp_path: Path) -> None:
+def test_images_and_masks_in_one_folder(tmp_path: Path) -> None:
     for name in ("x", "y"):
         save(tmp_path / "cascade_psp" / "fss_all" / f"{name}.jpg", image())
         save(tmp_path / "cascade_psp" / "fss_all" / f"{name}.png", mask())
@@ -131,13 +131,13 @@ def test_pictures_and_masks_in_one_folder(tmp_path: Path) -> None:
 
 def test_only_some_samples(folder: Path) -> None:
     found = open_folders(folder / "images", folder / "masks")
-    assert [s.id for s in found.only(["2", "0"]).samples] == ["0", "2"]
-    with pytest.raises(DatasetError, match="no such samples"):
-        found.only(["7"])
+    assert [s.id for s in found.subset(["2", "0"]).samples] == ["0", "2"]
+    with pytest.raises(DatasetError, match="does not contain"):
+        found.subset(["7"])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK"])
-def test_pictures_of_every_color_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+def test_images_of_every_color_mode_become_rgb(tmp_path: Path, mode: str) -> None:
     gray = Image.fromarray(mask())
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     gray.convert("RGB").convert(mode).save(path)
@@ -163,7 +163,7 @@ def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
     assert np.array_equal(read_ground_truth(tmp_path / "a.png"), mask() // 255)
 
 
-def test_turned_photographs_stand_upright(tmp_path: Path) -> None:
+def test_the_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     save(tmp_path / "a.jpg", image(), exif=exif)
@@ -171,7 +171,7 @@ def test_turned_photographs_stand_upright(tmp_path: Path) -> None:
     assert image_size(tmp_path / "a.jpg") == (8, 6)
 
 
-def test_values_mean_what_the_layout_says(tmp_path: Path) -> None:
+def test_mask_values_follow_the_mask_rule(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", np.array([[0, 1, 127, 128, 129, 255]], np.uint8))
     assert read_ground_truth(path).tolist() == [[0, 0, 0, 0, 1, 1]]
     assert read_ground_truth(path, "ignore_128").tolist() == [[0, 0, 0, -1, 1, 1]]
@@ -180,7 +180,7 @@ def test_values_mean_what_the_layout_says(tmp_path: Path) -> None:
     assert read_ground_truth(colored, "any").tolist() == [[1, 0]]
 
 
-def test_ritm_sets_are_read_by_their_rules(tmp_path: Path) -> None:
+def test_ritm_sets_use_their_own_mask_rules(tmp_path: Path) -> None:
     save(tmp_path / "data_GT" / "llama.jpg", image())
     save(tmp_path / "boundary_GT" / "llama.bmp", np.where(mask() > 0, 255, 128).astype(np.uint8))
     (found,) = COLLECTIONS["grabcut"](tmp_path)
@@ -207,10 +207,10 @@ def test_sbd_has_a_sample_for_every_instance(tmp_path: Path) -> None:
     assert [int(s.ground_truth().sum()) for s in found.samples] == [4, 8]
     assert found.expected == SBD_INSTANCES
     whats = [f.what for f in found.faults]
-    assert whats[0] == "the picture is missing"
+    assert whats[0] == "the image is missing"
     assert "cannot be read" in whats[1]
     assert whats[2] == "the instances are missing"
-    assert check_set(open_sbd(tmp_path / "nowhere")).faults[0].what == "the list of pictures is missing"
+    assert check_set(open_sbd(tmp_path / "nowhere")).faults[0].what == "the list of images is missing"
 
 
 def test_polygons_are_filled_as_the_official_api_fills_them() -> None:
@@ -265,25 +265,25 @@ def test_annotations_of_coco_and_lvis(tmp_path: Path) -> None:
     assert [int(s.ground_truth().sum()) for s in coco.samples] == [6, 6]
     assert [s.id for s in lvis.samples] == ["000000000001_10"]
     assert {f.where: f.what.split(" in ")[0] for f in coco.faults} == {
-        "annotation 13": "no polygon of three points or more",
-        "annotation 16": "run lengths of [8, 6], the picture has [6, 8]",
-        "image 2": "the picture is missing",
+        "annotation 13": "no polygon with at least three points",
+        "annotation 16": "run lengths are for a size of [8, 6], the image has [6, 8]",
+        "image 2": "the image is missing",
         "image 3": "has 1 annotations but no entry",
     }
     check = check_set(coco)
     assert (check.samples, check.images, len(check.faults)) == (2, 1, 4)
-    large = open_annotations(coco.samples[0].mask.source, tmp_path / "train2017", least_area=7)
+    large = open_annotations(coco.samples[0].mask.source, tmp_path / "train2017", min_area=7)
     assert [s.id for s in large.samples] == ["000000000001_11"]
 
 
-def test_annotation_files_that_are_none_get_a_sentence(tmp_path: Path) -> None:
+def test_invalid_annotation_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is missing"):
         coco_lvis(tmp_path)
     path = tmp_path / "a.json"
     for text, sentence in (
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ("{}", "no annotations"),
-        ('{"images": [{}], "annotations": []}', "not des"),
+        ('{"images": [{}], "annotations": []}', "lack required fields"),
     ):
         path.write_text(text)
         with pytest.raises(DatasetError, match=sentence):
@@ -298,13 +298,13 @@ def test_reading_ahead_stops_at_a_mask_of_another_size(folder: Path) -> None:
         next(samples)
 
 
-def test_files_that_are_missing_get_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="no such file"):
+def test_missing_files_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="does not exist"):
         read_image(tmp_path / "a.png")
 
 
 @pytest.mark.data
-def test_real_pictures_pair_without_faults(data_root: Path) -> None:
+def test_real_images_pair_without_faults(data_root: Path) -> None:
     ecssd = open_folders(data_root / "ecssd-300" / "images", data_root / "ecssd-300" / "masks")
     vgg = open_folders(data_root / "vgg-iseg-151" / "images", data_root / "vgg-iseg-151" / "masks", rule="ignore_128")
     found = check_sets((ecssd, vgg))
