@@ -18,7 +18,7 @@ from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 from segment_anything_hq.nn.sam_base import ENCODERS, SamBackbone, SamSegmenter
 from segment_anything_hq.nn.sam_ref import SamRef
 from segment_anything_hq.nn.trainable_subset import TrainedPart
-from segment_anything_hq.records import ON_SAM2, Backbone, Method, RefinerRecord, ZeroShot, goes_on
+from segment_anything_hq.records import ON_SAM2, Backbone, Method, RefinerRecord, ZeroShot, supports_backbone
 
 Network = HqSam | HqSam2 | SamRef | SAM2Refiner | SamSegmenter | Sam2Segmenter
 """Every one is a `Segmenter` and an `nn.Module`."""
@@ -49,7 +49,7 @@ def build(
         CheckpointError: weights that cannot be read, or are of another model or size.
         UsageError: a decoder for a method that has its own.
     """
-    if not goes_on(method, backbone):
+    if not supports_backbone(method, backbone):
         family = "SAM 2's hiera_*" if method in ON_SAM2 else "SAM's vit_*"
         raise PlanError(f"{method} is not built on {backbone}", expected=family)
     if frame_size < 2 * STRIDE or frame_size % STRIDE:

@@ -1,4 +1,4 @@
-"""What lies on disk of a refiner: the plan that it is trained by, and what its checkpoints say of it."""
+"""Records that the commands write: training plans, checkpoint headers, predictions and evaluations."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rfmedsam2.records.checkpoint import TrainedRecord
 from rfmedsam2.records.plan import TrainConfig
 
 Method = Literal["hq_sam", "hq_sam2", "sam_ref", "sam2_ref", "sam2_refiner", "sam_decoder", "sam2_decoder"]
-"""What is trained: refiners, or the mask decoder of SAM or SAM 2, which is SAM-REF's first stage and the baseline."""
+"""Trainable methods: the refiners, and the mask decoder of SAM or SAM 2 (SAM-REF's first stage, and the baseline)."""
 ZeroShot = Literal["sam", "sam2"]
-"""What needs no training: the bases as they are published."""
+"""Methods without training: the published base models."""
 Backbone = Literal[
     "vit_b", "vit_l", "vit_h", "vit_tiny", "vit_nano", "hiera_t", "hiera_s", "hiera_b+", "hiera_l", "hiera_nano"
 ]
-"""SAM's image encoders and SAM 2's; the two nanos are new, small, and for tests."""
+"""SAM's and SAM 2's image encoders; the two nano sizes are ours, for tests."""
 METHODS: tuple[Method, ...] = get_args(Method)
 ON_SAM2: tuple[Method | ZeroShot, ...] = ("hq_sam2", "sam2_ref", "sam2_refiner", "sam2_decoder", "sam2")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -26,13 +26,13 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-def goes_on(method: Method | ZeroShot, backbone: Backbone) -> bool:
-    """Whether a method is built on this backbone."""
+def supports_backbone(method: Method | ZeroShot, backbone: Backbone) -> bool:
+    """Whether a method can be built on this backbone."""
     return backbone.startswith("hiera") == (method in ON_SAM2)
 
 
 class PromptConfig(Record):
-    """Training by prompts that are drawn from the masks, one an object; see `prompt_sampling.PromptMix`."""
+    """Train on prompts sampled from the masks, one per object; see `prompts.sampling.PromptMix`."""
 
     kind: Literal["prompts"] = "prompts"
     box: Share = 1 / 3
@@ -41,25 +41,25 @@ class PromptConfig(Record):
     box_and_negatives: Share = 0.0
     mask: Share = 1 / 3
     count: Count = 10
-    """Points of a prompt."""
+    """Points per prompt."""
 
 
 class ClickConfig(Record):
-    """Training by clicks, one after the other, each where the answer before was wrong (SAM-REF supplement, 1.3)."""
+    """Train on simulated corrective clicks, each placed on an error of the mask before (SAM-REF supplement, 1.3)."""
 
     kind: Literal["clicks"] = "clicks"
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """How much less likely each further click is."""
+    """Ratio of the probabilities of k + 1 and k clicks."""
     max_clicks: Count = 20
     box: Share = 0.0
-    """How often an object is shown by its box first."""
+    """Probability that a box prompt comes before the clicks."""
 
 
 class JitterConfig(Record):
-    """Large-scale jitter and flips; see `augment.Jitter`."""
+    """Large-scale jitter and flips; see `data.augment.Jitter`."""
 
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)
-    """Smallest and largest scale of the image, as a share of the frame."""
+    """Smallest and largest length of the image's longer side, as a multiple of the frame's side."""
     flip: Share = 0.5
 
     @model_validator(mode="after")
@@ -70,7 +70,7 @@ class JitterConfig(Record):
 
 
 def _refiner_plan_1_to_2(data: dict[str, Any]) -> dict[str, Any]:
-    """`guidance`, `views` and the fields of clicks and jitter got the names that the field uses."""
+    """Format 2 renames `guidance` to `prompting`, `views` to `views_per_object`, and fields of clicks and jitter."""
     data = renamed(data, {"guidance": "prompting", "views": "views_per_object"})
     if isinstance(prompting := data.get("prompting"), dict):
         data["prompting"] = renamed(prompting, {"most": "max_clicks"})
@@ -81,7 +81,7 @@ def _refiner_plan_1_to_2(data: dict[str, Any]) -> dict[str, Any]:
 
 
 class RefinerPlan(VersionedRecord):
-    """Everything about training one method on one backbone; the data and the base's weights are given beside it."""
+    """All settings for training one method on one backbone, except the data and the base's weights."""
 
     upgrades = (_refiner_plan_1_to_2,)
 
@@ -89,42 +89,156 @@ class RefinerPlan(VersionedRecord):
     method: Method
     backbone: Backbone
     frame_size: Annotated[int, Field(ge=64)] = 1024
-    """S: pixels a side of the frames that the image encoder sees."""
+    """Side length S of the encoder's input frame, pixels; a multiple of 32."""
     batch_size: Count = 4
-    """Objects of a batch, each on a frame of its own."""
+    """Objects per batch and rank, each on its own frame."""
     prompting: Annotated[PromptConfig | ClickConfig, Field(discriminator="kind")]
     jitter: JitterConfig | None = JitterConfig()
-    """None: every picture is seen whole."""
+    """None: images are not augmented, each is scaled to fit the frame."""
     views_per_object: Count | None = None
-    """Different frames that are drawn of an object; None: a new one every time. Few are worth keeping embedded."""
+    """Number of distinct augmented frames per object; None: a new frame every time, which the embedding cache cannot
+    serve."""
     validation_samples: Count = 50
-    """Held-out objects that are scored while training."""
+    """Held-out objects that are scored during training."""
     train: TrainConfig
 
     @field_validator("frame_size")
     @classmethod
     def _frame_has_positions(cls, size: int) -> int:
         if size % 32:
-            raise ValueError(f"frames of {size} pixels are no multiple of 32")
+            raise ValueError(f"frame_size {size} is not a multiple of 32")
         return size
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        if not goes_on(self.method, self.backbone):
-            raise ValueError(f"method {self.method} does not go with backbone {self.backbone}")
+        if not supports_backbone(self.method, self.backbone):
+            raise ValueError(f"method {self.method} cannot be built on backbone {self.backbone}")
         return self
 
 
 class RefinerRecord(TrainedRecord):
-    """The header of a refiner's checkpoint: trained weights alone lie beside it, the frozen base has its own file."""
+    """Header of a refiner's checkpoint, which holds only the trained weights; the frozen base stays in its own file."""
 
     plan: RefinerPlan
     base: str
-    """Name of the file of the base's weights."""
+    """File name of the base's weights."""
     base_sha256: str
-    """Of the frozen weights: the trained ones fit these alone."""
+    """Digest of the frozen weights that the trained ones belong to."""
 
     def identity(self) -> dict[str, Any]:
-        """The plan but for its training figures, and the base."""
+        """The plan without its training settings, and the base: what must agree to resume a training."""
         plan = self.plan.model_dump(mode="json", exclude={"train", "validation_samples"})
         return {"plan": plan, "base_sha256": self.base_sha256}
+
+
+class PredictedObject(Record):
+    """One predicted mask."""
+
+    file: str
+    """Name of the mask file, a PNG beside predictions.json: 255 object, 0 background."""
+    image: str
+    """File name of the image."""
+    box: tuple[float, float, float, float] | None
+    """Box prompt XYXY, pixels of the image."""
+    points: tuple[tuple[float, float], ...]
+    """Point prompts XY, pixels of the image."""
+    labels: tuple[int, ...]
+    """One label per point: 1 on the object, 0 off it."""
+    score: float
+    """IoU predicted by the network."""
+    pixels: int
+    """Area of the mask, pixels."""
+    seconds: float
+    """The object's share of its batch's decoding time, without the image's encoding time."""
+
+
+class ImagePredictions(VersionedRecord):
+    """The file predictions.json in a folder of predicted masks."""
+
+    format: Literal[1] = 1
+    network: dict[str, str]
+    """Method, backbone, weight files and other facts about the network."""
+    weights_sha256: str
+    device: str
+    code_version: str
+    created: str
+    """UTC, ISO 8601."""
+    embedding_seconds: dict[str, float]
+    """Encoding time by image file name."""
+    objects: tuple[PredictedObject, ...]
+
+
+class ResultRecord(Record):
+    """Results of one evaluation protocol."""
+
+    rule: str
+    """The protocol in words."""
+    sets: dict[str, dict[str, float | None]]
+    """Set name -> metric name -> value: IoUs from 0 to 1, counts, seconds; None if undefined."""
+    overall: dict[str, float | None]
+    """Metric name -> value over all sets."""
+    overall_rule: str
+    """How `overall` is computed, in words."""
+    skipped: tuple[str, ...]
+    """Samples that could not be evaluated, with the reason."""
+    csv: str
+    """Name of the file with the results of every sample."""
+    seconds: float
+
+
+class LatencyRecord(Record):
+    """Latency of the Segment Anything Task, seconds; see `evaluation.latency`."""
+
+    total_s: float
+    encode_s: float
+    point_median_s: float
+    point_95_s: float
+    points: int
+    """Number of points."""
+
+
+class EvaluationRecord(VersionedRecord):
+    """The file evaluation.json."""
+
+    format: Literal[1] = 1
+    network: dict[str, str]
+    """Method, backbone, weight files and other facts about the network."""
+    weights_sha256: str
+    device: str
+    seed: int
+    data: dict[str, int]
+    """Set name -> number of samples."""
+    data_words: tuple[str, ...]
+    """The data as given on the command line."""
+    held_out: float | None
+    """The share of images that training held out, if only those were evaluated; None: all data."""
+    protocols: dict[str, ResultRecord]
+    latency: LatencyRecord | None
+    code_version: str
+    created: str
+    """UTC, ISO 8601."""
+
+
+def _precision_1_to_2(data: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 renames `pictures` to `images`."""
+    return renamed(data, {"pictures": "images"})
+
+
+class PrecisionRecord(VersionedRecord):
+    """COCO's average precision of masks, as samhq_evaluate_coco writes it."""
+
+    upgrades = (_precision_1_to_2,)
+
+    format: Literal[2] = 2
+    network: dict[str, str]
+    """Method, backbone, weight files and other facts about the network."""
+    annotations: str
+    """File name of the annotations."""
+    detections: str | None
+    """File name of the detector's boxes; None: the boxes of the annotations."""
+    images: int
+    """Number of images evaluated."""
+    boxes: int
+    """Number of boxes given as prompts."""
+    figures: dict[str, float | None]
+    """Average precision, 0 to 1, by name (AP, AP50 ...); None if there are no objects of that size."""

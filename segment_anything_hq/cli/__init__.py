@@ -1,1 +1,1 @@
-"""Commands of the wing of natural images: samhq_train, samhq_evaluate, samhq_predict and others."""
+"""Commands: samhq_train, samhq_evaluate, samhq_evaluate_coco, samhq_predict, samhq_check_data, samhq_summary."""

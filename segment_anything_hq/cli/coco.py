@@ -1,4 +1,4 @@
-"""COCO's average precision of masks by given boxes."""
+"""samhq_evaluate_coco: COCO average precision of masks from box prompts."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ def evaluate_coco(
     decoder: Decoder = None,
     model: Model = None,
     frame_size: FrameSize = None,
-    pictures: Annotated[int | None, arg(metavar="N")] = None,
+    max_images: Annotated[int | None, arg(metavar="N")] = None,
     overwrite: bool = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Average precision of masks by a detector's boxes, counted as COCO does (needs the extra `coco`).
+    """Compute COCO average precision of masks prompted with boxes (needs the extra `coco`).
 
     Args:
-        annotations: instances_val2017.json, lvis_v1_val.json, or others of their layout.
-        images: Folder of the pictures.
-        detections: A detector's boxes, in COCO's format of results; else the annotations' own boxes.
-        output: A JSON file for the figures.
-        pictures: Only the first so many that have boxes.
-        overwrite: Replace the output file.
+        annotations: instances_val2017.json, lvis_v1_val.json or another file in their format.
+        images: Folder of the images.
+        detections: A detector's boxes in COCO's results format; without it, the annotated boxes are used.
+        output: JSON file to write the results to.
+        max_images: Evaluate only the first N images that have boxes.
+        overwrite: Replace the output file if it exists.
     """
     from rfmedsam2.cli.console import bars, table
     from rfmedsam2.store.atomic import write_record
-    from segment_anything_hq.evaluation.average_precision import PrecisionRecord, average_precision
+    from segment_anything_hq.evaluation.average_precision import average_precision
     from segment_anything_hq.inference.network_spec import NetworkSpec, resolve_spec
+    from segment_anything_hq.records import PrecisionRecord
 
     named = resolve_spec(
         NetworkSpec(
@@ -53,28 +54,28 @@ def evaluate_coco(
         )
     )
     if output is not None and output.exists() and not overwrite:
-        raise UsageError("This file is there already", where=output, remedy="Name another, or add --overwrite")
+        raise UsageError("This file already exists", where=output, remedy="Choose another name, or add --overwrite")
     chosen = built(named, device)
     found = average_precision(
-        chosen.network, annotations, images, fit=chosen.fit, detections=detections, max_images=pictures, track=bars
+        chosen.network, annotations, images, fit=chosen.fit, detections=detections, max_images=max_images, track=bars
     )
-    figures = {name: None if math.isnan(value) else value for name, value in found.figures.items()}
+    metrics = {name: None if math.isnan(value) else value for name, value in found.metrics.items()}
     record = PrecisionRecord(
         network=chosen.facts(),
         annotations=annotations.name,
         detections=None if detections is None else detections.name,
         images=found.images,
         boxes=found.boxes,
-        figures=figures,
+        figures=metrics,
     )
     if output is not None:
         write_record(output, record)
     if as_json:
         print(record.to_json())
         return
-    boxes = "the annotations' own boxes" if detections is None else f"the boxes of {detections.name}"
-    row = ["-" if value is None else f"{100 * value:.1f}" for value in figures.values()]
-    table(f"Masks by {boxes}: {found.boxes} in {found.images} pictures", list(figures), [row])
+    boxes = "annotated boxes" if detections is None else f"the boxes of {detections.name}"
+    row = ["-" if value is None else f"{100 * value:.1f}" for value in metrics.values()]
+    table(f"Masks from {boxes}: {found.boxes} in {found.images} images", list(metrics), [row])
     if output is not None:
         print(f"Written: {output}")
 

@@ -13,9 +13,10 @@ from segment_anything_hq.cli.names import AnyBackbone, AnyMethod, MaskRule
 
 if TYPE_CHECKING:
     from segment_anything_hq.data.datasets import ImageSet
-    from segment_anything_hq.evaluation.run import EvaluationRecord, Results
+    from segment_anything_hq.evaluation.run import Results
     from segment_anything_hq.evaluation.scores import Column
     from segment_anything_hq.inference.network_spec import LoadedNetwork, ResolvedSpec
+    from segment_anything_hq.records import EvaluationRecord
 
 # what chooses the network is the same in both commands
 Method = Annotated[
@@ -134,7 +135,12 @@ def evaluate(
         overwrite: Replace an evaluation that is there.
     """
     from rfmedsam2.cli.console import bars
-    from segment_anything_hq.evaluation.run import require_free, rule_of, run_protocols, write_results
+    from segment_anything_hq.evaluation.run import (
+        parse_protocols,
+        require_no_evaluation,
+        run_protocols,
+        write_results,
+    )
     from segment_anything_hq.inference.interactive import InteractivePredictor
     from segment_anything_hq.inference.network_spec import NetworkSpec, resolve_spec
 
@@ -143,10 +149,10 @@ def evaluate(
             method=method, backbone=backbone, weights=weights, decoder=decoder, model=model, frame_size=frame_size
         )
     )
-    rules = {name: rule_of(name, clicks=clicks) for name in protocol}
+    rules = parse_protocols(protocol, clicks=clicks)
     needs_data = any(rule is not None for rule in rules.values())
     sets = _sets(data, mask_rule, held_out=held_out, samples=samples) if data or needs_data else ()
-    require_free(output, tuple(rules), overwrite=overwrite)
+    require_no_evaluation(output, tuple(rules), overwrite=overwrite)
     chosen = built(named, device)
     predictor = InteractivePredictor(chosen.network, fit=chosen.fit)
     found = run_protocols(predictor, sets, tuple(rules), clicks=clicks, seed=seed, track=bars)
@@ -182,7 +188,7 @@ def _sets(
     from segment_anything_hq.data.open_data import open_data, split_held_out
 
     if samples is not None and samples < 1:
-        raise UsageError("So few samples cannot be evaluated", expected="--samples of 1 or more", found=samples)
+        raise UsageError("--samples must be at least 1", found=samples)
     sets = open_data(words, rule=rule)
     if held_out is not None:
         sets = split_held_out(sets, held_out)[1]
@@ -203,8 +209,9 @@ def _record(
     from datetime import datetime, timezone
 
     import rfmedsam2
-    from segment_anything_hq.evaluation.run import EvaluationRecord, result_records
+    from segment_anything_hq.evaluation.run import result_records
     from segment_anything_hq.inference.image_transform import device_of
+    from segment_anything_hq.records import EvaluationRecord
 
     protocols, latency = result_records(found)
     return EvaluationRecord(

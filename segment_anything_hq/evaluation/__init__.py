@@ -1,1 +1,1 @@
-"""Evaluation by the field's protocols: prompted masks, interactive clicks, latency, and a page about them."""
+"""Evaluation: prompted masks, simulated clicks, COCO AP, latency, and the HTML report."""

@@ -1,8 +1,8 @@
-"""Evaluation by simulated clicks: NoC, NoF, k-mIoU and seconds per click, by RITM's loop on any model.
+"""Evaluation by simulated clicks: NoC, NoF, k-mIoU and seconds per click, following RITM's evaluation loop.
 
-NoC@t is the number of the first click after which the IoU is t or more, or the most clicks allowed where it never is.
-NoF@t counts samples that never reach t; the published count (here: legacy) also takes those that reach it with the
-very last click.
+NoC@t is the number of clicks until the IoU is at least t, or the maximum number of clicks if it never is. NoF@t counts
+the samples that never reach t; the published count (here: legacy) also includes those that reach it only with the very
+last click.
 """
 
 from __future__ import annotations
@@ -16,41 +16,50 @@ import numpy as np
 
 from rfmedsam2.errors import UsageError
 from segment_anything_hq.data.datasets import Fault, ImageSet, read_ahead
-from segment_anything_hq.evaluation.protocols import named_apart, predicted_mask
-from segment_anything_hq.evaluation.scores import Case, Chart, Column, Curve, Evaluation, SampleScore, WorstK, mean
+from segment_anything_hq.evaluation.protocols import predicted_mask, require_unique_names
+from segment_anything_hq.evaluation.scores import (
+    Chart,
+    Column,
+    Curve,
+    ProtocolResult,
+    SamplePrediction,
+    SampleScore,
+    WorstK,
+    mean,
+)
 from segment_anything_hq.prompts.clicks import MOST_CLICKS, Click, iou, next_click
 
 THRESHOLD = 0.49
-"""A pixel is predicted where its probability is above this (RITM's default)."""
+"""Probability above which a pixel belongs to the mask (RITM's default)."""
 
-Clicker = Callable[[np.ndarray, np.ndarray, Sequence[Click]], Click]
-"""Truth (H, W) int8, prediction (H, W) bool and the clicks so far -> the next click."""
+ClickFn = Callable[[np.ndarray, np.ndarray, Sequence[Click]], Click]
+"""Ground truth (H, W) int8, prediction (H, W) bool and the clicks so far -> the next click."""
 
 
 class Interactive(Protocol):
-    """A model that is guided by clicks."""
+    """A model for interactive segmentation with clicks."""
 
     def set_image(self, image: np.ndarray) -> None:
-        """Take a picture (H, W, 3) uint8, RGB; what was clicked before is forgotten."""
+        """Set the image, (H, W, 3) uint8 RGB, and forget all clicks."""
         ...
 
     def predict(self, clicks: Sequence[Click], previous: np.ndarray | None) -> np.ndarray:
         """Probabilities (H, W) after all clicks so far.
 
-        `previous` is the answer to all but the last click, None at the first click of an object.
+        `previous` are the probabilities after all but the last click; None at the first click of an object.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClickProtocol:
-    """The figures of a click evaluation.
+    """Settings of a click evaluation.
 
     Attributes:
-        targets: IoUs that NoC and NoF are given for.
-        max_clicks: clicks allowed.
-        miou_at: numbers of clicks that the mean IoU is given for; no sample stops before the largest of them.
-        threshold: a pixel is predicted where its probability is above this.
+        targets: IoU targets of NoC and NoF.
+        max_clicks: maximum number of clicks per object.
+        miou_at: click counts at which the mean IoU is reported; every sample gets at least the largest of them.
+        threshold: probability above which a pixel belongs to the mask.
         stop: stop at the largest target (RITM); False: always make all clicks.
     """
 
@@ -62,21 +71,23 @@ class ClickProtocol:
 
     def __post_init__(self) -> None:
         if self.max_clicks < 1 or any(not 1 <= k <= self.max_clicks for k in self.miou_at):
-            found = f"{self.max_clicks} clicks, mean IoU at {self.miou_at}"
-            raise UsageError("The clicks do not fit together", expected="1 or more, mean IoU within them", found=found)
+            raise UsageError(
+                "max_clicks must be at least 1, and miou_at must lie within it",
+                found=f"max_clicks {self.max_clicks}, miou_at {self.miou_at}",
+            )
         if not self.targets or any(not 0 < t <= 1 for t in self.targets):
-            raise UsageError("Clicks need a target", expected="IoUs above 0, up to 1", found=self.targets)
+            raise UsageError("targets must be IoUs", expected="one or more, above 0 and up to 1", found=self.targets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InteractionTrace:
-    """What happened on one object.
+    """Clicks and results on one object.
 
     Attributes:
-        clicks: as made.
-        ious: after each click.
-        prediction: (H, W) bool after the last.
-        seconds: spent in the model.
+        clicks: the clicks, in order.
+        ious: IoU after each click.
+        prediction: (H, W) bool, the mask after the last click.
+        seconds: time spent in the model's `predict`.
     """
 
     clicks: tuple[Click, ...]
@@ -86,18 +97,19 @@ class InteractionTrace:
 
 
 def simulate_clicks(
-    model: Interactive, ground_truth: np.ndarray, protocol: ClickProtocol, *, clicker: Clicker = next_click
+    model: Interactive, ground_truth: np.ndarray, protocol: ClickProtocol, *, choose_click: ClickFn = next_click
 ) -> InteractionTrace:
-    """Click one object of the picture that was set, until it fits or the clicks are used up.
+    """Simulate clicks on one object until the target IoU or the maximum number of clicks is reached.
 
     Args:
-        model: with the object's picture set.
+        model: a model whose image has been set.
         ground_truth: (H, W) int8: 1 object, 0 background, -1 ignored.
-        protocol: when to stop.
-        clicker: who clicks.
+        protocol: targets and maximum number of clicks.
+        choose_click: places the next click; RITM's rule by default.
 
     Raises:
-        UsageError: more clicks than pixels; an answer of another size than the truth.
+        UsageError: more clicks are asked for than the image has pixels, or a prediction has another size than the
+            ground truth.
     """
     if protocol.max_clicks > ground_truth.size:
         raise UsageError(
@@ -109,46 +121,46 @@ def simulate_clicks(
     ious: list[float] = []
     predicted = np.zeros(ground_truth.shape, bool)
     previous: np.ndarray | None = None
-    least = max(protocol.miou_at, default=1)
+    min_clicks = max(protocol.miou_at, default=1)
     seconds = 0.0
     for number in range(1, protocol.max_clicks + 1):
-        clicks.append(clicker(ground_truth, predicted, clicks))
+        clicks.append(choose_click(ground_truth, predicted, clicks))
         started = time.perf_counter()
         previous = model.predict(tuple(clicks), previous)
         seconds += time.perf_counter() - started
         predicted = predicted_mask(previous, ground_truth, protocol.threshold)
         ious.append(iou(ground_truth, predicted))
-        if protocol.stop and number >= least and ious[-1] >= max(protocol.targets):
+        if protocol.stop and number >= min_clicks and ious[-1] >= max(protocol.targets):
             break
     return InteractionTrace(clicks=tuple(clicks), ious=tuple(ious), prediction=predicted, seconds=seconds)
 
 
 def noc(ious: Sequence[float], target: float, max_clicks: int = MOST_CLICKS) -> int:
-    """Number of the first click that reaches the target; `max_clicks` where none does."""
+    """Number of clicks until the IoU reaches the target; `max_clicks` if it never does."""
     return next((number for number, value in enumerate(ious, 1) if value >= target), max_clicks)
 
 
 def failed(ious: Sequence[float], target: float) -> bool:
-    """Whether no click reaches the target."""
+    """Whether the IoU never reaches the target."""
     return not any(value >= target for value in ious)
 
 
 def miou_at(runs: Sequence[Sequence[float]], clicks: int) -> float:
-    """Mean IoU after so many clicks.
+    """Mean IoU after a number of clicks.
 
     Args:
-        runs: IoUs after each click, one run a sample.
-        clicks: 1 or more.
+        runs: for each sample, the IoU after each click.
+        clicks: number of clicks, at least 1.
 
     Raises:
-        UsageError: a run that stopped before.
+        UsageError: a sample has fewer clicks.
     """
     short = [len(ious) for ious in runs if len(ious) < clicks]
     if short:
         raise UsageError(
-            f"The mean IoU after {clicks} clicks is not known",
-            found=f"{len(short)} samples that stopped before",
-            remedy="Name that number of clicks in miou_at, so that no sample stops before it",
+            f"The mean IoU after {clicks} clicks is undefined",
+            found=f"{len(short)} samples that stopped earlier",
+            remedy="List that number of clicks in miou_at, so that no sample stops before it",
         )
     return mean([ious[clicks - 1] for ious in runs])
 
@@ -158,25 +170,26 @@ def evaluate_clicks(
     sets: Sequence[ImageSet],
     protocol: ClickProtocol | None = None,
     *,
-    clicker: Clicker = next_click,
+    choose_click: ClickFn = next_click,
     worst: int = 6,
-) -> Evaluation:
-    """Click through whole sets.
+) -> ProtocolResult:
+    """Evaluate a model with simulated clicks on whole sets.
 
-    A picture that several samples in a row share is set once; the seconds per click hold the seconds of setting it, as
-    published, but not those of reading files. Samples with an empty truth are skipped, and named.
+    An image shared by consecutive samples is set once. Seconds per click include setting the image, as published, but
+    not reading files. Samples with an empty mask are skipped and listed in the result.
 
     Args:
-        model: what is evaluated.
-        sets: with at least one sample each.
-        protocol: targets and clicks; RITM's and SAM-REF's where left out.
-        clicker: who clicks.
-        worst: cases to keep with their masks, by the last IoU.
+        model: the model to evaluate.
+        sets: data sets, each with at least one sample.
+        protocol: targets and clicks; None: those of RITM and SAM-REF.
+        choose_click: places the next click; RITM's rule by default.
+        worst: number of worst predictions (by last IoU) to keep.
 
     Raises:
-        DatasetError: a set without samples.
-        ImageError: a file that cannot be read.
-        UsageError: two sets of one name; more clicks than pixels; an answer of another size than its picture.
+        DatasetError: a set has no samples.
+        ImageError: a file cannot be read.
+        UsageError: two sets have the same name, more clicks are asked for than an image has pixels, or a prediction has
+            another size than its image.
     """
     protocol = protocol or ClickProtocol()
     kept = WorstK(worst)
@@ -184,7 +197,7 @@ def evaluate_clicks(
     skipped: list[Fault] = []
     runs: dict[str, list[InteractionTrace]] = {}
     encoding: dict[str, float] = {}
-    for images in named_apart(sets):
+    for images in require_unique_names(sets):
         runs[images.name], encoding[images.name] = [], 0.0
         current: np.ndarray | None = None
         for sample, image, ground_truth in read_ahead(images.require_samples().samples):
@@ -196,11 +209,11 @@ def evaluate_clicks(
                 model.set_image(image)
                 encoding[images.name] += time.perf_counter() - started
                 current = image
-            run = simulate_clicks(model, ground_truth, protocol, clicker=clicker)
+            run = simulate_clicks(model, ground_truth, protocol, choose_click=choose_click)
             runs[images.name].append(run)
             scores.append(SampleScore(set=images.name, id=sample.id, values=_sample_values(run, protocol)))
             kept.update(
-                Case(
+                SamplePrediction(
                     set=images.name,
                     sample=sample,
                     score=run.ious[-1],
@@ -208,16 +221,16 @@ def evaluate_clicks(
                     clicks=run.clicks,
                 )
             )
-    return Evaluation(
-        protocol=_words(protocol),
+    return ProtocolResult(
+        protocol=_describe(protocol),
         columns=_columns(protocol),
-        sets={name: _figures(found, encoding[name], protocol) for name, found in runs.items()},
-        overall=_figures([r for found in runs.values() for r in found], sum(encoding.values()), protocol),
+        sets={name: _metrics(traces, encoding[name], protocol) for name, traces in runs.items()},
+        overall=_metrics([trace for traces in runs.values() for trace in traces], sum(encoding.values()), protocol),
         overall_rule="all samples together",
         sample_columns=_sample_columns(protocol),
         samples=tuple(scores),
-        chart=_progress(runs, protocol),
-        worst=kept.cases(),
+        chart=_iou_chart(runs, protocol),
+        worst=kept.worst_first(),
         skipped=tuple(skipped),
     )
 
@@ -226,19 +239,19 @@ def _percent(target: float) -> str:
     return f"{100 * target:g}"
 
 
-def _figures(runs: Sequence[InteractionTrace], encoding: float, protocol: ClickProtocol) -> dict[str, float]:
-    """NoC, both NoF, k-mIoU and seconds per click of some samples."""
+def _metrics(runs: Sequence[InteractionTrace], encoding: float, protocol: ClickProtocol) -> dict[str, float]:
+    """NoC, both NoF counts, k-mIoU and seconds per click over samples."""
     ious = [run.ious for run in runs]
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for target in protocol.targets:
         numbers = [noc(values, target, protocol.max_clicks) for values in ious]
-        figures[f"noc{_percent(target)}"] = mean(numbers)
-        figures[f"nof{_percent(target)}"] = sum(failed(values, target) for values in ious)
-        figures[f"nof{_percent(target)}_legacy"] = sum(number == protocol.max_clicks for number in numbers)
-    figures |= {f"miou_at_{k}": miou_at(ious, k) for k in protocol.miou_at}
+        metrics[f"noc{_percent(target)}"] = mean(numbers)
+        metrics[f"nof{_percent(target)}"] = sum(failed(values, target) for values in ious)
+        metrics[f"nof{_percent(target)}_legacy"] = sum(number == protocol.max_clicks for number in numbers)
+    metrics |= {f"miou_at_{k}": miou_at(ious, k) for k in protocol.miou_at}
     clicks = sum(len(values) for values in ious)
-    figures["spc_s"] = (encoding + sum(run.seconds for run in runs)) / max(clicks, 1)
-    return figures | {"samples": len(runs)}
+    metrics["spc_s"] = (encoding + sum(run.seconds for run in runs)) / max(clicks, 1)
+    return metrics | {"samples": len(runs)}
 
 
 def _columns(protocol: ClickProtocol) -> tuple[Column, ...]:
@@ -260,9 +273,7 @@ def _columns(protocol: ClickProtocol) -> tuple[Column, ...]:
         Column(name=f"miou_at_{k}", title=f"{k}-mIoU", meaning=f"Mean IoU after {k} clicks", unit="%", scale=100)
         for k in protocol.miou_at
     ]
-    spc = Column(
-        name="spc_s", title="SPC", meaning="Seconds per click, encoding of pictures included", unit="s", digits=4
-    )
+    spc = Column(name="spc_s", title="SPC", meaning="Seconds per click, image encoding included", unit="s", digits=4)
     return (*columns, spc, Column(name="samples", title="Samples", meaning="Objects clicked", digits=0))
 
 
@@ -282,7 +293,7 @@ def _sample_columns(protocol: ClickProtocol) -> tuple[Column, ...]:
 
 
 def _sample_values(run: InteractionTrace, protocol: ClickProtocol) -> dict[str, float | None]:
-    """What the CSV holds of a sample; a target that is not reached has no number of clicks."""
+    """The CSV values of a sample; NoC is None for a target that is not reached."""
     values: dict[str, float | None] = {"clicks": len(run.clicks), "iou_last": run.ious[-1], "seconds": run.seconds}
     for target in protocol.targets:
         reached = None if failed(run.ious, target) else noc(run.ious, target, protocol.max_clicks)
@@ -292,8 +303,8 @@ def _sample_values(run: InteractionTrace, protocol: ClickProtocol) -> dict[str, 
     }
 
 
-def _progress(runs: dict[str, list[InteractionTrace]], protocol: ClickProtocol) -> Chart:
-    """Mean IoU by click; the last IoU of a sample that stopped stands for the clicks it did not need."""
+def _iou_chart(runs: dict[str, list[InteractionTrace]], protocol: ClickProtocol) -> Chart:
+    """Mean IoU after each click; samples that stopped early keep their last IoU."""
     numbers = tuple(float(k) for k in range(1, protocol.max_clicks + 1))
     curves = []
     for name, found in runs.items():
@@ -302,15 +313,15 @@ def _progress(runs: dict[str, list[InteractionTrace]], protocol: ClickProtocol) 
     return Chart(title="Mean IoU after each click", x_title="click", y_title="mean IoU", curves=tuple(curves))
 
 
-def _words(protocol: ClickProtocol) -> str:
+def _describe(protocol: ClickProtocol) -> str:
     end = (
         f"until the IoU is {_percent(max(protocol.targets))} % or {protocol.max_clicks} clicks are made"
         if protocol.stop
         else f"{protocol.max_clicks} for every sample"
     )
-    least = max(protocol.miou_at, default=1)
-    at_least = f", at least {least}" if protocol.stop and least > 1 else ""
+    min_clicks = max(protocol.miou_at, default=1)
+    at_least = f", at least {min_clicks}" if protocol.stop and min_clicks > 1 else ""
     return (
-        f"Clicks in the middle of the largest error (RITM), {end}{at_least}; a pixel is predicted where its "
-        f"probability is above {protocol.threshold:g}; ignored pixels count for nothing."
+        f"Clicks in the center of the largest error (RITM), {end}{at_least}; mask threshold {protocol.threshold:g}; "
+        "ignored pixels are left out."
     )

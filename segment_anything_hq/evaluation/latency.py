@@ -1,4 +1,4 @@
-"""Latency of segmenting anything: one picture, a grid of points, one at a time (SegNext's SAT latency)."""
+"""Latency of the Segment Anything Task: one image, a grid of points, one at a time (SegNext's SAT latency)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ GRID = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SatLatency:
-    """Seconds of one picture and all points of its grid.
+    """Seconds for one image and all points of the grid.
 
     Attributes:
-        total_s: setting the picture and all points: the published figure.
-        encode_s: setting the picture.
-        points_s: each point, in the order they were given.
+        total_s: encoding the image and decoding all points; this is the published number.
+        encode_s: encoding the image.
+        points_s: decoding each point, in order.
     """
 
     total_s: float
@@ -45,18 +45,18 @@ def sat_latency(
 ) -> SatLatency:
     """Measure the latency of the Segment Anything Task.
 
-    Every point is one positive click; with it goes what the model answered to the point before. The model's answers
-    are arrays on the CPU, so that a device's work is waited for.
+    Every point is one positive click, given together with the probabilities of the point before. The model returns
+    arrays on the CPU, so the time includes the device's work.
 
     Args:
-        model: what is measured.
-        image: (H, W, 3) uint8; a picture of noise where left out.
-        grid: points a side, each in the middle of its cell.
-        size: side of the picture of noise.
-        warm_up: points given before, which are not counted (nor is the first setting of the picture); 0: a cold start.
+        model: the model to measure.
+        image: (H, W, 3) uint8; None: random noise.
+        grid: points per side, each in the center of its cell.
+        size: side of the noise image, pixels.
+        warm_up: points decoded beforehand, after a first encoding, that are not measured; 0: measure a cold start.
 
     Raises:
-        UsageError: a grid of no points, or of more than the picture has pixels.
+        UsageError: the grid has no points or more points per side than the image has pixels.
     """
     if image is None:
         image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
@@ -80,12 +80,14 @@ def sat_latency(
 
 
 def grid_clicks(height: int, width: int, grid: int = GRID) -> tuple[Click, ...]:
-    """Positive clicks in the middle of each of grid x grid cells, row by row.
+    """Positive clicks in the centers of grid x grid cells, row by row.
 
     Raises:
-        UsageError: a grid of no points, or finer than the picture.
+        UsageError: the grid has no points or more points per side than the image has pixels.
     """
     if not 1 <= grid <= min(height, width):
-        raise UsageError("The grid does not fit", expected=f"1 to {min(height, width)} points a side", found=grid)
+        raise UsageError(
+            "The grid does not fit the image", expected=f"1 to {min(height, width)} points per side", found=grid
+        )
     rows, columns = ([int((i + 0.5) * n / grid) for i in range(grid)] for n in (height, width))
     return tuple(Click(x=x, y=y, positive=True) for y in rows for x in columns)

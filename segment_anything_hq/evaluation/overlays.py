@@ -1,4 +1,4 @@
-"""Pictures of cases: outlines of truth and prediction with the prompts, and beside them where they differ."""
+"""Overlays of evaluated samples: contours of ground truth and prediction with the prompts, beside an error map."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from segment_anything_hq.evaluation.scores import Case
+from segment_anything_hq.evaluation.scores import SamplePrediction
 from segment_anything_hq.prompts.clicks import IGNORE
 
 GROUND_TRUTH_COLOR = "#35d07f"
 PREDICTION_COLOR = "#ff5ca8"
 MISSED_COLOR = "#ffb020"
 WRONG_COLOR = "#4aa8ff"
-LONGEST = 440
-"""Pixels of the longer side that a picture is drawn with."""
+LONGER_SIDE = 440
+"""Longer side of a drawn image, pixels."""
 
 
-def case_png(case: Case) -> bytes:
-    """Draw one case: the picture with outlines and prompts, and in gray with what was missed and what is wrong.
+def sample_png(sample: SamplePrediction) -> bytes:
+    """Draw one sample: the image with contours and prompts, and beside it in gray with missed and wrong pixels.
 
     Raises:
-        ImageError: its files cannot be read.
+        ImageError: the sample's image or mask cannot be read.
     """
-    image, ground_truth = case.sample.read_image(), case.sample.ground_truth()
+    image, ground_truth = sample.sample.read_image(), sample.sample.ground_truth()
     height, width = ground_truth.shape
-    scale = min(1.0, LONGEST / max(height, width))
-    shown = np.asarray(Image.fromarray(image).resize(_fitted(width, height, scale), Image.Resampling.BOX))
+    scale = min(1.0, LONGER_SIDE / max(height, width))
+    shown = np.asarray(Image.fromarray(image).resize(_scaled_size(width, height, scale), Image.Resampling.BOX))
     inches = (max(width * scale, 120) / 100, max(height * scale, 120) / 100)
     figure = Figure(figsize=(2 * inches[0] + 0.08, inches[1]), dpi=100, facecolor="#000000")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.02, "left": 0, "right": 1, "bottom": 0, "top": 1})
     extent = (0.0, float(width), float(height), 0.0)
     left.imshow(shown, extent=extent, interpolation="bilinear")
-    for mask, color, line in ((ground_truth == 1, GROUND_TRUTH_COLOR, 1.6), (case.prediction, PREDICTION_COLOR, 1.1)):
-        _outline(left, mask, color, line)
-    _prompts(left, case)
-    right.imshow(_errors(shown, ground_truth, case.prediction), extent=extent, interpolation="nearest")
+    for mask, color, line in ((ground_truth == 1, GROUND_TRUTH_COLOR, 1.6), (sample.prediction, PREDICTION_COLOR, 1.1)):
+        _contour(left, mask, color, line)
+    _draw_prompts(left, sample)
+    right.imshow(_error_map(shown, ground_truth, sample.prediction), extent=extent, interpolation="nearest")
     for ax in (left, right):
         ax.set_xlim(0, width)
         ax.set_ylim(height, 0)
@@ -52,36 +52,36 @@ def case_png(case: Case) -> bytes:
     return stream.getvalue()
 
 
-def _fitted(width: int, height: int, scale: float) -> tuple[int, int]:
+def _scaled_size(width: int, height: int, scale: float) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _outline(ax: Axes, mask: np.ndarray, color: str, line: float) -> None:
-    """Outline of a mask; a ring of background outside closes it at the edge."""
+def _contour(ax: Axes, mask: np.ndarray, color: str, line: float) -> None:
+    """Draw a mask's contour; one pixel of background around the mask closes it at the image's edge."""
     if not mask.any():
         return
-    # every k-th pixel is enough for a line, and a contour of a large mask is slow
-    step = max(1, max(mask.shape) // (2 * LONGEST))
+    # every k-th pixel is enough for a line, and contours of large masks are slow
+    step = max(1, max(mask.shape) // (2 * LONGER_SIDE))
     rows, columns = ((np.arange(-1, n + 1) + 0.5) * step for n in mask[::step, ::step].shape)
     padded = np.pad(mask[::step, ::step], 1).astype(np.float32)
     ax.contour(columns, rows, padded, levels=[0.5], colors=[color], linewidths=line)
 
 
-def _prompts(ax: Axes, case: Case) -> None:
-    if case.box is not None:
-        x0, y0, x1, y1 = (float(v) for v in case.box)
+def _draw_prompts(ax: Axes, sample: SamplePrediction) -> None:
+    if sample.box is not None:
+        x0, y0, x1, y1 = (float(v) for v in sample.box)
         frame = Rectangle((x0, y0), x1 - x0 + 1, y1 - y0 + 1, fill=False, edgecolor="#ffffff", linewidth=1.2, ls="--")
         ax.add_patch(frame)
     for positive, marker in ((True, "P"), (False, "X")):
-        places = [(c.x + 0.5, c.y + 0.5) for c in case.clicks if c.positive == positive]
+        places = [(c.x + 0.5, c.y + 0.5) for c in sample.clicks if c.positive == positive]
         if places:
             x, y = zip(*places, strict=True)
             color = GROUND_TRUTH_COLOR if positive else "#ff4d4d"
             ax.scatter(x, y, s=34, marker=marker, c=color, edgecolors="#ffffff", linewidths=0.8, zorder=3)
 
 
-def _errors(shown: np.ndarray, ground_truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """(h, w, 3) uint8 in the size of `shown`: the picture in gray, missed object and wrong prediction in color."""
+def _error_map(shown: np.ndarray, ground_truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """(h, w, 3) uint8 in the size of `shown`: the image in gray, missed and wrong pixels in color."""
     height, width = shown.shape[:2]
     gray = 0.45 * shown.mean(-1, keepdims=True).repeat(3, -1) + 20
     for wrong, color in (

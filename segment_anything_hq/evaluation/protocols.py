@@ -1,6 +1,6 @@
-"""Evaluation with given prompts: mIoU and mBIoU at original size, from boxes, noised boxes, center and random points.
+"""Evaluation with fixed prompts: mIoU and mBIoU from boxes, noisy boxes, center points and random points.
 
-As HQ-SAM is evaluated: one object a picture, the mean over a set's samples, then the mean over the sets.
+As HQ-SAM is evaluated: masks at the images' original sizes, mean over the samples of a set, then mean over the sets.
 """
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ import numpy as np
 from rfmedsam2.errors import UsageError
 from rfmedsam2.metrics.boundary import DILATION_RATIO, boundary_iou
 from segment_anything_hq.data.datasets import Fault, ImageSet, read_ahead
-from segment_anything_hq.evaluation.scores import Case, Chart, Column, Curve, Evaluation, SampleScore, WorstK, mean
+from segment_anything_hq.evaluation.scores import (
+    Chart,
+    Column,
+    Curve,
+    ProtocolResult,
+    SamplePrediction,
+    SampleScore,
+    WorstK,
+    mean,
+)
 from segment_anything_hq.prompts.clicks import IGNORE, Click, Prompt, iou, next_click
 
 THRESHOLD = 0.5
-"""A pixel is predicted where its probability is above this: where its logit is above 0."""
+"""Probability above which a pixel belongs to the mask; a logit of 0."""
 
 IOU = Column(name="iou", title="mIoU", meaning="Mean intersection over union", unit="%", scale=100)
 BOUNDARY_IOU = Column(name="boundary_iou", title="mBIoU", meaning="Mean boundary IoU", unit="%", scale=100)
@@ -29,45 +38,45 @@ SAMPLE_COLUMNS = (
 
 
 class Promptable(Protocol):
-    """A model that segments what a prompt shows."""
+    """A model that segments the object shown by a prompt."""
 
     def set_image(self, image: np.ndarray) -> None:
-        """Take a picture (H, W, 3) uint8, RGB."""
+        """Set the image, (H, W, 3) uint8 RGB."""
         ...
 
     def segment(self, prompt: Prompt) -> np.ndarray:
-        """Probabilities (H, W) of the picture that was set last."""
+        """Probabilities (H, W) for the image that was set last."""
         ...
 
 
 class PromptRule(Protocol):
-    """How prompts are made of a truth."""
+    """How prompts are derived from a ground-truth mask."""
 
     @property
-    def words(self) -> str:
-        """The rule, for reports."""
+    def description(self) -> str:
+        """The rule in words, for reports."""
         ...
 
     def prompts(self, ground_truth: np.ndarray, rng: np.random.Generator) -> Iterator[Prompt]:
-        """One prompt a trial; truth (H, W) int8 with at least one pixel of the object."""
+        """Yield one prompt per trial for a ground truth (H, W) int8 with at least one object pixel."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxRule:
-    """The truth's box, its center and size moved at random as DN-DETR does (HQ-SAM paper, Table 4: 0, 0.2 and 0.4)."""
+    """The tight box of the mask, with DN-DETR's noise on center and size (HQ-SAM paper, Table 4: 0, 0.2 and 0.4)."""
 
     noise: float = 0.0
 
     @property
-    def words(self) -> str:
-        """The rule, for reports."""
-        return "boxes of the truth" + (f" with noise {self.noise:g} (DN-DETR)" if self.noise else "")
+    def description(self) -> str:
+        """The rule in words, for reports."""
+        return "ground-truth boxes" + (f" with noise {self.noise:g} (DN-DETR)" if self.noise else "")
 
     def prompts(self, ground_truth: np.ndarray, rng: np.random.Generator) -> Iterator[Prompt]:
-        """One box."""
+        """Yield one box."""
         box = (
-            noised_box(mask_box(ground_truth), self.noise, ground_truth.shape, rng)
+            noisy_box(mask_box(ground_truth), self.noise, ground_truth.shape, rng)
             if self.noise
             else mask_box(ground_truth)
         )
@@ -79,18 +88,18 @@ class CenterRule:
     """One point: the pixel deepest inside the object (HQ-SAM supplement, section 2)."""
 
     @property
-    def words(self) -> str:
-        """The rule, for reports."""
-        return "one point, deepest inside the truth"
+    def description(self) -> str:
+        """The rule in words, for reports."""
+        return "one point, deepest inside the object"
 
     def prompts(self, ground_truth: np.ndarray, rng: np.random.Generator) -> Iterator[Prompt]:  # noqa: ARG002
-        """One point."""
+        """Yield one point."""
         yield Prompt(points=(next_click(ground_truth, np.zeros(ground_truth.shape, bool)),))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomRule:
-    """Points drawn from the object, in several trials whose scores are averaged (HQ-SAM supplement, section 2)."""
+    """Random points on the object, in several trials whose scores are averaged (HQ-SAM supplement, section 2)."""
 
     count: int
     trials: int = 3
@@ -98,16 +107,16 @@ class RandomRule:
     def __post_init__(self) -> None:
         if self.count < 1 or self.trials < 1:
             found = f"{self.count} points, {self.trials} trials"
-            raise UsageError("Random points need a point and a trial", expected="1 or more of both", found=found)
+            raise UsageError("count and trials must be at least 1", found=found)
 
     @property
-    def words(self) -> str:
-        """The rule, for reports."""
+    def description(self) -> str:
+        """The rule in words, for reports."""
         trials = f", mean of {self.trials} trials" if self.trials > 1 else ""
-        return f"{self.count} random point{'s' if self.count > 1 else ''} of the truth{trials}"
+        return f"{self.count} random point{'s' if self.count > 1 else ''} of the object{trials}"
 
     def prompts(self, ground_truth: np.ndarray, rng: np.random.Generator) -> Iterator[Prompt]:
-        """One set of points a trial; an object of fewer pixels gives each of them once."""
+        """Yield one set of points per trial, without repetition; small objects give fewer points."""
         pixels = np.flatnonzero(ground_truth == 1)
         for _ in range(self.trials):
             drawn = rng.choice(pixels, size=min(self.count, pixels.size), replace=False)
@@ -117,31 +126,31 @@ class RandomRule:
 
 
 def mask_box(ground_truth: np.ndarray) -> np.ndarray:
-    """(4,) float32 xyxy: columns and rows of the first and last pixel of the object.
+    """The tight box (4,) float32 XYXY, as pixel indices of the first and last column and row.
 
     Raises:
-        UsageError: the object has no pixel.
+        UsageError: the mask is empty.
     """
     rows, columns = (np.flatnonzero((ground_truth == 1).any(axis)) for axis in (1, 0))
     if not rows.size:
-        raise UsageError("An empty mask has no box")
+        raise UsageError("The mask is empty, so it has no box")
     return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float32)
 
 
-def noised_box(box: np.ndarray, scale: float, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """A box (4,) xyxy moved by up to scale / 2 and resized by up to scale of its size, cut at the picture's edges.
+def noisy_box(box: np.ndarray, scale: float, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Add DN-DETR's noise to a box: shift the center by up to scale / 2 of its size, change the size by up to scale.
 
     Args:
-        box: (4,) xyxy.
-        scale: 0 to 1; center and size change by independent uniform draws (DN-DETR).
-        shape: (H, W) of the picture.
+        box: (4,) XYXY, pixel indices.
+        scale: noise scale, 0 to 1; center and size change by independent uniform draws.
+        shape: (H, W) of the image, at whose edges the box is clipped.
         rng: source of randomness.
 
     Raises:
-        UsageError: a scale outside 0 to 1.
+        UsageError: the scale is not between 0 and 1.
     """
     if not 0 <= scale <= 1:
-        raise UsageError("Boxes cannot be noised so", where="noise", expected="0 to 1", found=scale)
+        raise UsageError("Box noise must be between 0 and 1", found=scale)
     center, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
     draws = rng.uniform(-1, 1, (2, 2)) * scale
     center, size = center + draws[0] * size / 2, size * (1 + draws[1])
@@ -151,28 +160,28 @@ def noised_box(box: np.ndarray, scale: float, shape: tuple[int, ...], rng: np.ra
 
 def evaluate_prompted(
     model: Promptable, sets: Sequence[ImageSet], rule: PromptRule, *, seed: int = 0, worst: int = 6
-) -> Evaluation:
-    """Score a model on whole sets at the pictures' own sizes.
+) -> ProtocolResult:
+    """Evaluate a model on whole sets, at the images' original sizes.
 
-    A picture that several samples in a row share is set once. A sample's random draws depend on `seed` and its place in
-    its set alone. Samples with an empty truth are skipped, and named.
+    An image shared by consecutive samples is set once. A sample's random draws depend only on `seed` and its index in
+    its set. Samples with an empty mask are skipped and listed in the result.
 
     Args:
-        model: what is evaluated.
-        sets: with at least one sample each.
-        rule: how prompts are made.
-        seed: of random prompts.
-        worst: cases to keep with their masks, by boundary IoU.
+        model: the model to evaluate.
+        sets: data sets, each with at least one sample.
+        rule: how prompts are derived from the masks.
+        seed: seed of random prompts.
+        worst: number of worst predictions (by boundary IoU) to keep.
 
     Raises:
-        DatasetError: a set without samples.
-        ImageError: a file that cannot be read.
-        UsageError: two sets of one name; the model's answer has another size than the picture.
+        DatasetError: a set has no samples.
+        ImageError: a file cannot be read.
+        UsageError: two sets have the same name, or a prediction has another size than its image.
     """
     kept = WorstK(worst)
     scores: list[SampleScore] = []
     skipped: list[Fault] = []
-    for images in named_apart(sets):
+    for images in require_unique_names(sets):
         current: np.ndarray | None = None
         for index, (sample, image, ground_truth) in enumerate(read_ahead(images.require_samples().samples)):
             if not (ground_truth == 1).any():
@@ -186,46 +195,46 @@ def evaluate_prompted(
                 for prompt in rule.prompts(ground_truth, np.random.default_rng([seed, index]))
             ]
             values = [(iou(ground_truth, p), _boundary_iou(ground_truth, p)) for _, p in trials]
-            fits, boundary_fits = (mean(v) for v in zip(*values, strict=True))
+            mean_iou, mean_boundary_iou = (mean(v) for v in zip(*values, strict=True))
             scores.append(
-                SampleScore(set=images.name, id=sample.id, values={"iou": fits, "boundary_iou": boundary_fits})
+                SampleScore(set=images.name, id=sample.id, values={"iou": mean_iou, "boundary_iou": mean_boundary_iou})
             )
             prompt, prediction = trials[int(np.argmin([v[1] for v in values]))]
             kept.update(
-                Case(
+                SamplePrediction(
                     set=images.name,
                     sample=sample,
-                    score=boundary_fits,
+                    score=mean_boundary_iou,
                     prediction=prediction,
                     clicks=prompt.points,
                     box=prompt.box,
                 )
             )
-    return _evaluation(rule, sets, scores, kept, skipped)
+    return _result(rule, sets, scores, kept, skipped)
 
 
-def named_apart(sets: Sequence[ImageSet]) -> Sequence[ImageSet]:
-    """The sets themselves.
+def require_unique_names(sets: Sequence[ImageSet]) -> Sequence[ImageSet]:
+    """Return the sets themselves if their names differ.
 
     Raises:
-        UsageError: two of one name, whose figures would be mixed.
+        UsageError: two sets have the same name, so that their results would be mixed.
     """
     names = [images.name for images in sets]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UsageError("Sets need names of their own", found=", ".join(twice))
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise UsageError("Two sets have the same name", found=", ".join(duplicates))
     return sets
 
 
 def predicted_mask(probabilities: np.ndarray, ground_truth: np.ndarray, threshold: float) -> np.ndarray:
-    """(H, W) bool from a model's answer.
+    """Threshold a model's probabilities to a mask (H, W) bool.
 
     Raises:
-        UsageError: it has another size than the picture.
+        UsageError: the probabilities have another size than the image.
     """
     if probabilities.shape != ground_truth.shape:
         raise UsageError(
-            "The model's answer has another size than the picture",
+            "The model's prediction has another size than the image",
             expected=" x ".join(map(str, ground_truth.shape)),
             found=" x ".join(map(str, probabilities.shape)),
         )
@@ -239,30 +248,30 @@ def _boundary_iou(ground_truth: np.ndarray, predicted: np.ndarray) -> float:
     )
 
 
-def _evaluation(
+def _result(
     rule: PromptRule, sets: Sequence[ImageSet], scores: list[SampleScore], kept: WorstK, skipped: list[Fault]
-) -> Evaluation:
+) -> ProtocolResult:
     columns = (IOU, BOUNDARY_IOU)
-    found = {
+    by_set = {
         images.name: {c.name: mean([s.values[c.name] or 0.0 for s in scores if s.set == images.name]) for c in columns}
         for images in sets
     }
-    return Evaluation(
-        protocol=f"Prompts: {rule.words}; masks at the pictures' own sizes, boundaries of 2 % of the diagonal.",
+    return ProtocolResult(
+        protocol=f"Prompts: {rule.description}; masks at original image size, boundaries of 2 % of the diagonal.",
         columns=columns,
-        sets=found,
-        overall={c.name: mean([figures[c.name] for figures in found.values()]) for c in columns},
+        sets=by_set,
+        overall={c.name: mean([metrics[c.name] for metrics in by_set.values()]) for c in columns},
         overall_rule="mean over the sets",
         sample_columns=SAMPLE_COLUMNS,
         samples=tuple(scores),
-        chart=_shares(scores, SAMPLE_COLUMNS),
-        worst=kept.cases(),
+        chart=_cumulative_chart(scores, SAMPLE_COLUMNS),
+        worst=kept.worst_first(),
         skipped=tuple(skipped),
     )
 
 
-def _shares(scores: list[SampleScore], columns: Sequence[Column]) -> Chart:
-    """How many samples reach which value."""
+def _cumulative_chart(scores: list[SampleScore], columns: Sequence[Column]) -> Chart:
+    """Share of samples that reach each value of the metrics."""
     limits = np.linspace(0, 1, 101)
     curves = []
     for column in columns:
@@ -270,7 +279,7 @@ def _shares(scores: list[SampleScore], columns: Sequence[Column]) -> Chart:
         share = tuple(float(np.mean(values >= limit)) if values.size else 0.0 for limit in limits)
         curves.append(Curve(name=column.title, x=tuple(limits.tolist()), y=share))
     return Chart(
-        title="How many samples reach which value",
+        title="Share of samples that reach each value",
         x_title="IoU, boundary IoU",
         y_title="share of samples",
         curves=tuple(curves),

@@ -1,4 +1,4 @@
-"""One self-contained HTML page for evaluations: figures, a chart, the worst cases, all samples; light and dark."""
+"""The HTML report of evaluations, one self-contained page: metrics, a chart, the worst samples, all samples."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from segment_anything_hq.evaluation.overlays import (
     MISSED_COLOR,
     PREDICTION_COLOR,
     WRONG_COLOR,
-    case_png,
+    sample_png,
 )
-from segment_anything_hq.evaluation.scores import Case, Chart, Column, Evaluation
+from segment_anything_hq.evaluation.scores import Chart, Column, ProtocolResult, SamplePrediction
 
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-MOST_ROWS = 2000
-"""Samples listed on the page, worst first; the CSV holds all."""
+MAX_ROWS = 2000
+"""Samples listed on the page, worst first; the CSV file has all."""
 CURVE_COLORS = ("#3f7fd0", "#d9772b", "#3f9f63", "#b04fb5", "#c2435a", "#2aa1b3", "#8a7a2e")
 WIDTH, HEIGHT, MARGIN = 720, 300, 46
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """A pictured case."""
+class Overlay:
+    """A drawn sample: `source` is the PNG as a data URI."""
 
     title: str
     score: float
@@ -39,89 +39,92 @@ class Picture:
 
 
 def write_page(
-    path: Path, evaluations: Sequence[Evaluation], *, title: str, about: Mapping[str, str] | None = None
+    path: Path, evaluations: Sequence[ProtocolResult], *, title: str, about: Mapping[str, str] | None = None
 ) -> None:
-    """Write the page.
+    """Write the report.
 
     Args:
         path: the HTML file, written atomically.
-        evaluations: one section each.
-        title: heading.
-        about: facts for the head of the page, name -> text: the model, its weights, the machine.
+        evaluations: results to show, one section each.
+        title: heading of the page.
+        about: facts shown below the heading, name -> text: the model, its weights, the machine.
 
     Raises:
-        UsageError: no evaluation.
+        UsageError: there are no evaluations.
         StoreError: the file cannot be written.
     """
     if not evaluations:
-        raise UsageError("A page needs an evaluation", where=path)
+        raise UsageError("There are no evaluations to report", where=path)
     context = {
         "title": title,
         "facts": dict(about or {}),
         "sections": [_section(evaluation) for evaluation in evaluations],
         "colors": {
-            "truth": GROUND_TRUTH_COLOR,
+            "ground truth": GROUND_TRUTH_COLOR,
             "prediction": PREDICTION_COLOR,
             "missed object": MISSED_COLOR,
             "wrong prediction": WRONG_COLOR,
         },
     }
-    write_html(path, TEMPLATE, context, figure=_figure)
+    write_html(path, TEMPLATE, context, figure=_metric)
 
 
-def _figure(value: float | None, column: Column) -> str:
-    """Format a figure as its column says; a dash where it is undefined."""
+def _metric(value: float | None, column: Column) -> str:
+    """Format a value as its column says; a dash if it is undefined."""
     if value is None or math.isnan(value):
         return "–"
     return f"{column.scale * value:.{column.digits}f}".replace("-", "−")
 
 
-def _section(evaluation: Evaluation) -> dict[str, object]:
+def _section(evaluation: ProtocolResult) -> dict[str, object]:
     first = evaluation.sample_columns[0].name
     ranked = sorted(evaluation.samples, key=lambda s: (s.values.get(first) is not None, s.values.get(first) or 0.0))
-    images, unshown = _images(evaluation.worst)
+    overlays, unshown = _overlays(evaluation.worst)
     return {
         "protocol": evaluation.protocol,
         "columns": evaluation.columns,
         "sets": evaluation.sets,
         "overall": evaluation.overall,
         "overall_rule": evaluation.overall_rule,
-        "chart": _drawn(evaluation.chart),
-        "pictures": images,
+        "chart": _chart_geometry(evaluation.chart),
+        "overlays": overlays,
         "ranked_by": evaluation.sample_columns[0],
         "unshown": [*unshown, *(f"not evaluated: {fault}" for fault in evaluation.skipped)],
         "sample_columns": evaluation.sample_columns,
-        "samples": ranked[:MOST_ROWS],
-        "left_out": max(len(ranked) - MOST_ROWS, 0),
+        "samples": ranked[:MAX_ROWS],
+        "left_out": max(len(ranked) - MAX_ROWS, 0),
     }
 
 
-def _images(cases: Sequence[Case]) -> tuple[list[Picture], list[str]]:
-    """Draw the cases; what could not be drawn, and why."""
-    images: list[Picture] = []
+def _overlays(predictions: Sequence[SamplePrediction]) -> tuple[list[Overlay], list[str]]:
+    """Draw samples; returns the drawings, and sentences for the samples that could not be drawn."""
+    overlays: list[Overlay] = []
     unshown: list[str] = []
-    for case in cases:
+    for prediction in predictions:
         try:
-            png = case_png(case)
+            png = sample_png(prediction)
         except RfMedSamError as error:
-            unshown.append(f"not shown: {case.sample.id}: {error}")
+            unshown.append(f"not shown: {prediction.sample.id}: {error}")
             continue
         source = png_uri(png)
-        title = f"{case.set} {case.sample.id}"
-        images.append(Picture(title=title, score=case.score, source=source, prompts=_prompts(case)))
-    return images, unshown
+        title = f"{prediction.set} {prediction.sample.id}"
+        overlays.append(
+            Overlay(title=title, score=prediction.score, source=source, prompts=_describe_prompts(prediction))
+        )
+    return overlays, unshown
 
 
-def _prompts(case: Case) -> str:
-    positive = sum(c.positive for c in case.clicks)
-    negative = len(case.clicks) - positive
+def _describe_prompts(prediction: SamplePrediction) -> str:
+    """The prompts in words: "a box, 2 positive and 1 negative clicks"."""
+    positive = sum(c.positive for c in prediction.clicks)
+    negative = len(prediction.clicks) - positive
     named = [f"{n} {kind}" for n, kind in ((positive, "positive"), (negative, "negative")) if n]
-    points = f"{' and '.join(named)} click{'s' if len(case.clicks) != 1 else ''}" if named else ""
-    return ", ".join(part for part in ("a box" if case.box is not None else "", points) if part)
+    points = f"{' and '.join(named)} click{'s' if len(prediction.clicks) != 1 else ''}" if named else ""
+    return ", ".join(part for part in ("a box" if prediction.box is not None else "", points) if part)
 
 
-def _drawn(chart: Chart) -> dict[str, object]:
-    """Coordinates of the chart's lines and ticks; colors of ground and text are the page's."""
+def _chart_geometry(chart: Chart) -> dict[str, object]:
+    """SVG coordinates of the chart's lines and ticks; the page sets the colors of background and text."""
     xs = [x for curve in chart.curves for x in curve.x]
     low, high = (min(xs), max(xs)) if xs else (0.0, 1.0)
     across = (WIDTH - 2 * MARGIN) / max(high - low, 1e-9)

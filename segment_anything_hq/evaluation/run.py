@@ -1,4 +1,4 @@
-"""Protocols by the names that commands know them by: run on one model, and written as CSV, one page and one record."""
+"""Run evaluation protocols by name on one model, and write their CSV files, HTML report and evaluation.json."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Protocol, cast
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.store.atomic import write_record
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.evaluation.interactive import ClickProtocol, Interactive, evaluate_clicks
@@ -25,17 +24,20 @@ from segment_anything_hq.evaluation.protocols import (
     evaluate_prompted,
 )
 from segment_anything_hq.evaluation.report import write_page
-from segment_anything_hq.evaluation.scores import Evaluation, write_csv
+from segment_anything_hq.evaluation.scores import ProtocolResult, write_csv
 from segment_anything_hq.prompts.clicks import MOST_CLICKS
+from segment_anything_hq.records import EvaluationRecord, LatencyRecord, ResultRecord
 
 EVALUATION = "evaluation.json"
 PAGE = "evaluation.html"
 SAT = "sat"
-WORDS = "box, box_NOISE (box_0.2, box_0.4), center, points_N (points_1, points_10), clicks, sat"
+ALIASES = {"centre": "center"}
+"""Other spellings that are accepted."""
+PROTOCOLS = "box, box_NOISE (box_0.2, box_0.4), center, points_N (points_1, points_10), clicks, sat"
 
 
 class Model(Promptable, Interactive, Protocol):
-    """What all protocols ask (`interactive_predictor.InteractivePredictor`)."""
+    """A model for all protocols, such as `inference.interactive.InteractivePredictor`."""
 
 
 class Track(Protocol):
@@ -46,78 +48,32 @@ class Track(Protocol):
         ...
 
 
-class ResultRecord(Record):
-    """What one protocol found."""
-
-    rule: str
-    """In words."""
-    sets: dict[str, dict[str, float | None]]
-    """Set -> figure -> value: IoUs of 0 to 1, counts, seconds."""
-    overall: dict[str, float | None]
-    overall_rule: str
-    skipped: tuple[str, ...]
-    csv: str
-    """File of all samples."""
-    seconds: float
-
-
-class LatencyRecord(Record):
-    """Latency of segmenting anything, seconds."""
-
-    total_s: float
-    encode_s: float
-    point_median_s: float
-    point_95_s: float
-    points: int
-
-
-class EvaluationRecord(VersionedRecord):
-    """The file evaluation.json."""
-
-    format: Literal[1] = 1
-    network: dict[str, str]
-    """What was evaluated: method, backbone, files of weights ..."""
-    weights_sha256: str
-    device: str
-    seed: int
-    data: dict[str, int]
-    """Set -> its samples."""
-    data_words: tuple[str, ...]
-    """As they were named."""
-    held_out: float | None
-    """Only this share of the data, which a training held out; None: all of it."""
-    protocols: dict[str, ResultRecord]
-    latency: LatencyRecord | None
-    code_version: str
-    created: str
-    """UTC, ISO 8601."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """What the protocols found, by name.
+    """Results of all protocols that were run.
 
     Attributes:
-        evaluations: of all but `sat`.
-        seconds: that each took.
-        latency: None: was not asked for.
+        evaluations: results by protocol name, without `sat`.
+        seconds: run time by protocol name.
+        latency: result of `sat`; None if it was not run.
     """
 
-    evaluations: dict[str, Evaluation]
+    evaluations: dict[str, ProtocolResult]
     seconds: dict[str, float]
     latency: SatLatency | None = None
 
 
-def rule_of(name: str, *, clicks: int = MOST_CLICKS) -> PromptRule | ClickProtocol | None:
-    """What a protocol's name stands for; None: `sat`, which has no rule.
+def parse_protocol(name: str, *, clicks: int = MOST_CLICKS) -> PromptRule | ClickProtocol | None:
+    """Translate a protocol's name to its settings; None for `sat`, which has none.
 
     Args:
-        name: one of `WORDS`.
-        clicks: the most that `clicks` makes.
+        name: one of `PROTOCOLS`, or an alias.
+        clicks: maximum number of clicks of the protocol `clicks`.
 
     Raises:
-        UsageError: no protocol has this name, or its figure cannot be.
+        UsageError: the name is unknown or its number is out of range.
     """
+    name = ALIASES.get(name, name)
     if name == SAT:
         return None
     if name == "clicks":
@@ -130,7 +86,12 @@ def rule_of(name: str, *, clicks: int = MOST_CLICKS) -> PromptRule | ClickProtoc
     points = re.fullmatch(r"points_(\d{1,6})", name)
     if points is not None:
         return RandomRule(count=int(points[1]))
-    raise UsageError("There is no such protocol", where=name, expected=WORDS)
+    raise UsageError("Unknown protocol", where=name, expected=PROTOCOLS)
+
+
+def parse_protocols(names: Sequence[str], *, clicks: int = MOST_CLICKS) -> dict[str, PromptRule | ClickProtocol | None]:
+    """`parse_protocol` for several names: settings by name, with aliases replaced and repetitions dropped."""
+    return {ALIASES.get(name, name): parse_protocol(name, clicks=clicks) for name in names}
 
 
 def run_protocols(
@@ -145,22 +106,22 @@ def run_protocols(
     """Run protocols one after the other.
 
     Args:
-        model: what is evaluated.
-        sets: with at least one sample each; none are needed for `sat` alone, whose picture is one of noise.
-        names: see `WORDS`; each once.
-        clicks: the most that `clicks` makes.
-        seed: of noise and random points.
+        model: the model to evaluate.
+        sets: data sets, each with at least one sample; may be empty for `sat` alone, which uses a noise image.
+        names: names of protocols, see `PROTOCOLS`; aliases are replaced, and each protocol runs once.
+        clicks: maximum number of clicks of the protocol `clicks`.
+        seed: seed of box noise and random points.
         track: shows progress by protocol.
 
     Raises:
-        UsageError: an unknown protocol, or one whose data were not named; what the protocols raise.
-        DatasetError: a set without samples.
-        ImageError: a file that cannot be read.
+        UsageError: a protocol is unknown or needs data, and as the protocols raise.
+        DatasetError: a set has no samples.
+        ImageError: a file cannot be read.
     """
-    rules = {name: rule_of(name, clicks=clicks) for name in names}
+    rules = parse_protocols(names, clicks=clicks)
     if not sets and set(rules) != {SAT}:
-        raise UsageError("These protocols need data", found=", ".join(rules), remedy="Name it with --data")
-    evaluations: dict[str, Evaluation] = {}
+        raise UsageError("These protocols need data", found=", ".join(rules), remedy="Give data with --data")
+    evaluations: dict[str, ProtocolResult] = {}
     seconds: dict[str, float] = {}
     latency = None
     for name in track(rules, "protocols", len(rules)) if track else rules:
@@ -176,12 +137,12 @@ def run_protocols(
 
 
 def result_records(found: Results) -> tuple[dict[str, ResultRecord], LatencyRecord | None]:
-    """Plain figures of what was found, for the record."""
+    """Convert results to records."""
     protocols = {
         name: ResultRecord(
             rule=evaluation.protocol,
-            sets={images: _defined(figures) for images, figures in evaluation.sets.items()},
-            overall=_defined(evaluation.overall),
+            sets={images: _without_nan(metrics) for images, metrics in evaluation.sets.items()},
+            overall=_without_nan(evaluation.overall),
             overall_rule=evaluation.overall_rule,
             skipped=tuple(map(str, evaluation.skipped)),
             csv=f"{name}.csv",
@@ -192,21 +153,21 @@ def result_records(found: Results) -> tuple[dict[str, ResultRecord], LatencyReco
     if found.latency is None:
         return protocols, None
     names = ("total_s", "encode_s", "point_median_s", "point_95_s")
-    taken = {name: cast(float, getattr(found.latency, name)) for name in names}
-    return protocols, LatencyRecord(**taken, points=len(found.latency.points_s))
+    values = {name: cast(float, getattr(found.latency, name)) for name in names}
+    return protocols, LatencyRecord(**values, points=len(found.latency.points_s))
 
 
-def require_free(out: Path, names: Sequence[str], *, overwrite: bool) -> None:
-    """Make sure that a folder holds no evaluation yet.
+def require_no_evaluation(out: Path, names: Sequence[str], *, overwrite: bool) -> None:
+    """Check that a folder holds no evaluation yet.
 
     Raises:
-        UsageError: it does; names the files.
+        UsageError: it does; the message names the files.
     """
     files = [out / name for name in (EVALUATION, PAGE, *(f"{name}.csv" for name in names if name != SAT))]
     there = [path.name for path in files if path.exists()]
     if there and not overwrite:
         raise UsageError(
-            "This folder holds an evaluation already",
+            "This folder already holds an evaluation",
             where=out,
             found=", ".join(there),
             remedy="Choose another folder, or add --overwrite",
@@ -214,19 +175,19 @@ def require_free(out: Path, names: Sequence[str], *, overwrite: bool) -> None:
 
 
 def write_results(out: Path, found: Results, record: EvaluationRecord, *, about: Mapping[str, str]) -> tuple[Path, ...]:
-    """Write evaluation.json, one CSV a protocol, and evaluation.html where there is more than a latency.
+    """Write evaluation.json, one CSV file per protocol, and evaluation.html unless only latency was measured.
 
     Args:
-        out: folder, which is made.
-        found: what `run_protocols` gave.
-        record: with the figures of `result_records`.
-        about: facts for the head of the page.
+        out: output folder, created if missing.
+        found: results of `run_protocols`.
+        record: the record to write, with the values of `result_records`.
+        about: facts shown below the report's heading.
 
     Returns:
-        the files.
+        the files written.
 
     Raises:
-        StoreError: a file that cannot be written.
+        StoreError: a file cannot be written.
     """
     files = [out / f"{name}.csv" for name in found.evaluations]
     for path, evaluation in zip(files, found.evaluations.values(), strict=True):
@@ -240,6 +201,6 @@ def write_results(out: Path, found: Results, record: EvaluationRecord, *, about:
     return tuple(files)
 
 
-def _defined(figures: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON knows no figure that is none."""
-    return {name: None if math.isnan(value) else value for name, value in figures.items()}
+def _without_nan(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """NaN replaced by None, since JSON has no NaN."""
+    return {name: None if math.isnan(value) else value for name, value in metrics.items()}

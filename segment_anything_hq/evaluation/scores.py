@@ -1,4 +1,4 @@
-"""What an evaluation found, whatever the protocol: figures of sets and samples, the worst cases; and its CSV."""
+"""Results of any protocol: metrics of sets and samples, the worst predictions; and the CSV file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from segment_anything_hq.data.datasets import Fault, Sample
 from segment_anything_hq.prompts.clicks import Click
 
 WORST = 6
-"""Worst cases that are kept with their masks."""
+"""Number of worst predictions kept with their masks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """How a figure is shown."""
+    """How a metric is displayed."""
 
     name: str
     title: str
@@ -33,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleScore:
-    """Figures of one sample, by the names of the sample columns; None where a figure is undefined."""
+    """Metrics of one sample by column name; None where a metric is undefined."""
 
     set: str
     id: str
@@ -41,16 +41,16 @@ class SampleScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A sample with what was predicted for it.
+class SamplePrediction:
+    """A sample with its predicted mask and the prompts for it.
 
     Attributes:
-        set: its set's name.
-        sample: where picture and truth are.
-        score: the figure that it is ranked by, lower is worse.
+        set: name of the sample's set.
+        sample: the sample, for its image and ground truth.
+        score: the metric that samples are ranked by; lower is worse.
         prediction: (H, W) bool.
-        clicks: point prompts in the order they were made.
-        box: (4,) xyxy, pixels; None: no box was given.
+        clicks: point prompts, in order.
+        box: (4,) XYXY, pixel indices of the first and last pixel; None without a box prompt.
     """
 
     set: str
@@ -63,7 +63,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """A line in the page's chart."""
+    """One line of the report's chart."""
 
     name: str
     x: tuple[float, ...]
@@ -72,7 +72,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """The page's chart; y runs from 0 to 1."""
+    """The report's chart; y runs from 0 to 1."""
 
     title: str
     x_title: str
@@ -81,20 +81,20 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What one protocol found on one or more sets.
+class ProtocolResult:
+    """Results of one protocol on one or more sets.
 
     Attributes:
-        protocol: the rules, in words.
-        columns: figures of `sets` and `overall`.
-        sets: set name -> figure name -> value.
-        overall: figure name -> value over all sets; `overall_rule` says how.
-        overall_rule: in words.
-        sample_columns: figures of `samples`; the first is what cases are ranked by.
-        samples: one entry a sample.
-        chart: what the page draws.
-        worst: the worst cases, worst first.
-        skipped: samples that could not be evaluated, and why.
+        protocol: the protocol in words.
+        columns: metrics of `sets` and `overall`.
+        sets: set name -> metric name -> value.
+        overall: metric name -> value over all sets.
+        overall_rule: how `overall` is computed, in words.
+        sample_columns: metrics of `samples`; samples are ranked by the first.
+        samples: one entry per sample.
+        chart: the report's chart.
+        worst: the worst predictions, worst first.
+        skipped: samples that could not be evaluated, with the reason.
     """
 
     protocol: str
@@ -105,40 +105,40 @@ class Evaluation:
     sample_columns: tuple[Column, ...]
     samples: tuple[SampleScore, ...]
     chart: Chart
-    worst: tuple[Case, ...]
+    worst: tuple[SamplePrediction, ...]
     skipped: tuple[Fault, ...] = ()
 
 
 @dataclass(slots=True)
 class WorstK:
-    """The worst cases seen so far: no more masks are kept than are shown."""
+    """The k predictions with the lowest scores so far; all other masks are dropped."""
 
-    most: int = WORST
-    _heap: list[tuple[float, int, Case]] = field(default_factory=list)
+    k: int = WORST
+    _heap: list[tuple[float, int, SamplePrediction]] = field(default_factory=list)
     _seen: int = 0
 
-    def update(self, case: Case) -> None:
-        """Keep a case if it is among the worst."""
+    def update(self, prediction: SamplePrediction) -> None:
+        """Keep a prediction if it is among the worst."""
         self._seen += 1
-        # of equally bad cases the first stays
-        entry = (-case.score, -self._seen, case)
-        if len(self._heap) < self.most:
+        # among equal scores the first is kept
+        entry = (-prediction.score, -self._seen, prediction)
+        if len(self._heap) < self.k:
             heapq.heappush(self._heap, entry)
         elif self._heap:
             heapq.heappushpop(self._heap, entry)
 
-    def cases(self) -> tuple[Case, ...]:
-        """Worst first."""
+    def worst_first(self) -> tuple[SamplePrediction, ...]:
+        """The kept predictions in order."""
         return tuple(entry[2] for entry in sorted(self._heap, key=lambda e: e[:2], reverse=True))
 
 
 def mean(values: Sequence[float]) -> float:
-    """Mean; not a number where there is nothing."""
+    """Mean; NaN if there are no values."""
     return float(np.mean(values)) if len(values) else float("nan")
 
 
-def write_csv(path: Path, evaluation: Evaluation) -> None:
-    """Write one row a sample, atomically.
+def write_csv(path: Path, evaluation: ProtocolResult) -> None:
+    """Write one row per sample, atomically.
 
     Raises:
         StoreError: the file cannot be written.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,52 +17,19 @@ from torch import Tensor
 import rfmedsam2
 from rfmedsam2.errors import UsageError
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch
-from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.store.atomic import atomic, write_record
 from segment_anything_hq.data.image_io import read_image
 from segment_anything_hq.data.prompt_files import PromptedObject
 from segment_anything_hq.inference.image_transform import ImageTransform, device_of, embed, make_transform
 from segment_anything_hq.inference.network_spec import LoadedNetwork
 from segment_anything_hq.models import Network
+from segment_anything_hq.records import ImagePredictions, PredictedObject
 
 AT_ONCE = 16
 """Objects of a picture that are one batch."""
 PREDICTIONS = "predictions.json"
 OBJECT = 255
 """Value of the object's pixels in a mask's file."""
-
-
-class PredictedObject(Record):
-    """One mask."""
-
-    file: str
-    """Name of the mask, a PNG in the folder of this record: 255 object, 0 background."""
-    image: str
-    box: tuple[float, float, float, float] | None
-    points: tuple[tuple[float, float], ...]
-    labels: tuple[int, ...]
-    score: float
-    """IoU that the network predicts of its mask."""
-    pixels: int
-    """Of the object."""
-    seconds: float
-    """Its share of masking the objects of its batch; embedding its picture is apart."""
-
-
-class ImagePredictions(VersionedRecord):
-    """The file predictions.json, beside masks of pictures."""
-
-    format: Literal[1] = 1
-    network: dict[str, str]
-    """What masked them: method, backbone, files of weights ..."""
-    weights_sha256: str
-    device: str
-    code_version: str
-    created: str
-    """UTC, ISO 8601."""
-    embedding_seconds: dict[str, float]
-    """By picture."""
-    objects: tuple[PredictedObject, ...]
 
 
 class Track(Protocol):

@@ -15,7 +15,7 @@ from segment_anything_hq.records import (
     Method,
     PromptConfig,
     RefinerPlan,
-    goes_on,
+    supports_backbone,
 )
 
 HQ_EPOCHS = 12
@@ -43,8 +43,8 @@ def default_plan(method: Method, backbone: Backbone, *, samples: int) -> Refiner
     Raises:
         PlanError: a method that is not built on this backbone.
     """
-    if not goes_on(method, backbone):
-        others = [m for m in METHODS if goes_on(m, backbone)]
+    if not supports_backbone(method, backbone):
+        others = [m for m in METHODS if supports_backbone(m, backbone)]
         family = "SAM 2's: hiera_t, hiera_s, hiera_b+, hiera_l" if method in ON_SAM2 else "SAM's: vit_b, vit_l, ..."
         raise PlanError(
             f"{method} is not built on {backbone}",

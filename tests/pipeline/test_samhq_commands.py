@@ -303,7 +303,7 @@ def test_an_evaluation_is_not_replaced_unasked(data, tmp_path):
     words = ("evaluate", "sam", *NANO, "--data", data, "-o", tmp_path / "out")
     run_ok(*words)
     before = (tmp_path / "out" / "evaluation.json").read_bytes()
-    assert "holds an evaluation already" in run_error(*words)
+    assert "already holds an evaluation" in run_error(*words)
     assert (tmp_path / "out" / "evaluation.json").read_bytes() == before
     run_ok(*words, "--overwrite")
 
@@ -311,10 +311,10 @@ def test_an_evaluation_is_not_replaced_unasked(data, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--protocol", "boxes"), "no such protocol"),
+        (("--protocol", "boxes"), "Unknown protocol"),
         (("--protocol", "box", "--data", "nowhere"), "data folder does not exist"),
-        (("--protocol", "clicks", "--clicks", 0), "clicks do not fit together"),
-        (("--samples", 0), "So few samples"),
+        (("--protocol", "clicks", "--clicks", 0), "max_clicks must be"),
+        (("--samples", 0), "--samples must be at least 1"),
         (("--held-out", 2), "held-out share must be"),
     ],
 )

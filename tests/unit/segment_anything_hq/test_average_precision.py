@@ -1,4 +1,4 @@
-"""COCO's average precision by given boxes: what is right counts 1, what is wrong 0, as pycocotools has it."""
+"""COCO's average precision from box prompts: known values for right and wrong masks, as pycocotools counts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from segment_anything_hq.evaluation.average_precision import average_precision
 pytest.importorskip("pycocotools")
 SIDE = 64
 BOXES = {1: [(4, 6, 30, 20), (40, 30, 20, 30)], 2: [(10, 10, 40, 40)]}
-"""x, y, width, height of rectangles, by picture."""
+"""x, y, width, height of rectangles, by image id."""
 
 
-class Filling(torch.nn.Module):
-    """A segmenter whose answer is the whole box."""
+class BoxFiller(torch.nn.Module):
+    """A segmenter that predicts the whole box."""
 
     frame_size = SIDE
 
@@ -63,12 +63,12 @@ def coco(tmp_path: Path) -> SimpleNamespace:
 
 
 def test_right_masks_by_the_annotations_boxes_count_one(coco) -> None:
-    network = Filling()
+    network = BoxFiller()
     found = average_precision(network, coco.path, coco.root, fit="stretch")
-    assert found.figures["AP"] == pytest.approx(1.0)
+    assert found.metrics["AP"] == pytest.approx(1.0)
     assert (found.images, found.boxes) == (2, 3)
-    assert network.calls == 2, "a picture is embedded once"
-    assert np.isnan(found.figures["APl"])
+    assert network.calls == 2, "an image is embedded once"
+    assert np.isnan(found.metrics["APl"])
 
 
 def test_boxes_of_a_detector_are_ranked_by_its_scores(coco) -> None:
@@ -77,12 +77,12 @@ def test_boxes_of_a_detector_are_ranked_by_its_scores(coco) -> None:
     late, early = coco.root / "late.json", coco.root / "early.json"
     late.write_text(json.dumps(right + wrong))
     early.write_text(json.dumps([*right, wrong[0] | {"score": 1.0}]))
-    figures = [
-        average_precision(Filling(), coco.path, coco.root, fit="stretch", detections=p).figures for p in (late, early)
+    metrics = [
+        average_precision(BoxFiller(), coco.path, coco.root, fit="stretch", detections=p).metrics for p in (late, early)
     ]
-    assert figures[0]["AP"] == pytest.approx(1.0)
+    assert metrics[0]["AP"] == pytest.approx(1.0)
     # one wrong before three right: precision is 3/4 at every recall
-    assert figures[1]["AP"] == pytest.approx(0.75, abs=0.01)
+    assert metrics[1]["AP"] == pytest.approx(0.75, abs=0.01)
 
 
 def test_a_real_network_is_masked_by_boxes(coco) -> None:
@@ -90,28 +90,28 @@ def test_a_real_network_is_masked_by_boxes(coco) -> None:
     network = models.build("hq_sam", "vit_nano", frame_size=SIDE)
     found = average_precision(network, coco.path, coco.root, fit="pad", max_images=1)
     assert found.images == 1
-    assert 0 <= found.figures["AP"] <= 1
+    assert 0 <= found.metrics["AP"] <= 1
 
 
 def test_the_command_writes_what_it_found(coco) -> None:
     out = coco.root / "ap.json"
     words = ("sam", "-b", "vit_nano", "--frame-size", 64, "--annotations", coco.path, "-i", coco.root, "-o", out)
-    assert "3 in 2 pictures" in run_ok("evaluate_coco", *words).out.replace("\n", " ")
+    assert "3 in 2 images" in run_ok("evaluate_coco", *words).out.replace("\n", " ")
     record = json.loads(out.read_text())
-    assert (record["pictures"], record["boxes"], record["figures"]["APl"]) == (2, 3, None)
-    assert "is there already" in run_error("evaluate_coco", *words)
+    assert (record["images"], record["boxes"], record["figures"]["APl"]) == (2, 3, None)
+    assert "already exists" in run_error("evaluate_coco", *words)
 
 
-def test_wrong_files_are_sentences(coco) -> None:
+def test_wrong_files_are_errors(coco) -> None:
     def fails(match: str, **changes) -> None:
         with pytest.raises(DatasetError, match=match):
-            average_precision(Filling(), **{"annotations": coco.path, "images": coco.root, "fit": "pad"} | changes)
+            average_precision(BoxFiller(), **{"annotations": coco.path, "images": coco.root, "fit": "pad"} | changes)
 
     fails("missing", annotations=coco.root / "none.json")
     (coco.root / "list.json").write_text("[]")
-    fails("no instances", annotations=coco.root / "list.json")
-    fails("no box", detections=coco.root / "list.json")
+    fails("not an instance annotation", annotations=coco.root / "list.json")
+    fails("contains no boxes", detections=coco.root / "list.json")
     (coco.root / "bad.json").write_text('[{"bbox": [1, 2, 3, 4]}]')
-    fails("no detections", detections=coco.root / "bad.json")
+    fails("not a list of detections", detections=coco.root / "bad.json")
     (coco.root / "other.json").write_text('[{"image_id": 9, "category_id": 7, "bbox": [0, 0, 2, 2], "score": 1}]')
-    fails("pictures that the annotations do not have", detections=coco.root / "other.json")
+    fails("not in the annotations", detections=coco.root / "other.json")

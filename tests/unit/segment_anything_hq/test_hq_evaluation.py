@@ -1,4 +1,4 @@
-"""Evaluation of refiners: NoC and NoF worked out by hand, prompts from truths, latency's grid, CSV and page."""
+"""Evaluation of refiners: NoC and NoF worked out by hand, prompts from masks, the latency grid, CSV and report."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from segment_anything_hq.evaluation.protocols import (
     RandomRule,
     evaluate_prompted,
     mask_box,
-    noised_box,
+    noisy_box,
 )
 from segment_anything_hq.evaluation.report import write_page
-from segment_anything_hq.evaluation.scores import Case, WorstK, write_csv
+from segment_anything_hq.evaluation.scores import SamplePrediction, WorstK, write_csv
 from segment_anything_hq.prompts.clicks import Click, Prompt
 
 HOSTILE = "<script>alert(1)"
 
 
 class Scripted:
-    """Answers with given masks one after another, whatever is clicked, and writes down what it was asked."""
+    """Returns given masks one after another, whatever is clicked, and records its calls."""
 
-    def __init__(self, answers: Sequence[np.ndarray]) -> None:
-        self.answers = answers
+    def __init__(self, masks: Sequence[np.ndarray]) -> None:
+        self.masks = masks
         self.asked: list[tuple[tuple[Click, ...], bool]] = []
-        self.pictures = 0
+        self.images_set = 0
 
     def set_image(self, image: np.ndarray) -> None:
-        self.pictures += 1
+        self.images_set += 1
 
     def predict(self, clicks: Sequence[Click], previous: np.ndarray | None) -> np.ndarray:
         self.asked.append((tuple(clicks), previous is None))
-        return self.answers[min(len(clicks), len(self.answers)) - 1].astype(np.float32)
+        return self.masks[min(len(clicks), len(self.masks)) - 1].astype(np.float32)
 
 
 class Painter:
@@ -60,11 +60,11 @@ class Painter:
 
     def __init__(self, radius: int = 6) -> None:
         self.radius = radius
-        self.pictures = 0
+        self.images_set = 0
         self.shape = (0, 0)
 
     def set_image(self, image: np.ndarray) -> None:
-        self.pictures += 1
+        self.images_set += 1
         self.shape = image.shape[:2]
 
     def predict(self, clicks: Sequence[Click], previous: np.ndarray | None) -> np.ndarray:
@@ -96,10 +96,10 @@ def part(columns: int) -> np.ndarray:
 
 @pytest.fixture
 def squares(tmp_path: Path) -> ImageSet:
-    """Three squares in two pictures."""
+    """Three squares in two images."""
     samples = []
-    for name, picture in (("a", "one"), ("b", "one"), (HOSTILE, "two")):
-        image = tmp_path / f"{picture}.png"
+    for name, stem in (("a", "one"), ("b", "one"), (HOSTILE, "two")):
+        image = tmp_path / f"{stem}.png"
         Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(image)
         path = tmp_path / f"mask_{len(samples)}.png"
         Image.fromarray(np.where(square() == 1, 255, 0).astype(np.uint8)).save(path)
@@ -135,7 +135,7 @@ def test_clicking_stops_at_the_largest_target_but_not_before_the_mean_iou_is_kno
 
 
 def test_the_golden_clicks_of_a_square() -> None:
-    # 10 x 10 pixels in the corner: depth 5 first at (4, 4), the picture's edge being outside. What is left of it are
+    # 10 x 10 pixels in the corner: depth 5 first at (4, 4), the image's edge being outside. What is left of it are
     # columns 5 to 9: depth 3 first at (7, 2). Then columns 8 and 9: depth 1 at (8, 0).
     model = Scripted([part(5), part(8), part(9)])
     run = simulate_clicks(model, square(), ClickProtocol(targets=(0.9,), miou_at=()))
@@ -166,51 +166,51 @@ def test_ignored_pixels_change_neither_iou_nor_clicks() -> None:
 
 def test_a_mean_iou_after_clicks_that_were_not_made_is_refused() -> None:
     assert miou_at([[0.2, 0.4], [0.6, 0.8]], 2) == pytest.approx(0.6)
-    with pytest.raises(UsageError, match="stopped before"):
+    with pytest.raises(UsageError, match="stopped earlier"):
         miou_at([[0.2, 0.4], [0.6]], 2)
 
 
-def test_a_picture_of_several_objects_is_set_once(squares: ImageSet) -> None:
+def test_an_image_of_several_objects_is_set_once(squares: ImageSet) -> None:
     model = Painter()
     evaluate_clicks(model, [squares], ClickProtocol(max_clicks=3, miou_at=()))
-    assert model.pictures == 2
+    assert model.images_set == 2
 
 
-def test_what_cannot_be_clicked_gets_a_sentence() -> None:
+def test_impossible_click_protocols_are_errors() -> None:
     with pytest.raises(UsageError, match="more clicks than pixels"):
         simulate_clicks(Scripted([np.ones((2, 2))]), np.ones((2, 2), np.int8), ClickProtocol())
     with pytest.raises(UsageError, match="another size"):
         simulate_clicks(Scripted([np.ones((2, 3))]), square(), ClickProtocol())
-    with pytest.raises(UsageError, match="do not fit together"):
+    with pytest.raises(UsageError, match="max_clicks"):
         ClickProtocol(max_clicks=0)
-    with pytest.raises(UsageError, match="do not fit together"):
+    with pytest.raises(UsageError, match="max_clicks"):
         ClickProtocol(miou_at=(21,))
     for targets in ((), (1.5,)):
-        with pytest.raises(UsageError, match="need a target"):
+        with pytest.raises(UsageError, match="targets"):
             ClickProtocol(targets=targets)
 
 
-def test_boxes_of_the_truth_segment_squares_perfectly(squares: ImageSet) -> None:
+def test_ground_truth_boxes_segment_squares_perfectly(squares: ImageSet) -> None:
     found = evaluate_prompted(Painter(), [squares], BoxRule())
     assert found.overall == {"iou": 1.0, "boundary_iou": 1.0}
     assert mask_box(square()).tolist() == [0, 0, 9, 9]
-    with pytest.raises(UsageError, match="empty mask"):
+    with pytest.raises(UsageError, match="mask is empty"):
         mask_box(square(value=0))
 
 
 def test_noised_boxes_move_and_change_within_the_scale() -> None:
     rng = np.random.default_rng(0)
     box = np.array([30, 40, 50, 80], np.float32)
-    boxes = np.stack([noised_box(box, 0.4, (200, 200), rng) for _ in range(2000)])
+    boxes = np.stack([noisy_box(box, 0.4, (200, 200), rng) for _ in range(2000)])
     centers, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     assert np.abs(centers - [40, 60]).max(0) == pytest.approx([4, 8], rel=0.02)
     assert sizes.min(0) == pytest.approx([12, 24], rel=0.02)
     assert sizes.max(0) == pytest.approx([28, 56], rel=0.02)
-    cut = noised_box(np.array([0, 0, 19, 19], np.float32), 1.0, (20, 20), rng)
+    cut = noisy_box(np.array([0, 0, 19, 19], np.float32), 1.0, (20, 20), rng)
     assert (cut >= 0).all()
     assert (cut <= 19).all()
-    with pytest.raises(UsageError, match="noised"):
-        noised_box(box, 1.5, (200, 200), rng)
+    with pytest.raises(UsageError, match="noise"):
+        noisy_box(box, 1.5, (200, 200), rng)
 
 
 def test_noise_makes_scores_worse_and_depends_on_the_seed_alone(squares: ImageSet) -> None:
@@ -239,7 +239,7 @@ def test_random_points_lie_on_the_object_in_three_trials() -> None:
         assert all(ground_truth[c.y, c.x] == 1 and c.positive for c in prompt.points)
     (many,) = RandomRule(count=50, trials=1).prompts(ground_truth, np.random.default_rng(0))
     assert len(set(many.points)) == 9
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="count and trials must be at least 1"):
         RandomRule(count=0)
 
 
@@ -257,7 +257,7 @@ def test_empty_masks_are_skipped_and_named(squares: ImageSet) -> None:
 def test_sets_without_samples_or_of_one_name_are_refused(squares: ImageSet) -> None:
     with pytest.raises(DatasetError, match="no samples"):
         evaluate_clicks(Painter(), [ImageSet(name="none", samples=())])
-    with pytest.raises(UsageError, match="names of their own"):
+    with pytest.raises(UsageError, match="same name"):
         evaluate_prompted(Painter(), [squares, squares], BoxRule())
 
 
@@ -272,9 +272,9 @@ def test_the_worst_cases_are_kept_worst_first() -> None:
     kept = WorstK(2)
     for score in (0.5, 0.1, 0.9, 0.1, 0.3):
         sample = Sample(id=str(score), image=Path("i"), mask=MaskFile(path=Path("m")))
-        kept.update(Case(set="s", sample=sample, score=score, prediction=np.zeros((1, 1), bool)))
-    assert [c.score for c in kept.cases()] == [0.1, 0.1]
-    assert WorstK(0).cases() == ()
+        kept.update(SamplePrediction(set="s", sample=sample, score=score, prediction=np.zeros((1, 1), bool)))
+    assert [c.score for c in kept.worst_first()] == [0.1, 0.1]
+    assert WorstK(0).worst_first() == ()
 
 
 def test_the_latency_grid_is_walked_point_by_point_with_the_mask_before() -> None:
@@ -284,7 +284,7 @@ def test_the_latency_grid_is_walked_point_by_point_with_the_mask_before() -> Non
     assert len(asked) == len(found.points_s) == 256
     assert all(len(clicks) == 1 for clicks, _ in asked)
     assert [first for _, first in asked] == [True] + [False] * 255
-    assert model.pictures == 2
+    assert model.images_set == 2
     assert found.total_s == pytest.approx(found.encode_s + sum(found.points_s))
     assert found.point_median_s <= found.point_95_s
 
@@ -313,12 +313,12 @@ def test_the_page_is_self_contained_and_escaped(squares: ImageSet, tmp_path: Pat
     assert "squares &amp; more" in html
     assert "prefers-color-scheme: dark" in html
     assert not re.search(r'(?:src|href)="(?!data:)', html)
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
-    assert len(pictures) == 4
-    with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as image:
+    overlays = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    assert len(overlays) == 4
+    with Image.open(io.BytesIO(base64.b64decode(overlays[0]))) as image:
         assert image.format == "PNG"
     assert html.count("<polyline") == 1 + 2
-    with pytest.raises(UsageError, match="needs an evaluation"):
+    with pytest.raises(UsageError, match="no evaluations"):
         write_page(tmp_path / "none.html", [], title="T")
 
 
@@ -330,7 +330,7 @@ def test_a_case_that_cannot_be_drawn_is_named(squares: ImageSet, tmp_path: Path)
 
 
 @pytest.mark.data
-def test_real_pictures_are_evaluated_by_every_protocol(data_root: Path, tmp_path: Path) -> None:
+def test_real_images_are_evaluated_by_every_protocol(data_root: Path, tmp_path: Path) -> None:
     folder = data_root / "vgg-iseg-151"
     found = open_folders(folder / "images", folder / "masks", rule="ignore_128")
     few = found.subset([s.id for s in found.samples[:3]])

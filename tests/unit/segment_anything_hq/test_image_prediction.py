@@ -16,7 +16,7 @@ from rfmedsam2.errors import CheckpointError, RfMedSamError, UsageError
 from segment_anything_hq.data.image_io import read_image
 from segment_anything_hq.data.prompt_files import PromptedObject, images_in, read_prompts
 from segment_anything_hq.evaluation.protocols import BoxRule, CenterRule, RandomRule
-from segment_anything_hq.evaluation.run import rule_of
+from segment_anything_hq.evaluation.run import parse_protocol, parse_protocols
 from segment_anything_hq.inference.files import AT_ONCE, mask_objects, predict_objects, prompted_rows, require_free
 from segment_anything_hq.inference.image_transform import embed, make_transform
 from segment_anything_hq.inference.interactive import InteractivePredictor
@@ -378,17 +378,22 @@ def test_choices_that_do_not_fit_are_sentences(tmp_path):
 
 
 def test_protocols_have_names():
-    assert rule_of("box") == BoxRule()
-    assert rule_of("box_0.4") == BoxRule(noise=0.4)
-    assert rule_of("center") == CenterRule()
-    assert rule_of("points_5") == RandomRule(count=5)
-    assert rule_of("sat") is None
-    assert rule_of("clicks", clicks=3).miou_at == ()
+    assert parse_protocol("box") == BoxRule()
+    assert parse_protocol("box_0.4") == BoxRule(noise=0.4)
+    assert parse_protocol("center") == CenterRule()
+    assert parse_protocol("points_5") == RandomRule(count=5)
+    assert parse_protocol("sat") is None
+    assert parse_protocol("clicks", clicks=3).miou_at == ()
     for name in ("boxes", "box_1.5", "box_-1", "points_0", "points_", "Clicks", "noc"):
-        with pytest.raises(UsageError, match=r"no such protocol|need a point"):
-            rule_of(name)
-    with pytest.raises(UsageError):
-        rule_of("clicks", clicks=0)
+        with pytest.raises(UsageError, match=r"Unknown protocol|must be at least 1"):
+            parse_protocol(name)
+    with pytest.raises(UsageError, match="max_clicks"):
+        parse_protocol("clicks", clicks=0)
+
+
+def test_the_british_spelling_of_a_protocol_is_accepted():
+    assert parse_protocol("centre") == CenterRule()
+    assert list(parse_protocols(("centre", "box", "center"))) == ["center", "box"]
 
 
 @pytest.mark.parametrize(("method", "backbone"), PUBLISHED)
