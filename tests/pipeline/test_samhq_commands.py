@@ -19,7 +19,7 @@ from segment_anything_hq import records
 from segment_anything_hq.cli import names
 from segment_anything_hq.data.image_io import MaskRule
 
-COMMANDS = {"looking": ("check_data", "summary"), "using": ("predict", "evaluate")}
+COMMANDS = {"inspect": ("check_data", "summary"), "predict_evaluate": ("predict", "evaluate")}
 HEAVY = {"torch", "numba", "pandas", "scipy", "nibabel", "SimpleITK", "matplotlib"}
 NANO = ("-b", "vit_nano", "--frame-size", 64, "--device", "cpu")
 BOXES = [{"image": "a.png", "box": [8, 10, 24, 30]}, {"image": "b.png", "points": [[16, 20]], "labels": [1]}]

@@ -96,7 +96,7 @@ def test_a_real_network_is_masked_by_boxes(coco) -> None:
 def test_the_command_writes_what_it_found(coco) -> None:
     out = coco.root / "ap.json"
     words = ("sam", "-b", "vit_nano", "--frame-size", 64, "--annotations", coco.path, "-i", coco.root, "-o", out)
-    assert "3 in 2 images" in run_ok("evaluate_coco", *words).out.replace("\n", " ")
+    assert "3 in 2 images" in " ".join(run_ok("evaluate_coco", *words).out.split())
     record = json.loads(out.read_text())
     assert (record["images"], record["boxes"], record["figures"]["APl"]) == (2, 3, None)
     assert "already exists" in run_error("evaluate_coco", *words)
