@@ -18,7 +18,7 @@ PHANTOM = "Dataset900_PhantomCT"
 COMMANDS = {
     "pipeline": ("verify", "plan_and_preprocess", "train", "predict", "evaluate", "report"),
     "plans": ("summary",),
-    "exchange": ("make_phantom", "convert", "submit", "export_model", "import_model", "doctor"),
+    "data_and_models": ("make_phantom", "convert", "submit", "export_model", "import_model", "doctor"),
 }
 HEAVY = {"torch", "numba", "pandas", "scipy", "nibabel", "SimpleITK", "matplotlib"}
 SHORT = ("--epochs", 1, "--iterations", 2)

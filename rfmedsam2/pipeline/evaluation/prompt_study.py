@@ -158,7 +158,7 @@ def chosen_look(dataset: RawDataset, options: StudyOptions) -> Look:
     return Look(channels=channels, names=tuple(names[i] for i in channels), window=options.window)
 
 
-def as_pictures(image: np.ndarray, look: Look) -> Tensor:
+def as_images(image: np.ndarray, look: Look) -> Tensor:
     """Frames (Z, 3, Y, X) of 0 to 255 from an image (C, Z, Y, X).
 
     CT is shown in the window of soft tissue, everything else between percentiles of what is above its minimum.
@@ -251,7 +251,7 @@ def _scores(
         seen += sum(decoded.voxels_by_label.get(v, 0) for values in labels.foreground.values() for v in values)
         # the official predictor's precision; on the CPU bfloat16 gains nothing
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            maps = _segmented(model, as_pictures(decoded.volume.array, look), decoded.label, labels, options)
+            maps = _segmented(model, as_images(decoded.volume.array, look), decoded.label, labels, options)
         spacing = decoded.volume.grid.spacing_zyx_mm
         for setting, found in maps.items():
             classes = case_metrics(decoded.label, found, labels, spacing)

@@ -79,7 +79,7 @@ def test_real_organs_have_the_same_scores(data_root) -> None:
     for file in files:
         image = nibabel.load(file)
         reference = np.asarray(image.dataobj).astype(np.uint8)
-        prediction = np.roll(ndimage.gray_erosion(reference, 2), 1, axis=0)
+        prediction = np.roll(ndimage.grey_erosion(reference, 2), 1, axis=0)
         labels = LabelSet(names={"background": 0, "anterior": 1, "posterior": 2})
         scores = case_metrics(reference, prediction, labels, (1.0, 1.0, 1.0))
         for name, value in (("anterior", 1), ("posterior", 2)):

@@ -12,7 +12,7 @@ from rfmedsam2.inference.video_tracking import prompted_slices
 from rfmedsam2.inference.zero_shot import Painter, reference_prompts
 from rfmedsam2.nn.sam import TINY_STEM, VIT_POSITIONS, _untrained, build_sam, sam_name
 from rfmedsam2.nn.sam2.build import build_base
-from rfmedsam2.pipeline.evaluation.prompt_study import Look, as_pictures, sam2_backbone
+from rfmedsam2.pipeline.evaluation.prompt_study import Look, as_images, sam2_backbone
 from rfmedsam2.records.dataset import LabelSet
 
 LABELS = LabelSet(names={"background": 0, "liver": 3, "spleen": 1})
@@ -74,24 +74,24 @@ def test_frames_prompted(present: list[int], setting, expected: list[int]) -> No
 
 def test_ct_is_shown_in_the_window_of_soft_tissue() -> None:
     image = np.array([-1000.0, -160, 40, 240, 3000]).reshape(1, 1, 1, 5)
-    shown = as_pictures(image, Look(channels=(0,), names=("CT",), window=None))
+    shown = as_images(image, Look(channels=(0,), names=("CT",), window=None))
     assert shown.shape == (1, 3, 1, 5)
     assert shown[0, 2, 0].tolist() == pytest.approx([0, 0, 127.5, 255, 255])
 
 
 def test_other_channels_are_shown_between_percentiles_of_what_is_above_the_minimum() -> None:
     image = np.concatenate([np.zeros(1000), np.arange(1, 1002)]).reshape(1, 1, 1, -1)
-    shown = as_pictures(image, Look(channels=(0,), names=("T1",), window=None))[0, 0, 0]
+    shown = as_images(image, Look(channels=(0,), names=("T1",), window=None))[0, 0, 0]
     assert shown[1000:1005].max() == 0
     assert shown[-6:].min() == 255
     assert shown[1500] == pytest.approx(127.5, abs=0.5)
-    flat = as_pictures(np.full((1, 1, 2, 2), 7.0), Look(channels=(0,), names=("T1",), window=None))
+    flat = as_images(np.full((1, 1, 2, 2), 7.0), Look(channels=(0,), names=("T1",), window=None))
     assert flat.abs().max() == 0
 
 
 def test_three_channels_are_the_colors() -> None:
     image = np.stack([np.full((1, 2, 2), v) for v in (0.0, 5.0, 10.0)])
-    shown = as_pictures(image, Look(channels=(2, 0, 1), names=("a", "b", "c"), window=(0, 10)))
+    shown = as_images(image, Look(channels=(2, 0, 1), names=("a", "b", "c"), window=(0, 10)))
     assert shown[0, :, 0, 0].tolist() == [255, 0, 127.5]
 
 

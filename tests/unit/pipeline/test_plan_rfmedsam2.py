@@ -76,7 +76,7 @@ def test_light_backbones_stay_frozen_and_correct_the_prompts(backbone):
 
 
 @pytest.mark.parametrize(
-    ("preset", "backbone", "cells", "propagates"),
+    ("preset", "backbone", "objects", "propagates"),
     [
         ("cpu", "nano", 96, False),
         ("cpu", "lite_medsam", 24, False),
@@ -87,7 +87,7 @@ def test_light_backbones_stay_frozen_and_correct_the_prompts(backbone):
 )
 def test_short_trainings_and_those_from_scratch_leave_the_prompter_alone(preset, backbone, objects, propagates):
     stage, model = planned(HIPPOCAMPUS, preset, backbone)
-    assert (stage.sampling.objects, model.propagate_loss) == (objects, propagates)
+    assert (stage.sampling.max_prompted_objects, model.propagate_loss) == (objects, propagates)
 
 
 @pytest.mark.parametrize(
