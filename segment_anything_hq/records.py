@@ -74,9 +74,9 @@ def _refiner_plan_1_to_2(data: dict[str, Any]) -> dict[str, Any]:
     data = renamed(data, {"guidance": "prompting", "views": "views_per_object"})
     if isinstance(prompting := data.get("prompting"), dict):
         data["prompting"] = renamed(prompting, {"most": "max_clicks"})
-    if isinstance(jitter := data.get("jitter"), dict) and {"smallest", "largest"} <= jitter.keys():
-        jitter = dict(jitter)
-        data["jitter"] = {"scale_range": [jitter.pop("smallest"), jitter.pop("largest")], **jitter}
+    if isinstance(jitter := data.get("jitter"), dict) and {"smallest", "largest"} & jitter.keys():
+        jitter = dict(jitter)  # edited by hand it may name one of them
+        data["jitter"] = {"scale_range": [jitter.pop("smallest", 0.1), jitter.pop("largest", 2.0)], **jitter}
     return data
 
 

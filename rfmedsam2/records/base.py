@@ -7,9 +7,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from rfmedsam2.errors import RecordError
+
+_LATER_FORMAT = "later_format"
+"""pydantic's type of the error of a record that a later version has written."""
 
 
 class Record(BaseModel):
@@ -27,6 +31,15 @@ class Record(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
+            later = next((e for e in error.errors(include_url=False) if e["type"] == _LATER_FORMAT), None)
+            if later is not None:
+                raise RecordError(
+                    "This was written by a later version of the package",
+                    where=where,
+                    expected=later["ctx"]["expected"],
+                    found=later["ctx"]["found"],
+                    remedy="Update the package: pip install --upgrade rfmedsam2",
+                ) from None
             faults = "; ".join(_fault(e) for e in error.errors(include_url=False))
             raise RecordError(
                 f"{cls.__name__} has {error.error_count()} fault(s) ({faults})",
@@ -55,8 +68,8 @@ Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A copy with some keys renamed; order and other keys stay."""
-    return {names.get(key, key): value for key, value in data.items()}
+    """A copy with some keys renamed; order and other keys stay, also a key whose new name is taken."""
+    return {key if names.get(key) in data else names.get(key, key): value for key, value in data.items()}
 
 
 class VersionedRecord(Record):
@@ -64,7 +77,8 @@ class VersionedRecord(Record):
 
     A subclass of format N lists N - 1 upgrades, starting with format 1. Every earlier format can be read, also if the
     record is nested in another (a plan in a checkpoint), and is written back in the newest. Formats later than N are
-    rejected.
+    rejected: they need a later version of the package. Data without a format are taken for the newest, as those are
+    that a person or a program hands in; every file has one.
     """
 
     upgrades: ClassVar[tuple[Upgrade, ...]] = ()
@@ -76,8 +90,12 @@ class VersionedRecord(Record):
             return data
         newest = len(cls.upgrades) + 1
         found = data.get("format", newest)
-        if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= newest:
-            return data  # the field's own validation says what is wrong
+        formats = "format 1" if newest == 1 else f"format 1 to {newest}"
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise ValueError(f"expected {formats}, found format {found!r}")
+        if found > newest:
+            context = {"expected": f"{cls.__name__} in {formats}", "found": f"format {found}"}
+            raise PydanticCustomError(_LATER_FORMAT, "expected {expected}, found {found}", context)
         for number, upgrade in enumerate(cls.upgrades[found - 1 :], start=found + 1):
             data = upgrade(dict(data)) | {"format": number}
         return data

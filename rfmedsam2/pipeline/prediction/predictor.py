@@ -24,6 +24,7 @@ from rfmedsam2.inference.volume import PredictOptions, PreparedCase, predict_pre
 from rfmedsam2.models import load_network
 from rfmedsam2.pipeline.prediction.checkpoints import Which, checkpoints_of
 from rfmedsam2.pipeline.prediction.inputs import BoxInput, ImageInput, as_boxes, as_volume, straightened
+from rfmedsam2.records.base import renamed
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
@@ -136,7 +137,9 @@ class Predictor:
 
     def made_by(self, *, boxes: bool = False) -> str:
         """SHA-256 over the weights of all folds, the plan's part that matters, and `settings`."""
-        parts = [sorted(r.weights_sha256 for r in self.records), _what_predicting_needs(self.records[0])]
+        # the key is that of plans of format 1: label maps that were predicted with those stay valid
+        needs = renamed(_what_predicting_needs(self.records[0]), {"normalization": "normalisation"})
+        parts = [sorted(r.weights_sha256 for r in self.records), needs]
         return hashlib.sha256(json.dumps([*parts, self.settings(boxes=boxes)], sort_keys=True).encode()).hexdigest()
 
     def using(self, options: PredictOptions) -> Predictor:
