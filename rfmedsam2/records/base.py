@@ -31,16 +31,17 @@ class Record(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            later = next((e for e in error.errors(include_url=False) if e["type"] == _LATER_FORMAT), None)
+            errors = error.errors(include_url=False)
+            later = next((e.get("ctx", {}) for e in errors if e["type"] == _LATER_FORMAT), None)
             if later is not None:
                 raise RecordError(
                     "This was written by a later version of the package",
                     where=where,
-                    expected=later["ctx"]["expected"],
-                    found=later["ctx"]["found"],
+                    expected=later["expected"],
+                    found=later["found"],
                     remedy="Update the package: pip install --upgrade rfmedsam2",
                 ) from None
-            faults = "; ".join(_fault(e) for e in error.errors(include_url=False))
+            faults = "; ".join(_fault(e) for e in errors)
             raise RecordError(
                 f"{cls.__name__} has {error.error_count()} fault(s) ({faults})",
                 where=where,

@@ -56,7 +56,7 @@ def test_records_within_records_are_upgraded() -> None:
     again = Wall.from_json(wall.to_json())
     assert again == wall
     assert Wall.parse({"paint": wall.paint}) == Wall(paint=wall.paint), (
-        "a record that is made already is taken as it is"
+        "a record as such is taken as it is"
     )
 
 
