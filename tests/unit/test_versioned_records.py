@@ -55,9 +55,7 @@ def test_records_within_records_are_upgraded() -> None:
     assert (wall.paint.color, wall.spare[0].color) == ("RED", "BLUE")
     again = Wall.from_json(wall.to_json())
     assert again == wall
-    assert Wall.parse({"paint": wall.paint}) == Wall(paint=wall.paint), (
-        "a record as such is taken as it is"
-    )
+    assert Wall.parse({"paint": wall.paint}) == Wall(paint=wall.paint), "a record as such is taken as it is"
 
 
 @pytest.mark.parametrize("found", [0, -1, True, False, "3", "2", 2.0, 3.0, None, [3]])
