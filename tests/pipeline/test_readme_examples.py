@@ -1,4 +1,4 @@
-"""The README's Python example of the natural-image refiners runs as it stands, after the training that it names."""
+"""The Python example in the natural-image README runs as it stands, after the training that it names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def example(first_line: str) -> str:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "segment_anything_hq" / "README.md").read_text(encoding="utf-8"), re.S
+    )
     return next(block for block in blocks if first_line in block)
 
 
@@ -46,7 +48,7 @@ def test_box_and_click_by_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     code = example("from segment_anything_hq import models")
     assert len(code.strip().splitlines()) <= 15
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "segment_anything_hq/README.md", "exec"), {})
     mask = np.asarray(Image.open("cat.png"))
     assert mask.shape == (300, 400)
     assert mask.dtype == np.bool_
