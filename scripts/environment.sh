@@ -27,7 +27,7 @@ make_environment() {
         echo "Installing $requirement (torch is large: a few minutes the first time)"
         local install=(python -m pip install --quiet --disable-pip-version-check)
         "${install[@]}" --upgrade pip
-        # sam2 is a source package whose set-up imports torch: torch comes first, and sam2 is built beside it.
+        # sam2 is a source package that is built with torch: torch comes first, or pip downloads a second one for the build.
         # Its CUDA extension fills holes of masks; nothing here uses it, and it would need a compiler.
         "${install[@]}" "torch>=2.5.1" torchvision setuptools wheel
         SAM2_BUILD_CUDA=0 "${install[@]}" --no-build-isolation "sam2>=1.1,<2"

@@ -28,21 +28,35 @@ except ImportError:  # Windows has no such limits
 
 PACKAGES = (
     "torch",
+    "torchvision",
+    "sam2",
+    "segment-anything",
     "numpy",
     "scipy",
-    "numba",
-    "blosc2",
+    "pandas",
     "nibabel",
     "SimpleITK",
     "pydicom",
-    "pydantic",
+    "pillow",
+    "blosc2",
+    "numba",
+    "surface-distance",
     "safetensors",
+    "pydantic",
+    "typing-extensions",
+    "tyro",
+    "rich",
+    "tqdm",
+    "psutil",
+    "jinja2",
+    "matplotlib",
     "dynamic-network-architectures",
     "batchgenerators",
     "batchgeneratorsv2",
-    "connected-components-3d",
 )
-OPTIONAL_PACKAGES = ("nnunetv2", "monai", "sam2", "segment-anything", "tensorboard", "surface-distance")
+"""What pyproject.toml requires, in its order (tests/test_dependencies.py)."""
+OPTIONAL_PACKAGES = ("tensorboard", "pycocotools", "nnunetv2")
+"""What its extras bring, without those for tests."""
 
 _GIB = 2**30
 # below these, users of comparable pipelines report killed workers, full disks and "too many open files"

@@ -296,7 +296,8 @@ def _no_cases(folder: Path, json: DatasetJson) -> DatasetError:
     images, labels = folder / "imagesTr", folder / "labelsTr"
     expected = f"imagesTr/CASE_0000{json.file_ending} and labelsTr/CASE{json.file_ending}"
     if len(json.channels) > 1:
-        expected = f"imagesTr/CASE_0000{json.file_ending} to _{len(json.channels) - 1:04d} for {json.channels}, " + (
+        expected = (
+            f"imagesTr/CASE_0000{json.file_ending} to _{len(json.channels) - 1:04d} for {json.channels}, "
             f"and labelsTr/CASE{json.file_ending}"
         )
     if json.dataset is not None:

@@ -214,7 +214,7 @@ def nnunet(args: argparse.Namespace) -> Timing:
     prepared = args.work / "nnunet" / "preprocessed" / (args.work / "ready").read_text()
     plans = json.loads((prepared / f"{PLAN}.json").read_text()) | {"continue_training": False}
     described = json.loads((prepared / "dataset.json").read_text())
-    trainer = nnUNetTrainer(plans, STAGE, "all", described, device=torch.device(args.device))  # pyright: ignore
+    trainer = nnUNetTrainer(plans, STAGE, "all", described, device=torch.device(args.device))
     trainer.on_train_start()
     network: Any = trainer.network
     loaders: tuple[Any, Any] = trainer.dataloader_train, trainer.dataloader_val

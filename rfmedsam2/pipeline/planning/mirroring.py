@@ -40,10 +40,11 @@ def note_on_mirroring(plan: Plan, grid: Grid) -> list[str]:
     if not names or not changes:
         return []
     pair = f"{names[0]} and {len(names) - 1} more labels" if len(names) > 2 else " and ".join(names)
-    return [
+    note = (
         f"{pair} are of one side each, and training mirrors left and right. Where the anatomy is symmetric, as in a "
         f"brain, the sides cannot be told apart then: add --set {' '.join(changes).replace(', ', ',')}"
-    ]
+    )
+    return [note]
 
 
 def _side_axis(plan: Plan, stage: Stage, grid: Grid) -> int:
