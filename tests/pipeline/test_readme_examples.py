@@ -1,10 +1,12 @@
-"""The Python example in the natural-image README runs as it stands, after the training that it names."""
+"""The Python examples of the READMEs run as they stand, after the trainings that they name."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,24 @@ from segment_anything_hq.tasks.train import TrainOptions, train
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def example(first_line: str) -> str:
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "segment_anything_hq" / "README.md").read_text(encoding="utf-8"), re.S
-    )
-    return next(block for block in blocks if first_line in block)
+def example(page: str, line: str) -> str:
+    """The Python example of a README that holds this line."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    return next(block for block in blocks if line in block)
+
+
+def test_predicting_by_the_readme(trained_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rfmed_data").symlink_to(trained_root)
+    image = min((trained_root / "raw").glob("*/imagesTs/*.nii.gz"))
+    shutil.copy(image, "ct.nii.gz")
+    names: dict[str, object] = {}
+    exec(compile(example("README.md", "from rfmedsam2 import Predictor"), "README.md", "exec"), names)
+    written, given = nib.load("labels.nii.gz"), nib.load(image)
+    assert written.shape == given.shape
+    assert np.array_equal(written.affine, given.affine)
+    assert names["labels"].shape == (40, 96, 96)
+    assert np.array_equal(np.asarray(names["image"].dataobj), np.asarray(written.dataobj))
 
 
 def test_box_and_click_by_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +61,7 @@ def test_box_and_click_by_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyP
     options = TrainOptions(device="cpu", weights=Path("mobile_sam.pt"), score_base=False)
     train(plan, sets, sets, Path("runs/hq"), options)
 
-    code = example("from segment_anything_hq import models")
+    code = example("segment_anything_hq/README.md", "from segment_anything_hq import models")
     assert len(code.strip().splitlines()) <= 15
     exec(compile(code, "segment_anything_hq/README.md", "exec"), {})
     mask = np.asarray(Image.open("cat.png"))
