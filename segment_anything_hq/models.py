@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Literal, cast
 
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
+from rfmedsam2.nn.sam import SamBackbone, SamSegmenter
+from rfmedsam2.nn.sam_weights import load_sam
 from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import read_weights, weights_sha256
 from rfmedsam2.store.published_weights import read_published
-from segment_anything_hq.build_sam import FRAME_SIZE, assemble, tiny_vit, vit
-from segment_anything_hq.nn import sam2_base, sam_base
-from segment_anything_hq.nn.hq_sam import HqSam, load_sam
+from segment_anything_hq.nn import sam2_base
+from segment_anything_hq.nn.hq_sam import FRAME_SIZE, HqSam, build_hq_sam, load_hq_sam
 from segment_anything_hq.nn.hq_sam2 import HqSam2, load_hq_sam2
 from segment_anything_hq.nn.sam2_base import Sam2Backbone, Sam2Segmenter
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
-from segment_anything_hq.nn.sam_base import ENCODERS, SamBackbone, SamSegmenter
 from segment_anything_hq.nn.sam_ref import SamRef
 from segment_anything_hq.nn.trainable_subset import TrainedPart
 from segment_anything_hq.records import ON_SAM2, Backbone, Method, RefinerRecord, ZeroShot, supports_backbone
@@ -66,9 +66,9 @@ def build(
     if decoder is not None:
         raise UsageError(f"{method} has a mask decoder of its own", where=decoder, remedy="Leave --decoder out")
     if method == "hq_sam":
-        hq_sam = _hq_sam(cast(SamBackbone, backbone), frame_size)
+        hq_sam = build_hq_sam(cast(SamBackbone, backbone), frame_size=frame_size)
         if weights is not None:
-            load_sam(hq_sam, read_published(weights), where=weights)
+            load_hq_sam(hq_sam, read_published(weights), where=weights)
         return hq_sam
     if method == "hq_sam2":
         hq_sam2 = HqSam2(cast(Sam2Backbone, backbone), frame_size=frame_size).eval()
@@ -130,12 +130,5 @@ def _base(backbone: Backbone, frame_size: int, weights: Path | None, *, trained:
         return sam2.eval()
     sam = SamSegmenter(cast(SamBackbone, backbone), frame_size=frame_size, trained=what)
     if weights is not None:
-        sam_base.load_sam(sam, read_published(weights), where=weights)
+        load_sam(sam, read_published(weights), where=weights)
     return sam.eval()
-
-
-def _hq_sam(backbone: SamBackbone, frame_size: int) -> HqSam:
-    if backbone == "vit_tiny":
-        return assemble(*tiny_vit(frame_size))
-    channels, sizes = ENCODERS[backbone]
-    return assemble(*vit(channels, sizes.depth, sizes.heads, sizes.global_blocks, frame_size))

@@ -16,6 +16,7 @@ from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
 from rfmedsam2.inference.zero_shot import Painter, SlicePrompts
+from rfmedsam2.nn.segmenter import normalized
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.study import Step2
 
@@ -24,8 +25,6 @@ Output = dict[str, Any]
 """What track_step gives and takes back: a cell's mask, memory and pointer."""
 Memories = dict[int, dict[str, Any]]
 """Class -> what track_step remembers of it: outputs of prompted and of other frames."""
-MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
 STEPS2: tuple[Step2, ...] = ("unprompted", "all")
 REMEMBERED = 16
 """Frames back that SAM 2 still looks at (object pointers; maps: six)."""
@@ -150,9 +149,8 @@ class VideoSegmenter:
     def _encoded(self, z: int) -> Encoded:
         side = self.base.image_size
         x = self.frames[z : z + 1].to(self.base.device)
-        x = F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=True) / 255
-        mean, deviation = (x.new_tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
-        maps = self.base.forward_image((x - mean) / deviation)
+        x = F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=True)
+        maps = self.base.forward_image(normalized(x, side))
         _, features, positions, sizes = self.base._prepare_backbone_features(maps)
         return Encoded(features=features, positions=positions, sizes=sizes)
 

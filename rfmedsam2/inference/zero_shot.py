@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rfmedsam2.nn.sam import Sam
+from rfmedsam2.nn.sam import SamSegmenter
+from rfmedsam2.nn.segmenter import PromptBatch, at_image_size, fitted_size
 from rfmedsam2.prompts import center_points, prompts_from_labels
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.study import PromptKind
@@ -90,12 +92,12 @@ class Painter:
 
 
 def segment_slices(
-    sam: Sam, frames: Tensor, prompts: tuple[SlicePrompts, ...], labels: LabelSet
+    sam: SamSegmenter, frames: Tensor, prompts: tuple[SlicePrompts, ...], labels: LabelSet
 ) -> dict[PromptKind, np.ndarray]:
     """SAM on every frame that has a prompt.
 
     Args:
-        sam: on its device.
+        sam: on its device; `best_of_three`, as SAM's authors advise for points.
         frames: (Z, 3, H, W) of 0 to 255, on any device.
         prompts: of the frames; all kinds share each frame's embedding.
         labels: what the classes are.
@@ -106,15 +108,27 @@ def segment_slices(
     painter = Painter(labels)
     device = next(sam.parameters()).device
     size = (frames.shape[2], frames.shape[3])
+    resized = fitted_size(size, sam.frame_size)
     out: dict[PromptKind, np.ndarray] = {each.kind: np.zeros((len(frames), *size), painter.dtype) for each in prompts}
-    points = {each.kind: each.within(size, sam.resized(size)) for each in prompts}
+    points = {each.kind: each.within(size, resized) for each in prompts}
     for z in range(len(frames)):
         present: dict[PromptKind, Tensor] = {each.kind: each.present[z].nonzero()[:, 0] for each in prompts}
         if not any(len(classes) for classes in present.values()):
             continue
-        embedding = sam.encode(frames[z].to(device))
+        frame = frames[z : z + 1].to(device)
+        image = F.interpolate(frame, resized, mode="bilinear", align_corners=False, antialias=True)
+        embedded = sam.encode(sam.normalize(image))
         for kind, classes in present.items():
             given = points[kind][z, classes].to(device)
-            parts = [sam.decode(embedding, part, box=kind == "box", size=size) for part in given.split(AT_ONCE)]
-            painter.paint(torch.cat(parts), classes, out[kind][z])
+            low = [sam.segment(embedded, as_batch(part, kind)).logits for part in given.split(AT_ONCE)]
+            masks = [at_image_size(part, frame_size=sam.frame_size, resized=resized, size=size) for part in low]
+            painter.paint(torch.cat(masks), classes, out[kind][z])
     return out
+
+
+def as_batch(points: Tensor, kind: PromptKind) -> PromptBatch:
+    """Boxes (n, 2, 2), near and far corner, or points (n, 1, 2) of one frame, in its pixels, as SAM takes them."""
+    images = torch.zeros(len(points), dtype=torch.long, device=points.device)
+    if kind == "box":
+        return PromptBatch(images=images, boxes=points.flatten(1))
+    return PromptBatch(images=images, points=points, point_labels=torch.ones_like(points[..., 0], dtype=torch.long))

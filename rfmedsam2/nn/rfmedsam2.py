@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rfmedsam2.errors import PlanError, UsageError
 from rfmedsam2.nn.adapters import ChannelAdapter
 from rfmedsam2.nn.feature_cache import FeatureCache
+from rfmedsam2.nn.loading import LoadReport
 from rfmedsam2.nn.memory_budget import chunk_size, frame_bytes
 from rfmedsam2.nn.prompt_generators import HierarchicalMasks, ObjectQueries, PointEmbeddings
 from rfmedsam2.nn.refinement_state import (
@@ -38,7 +39,7 @@ from rfmedsam2.nn.sam2.frozen import pretrained_parameters
 from rfmedsam2.nn.sam2.light_weights import load_light
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import FrameFeatures
-from rfmedsam2.nn.sam2.weights import LoadReport, load_sam2
+from rfmedsam2.nn.sam2.weights import load_sam2
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.model import LIGHT_BACKBONES, RFMedSam2Config

@@ -1,186 +1,248 @@
-"""SAM for single pictures: MobileSAM, LiteMedSAM and the official ViT-B, L and H, told apart by their weights.
+"""SAM on images as a segmenter: ViT-B, L, H, MobileSAM and LiteMedSAM, prompts of several images as one batch.
 
-Prompt encoder, mask decoder and ViT are the `segment_anything` package's, TinyViT is ours (`sam2/tiny_vit.py`).
+The one place that builds SAM's three parts: for the prompt study and the refiners `SamSegmenter`, for HQ-SAM
+`build_vit`, `build_prompt_encoder` and `build_transformer`. Prompt encoder, mask decoder and ViT are the
+`segment_anything` package's, TinyViT is ours (`sam2/tiny_vit.py`); parameters have the names of the published files
+(`sam_weights.py`). The mask decoder is run here and not by its own `forward`, which takes one image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor, nn
 
-from rfmedsam2.errors import CheckpointError
-from rfmedsam2.nn.sam2.tiny_vit import TinyVitEncoder
+from rfmedsam2.errors import PlanError
+from rfmedsam2.nn.sam2.tiny_vit import TinyVitEncoder, scaled
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, normalized, padded
 
+SamBackbone = Literal["vit_b", "vit_l", "vit_h", "vit_tiny", "lite_medsam", "vit_nano"]
+Trained = Literal["none", "decoder"]
+"""What of a base is trained: nothing (zero-shot, or under a refiner), or its mask decoder."""
+
+NAMES: dict[SamBackbone, str] = {
+    "vit_b": "SAM ViT-B",
+    "vit_l": "SAM ViT-L",
+    "vit_h": "SAM ViT-H",
+    "vit_tiny": "MobileSAM",
+    "lite_medsam": "LiteMedSAM",
+    "vit_nano": "SAM ViT-nano",
+}
+"""As reports and papers say; nano, which no weights exist for, is for tests."""
 CHANNELS = 256
-SIDE = 64
-"""Positions a side of the embedding, of every kind."""
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_DEVIATION = (58.395, 57.12, 57.375)
-TINY_STEM = "image_encoder.patch_embed.seq.0.c.weight"
-VIT_POSITIONS = "image_encoder.pos_embed"
-
-SamName = Literal["MobileSAM", "LiteMedSAM", "SAM ViT-B", "SAM ViT-L", "SAM ViT-H"]
+NANO_CHANNELS = 64
+STRIDE = 16
+LITE_STRIDE = 4
+"""Of LiteMedSAM, whose frames have 256 pixels a side where the others' have 1024."""
+PUBLISHED_SIDE = 64
+"""Positions a side of the embedding that published weights are for."""
+WINDOW = 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vit:
-    """Sizes of an official image encoder."""
+class VitSizes:
+    """Sizes of an image encoder: channels, blocks, heads, and which blocks attend to the whole image."""
 
-    name: SamName
+    channels: int
     depth: int
     heads: int
     global_blocks: tuple[int, ...]
 
 
-VITS = {
-    768: Vit(name="SAM ViT-B", depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
-    1024: Vit(name="SAM ViT-L", depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
-    1280: Vit(name="SAM ViT-H", depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
+VITS: dict[SamBackbone, VitSizes] = {
+    "vit_b": VitSizes(channels=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
+    "vit_l": VitSizes(channels=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
+    "vit_h": VitSizes(channels=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
+    "vit_nano": VitSizes(channels=32, depth=2, heads=2, global_blocks=(1,)),
 }
-"""By channels: segment_anything/build_sam.py."""
+"""The official ones: segment_anything/build_sam.py."""
+VitT = TypeVar("VitT", bound=ImageEncoderViT)
 
 
-class Sam(nn.Module):
-    """A SAM on one picture at a time.
-
-    Attributes:
-        name: whose it is.
-        frame_size: pixels of the longer side of the picture that the encoder sees, and the frame of its prompts.
-    """
-
-    def __init__(self, name: SamName, encoder: nn.Module, *, frame_size: int) -> None:
-        super().__init__()
-        self.name: SamName = name
-        self.frame_size = frame_size
-        self.image_encoder = encoder
-        self.prompt_encoder = PromptEncoder(
-            embed_dim=CHANNELS,
-            image_embedding_size=(SIDE, SIDE),
-            input_image_size=(frame_size, frame_size),
-            mask_in_chans=16,
-        )
-        self.mask_decoder = MaskDecoder(
-            transformer_dim=CHANNELS,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=CHANNELS, mlp_dim=2048, num_heads=8),
-        )
-
-    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) of a picture of this size in the frame: the longer side fills it, the rest is padded."""
-        scale = self.frame_size / max(size)
-        height, width = (int(side * scale + 0.5) for side in size)
-        return height, width
-
-    def encode(self, picture: Tensor) -> Tensor:
-        """Embedding (1, 256, 64, 64) of a picture (3, H, W) of 0 to 255, scaled as the weights were trained."""
-        height, width = self.resized((picture.shape[1], picture.shape[2]))
-        x = F.interpolate(picture[None], (height, width), mode="bilinear", align_corners=False, antialias=True)
-        if self.name == "LiteMedSAM":
-            x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-8)
-        else:
-            mean, deviation = (x.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_DEVIATION))
-            x = (x - mean) / deviation
-        embedding = self.image_encoder(F.pad(x, (0, self.frame_size - width, 0, self.frame_size - height)))
-        return embedding["vision_features"] if isinstance(embedding, dict) else embedding
-
-    def decode(self, embedding: Tensor, points: Tensor, *, box: bool, size: tuple[int, int]) -> Tensor:
-        """Mask logits of n prompts.
-
-        A box asks for the single mask, a point for the best of three by predicted IoU, as SAM's authors advise.
-
-        Args:
-            embedding: (1, 256, 64, 64).
-            points: in pixels of the frame: (n, 2, 2), the two corners of a box, or (n, 1, 2), a point of the object.
-            box: which of the two.
-            size: (H, W) of the picture.
-
-        Returns:
-            (n, H, W).
-        """
-        sparse, dense = (
-            self.prompt_encoder(points=None, boxes=points.flatten(1), masks=None)
-            if box
-            else self.prompt_encoder(points=(points, points.new_ones(points.shape[:2])), boxes=None, masks=None)
-        )
-        masks, quality = self.mask_decoder(
-            image_embeddings=embedding,
-            image_pe=self.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=not box,
-        )
-        best = masks[torch.arange(len(masks), device=masks.device), quality.argmax(1)][:, None].float()
-        height, width = self.resized(size)
-        framed = F.interpolate(best, (self.frame_size, self.frame_size), mode="bilinear", align_corners=False)
-        return F.interpolate(framed[..., :height, :width], size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def build_sam(weights: Mapping[str, Tensor], *, where: object) -> Sam:
-    """The SAM that these weights are of, loaded, in evaluation mode.
+class SamSegmenter(nn.Module):
+    """SAM on frames and prompts as batches.
 
     Args:
-        weights: by the published names (`store.published_weights.read_published`).
-        where: what error messages name.
+        backbone: its image encoder.
+        frame_size: S, a multiple of the embedding's stride, 16 (LiteMedSAM: 4); TinyViT's of two strides. None: as
+            published, 1024 (LiteMedSAM: 256).
+        best_of_three: a single point without box and mask is ambiguous: of three masks take the one that SAM scores
+            best, as its authors advise. Otherwise the single-mask output, as interactive benchmarks do.
+        trained: "decoder": the mask decoder is trained, "none": nothing.
 
     Raises:
-        CheckpointError: weights of no SAM that is known, or that lack something.
+        PlanError: a frame size that the encoder cannot take.
     """
-    name = sam_name(weights)
-    if name is None:
-        raise CheckpointError(
-            "These are weights of no SAM that is known",
-            where=where,
-            expected="mobile_sam.pt, lite_medsam.pth, sam_vit_b, sam_vit_l or sam_vit_h",
-            found=f"{len(weights)} tensors ({', '.join(list(weights)[:3])} ...)",
-            remedy="Give files of SAM 2 with --sam2" if any("trunk" in key for key in weights) else None,
+
+    def __init__(
+        self,
+        backbone: SamBackbone,
+        *,
+        frame_size: int | None = None,
+        best_of_three: bool = False,
+        trained: Trained = "none",
+    ) -> None:
+        super().__init__()
+        stride = LITE_STRIDE if backbone == "lite_medsam" else STRIDE
+        frame_size = PUBLISHED_SIDE * stride if frame_size is None else frame_size
+        least = stride if backbone in VITS else 2 * stride
+        if frame_size < 4 * stride or frame_size % least:
+            raise PlanError(
+                f"{backbone} cannot see frames of this size",
+                expected=f"a multiple of {least} from {4 * stride}",
+                found=frame_size,
+            )
+        self.backbone: SamBackbone = backbone
+        self.frame_size = frame_size
+        self.best_of_three = best_of_three
+        self.trained: Trained = trained
+        self.channels = NANO_CHANNELS if backbone == "vit_nano" else CHANNELS
+        self.side = frame_size // stride
+        self.image_encoder = (
+            build_vit(backbone, frame_size=frame_size, channels=self.channels)
+            if backbone in VITS
+            else _tiny_vit(self.side, strided=backbone == "vit_tiny")
         )
-    sam = _untrained(name, weights)
-    wanted = sam.state_dict()
-    lacking = [key for key in wanted if key not in weights and "laterals" not in key]
-    wrong = [key for key in wanted if key in weights and wanted[key].shape != weights[key].shape]
-    if lacking or wrong:
-        raise CheckpointError(
-            f"These weights do not fit {name}",
-            where=where,
-            found=f"{len(lacking)} missing, {len(wrong)} of another shape ({', '.join([*lacking, *wrong][:5])} ...)",
-            remedy="Take the published file",
-        )
-    sam.load_state_dict({key: weights[key] for key in wanted if key in weights}, strict=False)
-    return sam.eval()
+        self.prompt_encoder = build_prompt_encoder(frame_size, side=self.side, channels=self.channels)
+        self.mask_decoder = MaskDecoder(transformer_dim=self.channels, transformer=build_transformer(self.channels))
+        self.requires_grad_(False)
+        self.mask_decoder.requires_grad_(trained == "decoder")
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255; LiteMedSAM stretches each to 0 to 1."""
+        if self.backbone == "lite_medsam":
+            return padded(scaled(images.float(), "unit"), self.frame_size)
+        return normalized(images, self.frame_size)
+
+    def encode(self, frames: Tensor) -> Embedded:
+        """Embed frames (B, 3, S, S)."""
+        encoder = self.image_encoder
+        if isinstance(encoder, TinyVitEncoder):
+            # its convolutions are quicker with channels last
+            seen = frames.contiguous(memory_format=torch.channels_last)
+            return Embedded(embedding=encoder.neck(encoder.stages(seen)[-1]), frames=frames)
+        return Embedded(embedding=encoder(frames), frames=frames)
+
+    def segment(self, embedded: Embedded, prompted: PromptBatch, *, previous: Segmented | None = None) -> Segmented:  # noqa: ARG002
+        """Mask the prompted objects; the mask before takes part only as `prompted.masks`."""
+        size = (len(prompted), 4 * self.side, 4 * self.side)
+        masks = embedded.embedding.new_empty(size, dtype=torch.float32)
+        scores = masks.new_empty(len(prompted))
+        for rows, group in prompted.by_click_count():
+            logits, quality = self._decoded(embedded.embedding[group.images], group)
+            masks = masks.index_copy(0, rows, logits.float())
+            scores = scores.index_copy(0, rows, quality.float())
+        return Segmented(logits=masks, scores=scores)
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of the mask decoder, or none."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+    def _decoded(self, embedding: Tensor, prompted: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Masks (p, 4s, 4s) and their scores (p,) of prompts with equally many points, and embeddings of their own."""
+        sparse, dense = prompt_embeddings(self.prompt_encoder, prompted)
+        with torch.autocast(embedding.device.type, enabled=False):
+            positions = self.prompt_encoder.get_dense_pe()
+        masks, quality = decoded_masks(self.mask_decoder, embedding + dense, positions=positions, sparse=sparse)
+        if not (self.best_of_three and is_ambiguous(prompted)):
+            return masks[:, 0], quality[:, 0]
+        best = 1 + quality[:, 1:].argmax(1)
+        row = torch.arange(len(masks), device=masks.device)
+        return masks[row, best], quality[row, best]
 
 
-def sam_name(weights: Mapping[str, Tensor]) -> SamName | None:
-    """Whose weights these are, by the image encoder's first tensors; None: no SAM's."""
-    if TINY_STEM in weights:
-        return "MobileSAM" if weights[TINY_STEM].shape[-1] == 3 else "LiteMedSAM"
-    positions = weights.get(VIT_POSITIONS)
-    vit = None if positions is None else VITS.get(positions.shape[-1])
-    return None if vit is None else vit.name
+def build_vit(
+    backbone: SamBackbone,
+    *,
+    frame_size: int,
+    channels: int = CHANNELS,
+    kind: type[VitT] = ImageEncoderViT,
+) -> VitT:
+    """A ViT of SAM's, new.
 
-
-def _untrained(name: SamName, weights: Mapping[str, Tensor]) -> Sam:
-    if name == "MobileSAM":
-        return Sam(name, TinyVitEncoder(frame_size=1024), frame_size=1024)
-    if name == "LiteMedSAM":
-        # the encoder counts a pixel of LiteMedSAM's as 4 x 4 of the frame
-        return Sam(name, TinyVitEncoder(frame_size=1024, strided=False), frame_size=256)
-    channels = weights[VIT_POSITIONS].shape[-1]
-    vit = VITS[channels]
-    encoder = ImageEncoderViT(
-        depth=vit.depth,
-        embed_dim=channels,
-        img_size=1024,
+    Args:
+        backbone: one of `VITS`.
+        frame_size: S, a multiple of 16.
+        channels: of the embedding.
+        kind: the class to build: `segment_anything`'s, or one with its arguments.
+    """
+    sizes = VITS[backbone]
+    return kind(
+        depth=sizes.depth,
+        embed_dim=sizes.channels,
+        img_size=frame_size,
         norm_layer=cast(type[nn.Module], partial(nn.LayerNorm, eps=1e-6)),
-        num_heads=vit.heads,
-        global_attn_indexes=vit.global_blocks,
+        num_heads=sizes.heads,
+        global_attn_indexes=sizes.global_blocks,
         use_rel_pos=True,
-        window_size=14,
-        out_chans=CHANNELS,
+        window_size=WINDOW,
+        out_chans=channels,
     )
-    return Sam(name, encoder, frame_size=1024)
+
+
+def build_prompt_encoder(frame_size: int, *, side: int | None = None, channels: int = CHANNELS) -> PromptEncoder:
+    """SAM's, new, for frames of S pixels a side and an embedding of `side` positions (None: S / 16)."""
+    side = frame_size // STRIDE if side is None else side
+    return PromptEncoder(
+        embed_dim=channels,
+        image_embedding_size=(side, side),
+        input_image_size=(frame_size, frame_size),
+        mask_in_chans=16,
+    )
+
+
+def build_transformer(channels: int = CHANNELS) -> TwoWayTransformer:
+    """SAM's, of its mask decoder, new."""
+    return TwoWayTransformer(depth=2, embedding_dim=channels, mlp_dim=8 * channels, num_heads=8)
+
+
+def _tiny_vit(side: int, *, strided: bool) -> TinyVitEncoder:
+    # it counts a pixel of LiteMedSAM's as 4 x 4 of the frame
+    encoder = TinyVitEncoder(frame_size=STRIDE * side, strided=strided)
+    encoder.laterals = nn.ModuleList()  # they are for SAM 2's decoder
+    return encoder
+
+
+def prompt_embeddings(encoder: PromptEncoder, prompted: PromptBatch) -> tuple[Tensor, Tensor]:
+    """Sparse (p, n, C) and dense (p, C, s, s) embeddings of prompts with equally many points.
+
+    At full precision: half of it misplaces a point by as much as two pixels of 1024.
+    """
+    points = None if prompted.points is None or prompted.point_labels is None else prompted.points.float()
+    with torch.autocast(prompted.images.device.type, enabled=False):
+        sparse, dense = encoder(
+            points=None if points is None else (points, prompted.point_labels),
+            boxes=None if prompted.boxes is None else prompted.boxes.float(),
+            masks=None if prompted.masks is None else prompted.masks[:, None].float(),
+        )
+    return sparse.expand(len(prompted), -1, -1), dense.expand(len(prompted), -1, -1, -1)
+
+
+def decoded_masks(decoder: MaskDecoder, source: Tensor, *, positions: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """All four masks (p, 4, 4s, 4s) of SAM's mask decoder, the single one first, and their scores (p, 4).
+
+    Args:
+        decoder: SAM's.
+        source: (p, C, s, s) image embeddings, the dense prompts' added.
+        positions: (1, C, s, s).
+        sparse: (p, n, C).
+    """
+    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    queries, keys = decoder.transformer(
+        source, positions, torch.cat([tokens.expand(len(source), -1, -1).to(sparse.dtype), sparse], 1)
+    )
+    upscaled = decoder.output_upscaling(keys.transpose(1, 2).reshape(source.shape))
+    heads = enumerate(decoder.output_hypernetworks_mlps)
+    weights = torch.stack([head(queries[:, 1 + i]) for i, head in heads], 1)
+    return torch.einsum("pkc,pchw->pkhw", weights, upscaled), decoder.iou_prediction_head(queries[:, 0])
+
+
+def is_ambiguous(prompted: PromptBatch) -> bool:
+    """Prompts of a single point and nothing else: of a part, an object, or several."""
+    alone = prompted.boxes is None and prompted.masks is None
+    return alone and prompted.points is not None and prompted.points.shape[1] == 1

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from rfmedsam2.errors import UsageError
 
-MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of the three channels, of 0 to 1: what SAM and SAM 2 normalize images with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +184,33 @@ def _rows(tensor: Tensor | None, index: Tensor | slice) -> Tensor | None:
 def normalized(images: Tensor, frame_size: int) -> Tensor:
     """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255, h and w at most S: SAM's and SAM 2's `normalize`."""
     images = images.float()
-    mean, deviation = (images.new_tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
-    frames = (images / 255 - mean) / deviation
-    return F.pad(frames, (0, frame_size - images.shape[-1], 0, frame_size - images.shape[-2]))
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return padded((images / 255 - mean) / std, frame_size)
+
+
+def padded(images: Tensor, frame_size: int) -> Tensor:
+    """Frames (B, 3, S, S) of normalized images (B, 3, h, w), with zeros to the right and below."""
+    return F.pad(images, (0, frame_size - images.shape[-1], 0, frame_size - images.shape[-2]))
+
+
+def fitted_size(size: tuple[int, int], frame_size: int) -> tuple[int, int]:
+    """(h, w) of an image of (H, W) in a frame of S a side: the longer side fills it, the rest is padded."""
+    scale = frame_size / max(size)
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
+
+
+def at_image_size(masks: Tensor, *, frame_size: int, resized: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Mask logits at an image's size.
+
+    Args:
+        masks: (P, h, w) of the whole frame, at any resolution.
+        frame_size: S.
+        resized: (h, w) that the image has in the frame, at the top left.
+        size: (H, W) of the image.
+
+    Returns:
+        (P, H, W).
+    """
+    frame = F.interpolate(masks[:, None].float(), (frame_size, frame_size), mode="bilinear", align_corners=False)
+    cut = frame[..., : resized[0], : resized[1]]
+    return F.interpolate(cut, size, mode="bilinear", align_corners=False)[:, 0]

@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from rfmedsam2.nn.segmenter import Embedded
+from rfmedsam2.nn.segmenter import Embedded, at_image_size, fitted_size
 
 Fit = Literal["pad", "stretch"]
 """pad: the longer side is resized to the frame's, as SAM does; stretch: both are, as SAM 2 and SAM-REF do."""
@@ -42,19 +41,13 @@ class ImageTransform:
 
     def logits(self, masks: Tensor) -> Tensor:
         """Mask logits (P, h, w) of the whole frame, at any resolution, as those of the picture's pixels (P, H, W)."""
-        frame_size = (self.frame_size, self.frame_size)
-        frame = F.interpolate(masks[:, None].float(), frame_size, mode="bilinear", align_corners=False)
-        cut = frame[..., : self.resized[0], : self.resized[1]]
-        return F.interpolate(cut, self.size, mode="bilinear", align_corners=False)[:, 0]
+        return at_image_size(masks, frame_size=self.frame_size, resized=self.resized, size=self.size)
 
 
 def make_transform(size: tuple[int, int], frame_size: int, fit: Fit) -> ImageTransform:
     """Where a picture of (H, W) pixels lies in a frame of S a side."""
-    scale = frame_size / max(size)
-    fitted = (max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5)))
-    return ImageTransform(
-        size=size, resized=(frame_size, frame_size) if fit == "stretch" else fitted, frame_size=frame_size
-    )
+    resized = (frame_size, frame_size) if fit == "stretch" else fitted_size(size, frame_size)
+    return ImageTransform(size=size, resized=resized, frame_size=frame_size)
 
 
 def embed(segmenter: Any, image: np.ndarray, framing: ImageTransform) -> Embedded:

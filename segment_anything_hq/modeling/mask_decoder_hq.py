@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from segment_anything_hq.modeling.transformer import FirstLayer, attend, first_layer, rows_of
 
-__all__ = ["HQ_PARTS", "MLP", "Decoded", "ImageSide", "LayerNorm2d", "MaskDecoderHQ", "hq_parameters"]
+__all__ = ["HQ_PARTS", "MLP", "Decoded", "ImageSide", "LayerNorm2d", "MaskDecoderHQ", "hq_parameters", "mask_features"]
 
 HQ_PARTS = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
 """What HQ-SAM adds to SAM, and what is trained of it."""
@@ -109,12 +109,7 @@ class MaskDecoderHQ(SamMaskDecoder):
         self.hf_mlp = MLP(transformer_dim, transformer_dim, fine, 3)
         self.compress_vit_feat = _upscaling(vit_dim, transformer_dim, fine)
         self.embedding_encoder = _upscaling(transformer_dim, middle, fine)
-        self.embedding_maskfeature = nn.Sequential(
-            nn.Conv2d(fine, middle, 3, padding=1),
-            LayerNorm2d(middle),
-            nn.GELU(),
-            nn.Conv2d(middle, fine, 3, padding=1),
-        )
+        self.embedding_maskfeature = mask_features(fine)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -308,6 +303,16 @@ class MaskDecoderHQ(SamMaskDecoder):
 def hq_parameters(decoder: MaskDecoderHQ) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that HQ-SAM adds to SAM."""
     return ((name, p) for name, p in decoder.named_parameters() if name.split(".")[0] in HQ_PARTS)
+
+
+def mask_features(channels: int) -> nn.Sequential:
+    """What the HQ-Output token reads of SAM's, or SAM 2's, upscaled embedding, (B, channels, h, w) -> the same."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 2 * channels, 3, padding=1),
+        LayerNorm2d(2 * channels),
+        nn.GELU(),
+        nn.Conv2d(2 * channels, channels, 3, padding=1),
+    )
 
 
 def _upscaling(channels: int, middle: int, fine: int) -> nn.Sequential:

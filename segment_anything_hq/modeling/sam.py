@@ -8,8 +8,8 @@ import torch
 from segment_anything.modeling import Sam as SamBase
 from torch import Tensor
 
-from rfmedsam2.nn.sam2.weights import LoadReport
-from rfmedsam2.nn.segmenter import DEVIATION, MEAN
+from rfmedsam2.nn.loading import LoadReport
+from rfmedsam2.nn.segmenter import IMAGENET_MEAN, IMAGENET_STD
 from segment_anything_hq.modeling.image_encoder import ImageEncoderViT
 from segment_anything_hq.modeling.mask_decoder import MaskDecoder
 from segment_anything_hq.modeling.mask_decoder_hq import MaskDecoderHQ
@@ -18,8 +18,8 @@ from segment_anything_hq.modeling.tiny_vit_sam import TinyViT
 
 __all__ = ["ImageEncoderViT", "MaskDecoder", "PromptEncoder", "Sam"]
 
-PIXEL_MEAN = [255 * value for value in MEAN]
-PIXEL_STD = [255 * value for value in DEVIATION]
+PIXEL_MEAN = [255 * value for value in IMAGENET_MEAN]
+PIXEL_STD = [255 * value for value in IMAGENET_STD]
 
 
 class Sam(SamBase):

@@ -12,15 +12,17 @@ import torch
 from segment_anything.modeling import PromptEncoder
 from torch import Tensor, nn
 
-from rfmedsam2.errors import CheckpointError
-from rfmedsam2.nn.sam2.weights import LoadReport
+from rfmedsam2.nn.loading import LoadReport
+from rfmedsam2.nn.sam import CHANNELS, VITS, SamBackbone, build_prompt_encoder, build_transformer, build_vit
+from rfmedsam2.nn.sam2.tiny_vit import DEPTHS, HEADS, WIDTHS, WINDOWS
+from rfmedsam2.nn.sam_weights import load_sam
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, normalized
-from segment_anything_hq.modeling.mask_decoder_hq import HQ_PARTS, Decoded, MaskDecoderHQ, hq_parameters
-from segment_anything_hq.modeling.sam import Sam
+from segment_anything_hq.modeling import ImageEncoderViT, MaskDecoder, MaskDecoderHQ, Sam, TinyViT
+from segment_anything_hq.modeling.mask_decoder_hq import HQ_PARTS, Decoded, hq_parameters
 from segment_anything_hq.modeling.tiny_vit_sam import CLASSIFIER
-from segment_anything_hq.nn.sam_base import fitted_positions
 
-ENCODERS = {768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H", "tiny": "TinyViT"}
+FRAME_SIZE = 1024
+"""Of the published weights."""
 logger = logging.getLogger(__name__)
 
 
@@ -100,16 +102,24 @@ def no_mask(encoder: PromptEncoder) -> Tensor:
     return encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(-1, -1, *encoder.image_embedding_size)
 
 
-def freeze_sam(sam: Sam) -> None:
-    """Leave gradients to what HQ-SAM adds to SAM."""
+def build_hq_sam(backbone: SamBackbone, *, frame_size: int = FRAME_SIZE) -> HqSam:
+    """HQ-SAM, new, in evaluation mode; what is SAM's of it has no gradient."""
+    encoder, early = _image_encoder(backbone, frame_size)
+    decoder = MaskDecoderHQ(transformer_dim=CHANNELS, transformer=build_transformer(), vit_dim=early)
+    sam = HqSam(encoder, build_prompt_encoder(frame_size), decoder).eval()
     for name, parameter in sam.named_parameters():
-        parameter.requires_grad_(name.removeprefix("mask_decoder.").split(".")[0] in HQ_PARTS)
+        parameter.requires_grad_(_is_added(name))
+    return sam
 
 
-def load_sam(sam: Sam, weights: Mapping[str, Tensor], *, where: object) -> LoadReport:
+def build_plain_sam(backbone: SamBackbone, *, frame_size: int = FRAME_SIZE) -> Sam:
+    """SAM itself as the published package has it, new, in evaluation mode."""
+    decoder = MaskDecoder(transformer_dim=CHANNELS, transformer=build_transformer())
+    return Sam(_image_encoder(backbone, frame_size)[0], build_prompt_encoder(frame_size), decoder).eval()
+
+
+def load_hq_sam(sam: Sam, weights: Mapping[str, Tensor], *, where: object) -> LoadReport:
     """Copy published weights of HQ-SAM, SAM or MobileSAM; of the latter two what HQ-SAM adds stays new.
-
-    For frames of another size than 1024 a ViT's tables of positions are interpolated.
 
     Args:
         sam: of the weights' backbone.
@@ -122,45 +132,23 @@ def load_sam(sam: Sam, weights: Mapping[str, Tensor], *, where: object) -> LoadR
     Raises:
         CheckpointError: weights of another backbone, or that lack something of SAM or a part of what HQ-SAM adds.
     """
-    wanted = sam.state_dict()
-    weights = {n: fitted_positions(n, t, wanted[n].shape) if n in wanted else t for n, t in weights.items()}
-    expected, found = (_backbone(names) for names in (wanted, weights))
-    if expected != found:
-        raise CheckpointError(
-            "These weights are of another backbone",
-            where=where,
-            expected=f"weights of SAM with {expected}",
-            found=found if found.startswith("no SAM") else f"weights of SAM with {found}",
-            remedy="Take the model of the weights' backbone from sam_model_registry",
-        )
-    added = [name for name in wanted if name.removeprefix("mask_decoder.").split(".")[0] in HQ_PARTS]
-    missing = [name for name in wanted if name not in weights]
-    wrong = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
-    lacking = missing if set(missing) != set(added) else []
-    if lacking or wrong:
-        raise CheckpointError(
-            "These weights do not fit HQ-SAM",
-            where=where,
-            found=f"{len(lacking)} missing, {len(wrong)} of another shape ({', '.join([*lacking, *wrong][:5])} ...)",
-            remedy="Take a published file of HQ-SAM, SAM or MobileSAM",
-        )
-    sam.load_state_dict({name: weights[name] for name in wanted if name in weights}, strict=False)
-    sam.load_report = LoadReport(
-        loaded=tuple(name for name in wanted if name in weights),
-        missing=tuple(missing),
-        unexpected=tuple(name for name in weights if name not in wanted),
-    )
-    strange = [n for n in sam.load_report.unexpected if not n.removeprefix("image_encoder.").startswith(CLASSIFIER)]
+    added = [name for name in sam.state_dict() if _is_added(name)]
+    report = load_sam(sam, weights, where=where, model="HQ-SAM" if added else None, added=added)
+    sam.load_report = report
+    strange = [name for name in report.unexpected if not name.removeprefix("image_encoder.").startswith(CLASSIFIER)]
     if strange:
         logger.warning("%s has %d tensors that HQ-SAM has no place for: %s", where, len(strange), strange[:5])
-    return sam.load_report
+    return report
 
 
-def _backbone(weights: Mapping[str, Tensor]) -> str:
-    """Name the image encoder by its first tensors."""
-    if "image_encoder.patch_embed.seq.0.c.weight" in weights:
-        return ENCODERS["tiny"]
-    stem = weights.get("image_encoder.patch_embed.proj.weight")
-    if stem is None:
-        return f"no SAM's ({len(weights)} tensors: {', '.join(list(weights)[:3])} ...)"
-    return ENCODERS.get(len(stem), f"a ViT of {len(stem)} channels")
+def _image_encoder(backbone: SamBackbone, frame_size: int) -> tuple[ImageEncoderViT | TinyViT, int]:
+    """An image encoder with early features, and their channels."""
+    if backbone != "vit_tiny":
+        return build_vit(backbone, frame_size=frame_size, kind=ImageEncoderViT), VITS[backbone].channels
+    sizes = {"embed_dims": WIDTHS, "depths": DEPTHS, "num_heads": HEADS, "window_sizes": WINDOWS}
+    return TinyViT(frame_size, **sizes, drop_path_rate=0.0, layer_lr_decay=0.8), WIDTHS[2]
+
+
+def _is_added(name: str) -> bool:
+    """Whether a parameter of HQ-SAM is what it adds to SAM."""
+    return name.removeprefix("mask_decoder.").split(".")[0] in HQ_PARTS

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from sam2.modeling.sam.mask_decoder import MaskDecoder
-from sam2.modeling.sam2_utils import MLP, LayerNorm2d
+from sam2.modeling.sam2_utils import MLP
 from torch import Tensor, nn
 
-from rfmedsam2.nn.sam2.weights import LoadReport, load_sam2
+from rfmedsam2.nn.loading import LoadReport
+from rfmedsam2.nn.sam import is_ambiguous
+from rfmedsam2.nn.sam2.weights import load_sam2
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented
+from segment_anything_hq.modeling.mask_decoder_hq import mask_features
 from segment_anything_hq.nn.sam2_base import (
     PUBLISHED_SIZE,
     Sam2Backbone,
@@ -26,7 +29,6 @@ from segment_anything_hq.nn.sam2_base import (
     finer_levels,
     prompt_embeddings,
 )
-from segment_anything_hq.nn.sam_base import is_ambiguous
 
 HQ_PARTS = ("hf_token", "hf_mlp", "embedding_maskfeature")
 """What HQ-SAM 2 adds to SAM 2's mask decoder, and what is trained of it."""
@@ -75,12 +77,10 @@ class HqMaskDecoder(MaskDecoder):
             pred_obj_scores_mlp=True,
             use_multimask_token_for_obj_ptr=decoder.use_multimask_token_for_obj_ptr,
         )
-        middle, fine = channels // 4, channels // 8
+        fine = channels // 8
         self.hf_token = nn.Embedding(1, channels)
         self.hf_mlp = MLP(channels, channels, fine, 3)
-        self.embedding_maskfeature = nn.Sequential(
-            nn.Conv2d(fine, middle, 3, padding=1), LayerNorm2d(middle), nn.GELU(), nn.Conv2d(middle, fine, 3, padding=1)
-        )
+        self.embedding_maskfeature = mask_features(fine)
         self.hq_token_only = False
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

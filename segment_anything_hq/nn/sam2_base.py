@@ -11,11 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rfmedsam2.nn.loading import LoadReport
+from rfmedsam2.nn.sam import Trained, is_ambiguous
 from rfmedsam2.nn.sam2.build import Base, build_base
-from rfmedsam2.nn.sam2.weights import LoadReport, load_sam2
+from rfmedsam2.nn.sam2.weights import load_sam2
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, normalized
 from rfmedsam2.records.model import Backbone
-from segment_anything_hq.nn.sam_base import Trained, is_ambiguous
 
 Sam2Backbone = Literal["hiera_t", "hiera_s", "hiera_b+", "hiera_l", "hiera_nano"]
 SIZES: dict[Sam2Backbone, Backbone] = {
@@ -37,7 +38,7 @@ class Sam2Segmenter(nn.Module):
     Args:
         backbone: its size.
         frame_size: S, a multiple of 32.
-        best_of_three: see `sam_base.SamSegmenter`.
+        best_of_three: see `rfmedsam2.nn.sam.SamSegmenter`.
         trained: "decoder": the mask decoder is trained but for the convolutions that `encode` uses, so that embeddings
             stay valid in training; "none": nothing.
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rfmedsam2.nn.sam import is_ambiguous
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented
 from segment_anything_hq.nn.localization_augment import LocalizationAugment, grid_positions, stitched, sub_images
 from segment_anything_hq.nn.mask_refinement import Levels, MaskFeatures, MaskRefinement, Views
 from segment_anything_hq.nn.prompt_retargeting import PromptRetargeting
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter, prompt_embeddings
-from segment_anything_hq.nn.sam_base import is_ambiguous
 
 QUARTERS = 4
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from rfmedsam2.errors import UsageError
+from rfmedsam2.nn.sam import SamSegmenter
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented
 from segment_anything_hq.nn.global_diff import RADIUS, GlobalDiff, ImageMaps, dense_prompt_map
 from segment_anything_hq.nn.patch_diff import PatchDiff, change_windows, pasted
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter
-from segment_anything_hq.nn.sam_base import SamSegmenter
 
 THETA = 1.1
 """Growth of the error map from which on a click changes its surroundings alone (supplement, Table 1)."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
-from rfmedsam2.errors import CheckpointError
+from rfmedsam2.nn.loading import LoadReport, load_weights, require_backbone
 from rfmedsam2.nn.sam2.frozen import NEW_ON_LIGHT
-from rfmedsam2.nn.sam2.weights import LoadReport
 
 STEM = "image_encoder.patch_embed.seq.0.c.weight"
 RENAMED = (
@@ -44,23 +44,11 @@ def load_light(base: SAM2Base, weights: Mapping[str, Tensor], *, where: object) 
     """
     wanted = base.state_dict()
     named = {sam2_name(name): tensor for name, tensor in weights.items()}
-    _require_kind(wanted, weights, where=where)
-    lacking = [name for name in wanted if name not in named and not name.startswith(NEW_ON_LIGHT)]
-    wrong = [name for name in wanted if name in named and wanted[name].shape != named[name].shape]
-    if lacking or wrong:
-        raise CheckpointError(
-            f"These weights do not fit {_kind(wanted)}",
-            where=where,
-            expected="the names and shapes of the published file",
-            found=f"{len(lacking)} missing, {len(wrong)} of another shape ({', '.join([*lacking, *wrong][:5])} ...)",
-            remedy="Take the published file, mobile_sam.pt or lite_medsam.pth",
-        )
-    base.load_state_dict({name: tensor for name, tensor in named.items() if name in wanted}, strict=False)
-    return LoadReport(
-        loaded=tuple(name for name in wanted if name in named),
-        missing=tuple(name for name in wanted if name not in named),
-        unexpected=tuple(name for name in weights if sam2_name(name) not in wanted),
-    )
+    require_backbone(_kind(wanted), _kind(weights), where=where)
+    new = [name for name in wanted if name.startswith(NEW_ON_LIGHT)]
+    report = load_weights(base, named, model=_kind(wanted), where=where, optional=new)
+    unexpected = tuple(name for name in weights if sam2_name(name) not in wanted)
+    return replace(report, unexpected=unexpected)
 
 
 def sam2_name(name: str) -> str:
@@ -70,18 +58,6 @@ def sam2_name(name: str) -> str:
     for old, new in RENAMED:
         name = new + name[len(old) :] if name.startswith(old) else name.replace(old, new) if old[0] == "." else name
     return name
-
-
-def _require_kind(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, where: object) -> None:
-    planned, found = _kind(wanted), _kind(weights)
-    if found != planned:
-        raise CheckpointError(
-            "These weights are of another model than the plan's backbone",
-            where=where,
-            expected=f"weights of {planned}",
-            found=f"weights of {found}",
-            remedy=f"Take {planned}'s file, or plan the backbone that these weights are for",
-        )
 
 
 def _kind(weights: Mapping[str, Tensor]) -> str:

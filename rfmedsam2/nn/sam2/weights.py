@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
-from rfmedsam2.errors import CheckpointError
+from rfmedsam2.nn.loading import LoadReport, load_weights, require_backbone
 from rfmedsam2.nn.sam2.sizes import HIERA
 
 NEW_IN_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight", "obj_ptr_tpos_proj.bias")
 """What SAM 2.0 does not have; zero, they leave it what it is."""
 STEM = "image_encoder.trunk.patch_embed.proj.weight"
 BLOCKS = "image_encoder.trunk.blocks."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
-    """Names of parameters, in the order of the model's (`unexpected`: of the file's).
-
-    Attributes:
-        loaded: had weights in the file.
-        missing: had none, and stay or start as this package initializes them.
-        unexpected: are in the file, but not in the model.
-    """
-
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
 
 
 def load_sam2(base: SAM2Base, weights: Mapping[str, Tensor], *, where: object) -> LoadReport:
@@ -46,34 +30,13 @@ def load_sam2(base: SAM2Base, weights: Mapping[str, Tensor], *, where: object) -
     Raises:
         CheckpointError: weights of another model or size, or that lack something else.
     """
-    wanted = base.state_dict()
-    missing = tuple(name for name in wanted if name not in weights)
-    unexpected = tuple(name for name in weights if name not in wanted)
-    planned, found = _size(wanted), _size(weights)
-    if found != planned:
-        raise CheckpointError(
-            "These weights are of another size than the plan's backbone",
-            where=where,
-            expected=f"weights of {planned}",
-            found=f"weights of {found}",
-            remedy=f"Take the file of {planned}, or plan the backbone that these weights are for",
-        )
-    lacking = [name for name in missing if name not in NEW_IN_2_1]
-    wrong = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
-    if lacking or wrong:
-        raise CheckpointError(
-            "These weights do not fit SAM 2",
-            where=where,
-            expected="the names and shapes of a published sam2.1_hiera or sam2_hiera file",
-            found="; ".join(_faults(lacking, wrong, unexpected)),
-            remedy="Take a published file of SAM 2.1, or the one that this model was fine-tuned from",
-        )
+    require_backbone(_size(base.state_dict()), _size(weights), where=where)
+    report = load_weights(base, weights, model="SAM 2", where=where, optional=NEW_IN_2_1)
     parameters = dict(base.named_parameters())
     with torch.no_grad():
-        for name in missing:
+        for name in report.missing:
             parameters[name].zero_()
-    base.load_state_dict({name: tensor for name, tensor in weights.items() if name in wanted}, strict=False)
-    return LoadReport(loaded=tuple(name for name in wanted if name in weights), missing=missing, unexpected=unexpected)
+    return report
 
 
 def _size(weights: Mapping[str, Tensor]) -> str:
@@ -84,13 +47,3 @@ def _size(weights: Mapping[str, Tensor]) -> str:
     count = len({name[len(BLOCKS) :].split(".")[0] for name in weights if name.startswith(BLOCKS)})
     sizes = {(hiera.channels, sum(hiera.stages)): name for name, hiera in HIERA.items()}
     return sizes.get((channels, count), f"no published size ({channels} channels, {count} blocks)")
-
-
-def _faults(lacking: list[str], wrong: list[str], unexpected: tuple[str, ...]) -> list[str]:
-    """Name each fault with its number and the first few parameters that have it."""
-    kinds = {"missing": lacking, "of another shape": wrong, "unknown": unexpected}
-    return [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
-
-
-def _some(names: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

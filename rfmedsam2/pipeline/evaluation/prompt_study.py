@@ -23,10 +23,11 @@ from rfmedsam2.errors import CheckpointError, DatasetError, UsageError
 from rfmedsam2.inference.video_tracking import VideoSegmenter, as_published
 from rfmedsam2.inference.zero_shot import reference_prompts, segment_slices
 from rfmedsam2.metrics.volumes import case_metrics, empty_policy
-from rfmedsam2.nn.sam import Sam, build_sam, sam_name
+from rfmedsam2.nn.sam import NAMES, SamSegmenter
 from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.sizes import sizes_of
 from rfmedsam2.nn.sam2.weights import BLOCKS, STEM, load_sam2
+from rfmedsam2.nn.sam_weights import build_sam, sam_backbone
 from rfmedsam2.pipeline.evaluation.evaluate import summarize
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.records.dataset import LabelSet
@@ -52,7 +53,7 @@ SAM2_NAMES: dict[Backbone, str] = {
     "nano": "nano",
 }
 
-SamModel = Sam | SAM2Base
+SamModel = SamSegmenter | SAM2Base
 Setting = tuple[PromptKind, Prompted, Step2]
 """Kind of prompt, frames prompted, frames of Step 2."""
 
@@ -218,8 +219,8 @@ def _require_something(dataset: RawDataset, options: StudyOptions, *, checkpoint
 def _load(path: Path, *, sam2: bool, options: StudyOptions) -> tuple[str, SamModel]:
     weights = read_published(path)
     if not sam2:
-        model = build_sam(weights, where=path)
-        return model.name, model
+        model = build_sam(weights, where=path, best_of_three=True)
+        return NAMES[model.backbone], model
     backbone = sam2_backbone(weights)
     if backbone is None:
         raise CheckpointError(
@@ -227,7 +228,7 @@ def _load(path: Path, *, sam2: bool, options: StudyOptions) -> tuple[str, SamMod
             where=path,
             expected="sam2.1_hiera_*.pt or sam2_hiera_*.pt of tiny, small, base_plus or large",
             found=f"{len(weights)} tensors ({', '.join(list(weights)[:3])} ...)",
-            remedy="Give files of SAM with --sam" if sam_name(weights) is not None else None,
+            remedy="Give files of SAM with --sam" if sam_backbone(weights) is not None else None,
         )
     base = build_base(backbone, frame_size=options.frame_size)
     report = load_sam2(base, weights, where=path)
@@ -271,7 +272,7 @@ def _segmented(
 ) -> dict[Setting, np.ndarray]:
     """Label maps of one case by setting."""
     prompts = tuple(reference_prompts(reference, labels, kind) for kind in options.prompts)
-    if isinstance(model, Sam):
+    if isinstance(model, SamSegmenter):
         return {(kind, "all", "none"): found for kind, found in segment_slices(model, frames, prompts, labels).items()}
     return {
         (each.kind, *setting): found

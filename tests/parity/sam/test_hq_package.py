@@ -25,7 +25,7 @@ from rfmedsam2.nn.segmenter import PromptBatch
 from segment_anything_hq.modeling import tiny_vit_sam
 from segment_anything_hq.modeling.image_encoder import ImageEncoderViT
 from segment_anything_hq.modeling.mask_decoder_hq import MaskDecoderHQ
-from segment_anything_hq.nn.hq_sam import HqSam, load_sam
+from segment_anything_hq.nn.hq_sam import HqSam, load_hq_sam
 from segment_anything_hq.utils.onnx import SamOnnxModel
 
 PACKAGE = "segment-anything-hq==0.3"
@@ -83,7 +83,7 @@ def small(published: Answers) -> HqSam:
             vit_dim=sizes["embed_dim"],
         ),
     ).eval()
-    load_sam(sam, published["small"]["weights"], where="memory")
+    load_hq_sam(sam, published["small"]["weights"], where="memory")
     return sam
 
 

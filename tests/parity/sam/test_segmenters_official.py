@@ -11,9 +11,9 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
+from rfmedsam2.nn.sam import SamSegmenter
 from rfmedsam2.nn.segmenter import PromptBatch
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter
-from segment_anything_hq.nn.sam_base import SamSegmenter
 
 SIDE = 128
 IMAGE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)

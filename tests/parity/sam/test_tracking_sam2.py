@@ -10,9 +10,10 @@ import torch
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch import Tensor
 
-from rfmedsam2.inference.video_tracking import DEVIATION, MEAN, VideoSegmenter, as_published
+from rfmedsam2.inference.video_tracking import VideoSegmenter, as_published
 from rfmedsam2.inference.zero_shot import reference_prompts
 from rfmedsam2.nn.sam2.build import Base, build_base
+from rfmedsam2.nn.segmenter import IMAGENET_MEAN, IMAGENET_STD
 from rfmedsam2.records.dataset import LabelSet
 
 SIZE = 64
@@ -49,7 +50,7 @@ def official_masks(base: Base, frames: Tensor, boxes: dict[int, list[float]]) ->
         "clear_non_cond_mem_around_input": False,
         "add_all_frames_to_correct_as_cond": False,
     }
-    mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     state = {
         "images": (frames / 255 - mean) / deviation,
         "num_frames": len(frames),

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from rfmedsam2.inference.zero_shot import reference_prompts, segment_slices
 from rfmedsam2.metrics.volumes import case_metrics
-from rfmedsam2.nn.sam import IMAGENET_DEVIATION, IMAGENET_MEAN, Sam, build_sam
+from rfmedsam2.nn.sam import SamSegmenter
 from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.light_weights import load_light
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import ObjectPrompts
+from rfmedsam2.nn.sam_weights import build_sam
+from rfmedsam2.nn.segmenter import PromptBatch, at_image_size, normalized
 from rfmedsam2.pipeline.evaluation.prompt_study import Look, as_images
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.store.atomic import read_record
@@ -57,7 +59,7 @@ def slices(root: Path) -> tuple[Tensor, np.ndarray, LabelSet]:
     return as_images(image, Look(channels=(0,), names=("CT",), window=None)), label, labels
 
 
-def segmented(sam: Sam, frames: Tensor, label: np.ndarray, labels: LabelSet) -> dict[str, float | None]:
+def segmented(sam: SamSegmenter, frames: Tensor, label: np.ndarray, labels: LabelSet) -> dict[str, float | None]:
     """DSC of every class with boxes."""
     with torch.inference_mode():
         found = segment_slices(sam, frames, (reference_prompts(label, labels, "box"),), labels)["box"]
@@ -89,10 +91,11 @@ def test_sam_2_with_light_weights_sees_what_sam_sees(backbone, data_root, reques
     box = torch.tensor([[300.0, 200, 700, 600]])
     corners = (box.view(1, 2, 2) + 0.5) * (sam.frame_size / 1024) - 0.5
     with torch.inference_mode():
-        expected = sam.decode(sam.encode(frame[0]), corners, box=True, size=(side, side))
+        prompt = PromptBatch(images=torch.tensor([0]), boxes=corners.flatten(1))
+        low = sam.segment(sam.encode(sam.normalize(frame)), prompt).logits
+        expected = at_image_size(low, frame_size=sam.frame_size, resized=(side, side), size=(side, side))
         if backbone == "mobile_sam":
-            mean, deviation = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_DEVIATION))
-            frame = (frame - mean) / deviation
+            frame = normalized(frame, side)
         sam2 = Sam2(base)
         masks = sam2.decode(sam2.encode(frame), ObjectPrompts(boxes=box)).masks
     got = F.interpolate(masks[:, None], (side, side), mode="bilinear")[:, 0] > 0

@@ -10,8 +10,9 @@ from segment_anything import sam_model_registry
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.inference.video_tracking import prompted_slices
 from rfmedsam2.inference.zero_shot import Painter, reference_prompts
-from rfmedsam2.nn.sam import TINY_STEM, VIT_POSITIONS, _untrained, build_sam, sam_name
+from rfmedsam2.nn.sam import NAMES, SamSegmenter
 from rfmedsam2.nn.sam2.build import build_base
+from rfmedsam2.nn.sam_weights import TINY_STEM, VIT_STEM, build_sam, sam_backbone
 from rfmedsam2.pipeline.evaluation.prompt_study import Look, as_images, sam2_backbone
 from rfmedsam2.records.dataset import LabelSet
 
@@ -96,12 +97,13 @@ def test_three_channels_are_the_colors() -> None:
 
 
 def test_sams_are_told_apart_by_their_weights() -> None:
-    assert sam_name({TINY_STEM: torch.empty(32, 3, 3, 3)}) == "MobileSAM"
-    assert sam_name({TINY_STEM: torch.empty(32, 3, 1, 1)}) == "LiteMedSAM"
-    assert sam_name({"weight": torch.empty(1)}) is None
+    assert sam_backbone({TINY_STEM: torch.empty(32, 3, 3, 3)}) == "vit_tiny"
+    assert sam_backbone({TINY_STEM: torch.empty(32, 3, 1, 1)}) == "lite_medsam"
+    assert sam_backbone({VIT_STEM: torch.empty(1000, 3, 16, 16)}) is None
+    assert sam_backbone({"weight": torch.empty(1)}) is None
     with pytest.raises(CheckpointError, match="weights of no SAM that is known"):
         build_sam({"weight": torch.empty(1)}, where="x.pt")
-    with pytest.raises(CheckpointError, match=r"do not fit MobileSAM: x\.pt"):
+    with pytest.raises(CheckpointError, match=r"do not fit vit_tiny \(MobileSAM\): x\.pt"):
         build_sam({TINY_STEM: torch.empty(32, 3, 3, 3)}, where="x.pt")
 
 
@@ -109,9 +111,10 @@ def test_sams_are_told_apart_by_their_weights() -> None:
 def test_official_vits_have_the_packages_names_and_shapes(key: str) -> None:
     with torch.device("meta"):
         official = sam_model_registry[key]().state_dict()
-        name = sam_name(official)
-        assert name == f"SAM ViT-{key[-1].upper()}"
-        ours = _untrained(name, {VIT_POSITIONS: official[VIT_POSITIONS]}).state_dict()
+        backbone = sam_backbone(official)
+        assert backbone == key
+        assert NAMES[backbone] == f"SAM ViT-{key[-1].upper()}"
+        ours = SamSegmenter(backbone).state_dict()
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in official.items() if n in ours}
     assert len(ours) == len(official)
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
+from rfmedsam2.nn.sam import SamSegmenter
+from rfmedsam2.nn.sam_weights import build_sam, load_sam
 from rfmedsam2.nn.segmenter import PromptBatch, Segmenter
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter, build_sam2
-from segment_anything_hq.nn.sam_base import SamSegmenter, build_sam, load_sam
 
 SIDE = 64
 BUILDERS = {"sam": lambda **o: SamSegmenter("vit_nano", **o), "sam2": lambda **o: Sam2Segmenter("hiera_nano", **o)}
@@ -156,11 +157,13 @@ def test_weights_of_another_frame_size_are_fitted() -> None:
 
 
 def test_weights_of_something_else_get_a_sentence() -> None:
-    with pytest.raises(CheckpointError, match="no SAM for natural images"):
+    with pytest.raises(CheckpointError, match="no SAM that is known"):
         build_sam({"a": torch.zeros(1)}, where="file.pt")
     with pytest.raises(CheckpointError, match="another backbone"):
         load_sam(
-            SamSegmenter("vit_tiny", frame_size=64), {"image_encoder.pos_embed": torch.zeros(1, 64, 64, 768)}, where="x"
+            SamSegmenter("vit_tiny", frame_size=64),
+            {"image_encoder.patch_embed.proj.weight": torch.zeros(768, 3, 16, 16)},
+            where="x",
         )
-    with pytest.raises(CheckpointError, match="another size"):
+    with pytest.raises(CheckpointError, match="another backbone"):
         build_sam2({"a": torch.zeros(1)}, backbone="hiera_nano", where="file.pt", frame_size=64)

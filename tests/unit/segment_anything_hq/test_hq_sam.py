@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import segment_anything_hq
 from rfmedsam2.errors import CheckpointError, ImageError, PlanError, UsageError
 from rfmedsam2.nn.segmenter import PromptBatch, Segmenter
-from segment_anything_hq.build_sam import assemble, build_sam_vit_t, tiny_vit
+from segment_anything_hq.build_sam import build_sam_vit_t
 from segment_anything_hq.modeling.image_encoder import ImageEncoderViT, by_products, by_rows
 from segment_anything_hq.modeling.mask_decoder_hq import HQ_PARTS, MaskDecoderHQ, hq_parameters
 from segment_anything_hq.modeling.tiny_vit_sam import TinyViT
-from segment_anything_hq.nn.hq_sam import HqSam, load_sam
+from segment_anything_hq.nn.hq_sam import HqSam, build_hq_sam, load_hq_sam
 from segment_anything_hq.utils.onnx import INPUTS, OUTPUTS, SamOnnxModel
 
 SIDE = 8
@@ -30,7 +30,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def sam() -> HqSam:
     torch.manual_seed(0)
-    return assemble(*tiny_vit(128))
+    return build_hq_sam("vit_tiny", frame_size=128)
 
 
 def decoder_of(vit_dim: int) -> MaskDecoderHQ:
@@ -130,8 +130,8 @@ def plain(sam: HqSam) -> dict[str, Tensor]:
 def test_a_plain_sam_loads_and_what_is_added_is_reported_new(
     sam: HqSam, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights, fresh = plain(sam), assemble(*tiny_vit(128))
-    report = load_sam(fresh, weights, where="mobile_sam.pt")
+    weights, fresh = plain(sam), build_hq_sam("vit_tiny", frame_size=128)
+    report = load_hq_sam(fresh, weights, where="mobile_sam.pt")
     assert set(report.missing) == {name for name, _ in sam.trained_parameters()}
     assert report.unexpected == ("image_encoder.head.weight",)
     state = fresh.state_dict()
@@ -144,7 +144,7 @@ def test_a_plain_sam_loads_and_what_is_added_is_reported_new(
 
 def test_a_published_state_loads_strictly_too(sam: HqSam) -> None:
     weights = {**sam.state_dict(), "image_encoder.head.weight": torch.zeros(1000, 320)}
-    assemble(*tiny_vit(128)).load_state_dict(weights)
+    build_hq_sam("vit_tiny", frame_size=128).load_state_dict(weights)
 
 
 def other_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -155,8 +155,11 @@ def other_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (other_backbone, r"of another backbone: f\.pth\. Expected weights of SAM with TinyViT\. Found .* with ViT-L"),
-        (lambda _: {"a": torch.zeros(1)}, r"Found no SAM's \(1 tensors: a"),
+        (
+            other_backbone,
+            r"of another backbone: f\.pth\. Expected weights of vit_tiny \(MobileSAM\)\. Found .* vit_l \(SAM ViT-L\)",
+        ),
+        (lambda _: {"a": torch.zeros(1)}, r"Found weights of no SAM \(1 tensors: a"),
         (lambda w: {n: v for n, v in w.items() if n != "image_encoder.neck.0.weight"}, r"1 missing.*neck\.0\.weight"),
         (lambda w: {n: v for n, v in w.items() if n != "mask_decoder.hf_token.weight"}, r"1 missing.*hf_token"),
         (lambda w: {**w, "mask_decoder.hf_token.weight": torch.zeros(2, 256)}, r"1 of another shape.*hf_token"),
@@ -166,7 +169,7 @@ def test_other_weights_are_refused(
     sam: HqSam, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], sentence: str
 ) -> None:
     with pytest.raises(CheckpointError, match=sentence):
-        load_sam(sam, change(dict(sam.state_dict())), where="f.pth")
+        load_hq_sam(sam, change(dict(sam.state_dict())), where="f.pth")
 
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)

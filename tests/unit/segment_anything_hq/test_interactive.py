@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rfmedsam2.errors import UsageError
+from rfmedsam2.nn.sam import SamSegmenter
 from segment_anything_hq.inference.interactive import InteractivePredictor
-from segment_anything_hq.nn.sam_base import SamSegmenter
 from segment_anything_hq.nn.sam_ref import SamRef
 from segment_anything_hq.prompts.clicks import Click, Prompt
 

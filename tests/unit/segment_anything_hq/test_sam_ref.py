@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from rfmedsam2.errors import UsageError
+from rfmedsam2.nn.sam import SamSegmenter
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, Segmenter
 from segment_anything_hq.nn.global_diff import dense_prompt_map, mended
 from segment_anything_hq.nn.patch_diff import change_windows, cropped, pasted
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter
-from segment_anything_hq.nn.sam_base import SamSegmenter
 from segment_anything_hq.nn.sam_ref import SamRef
 
 SIDE = 64
