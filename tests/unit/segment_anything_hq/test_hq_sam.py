@@ -157,7 +157,7 @@ def other_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     [
         (
             other_backbone,
-            r"of another backbone: f\.pth\. Expected weights of vit_tiny \(MobileSAM\)\. Found .* vit_l \(SAM ViT-L\)",
+            r"another backbone: f\.pth\. Expected weights of vit_tiny \(MobileSAM\)\. Found .* vit_l \(SAM ViT-L",
         ),
         (lambda _: {"a": torch.zeros(1)}, r"Found weights of no SAM \(1 tensors: a"),
         (lambda w: {n: v for n, v in w.items() if n != "image_encoder.neck.0.weight"}, r"1 missing.*neck\.0\.weight"),
