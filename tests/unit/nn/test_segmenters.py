@@ -159,8 +159,8 @@ def test_weights_of_another_frame_size_are_fitted() -> None:
 def test_weights_of_something_else_get_a_sentence() -> None:
     with pytest.raises(CheckpointError, match="no SAM that is known"):
         build_sam({"a": torch.zeros(1)}, where="file.pt")
+    vit_b = {"image_encoder.patch_embed.proj.weight": torch.zeros(768, 3, 16, 16)}
     with pytest.raises(CheckpointError, match="another backbone"):
-        vit_b = {"image_encoder.patch_embed.proj.weight": torch.zeros(768, 3, 16, 16)}
         load_sam(SamSegmenter("vit_tiny", frame_size=64), vit_b, where="x")
     with pytest.raises(CheckpointError, match="another backbone"):
         build_sam2({"a": torch.zeros(1)}, backbone="hiera_nano", where="file.pt", frame_size=64)
