@@ -26,7 +26,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from segment_anything_hq.data.datasets import open_folders
 from segment_anything_hq.evaluation.interactive import ClickProtocol, simulate_clicks
-from segment_anything_hq.prompts.clicks import Click
+from segment_anything_hq.prompts.prompt import Click
 
 HAS_CV2 = importlib.util.find_spec("cv2") is not None
 Distances = Callable[[np.ndarray], np.ndarray]

@@ -135,6 +135,7 @@ def evaluate(
         overwrite: Replace an evaluation that is there.
     """
     from rfmedsam2.cli.console import bars
+    from segment_anything_hq.evaluation.interactive import ClickedPredictor
     from segment_anything_hq.evaluation.run import (
         parse_protocols,
         require_no_evaluation,
@@ -154,7 +155,7 @@ def evaluate(
     sets = _sets(data, mask_rule, held_out=held_out, samples=samples) if data or needs_data else ()
     require_no_evaluation(output, tuple(rules), overwrite=overwrite)
     chosen = built(named, device)
-    predictor = InteractivePredictor(chosen.network, fit=chosen.fit)
+    predictor = ClickedPredictor(InteractivePredictor(chosen.network, fit=chosen.fit))
     found = run_protocols(predictor, sets, tuple(rules), clicks=clicks, seed=seed, track=bars)
     record = _record(chosen, found, sets, seed=seed, data=data, held_out=held_out)
     about = {**record.network, "data": ", ".join(f"{n} ({k})" for n, k in record.data.items()), "device": record.device}

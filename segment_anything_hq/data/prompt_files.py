@@ -15,6 +15,7 @@ from typing import Any
 
 from rfmedsam2.errors import ImageError, UsageError
 from segment_anything_hq.data.image_io import ENDINGS, image_size
+from segment_anything_hq.prompts.prompt import Box, Click, Prompt
 
 BOX = ("x0", "y0", "x1", "y1")
 POINT = ("x", "y", "label")
@@ -22,7 +23,6 @@ FIELDS = ("image", "box", "points", "labels", "name")
 COLUMNS = ("image", "object", *BOX, *POINT)
 MOST_FAULTS = 50
 """That many are told."""
-Corners = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,16 +32,12 @@ class PromptedObject:
     Attributes:
         image: the picture's file.
         file: name of the mask's file.
-        box: xyxy, pixels of the picture; None: there is none.
-        points: xy, likewise.
-        labels: of the points, 1 on the object, 0 off it.
+        prompt: what is said of it.
     """
 
     image: Path
     file: str
-    box: Corners | None = None
-    points: tuple[tuple[float, float], ...] = ()
-    labels: tuple[int, ...] = ()
+    prompt: Prompt
 
 
 @dataclass(slots=True, kw_only=True)
@@ -247,47 +243,40 @@ def _object(one: _Asked, image: Path, size: tuple[int, int], faults: _Faults) ->
     """An object of a picture of (H, W) pixels; what is wrong with it goes to the faults."""
     if one.box is None and not one.points:
         faults.add(one.where, "it has neither a box nor points")
-    box = None if one.box is None else _box(one, size, faults)
-    points = [place for point in one.points if (place := _point(one, point, size, faults)) is not None]
+    box = None if one.box is None else _box(one, faults)
+    points = [place for point in one.points if (place := _point(one, point, faults)) is not None]
     labels = one.labels or []
     if len(labels) != len(one.points):
         counts = (
             f"{len(n)} {what}{'' if len(n) == 1 else 's'}" for n, what in ((one.points, "point"), (labels, "label"))
         )
         faults.add(one.where, f"it has {' and '.join(counts)}; each point needs one, 1 (on the object) or 0 (off it)")
-    wrong = [label for label in labels if isinstance(label, bool) or label not in (0, 1)]
-    for label in wrong:
-        faults.add(one.where, f"a label is not 1 (on the object) or 0 (off it), but {_shown(label)}")
-    fine = () if wrong else tuple(int(label) for label in labels)
-    return PromptedObject(image=image, file="", box=box, points=tuple(points), labels=fine)
+    for label in labels:
+        if isinstance(label, bool) or label not in (0, 1):
+            faults.add(one.where, f"a label is not 1 (on the object) or 0 (off it), but {_shown(label)}")
+    signs = [label == 1 for label in labels] if len(labels) == len(points) else [True] * len(points)
+    clicks = tuple(Click(x=x, y=y, positive=sign) for (x, y), sign in zip(points, signs, strict=True))
+    prompt = Prompt(clicks=clicks, box=box)
+    for fault in prompt.faults(size):
+        faults.add(one.where, fault)
+    return PromptedObject(image=image, file="", prompt=prompt)
 
 
-def _box(one: _Asked, size: tuple[int, int], faults: _Faults) -> Corners | None:
+def _box(one: _Asked, faults: _Faults) -> Box | None:
     numbers = _numbers(one.box, 4)
     if numbers is None:
         faults.add(one.where, f"the box is not four numbers x0, y0, x1, y1, but {_shown(one.box)}")
         return None
     x0, y0, x1, y1 = numbers
-    if x1 <= x0 or y1 <= y0:
-        faults.add(one.where, f"the box has no size: {_shown(numbers)}")
-    elif min(x0, y0) < 0 or x1 > size[1] or y1 > size[0]:
-        faults.add(one.where, f"the box lies outside: {_shown(numbers)}, {_extent(size)}")
     return x0, y0, x1, y1
 
 
-def _point(one: _Asked, point: object, size: tuple[int, int], faults: _Faults) -> tuple[float, float] | None:
+def _point(one: _Asked, point: object, faults: _Faults) -> tuple[float, float] | None:
     numbers = _numbers(point, 2)
     if numbers is None:
         faults.add(one.where, f"a point is not two numbers x, y, but {_shown(point)}")
         return None
-    x, y = numbers
-    if not (0 <= x < size[1] and 0 <= y < size[0]):
-        faults.add(one.where, f"a point lies outside: {_shown(numbers)}, {_extent(size)}")
-    return x, y
-
-
-def _extent(size: tuple[int, int]) -> str:
-    return f"the picture is {size[1]} wide and {size[0]} high"
+    return numbers[0], numbers[1]
 
 
 def _with_names(of: dict[Path, list[tuple[_Asked, PromptedObject]]], faults: _Faults) -> tuple[PromptedObject, ...]:

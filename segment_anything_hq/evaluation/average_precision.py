@@ -56,7 +56,10 @@ class Precision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
-    """A box prompt: `xyxy` in pixels of the image; `score` is None for annotated boxes."""
+    """A box prompt: `xyxy` as COCO has it, edges of pixels, and as published given to SAM as pixel indices.
+
+    `score` is None for annotated boxes.
+    """
 
     image: int
     category: int

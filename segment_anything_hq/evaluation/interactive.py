@@ -27,7 +27,9 @@ from segment_anything_hq.evaluation.scores import (
     WorstK,
     mean,
 )
-from segment_anything_hq.prompts.clicks import MOST_CLICKS, Click, iou, next_click
+from segment_anything_hq.inference.interactive import InteractivePredictor
+from segment_anything_hq.prompts.clicks import MOST_CLICKS, iou, next_click
+from segment_anything_hq.prompts.prompt import Click, Prompt
 
 THRESHOLD = 0.49
 """Probability above which a pixel belongs to the mask (RITM's default)."""
@@ -49,6 +51,34 @@ class Interactive(Protocol):
         `previous` are the probabilities after all but the last click; None at the first click of an object.
         """
         ...
+
+
+class ClickedPredictor:
+    """An `InteractivePredictor` as evaluations ask a model: with all clicks of an object at every call.
+
+    Args:
+        predictor: which is told only what is new of them.
+    """
+
+    def __init__(self, predictor: InteractivePredictor) -> None:
+        self.predictor = predictor
+
+    def set_image(self, image: np.ndarray) -> None:
+        """See `Interactive`."""
+        self.predictor.set_image(image)
+
+    def segment(self, prompt: Prompt) -> np.ndarray:
+        """See `protocols.Promptable`."""
+        return self.predictor.segment(prompt)
+
+    def predict(self, clicks: Sequence[Click], previous: np.ndarray | None) -> np.ndarray:
+        """See `Interactive`; the mask before is the predictor's own."""
+        if previous is None or tuple(clicks[:-1]) != self.predictor.prompt.clicks:
+            self.predictor.reset()
+            for click in clicks[:-1]:
+                self.predictor.click(click.x, click.y, positive=click.positive)
+        last = clicks[-1]
+        return self.predictor.click(last.x, last.y, positive=last.positive)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +248,7 @@ def evaluate_clicks(
                     sample=sample,
                     score=run.ious[-1],
                     prediction=run.prediction,
-                    clicks=run.clicks,
+                    prompt=Prompt(clicks=run.clicks),
                 )
             )
     return ProtocolResult(

@@ -9,7 +9,7 @@ import numpy as np
 
 from rfmedsam2.errors import UsageError
 from segment_anything_hq.evaluation.interactive import Interactive
-from segment_anything_hq.prompts.clicks import Click
+from segment_anything_hq.prompts.prompt import Click
 
 SIZE = 1024
 GRID = 16

@@ -68,12 +68,12 @@ def _contour(ax: Axes, mask: np.ndarray, color: str, line: float) -> None:
 
 
 def _draw_prompts(ax: Axes, sample: SamplePrediction) -> None:
-    if sample.box is not None:
-        x0, y0, x1, y1 = (float(v) for v in sample.box)
+    if sample.prompt.box is not None:
+        x0, y0, x1, y1 = sample.prompt.box
         frame = Rectangle((x0, y0), x1 - x0 + 1, y1 - y0 + 1, fill=False, edgecolor="#ffffff", linewidth=1.2, ls="--")
         ax.add_patch(frame)
     for positive, marker in ((True, "P"), (False, "X")):
-        places = [(c.x + 0.5, c.y + 0.5) for c in sample.clicks if c.positive == positive]
+        places = [(c.x + 0.5, c.y + 0.5) for c in sample.prompt.clicks if c.positive == positive]
         if places:
             x, y = zip(*places, strict=True)
             color = GROUND_TRUTH_COLOR if positive else "#ff4d4d"

@@ -24,7 +24,8 @@ from segment_anything_hq.evaluation.scores import (
     WorstK,
     mean,
 )
-from segment_anything_hq.prompts.clicks import IGNORE, Click, Prompt, iou, next_click
+from segment_anything_hq.prompts.clicks import IGNORE, iou, next_click
+from segment_anything_hq.prompts.prompt import Click, Prompt
 
 THRESHOLD = 0.5
 """Probability above which a pixel belongs to the mask; a logit of 0."""
@@ -80,7 +81,8 @@ class BoxRule:
             if self.noise
             else mask_box(ground_truth)
         )
-        yield Prompt(box=box)
+        x0, y0, x1, y1 = box.tolist()
+        yield Prompt(box=(x0, y0, x1, y1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +96,7 @@ class CenterRule:
 
     def prompts(self, ground_truth: np.ndarray, rng: np.random.Generator) -> Iterator[Prompt]:  # noqa: ARG002
         """Yield one point."""
-        yield Prompt(points=(next_click(ground_truth, np.zeros(ground_truth.shape, bool)),))
+        yield Prompt(clicks=(next_click(ground_truth, np.zeros(ground_truth.shape, bool)),))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +124,7 @@ class RandomRule:
             drawn = rng.choice(pixels, size=min(self.count, pixels.size), replace=False)
             rows, columns = np.unravel_index(drawn, ground_truth.shape)
             places = zip(columns.tolist(), rows.tolist(), strict=True)
-            yield Prompt(points=tuple(Click(x=x, y=y, positive=True) for x, y in places))
+            yield Prompt(clicks=tuple(Click(x=x, y=y, positive=True) for x, y in places))
 
 
 def mask_box(ground_truth: np.ndarray) -> np.ndarray:
@@ -206,8 +208,7 @@ def evaluate_prompted(
                     sample=sample,
                     score=mean_boundary_iou,
                     prediction=prediction,
-                    clicks=prompt.points,
-                    box=prompt.box,
+                    prompt=prompt,
                 )
             )
     return _result(rule, sets, scores, kept, skipped)

@@ -116,11 +116,12 @@ def _overlays(predictions: Sequence[SamplePrediction]) -> tuple[list[Overlay], l
 
 def _describe_prompts(prediction: SamplePrediction) -> str:
     """The prompts in words: "a box, 2 positive and 1 negative clicks"."""
-    positive = sum(c.positive for c in prediction.clicks)
-    negative = len(prediction.clicks) - positive
+    clicks = prediction.prompt.clicks
+    positive = sum(c.positive for c in clicks)
+    negative = len(clicks) - positive
     named = [f"{n} {kind}" for n, kind in ((positive, "positive"), (negative, "negative")) if n]
-    points = f"{' and '.join(named)} click{'s' if len(prediction.clicks) != 1 else ''}" if named else ""
-    return ", ".join(part for part in ("a box" if prediction.box is not None else "", points) if part)
+    points = f"{' and '.join(named)} click{'s' if len(clicks) != 1 else ''}" if named else ""
+    return ", ".join(part for part in ("a box" if prediction.prompt.box is not None else "", points) if part)
 
 
 def _chart_geometry(chart: Chart) -> dict[str, object]:

@@ -37,7 +37,7 @@ PROTOCOLS = "box, box_NOISE (box_0.2, box_0.4), center, points_N (points_1, poin
 
 
 class Model(Promptable, Interactive, Protocol):
-    """A model for all protocols, such as `inference.interactive.InteractivePredictor`."""
+    """A model for all protocols, such as `evaluation.interactive.ClickedPredictor`."""
 
 
 class Track(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 
 from rfmedsam2.store.atomic import write_text
 from segment_anything_hq.data.datasets import Fault, Sample
-from segment_anything_hq.prompts.clicks import Click
+from segment_anything_hq.prompts.prompt import Prompt
 
 WORST = 6
 """Number of worst predictions kept with their masks."""
@@ -49,16 +49,14 @@ class SamplePrediction:
         sample: the sample, for its image and ground truth.
         score: the metric that samples are ranked by; lower is worse.
         prediction: (H, W) bool.
-        clicks: point prompts, in order.
-        box: (4,) XYXY, pixel indices of the first and last pixel; None without a box prompt.
+        prompt: clicks and box that it was prompted with.
     """
 
     set: str
     sample: Sample
     score: float
     prediction: np.ndarray
-    clicks: tuple[Click, ...] = ()
-    box: np.ndarray | None = None
+    prompt: Prompt = field(default_factory=Prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

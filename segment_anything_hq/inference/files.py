@@ -16,7 +16,7 @@ from torch import Tensor
 
 import rfmedsam2
 from rfmedsam2.errors import UsageError
-from rfmedsam2.nn.segmenter import Embedded, PromptBatch
+from rfmedsam2.nn.segmenter import Embedded
 from rfmedsam2.store.atomic import atomic, write_record
 from segment_anything_hq.data.image_io import read_image
 from segment_anything_hq.data.prompt_files import PromptedObject
@@ -135,7 +135,7 @@ def mask_objects(
         objects: all with a box or all without, up to as many as memory allows.
     """
     with torch.inference_mode():
-        answer = network.segment(embedded, prompted_rows(objects, framing, device_of(network)))
+        answer = network.segment(embedded, framing.prompts([o.prompt for o in objects], device_of(network)))
         scores = answer.scores.float().tolist()
         # one by one: at the picture's size a mask of a photograph takes 50 MB and more
         for row, score in enumerate(scores):
@@ -143,38 +143,12 @@ def mask_objects(
             yield ObjectMask(mask=mask, score=score)
 
 
-def prompted_rows(objects: Sequence[PromptedObject], framing: ImageTransform, device: torch.device) -> PromptBatch:
-    """Prompts of objects of one picture in its frame, rows padded to the most points.
-
-    Raises:
-        UsageError: some have a box and others none.
-    """
-    boxed = [prompted for prompted in objects if prompted.box is not None]
-    if len(boxed) not in (0, len(objects)):
-        raise UsageError("A batch is of objects with a box or of such without", found=f"{len(boxed)} of {len(objects)}")
-    points = labels = boxes = None
-    if boxed:
-        corners = framing.apply_coords(np.array([prompted.box for prompted in boxed], float).reshape(-1, 2, 2))
-        boxes = torch.as_tensor(corners.reshape(-1, 4), dtype=torch.float32, device=device)
-    most = max(len(prompted.points) for prompted in objects)
-    if most:
-        places, signs = np.zeros((len(objects), most, 2)), np.full((len(objects), most), -1)
-        for row, prompted in enumerate(objects):
-            count = len(prompted.points)
-            places[row, :count] = np.reshape(prompted.points, (count, 2))
-            signs[row, :count] = prompted.labels
-        points = torch.as_tensor(framing.apply_coords(places), dtype=torch.float32, device=device)
-        labels = torch.as_tensor(signs, device=device)
-    images = torch.zeros(len(objects), dtype=torch.long, device=device)
-    return PromptBatch(images=images, points=points, point_labels=labels, boxes=boxes)
-
-
 def _masked(
     network: Network, embedded: Embedded, framing: ImageTransform, objects: Sequence[PromptedObject]
 ) -> Iterator[tuple[PromptedObject, ObjectMask, float]]:
     """Each object with its mask and seconds, in batches of those with a box and of those without."""
     for boxed in (True, False):
-        kind = [prompted for prompted in objects if (prompted.box is not None) is boxed]
+        kind = [prompted for prompted in objects if (prompted.prompt.box is not None) is boxed]
         for start in range(0, len(kind), AT_ONCE):
             batch = kind[start : start + AT_ONCE]
             started = time.perf_counter()
@@ -187,9 +161,9 @@ def _predicted(prompted: PromptedObject, found: ObjectMask, seconds: float) -> P
     return PredictedObject(
         file=prompted.file,
         image=prompted.image.name,
-        box=prompted.box,
-        points=prompted.points,
-        labels=prompted.labels,
+        box=prompted.prompt.box,
+        points=tuple((click.x, click.y) for click in prompted.prompt.clicks),
+        labels=prompted.prompt.labels,
         score=round(found.score, 6),
         pixels=int(found.mask.sum()),
         seconds=round(seconds, 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from rfmedsam2.nn.segmenter import Embedded, at_image_size, fitted_size
+from rfmedsam2.errors import UsageError
+from rfmedsam2.nn.segmenter import Embedded, PromptBatch, at_image_size, fitted_size
+from segment_anything_hq.prompts.prompt import Prompt
 
 Fit = Literal["pad", "stretch"]
 """pad: the longer side is resized to the frame's, as SAM does; stretch: both are, as SAM 2 and SAM-REF do."""
@@ -38,6 +41,37 @@ class ImageTransform:
     def apply_coords(self, xy: np.ndarray) -> np.ndarray:
         """Places (..., 2) XY of the picture as places of the frame."""
         return np.asarray(xy) * np.divide(self.resized[::-1], self.size[::-1])
+
+    def prompts(self, prompts: Sequence[Prompt], device: torch.device, *, masks: Tensor | None = None) -> PromptBatch:
+        """Prompts of objects of the picture in its frame, rows padded to the most clicks.
+
+        Args:
+            prompts: all with a box or all without.
+            device: where they go.
+            masks: (P, 4s, 4s) logits of earlier masks, in the frame already.
+
+        Raises:
+            UsageError: some have a box and others none.
+        """
+        boxes = [prompt.box for prompt in prompts if prompt.box is not None]
+        if len(boxes) not in (0, len(prompts)):
+            raise UsageError(
+                "A batch is of objects with a box or of such without", found=f"{len(boxes)} of {len(prompts)}"
+            )
+        most = max(len(prompt.clicks) for prompt in prompts)
+        points, labels = np.zeros((len(prompts), most, 2)), np.full((len(prompts), most), -1)
+        for row, prompt in enumerate(prompts):
+            points[row, : len(prompt.clicks)] = prompt.points
+            labels[row, : len(prompt.clicks)] = prompt.labels
+        corners = self.apply_coords(np.array(boxes, float).reshape(-1, 2, 2)).reshape(-1, 4)
+        placed = torch.as_tensor(self.apply_coords(points), dtype=torch.float32, device=device)
+        return PromptBatch(
+            images=torch.zeros(len(prompts), dtype=torch.long, device=device),
+            points=placed if most else None,
+            point_labels=torch.as_tensor(labels, device=device) if most else None,
+            boxes=torch.as_tensor(corners, dtype=torch.float32, device=device) if boxes else None,
+            masks=masks,
+        )
 
     def logits(self, masks: Tensor) -> Tensor:
         """Mask logits (P, h, w) of the whole frame, at any resolution, as those of the picture's pixels (P, H, W)."""

@@ -1,7 +1,6 @@
 """One picture, one object, guided by clicks and a box: any segmenter, with undo.
 
-Refiners that look at the mask before are given it; a click costs no encoding. It is also what evaluations by clicks and
-by prompts ask (`evaluation.interactive.Interactive`, `evaluation.protocols.Promptable`).
+Refiners that look at the mask before are given it; a click costs no encoding.
 """
 
 from __future__ import annotations
@@ -14,19 +13,18 @@ import numpy as np
 import torch
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented
+from rfmedsam2.nn.segmenter import Embedded, Segmented
 from segment_anything_hq.inference.image_transform import Fit, ImageTransform, device_of, embed, make_transform
 from segment_anything_hq.models import fit_of
-from segment_anything_hq.prompts.clicks import Click, Prompt
+from segment_anything_hq.prompts.prompt import Click, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Interaction:
+class _Answered:
     """What was said of the object, and the answer."""
 
-    clicks: tuple[Click, ...] = ()
-    box: np.ndarray | None = None
-    answer: Segmented | None = None
+    prompt: Prompt
+    answer: Segmented
 
 
 class InteractivePredictor:
@@ -44,12 +42,12 @@ class InteractivePredictor:
         self._image: np.ndarray | None = None
         self._embedded: Embedded | None = None
         self._framing: ImageTransform | None = None
-        self._said: list[_Interaction] = []
+        self._said: list[_Answered] = []
 
     @property
-    def clicks(self) -> tuple[Click, ...]:
-        """Clicks so far."""
-        return self._said[-1].clicks if self._said else ()
+    def prompt(self) -> Prompt:
+        """What was said of the object so far."""
+        return self._said[-1].prompt if self._said else Prompt()
 
     @torch.inference_mode()
     def set_image(self, image: np.ndarray) -> None:
@@ -70,25 +68,33 @@ class InteractivePredictor:
         self._image, self._framing = image.copy(), framing
 
     def click(self, x: float, y: float, *, positive: bool = True) -> np.ndarray:
-        """Say that a pixel is on the object, or not; gives probabilities (H, W).
+        """Say that a point is on the object, or not; gives probabilities (H, W).
+
+        Args:
+            x: column, a whole number or between two, 0 <= x < W.
+            y: row, likewise, 0 <= y < H.
+            positive: on the object.
 
         Raises:
             UsageError: outside the picture, or no picture was set.
         """
-        self._require(np.asarray([x, y, x, y], dtype=float))
-        said = self._said[-1] if self._said else _Interaction()
-        return self._say(replace(said, clicks=(*said.clicks, Click(x=int(x), y=int(y), positive=positive))))
+        click = Click(x=x, y=y, positive=positive)
+        return self._say(replace(self.prompt, clicks=(*self.prompt.clicks, click)))
 
     def box(self, box_xyxy: Sequence[float] | np.ndarray) -> np.ndarray:
         """Draw a box around the object, in the place of an earlier one; gives probabilities (H, W).
 
+        Args:
+            box_xyxy: x0, y0, x1, y1 as in `Prompt`: its first and last column and row.
+
         Raises:
-            UsageError: outside the picture or of no size, or no picture was set.
+            UsageError: no box, outside the picture, or no picture was set.
         """
-        box = np.asarray(box_xyxy, dtype=np.float32)
-        self._require(box)
-        said = self._said[-1] if self._said else _Interaction()
-        return self._say(replace(said, box=box))
+        corners = np.asarray(box_xyxy, dtype=float)
+        if corners.shape != (4,):
+            raise UsageError("This is no box", expected="x0, y0, x1, y1", found=corners.tolist())
+        x0, y0, x1, y1 = corners.tolist()
+        return self._say(replace(self.prompt, box=(x0, y0, x1, y1)))
 
     def undo(self) -> np.ndarray | None:
         """Take the last click or box back; gives the answer before it, None where nothing is left.
@@ -99,70 +105,31 @@ class InteractivePredictor:
         if not self._said:
             raise UsageError("There is no click to take back", expected="a click or a box before")
         self._said.pop()
-        answer = self._said[-1].answer if self._said else None
-        return None if answer is None else self._probabilities(answer)
+        return self._probabilities(self._said[-1].answer) if self._said else None
 
     def reset(self) -> None:
         """Begin another object of the same picture."""
         self._said = []
 
-    def predict(self, clicks: Sequence[Click], previous: np.ndarray | None) -> np.ndarray:
-        """Probabilities (H, W) after all clicks; `previous` None begins a new object."""
-        if previous is None or tuple(clicks[:-1]) != self.clicks:
-            self.reset()
-            for click in clicks[:-1]:
-                self.click(click.x, click.y, positive=click.positive)
-        last = clicks[-1]
-        return self.click(last.x, last.y, positive=last.positive)
-
     def segment(self, prompt: Prompt) -> np.ndarray:
         """Probabilities (H, W) of what one prompt shows, without regard to what was said before."""
         self.reset()
-        self._require(None if prompt.box is None else np.asarray(prompt.box, dtype=np.float32))
-        return self._say(_Interaction(clicks=tuple(prompt.points), box=prompt.box))
+        return self._say(prompt)
 
     @torch.inference_mode()
-    def _say(self, said: _Interaction) -> np.ndarray:
+    def _say(self, prompt: Prompt) -> np.ndarray:
+        if self._embedded is None or self._framing is None:
+            raise UsageError("There is no picture yet", expected="set_image before clicks and boxes")
+        faults = prompt.faults(self._framing.size)
+        if faults:
+            raise UsageError("The prompt does not fit the picture", found="; ".join(faults))
         before = self._said[-1].answer if self._said else None
-        assert self._embedded is not None
-        answer = self.segmenter.segment(self._embedded, self._prompted(said, before), previous=before)
-        self._said.append(replace(said, answer=answer))
+        masks = None if before is None else before.logits
+        prompted = self._framing.prompts([prompt], device_of(self.segmenter), masks=masks)
+        answer = self.segmenter.segment(self._embedded, prompted, previous=before)
+        self._said.append(_Answered(prompt=prompt, answer=answer))
         return self._probabilities(answer)
-
-    def _prompted(self, said: _Interaction, before: Segmented | None) -> PromptBatch:
-        assert self._framing is not None
-        device = device_of(self.segmenter)
-        points = labels = box = None
-        if said.clicks:
-            places = self._framing.apply_coords(np.asarray([[c.x, c.y] for c in said.clicks]))
-            points = torch.as_tensor(places, dtype=torch.float32, device=device)[None]
-            labels = torch.tensor([[int(c.positive) for c in said.clicks]], device=device)
-        if said.box is not None:
-            corners = self._framing.apply_coords(np.reshape(said.box, (2, 2)))
-            box = torch.as_tensor(corners.reshape(1, 4), dtype=torch.float32, device=device)
-        return PromptBatch(
-            images=torch.zeros(1, dtype=torch.long, device=device),
-            points=points,
-            point_labels=labels,
-            boxes=box,
-            masks=None if before is None else before.logits,
-        )
 
     def _probabilities(self, answer: Segmented) -> np.ndarray:
         assert self._framing is not None
         return self._framing.logits(answer.final)[0].sigmoid().cpu().numpy()
-
-    def _require(self, box: np.ndarray | None) -> None:
-        """Check that a picture is set and that a box (of a click: of no size) lies in it."""
-        if self._framing is None:
-            raise UsageError("There is no picture yet", expected="set_image before clicks and boxes")
-        if box is None:
-            return
-        height, width = self._framing.size
-        inside = box.shape == (4,) and 0 <= box[0] <= box[2] <= width and 0 <= box[1] <= box[3] <= height
-        if not inside:
-            raise UsageError(
-                "A click or box lies outside the picture, or is none",
-                expected=f"x from 0 to {width}, y from 0 to {height}, boxes as x0 y0 x1 y1",
-                found=np.round(box, 1).tolist(),
-            )

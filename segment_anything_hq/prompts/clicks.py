@@ -6,7 +6,6 @@ A truth is an (H, W) array of int8: 1 object, 0 background, -1 ignored. A predic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,35 +21,13 @@ from segment_anything_hq.prompts.click_kernels import (
     heights,
     overlap,
 )
+from segment_anything_hq.prompts.prompt import Click
 
 IGNORE = -1
 """Value of a truth's pixels that count for nothing."""
 MOST_CLICKS = 20
 INNER = 1.7
 """A training click lies deeper than the deepest pixel's depth divided by this (InterFormer)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Click:
-    """A click on a pixel.
-
-    Attributes:
-        x: column.
-        y: row.
-        positive: on the object (True), or on what is none.
-    """
-
-    x: int
-    y: int
-    positive: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """One prompt in a picture's pixels: a box (4,) float32 xyxy, or points."""
-
-    box: np.ndarray | None = None
-    points: tuple[Click, ...] = ()
 
 
 def next_click(ground_truth: np.ndarray, predicted: np.ndarray, clicks: Sequence[Click] = ()) -> Click:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
 from segment_anything_hq.data.datasets import ImageSet
-from segment_anything_hq.evaluation.interactive import ClickProtocol, evaluate_clicks
+from segment_anything_hq.evaluation.interactive import ClickedPredictor, ClickProtocol, evaluate_clicks
 from segment_anything_hq.evaluation.protocols import BoxRule, evaluate_prompted
 from segment_anything_hq.inference.embedding_cache import Embeddings
 from segment_anything_hq.inference.interactive import InteractivePredictor
@@ -83,7 +83,7 @@ class RefinerTask:
         if not self._held:
             return {"score": 0.0}
         self.network.eval()
-        predictor = InteractivePredictor(self.network)
+        predictor = ClickedPredictor(InteractivePredictor(self.network))
         figures, scores = self.plan.prompting, {}
         if isinstance(figures, PromptConfig) or figures.box:
             found = evaluate_prompted(predictor, self._held, BoxRule(), worst=0).overall

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch
+from segment_anything_hq.prompts.prompt import Box, Click, Prompt
 from segment_anything_hq.video.frames import Video
 from segment_anything_hq.video.memory import LOGIT_CLAMP, Answer, Place, Remembered, VideoNetwork, VideoSteps
 
@@ -100,9 +101,9 @@ class VideoRefiner:
         Args:
             frame: its number, from 0.
             object_id: any number.
-            points: (k, 2) XY in pixels of the frame.
+            points: (k, 2) XY in pixels of the frame; for limits of points and box see `prompts.prompt`.
             labels: (k,) 1 on the object, 0 off it.
-            box: XYXY in pixels of the frame.
+            box: XYXY likewise.
             mask: (H, W) bool, taken as the answer.
 
         Returns:
@@ -238,27 +239,21 @@ class VideoRefiner:
         """One object's points and box in pixels of the network's frame."""
         if points is None and labels is None and box is None:
             raise UsageError("Nothing was said of the object", expected="points with labels, a box or a mask")
-        places = signs = corners = None
-        if points is not None or labels is not None:
-            places, signs = _points(points, labels)
-            _inside(places, size)
-        if box is not None:
-            corners = _floats(box)
-            if corners.shape != (4,) or (corners[:2] > corners[2:]).any():
-                raise UsageError("This is no box", expected="x0 y0 x1 y1", found=np.asarray(box).tolist())
-            _inside(corners.reshape(2, 2), size)
+        prompt = Prompt(clicks=_clicks(points, labels), box=None if box is None else _corners(box))
+        faults = prompt.faults(size)
+        if faults:
+            raise UsageError("The prompt does not fit the video", found="; ".join(faults))
         device, side = self._steps.base.device, self.network.frame_size
         scale = torch.tensor([side / size[1], side / size[0]], device=device)
 
-        def scaled(coordinates: np.ndarray | None) -> Tensor | None:
-            return None if coordinates is None else torch.from_numpy(coordinates).to(device).reshape(1, -1, 2) * scale
+        def scaled(coordinates: npt.ArrayLike) -> Tensor:
+            return torch.as_tensor(_floats(coordinates), device=device).reshape(1, -1, 2) * scale
 
-        box_scaled = scaled(corners)
         return PromptBatch(
             images=torch.zeros(1, dtype=torch.long, device=device),
-            points=scaled(places),
-            point_labels=None if signs is None else torch.from_numpy(signs).to(device)[None],
-            boxes=None if box_scaled is None else box_scaled.reshape(1, 4),
+            points=scaled(prompt.points) if prompt.clicks else None,
+            point_labels=torch.tensor([prompt.labels], device=device) if prompt.clicks else None,
+            boxes=None if prompt.box is None else scaled(prompt.box).reshape(1, 4),
         )
 
     def _mask(self, mask: np.ndarray, size: tuple[int, int]) -> Tensor:
@@ -277,8 +272,10 @@ def _enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def _points(points: npt.ArrayLike | None, labels: npt.ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
-    """Points (k, 2) with labels (k,) of 0 and 1."""
+def _clicks(points: npt.ArrayLike | None, labels: npt.ArrayLike | None) -> tuple[Click, ...]:
+    """Of points (k, 2) with labels (k,) of 0 and 1; none of either give none."""
+    if points is None and labels is None:
+        return ()
     places, signs = _floats(points), np.asarray([] if labels is None else labels).reshape(-1)
     fitting = places.ndim == 2 and places.shape[1] == 2 and len(places) == len(signs) > 0
     if not fitting or not set(signs.tolist()) <= {0, 1}:
@@ -287,19 +284,17 @@ def _points(points: npt.ArrayLike | None, labels: npt.ArrayLike | None) -> tuple
             expected="points (k, 2) XY, and k labels of 1 on the object, 0 off it",
             found=f"points {places.shape}, labels {signs.tolist()}",
         )
-    return places, signs.astype(np.int64)
+    given = zip(places.tolist(), signs.tolist(), strict=True)
+    return tuple(Click(x=x, y=y, positive=sign == 1) for (x, y), sign in given)
+
+
+def _corners(box: npt.ArrayLike) -> Box:
+    corners = _floats(box)
+    if corners.shape != (4,):
+        raise UsageError("This is no box", expected="x0, y0, x1, y1", found=np.asarray(box).tolist())
+    x0, y0, x1, y1 = corners.tolist()
+    return x0, y0, x1, y1
 
 
 def _floats(numbers: npt.ArrayLike | None) -> np.ndarray:
     return np.asarray([] if numbers is None else numbers, dtype=np.float32)
-
-
-def _inside(places: np.ndarray, size: tuple[int, int]) -> None:
-    """Check that places (k, 2) XY lie in a picture of size (H, W)."""
-    height, width = size
-    if not ((places >= 0) & (places <= np.asarray([width, height]))).all():
-        raise UsageError(
-            "A point or box lies outside the picture",
-            expected=f"x from 0 to {width}, y from 0 to {height}",
-            found=np.round(places, 1).tolist(),
-        )

@@ -34,7 +34,7 @@ from segment_anything_hq.evaluation.protocols import (
 )
 from segment_anything_hq.evaluation.report import write_page
 from segment_anything_hq.evaluation.scores import SamplePrediction, WorstK, write_csv
-from segment_anything_hq.prompts.clicks import Click, Prompt
+from segment_anything_hq.prompts.prompt import Click, Prompt
 
 HOSTILE = "<script>alert(1)"
 
@@ -76,10 +76,10 @@ class Painter:
     def segment(self, prompt: Prompt) -> np.ndarray:
         painted = np.zeros(self.shape, np.float32)
         if prompt.box is not None:
-            x0, y0, x1, y1 = prompt.box.round().astype(int)
+            x0, y0, x1, y1 = np.round(prompt.box).astype(int)
             painted[y0 : y1 + 1, x0 : x1 + 1] = 1
-        for number in range(len(prompt.points)):
-            painted = self.predict(prompt.points[: number + 1], painted)
+        for number in range(len(prompt.clicks)):
+            painted = self.predict(prompt.clicks[: number + 1], painted)
         return painted
 
 
@@ -226,19 +226,19 @@ def test_noise_makes_scores_worse_and_depends_on_the_seed_alone(squares: ImageSe
 
 def test_the_center_is_the_deepest_pixel() -> None:
     (prompt,) = CenterRule().prompts(square(), np.random.default_rng(0))
-    assert prompt.points == (Click(x=4, y=4, positive=True),)
+    assert prompt.clicks == (Click(x=4, y=4, positive=True),)
 
 
 def test_random_points_lie_on_the_object_in_three_trials() -> None:
     ground_truth = square(3)
     prompts = list(RandomRule(count=4).prompts(ground_truth, np.random.default_rng(0)))
     assert len(prompts) == 3
-    assert len({p.points for p in prompts}) == 3
+    assert len({p.clicks for p in prompts}) == 3
     for prompt in prompts:
-        assert len(set(prompt.points)) == 4
-        assert all(ground_truth[c.y, c.x] == 1 and c.positive for c in prompt.points)
+        assert len(set(prompt.clicks)) == 4
+        assert all(ground_truth[c.y, c.x] == 1 and c.positive for c in prompt.clicks)
     (many,) = RandomRule(count=50, trials=1).prompts(ground_truth, np.random.default_rng(0))
-    assert len(set(many.points)) == 9
+    assert len(set(many.clicks)) == 9
     with pytest.raises(UsageError, match="count and trials must be at least 1"):
         RandomRule(count=0)
 

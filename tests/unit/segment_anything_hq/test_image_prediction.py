@@ -17,13 +17,13 @@ from segment_anything_hq.data.image_io import read_image
 from segment_anything_hq.data.prompt_files import PromptedObject, images_in, read_prompts
 from segment_anything_hq.evaluation.protocols import BoxRule, CenterRule, RandomRule
 from segment_anything_hq.evaluation.run import parse_protocol, parse_protocols
-from segment_anything_hq.inference.files import AT_ONCE, mask_objects, predict_objects, prompted_rows, require_free
+from segment_anything_hq.inference.files import AT_ONCE, mask_objects, predict_objects, require_free
 from segment_anything_hq.inference.image_transform import embed, make_transform
 from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.inference.network_spec import NetworkSpec, load_network, resolve_spec
 from segment_anything_hq.models import base_sha256, build
 from segment_anything_hq.nn.trainable_subset import TrainedPart
-from segment_anything_hq.prompts.clicks import Click, Prompt
+from segment_anything_hq.prompts.prompt import Click, Prompt
 from segment_anything_hq.records import RefinerRecord
 from segment_anything_hq.tasks.defaults import default_plan
 from segment_anything_hq.tasks.model_summary import PUBLISHED, network_size
@@ -52,6 +52,11 @@ def read(tmp_path, images, content, name="prompts.json"):
     return read_prompts(written(tmp_path / name, content), images)
 
 
+def clicks_at(*points: tuple[float, float, int]) -> tuple[Click, ...]:
+    """Clicks of (x, y, label)."""
+    return tuple(Click(x=x, y=y, positive=label == 1) for x, y, label in points)
+
+
 def faults(tmp_path, images, content, name="prompts.json") -> str:
     with pytest.raises(UsageError) as caught:
         read(tmp_path, images, content, name)
@@ -71,38 +76,37 @@ def test_json_gives_boxes_points_and_names(tmp_path, images):
     assert found == read(tmp_path, images, {"prompts": entries})
     first, second, cat = found
     assert (first.file, second.file, cat.file) == ("a_1.png", "a_2.png", "cat.png")
-    assert (first.box, first.points) == ((1, 2, 30, 20.5), ())
-    assert second.points == ((9, 9),)
-    assert (cat.box, cat.points, cat.labels) == (None, ((3, 4), (5, 6)), (1, 0))
+    assert first.prompt == Prompt(box=(1, 2, 30, 20.5))
+    assert second.prompt == Prompt(box=(0, 0, 60, 40), clicks=clicks_at((9, 9, 1)))
+    assert cat.prompt == Prompt(clicks=clicks_at((3, 4, 1), (5, 6, 0)))
     assert cat.image == images[1]
 
 
 def test_csv_gives_boxes_a_row_and_points_by_object(tmp_path, images):
     boxes = read(tmp_path, images, "image,x0,y0,x1,y1\na.png,1,2,30,20\nb.png,0,0,9,9\na.png,3,3,9,9\n", "p.csv")
-    assert [(o.file, o.box) for o in boxes] == [
+    assert [(o.file, o.prompt.box) for o in boxes] == [
         ("a_1.png", (1, 2, 30, 20)),
         ("a_2.png", (3, 3, 9, 9)),
         ("b.png", (0, 0, 9, 9)),
     ]
     lines = "image,object,x,y,label\na.png,7,1,2,1\na.png,5,3,4,1\na.png,7,5,6,0\n"
     points = read(tmp_path, images, lines, "p.csv")
-    assert [(o.file, o.points, o.labels) for o in points] == [
-        ("a_7.png", ((1, 2), (5, 6)), (1, 0)),
-        ("a_5.png", ((3, 4),), (1,)),
+    assert [(o.file, o.prompt.clicks) for o in points] == [
+        ("a_7.png", clicks_at((1, 2, 1), (5, 6, 0))),
+        ("a_5.png", clicks_at((3, 4, 1))),
     ]
     header = "image,object,x0,y0,x1,y1,x,y,label\n"
     both = f"{header}a.png,1,1,2,30,20,,,\na.png,1,,,,,4,5,1\nb.png,,,,,,1,1,1\nb.png,,,,,,2,2,0\n"
     box, clicks = read(tmp_path, images, both, "p.csv")
-    assert (box.file, box.box, box.points) == ("a.png", (1, 2, 30, 20), ((4, 5),))
-    assert (clicks.file, clicks.box, len(clicks.points)) == ("b.png", None, 2)
+    assert (box.file, box.prompt) == ("a.png", Prompt(box=(1, 2, 30, 20), clicks=clicks_at((4, 5, 1))))
+    assert (clicks.file, clicks.prompt.box, len(clicks.prompt.clicks)) == ("b.png", None, 2)
 
 
 BAD = {
     "no_such_image": ({"image": "z.jpg", "box": [1, 1, 2, 2]}, r"prompt 1 \(z\.jpg\): there is no such picture"),
     "no_image": ({"box": [1, 1, 2, 2]}, "prompt 1: it names no picture"),
     "box_outside": ({"image": "a.png", "box": [1, 1, 61, 9]}, "box lies outside: 1, 1, 61, 9, the picture is 60 wide"),
-    "box_of_no_size": ({"image": "a.png", "box": [5, 5, 5, 9]}, "box has no size: 5, 5, 5, 9"),
-    "box_backwards": ({"image": "a.png", "box": [9, 9, 5, 5]}, "box has no size"),
+    "box_backwards": ({"image": "a.png", "box": [9, 9, 5, 5]}, "box ends before it begins: 9, 9, 5, 5"),
     "box_of_three": ({"image": "a.png", "box": [1, 1, 2]}, "box is not four numbers x0, y0, x1, y1, but 1, 1, 2"),
     "box_of_words": ({"image": "a.png", "box": [1, "two", 3, 4]}, "box is not four numbers.*two"),
     "box_of_a_word": ({"image": "a.png", "box": "all"}, "box is not four numbers.*'all'"),
@@ -195,10 +199,16 @@ def test_a_damaged_picture_is_among_the_faults(tmp_path, images):
 def objects_of(image) -> list[PromptedObject]:
     """With and without a box, with different numbers of points."""
     return [
-        PromptedObject(image=image, file="1.png", box=(8, 10, 24, 30)),
-        PromptedObject(image=image, file="2.png", points=((12, 14), (50, 35), (2, 2)), labels=(1, 0, 0)),
-        PromptedObject(image=image, file="3.png", box=(30, 5, 55, 35), points=((40, 20),), labels=(1,)),
-        PromptedObject(image=image, file="4.png", points=((33, 20),), labels=(1,)),
+        PromptedObject(image=image, file=f"{number}.png", prompt=prompt)
+        for number, prompt in enumerate(
+            (
+                Prompt(box=(8, 10, 24, 30)),
+                Prompt(clicks=clicks_at((12, 14, 1), (50, 35, 0), (2, 2, 0))),
+                Prompt(box=(30, 5, 55, 35), clicks=clicks_at((40, 20, 1))),
+                Prompt(clicks=clicks_at((33, 20, 1))),
+            ),
+            1,
+        )
     ]
 
 
@@ -215,9 +225,7 @@ def test_objects_side_by_side_are_as_clicks_and_boxes_one_by_one(method, tmp_pat
     predictor = InteractivePredictor(network.network, fit=network.fit)
     predictor.set_image(read_image(images[0]))
     for prompted, found in zip(objects, record.objects, strict=True):
-        signed = zip(prompted.points, prompted.labels, strict=True)
-        points = tuple(Click(x=int(x), y=int(y), positive=bool(n)) for (x, y), n in signed)
-        alone = predictor.segment(Prompt(box=None if prompted.box is None else np.array(prompted.box), points=points))
+        alone = predictor.segment(prompted.prompt)
         mask = np.asarray(Image.open(tmp_path / "out" / prompted.file))
         assert mask.shape == (40, 60)
         assert set(np.unique(mask)) <= {0, 255}
@@ -232,7 +240,7 @@ def test_a_picture_is_embedded_once_and_its_objects_are_batches(tmp_path, images
     monkeypatch.setattr(network.network, "encode", lambda frames: encoded.append(1) or encode(frames))
     monkeypatch.setattr(network.network, "segment", lambda e, p, **o: batches.append(len(p)) or segment(e, p, **o))
     many = [
-        PromptedObject(image=image, file=f"{image.stem}{i}.png", box=(1, 1, 20, 9 + i))
+        PromptedObject(image=image, file=f"{image.stem}{i}.png", prompt=Prompt(box=(1, 1, 20, 9 + i)))
         for i, image in itertools.product(range(AT_ONCE + 1), images)
     ]
     predict_objects(network, many, tmp_path / "out")
@@ -242,13 +250,13 @@ def test_a_picture_is_embedded_once_and_its_objects_are_batches(tmp_path, images
 
 def test_rows_are_padded_and_lie_in_the_frame(images):
     framing = make_transform((40, 60), 128, "stretch")
-    two = objects_of(images[0])
-    rows = prompted_rows([two[1], two[3]], framing, torch.device("cpu"))
+    two = [prompted.prompt for prompted in objects_of(images[0])]
+    rows = framing.prompts([two[1], two[3]], torch.device("cpu"))
     assert rows.boxes is None
     assert rows.point_labels.tolist() == [[1, 0, 0], [1, -1, -1]]
     assert rows.points[1, 0].tolist() == pytest.approx([33 * 128 / 60, 20 * 128 / 40])
     with pytest.raises(UsageError, match="2 of 4"):
-        prompted_rows(two, framing, torch.device("cpu"))
+        framing.prompts(two, torch.device("cpu"))
 
 
 def test_a_mask_of_the_frame_comes_back_to_the_picture():
@@ -263,7 +271,7 @@ def test_a_mask_of_the_frame_comes_back_to_the_picture():
 
 
 def test_nothing_is_overwritten_unasked_and_pictures_never(tmp_path, images):
-    objects = [PromptedObject(image=images[0], file="a.png", box=(1, 1, 9, 9))]
+    objects = [PromptedObject(image=images[0], file="a.png", prompt=Prompt(box=(1, 1, 9, 9)))]
     with pytest.raises(UsageError, match=r"overwrite their pictures.*Found a\.png"):
         require_free(images[0].parent, objects, overwrite=True)
     require_free(tmp_path / "new", objects, overwrite=False)
@@ -279,7 +287,9 @@ def test_masks_are_those_of_the_picture_and_not_of_what_was_embedded_before(imag
     with torch.inference_mode():
         embedded = [embed(network, read_image(i), f) for i, f in zip(images, framings, strict=True)]
     shapes = [
-        next(mask_objects(network, e, f, [PromptedObject(image=i, file="", box=(1, 1, 9, 9))])).mask.shape
+        next(
+            mask_objects(network, e, f, [PromptedObject(image=i, file="", prompt=Prompt(box=(1, 1, 9, 9)))])
+        ).mask.shape
         for e, f, i in zip(embedded, framings, images, strict=True)
     ]
     assert shapes == [(40, 60), (50, 30)]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.nn.sam import SamSegmenter
+from segment_anything_hq.data.prompt_files import read_prompts
+from segment_anything_hq.evaluation.interactive import ClickedPredictor
+from segment_anything_hq.evaluation.protocols import BoxRule
 from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.nn.sam_ref import SamRef
-from segment_anything_hq.prompts.clicks import Click, Prompt
+from segment_anything_hq.prompts.prompt import Click, Prompt
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +74,14 @@ def test_undo_gives_the_answer_before(sam, picture) -> None:
 def test_evaluations_get_what_clicks_get(sam, picture) -> None:
     clicks = [Click(x=10, y=10, positive=True), Click(x=50, y=30, positive=False)]
     predictor = InteractivePredictor(sam)
-    predictor.set_image(picture)
-    first = predictor.predict(clicks[:1], None)
-    second = predictor.predict(clicks, first)
+    evaluated = ClickedPredictor(predictor)
+    evaluated.set_image(picture)
+    first = evaluated.predict(clicks[:1], None)
+    second = evaluated.predict(clicks, first)
     predictor.reset()
     predictor.click(10, 10)
     assert np.array_equal(predictor.click(50, 30, positive=False), second)
-    assert np.array_equal(predictor.segment(Prompt(points=tuple(clicks[:1]))), first)
+    assert np.array_equal(predictor.segment(Prompt(clicks=tuple(clicks[:1]))), first)
 
 
 def test_refiners_are_given_the_mask_before(sam, picture) -> None:
@@ -106,7 +114,72 @@ def test_bad_input_is_a_sentence(sam, picture) -> None:
         with pytest.raises(UsageError, match="no picture"):
             predictor.set_image(image)
     predictor.set_image(picture)
-    with pytest.raises(UsageError, match=r"outside the picture.*x from 0 to 60, y from 0 to 40"):
+    with pytest.raises(UsageError, match="a point lies outside: 61, 3, the picture is 60 wide and 40 high"):
         predictor.click(61, 3)
-    with pytest.raises(UsageError, match="outside the picture"):
+    with pytest.raises(UsageError, match="box ends before it begins: 10, 10, 5, 20"):
         predictor.box([10, 10, 5, 20])
+    with pytest.raises(UsageError, match="This is no box"):
+        predictor.box([10, 10, 5])
+
+
+def test_a_click_between_two_pixels_stays_there(sam, picture, monkeypatch) -> None:
+    seen = []
+    original = sam.segment
+    monkeypatch.setattr(sam, "segment", lambda e, p, previous=None: seen.append(p) or original(e, p))
+    predictor = InteractivePredictor(sam, fit="stretch")
+    predictor.set_image(picture)
+    predictor.click(30.75, 20.5)
+    assert seen[0].points.tolist() == [[[pytest.approx(30.75 * 64 / 60), pytest.approx(20.5 * 64 / 40)]]]
+    assert predictor.prompt == Prompt(clicks=(Click(x=30.75, y=20.5, positive=True),))
+
+
+@pytest.mark.parametrize(("x", "y", "inside"), [(0, 0, True), (59.9, 39, True), (60, 1, False), (1, 40, False)])
+def test_files_and_clicks_agree_on_where_the_picture_ends(x, y, inside, sam, picture, tmp_path) -> None:
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    points = {"image": "a.png", "points": [[x, y]], "labels": [1]}
+    (tmp_path / "p.json").write_text(json.dumps([points]))
+    predictor = InteractivePredictor(sam)
+    predictor.set_image(picture)
+
+    def read():
+        return read_prompts(tmp_path / "p.json", [tmp_path / "a.png"])
+
+    if inside:
+        (found,) = read()
+        predictor.click(x, y)
+        assert found.prompt == predictor.prompt
+        return
+    for say in (read, lambda: predictor.click(x, y)):
+        with pytest.raises(UsageError, match=f"a point lies outside: {x:g}, {y:g}"):
+            say()
+
+
+@pytest.mark.parametrize(
+    ("box", "fault"),
+    [
+        ((5, 5, 5, 9), None),  # of the outermost pixels of a line
+        ((0, 0, 60, 40), None),  # by the edges of the picture, as COCO's
+        ((0, 0, 60.5, 40), "the box lies outside"),
+        ((-1, 0, 5, 5), "the box lies outside"),
+        ((9, 9, 5, 5), "the box ends before it begins"),
+    ],
+)
+def test_files_and_boxes_agree_on_boxes(box, fault, sam, picture, tmp_path) -> None:
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    (tmp_path / "p.json").write_text(json.dumps([{"image": "a.png", "box": box}]))
+    predictor = InteractivePredictor(sam)
+    predictor.set_image(picture)
+    says = (lambda: read_prompts(tmp_path / "p.json", [tmp_path / "a.png"]), lambda: predictor.box(box))
+    for say in says:
+        with nullcontext() if fault is None else pytest.raises(UsageError, match=fault):
+            say()
+
+
+def test_a_masks_own_box_fits_the_picture() -> None:
+    for pixels in (np.s_[7, 12], np.s_[39, 59], np.s_[:, :], np.s_[3, 4:20]):
+        mask = np.zeros((40, 60), np.int8)
+        mask[pixels] = 1
+        (prompt,) = BoxRule().prompts(mask, np.random.default_rng(0))
+        assert prompt.faults(mask.shape) == []
+        x0, y0, x1, y1 = map(int, prompt.box)
+        assert mask[y0 : y1 + 1, x0 : x1 + 1].all()
