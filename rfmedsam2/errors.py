@@ -91,5 +91,9 @@ class SubmissionError(RfMedSamError, ValueError):
     """Predictions that a challenge would reject."""
 
 
+class ExtensionError(RfMedSamError, ImportError):
+    """An extension that a plan names: not installed, registered by two packages, or not working."""
+
+
 class MissingPackageError(RfMedSamError, ImportError):
     """An optional package that this command needs; names the extra that installs it."""

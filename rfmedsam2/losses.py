@@ -6,14 +6,19 @@ are label maps (B, ...spatial) of integers, so that no one-hot copy of the targe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
 
+from rfmedsam2.extensions import make
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.plan import SegmentationLoss
+from rfmedsam2.records.plan import SegmentationLoss, Stage
+
+LossFunction = Callable[[Tensor, Tensor], dict[str, Tensor]]
+"""(logits (B, K, ...), target (B, ...) label values) -> named scalar parts, whose sum is minimized."""
 
 
 def memberships(target: Tensor, labels: LabelSet) -> Tensor:
@@ -88,19 +93,25 @@ def deep_supervision_weights(levels: int) -> list[float]:
     return [w / total for w in weights]
 
 
-def deep_supervision_losses(
-    outputs: Sequence[Tensor], target: Tensor, labels: LabelSet, config: SegmentationLoss
-) -> dict[str, Tensor]:
-    """Weighted sums of `segmentation_losses` over resolutions, highest first; the target is sampled down to each.
+def loss_of(stage: Stage, labels: LabelSet) -> LossFunction:
+    """The loss that a stage plans: cross-entropy + Dice, or an extension's."""
+    if stage.extensions.loss is not None:
+        return make("loss", stage.extensions.loss, labels=labels)
+    return partial(segmentation_losses, labels=labels, config=stage.loss)
+
+
+def deep_supervision_losses(outputs: Sequence[Tensor], target: Tensor, loss: LossFunction) -> dict[str, Tensor]:
+    """Weighted sums of a loss's parts over resolutions, highest first; the target is sampled down to each.
 
     Levels of weight 0 still take part with a zero gradient, so that distributed training sees every parameter used.
     """
     total: dict[str, Tensor] = {}
     for weight, logits in zip(deep_supervision_weights(len(outputs)), outputs, strict=True):
         if weight == 0:
-            total["cross_entropy"] = total["cross_entropy"] + 0 * logits.float().sum()
+            first = next(iter(total))
+            total[first] = total[first] + 0 * logits.float().sum()
             continue
-        parts = segmentation_losses(logits.float(), shrink_labels(target, logits.shape[2:]), labels, config)
+        parts = loss(logits.float(), shrink_labels(target, logits.shape[2:]))
         for name, part in parts.items():
             total[name] = weight * part + total.get(name, 0)
     return total

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
 from typing_extensions import assert_never
 
-from rfmedsam2.errors import CheckpointError
+from rfmedsam2.errors import CheckpointError, ExtensionError
+from rfmedsam2.extensions import make
 from rfmedsam2.nn.feature_cache import FeatureCache
 from rfmedsam2.nn.meta_device import skip_init
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.checkpoints import read_weights
@@ -53,8 +55,24 @@ def build_stage(plan: Plan, stage: Stage, *, cache_features: bool = False) -> nn
                 deep_supervision=deep,
                 cache=FeatureCache(limit_mb) if limit_mb else None,
             )
+        case CustomConfig() as config:
+            shape = {"channels": channels, "outputs": labels.num_outputs, "patch_size": stage.patch_size}
+            network = make("network", config, **shape)
+            if not isinstance(network, nn.Module):
+                found = type(network).__name__
+                raise ExtensionError("An extension is no network", where=config.name, expected="nn.Module", found=found)
+            return network
         case _:
             assert_never(stage.model)
+
+
+def build_without_weights(plan: Plan, stage: Stage) -> nn.Module:
+    """Build the network of a stage to count its parameters, or to be given weights by `load_state_dict(assign=True)`.
+
+    Nothing is initialized: parameters have shapes alone, except those of an extension, which may need numbers.
+    """
+    with nullcontext() if isinstance(stage.model, CustomConfig) else skip_init():
+        return build_stage(plan, stage)
 
 
 def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tuple[CheckpointRecord, nn.Module]:
@@ -62,6 +80,7 @@ def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tup
 
     Raises:
         CheckpointError: unreadable, damaged, or weights that are not those of its plan's network.
+        ExtensionError: its network is another package's, which is not installed.
     """
     record = read_record_of(checkpoint)
     stage = record.plan.stages.get(record.stage)
@@ -72,8 +91,7 @@ def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tup
             expected=f"one of {', '.join(record.plan.stages)}",
             found=record.stage,
         )
-    with skip_init():  # shapes only: the weights below take the place of an initialization
-        network = build_stage(record.plan, stage)
+    network = build_without_weights(record.plan, stage)
     try:
         network.load_state_dict(read_weights(checkpoint), assign=True)
     except RuntimeError as error:

@@ -21,7 +21,7 @@ MOST_FILES = 15
 VOLUMES = (
     "errors",
     "geometry records prompts system",
-    "volume",
+    "extensions volume",
     "losses metrics nn store transforms",
     "engine inference models pipeline.datasets pipeline.doctor",
     "reporting tasks pipeline.planning pipeline.prediction",

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from rfmedsam2.records.model import RFMedSam2Config
+from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
 
 if TYPE_CHECKING:
     from rfmedsam2.engine.log import StepReport
@@ -139,7 +139,9 @@ def show_plan(plan: Plan) -> None:
 def _network_rows(models: Sequence[ModelConfig]) -> list[list[object]]:
     """What the networks of the stages are made of; SAM 2's rows only where there is one."""
     unets = [model.unet if isinstance(model, RFMedSam2Config) else model for model in models]
-    rows: list[list[object]] = [["U-Net", *(unet and ", ".join(map(str, unet.features)) for unet in unets)]]
+    rows: list[list[object]] = [["U-Net", *(_features(unet) for unet in unets)]]
+    if any(isinstance(model, CustomConfig) for model in models):
+        rows.append(["network", *(model.name if isinstance(model, CustomConfig) else None for model in models)])
     refined = [model if isinstance(model, RFMedSam2Config) else None for model in models]
     if any(refined):
         rows += [
@@ -149,6 +151,10 @@ def _network_rows(models: Sequence[ModelConfig]) -> list[list[object]]:
             ["memory", *(model and f"{model.strategy}, {model.memory_frames} frames" for model in refined)],
         ]
     return rows
+
+
+def _features(network: object) -> str | None:
+    return ", ".join(map(str, network.features)) if isinstance(network, UNetConfig) else None
 
 
 def show_summary(summary: Summary) -> None:
@@ -207,6 +213,9 @@ def show_doctor(report: DoctorReport) -> None:
     table("This machine", ("", "found"), rows)
     packages = {**report.packages, **report.optional_packages}
     table("Packages", ("package", "version"), packages.items())
+    if report.extensions:
+        found = [(e.kind, e.name, f"{e.package} {e.version}", e.fault or "ready") for e in report.extensions]
+        table("Extensions", ("kind", "name", "package", "state"), found)
     for advice in report.warnings:
         out.print(f"Warning: {advice.message.rstrip('.')}. {advice.remedy.rstrip('.')}.", soft_wrap=True)
 

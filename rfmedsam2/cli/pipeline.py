@@ -75,6 +75,7 @@ def plan_and_preprocess(
     set_: Set = (),
     nnunet_plans: Annotated[Path | None, arg(metavar="FILE")] = None,
     published: Annotated[Path | None, arg(metavar="FILE")] = None,
+    planner: Annotated[str | None, arg(metavar="NAME")] = None,
     spacing: Annotated[tuple[float, float, float] | None, arg(metavar="MM")] = None,
     group_regex: Annotated[str | None, arg(metavar="REGEX")] = None,
     clean: bool = False,
@@ -96,6 +97,7 @@ def plan_and_preprocess(
         plan: What the plan is called; else by its preset.
         nnunet_plans: Take the decisions from nnU-Net's plans.json instead of planning.
         published: Adopt a plan of ours, as in the folder plans/, with this dataset's intensities.
+        planner: Let a planner of an installed package decide; rfmed_doctor lists them.
         spacing: Target spacing z y x in mm of 3d_fullres instead of nnU-Net's rule.
         group_regex: Cases whose ids give the same first group of this expression are one patient, never split.
         clean: Take a new fingerprint although no file has changed.
@@ -116,6 +118,7 @@ def plan_and_preprocess(
         changes=set_,
         nnunet_plans=nnunet_plans,
         published=published,
+        planner=planner,
         spacing_zyx_mm=spacing,
         group_regex=group_regex,
         clean=clean,

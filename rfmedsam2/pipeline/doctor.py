@@ -19,7 +19,9 @@ from typing import Any
 import psutil
 
 import rfmedsam2
+from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.system.entry_points import KINDS, find, installed
 
 try:
     import resource
@@ -88,6 +90,17 @@ class Folder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InstalledExtension:
+    """What another package adds to this one; `fault`: why it cannot be used, None where it can."""
+
+    kind: str
+    name: str
+    package: str
+    version: str
+    fault: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """Something that will make trouble, and what to do about it."""
 
@@ -105,6 +118,7 @@ class DoctorReport:
         system: operating system and processor.
         packages: name -> version of what is needed.
         optional_packages: name -> version of what may be there.
+        extensions: networks, losses, augmentations, planners and tasks of other packages.
         devices: processor first, then accelerators.
         ram_gib, ram_free_gib: memory of the machine (or of its container), and what is left of it.
         shm_gib: free shared memory (/dev/shm), by which data loading processes hand over batches.
@@ -121,6 +135,7 @@ class DoctorReport:
     system: str
     packages: dict[str, str | None]
     optional_packages: dict[str, str | None]
+    extensions: tuple[InstalledExtension, ...]
     devices: tuple[Device, ...]
     ram_gib: float
     ram_free_gib: float
@@ -154,6 +169,7 @@ def doctor(layout: Layout | None = None, *, folders_from: str = "the default") -
     facts: dict[str, Any] = {
         "packages": {name: _version(name) for name in PACKAGES},
         "optional_packages": {name: _version(name) for name in OPTIONAL_PACKAGES},
+        "extensions": tuple(_extensions()),
         "devices": devices,
         "ram_gib": round(min(total, limit or total), 1),
         "ram_free_gib": round(min(memory.available / _GIB, limit or total), 1),
@@ -178,6 +194,18 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _extensions() -> Iterator[InstalledExtension]:
+    """All that installed packages register, each imported to see whether it works."""
+    for kind in KINDS:
+        for each in installed(kind):
+            fault = None
+            try:
+                find(kind, each.name).load()
+            except RfMedSamError as error:
+                fault = str(error)
+            yield InstalledExtension(kind=kind, name=each.name, package=each.package, version=each.version, fault=fault)
 
 
 def _devices() -> tuple[tuple[Device, ...], list[Advice]]:
@@ -271,6 +299,10 @@ def _warnings(facts: dict[str, Any]) -> Iterator[Advice]:
     elif facts["compiler"] is None:
         remedy = "Install one (Debian: apt install build-essential), or train with compile off"
         yield Advice(message="torch.compile finds no C++ compiler and will not be used", remedy=remedy)
+    for extension in facts["extensions"]:
+        if extension.fault is not None:
+            remedy = f"Update, reinstall or uninstall {extension.package}"
+            yield Advice(message=extension.fault, remedy=remedy)
     yield from _memory_warnings(facts)
     for folder in facts["folders"]:
         if not folder.writable:

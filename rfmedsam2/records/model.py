@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from rfmedsam2.records.base import Record
+from rfmedsam2.records.extension import Extension
 
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -149,5 +150,23 @@ class RFMedSam2Config(Record):
         return self
 
 
-ModelConfig = Annotated[Union[UNetConfig, RFMedSam2Config], Field(discriminator="kind")]  # noqa: UP007 - for pydantic
+class CustomConfig(Extension):
+    """A network that an installed package registers."""
+
+    kind: Literal["custom"] = "custom"
+    dimensions: Literal[2, 3] = 3
+    """Axes of its patches."""
+    patch_multiple: Count = 1
+    """Every axis of a patch is a multiple of this."""
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """The total stride, as if of one layer."""
+        return ((self.patch_multiple,) * self.dimensions,)
+
+
+ModelConfig = Annotated[
+    Union[UNetConfig, RFMedSam2Config, CustomConfig],  # noqa: UP007 - for pydantic
+    Field(discriminator="kind"),
+]
 """Union of all model records, distinguished by `kind`."""

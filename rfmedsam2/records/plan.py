@@ -16,6 +16,7 @@ from typing_extensions import Self
 from rfmedsam2.errors import PlanError
 from rfmedsam2.records.base import Record, VersionedRecord, renamed
 from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.extension import StageExtensions
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import (
     Count,
@@ -241,6 +242,7 @@ class Stage(Record):
     validation: Validation = Validation()
     inference: Inference = Inference()
     compute: Compute = Compute()
+    extensions: StageExtensions = StageExtensions()
     starts_from: str | None = None
     """Name of the stage whose predictions are input to this one (cascade)."""
 
@@ -274,8 +276,10 @@ class Stage(Record):
                 f"{kept}, but features of an image encoder that learns cannot be kept: set model.freeze_backbone true "
                 "and model.adapters.encoder false, with a backbone that has published weights"
             )
-        if changing := self.augmentation.changes_of_frames:
-            names = ", ".join(f"augmentation.{name}" for name in changing)
+        changing = [f"augmentation.{name}" for name in self.augmentation.changes_of_frames]
+        changing += ["extensions.augmentation"] * bool(self.extensions.augmentation)
+        if changing:
+            names = ", ".join(changing)
             raise ValueError(
                 f"{kept}, but features cannot be kept while augmentation changes frames ({names}): set every "
                 "probability 0 and mirror_axes [] or [0]"

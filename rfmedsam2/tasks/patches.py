@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rfmedsam2.errors import RfMedSamError, StoreError
+from rfmedsam2.extensions import make
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Stage
 from rfmedsam2.store.preprocessed import CaseStore, StoredCase
@@ -65,7 +66,9 @@ class PatchSource:
         self._read = read_size(stage.augmentation, self._final) if augment else tuple(self._final)
         if augment:
             self._transforms = training_transforms(stage.augmentation, self._final, stage.normalization)
+            self._extensions = [make("augmentation", extension) for extension in stage.extensions.augmentation]
         else:
+            self._extensions = []
             self._transforms = plain_transforms(stage.normalization)
 
     def cases(self, step: int) -> tuple[str, ...]:
@@ -118,7 +121,10 @@ class PatchSource:
             image=torch.from_numpy(np.ascontiguousarray(image)),
             segmentation=torch.from_numpy(np.ascontiguousarray(label))[None],
         )
-        return changed["image"], changed["segmentation"][0]
+        image, label = changed["image"], changed["segmentation"][0]
+        for change in self._extensions:
+            image, label = change(image, label)
+        return image, label
 
     def _forced(self, slot: int) -> bool:
         """nnU-Net's rule over the batch of all ranks: its last share of samples must hold foreground."""

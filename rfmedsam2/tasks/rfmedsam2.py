@@ -15,7 +15,7 @@ from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.inference.refined_tiles import Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
-from rfmedsam2.losses import deep_supervision_losses, generalized_box_iou_loss, memberships, segmentation_losses
+from rfmedsam2.losses import deep_supervision_losses, generalized_box_iou_loss, loss_of, memberships
 from rfmedsam2.nn.refinement_state import StepOutputs
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
@@ -50,6 +50,7 @@ class RFMedSam2Task:
         model = models.build_stage(plan, self.stage, cache_features=True)
         assert isinstance(model, RFMedSam2)
         self.model: RFMedSam2 = model.to(runtime.device)
+        self._loss = loss_of(self.stage, plan.labels)
         self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -62,15 +63,14 @@ class RFMedSam2Task:
 
     def loss(self, batch: PatchBatch) -> dict[str, Tensor]:
         """Cross-entropy and Dice of every step, and what the prompt generator adds."""
-        labels, config = self.plan.labels, self.stage.loss
-        reference = reference_prompts(batch.target, labels)
+        reference = reference_prompts(batch.target, self.plan.labels)
         steps = self.model.steps(batch.image, self._given(reference))
         parts: dict[str, Tensor] = {}
         for number, logits in steps.logits.items():
             if isinstance(logits, Tensor):
-                found = segmentation_losses(logits.float(), batch.target, labels, config)
+                found = self._loss(logits.float(), batch.target)
             else:
-                found = deep_supervision_losses(logits, batch.target, labels, config)
+                found = deep_supervision_losses(logits, batch.target, self._loss)
             parts |= {f"step{number}/{name}": part for name, part in found.items()}
         parts |= generator_losses(steps, reference, batch.image.shape[-1])
         if self.model.config.object_scores and steps.scores is not None and len(steps.scores):

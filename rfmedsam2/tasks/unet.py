@@ -16,7 +16,7 @@ from rfmedsam2 import models
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.inference.sliding_window import predict_logits
-from rfmedsam2.losses import deep_supervision_losses, memberships
+from rfmedsam2.losses import deep_supervision_losses, loss_of, memberships
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.store.preprocessed import CaseStore
@@ -25,7 +25,7 @@ from rfmedsam2.tasks.patches import PatchBatch
 
 
 class UNetTask:
-    """The engine's Task for a U-Net.
+    """The engine's Task for a U-Net, or any network of the same inputs and outputs.
 
     Args:
         plan: the plan.
@@ -40,6 +40,7 @@ class UNetTask:
         self._runtime = runtime
         torch.manual_seed(self.stage.train.seed)  # the same first weights on every rank
         self.model: nn.Module = models.build_stage(plan, self.stage).to(runtime.device)
+        self._loss = loss_of(self.stage, plan.labels)
         self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -54,7 +55,7 @@ class UNetTask:
         """Cross-entropy and Dice of all supervised resolutions."""
         outputs = self.model(batch.image)
         outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-        return deep_supervision_losses(outputs, batch.target, self.plan.labels, self.stage.loss)
+        return deep_supervision_losses(outputs, batch.target, self._loss)
 
     def validate(self) -> dict[str, float]:
         """Dice per foreground class over validation patches or volumes; `score` is their mean."""

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from support.live_storage import LiveStorage, kept_by_autograd  # pyright: ignore[reportMissingImports]
 
-from rfmedsam2.losses import deep_supervision_losses, segmentation_losses
+from rfmedsam2.losses import deep_supervision_losses, loss_of
 from rfmedsam2.models import build_stage
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts
@@ -77,7 +77,7 @@ class Step:
         plan = read_record(ROOT / "plans" / "btcv.json", Plan)
         stage = plan.stages["3d_fullres"]
         model = stage.model.model_copy(update={"backbone": f"sam2_{backbone}"})
-        self._labels, self._loss = plan.labels, stage.loss
+        self._loss = loss_of(stage, plan.labels)
         torch.manual_seed(0)
         network = build_stage(plan, stage.model_copy(update={"model": model}))
         assert isinstance(network, RFMedSam2)
@@ -91,9 +91,9 @@ class Step:
         total = torch.zeros((), device=self.volume.device)
         for logits in steps.logits.values():
             if isinstance(logits, Tensor):
-                parts = segmentation_losses(logits.float(), self.target, self._labels, self._loss)
+                parts = self._loss(logits.float(), self.target)
             else:
-                parts = deep_supervision_losses(logits, self.target, self._labels, self._loss)
+                parts = deep_supervision_losses(logits, self.target, self._loss)
             total = total + sum(parts.values())
         return total
 

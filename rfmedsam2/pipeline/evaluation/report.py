@@ -14,7 +14,7 @@ from rfmedsam2.pipeline.evaluation.overlays import PREDICTION_COLOR, REFERENCE_C
 from rfmedsam2.pipeline.evaluation.score_plot import spread_png
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.model import ModelConfig, UNetConfig
+from rfmedsam2.records.model import CustomConfig, ModelConfig, UNetConfig
 from rfmedsam2.records.report import CaseMetrics, Evaluation, Interval
 from rfmedsam2.reporting.html import png_uri, write_html
 from rfmedsam2.reporting.training_curves import Theme, Training, read_training, training_png
@@ -149,6 +149,8 @@ def _about_model(record: CheckpointRecord) -> dict[str, str]:
 def _about_network(model: ModelConfig) -> str:
     if isinstance(model, UNetConfig):
         return f"{model.kind}, {model.block} blocks, features {_times(model.features, ', ')}"
+    if isinstance(model, CustomConfig):
+        return f"{model.name}, a network of {model.package or 'another package'}"
     frames = f"frames of {model.frame_size} × {model.frame_size}"
     prompts = _about_network(model.unet) if model.unet is not None else model.generator
     return f"{model.kind}, {model.backbone} on {frames}, {model.refinements} steps; prompts: {prompts}"

@@ -16,7 +16,7 @@ from typing_extensions import assert_never
 from rfmedsam2.nn.memory_budget import ObjectSizes, frame_bytes
 from rfmedsam2.nn.sam2.sizes import sizes_of
 from rfmedsam2.pipeline.planning.topology import feature_map_size
-from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Stage
 
 FLOAT = 4
@@ -59,6 +59,8 @@ def activation_terms(stage: Stage, *, outputs: int, classes: int, half: bool) ->
             if stage.model.unet is None:
                 return terms
             return (_unet_term(stage.model.unet, stage, outputs=outputs, half=half), *terms)
+        case CustomConfig():
+            return ()  # only its own package knows
         case _:
             assert_never(stage.model)
 

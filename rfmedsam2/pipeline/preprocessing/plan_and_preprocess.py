@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rfmedsam2.errors import RecordError, UsageError
+from rfmedsam2 import extensions
+from rfmedsam2.errors import ExtensionError, RecordError, UsageError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets.splits import groups_of, load_or_make_splits, warnings_of
 from rfmedsam2.pipeline.planning.mirroring import note_on_mirroring
@@ -26,6 +27,7 @@ from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.pipeline.preprocessing.fingerprint import fingerprint
 from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed, memory_need
 from rfmedsam2.pipeline.preprocessing.preprocess import PreprocessSummary, preprocess
+from rfmedsam2.records.extension import Extension
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import Backbone, RFMedSam2Config
 from rfmedsam2.records.plan import PLAN_NAMES, Plan, Split, is_plan_name
@@ -53,6 +55,7 @@ class PlanOptions:
         changes: FIELD=VALUE assignments on the finished plan.
         nnunet_plans: nnU-Net's plans.json to take decisions from instead of planning.
         published: a plan of ours (as in plans/) to adopt instead of planning.
+        planner: of an installed package, instead of ours.
         spacing_zyx_mm: target spacing instead of nnU-Net's rule.
         group_regex: ids with the same first group are one patient.
         clean: take a new fingerprint although no file has changed.
@@ -66,6 +69,7 @@ class PlanOptions:
     changes: tuple[str, ...] = ()
     nnunet_plans: Path | None = None
     published: Path | None = None
+    planner: str | None = None
     spacing_zyx_mm: Triple | None = None
     group_regex: str | None = None
     clean: bool = False
@@ -157,6 +161,8 @@ def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> P
     elif options.published is not None:
         plan = adapt_plan_to_dataset(read_record(options.published, Plan), dataset, found)
         plan = plan.model_copy(update={"name": options.plan_name or plan.name})
+    elif options.planner is not None:
+        plan = _planned_by_extension(dataset, found, options.planner, options.plan_name)
     elif options.model == "rfmedsam2":
         plan = plan_rfmedsam2(
             dataset,
@@ -170,7 +176,19 @@ def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> P
         plan = make_plan(
             dataset, found, preset=options.preset, name=options.plan_name, spacing_zyx_mm=options.spacing_zyx_mm
         )
-    return apply_overrides(plan, list(options.changes), plan.name) if options.changes else plan
+    if options.changes:
+        plan = apply_overrides(plan, list(options.changes), plan.name)
+    for stage in plan.stages.values():
+        extensions.check(stage)
+    return plan
+
+
+def _planned_by_extension(dataset: RawDataset, found: Fingerprint, planner: str, name: str | None) -> Plan:
+    named = Extension.parse({"name": planner}, where=f"--planner {planner}")
+    plan = extensions.make("planner", named, dataset=dataset, fingerprint=found, name=name)
+    if not isinstance(plan, Plan):
+        raise ExtensionError("A planner gave no plan", where=planner, expected="Plan", found=type(plan).__name__)
+    return plan
 
 
 def _check(options: PlanOptions) -> None:
@@ -180,10 +198,10 @@ def _check(options: PlanOptions) -> None:
     default = PlanOptions()
     planning = ("preset", "model", "backbone", "spacing_zyx_mm")
     asked = [name for name in planning if getattr(options, name) != getattr(default, name)]
-    given = [name for name in ("nnunet_plans", "published") if getattr(options, name) is not None]
+    given = [name for name in ("nnunet_plans", "published", "planner") if getattr(options, name) is not None]
     if len(given) > 1 or (given and asked):
         raise UsageError(
-            "Decisions are taken from a file, or made here, not both",
+            "A plan comes from a file, from a planner of another package, or is made here",
             found=", ".join("--" + name.removesuffix("_zyx_mm").replace("_", "-") for name in [*given, *asked]),
             remedy="Leave one out; single figures can be changed with --set",
         )

@@ -14,13 +14,13 @@ from torch import nn
 from typing_extensions import assert_never
 
 from rfmedsam2.errors import PlanError
-from rfmedsam2.models import build_stage
-from rfmedsam2.nn.meta_device import skip_init
+from rfmedsam2.models import build_without_weights
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.sam2.adapted import adapters_of
 from rfmedsam2.nn.sam2.sizes import sizes_of
+from rfmedsam2.nn.unet import UNet
 from rfmedsam2.pipeline.planning.memory_estimate import MemoryTerm, activation_terms, total_gib, weight_terms
-from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Stage
 
 PARTS = {
@@ -123,7 +123,7 @@ def summary(plan: Plan, stage: str) -> Summary:
         PlanError: the plan has no such stage.
     """
     found = plan.stage(stage)
-    parts = _parts(_shapes_only(plan, found))
+    parts = _parts(build_without_weights(plan, found))
     memory, memory_half = (_memory(plan, found, parts, half=half) for half in (False, True))
     return Summary(
         plan=plan.name, stage=stage, parts=parts, layers=_layers(plan, found), memory=memory, memory_half=memory_half
@@ -143,7 +143,7 @@ def check_memory(plan: Plan, stage: str, available_bytes: int, *, half: bool = F
         PlanError: its estimate is far above what there is; says what it would need, and what helps.
     """
     found = plan.stage(stage)
-    terms = _memory(plan, found, _parts(_shapes_only(plan, found)), half=half)
+    terms = _memory(plan, found, _parts(build_without_weights(plan, found)), half=half)
     needed, available = total_gib(terms), available_bytes / 2**30
     if needed <= TOLERANCE * available:
         return
@@ -167,11 +167,6 @@ def _remedy(stage: Stage) -> str:
     return "Plan with " + ", or ".join(words)
 
 
-def _shapes_only(plan: Plan, stage: Stage) -> nn.Module:
-    with skip_init():
-        return build_stage(plan, stage)
-
-
 def _memory(plan: Plan, stage: Stage, parts: tuple[Part, ...], *, half: bool) -> tuple[MemoryTerm, ...]:
     parameters, trained = sum(part.parameters for part in parts), sum(part.trained for part in parts)
     labels = plan.labels
@@ -190,7 +185,7 @@ def _parts(network: nn.Module) -> tuple[Part, ...]:
         counts = counted.setdefault(_place(name, network, adapters), [0, 0])
         counts[0] += parameter.numel()
         counts[1] += parameter.numel() * parameter.requires_grad
-    order = ["U-Net", "prompts", "adapters", "SAM 2"]
+    order = ["U-Net", "network", "prompts", "adapters", "SAM 2"]
     return tuple(
         Part(group=group, name=part, parameters=total, trained=trained)
         for (group, part), (total, trained) in sorted(counted.items(), key=lambda item: order.index(item[0][0]))
@@ -200,7 +195,7 @@ def _parts(network: nn.Module) -> tuple[Part, ...]:
 def _place(name: str, network: nn.Module, adapters: tuple[str, ...]) -> tuple[str, str]:
     """(group, part) of a parameter."""
     if not isinstance(network, RFMedSam2):
-        return "U-Net", name.split(".")[0]
+        return ("U-Net" if isinstance(network, UNet) else "network"), name.split(".")[0]
     part = next(part for start, part in PARTS.items() if name.startswith(start))
     if name.startswith(adapters) or part == "channel adapter":
         return "adapters", part
@@ -220,6 +215,8 @@ def _layers(plan: Plan, stage: Stage) -> tuple[Layer, ...]:
                 return refined
             patch = stage.patch_size[-model.unet.dimensions :]
             return (*_unet_layers(model.unet, patch, channels=len(plan.channels), outputs=outputs), *refined)
+        case CustomConfig():
+            return ()  # only its own package knows
         case _:
             assert_never(model)
 

@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rfmedsam2 import extensions
 from rfmedsam2.engine.checkpoint import FINAL, LATEST, made_now
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import Runtime, start_runtime
-from rfmedsam2.engine.task import Progress, Run
+from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.engine.task import silent as show_nothing
 from rfmedsam2.errors import RfMedSamError, StoreError, UsageError
 from rfmedsam2.pipeline.datasets.splits import get_split
@@ -27,7 +29,7 @@ from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.training.model_summary import check_memory
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.reporting.training_curves import progress_png
@@ -103,6 +105,7 @@ def train(
 
     Raises:
         PlanError: no such stage.
+        ExtensionError: the plan names what is not installed.
         UsageError: no such fold, cases that are not preprocessed, another run that trains this fold.
         StoreError: preprocessed cases that are damaged, a folder that cannot be written.
         RfMedSamError: what the engine, prediction and evaluation raise.
@@ -110,6 +113,7 @@ def train(
     options = options or TrainOptions()
     began = time.monotonic()
     config = plan.stage(stage)
+    extensions.check(config)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.name, stage), config.patch_size)
     split = get_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
     _require_preprocessed(split, store, plan, stage)
@@ -146,18 +150,22 @@ def _task(
     split: Split,
     runtime: Runtime,
     options: TrainOptions,
-) -> UNetTask | RFMedSam2Task:
+) -> Task[Any]:
     """The task of a stage, with the weights that it starts from unless a checkpoint of this training is there."""
     config, folder = plan.stages[stage], layout.fold_folder(plan.dataset, plan.name, stage, fold)
     began = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
-    if isinstance(config.model, UNetConfig):
+    custom = config.extensions.task
+    if custom is not None or not isinstance(config.model, RFMedSam2Config):
         if options.sam is not None or options.unet is not None:
             raise UsageError(
-                "A plain U-Net takes no weights of SAM 2 and of no other U-Net",
+                "Only our own training of RFMedSAM 2 takes weights of SAM 2 and of a U-Net",
                 where=f"{plan.name}, {stage}",
                 remedy="Leave --sam2 and --unet out, or plan with --model rfmedsam2",
             )
-        return UNetTask(plan, stage, store=store, split=split, runtime=runtime)
+        given: dict[str, Any] = {"store": store, "split": split, "runtime": runtime}
+        if custom is not None:
+            return extensions.make("task", custom, plan=plan, stage_name=stage, **given)
+        return UNetTask(plan, stage, **given)
     check_memory(plan, stage, runtime.free_bytes(), half=runtime.precision != torch.float32)
     task = RFMedSam2Task(plan, stage, store=store, split=split, runtime=runtime)
     if not began:

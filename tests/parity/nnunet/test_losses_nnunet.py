@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,8 @@ def test_value_and_gradient_equal_nnunets(labels, batch_dice):
 def test_deep_supervision_equals_nnunets():
     outputs = [torch.randn(2, 3, 16 // 2**i, 8 // 2**i, 8 // 2**i) for i in range(3)]
     target = torch.randint(0, 3, (2, 16, 8, 8), dtype=torch.int16)
-    ours = sum(deep_supervision_losses(outputs, target, CLASSES, SegmentationLoss(batch_dice=False)).values())
+    loss = partial(segmentation_losses, labels=CLASSES, config=SegmentationLoss(batch_dice=False))
+    ours = sum(deep_supervision_losses(outputs, target, loss).values())
     weights = np.array([1, 0.5, 0]) / 1.5
     whole = target[:, None].float()
     levels = [torch.nn.functional.interpolate(whole, o.shape[2:], mode="nearest-exact") for o in outputs]
