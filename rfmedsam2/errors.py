@@ -95,5 +95,9 @@ class ExtensionError(RfMedSamError, ImportError):
     """An extension that a plan names: not installed, registered by two packages, or not working."""
 
 
+class PackageVersionError(RfMedSamError, ImportError):
+    """An installed release of another package that lacks what this one uses."""
+
+
 class MissingPackageError(RfMedSamError, ImportError):
     """An optional package that this command needs; names the extra that installs it."""

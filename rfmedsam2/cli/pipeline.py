@@ -132,11 +132,7 @@ def plan_and_preprocess(
     for note in result.notes:
         print(f"Note: {note}")
     if result.preprocessed is not None:
-        done = result.preprocessed
-        print(
-            f"Preprocessed: {done.done} new, {done.rebuilt} rebuilt, {done.skipped} finished before, "
-            f"{done.bytes / 1e6:.1f} MB written in {done.seconds:.1f} s"
-        )
+        print(f"Preprocessed: {result.preprocessed}")
 
 
 def train(

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rfmedsam2.engine.rng import preserved
 from rfmedsam2.engine.runtime import Runtime
+from rfmedsam2.system.private_apis import private
 
 logger = logging.getLogger(__name__)
 Loss = Callable[[Any], dict[str, Tensor]]
@@ -33,6 +34,7 @@ def compile_model(model: nn.Module, loss: Loss, batch: object, runtime: Runtime)
             raise
         first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         logger.warning("torch.compile does not work here, training goes on without it (%s)", first)
+        private(model, "_compiled_call_impl", package="torch")  # torch has no way to take compile() back
         model._compiled_call_impl = None
         model.zero_grad(set_to_none=True)
         return False

@@ -31,11 +31,13 @@ import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torch.utils.data._utils.signal_handling import _remove_worker_pids
+from torch.utils.data._utils import signal_handling
 
 from rfmedsam2.engine.rng import preserved, seed_all
+from rfmedsam2.engine.runtime import tensor_bytes
 from rfmedsam2.errors import MemoryShortError, RfMedSamError, UsageError, WorkerError
 from rfmedsam2.system.memory import free_bytes
+from rfmedsam2.system.private_apis import private
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -173,9 +175,10 @@ class _WorkerPool:
         self, iterator: Any, heartbeat: Tensor, timeout_seconds: float, describe: Callable[[int], str]
     ) -> None:
         self._iterator, self._heartbeat, self._timeout, self._describe = iterator, heartbeat, timeout_seconds, describe
-        self._processes = list(iterator._workers)
+        names = ("_workers", "_index_queues", "_shutdown", "_worker_pids_set")
+        self._processes, self._queues, *_ = [private(iterator, name, package="torch") for name in names]
         # torch would raise out of any line of the main thread when a worker dies; here it is noticed while waiting
-        _remove_worker_pids(id(iterator))
+        signal_handling._remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False
         # also when nobody closes the iterator: at exit Python would wait for workers, and a stalled one never ends
         self._kill = weakref.finalize(self, _kill, self._processes)
@@ -203,7 +206,7 @@ class _WorkerPool:
         """End all workers at once, also stalled ones; they only read, so nothing is lost."""
         self._iterator._shutdown = True
         self._kill()
-        for queue in self._iterator._index_queues:
+        for queue in self._queues:
             queue.cancel_join_thread()
             queue.close()
 
@@ -291,6 +294,7 @@ def _context(make_batch: Callable[[int], Any]) -> multiprocessing.context.BaseCo
 
 def _started(numbered: _Numbered[Any], numbers: range, workers: int, timeout_seconds: float) -> Any:
     """Start the processes, deaf to signals sent to the whole group: the main process ends them, by SIGKILL."""
+    private(signal_handling, "_remove_worker_pids", package="torch")
     with _block_signals(), warnings.catch_warnings():
         # more workers than cores were asked for; what cannot be pickled is told below
         warnings.simplefilter("ignore", UserWarning)
@@ -376,7 +380,7 @@ def _shared_memory_free() -> float:
 
 def _shared_memory_short(batch: object) -> _Failure | None:
     """Handing a batch over when shared memory is full would lose it silently: tell instead."""
-    size = _tensor_bytes(batch) / 2**20
+    size = tensor_bytes(batch) / 2**20
     free = _shared_memory_free()
     if size < free:
         return None
@@ -387,14 +391,3 @@ def _shared_memory_short(batch: object) -> _Failure | None:
         remedy="In a container, start it with --shm-size=8g or --ipc=host; or set train.workers to 0",
     )
     return _Failure(error, str(error), "")
-
-
-def _tensor_bytes(batch: object) -> int:
-    if isinstance(batch, Tensor):
-        return batch.numel() * batch.element_size()
-    if isinstance(batch, dict):
-        return sum(_tensor_bytes(value) for value in batch.values())
-    if isinstance(batch, list | tuple):
-        return sum(_tensor_bytes(value) for value in batch)
-    names = getattr(batch, "__dataclass_fields__", ())
-    return sum(_tensor_bytes(getattr(batch, name)) for name in names)

@@ -219,6 +219,18 @@ def to_device(batch: T, device: torch.device) -> T:
     return moved
 
 
+def tensor_bytes(batch: object) -> int:
+    """Size of all tensors of a batch, as `to_device` finds them."""
+    if isinstance(batch, Tensor):
+        return batch.numel() * batch.element_size()
+    if isinstance(batch, dict):
+        return sum(tensor_bytes(value) for value in batch.values())
+    if isinstance(batch, list | tuple):
+        return sum(tensor_bytes(value) for value in batch)
+    names = getattr(batch, "__dataclass_fields__", ())
+    return sum(tensor_bytes(getattr(batch, name)) for name in names)
+
+
 def resident_mb() -> float:
     """Memory of this process, MiB."""
     return psutil.Process().memory_info().rss / 2**20

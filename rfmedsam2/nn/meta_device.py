@@ -28,8 +28,8 @@ class _SkipInit(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping | None = None
     ) -> Any:
         given = dict(kwargs or {})
-        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):  # they pass all by name
-            return given["tensor"]
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return given["tensor"] if "tensor" in given else args[0]
         drawn = func in (Tensor.normal_, Tensor.uniform_)
         if drawn or (func in (Tensor.mul, Tensor.__rmul__) and isinstance(args[1], float)):
             return args[0]

@@ -22,6 +22,7 @@ import rfmedsam2
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.entry_points import KINDS, find, installed
+from rfmedsam2.system.private_apis import missing as missing_private_apis
 
 try:
     import resource
@@ -299,6 +300,8 @@ def _warnings(facts: dict[str, Any]) -> Iterator[Advice]:
     elif facts["compiler"] is None:
         remedy = "Install one (Debian: apt install build-essential), or train with compile off"
         yield Advice(message="torch.compile finds no C++ compiler and will not be used", remedy=remedy)
+    for error in missing_private_apis():
+        yield Advice(message=f"{error.what}: {error.where} (found {error.found})", remedy=error.remedy or "")
     for extension in facts["extensions"]:
         if extension.fault is not None:
             remedy = f"Update, reinstall or uninstall {extension.package}"

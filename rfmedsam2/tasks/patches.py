@@ -18,10 +18,9 @@ from rfmedsam2.extensions import make
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Stage
 from rfmedsam2.store.preprocessed import CaseStore, StoredCase
-from rfmedsam2.transforms.augment import OUTSIDE, plain_transforms, read_size, training_transforms
-
-ANNOTATED = -1
-"""Key of a stored case's sampled voxels that carry any annotation (only with an ignore label)."""
+from rfmedsam2.transforms.augment import plain_transforms, read_size, training_transforms
+from rfmedsam2.transforms.crop import OUTSIDE_LABEL
+from rfmedsam2.transforms.foreground import ANNOTATED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +161,7 @@ class PatchSource:
 
 
 def read_padded(case: StoredCase, box: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """The part of `box` inside the volume, padded to the whole box: image with 0, label with OUTSIDE.
+    """The part of `box` inside the volume, padded to the whole box: image with 0, label with OUTSIDE_LABEL.
 
     Returns:
         image (C, *box) float32 and label (*box) int16.
@@ -172,5 +171,5 @@ def read_padded(case: StoredCase, box: Sequence[tuple[int, int]]) -> tuple[np.nd
     image, label = case.image_patch(inside), case.label_patch(inside)
     if any(before or after for before, after in sides):
         image = np.pad(image, [(0, 0), *sides])
-        label = np.pad(label, sides, constant_values=OUTSIDE)
+        label = np.pad(label, sides, constant_values=OUTSIDE_LABEL)
     return image, label

@@ -29,10 +29,10 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 
 from rfmedsam2.records.plan import Augmentation, Normalization
+from rfmedsam2.system.private_apis import private
 from rfmedsam2.transforms.augment_kernels import distinct_labels, sample_labels
+from rfmedsam2.transforms.crop import OUTSIDE_LABEL
 
-OUTSIDE = -1
-"""Label of voxels beyond the volume's border or outside the non-zero region during augmentation."""
 _ANISOTROPIC_PATCH = 3.0
 """A 3D patch whose longest edge is over 3 times its first is augmented in plane only (nnU-Net's dummy 2D)."""
 _READ_SCALE = 0.85
@@ -101,6 +101,8 @@ def plain_transforms(normalization: Sequence[Normalization]) -> BasicTransform:
 
 
 def _spatial(config: Augmentation, target: tuple[int, ...], patch_size: Sequence[int]) -> BasicTransform:
+    # without it our own pass would silently not be used
+    private(SpatialTransform, "_apply_to_segmentation", package="batchgeneratorsv2")
     return _Spatial(
         target,
         patch_center_dist_from_border=0,
@@ -113,7 +115,7 @@ def _spatial(config: Augmentation, target: tuple[int, ...], patch_size: Sequence
         p_synchronize_scaling_across_axes=1,
         bg_style_seg_sampling=False,
         border_mode_seg="constant",
-        padding_value_seg=OUTSIDE,
+        padding_value_seg=OUTSIDE_LABEL,
     )
 
 
@@ -131,13 +133,13 @@ class _Spatial(SpatialTransform):
         labels = np.ascontiguousarray(segmentation[0].numpy())
         reaches_outside = self._may_reach_outside(grid, segmentation.shape[1:])
         found, *values = distinct_labels(labels.ravel())
-        if reaches_outside and found < 3 and OUTSIDE not in values:
-            found, values = found + 1, [values[0], OUTSIDE]
+        if reaches_outside and found < 3 and OUTSIDE_LABEL not in values:
+            found, values = found + 1, [values[0], OUTSIDE_LABEL]
         if found == 1:
             return torch.full((1, *self.patch_size), values[0], dtype=segmentation.dtype)
         two = (1, min(values), max(values)) if found == 2 else (0, 0, 0)
         sampled = np.empty(tuple(self.patch_size), labels.dtype)
-        sample_labels(labels, grid.contiguous().numpy(), OUTSIDE, reaches_outside, two, sampled)
+        sample_labels(labels, grid.contiguous().numpy(), OUTSIDE_LABEL, reaches_outside, two, sampled)
         return torch.from_numpy(sampled)[None]
 
 
@@ -207,5 +209,5 @@ def _closing(normalization: Sequence[Normalization]) -> list[BasicTransform]:
     steps: list[BasicTransform] = []
     if masked:
         steps.append(MaskImageTransform(apply_to_channels=masked, channel_idx_in_seg=0, set_outside_to=0))
-    steps.append(RemoveLabelTransform(OUTSIDE, 0))
+    steps.append(RemoveLabelTransform(OUTSIDE_LABEL, 0))
     return steps

@@ -12,6 +12,10 @@ import numpy as np
 from rfmedsam2.geometry import Box
 from rfmedsam2.system.numba_cache import compiled
 
+OUTSIDE_LABEL = -1
+"""Label of voxels outside the non-zero region or beyond the volume's border, while labels are resampled (it votes as a
+label of its own) and patches are changed."""
+
 
 def nonzero_box(image: np.ndarray) -> Box:
     """Bounding box of the voxels that are non-zero in any channel; the whole volume if all are zero.
@@ -49,10 +53,10 @@ def outside_mask(image: np.ndarray) -> np.ndarray | None:
     for channel in image[1:]:
         state &= np.equal(channel, 0).view(np.uint8)
     _flood(state)
-    return (state == _OUTSIDE).view(bool)
+    return (state == _REACHED).view(bool)
 
 
-_ZERO, _OUTSIDE = 1, 2
+_ZERO, _REACHED = 1, 2
 
 
 @compiled()
@@ -68,7 +72,7 @@ def _flood(state):
             step = max(width - 1, 1) if inner else 1
             for x in range(0, width, step):
                 if state[z, y, x] == _ZERO:
-                    state[z, y, x] = _OUTSIDE
+                    state[z, y, x] = _REACHED
                     stack, top = _push(stack, top, (z * height + y) * width + x)
     plane = height * width
     while top > 0:
@@ -84,7 +88,7 @@ def _flood(state):
             (here + plane, z < depth - 1),
         ):
             if inside and flat[near] == _ZERO:
-                flat[near] = _OUTSIDE
+                flat[near] = _REACHED
                 stack, top = _push(stack, top, near)
 
 

@@ -14,6 +14,7 @@ from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.system.numba_cache import compiled
 
 ANNOTATED = -1
+"""Key of the sampled voxels that carry any annotation (only with an ignore label)."""
 LEAST = 10_000
 LEAST_SHARE_PERCENT = 1
 

@@ -14,13 +14,10 @@ from rfmedsam2.errors import ImageError, PlanError
 from rfmedsam2.geometry import Box, Grid, Shape, Triple
 from rfmedsam2.records.case import CaseGeometry
 from rfmedsam2.records.plan import Plan, Stage
-from rfmedsam2.transforms.crop import nonzero_box, outside_mask
+from rfmedsam2.transforms.crop import OUTSIDE_LABEL, nonzero_box, outside_mask
 from rfmedsam2.transforms.normalize import normalize
 from rfmedsam2.transforms.resample import planned_shape, resample_image, resample_label, separate_axis
 from rfmedsam2.volume import Volume
-
-OUTSIDE_LABEL = -1
-"""Marks background outside the non-zero region while labels are resampled (it votes as a label of its own)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rfmedsam2.nn.sam import is_ambiguous
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented
+from rfmedsam2.system.private_apis import private
 from segment_anything_hq.nn.localization_augment import LocalizationAugment, grid_positions, stitched, sub_images
 from segment_anything_hq.nn.mask_refinement import Levels, MaskFeatures, MaskRefinement, Views
 from segment_anything_hq.nn.prompt_retargeting import PromptRetargeting
@@ -221,7 +222,7 @@ class SAM2Refiner(nn.Module):
         readers = [mlp(mask_tokens[:, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)]
         masks = torch.einsum("pkc,pchw->pkhw", torch.stack(readers, 1), upscaled)
         quality = decoder.iou_prediction_head(tokens[:, at])
-        tracked = unprompted and self.sam.base._use_multimask(False, None)
+        tracked = unprompted and private(self.sam.base, "_use_multimask", package="sam2")(False, None)
         ambiguous = tracked or (self.sam.best_of_three and is_ambiguous(prompted))
         if ambiguous:
             masks, quality = masks[:, 1:], quality[:, 1:]

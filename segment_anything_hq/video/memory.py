@@ -21,6 +21,7 @@ from rfmedsam2.nn.sam2.memory_attention import condition_on_memory, prepare_fram
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import MemoryBank, Slots
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch
+from rfmedsam2.system.private_apis import private
 from segment_anything_hq.nn.hq_sam2 import HqSam2
 from segment_anything_hq.nn.sam2_base import BOX_LABELS, Sam2Segmenter
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
@@ -112,7 +113,7 @@ class VideoSteps:
     def given(self, embedded: Embedded, masks: Tensor) -> Answer:
         """Take masks (n, S, S) of 0 and 1 for the answer; the decoder makes their pointers alone."""
         bare = self._bare(embedded).expand(len(masks), -1, -1, -1)
-        made = self.base._use_mask_as_output(bare, _finer(embedded), masks[:, None])
+        made = private(self.base, "_use_mask_as_output", package="sam2")(bare, _finer(embedded), masks[:, None])
         logits = made[3][:, 0]
         return Answer(logits=logits, final=logits, pointers=made[5], scores=made[6])
 
@@ -201,7 +202,7 @@ class VideoSteps:
             point_inputs=asked,
             mask_inputs=None if prompted.masks is None else prompted.masks[:, None],
             high_res_features=_finer(embedded),
-            multimask_output=self.base._use_multimask(asked is not None, asked),
+            multimask_output=private(self.base, "_use_multimask", package="sam2")(asked is not None, asked),
         )
         return Answer(logits=logits[:, 0], final=logits[:, 0], pointers=pointers, scores=scores)
 

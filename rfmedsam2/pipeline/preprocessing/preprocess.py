@@ -44,6 +44,12 @@ class PreprocessSummary:
     seconds: float
     bytes: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.done} new, {self.rebuilt} rebuilt, {self.skipped} finished before, "
+            f"{self.bytes / 1e6:.1f} MB written in {self.seconds:.1f} s"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Outcome:

@@ -11,7 +11,8 @@ from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import Augmentation, Normalization, Sampling, Stage
 from rfmedsam2.store.preprocessed import CaseStore
-from rfmedsam2.tasks.patches import ANNOTATED, PatchSource, read_padded
+from rfmedsam2.tasks.patches import PatchSource, read_padded
+from rfmedsam2.transforms.foreground import ANNOTATED
 from rfmedsam2.transforms.prepare import Restore
 
 LABELS = LabelSet(names={"background": 0, "a": 1, "b": 2})
