@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Everything that must hold before a change lands: own environment, ruff, pyright, the whole CPU test suite.
+# What must hold before a change lands: own environment, ruff, pyright and the tests, on two processes. Three levels:
 #
-#   scripts/test.sh            all of it
-#   scripts/test.sh -k plan    arguments go to pytest; ruff and pyright run as well
+#   scripts/test.sh --quick    units, properties and laws without what is slow: below 2 minutes on 2 cores
+#   scripts/test.sh            everything, faults in their short form: below 12 minutes (what .ci/run calls)
+#   scripts/test.sh --whole    also all kills, places and surroundings of tests/faults: nightly, an hour or more
 #
-# Needs Python 3.10-3.13 and git; takes everything else from PyPI. RFMED_VENV chooses another folder for the environment.
+# Other arguments go to pytest as well (-k plan, tests/unit/nn, -n 4, -n 0 for a single process); --fault-seed N damages
+# other places. Ends with the 15 slowest tests and how many GPU tests were skipped.
+#
+# Needs Python 3.10-3.13 and git; takes everything else from PyPI. RFMED_VENV chooses another folder for the environment,
+# RFMED_TEST_DATA names the folder of the real data sets, see tests/README.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -13,5 +18,5 @@ make_environment "${RFMED_VENV:-.venv}" ".[test]"
 ruff check .
 ruff format --check .
 pyright
-# the kernels are small: one thread each, so that two cores run two things
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" python -m pytest "$@"
+# files stay on one process, as their fixtures do; the order of the files is that of tests/conftest.py
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -9,26 +9,58 @@ from pathlib import Path
 
 import pytest
 from support.commands import run_ok
+from support.shared import made_once
 
 # as the commands do, before torch is imported: waiting threads sleep
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+LAWS = ("test_layers.py", "test_sizes.py", "test_imports.py", "test_readme.py")
+QUICK = ("unit", "property", *LAWS)
+"""Folders and files of the quick level, which also leaves out what is marked slow."""
+LONGEST_FIRST = ("faults", "pipeline/training", "pipeline", "golden", "parity")
+"""Folders whose files take longest. They begin, so that two workers end together."""
+NO_GPU = "no CUDA device"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only units, properties and laws, without what is slow")
     parser.addoption("--whole", action="store_true", help="tests/faults with all its kills, places and surroundings")
     parser.addoption("--fault-seed", type=int, default=0, metavar="N", help="other moments and places for tests/faults")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes seconds: not with --quick")
     config.addinivalue_line("markers", "whole: takes its time: only with --whole")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--whole"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("whole")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    def left_out(item: pytest.Item) -> bool:
+        if item.get_closest_marker("whole") and not config.getoption("--whole"):
+            return True
+        quick = _place(item).startswith(QUICK) and not item.get_closest_marker("slow")
+        return bool(config.getoption("--quick")) and not quick
+
+    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+    items[:] = sorted((item for item in items if not left_out(item)), key=_rank)
+
+
+def _place(item: pytest.Item) -> str:
+    """The test's file below tests/."""
+    return item.path.relative_to(Path(__file__).parent).as_posix()
+
+
+def _rank(item: pytest.Item) -> int:
+    """Which of `LONGEST_FIRST` it belongs to."""
+    place = _place(item)
+    return next((i for i, folder in enumerate(LONGEST_FIRST) if place.startswith(f"{folder}/")), len(LONGEST_FIRST))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Skipped tests are easily overlooked: say how many a GPU would have run."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", ()) if NO_GPU in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} GPU tests skipped: {NO_GPU}", yellow=True)
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +91,11 @@ def data_root() -> Path:
 @pytest.fixture(scope="session")
 def raw_root(tmp_path_factory) -> Path:
     """A root with the raw phantom alone. Nobody changes it."""
-    root = tmp_path_factory.mktemp("raw_root")
-    run_ok("make_phantom", "--cases", 5, "--test-cases", 2, "--shape", 16, 40, 40, "--root", root)
-    return root
+
+    def make(root: Path) -> None:
+        run_ok("make_phantom", "--cases", 5, "--test-cases", 2, "--shape", 16, 40, 40, "--root", root)
+
+    return made_once(tmp_path_factory, "raw_root", make)
 
 
 @pytest.fixture

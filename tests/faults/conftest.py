@@ -9,24 +9,29 @@ from pathlib import Path
 import pytest
 from support.commands import PLANNING, run_ok
 from support.live_process import Launcher
+from support.shared import made_once
 
 
 @pytest.fixture(scope="session")
 def planned_root(raw_root, tmp_path_factory) -> Path:
     """A root with the phantom planned and preprocessed. Nobody changes it."""
-    root = tmp_path_factory.mktemp("planned") / "root"
-    shutil.copytree(raw_root, root)
-    run_ok("plan_and_preprocess", *PLANNING, "--root", root)
-    return root
+
+    def make(root: Path) -> None:
+        shutil.copytree(raw_root, root)
+        run_ok("plan_and_preprocess", *PLANNING, "--root", root)
+
+    return made_once(tmp_path_factory, "faults_planned", make)
 
 
 @pytest.fixture(scope="session")
 def trained_root(planned_root, tmp_path_factory) -> Path:
     """A root with fold 0 trained for two steps. Nobody changes it."""
-    root = tmp_path_factory.mktemp("trained") / "root"
-    shutil.copytree(planned_root, root)
-    run_ok("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--no-validate", "--root", root)
-    return root
+
+    def make(root: Path) -> None:
+        shutil.copytree(planned_root, root)
+        run_ok("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--no-validate", "--root", root)
+
+    return made_once(tmp_path_factory, "faults_trained", make)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import TINY, run_ok
+from support.shared import made_once
 
 PHANTOM = "Dataset900_PhantomCT"
 
@@ -14,16 +15,20 @@ PHANTOM = "Dataset900_PhantomCT"
 @pytest.fixture(scope="session")
 def planned_root(raw_root, tmp_path_factory) -> Path:
     """A root with the phantom planned and preprocessed. Nobody changes it."""
-    root = tmp_path_factory.mktemp("planned") / "root"
-    shutil.copytree(raw_root, root)
-    run_ok("plan_and_preprocess", "--preset", "cpu", "-c", "3d_fullres", "2d", "--set", *TINY, "--root", root)
-    return root
+
+    def make(root: Path) -> None:
+        shutil.copytree(raw_root, root)
+        run_ok("plan_and_preprocess", "--preset", "cpu", "-c", "3d_fullres", "2d", "--set", *TINY, "--root", root)
+
+    return made_once(tmp_path_factory, "pipeline_planned", make)
 
 
 @pytest.fixture(scope="session")
 def trained_root(planned_root, tmp_path_factory) -> Path:
     """A root with fold 0 of 3d_fullres trained for two steps. Nobody changes it."""
-    root = tmp_path_factory.mktemp("trained") / "root"
-    shutil.copytree(planned_root, root)
-    run_ok("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--root", root)
-    return root
+
+    def make(root: Path) -> None:
+        shutil.copytree(planned_root, root)
+        run_ok("train", "3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 2, "--root", root)
+
+    return made_once(tmp_path_factory, "pipeline_trained", make)

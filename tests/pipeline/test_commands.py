@@ -32,25 +32,6 @@ def labels_in(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(nib.load(path).dataobj) for path in sorted(folder.glob("*.nii.gz"))}
 
 
-@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in COMMANDS.items() for n in names])
-def test_help_is_answered_before_anything_heavy_is_imported(module, name):
-    code = (
-        "import sys, time, contextlib, io\n"
-        "began = time.process_time()\n"
-        f"from rfmedsam2.cli.{module} import {name}_command as entry\n"
-        f"sys.argv = ['rfmed_{name}', '--help']\n"
-        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
-        "    entry()\n"
-        "assert 'usage' in out.getvalue()\n"
-        f"heavy = {HEAVY} & sys.modules.keys()\n"
-        "assert not heavy, heavy\n"
-        "print(time.process_time() - began)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.0
-
-
 def test_a_phantom_is_made_and_never_overwritten_unasked(tmp_path):
     words = ("--cases", 1, "--test-cases", 0, "--shape", 8, 16, 16, "-o", tmp_path)
     assert str(tmp_path / PHANTOM) in run_ok("make_phantom", *words).out

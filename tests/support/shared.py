@@ -1,0 +1,31 @@
+"""Folders that are made once, whichever worker of pytest-xdist asks first."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of this run's temporary folder, filled by the first who asks; the others wait. Nobody changes it.
+
+    Args:
+        factory: pytest's.
+        name: of the folder, unique within the run.
+        make: fills the folder, which does not exist yet; a failure is tried again by whoever asks next.
+    """
+    base = factory.getbasetemp()
+    home = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = home / name / "made", home / name / "done"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(home / name / "lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            done.touch()
+    return folder
