@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -20,12 +20,20 @@ LARGEST_PICTURE = 200_000
 NOT_COMMANDS = {"rfmed_data", "rfmed_quickstart", "rfmed_cpu"}
 
 
-def tracked(*patterns: str) -> list[str]:
-    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
-    return listed.stdout.split()
+@cache
+def everything() -> list[str]:
+    """Found by walking: a source distribution has no git."""
+    folders = (".github", "plans", "rfmedsam2", "scripts", "segment_anything_hq", "tests")
+    found = [*ROOT.iterdir(), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found if path.is_file())
 
 
-PAGES = sorted(tracked("*.md"))
+def files(*patterns: str) -> list[str]:
+    """Whose path matches a pattern; a star stands for folders, too."""
+    return [name for name in everything() if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+PAGES = sorted(files("*.md"))
 
 
 @cache
@@ -69,19 +77,19 @@ def test_commands_that_pages_name_exist(page):
 
 def test_every_benchmark_is_in_its_readme():
     text = text_of("scripts/benchmarks/README.md")
-    scripts = [Path(f) for f in tracked("scripts/benchmarks/*.py") if "_harness" not in f]
+    scripts = [Path(f) for f in files("scripts/benchmarks/*.py") if "_harness" not in f]
     assert len(scripts) > 15
     assert not [f.name for f in scripts if f"`{f.name}" not in text and f"benchmarks/{f.name}" not in text]
 
 
 def test_every_fault_test_is_in_its_readme():
     text = text_of("tests/faults/README.md")
-    assert not [f for f in tracked("tests/faults/test_*.py") if Path(f).name not in text]
+    assert not [f for f in files("tests/faults/test_*.py") if Path(f).name not in text]
 
 
 def test_every_script_is_named_by_a_page():
     text = text_of("README.md") + text_of(".github/CONTRIBUTING.md") + text_of("plans/README.md")
-    scripts = tracked("scripts/*.sh", "scripts/*.py")
+    scripts = files("scripts/*.sh", "scripts/*.py")
     assert not [f for f in scripts if "benchmarks" not in f and Path(f).name not in text]
 
 
@@ -116,5 +124,5 @@ def test_messages_under_troubleshooting_are_those_of_the_sources():
     section = text_of("README.md").partition("## Troubleshooting")[2].partition("\n## ")[0]
     quoted = re.findall(r"^\| `(.+?)`", section, re.M)
     assert len(quoted) == 8
-    sources = "\n".join((ROOT / f).read_text() for f in tracked("rfmedsam2/*.py", "segment_anything_hq/*.py"))
+    sources = "\n".join((ROOT / f).read_text() for f in files("rfmedsam2/*.py", "segment_anything_hq/*.py"))
     assert not [message for message in quoted if message not in sources]

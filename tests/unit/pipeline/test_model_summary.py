@@ -100,7 +100,11 @@ def test_a_plan_too_large_for_the_memory_is_refused_before_it_starts():
 
 
 def test_the_papers_plan_fits_24_gib_in_mixed_precision():
+    found = summary_of("btcv")
+    assert 14 < total_gib(found.memory_half) < 17  # far below 24 GiB, without the tolerance
     check_memory(published_plan("btcv"), "3d_fullres", 24 * GIB, half=True)
+    with pytest.raises(PlanError, match=r"12\.0 GiB"):
+        check_memory(published_plan("btcv"), "3d_fullres", 12 * GIB, half=True)
 
 
 def test_the_command_shows_a_file(monkeypatch, capsys):

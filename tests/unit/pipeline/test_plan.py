@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
 from types import SimpleNamespace
 from typing import get_args
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from rfmedsam2.errors import PlanError, RecordError, RfMedSamError, UsageError
+from rfmedsam2.pipeline.planning import topology
 from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset, apply_overrides
 from rfmedsam2.pipeline.planning.plan import channel_normalizations, plan, target_spacing
@@ -157,11 +158,12 @@ def test_readers_that_reorient_are_honoured():
 
 @pytest.mark.parametrize("preset", get_args(Preset))
 @pytest.mark.parametrize("data", [HIPPOCAMPUS, BTCV, BODY_CT, SAGITTAL], ids=["hippocampus", "btcv", "body", "thick"])
-def test_every_preset_plans_every_kind_of_data_in_half_a_second(preset, data):
+def test_every_preset_plans_every_kind_of_data_with_few_tries(preset, data, monkeypatch):
     dataset, fingerprint = described(**data)
-    start = time.perf_counter()
+    tries = mock.Mock(wraps=topology.topology_of)
+    monkeypatch.setattr(topology, "topology_of", tries)
     found = plan(dataset, fingerprint, preset=preset)
-    assert time.perf_counter() - start < 0.5
+    assert 0 < tries.call_count < 1000  # 20,000 a second
     assert found.name == PRESETS[preset].plan_name
     assert Plan.from_json(found.to_json()) == found
 
