@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
-from nibabel.freesurfer.mghformat import MGHImage
+from nibabel.freesurfer.mghformat import MGHError, MGHImage
 from nibabel.spatialimages import HeaderDataError
 
 from rfmedsam2.errors import ImageError
 from rfmedsam2.geometry import Grid
-from rfmedsam2.store.formats.decompression import damaged
+from rfmedsam2.store.formats.decompression import chunks_of, damaged
 from rfmedsam2.store.formats.image_header import ImageHeader, checked_spacing, repaired
 
 
@@ -30,7 +30,8 @@ def read_mgz(path: Path) -> tuple[np.ndarray, ImageHeader]:
         TruncatedImageError: the file ends early or is damaged.
         ImageError: not an MGH file.
     """
-    image = _load(path)
+    content = b"".join(chunks_of(path))  # to the end: nibabel stops before the checksum, and takes damaged voxels
+    image = _load(path, content)
     header = _header(path, image)
     try:
         data = np.asanyarray(image.dataobj)
@@ -46,12 +47,13 @@ def write_mgz_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
     MGHImage(cast(Any, stored.T), header.source_grid.affine_ras).to_filename(path)
 
 
-def _load(path: Path) -> MGHImage:
+def _load(path: Path, content: bytes | None = None) -> MGHImage:
+    """From the file, or from its decompressed content."""
     try:
-        return MGHImage.from_filename(path)
+        return MGHImage.from_filename(path) if content is None else MGHImage.from_bytes(content)
     except (EOFError, zlib.error) as error:
         raise damaged(path, str(error)) from error
-    except (OSError, TypeError, ValueError, KeyError, HeaderDataError, ImageFileError) as error:
+    except (OSError, TypeError, ValueError, KeyError, HeaderDataError, ImageFileError, MGHError) as error:
         raise ImageError("The file is not an MGH volume", where=path, found=error) from error
 
 
