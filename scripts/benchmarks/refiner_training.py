@@ -6,7 +6,7 @@ usage: refiner_training.py --data FOLDER --weights mobile_sam.pt [--methods hq_s
 HQ-SAM and SAM-REF are trained on MobileSAM (TinyViT), which stays as it is, by `samhq_train`'s own recipes but for
 their length; all three then segment the held-out pictures by the boxes of their masks, and by boxes with noise. Peer:
 MobileSAM alone. The last line is JSON: ours is the better method's mean boundary IoU, ratio is ours over peer's.
-Embeddings are kept in --out, so that a second run is quicker.
+EmbeddingCache are kept in --out, so that a second run is quicker.
 """
 
 from __future__ import annotations

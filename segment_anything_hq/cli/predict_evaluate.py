@@ -75,7 +75,7 @@ def predict(
     """
     from rfmedsam2.cli.console import bars, table
     from segment_anything_hq.data.prompt_files import images_in, read_prompts
-    from segment_anything_hq.inference.files import predict_objects, require_free
+    from segment_anything_hq.inference.files import predict_files, require_free_outputs
     from segment_anything_hq.inference.network_spec import NetworkSpec, resolve_spec
 
     named = resolve_spec(
@@ -85,9 +85,9 @@ def predict(
     )
     pictures = images_in(images)
     objects = read_prompts(prompts, pictures)
-    require_free(output, objects, overwrite=overwrite)
+    require_free_outputs(output, objects, overwrite=overwrite)
     chosen = built(named, device)
-    record = predict_objects(chosen, objects, output, track=bars)
+    record = predict_files(chosen, objects, output, track=bars)
     if as_json:
         print(record.to_json())
         return

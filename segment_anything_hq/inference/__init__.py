@@ -1,1 +1,1 @@
-"""Interactive prediction, prediction of files, the embedding cache."""
+"""Interactive prediction, prediction of files, loading networks, the embedding cache."""

@@ -1,8 +1,8 @@
-"""What a frozen image encoder makes of frames, kept on disk for frames that come again.
+"""Disk cache for the output of the frozen image encoder, for frames that are used repeatedly.
 
-One safetensors file a frame, at 16 bit a value. Of frames of 1024 pixels that is, of what the mask decoder reads: of
-SAM 2.1 MB (HQ-SAM on vit_tiny 3.4 MB, on vit_b 8.4 MB), of SAM 2 8.4 MB, of SAM2Refiner, which sees a frame and its
-four quarters, 41.9 MB. The size of the encoder does not matter: embeddings of hiera_t and hiera_l are as large.
+One safetensors file per frame, 16 bits per value, with the tensors that the mask decoder reads. A frame of 1024 pixels
+takes 2.1 MB for SAM (HQ-SAM: 3.4 MB on vit_tiny, 8.4 MB on vit_b), 8.4 MB for SAM 2, and 41.9 MB for SAM2Refiner, which
+encodes a frame and its four quarters. The size does not depend on the encoder: hiera_t and hiera_l take the same.
 """
 
 from __future__ import annotations
@@ -32,87 +32,89 @@ from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 from segment_anything_hq.nn.sam_ref import SamRef
 
 logger = logging.getLogger(__name__)
-AT_ONCE = 4
-"""Frames that the encoder sees at once: a ViT-H takes gigabytes for a large batch, and is no quicker with it."""
+ENCODER_BATCH = 4
+"""Frames per encoder pass: larger batches of a ViT-H take gigabytes and are not faster."""
 Frozen = dict[str, Tensor]
-"""Fields of `Embedded` or `Views` by name, rows for frames; on disk of one frame, without the row."""
+"""Fields of `Embedded` or `Views` by name, one row per frame; on disk, a single frame without the row axis."""
 
 
-class Embeddings:
-    """The frozen part of a network's encoding, computed once a frame.
+class EmbeddingCache:
+    """Encodes frames with a network's frozen encoder, through a cache on disk.
 
-    Values are rounded to 16 bit and back, kept or not: what comes back does not depend on what was there. Several
-    processes may share a folder, and write the same frame at once.
+    Values are rounded to 16 bits with and without a cache, so results do not depend on what was cached. Several
+    processes may share a folder and write the same frame at the same time.
 
     Args:
-        network: on its device; its encoder runs in evaluation mode, also while the rest of it trains.
-        folder: files are kept in FOLDER/NETWORK/FRAME.safetensors, the network by its frozen weights, its method and
-            frame size (and the precision of autocast, where it is on), the frame by its pixels. None: nothing is kept.
+        network: the network, on its device; its encoder runs in evaluation mode even while the rest trains.
+        folder: files go to FOLDER/NETWORK/FRAME.safetensors; NETWORK is a key of frozen weights, method, frame size and
+            autocast precision, FRAME a digest of the pixels. None: no cache.
 
     Attributes:
-        asked: frames asked for so far.
-        encoded: of them, those that the encoder was run on.
+        requested: number of frames requested so far.
+        encoded: number of frames that the encoder was run on.
     """
 
     def __init__(self, network: Network, *, folder: Path | None) -> None:
         self.network, self.folder = network, folder
-        self.asked = self.encoded = 0
+        self.requested = self.encoded = 0
         self._kind = Views if isinstance(network, SAM2Refiner) else Embedded
-        self._names = _names_read(network)
+        self._names = _cached_fields(network)
         self._key = ""
         if folder is not None:
             self._key = f"{base_sha256(network)[:16]}-{type(network).__name__}-{network.frame_size}"
 
-    def of(self, images: Tensor) -> Embedded:
-        """Embed frames.
+    def embed(self, images: Tensor) -> Embedded:
+        """Encode frames, from the cache where possible.
 
         Args:
             images: (B, 3, S, S) uint8, on any device; smaller ones are padded as `normalize` does.
 
         Returns:
-            On the network's device, in float32. With gradients where a method learns part of its encoding
-            (`SAM2Refiner.renewed`), and without for all that is frozen.
+            the embedding on the network's device, float32. It carries gradients only where the method trains part of
+            its encoding (`SAM2Refiner.renewed`).
 
         Raises:
-            UsageError: no such frames.
+            UsageError: the frames have another shape or type.
             StoreError: the folder cannot be written or the disk is full.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
             raise UsageError(
-                "These are no frames", expected="(B, 3, S, S) uint8", found=f"{tuple(images.shape)} {images.dtype}"
+                "Frames have the wrong shape or type",
+                expected="(B, 3, S, S) uint8",
+                found=f"{tuple(images.shape)} {images.dtype}",
             )
         device = next(self.network.parameters()).device
-        self.asked += len(images)
+        self.requested += len(images)
         with torch.no_grad():
             frames = self.network.normalize(images.to(device))
-            frozen = self._encoded(frames) if self.folder is None else self._kept_or_encoded(images, frames)
+            frozen = self._encode(frames) if self.folder is None else self._load_or_encode(images, frames)
             frozen = {name: tensor.to(device).float() for name, tensor in frozen.items()}
-        of_network: Any = self._kind(frames=frames, **frozen)
-        return self.network.renewed(of_network) if isinstance(self.network, SAM2Refiner) else of_network
+        embedded: Any = self._kind(frames=frames, **frozen)
+        return self.network.renewed(embedded) if isinstance(self.network, SAM2Refiner) else embedded
 
-    def _kept_or_encoded(self, images: Tensor, frames: Tensor) -> Frozen:
-        """Rows from files; those that are missing are encoded as one batch, and written."""
+    def _load_or_encode(self, images: Tensor, frames: Tensor) -> Frozen:
+        """Read cached rows; encode the missing frames as one batch and write them."""
         keys = [_key(image) for image in images.cpu()]
         paths = {key: self._path(key) for key in keys}
         rows = {key: row for key, path in paths.items() if (row := self._read(path, key)) is not None}
         missing = {key: keys.index(key) for key in paths if key not in rows}
         if missing:
-            made = {name: tensor.cpu() for name, tensor in self._encoded(frames[list(missing.values())]).items()}
+            made = {name: tensor.cpu() for name, tensor in self._encode(frames[list(missing.values())]).items()}
             for index, key in enumerate(missing):
                 rows[key] = {name: tensor[index] for name, tensor in made.items()}
                 self._write(paths[key], key, rows[key])
-        return {name: _joined([rows[key][name][None] for key in keys]) for name in self._names}
+        return {name: _concatenate([rows[key][name][None] for key in keys]) for name in self._names}
 
-    def _encoded(self, frames: Tensor) -> Frozen:
-        """What is read of the frozen encoding of frames, in float16 on their device."""
+    def _encode(self, frames: Tensor) -> Frozen:
+        """Run the frozen encoder; returns the fields that the decoder reads, float16 on the frames' device."""
         self.encoded += len(frames)
         parts: list[Frozen] = []
         with _evaluating(self.network):
             network = self.network
-            for some in frames.split(AT_ONCE):
+            for some in frames.split(ENCODER_BATCH):
                 made = network.look(some) if isinstance(network, SAM2Refiner) else network.encode(some)
                 parts.append({name: _half(getattr(made, name)) for name in self._names})
-        return {name: _joined([part[name] for part in parts]) for name in self._names}
+        return {name: _concatenate([part[name] for part in parts]) for name in self._names}
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
@@ -121,21 +123,25 @@ class Embeddings:
         return self.folder / (self._key + precision.replace("torch.", "")) / f"{key}.safetensors"
 
     def _read(self, path: Path, key: str) -> Frozen | None:
-        """A frame's tensors; None where there is no file, or one that cannot be used."""
+        """A frame's tensors; None if the file is missing or unusable."""
         try:
             with safe_open(path, framework="pt", device="cpu") as stream:
-                said = stream.metadata() or {}
-                if set(stream.keys()) != set(self._names) or said.get("frame") != key or said.get("of") != self._key:
-                    logger.warning("%s is not of this frame and network: the frame is encoded anew", path)
+                metadata = stream.metadata() or {}
+                if (
+                    set(stream.keys()) != set(self._names)
+                    or metadata.get("frame") != key
+                    or metadata.get("of") != self._key
+                ):
+                    logger.warning("%s belongs to another frame or network; encoding the frame again", path)
                     return None
                 row = {name: stream.get_tensor(name) for name in self._names}
-            if weights_sha256(row) == said.get("sha256"):
+            if weights_sha256(row) == metadata.get("sha256"):
                 return row
-            logger.warning("%s does not match its digest, it was damaged: the frame is encoded anew", path)
+            logger.warning("%s is damaged (its digest does not match); encoding the frame again", path)
         except FileNotFoundError:
             pass
         except (SafetensorError, CheckpointError, OSError) as error:
-            logger.warning("%s cannot be read (%s): the frame is encoded anew", path, error)
+            logger.warning("%s cannot be read (%s); encoding the frame again", path, error)
         return None
 
     def _write(self, path: Path, key: str, row: Frozen) -> None:
@@ -144,8 +150,8 @@ class Embeddings:
             temporary.write_bytes(save(row, metadata))
 
 
-def _names_read(network: Network) -> tuple[str, ...]:
-    """Fields that the network's `segment` or `renewed` reads; frames are made again from the images."""
+def _cached_fields(network: Network) -> tuple[str, ...]:
+    """Fields that the network's `segment` or `renewed` reads, without the frames, which come from the images."""
     if isinstance(network, SAM2Refiner):
         return tuple(field.name for field in fields(Views) if field.name != "frames")
     base = network.base if isinstance(network, SamRef) else network
@@ -154,13 +160,13 @@ def _names_read(network: Network) -> tuple[str, ...]:
 
 
 def _half(tensor: Tensor) -> Tensor:
-    """In float16, what is too large for it as its largest; laid out as files are, which sums depend on."""
+    """Clamp to float16's range and convert; contiguous like tensors read from files, which sums depend on."""
     limit = torch.finfo(torch.float16).max
     return tensor.detach().clamp(-limit, limit).half().contiguous()
 
 
-def _joined(rows: list[Tensor]) -> Tensor:
-    """Rows one after the other, in float16, which autocast on a CPU does not take as it is."""
+def _concatenate(rows: list[Tensor]) -> Tensor:
+    """Concatenate rows in float16; autocast on a CPU would change the type."""
     with torch.autocast(rows[0].device.type, enabled=False):
         return torch.cat(rows)
 
@@ -174,7 +180,7 @@ def _key(image: Tensor) -> str:
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Run a network in evaluation mode, then leave every module in its own: what is kept has no chance in it."""
+    """Run a network in evaluation mode (the cache must not hold dropout), then restore every module's mode."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:

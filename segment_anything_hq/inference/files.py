@@ -1,4 +1,4 @@
-"""Masks of prompted objects as files: each picture is embedded once, and its objects are masked side by side."""
+"""Predict masks for prompts from files: each image is encoded once, its objects are decoded in batches."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from segment_anything_hq.inference.network_spec import LoadedNetwork
 from segment_anything_hq.models import Network
 from segment_anything_hq.records import ImagePredictions, PredictedObject
 
-AT_ONCE = 16
-"""Objects of a picture that are one batch."""
+OBJECTS_PER_BATCH = 16
+"""Objects of one image that are decoded as one batch."""
 PREDICTIONS = "predictions.json"
 OBJECT = 255
-"""Value of the object's pixels in a mask's file."""
+"""Value of object pixels in a mask file."""
 
 
 class Track(Protocol):
@@ -44,120 +44,120 @@ class Track(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectMask:
-    """A mask at its picture's size.
+    """A mask at its image's size.
 
     Attributes:
         mask: (H, W) bool.
-        score: predicted IoU.
+        score: IoU predicted by the network.
     """
 
     mask: np.ndarray
     score: float
 
 
-def require_free(out: Path, objects: Sequence[PromptedObject], *, overwrite: bool) -> None:
-    """Make sure that no file is overwritten that should not be; a picture that is masked never is.
+def require_free_outputs(out: Path, objects: Sequence[PromptedObject], *, overwrite: bool) -> None:
+    """Check that no file would be overwritten; the images themselves never are, even with `overwrite`.
 
     Raises:
-        UsageError: names the files that are there.
+        UsageError: files exist already, or a mask would overwrite an image; the message names them.
     """
     targets = [out / name for name in (*(prompted.file for prompted in objects), PREDICTIONS)]
-    pictures = {prompted.image.resolve() for prompted in objects}
-    taken = [path.name for path in targets if path.resolve() in pictures]
+    images = {prompted.image.resolve() for prompted in objects}
+    taken = [path.name for path in targets if path.resolve() in images]
     if taken:
         raise UsageError(
-            "Masks would overwrite their pictures", where=out, found=_listed(taken), remedy="Choose another folder"
+            "Masks would overwrite their images", where=out, found=_abbreviated(taken), remedy="Choose another folder"
         )
-    there = [] if overwrite else [path.name for path in targets if path.exists()]
-    if there:
+    existing = [] if overwrite else [path.name for path in targets if path.exists()]
+    if existing:
         remedy = "Choose another folder, or add --overwrite"
-        raise UsageError("These files are there already", where=out, found=_listed(there), remedy=remedy)
+        raise UsageError("These files already exist", where=out, found=_abbreviated(existing), remedy=remedy)
 
 
-def predict_objects(
-    chosen: LoadedNetwork, objects: Sequence[PromptedObject], out: Path, *, track: Track | None = None
+def predict_files(
+    loaded: LoadedNetwork, objects: Sequence[PromptedObject], out: Path, *, track: Track | None = None
 ) -> ImagePredictions:
-    """Mask objects and write masks, one PNG each, and predictions.json; files of these names are replaced.
+    """Predict a mask for each object and write one PNG per mask and predictions.json, replacing existing files.
 
     Args:
-        chosen: on its device.
-        objects: at least one; see `prompt_files.read_prompts`.
-        out: folder, which is made.
-        track: shows progress by picture.
+        loaded: the network, on its device.
+        objects: at least one object; see `data.prompt_files.read_prompts`.
+        out: output folder, created if missing.
+        track: shows progress by image.
 
     Raises:
-        ImageError: a picture that cannot be read; masks of the pictures before it are written.
-        StoreError: a file that cannot be written.
+        ImageError: an image cannot be read; the masks of the images before it have been written.
+        StoreError: a file cannot be written.
     """
-    of: dict[Path, list[PromptedObject]] = {}
+    by_image: dict[Path, list[PromptedObject]] = {}
     for prompted in objects:
-        of.setdefault(prompted.image, []).append(prompted)
-    made: list[PredictedObject] = []
+        by_image.setdefault(prompted.image, []).append(prompted)
+    predicted: list[PredictedObject] = []
     embedding_seconds: dict[str, float] = {}
-    groups: Iterable[list[PromptedObject]] = list(of.values())
-    for group in track(groups, "pictures", len(of)) if track else groups:
-        image = group[0].image
-        picture = read_image(image)
+    groups: Iterable[list[PromptedObject]] = list(by_image.values())
+    for group in track(groups, "images", len(by_image)) if track else groups:
+        path = group[0].image
+        image = read_image(path)
         started = time.perf_counter()
-        framing = make_transform((picture.shape[0], picture.shape[1]), chosen.network.frame_size, chosen.fit)
+        transform = make_transform((image.shape[0], image.shape[1]), loaded.network.frame_size, loaded.fit)
         with torch.inference_mode():
-            embedded = embed(chosen.network, picture, framing)
+            embedded = embed(loaded.network, image, transform)
             _wait(embedded.embedding)
-        embedding_seconds[image.name] = round(time.perf_counter() - started, 4)
+        embedding_seconds[path.name] = round(time.perf_counter() - started, 4)
         found: dict[str, PredictedObject] = {}
-        for prompted, mask, seconds in _masked(chosen.network, embedded, framing, group):
+        for prompted, mask, seconds in _predict_in_batches(loaded.network, embedded, transform, group):
             with atomic(out / prompted.file) as temporary:
                 Image.fromarray(mask.mask.astype(np.uint8) * OBJECT).save(temporary, format="PNG")
-            found[prompted.file] = _predicted(prompted, mask, seconds)
-        made += [found[prompted.file] for prompted in group]
+            found[prompted.file] = _record(prompted, mask, seconds)
+        predicted += [found[prompted.file] for prompted in group]
     record = ImagePredictions(
-        network=chosen.facts(),
-        weights_sha256=chosen.weights_sha256,
-        device=str(device_of(chosen.network)),
+        network=loaded.facts(),
+        weights_sha256=loaded.weights_sha256,
+        device=str(device_of(loaded.network)),
         code_version=rfmedsam2.__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         embedding_seconds=embedding_seconds,
-        objects=tuple(made),
+        objects=tuple(predicted),
     )
     write_record(out / PREDICTIONS, record)
     return record
 
 
-def mask_objects(
-    network: Network, embedded: Embedded, framing: ImageTransform, objects: Sequence[PromptedObject]
+def predict_masks(
+    network: Network, embedded: Embedded, transform: ImageTransform, objects: Sequence[PromptedObject]
 ) -> Iterator[ObjectMask]:
-    """Mask objects of one picture as one batch, in their order.
+    """Predict the masks of objects of one image as one batch, and yield them in order.
 
     Args:
-        network: which embedded the picture.
-        embedded: one image.
-        framing: the picture's.
-        objects: all with a box or all without, up to as many as memory allows.
+        network: the network that encoded the image.
+        embedded: the encoded image.
+        transform: the image's place in the network's frame.
+        objects: objects with a box, or objects without one; memory grows with their number.
     """
     with torch.inference_mode():
-        answer = network.segment(embedded, framing.prompts([o.prompt for o in objects], device_of(network)))
+        answer = network.segment(embedded, transform.prompts([o.prompt for o in objects], device_of(network)))
         scores = answer.scores.float().tolist()
-        # one by one: at the picture's size a mask of a photograph takes 50 MB and more
+        # one by one: the logits of a photograph at full size take 50 MB and more per mask
         for row, score in enumerate(scores):
-            mask = (framing.logits(answer.final[row : row + 1])[0] > 0).cpu().numpy()
+            mask = (transform.logits(answer.final[row : row + 1])[0] > 0).cpu().numpy()
             yield ObjectMask(mask=mask, score=score)
 
 
-def _masked(
-    network: Network, embedded: Embedded, framing: ImageTransform, objects: Sequence[PromptedObject]
+def _predict_in_batches(
+    network: Network, embedded: Embedded, transform: ImageTransform, objects: Sequence[PromptedObject]
 ) -> Iterator[tuple[PromptedObject, ObjectMask, float]]:
-    """Each object with its mask and seconds, in batches of those with a box and of those without."""
+    """Yield each object with its mask and seconds; objects with and without a box go in separate batches."""
     for boxed in (True, False):
-        kind = [prompted for prompted in objects if (prompted.prompt.box is not None) is boxed]
-        for start in range(0, len(kind), AT_ONCE):
-            batch = kind[start : start + AT_ONCE]
+        group = [prompted for prompted in objects if (prompted.prompt.box is not None) is boxed]
+        for start in range(0, len(group), OBJECTS_PER_BATCH):
+            batch = group[start : start + OBJECTS_PER_BATCH]
             started = time.perf_counter()
-            found = list(mask_objects(network, embedded, framing, batch))
+            found = list(predict_masks(network, embedded, transform, batch))
             share = (time.perf_counter() - started) / len(batch)
             yield from ((prompted, mask, share) for prompted, mask in zip(batch, found, strict=True))
 
 
-def _predicted(prompted: PromptedObject, found: ObjectMask, seconds: float) -> PredictedObject:
+def _record(prompted: PromptedObject, found: ObjectMask, seconds: float) -> PredictedObject:
     return PredictedObject(
         file=prompted.file,
         image=prompted.image.name,
@@ -171,10 +171,10 @@ def _predicted(prompted: PromptedObject, found: ObjectMask, seconds: float) -> P
 
 
 def _wait(tensor: Tensor) -> None:
-    """Until a device has made it, so that its seconds are not counted elsewhere."""
+    """Wait until the device has computed a tensor, so that its time is attributed correctly."""
     if tensor.device.type == "cuda":
         torch.cuda.synchronize(tensor.device)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _abbreviated(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

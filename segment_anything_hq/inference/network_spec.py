@@ -1,4 +1,4 @@
-"""Which network a user means: a method on a backbone with published weights, or a checkpoint of a training."""
+"""Resolve and load the network a user asks for: a method with published weights, or a trained checkpoint."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ FITTED: dict[Fit, str] = {"pad": "padded", "stretch": "stretched"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSpec:
-    """What a user says of a network; None: nothing.
+    """A user's specification of a network; None means not given.
 
     Attributes:
-        method: its name; of a checkpoint, if at all, the one it is of.
-        backbone: likewise.
-        weights: published weights of the base; of HQ-SAM, its own too.
-        decoder: a checkpoint of the base's fine-tuned mask decoder.
-        model: a checkpoint of a training.
-        frame_size: S; else a checkpoint's, or 1024.
+        method: name of the method; with `model`, it must agree with the checkpoint.
+        backbone: name of the backbone; likewise.
+        weights: published weights of the base; for HQ-SAM, the file may include its own.
+        decoder: checkpoint of the base's fine-tuned mask decoder.
+        model: checkpoint of a training.
+        frame_size: side length S of the frame, pixels; defaults to the checkpoint's, or 1024.
     """
 
     method: Method | ZeroShot | None = None
@@ -43,16 +43,16 @@ class NetworkSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedSpec:
-    """A choice whose parts agree, before anything is built.
+    """A complete, consistent specification; nothing is built yet.
 
     Attributes:
-        method: its name.
-        backbone: its name.
-        frame_size: S.
-        weights: file of the base's weights; None: new ones.
-        decoder: file of the base's fine-tuned mask decoder.
-        model: checkpoint of what was trained.
-        seed: of what has no weights; a checkpoint's training drew its new base with it.
+        method: name of the method.
+        backbone: name of the backbone.
+        frame_size: side length S of the frame, pixels.
+        weights: file of the base's weights; None: random weights.
+        decoder: checkpoint of the base's fine-tuned mask decoder.
+        model: checkpoint with the trained weights.
+        seed: seed of random weights; with `model`, the seed of its training, which drew the same base.
     """
 
     method: Method | ZeroShot
@@ -66,139 +66,140 @@ class ResolvedSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedNetwork:
-    """A network that is built.
+    """A network with its weights.
 
     Attributes:
-        named: what it is.
-        network: in evaluation mode, on the CPU.
-        weights_sha256: of all of its tensors.
-        notes: what a user should know of it, sentences.
+        spec: the specification it was built from.
+        network: the network in evaluation mode, on the CPU.
+        weights_sha256: digest of all its tensors.
+        notes: warnings for the user, sentences without a full stop.
     """
 
-    named: ResolvedSpec
+    spec: ResolvedSpec
     network: Network
     weights_sha256: str
     notes: tuple[str, ...] = ()
 
     @property
     def fit(self) -> Fit:
-        """How pictures come into its frames."""
+        """How images are fitted into the frame."""
         return fit_of(self.network)
 
     def facts(self) -> dict[str, str]:
-        """What it is, for pages and tables."""
-        named = self.named
-        files = {"weights": named.weights, "decoder": named.decoder, "checkpoint": named.model}
+        """Facts about the network, for reports and records."""
+        spec = self.spec
+        files = {"weights": spec.weights, "decoder": spec.decoder, "checkpoint": spec.model}
         return {
-            "method": named.method,
-            "backbone": named.backbone,
-            "frames": f"{named.frame_size} x {named.frame_size}, pictures {FITTED[self.fit]}",
+            "method": spec.method,
+            "backbone": spec.backbone,
+            "frames": f"{spec.frame_size} x {spec.frame_size}, images {FITTED[self.fit]}",
             **{name: path.name for name, path in files.items() if path is not None},
             "SHA-256": self.weights_sha256[:16],
             **({"note": " ".join(f"{note}." for note in self.notes)} if self.notes else {}),
         }
 
 
-def resolve_spec(choice: NetworkSpec) -> ResolvedSpec:
-    """Make sure that a choice says enough and does not contradict itself; reads no more than a checkpoint's header.
+def resolve_spec(spec: NetworkSpec) -> ResolvedSpec:
+    """Check that a specification is complete and consistent; reads only the checkpoint's header.
 
     Raises:
-        UsageError: nothing was chosen, no backbone or no weights were named, or a checkpoint is of another method,
-            backbone or frame size than was named.
-        CheckpointError: the checkpoint is missing, damaged, or of something else.
+        UsageError: the method, backbone or weights are missing, or the checkpoint has another method, backbone or frame
+            size than given.
+        CheckpointError: the checkpoint is missing, damaged or not a refiner's.
     """
-    if choice.model is not None:
-        return _of_checkpoint(choice, choice.model)
-    if choice.method is None:
+    if spec.model is not None:
+        return _of_checkpoint(spec, spec.model)
+    if spec.method is None:
         raise UsageError(
-            "No network was named",
+            "No network was given",
             expected="METHOD with --backbone and --weights, or a checkpoint of samhq_train with --model",
             remedy=f"METHOD is one of {', '.join([*METHODS, 'sam', 'sam2'])}",
         )
-    if choice.backbone is None:
-        raise UsageError(f"{choice.method} needs a backbone", expected="--backbone NAME")
-    frame_size = FRAME_SIZE if choice.frame_size is None else choice.frame_size
-    return _with_weights(choice, choice.method, choice.backbone, frame_size)
+    if spec.backbone is None:
+        raise UsageError(f"{spec.method} needs a backbone", expected="--backbone NAME")
+    frame_size = FRAME_SIZE if spec.frame_size is None else spec.frame_size
+    return _with_weights(spec, spec.method, spec.backbone, frame_size)
 
 
-def load_network(named: ResolvedSpec) -> LoadedNetwork:
-    """Build a network; what has no weights is new, and the same every time.
+def load_network(spec: ResolvedSpec) -> LoadedNetwork:
+    """Build a network and load its weights; weights that are not given are random, but reproducible.
 
     Raises:
-        PlanError: a method that is not built on this backbone, or a frame size that it cannot take.
-        CheckpointError: weights that cannot be read, are of another backbone, or that a checkpoint was not trained on.
-        UsageError: a decoder for a method that has its own.
+        PlanError: the method cannot be built on this backbone, or not with this frame size.
+        CheckpointError: weights cannot be read, belong to another backbone, or are not those the checkpoint was trained
+            on.
+        UsageError: a decoder was given for a method that has its own.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(named.seed)
+        torch.manual_seed(spec.seed)
         network = build(
-            named.method,
-            named.backbone,
-            frame_size=named.frame_size,
-            weights=named.weights,
-            decoder=named.decoder,
+            spec.method,
+            spec.backbone,
+            frame_size=spec.frame_size,
+            weights=spec.weights,
+            decoder=spec.decoder,
         )
-    if named.model is not None:
-        load_trained(network, named.model)
+    if spec.model is not None:
+        load_trained(network, spec.model)
     return LoadedNetwork(
-        named=named,
+        spec=spec,
         network=network,
         weights_sha256=weights_sha256(network.state_dict()),
-        notes=_notes(named, network),
+        notes=_notes(spec, network),
     )
 
 
-def _of_checkpoint(choice: NetworkSpec, model: Path) -> ResolvedSpec:
+def _of_checkpoint(spec: NetworkSpec, model: Path) -> ResolvedSpec:
     record = read_header(model, RefinerRecord).record
     plan = record.plan
-    said = {"method": choice.method, "backbone": choice.backbone, "frame size": choice.frame_size}
-    is_of = {"method": plan.method, "backbone": plan.backbone, "frame size": plan.frame_size}
-    for name, value in said.items():
-        if value is not None and value != is_of[name]:
+    given = {"method": spec.method, "backbone": spec.backbone, "frame size": spec.frame_size}
+    found = {"method": plan.method, "backbone": plan.backbone, "frame size": plan.frame_size}
+    for name, value in given.items():
+        if value is not None and value != found[name]:
             raise UsageError(
-                f"The checkpoint is of another {name} than was named",
+                f"The checkpoint has another {name} than given",
                 where=model,
                 expected=value,
-                found=is_of[name],
-                remedy=f"Leave the {name} out: the checkpoint says it",
+                found=found[name],
+                remedy=f"Leave the {name} out; the checkpoint contains it",
             )
-    return _with_weights(choice, plan.method, plan.backbone, plan.frame_size, record)
+    return _with_weights(spec, plan.method, plan.backbone, plan.frame_size, record)
 
 
 def _with_weights(
-    choice: NetworkSpec,
+    spec: NetworkSpec,
     method: Method | ZeroShot,
     backbone: Backbone,
     frame_size: int,
     record: RefinerRecord | None = None,
 ) -> ResolvedSpec:
-    if choice.weights is None and not backbone.endswith(NANO):
+    if spec.weights is None and not backbone.endswith(NANO):
         raise UsageError(
             f"{method} on {backbone} needs the weights of {backbone}",
-            where=choice.model,
+            where=spec.model,
             expected="--weights FILE, " + (f"as in training: {record.base}" if record else "as published"),
-            remedy="A checkpoint holds what was trained, and not its frozen base" if record else None,
+            remedy="A checkpoint holds the trained weights only, not the frozen base" if record else None,
         )
     return ResolvedSpec(
         method=method,
         backbone=backbone,
         frame_size=frame_size,
-        weights=choice.weights,
-        decoder=choice.decoder,
-        model=choice.model,
+        weights=spec.weights,
+        decoder=spec.decoder,
+        model=spec.model,
         seed=record.plan.train.seed if record else 0,
     )
 
 
-def _notes(named: ResolvedSpec, network: Network) -> tuple[str, ...]:
-    """What is not trained of it."""
-    if named.weights is None:
-        return (f"{named.backbone} has new weights: only for trying out",)
-    if named.model is not None:
+def _notes(spec: ResolvedSpec, network: Network) -> tuple[str, ...]:
+    """Warnings about parts of the network that are untrained."""
+    if spec.weights is None:
+        return (f"{spec.backbone} has random weights: for tests only",)
+    if spec.model is not None:
         return ()
     report = getattr(network, "load_report", None)
-    if named.method in REFINERS or (report is not None and report.missing):
-        return (f"What {named.method} adds to its base is new, not trained: give a checkpoint with --model",)
-    if named.method in ("sam_decoder", "sam2_decoder"):
+    if spec.method in REFINERS or (report is not None and report.missing):
+        return (f"The part that {spec.method} adds to its base is untrained: give a checkpoint with --model",)
+    if spec.method in ("sam_decoder", "sam2_decoder"):
         return ("The mask decoder is the published one, not fine-tuned: give a checkpoint with --model",)
     return ()

@@ -15,7 +15,7 @@ from rfmedsam2.engine.runtime import Runtime
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.evaluation.interactive import ClickedPredictor, ClickProtocol, evaluate_clicks
 from segment_anything_hq.evaluation.protocols import BoxRule, evaluate_prompted
-from segment_anything_hq.inference.embedding_cache import Embeddings
+from segment_anything_hq.inference.embedding_cache import EmbeddingCache
 from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.models import Network
 from segment_anything_hq.nn.trainable_subset import TrainedPart
@@ -51,7 +51,7 @@ class RefinerTask:
     ) -> None:
         self.plan, self.network = plan, network
         self.model = TrainedPart(network).to(runtime.device)
-        self._embeddings = Embeddings(network, folder=cache)
+        self._cache = EmbeddingCache(network, folder=cache)
         self._feed = ObjectFeed(training, plan, runtime)
         self._held = _share(validation, plan.validation_samples, runtime)
 
@@ -65,7 +65,7 @@ class RefinerTask:
 
     def loss(self, batch: ObjectBatch) -> dict[str, Tensor]:
         """The method's losses for a batch."""
-        embedded = self._embeddings.of(batch.images)
+        embedded = self._cache.embed(batch.images)
         figures = self.plan.prompting
         if isinstance(figures, ClickConfig):
             rng = np.random.default_rng([self.plan.train.seed, batch.number])

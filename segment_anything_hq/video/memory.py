@@ -32,7 +32,7 @@ LOGIT_CLAMP = 32.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Remembered:
+class ObjectMemory:
     """One object on one frame.
 
     Attributes:
@@ -62,11 +62,11 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attended:
+class SelectedMemories:
     """What one object attends to: (entry of the temporal encoding, memory), and (frames away, memory)."""
 
-    maps: list[tuple[int, Remembered]]
-    pointers: list[tuple[int, Remembered]]
+    maps: list[tuple[int, ObjectMemory]]
+    pointers: list[tuple[int, ObjectMemory]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +117,7 @@ class VideoSteps:
         logits = made[3][:, 0]
         return Answer(logits=logits, final=logits, pointers=made[5], scores=made[6])
 
-    def track(self, embedded: Embedded, place: Place, attended: Sequence[Attended]) -> Answer:
+    def track(self, embedded: Embedded, place: Place, attended: Sequence[SelectedMemories]) -> Answer:
         """Mask n objects on a frame from their memories, in their order."""
         prepared = prepare_frames(self._sam2, self._bare(embedded))
         parts: list[Answer] = []
@@ -137,7 +137,7 @@ class VideoSteps:
         names = ("logits", "final", "pointers", "scores")
         return Answer(**{name: torch.cat([getattr(part, name) for part in parts])[back] for name in names})
 
-    def encode_memory(self, embedded: Embedded, answer: Answer, *, prompted: bool) -> list[Remembered]:
+    def encode_memory(self, embedded: Embedded, answer: Answer, *, prompted: bool) -> list[ObjectMemory]:
         """Memories of n objects on a frame; of prompted ones the mask is what was seen, not how sure it is."""
         side = self.base.image_size
         large = F.interpolate(answer.logits[:, None], (side, side), mode="bilinear", align_corners=False)
@@ -152,9 +152,11 @@ class VideoSteps:
             is_mask_from_pts=False,  # done above, whatever the base is set to
         )
         kept = zip(maps.to(torch.bfloat16).unbind(), answer.pointers.unbind(), strict=True)
-        return [Remembered(map=one.clone(), pointer=pointer.clone()) for one, pointer in kept]
+        return [ObjectMemory(map=one.clone(), pointer=pointer.clone()) for one, pointer in kept]
 
-    def attended(self, place: Place, given: Mapping[int, Remembered], recent: Mapping[int, Remembered]) -> Attended:
+    def attended(
+        self, place: Place, given: Mapping[int, ObjectMemory], recent: Mapping[int, ObjectMemory]
+    ) -> SelectedMemories:
         """Choose what an object attends to.
 
         Args:
@@ -175,9 +177,9 @@ class VideoSteps:
             memory = recent.get(place.before(distance), far.get(place.before(distance)))
             if memory is not None:
                 pointers.append((distance, memory))
-        return Attended(maps=maps, pointers=pointers)
+        return SelectedMemories(maps=maps, pointers=pointers)
 
-    def _groups(self, attended: Sequence[Attended]) -> list[list[int]]:
+    def _groups(self, attended: Sequence[SelectedMemories]) -> list[list[int]]:
         """Rows of objects that attend to equally much: most often all of them."""
         alike: dict[tuple[int, int], list[int]] = {}
         for row, each in enumerate(attended):
@@ -233,7 +235,7 @@ def _finer(embedded: Embedded) -> list[Tensor]:
     return [embedded.fine, embedded.middle]
 
 
-def _bank(group: Sequence[Attended], place: Place, base: Base) -> tuple[MemoryBank, Slots]:
+def _bank(group: Sequence[SelectedMemories], place: Place, base: Base) -> tuple[MemoryBank, Slots]:
     """Memories of n objects that attend to equally many, one after the other, and where in there each finds its own."""
     count, device = len(group), base.device
     maps = [memory.map for each in group for _, memory in each.maps if memory.map is not None]

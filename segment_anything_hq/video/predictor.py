@@ -21,7 +21,7 @@ from rfmedsam2.errors import UsageError
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch
 from segment_anything_hq.prompts.prompt import Box, Click, Prompt
 from segment_anything_hq.video.frames import Video
-from segment_anything_hq.video.memory import LOGIT_CLAMP, Answer, Place, Remembered, VideoNetwork, VideoSteps
+from segment_anything_hq.video.memory import LOGIT_CLAMP, Answer, ObjectMemory, Place, VideoNetwork, VideoSteps
 
 Masks = dict[int, np.ndarray]
 """(H, W) bool by object."""
@@ -33,10 +33,10 @@ class _Given:
 
     logits: Tensor
     mask: np.ndarray
-    memory: Remembered
+    memory: ObjectMemory
 
 
-class VideoRefiner:
+class VideoPredictor:
     """A network that keeps a video and what was said of objects in it.
 
     What is held at once: one embedded frame; of each object on each frame where it was prompted a map (64, s, s) at 16
@@ -172,7 +172,7 @@ class VideoRefiner:
     def _propagated(
         self, video: Video, order: range, objects: tuple[int, ...], *, backwards: bool
     ) -> Iterator[tuple[int, Masks]]:
-        recent: dict[int, dict[int, Remembered]] = {object_id: {} for object_id in objects}
+        recent: dict[int, dict[int, ObjectMemory]] = {object_id: {} for object_id in objects}
         for frame in order:
             if video is not self._video or not all(object_id in self._given for object_id in objects):
                 raise UsageError(
@@ -185,7 +185,7 @@ class VideoRefiner:
             yield frame, {object_id: masks[object_id] for object_id in objects}
 
     @torch.inference_mode()
-    def _tracked(self, place: Place, recent: dict[int, dict[int, Remembered]], size: tuple[int, int]) -> Masks:
+    def _tracked(self, place: Place, recent: dict[int, dict[int, ObjectMemory]], size: tuple[int, int]) -> Masks:
         """Mask objects on a frame where they were not prompted; adds it to what is remembered of them."""
         if not recent:
             return {}

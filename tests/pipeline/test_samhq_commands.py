@@ -136,7 +136,7 @@ def test_masks_are_not_replaced_unasked(data, tmp_path):
     assert "there already" in run_error("predict", "sam", *NANO, *words)
     assert (tmp_path / "out" / "predictions.json").read_bytes() == before
     run_ok("predict", "sam", *NANO, *words, "--overwrite")
-    assert "overwrite their pictures" in run_error(
+    assert "overwrite their images" in run_error(
         "predict", "sam", *NANO, *masks_words(data, data / "images"), "--overwrite"
     )
 
@@ -314,9 +314,9 @@ def test_a_checkpoint_of_samhq_train_is_all_that_is_named(data, tmp_path):
     scores = json.loads(run_ok("evaluate", *model, "--data", data, "-o", tmp_path / "scores", "--json").out)
     assert scores["weights_sha256"] == found["weights_sha256"]
     for words, sentence in (
-        (("hq_sam",), "another method than was named"),
-        (("-b", "vit_b"), "another backbone than was named"),
-        (("--frame-size", 128), "another frame size than was named"),
+        (("hq_sam",), "another method than given"),
+        (("-b", "vit_b"), "another backbone than given"),
+        (("--frame-size", 128), "another frame size than given"),
     ):
         out = masks_words(data, tmp_path / "not")
         assert sentence in run_error("predict", *words, *model, *out)

@@ -21,7 +21,7 @@ from segment_anything_hq.nn.sam2_base import Sam2Backbone, Sam2Segmenter
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 from segment_anything_hq.video.frames import Video
 from segment_anything_hq.video.memory import Answer, VideoSteps
-from segment_anything_hq.video.predictor import VideoRefiner
+from segment_anything_hq.video.predictor import VideoPredictor
 
 SIZE = 64
 FRAMES = 6
@@ -114,7 +114,7 @@ class Official:
             yield frame, {object_id: logits[i, 0].numpy() for i, object_id in enumerate(ids)}
 
 
-class Logits(VideoRefiner):
+class Logits(VideoPredictor):
     """Gives logits of what is tracked, not masks; what was prompted stays a mask."""
 
     def _shown(self, answer: Answer, size: tuple[int, int]) -> np.ndarray:
@@ -211,7 +211,7 @@ def test_the_refiner_untrained_follows_as_sam_2_does(best_of_three: bool, monkey
 
         with monkeypatch.context() as patch:
             patch.setattr(VideoSteps, "track", kept)
-            ours = VideoRefiner(cast(Any, each))
+            ours = VideoPredictor(cast(Any, each))
             ours.set_video(video())
             ours.prompt(0, 1, **BOX)
             ours.prompt(1, 2, **CLICKS)

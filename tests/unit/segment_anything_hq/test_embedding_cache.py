@@ -1,4 +1,4 @@
-"""Frozen embeddings kept on disk: the same cold and warm, made anew where a file is damaged."""
+"""Frozen embeddings kept on disk: the same cold and warm, encoded again where a file is damaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from rfmedsam2.errors import StoreError, UsageError
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch
 from segment_anything_hq import models
-from segment_anything_hq.inference.embedding_cache import Embeddings
+from segment_anything_hq.inference.embedding_cache import EmbeddingCache
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 
 SIZE = 64
@@ -57,21 +57,21 @@ def files_in(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize(("method", "backbone"), METHODS)
 def test_masks_are_those_of_the_encoder_within_half_precision(method: str, backbone: str, tmp_path: Path) -> None:
-    network, pictures = network_of(method, backbone), images(2)
+    network, frames = network_of(method, backbone), images(2)
     prompted = PromptBatch(images=torch.tensor([1, 0]), boxes=torch.tensor([[5.0, 6, 40, 50], [20, 20, 60, 44]]))
     with torch.no_grad():
-        expected = network.segment(network.encode(network.normalize(pictures)), prompted).final
+        expected = network.segment(network.encode(network.normalize(frames)), prompted).final
         for _ in ("cold", "warm"):
-            embedded = Embeddings(network, folder=tmp_path).of(pictures)
+            embedded = EmbeddingCache(network, folder=tmp_path).embed(frames)
             got = network.segment(embedded, prompted).final
             torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(("method", "backbone"), METHODS)
 def test_it_makes_no_difference_what_was_kept(method: str, backbone: str, tmp_path: Path) -> None:
-    network, pictures = network_of(method, backbone), images(3)
-    without, cold, warm = (Embeddings(network, folder=folder) for folder in (None, tmp_path, tmp_path))
-    results = [tensors_of(embeddings.of(pictures)) for embeddings in (without, cold, warm)]
+    network, frames = network_of(method, backbone), images(3)
+    without, cold, warm = (EmbeddingCache(network, folder=folder) for folder in (None, tmp_path, tmp_path))
+    results = [tensors_of(embeddings.embed(frames)) for embeddings in (without, cold, warm)]
     assert (without.encoded, cold.encoded, warm.encoded) == (3, 3, 0)
     assert results[0].keys() == results[1].keys() == results[2].keys()
     for name, tensor in results[0].items():
@@ -83,7 +83,7 @@ def test_it_makes_no_difference_what_was_kept(method: str, backbone: str, tmp_pa
 def test_files_hold_what_the_method_reads_and_nothing_else(tmp_path: Path) -> None:
     held = {}
     for method, backbone in METHODS:
-        Embeddings(network_of(method, backbone), folder=tmp_path / method).of(images(1))
+        EmbeddingCache(network_of(method, backbone), folder=tmp_path / method).embed(images(1))
         (path,) = files_in(tmp_path / method)
         tensors = load_file(path)
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
@@ -100,33 +100,33 @@ def test_gradients_reach_what_is_learned_of_the_encoding(tmp_path: Path) -> None
     assert isinstance(network, SAM2Refiner)
     for _ in ("cold", "warm"):
         network.zero_grad()
-        embedded = Embeddings(network, folder=tmp_path).of(images(1))
+        embedded = EmbeddingCache(network, folder=tmp_path).embed(images(1))
         embedded.embedding.square().sum().backward()
         reached = [p.grad is not None and bool(p.grad.any()) for p in network.localization.parameters()]
         assert any(reached)
         assert all(p.grad is None for p in network.sam.parameters())
-    assert not tensors_of(Embeddings(network_of("hq_sam", "vit_nano"), folder=None).of(images(1)))[
+    assert not tensors_of(EmbeddingCache(network_of("hq_sam", "vit_nano"), folder=None).embed(images(1)))[
         "embedding"
     ].requires_grad
 
 
 def test_only_missing_frames_are_encoded_and_as_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, pictures, batches = built("sam_ref", "vit_nano"), images(4), []
+    network, frames, batches = built("sam_ref", "vit_nano"), images(4), []
     encode = network.encode
     monkeypatch.setattr(network, "encode", lambda frames: (batches.append(len(frames)), encode(frames))[1])
-    embeddings = Embeddings(network, folder=tmp_path)
-    embeddings.of(pictures[[0, 2]])
-    embeddings.of(pictures)
-    embeddings.of(pictures[[3, 1]])
+    embeddings = EmbeddingCache(network, folder=tmp_path)
+    embeddings.embed(frames[[0, 2]])
+    embeddings.embed(frames)
+    embeddings.embed(frames[[3, 1]])
     assert batches == [2, 2]
-    assert (embeddings.asked, embeddings.encoded) == (8, 4)
+    assert (embeddings.requested, embeddings.encoded) == (8, 4)
 
 
 def test_a_frame_twice_in_a_batch_is_encoded_once(tmp_path: Path) -> None:
-    network, pictures = network_of("sam2_refiner", "hiera_nano"), images(2)[[0, 1, 0]]
-    embeddings = Embeddings(network, folder=tmp_path)
+    network, frames = network_of("sam2_refiner", "hiera_nano"), images(2)[[0, 1, 0]]
+    embeddings = EmbeddingCache(network, folder=tmp_path)
     with torch.no_grad():
-        embedded = embeddings.of(pictures)
+        embedded = embeddings.embed(frames)
     assert embeddings.encoded == len(files_in(tmp_path)) == 2
     assert torch.equal(embedded.embedding[0], embedded.embedding[2])
     assert not torch.equal(embedded.embedding[0], embedded.embedding[1])
@@ -134,8 +134,8 @@ def test_a_frame_twice_in_a_batch_is_encoded_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["cut", "empty", "damaged", "foreign", "of another frame", "no safetensors"])
 def test_a_file_that_cannot_be_used_is_made_anew(fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    network, pictures = network_of("hq_sam", "vit_nano"), images(2)
-    expected = tensors_of(Embeddings(network, folder=tmp_path).of(pictures))
+    network, frames = network_of("hq_sam", "vit_nano"), images(2)
+    expected = tensors_of(EmbeddingCache(network, folder=tmp_path).embed(frames))
     path, other = files_in(tmp_path)
     whole = path.read_bytes()
     damaged = bytearray(whole)
@@ -146,38 +146,38 @@ def test_a_file_that_cannot_be_used_is_made_anew(fault: str, tmp_path: Path, cap
         save_file({"weight": torch.ones(3)}, path)
     else:
         path.write_bytes(content[fault])
-    again = Embeddings(network, folder=tmp_path)
-    got = tensors_of(again.of(pictures))
+    again = EmbeddingCache(network, folder=tmp_path)
+    got = tensors_of(again.embed(frames))
     assert again.encoded == 1
-    assert "encoded anew" in caplog.text
+    assert "encoding the frame again" in caplog.text
     assert path.name in caplog.text
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=2e-3, atol=2e-3)  # encoded in another batch
     assert len(path.read_bytes()) == len(whole)
-    last = Embeddings(network, folder=tmp_path)
-    last.of(pictures)
+    last = EmbeddingCache(network, folder=tmp_path)
+    last.embed(frames)
     assert last.encoded == 0
 
 
 def test_other_frozen_weights_have_their_own_files_and_trained_ones_do_not(tmp_path: Path) -> None:
     first, second = (built("hq_sam2", "hiera_nano", seed) for seed in (1, 2))
-    Embeddings(first, folder=tmp_path).of(images(1))
+    EmbeddingCache(first, folder=tmp_path).embed(images(1))
     with torch.no_grad():
         for _, parameter in first.trained_parameters():
             parameter.add_(1)
-    trained, other = (Embeddings(network, folder=tmp_path) for network in (first, second))
-    trained.of(images(1))
-    other.of(images(1))
+    trained, other = (EmbeddingCache(network, folder=tmp_path) for network in (first, second))
+    trained.embed(images(1))
+    other.embed(images(1))
     assert (trained.encoded, other.encoded) == (0, 1)
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_precision_is_part_of_the_name(tmp_path: Path) -> None:
     network = network_of("sam_ref", "vit_nano")
-    embeddings = Embeddings(network, folder=tmp_path)
-    full = embeddings.of(images(1)).embedding
+    embeddings = EmbeddingCache(network, folder=tmp_path)
+    full = embeddings.embed(images(1)).embedding
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = embeddings.of(images(1)).embedding
+        half = embeddings.embed(images(1)).embedding
     assert embeddings.encoded == 2
     assert half.dtype == torch.float32
     assert not torch.equal(full, half)
@@ -189,7 +189,7 @@ def test_the_encoder_evaluates_while_the_network_trains() -> None:
     before = {name: module.training for name, module in network.named_modules()}
     seen = []
     network.get_submodule("image_encoder").register_forward_hook(lambda module, *_: seen.append(module.training))
-    Embeddings(network, folder=None).of(images(1))
+    EmbeddingCache(network, folder=None).embed(images(1))
     assert seen == [False]
     assert {name: module.training for name, module in network.named_modules()} == before
 
@@ -200,11 +200,11 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StoreError, match="The disk is full"):
-        Embeddings(network_of("sam_ref", "vit_nano"), folder=tmp_path).of(images(1))
+        EmbeddingCache(network_of("sam_ref", "vit_nano"), folder=tmp_path).embed(images(1))
     assert not files_in(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [images(1).float(), images(1)[0], images(1)[:0], images(1)[:, :1]])
 def test_what_is_no_frame_is_refused(wrong: Tensor) -> None:
     with pytest.raises(UsageError, match="These are no frames"):
-        Embeddings(network_of("sam_ref", "vit_nano"), folder=None).of(wrong)
+        EmbeddingCache(network_of("sam_ref", "vit_nano"), folder=None).embed(wrong)

@@ -1,4 +1,4 @@
-"""Masks of prompted objects: prompts from files, one batch a picture; which network is meant; protocols by name."""
+"""Prompt files, prediction of files, resolving which network a user means, and protocols by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from segment_anything_hq.data.image_io import read_image
 from segment_anything_hq.data.prompt_files import PromptedObject, images_in, read_prompts
 from segment_anything_hq.evaluation.protocols import BoxRule, CenterRule, RandomRule
 from segment_anything_hq.evaluation.run import parse_protocol, parse_protocols
-from segment_anything_hq.inference.files import AT_ONCE, mask_objects, predict_objects, require_free
+from segment_anything_hq.inference.files import OBJECTS_PER_BATCH, predict_files, predict_masks, require_free_outputs
 from segment_anything_hq.inference.image_transform import embed, make_transform
 from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.inference.network_spec import NetworkSpec, load_network, resolve_spec
@@ -44,7 +44,7 @@ def images(tmp_path):
     return images_in([write_images(tmp_path / "data") / "images"])
 
 
-def chosen(method: str, frame_size: int = 64):
+def loaded(method: str, frame_size: int = 64):
     return load_network(resolve_spec(NetworkSpec(method=method, backbone=NETWORKS[method], frame_size=frame_size)))
 
 
@@ -214,13 +214,13 @@ def objects_of(image) -> list[PromptedObject]:
 
 @pytest.mark.parametrize("method", NETWORKS)
 def test_objects_side_by_side_are_as_clicks_and_boxes_one_by_one(method, tmp_path, images):
-    network = chosen(method)
+    network = loaded(method)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in network.network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     objects = objects_of(images[0])
-    record = predict_objects(network, objects, tmp_path / "out")
+    record = predict_files(network, objects, tmp_path / "out")
     assert [o.file for o in record.objects] == [o.file for o in objects]
     predictor = InteractivePredictor(network.network, fit=network.fit)
     predictor.set_image(read_image(images[0]))
@@ -233,64 +233,64 @@ def test_objects_side_by_side_are_as_clicks_and_boxes_one_by_one(method, tmp_pat
         assert found.pixels == np.count_nonzero(mask)
 
 
-def test_a_picture_is_embedded_once_and_its_objects_are_batches(tmp_path, images, monkeypatch):
-    network = chosen("sam")
+def test_an_image_is_encoded_once_and_its_objects_are_batches(tmp_path, images, monkeypatch):
+    network = loaded("sam")
     encoded, batches = [], []
     encode, segment = network.network.encode, network.network.segment
     monkeypatch.setattr(network.network, "encode", lambda frames: encoded.append(1) or encode(frames))
     monkeypatch.setattr(network.network, "segment", lambda e, p, **o: batches.append(len(p)) or segment(e, p, **o))
     many = [
         PromptedObject(image=image, file=f"{image.stem}{i}.png", prompt=Prompt(box=(1, 1, 20, 9 + i)))
-        for i, image in itertools.product(range(AT_ONCE + 1), images)
+        for i, image in itertools.product(range(OBJECTS_PER_BATCH + 1), images)
     ]
-    predict_objects(network, many, tmp_path / "out")
+    predict_files(network, many, tmp_path / "out")
     assert len(encoded) == 2
-    assert batches == [AT_ONCE, 1, AT_ONCE, 1]
+    assert batches == [OBJECTS_PER_BATCH, 1, OBJECTS_PER_BATCH, 1]
 
 
 def test_rows_are_padded_and_lie_in_the_frame(images):
-    framing = make_transform((40, 60), 128, "stretch")
+    transform = make_transform((40, 60), 128, "stretch")
     two = [prompted.prompt for prompted in objects_of(images[0])]
-    rows = framing.prompts([two[1], two[3]], torch.device("cpu"))
+    rows = transform.prompts([two[1], two[3]], torch.device("cpu"))
     assert rows.boxes is None
     assert rows.point_labels.tolist() == [[1, 0, 0], [1, -1, -1]]
     assert rows.points[1, 0].tolist() == pytest.approx([33 * 128 / 60, 20 * 128 / 40])
-    with pytest.raises(UsageError, match="2 of 4"):
-        framing.prompts(two, torch.device("cpu"))
+    with pytest.raises(UsageError, match="2 of 4 with a box"):
+        transform.prompts(two, torch.device("cpu"))
 
 
-def test_a_mask_of_the_frame_comes_back_to_the_picture():
+def test_frame_masks_are_restored_to_the_image():
     for fit, resized in (("pad", (43, 64)), ("stretch", (64, 64))):
-        framing = make_transform((40, 60), 64, fit)
-        assert framing.resized == resized
+        transform = make_transform((40, 60), 64, fit)
+        assert transform.resized == resized
         logits = torch.full((1, 16, 16), -1.0)
-        logits[:, : round(resized[0] / 8)] = 1.0  # the upper half of the picture
-        seen = framing.logits(logits)[0] > 0
+        logits[:, : round(resized[0] / 8)] = 1.0  # the upper half of the image
+        seen = transform.logits(logits)[0] > 0
         assert seen.shape == (40, 60)
         assert abs(seen.float().mean() - 0.5) < 0.05
 
 
-def test_nothing_is_overwritten_unasked_and_pictures_never(tmp_path, images):
+def test_nothing_is_overwritten_unasked_and_images_never(tmp_path, images):
     objects = [PromptedObject(image=images[0], file="a.png", prompt=Prompt(box=(1, 1, 9, 9)))]
-    with pytest.raises(UsageError, match=r"overwrite their pictures.*Found a\.png"):
-        require_free(images[0].parent, objects, overwrite=True)
-    require_free(tmp_path / "new", objects, overwrite=False)
-    predict_objects(chosen("sam"), objects, tmp_path / "new")
-    with pytest.raises(UsageError, match=r"there already.*a\.png, predictions\.json.*--overwrite"):
-        require_free(tmp_path / "new", objects, overwrite=False)
-    require_free(tmp_path / "new", objects, overwrite=True)
+    with pytest.raises(UsageError, match=r"overwrite their images.*Found a\.png"):
+        require_free_outputs(images[0].parent, objects, overwrite=True)
+    require_free_outputs(tmp_path / "new", objects, overwrite=False)
+    predict_files(loaded("sam"), objects, tmp_path / "new")
+    with pytest.raises(UsageError, match=r"already exist.*a\.png, predictions\.json.*--overwrite"):
+        require_free_outputs(tmp_path / "new", objects, overwrite=False)
+    require_free_outputs(tmp_path / "new", objects, overwrite=True)
 
 
-def test_masks_are_those_of_the_picture_and_not_of_what_was_embedded_before(images):
-    network = chosen("sam").network
-    framings = [make_transform(read_image(image).shape[:2], 64, "pad") for image in images]
+def test_masks_belong_to_their_own_image(images):
+    network = loaded("sam").network
+    transforms = [make_transform(read_image(image).shape[:2], 64, "pad") for image in images]
     with torch.inference_mode():
-        embedded = [embed(network, read_image(i), f) for i, f in zip(images, framings, strict=True)]
+        embedded = [embed(network, read_image(i), f) for i, f in zip(images, transforms, strict=True)]
     shapes = [
         next(
-            mask_objects(network, e, f, [PromptedObject(image=i, file="", prompt=Prompt(box=(1, 1, 9, 9)))])
+            predict_masks(network, e, f, [PromptedObject(image=i, file="", prompt=Prompt(box=(1, 1, 9, 9)))])
         ).mask.shape
-        for e, f, i in zip(embedded, framings, images, strict=True)
+        for e, f, i in zip(embedded, transforms, images, strict=True)
     ]
     assert shapes == [(40, 60), (50, 30)]
 
@@ -301,10 +301,10 @@ def test_masks_are_those_of_the_picture_and_not_of_what_was_embedded_before(imag
 def test_new_weights_are_the_same_every_time_and_said():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first, second = chosen("hq_sam"), chosen("hq_sam")
+    first, second = loaded("hq_sam"), loaded("hq_sam")
     assert first.weights_sha256 == second.weights_sha256
     assert torch.equal(torch.get_rng_state(), before)
-    assert first.notes == ("vit_nano has new weights: only for trying out",)
+    assert first.notes == ("vit_nano has random weights: for tests only",)
     assert "SHA-256" in first.facts()
 
 
@@ -312,10 +312,10 @@ def test_what_a_method_adds_is_said_to_be_new(tmp_path):
     torch.save(build("sam", "vit_nano", frame_size=64).state_dict(), tmp_path / "base.pt")
     notes = {}
     for method in ("sam", "sam_ref", "sam_decoder"):
-        choice = NetworkSpec(method=method, backbone="vit_nano", weights=tmp_path / "base.pt", frame_size=64)
-        notes[method] = load_network(resolve_spec(choice)).notes
+        spec = NetworkSpec(method=method, backbone="vit_nano", weights=tmp_path / "base.pt", frame_size=64)
+        notes[method] = load_network(resolve_spec(spec)).notes
     assert notes["sam"] == ()
-    assert "new, not trained" in notes["sam_ref"][0]
+    assert "is untrained" in notes["sam_ref"][0]
     assert "not fine-tuned" in notes["sam_decoder"][0]
 
 
@@ -358,12 +358,12 @@ def test_choices_that_do_not_fit_are_sentences(tmp_path):
     checkpoint(tmp_path / "model.pt")
     torch.save(build("sam", "vit_nano", frame_size=64).state_dict(), tmp_path / "other.pt")
     said = {
-        r"No network was named.*METHOD with --backbone and --weights.*hq_sam": {},
+        r"No network was given.*METHOD with --backbone and --weights.*hq_sam": {},
         r"sam needs a backbone": {"method": "sam"},
         r"hq_sam on vit_b needs the weights of vit_b.*--weights": {"method": "hq_sam", "backbone": "vit_b"},
-        r"another method than was named.*Expected hq_sam\. Found sam_ref": {"model": "model.pt", "method": "hq_sam"},
-        r"another backbone than was named.*Expected vit_b\. Found vit_nano": {"model": "model.pt", "backbone": "vit_b"},
-        r"another frame size than was named.*Expected 128\. Found 64": {"model": "model.pt", "frame_size": 128},
+        r"another method than given.*Expected hq_sam\. Found sam_ref": {"model": "model.pt", "method": "hq_sam"},
+        r"another backbone than given.*Expected vit_b\. Found vit_nano": {"model": "model.pt", "backbone": "vit_b"},
+        r"another frame size than given.*Expected 128\. Found 64": {"model": "model.pt", "frame_size": 128},
         r"Frames cannot have this size.*Found 100": {"method": "hq_sam", "backbone": "vit_nano", "frame_size": 100},
         r"hq_sam2 is not built on vit_nano": {"method": "hq_sam2", "backbone": "vit_nano"},
         r"trained on other frozen weights": {"model": "model.pt", "weights": "other.pt"},

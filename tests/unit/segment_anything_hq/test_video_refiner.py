@@ -15,7 +15,7 @@ from rfmedsam2.errors import ImageError, UsageError
 from segment_anything_hq.nn.hq_sam2 import HqSam2
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
-from segment_anything_hq.video.predictor import VideoRefiner
+from segment_anything_hq.video.predictor import VideoPredictor
 
 SIZE, HEIGHT, WIDTH = 64, 48, 80
 BOX = [10, 8, 50, 40]
@@ -38,8 +38,8 @@ def frames(count: int = 5, height: int = HEIGHT, width: int = WIDTH) -> list[np.
     return list(np.random.default_rng(1).integers(0, 256, (count, height, width, 3), dtype=np.uint8))
 
 
-def refiner(kind: str = "sam2", count: int = 5, **options: Any) -> VideoRefiner:
-    made = VideoRefiner(network(kind), **options)
+def refiner(kind: str = "sam2", count: int = 5, **options: Any) -> VideoPredictor:
+    made = VideoPredictor(network(kind), **options)
     made.set_video(frames(count))
     return made
 
@@ -117,7 +117,7 @@ def test_each_frame_is_encoded_once_and_not_where_all_were_prompted(monkeypatch:
 def test_frames_are_read_when_they_are_needed(tmp_path: Path) -> None:
     for number, frame in enumerate(frames()):
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
-    video = VideoRefiner(network("sam2"))
+    video = VideoPredictor(network("sam2"))
     video.set_video(tmp_path)
     (tmp_path / "3.png").write_bytes(b"no picture")
     video.prompt(1, 1, box=BOX)
@@ -220,7 +220,7 @@ def test_prompts_that_cannot_be_are_refused(prompt: dict[str, Any], said: str) -
 
 
 def test_what_is_asked_too_early_is_refused() -> None:
-    video = VideoRefiner(network("sam2"))
+    video = VideoPredictor(network("sam2"))
     with pytest.raises(UsageError, match="There is no video yet"):
         video.prompt(0, 1, box=BOX)
     video.set_video(frames())
@@ -234,7 +234,7 @@ def test_what_is_asked_too_early_is_refused() -> None:
 
 
 def test_frames_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    video = VideoRefiner(network("sam2"))
+    video = VideoPredictor(network("sam2"))
     for wrong, said in (
         ([], "There are no frames"),
         ([np.zeros((4, 4), np.uint8)], "Frame 0 is no picture"),
