@@ -29,7 +29,7 @@ from segment_anything_hq.evaluation.scores import Evaluation
 from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.records import Method, RefinerPlan
 from segment_anything_hq.tasks.defaults import default_plan
-from segment_anything_hq.tasks.train import TrainOptions, train
+from segment_anything_hq.tasks.train import RefinerTrainOptions, train_refiner
 
 EPOCHS = 6
 SHORTENED: dict[Method, tuple[str, ...]] = {
@@ -71,8 +71,10 @@ def main() -> None:
     for method in args.methods:
         plan = planned(method, args, sum(len(s.samples) for s in training))
         began = time.perf_counter()
-        options = TrainOptions(device="cpu", weights=args.weights, cache=args.out / "embeddings", score_base=False)
-        train(plan, training, (), args.out / method, options)
+        options = RefinerTrainOptions(
+            device="cpu", weights=args.weights, cache=args.out / "embeddings", score_base=False
+        )
+        train_refiner(plan, training, (), args.out / method, options)
         minutes = (time.perf_counter() - began) / 60
         network = models.build(method, "vit_tiny", frame_size=args.frame_size, weights=args.weights)
         models.load_trained(network, args.out / method / FINAL)

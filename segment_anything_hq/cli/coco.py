@@ -10,7 +10,15 @@ from tyro.conf import arg
 
 from rfmedsam2.cli.command import AsJson, Device, command
 from rfmedsam2.errors import UsageError
-from segment_anything_hq.cli.predict_evaluate import Backbone, Decoder, FrameSize, Method, Model, Weights, built
+from segment_anything_hq.cli.predict_evaluate import (
+    Backbone,
+    Decoder,
+    FrameSize,
+    Method,
+    Model,
+    Weights,
+    load_on_device,
+)
 
 File = Annotated[Path | None, arg(metavar="FILE")]
 
@@ -55,7 +63,7 @@ def evaluate_coco(
     )
     if output is not None and output.exists() and not overwrite:
         raise UsageError("This file already exists", where=output, remedy="Choose another name, or add --overwrite")
-    chosen = built(named, device)
+    chosen = load_on_device(named, device)
     found = average_precision(
         chosen.network, annotations, images, fit=chosen.fit, detections=detections, max_images=max_images, track=bars
     )

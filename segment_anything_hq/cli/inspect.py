@@ -1,4 +1,4 @@
-"""Looking before anything is trained: are the data whole, what is a network made of."""
+"""samhq_check_data and samhq_summary: check data sets, show the size of a network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rfmedsam2.cli.command import AsJson, command
 from segment_anything_hq.cli.names import AnyBackbone, AnyMethod, MaskRule
 
 MOST_FAULTS = 100
-"""Rows of the table; --json lists all."""
+"""Rows of the printed table; --json lists all faults."""
 
 
 def check_data(
@@ -22,13 +22,13 @@ def check_data(
     pixels: bool = True,
     as_json: AsJson = False,
 ) -> None:
-    """Look into every picture and mask once and report all faults; ends with 2 where a set is not whole.
+    """Check every image and mask of the data and report all faults; exit code 2 if a set is incomplete or faulty.
 
     Args:
-        data: Pictures with masks: a folder with images/ and masks/ (or with both side by side), or NAME=FOLDER with the
-            root of hqseg44k_train, hqseg44k_test, coco_lvis_train and others (an unknown name lists them).
-        mask_rule: What values of masks mean: above_128, ignore_128 (128 is ignored) or any (all but 0).
-        pixels: Read files to the last pixel; --no-pixels compares sizes alone, which takes seconds.
+        data: Images with masks: a folder with images/ and masks/ (or both side by side), or NAME=FOLDER with the root
+            of hqseg44k_train, hqseg44k_test, coco_lvis_train or another collection (an unknown name lists them).
+        mask_rule: How mask values are interpreted: above_128, ignore_128 (128 is ignored) or any (all but 0).
+        pixels: Decode all files; --no-pixels compares sizes only, which takes seconds.
     """
     from rfmedsam2.cli.console import table
     from segment_anything_hq.data.checks import check_sets, total
@@ -40,7 +40,7 @@ def check_data(
         sets = [
             {
                 "name": check.name,
-                "pictures": check.images,
+                "images": check.images,
                 "samples": check.samples,
                 "published": check.expected,
                 "with_ignored_pixels": check.with_ignored,
@@ -70,16 +70,16 @@ def summary(
     frame_size: Annotated[int, arg(metavar="PIXELS")] = 1024,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a method's network is made of: parameters by part, trained and frozen.
+    """Show the size of a method's network: parameters by part, trained and frozen.
 
     Args:
         method: hq_sam, sam_ref, sam_decoder, sam (on SAM's vit_*), hq_sam2, sam2_ref, sam2_refiner, sam2_decoder, sam2
             (on SAM 2's hiera_*).
         backbone: vit_b, vit_l, vit_h, vit_tiny (MobileSAM), hiera_t, hiera_s, hiera_b+ or hiera_l.
-        frame_size: Pixels a side of the frames, on which some tables of positions depend.
+        frame_size: Side of the frames in pixels; the size of position embeddings depends on it.
     """
     from rfmedsam2.cli.console import table
-    from segment_anything_hq.tasks.model_summary import network_size
+    from segment_anything_hq.tasks.network_size import network_size
 
     size = network_size(method, backbone, frame_size=frame_size)
     if as_json:

@@ -1,4 +1,4 @@
-"""Names that commands take, as in `records` and `images`, which are too heavy for --help."""
+"""Names that the commands accept, copied from `records` and `data.image_io`, whose imports would slow down --help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Using networks: masks of prompted objects, and how good they are."""
+"""samhq_predict and samhq_evaluate: predict masks for prompts, and score a network on data sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from segment_anything_hq.inference.network_spec import LoadedNetwork, ResolvedSpec
     from segment_anything_hq.records import EvaluationRecord
 
-# what chooses the network is the same in both commands
+# both commands select the network with the same options
 Method = Annotated[
     Positional[AnyMethod | None],
     arg(
@@ -36,17 +36,17 @@ Backbone = Annotated[
 ]
 Weights = Annotated[Path | None, arg(aliases=("-w",), metavar="FILE", help="Published weights of the backbone.")]
 Decoder = Annotated[
-    Path | None, arg(metavar="FILE", help="Checkpoint of the fine-tuned mask decoder that was refined.")
+    Path | None, arg(metavar="FILE", help="Checkpoint of the fine-tuned mask decoder that the method was trained with.")
 ]
 Model = Annotated[
     Path | None,
     arg(
         aliases=("-m",),
         metavar="FILE",
-        help="Checkpoint of samhq_train, which says method, backbone and size of frames.",
+        help="Checkpoint of samhq_train; it contains method, backbone and frame size.",
     ),
 ]
-FrameSize = Annotated[int | None, arg(metavar="PIXELS", help="A side of the frames; else the checkpoint's, or 1024.")]
+FrameSize = Annotated[int | None, arg(metavar="PIXELS", help="Side of the frames; default: the checkpoint's, or 1024.")]
 
 
 def predict(
@@ -64,14 +64,14 @@ def predict(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Mask prompted objects of pictures: one PNG an object, 255 where it is, and predictions.json.
+    """Predict a mask for each prompted object: one PNG per object (255 object, 0 background) and predictions.json.
 
     Args:
-        images: Pictures, or folders of them.
-        output: Folder for the masks.
+        images: Images, or folders of images.
+        output: Output folder for the masks.
         prompts: JSON: [{"image": "a.jpg", "box": [x0, y0, x1, y1], "points": [[x, y]], "labels": [1], "name": "cat"}];
-            box or points or both. CSV: columns image, x0, y0, x1, y1, or image, object, x, y, label (a point a row).
-        overwrite: Replace masks that are there.
+            box or points or both. CSV: columns image, x0, y0, x1, y1, or image, object, x, y, label (a row per point).
+        overwrite: Replace existing masks.
     """
     from rfmedsam2.cli.console import bars, table
     from segment_anything_hq.data.prompt_files import images_in, read_prompts
@@ -83,19 +83,19 @@ def predict(
             method=method, backbone=backbone, weights=weights, decoder=decoder, model=model, frame_size=frame_size
         )
     )
-    pictures = images_in(images)
-    objects = read_prompts(prompts, pictures)
+    image_files = images_in(images)
+    objects = read_prompts(prompts, image_files)
     require_free_outputs(output, objects, overwrite=overwrite)
-    chosen = built(named, device)
+    chosen = load_on_device(named, device)
     record = predict_files(chosen, objects, output, track=bars)
     if as_json:
         print(record.to_json())
         return
     rows = [(o.file, o.image, f"{o.score:.3f}", o.pixels, f"{o.seconds:.3f}") for o in record.objects]
-    table("Masks", ("file", "picture", "score", "pixels", "seconds"), rows)
-    without = len(pictures) - len(record.embedding_seconds)
+    table("Masks", ("file", "image", "score", "pixels", "seconds"), rows)
+    without = len(image_files) - len(record.embedding_seconds)
     unprompted = f"; {without} without prompts" if without else ""
-    counts = f"{_counted(len(rows), 'mask')} of {_counted(len(record.embedding_seconds), 'picture')}"
+    counts = f"{_count(len(rows), 'mask')} of {_count(len(record.embedding_seconds), 'image')}"
     print(f"Written: {counts} in {output}{unprompted}")
 
 
@@ -119,20 +119,20 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Score a network by boxes, points, clicks or latency: a CSV a protocol, one page, evaluation.json.
+    """Evaluate a network with boxes, points, clicks or latency; writes one CSV per protocol, a report, evaluation.json.
 
     Args:
-        data: Pictures with masks: a folder with images/ and masks/ (or with both side by side), or NAME=FOLDER with
-            hqseg44k_test, grabcut, berkeley, davis, sbd and others (an unknown name lists them).
-        output: Folder for the results.
-        protocol: Several of: box, box_0.2 and box_0.4 (noised), center, points_N (N random points), clicks (NoC, NoF
-            strictly and as published, 5-mIoU, seconds per click), sat (latency of 16 x 16 points; needs no data).
-        held_out: Only the share of the pictures that samhq_train --held-out SHARE keeps away from training.
-        samples: Only the first so many of each set.
-        mask_rule: What values of masks mean: above_128, ignore_128 (128 is ignored) or any (all but 0).
-        clicks: The most that are made on an object.
-        seed: Of noise and random points.
-        overwrite: Replace an evaluation that is there.
+        data: Images with masks: a folder with images/ and masks/ (or both side by side), or NAME=FOLDER with
+            hqseg44k_test, grabcut, berkeley, davis, sbd or another collection (an unknown name lists them).
+        output: Output folder.
+        protocol: One or more of: box, box_0.2 and box_0.4 (noisy boxes), center, points_N (N random points), clicks
+            (NoC, NoF strict and as published, 5-mIoU, seconds per click), sat (latency of 16 x 16 points; no data).
+        held_out: Evaluate only the images that samhq_train --held-out SHARE holds out.
+        samples: Evaluate only the first N samples of each set.
+        mask_rule: How mask values are interpreted: above_128, ignore_128 (128 is ignored) or any (all but 0).
+        clicks: Maximum number of clicks per object.
+        seed: Seed of box noise and random points.
+        overwrite: Replace an existing evaluation.
     """
     from rfmedsam2.cli.console import bars
     from segment_anything_hq.evaluation.interactive import ClickedPredictor
@@ -152,9 +152,9 @@ def evaluate(
     )
     rules = parse_protocols(protocol, clicks=clicks)
     needs_data = any(rule is not None for rule in rules.values())
-    sets = _sets(data, mask_rule, held_out=held_out, samples=samples) if data or needs_data else ()
+    sets = _open_sets(data, mask_rule, held_out=held_out, samples=samples) if data or needs_data else ()
     require_no_evaluation(output, tuple(rules), overwrite=overwrite)
-    chosen = built(named, device)
+    chosen = load_on_device(named, device)
     predictor = ClickedPredictor(InteractivePredictor(chosen.network, fit=chosen.fit))
     found = run_protocols(predictor, sets, tuple(rules), clicks=clicks, seed=seed, track=bars)
     record = _record(chosen, found, sets, seed=seed, data=data, held_out=held_out)
@@ -163,27 +163,26 @@ def evaluate(
     if as_json:
         print(record.to_json())
         return
-    _show(found)
+    _print_results(found)
     print(f"Written: {', '.join(path.name for path in files)} in {output}")
 
 
-def built(named: ResolvedSpec, device: str) -> LoadedNetwork:
-    """The network on its device; what is not trained of it is said."""
+def load_on_device(spec: ResolvedSpec, device: str) -> LoadedNetwork:
+    """Load a network onto its device, and print its warnings."""
     from rfmedsam2.system.devices import choose_device
     from segment_anything_hq.inference.network_spec import load_network
 
-    place = choose_device(device)
-    chosen = load_network(named)
+    chosen = load_network(spec)
     for note in chosen.notes:
         say(f"Note: {note}.")
-    chosen.network.to(place)
+    chosen.network.to(choose_device(device))
     return chosen
 
 
-def _sets(
+def _open_sets(
     words: tuple[str, ...], rule: MaskRule, *, held_out: float | None, samples: int | None
 ) -> tuple[ImageSet, ...]:
-    """The data, or what a training held out of them, or the first samples."""
+    """Open the data, reduced to the held-out part or the first samples if asked for."""
     from dataclasses import replace
 
     from segment_anything_hq.data.open_data import open_data, split_held_out
@@ -230,13 +229,13 @@ def _record(
     )
 
 
-def _show(found: Results) -> None:
-    """A table a protocol."""
+def _print_results(found: Results) -> None:
+    """Print one table per protocol."""
     from rfmedsam2.cli.console import table
 
     for name, evaluation in found.evaluations.items():
-        rows = [(images, *_figures(values, evaluation.columns)) for images, values in evaluation.sets.items()]
-        rows.append(("all", *_figures(evaluation.overall, evaluation.columns)))
+        rows = [(images, *_format(values, evaluation.columns)) for images, values in evaluation.sets.items()]
+        rows.append(("all", *_format(evaluation.overall, evaluation.columns)))
         titles = (f"{c.title} {c.unit}".strip() for c in evaluation.columns)
         print(evaluation.protocol)
         table(name, ("set", *titles), rows)
@@ -246,15 +245,15 @@ def _show(found: Results) -> None:
         sat = found.latency
         print(
             f"SAT latency: {sat.total_s:.2f} s for {len(sat.points_s)} points, {sat.encode_s:.2f} s of it for the "
-            f"picture; a point {1000 * sat.point_median_s:.1f} ms (median), {1000 * sat.point_95_s:.1f} ms (95 %)"
+            f"image; per point {1000 * sat.point_median_s:.1f} ms (median), {1000 * sat.point_95_s:.1f} ms (95 %)"
         )
 
 
-def _counted(number: int, what: str) -> str:
+def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _figures(values: dict[str, float], columns: tuple[Column, ...]) -> list[str]:
+def _format(values: dict[str, float], columns: tuple[Column, ...]) -> list[str]:
     return [f"{c.scale * values[c.name]:.{c.digits}f}" for c in columns]
 
 

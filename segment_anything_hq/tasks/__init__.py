@@ -1,1 +1,1 @@
-"""What is trained: one file for each kind of method."""
+"""Training the refiners: task, batches, simulated prompts, losses, default plans."""

@@ -1,4 +1,4 @@
-"""What a training says of its objects: prompts drawn from the masks, or clicks where the answer before was wrong."""
+"""Training with simulated corrective clicks: each is placed on an error of the mask before."""
 
 from __future__ import annotations
 
@@ -15,36 +15,39 @@ from segment_anything_hq.prompts.sampling import boxes_of
 from segment_anything_hq.records import ClickConfig
 
 
-def by_clicks(
-    network: Network, embedded: Embedded, ground_truths: Tensor, *, figures: ClickConfig, rng: np.random.Generator
+def segment_with_clicks(
+    network: Network, embedded: Embedded, ground_truths: Tensor, *, config: ClickConfig, rng: np.random.Generator
 ) -> Segmented:
-    """The answer to the last of some simulated clicks, the only one with gradients (InterFormer; SAM-REF supplement).
+    """Simulate clicks and segment after each; only the last step has gradients (InterFormer; SAM-REF supplement, 1.3).
 
     Args:
-        network: in training mode; clicks before the last are answered in evaluation mode.
-        embedded: of B frames.
+        network: the network in training mode; the steps before the last run in evaluation mode.
+        embedded: embedding of B frames.
         ground_truths: (B, S, S) int8: 1 object, 0 background, -1 ignored.
-        figures: how many clicks, and whether boxes come first.
-        rng: of this batch.
+        config: number of clicks, and whether a box comes first.
+        rng: generator of this batch.
+
+    Returns:
+        the network's output after the last click.
     """
-    count = draw_click_count(rng, gamma=figures.gamma, max_clicks=figures.max_clicks)
-    boxed = figures.box > 0 and rng.random() < figures.box
+    count = draw_click_count(rng, gamma=config.gamma, max_clicks=config.max_clicks)
+    use_boxes = config.box > 0 and rng.random() < config.box
     images = torch.arange(len(ground_truths), device=ground_truths.device)
-    boxes = boxes_of(ground_truths == 1) if boxed else None
+    boxes = boxes_of(ground_truths == 1) if use_boxes else None
     points = torch.zeros(len(ground_truths), 0, 2, device=ground_truths.device)
     labels = torch.zeros(len(ground_truths), 0, dtype=torch.long, device=ground_truths.device)
     previous: Segmented | None = None
-    seen = embedded
+    prepared = embedded
     if isinstance(network, SamRef) and count > 1:
-        seen = network.prepare(embedded)
+        prepared = network.prepare(embedded)
     for number in range(count):
-        if number or not boxed:
-            wrong = (
+        if number or not use_boxes:
+            predicted = (
                 torch.zeros_like(ground_truths, dtype=torch.bool)
                 if previous is None
-                else shown(previous, ground_truths)
+                else predicted_masks(previous, ground_truths)
             )
-            point, label = training_clicks(ground_truths, wrong, rng)
+            point, label = training_clicks(ground_truths, predicted, rng)
             points, labels = torch.cat([points, point[:, None]], 1), torch.cat([labels, label[:, None]], 1)
         prompted = PromptBatch(
             images=images,
@@ -57,18 +60,18 @@ def by_clicks(
             return network.segment(embedded, prompted, previous=previous)
         network.eval()
         with torch.no_grad():
-            previous = network.segment(seen, prompted, previous=previous)
+            previous = network.segment(prepared, prompted, previous=previous)
         network.train()
     raise AssertionError("at least one click is drawn")
 
 
-def shown(answer: Segmented, ground_truths: Tensor) -> Tensor:
-    """(B, S, S) bool: the masks of an answer on their frames."""
-    return on_frames(answer.final, ground_truths.shape[-1]) > 0
+def predicted_masks(answer: Segmented, ground_truths: Tensor) -> Tensor:
+    """(B, S, S) bool: predicted masks at the frames' resolution."""
+    return upsample_to_frame(answer.final, ground_truths.shape[-1]) > 0
 
 
-def on_frames(logits: Tensor, size: int) -> Tensor:
-    """Logits (B, h, w) interpolated to frames (B, S, S)."""
+def upsample_to_frame(logits: Tensor, size: int) -> Tensor:
+    """Interpolate logits (B, h, w) to the frames' resolution (B, S, S)."""
     if logits.shape[-1] == size:
         return logits.float()
     return F.interpolate(logits[:, None].float(), (size, size), mode="bilinear", align_corners=False)[:, 0]

@@ -1,4 +1,4 @@
-"""How each method is trained by its paper: the plan that a training starts from, every figure of it open to change."""
+"""Default training plans: each method's settings from its paper, all of which can be overridden."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ HQ_EPOCHS = 12
 SAM_REF_ITERATIONS = 80_000
 DECODER_ITERATIONS = 320_000
 CLICK_EPOCHS = 80
-"""The papers count iterations; these are the parts into which they are cut, each ended by a validation."""
+"""The papers count iterations; they are divided into this many epochs, each followed by a validation."""
 
 
 def default_plan(method: Method, backbone: Backbone, *, samples: int) -> RefinerPlan:
-    """The paper's training of a method.
+    """The training settings from the method's paper.
 
     HQ-SAM: batches of 32, Adam at 1e-3 for 12 epochs, 1e-4 from the tenth on, boxes, ten points and coarse masks
     equally often, large-scale jitter (HQ-SAM paper, section 3.4, and its published training). HQ-SAM 2 and the SAM 2
     decoder, against which SAM2Refiner is compared, likewise. SAM2Refiner: five kinds of prompts at 0.3, 0.2, 0.2, 0.2,
-    0.1 (its supplement, 1.1); its paper gives no rate, so that HQ-SAM's is taken. SAM-REF: batches of 16, AdamW at
-    1e-4 after 1500 iterations of warm-up, then poly, 80,000 iterations, clicks with decay, pictures whole (SAM-REF
-    supplement, 1.2 and 1.3); SAM's decoder, its first stage, for 320,000 in batches of 4.
+    0.1 (its supplement, 1.1); its paper gives no learning rate, so HQ-SAM's is used. SAM-REF: batches of 16, AdamW at
+    1e-4 after 1500 iterations of warm-up, then poly, 80,000 iterations, clicks with decay, images without augmentation
+    (SAM-REF supplement, 1.2 and 1.3); SAM's decoder, its first stage, for 320,000 in batches of 4.
 
     Args:
-        method: what is trained.
-        backbone: on what.
-        samples: objects of the training set, which an epoch's length follows.
+        method: the method to train.
+        backbone: its backbone.
+        samples: number of objects in the training set, from which the length of an epoch is computed.
 
     Raises:
-        PlanError: a method that is not built on this backbone.
+        PlanError: the method cannot be built on this backbone.
     """
     if not supports_backbone(method, backbone):
         others = [m for m in METHODS if supports_backbone(m, backbone)]
@@ -72,12 +72,12 @@ def default_plan(method: Method, backbone: Backbone, *, samples: int) -> Refiner
             ),
         )
     batch = 32
-    refiner = PromptConfig(box=0.3, points=0.2, box_and_points=0.2, box_and_negatives=0.2, mask=0.1)
+    five_kinds = PromptConfig(box=0.3, points=0.2, box_and_points=0.2, box_and_negatives=0.2, mask=0.1)
     return RefinerPlan(
         method=method,
         backbone=backbone,
         batch_size=batch,
-        prompting=refiner if method == "sam2_refiner" else PromptConfig(),
+        prompting=five_kinds if method == "sam2_refiner" else PromptConfig(),
         jitter=JitterConfig(),
         train=TrainConfig(
             epochs=HQ_EPOCHS,

@@ -1,7 +1,7 @@
 """Losses of refined masks: normalized focal loss with and without error regions, Dice and binary cross-entropy.
 
-Logits and masks are (P, h, w), one row an object. Every loss is averaged over the pixels of each object first, then
-over the objects, so that objects count alike whatever their size.
+Logits and masks are (P, h, w), one row per object. Every loss is averaged over the pixels of each object, then over the
+objects, so that all objects have equal weight.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 from rfmedsam2.errors import UsageError
 
 ERROR_WEIGHT = 1.5
-"""Of pixels in the error region, in the boundary-weighted normalized focal loss (SAM-REF paper, section 3.5)."""
+"""Weight of pixels in the error region, in the boundary-weighted normalized focal loss (SAM-REF paper, section 3.5)."""
 TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefinementMasks:
-    """What one refiner of SAM-REF made of P objects, and what it should have made.
+    """Input, output and target of one of SAM-REF's refiners, for P objects.
 
     Attributes:
-        coarse: (P, h, w) logits before it.
-        error: (P, h, w) logits of "SAM is wrong here".
-        refined: (P, h, w) logits after it.
-        masks: (P, h, w) 0 or 1, the truth; of the PatchDiff refiner cropped like its maps.
-        valid: (P, h, w) bool, pixels that count; None: all.
+        coarse: (P, h, w) mask logits before refinement.
+        error: (P, h, w) logits of the predicted error map.
+        refined: (P, h, w) mask logits after refinement.
+        masks: (P, h, w) 0 or 1, the ground truth; for PatchDiff, cropped like its maps.
+        valid: (P, h, w) bool, pixels to evaluate; None: all.
     """
 
     coarse: Tensor
@@ -49,16 +49,16 @@ def normalized_focal_loss(
 ) -> Tensor:
     """Focal loss whose focal weights are scaled to average 1 over each object (RITM, section 3.3).
 
-    The scale is not differentiated, as in RITM. Logarithms are taken of the logits themselves, so that a pixel that is
-    certain and wrong still learns, where RITM's clamped probability has no gradient.
+    The scale is not differentiated, as in RITM. The logarithm is computed from the logits, so that confident wrong
+    pixels keep a gradient, which RITM's clamped probabilities lose.
 
     Args:
         logits: (P, h, w).
         masks: (P, h, w) 0 or 1.
-        weights: (P, h, w) of the pixels in the average; None: all alike.
-        valid: (P, h, w) bool, pixels that count; None: all.
-        alpha: share of the object, 1 - alpha of the background.
-        gamma: how much easy pixels are left out.
+        weights: (P, h, w) weights of the pixels in the average; None: equal weights.
+        valid: (P, h, w) bool, pixels to evaluate; None: all.
+        alpha: weight of object pixels; background pixels have 1 - alpha.
+        gamma: focusing exponent; larger values give easy pixels less weight.
     """
     logits, masks, counted = _checked(logits, masks, valid)
     signed = torch.where(masks > 0.5, logits, -logits)
@@ -79,26 +79,26 @@ def boundary_normalized_focal_loss(
     valid: Tensor | None = None,
     weight: float = ERROR_WEIGHT,
 ) -> Tensor:
-    """Normalized focal loss with more weight in a region: the average is weighted (FocalClick; SAM-REF, section 3.5).
+    """Normalized focal loss with a larger weight inside a region (FocalClick; SAM-REF, section 3.5).
 
     Args:
         logits: (P, h, w).
         masks: (P, h, w) 0 or 1.
-        region: (P, h, w) bool, where the pixels weigh more: a boundary, or `error_region`.
-        valid: (P, h, w) bool, pixels that count; None: all.
-        weight: of the region's pixels, 1 elsewhere.
+        region: (P, h, w) bool, pixels with the larger weight: a boundary, or `error_region`.
+        valid: (P, h, w) bool, pixels to evaluate; None: all.
+        weight: weight of the region's pixels; 1 elsewhere.
     """
     weights = torch.where(region, weight, 1.0)
     return normalized_focal_loss(logits, masks, weights=weights, valid=valid)
 
 
 def error_region(coarse: Tensor, masks: Tensor) -> Tensor:
-    """(P, h, w) bool: where logits, cut at a probability of 0.5, are not the truth (SAM-REF paper, section 3.3.3)."""
+    """(P, h, w) bool: where the thresholded mask differs from the ground truth (SAM-REF paper, section 3.3.3)."""
     return (coarse > 0) ^ (masks > 0.5)
 
 
 def dice_loss(logits: Tensor, masks: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """1 - Dice of probabilities (P, h, w) and masks, smoothed by 1 as in HQ-SAM's training."""
+    """1 - Dice of probabilities (P, h, w) and masks, with a smoothing term of 1 as in HQ-SAM's training."""
     logits, masks, counted = _checked(logits, masks, valid)
     probabilities, members = torch.sigmoid(logits) * counted, masks * counted
     overlap = (probabilities * members).sum((-2, -1))
@@ -113,20 +113,20 @@ def cross_entropy(logits: Tensor, masks: Tensor, *, valid: Tensor | None = None)
 
 
 def mask_losses(logits: Tensor, masks: Tensor, *, valid: Tensor | None = None) -> dict[str, Tensor]:
-    """`bce` and `dice`, weighted alike, on all pixels (HQ-SAM supplement, section 2)."""
+    """Losses `bce` and `dice`, equally weighted, on all pixels (HQ-SAM supplement, section 2)."""
     return {"bce": cross_entropy(logits, masks, valid=valid), "dice": dice_loss(logits, masks, valid=valid)}
 
 
 def sam_ref_losses(
     decoded: Tensor, masks: Tensor, *, overall: RefinementMasks, patch: RefinementMasks | None
 ) -> dict[str, Tensor]:
-    """The seven terms whose sum SAM-REF is trained by (SAM-REF paper, eq. 3).
+    """The seven terms of SAM-REF's loss (SAM-REF paper, eq. 3).
 
     Args:
         decoded: (P, h, w) logits of SAM's mask decoder.
-        masks: (P, h, w) 0 or 1, the truth.
-        overall: what the GlobalDiff refiner made.
-        patch: what the PatchDiff refiner made; None: it saw nothing to refine, and its three terms are left out.
+        masks: (P, h, w) 0 or 1, the ground truth.
+        overall: output of the GlobalDiff refiner.
+        patch: output of the PatchDiff refiner; None if there was nothing to refine, which drops its three terms.
 
     Returns:
         `nfl` of the decoder; `dice_global`, `bce_global` of the error map and `bnfl_global` of the refined mask; the
@@ -139,21 +139,21 @@ def sam_ref_losses(
     return losses
 
 
-def _refinement_losses(given: RefinementMasks) -> dict[str, Tensor]:
-    wrong = error_region(given.coarse, given.masks)
-    refined = boundary_normalized_focal_loss(given.refined, given.masks, region=wrong, valid=given.valid)
+def _refinement_losses(refinement: RefinementMasks) -> dict[str, Tensor]:
+    wrong = error_region(refinement.coarse, refinement.masks)
+    refined = boundary_normalized_focal_loss(refinement.refined, refinement.masks, region=wrong, valid=refinement.valid)
     return {
-        "dice": dice_loss(given.error, wrong, valid=given.valid),
-        "bce": cross_entropy(given.error, wrong, valid=given.valid),
+        "dice": dice_loss(refinement.error, wrong, valid=refinement.valid),
+        "bce": cross_entropy(refinement.error, wrong, valid=refinement.valid),
         "bnfl": refined,
     }
 
 
 def _checked(logits: Tensor, masks: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, masks and what counts, all float32 of one shape."""
+    """Logits, masks and valid pixels, all float32 of the same shape."""
     if logits.shape != masks.shape or logits.ndim != 3 or (valid is not None and valid.shape != masks.shape):
         shapes = [tuple(t.shape) for t in (logits, masks, valid) if t is not None]
-        raise UsageError("Logits and masks are compared pixel by pixel", expected="one shape (P, h, w)", found=shapes)
+        raise UsageError("Logits and masks must have the same shape", expected="(P, h, w)", found=shapes)
     masks = masks.float()
     return logits.float(), masks, torch.ones_like(masks) if valid is None else valid.float()
 

@@ -1,4 +1,4 @@
-"""Training any of the methods on a frozen base: HQ-SAM, HQ-SAM 2, SAM-REF, SAM2-REF, SAM2Refiner, a mask decoder."""
+"""The engine's task for all methods: HQ-SAM, HQ-SAM 2, SAM-REF, SAM2-REF, SAM2Refiner and SAM's mask decoders."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.models import Network
 from segment_anything_hq.nn.trainable_subset import TrainedPart
 from segment_anything_hq.records import ClickConfig, PromptConfig, RefinerPlan
-from segment_anything_hq.tasks.click_simulation import by_clicks
-from segment_anything_hq.tasks.feed import ObjectBatch, ObjectFeed
-from segment_anything_hq.tasks.method_losses import losses_of
+from segment_anything_hq.tasks.click_simulation import segment_with_clicks
+from segment_anything_hq.tasks.method_losses import method_losses
+from segment_anything_hq.tasks.object_feed import ObjectBatch, ObjectFeed
 
 VALIDATION_CLICKS = 5
 
 
 class RefinerTask:
-    """The engine's Task for a method; its model is what is trained, the base lies beside it.
+    """The engine's `Task` for one method; its model is the trainable part of the network.
 
     Args:
-        plan: the plan.
-        network: of the plan's method, with its base's weights.
+        plan: all settings of the training.
+        network: the plan's network, with its base's weights.
         training: sets to train on.
-        validation: sets that are held out.
+        validation: held-out sets.
         runtime: device and ranks.
-        cache: folder to keep what the frozen encoder makes of frames; None: it is made again every time.
+        cache: folder of the embedding cache; None: frames are encoded every time.
     """
 
     def __init__(
@@ -53,54 +53,55 @@ class RefinerTask:
         self.model = TrainedPart(network).to(runtime.device)
         self._cache = EmbeddingCache(network, folder=cache)
         self._feed = ObjectFeed(training, plan, runtime)
-        self._held = _share(validation, plan.validation_samples, runtime)
+        self._held = _samples_of_rank(validation, plan.validation_samples, runtime)
 
     def optimizer(self) -> Optimizer:
-        """All that is trained, at one rate."""
+        """One optimizer for all trainable parameters, with a single learning rate."""
         return build_optimizer(self.model.parameters(), self.plan.train)
 
     def batches(self, start: int) -> Iterator[ObjectBatch]:
-        """Training batches from number `start` on."""
+        """Training batches, from number `start` on."""
         return self._feed.training(start)
 
     def loss(self, batch: ObjectBatch) -> dict[str, Tensor]:
-        """The method's losses for a batch."""
+        """The loss terms of a batch, by name."""
         embedded = self._cache.embed(batch.images)
-        figures = self.plan.prompting
-        if isinstance(figures, ClickConfig):
+        prompting = self.plan.prompting
+        if isinstance(prompting, ClickConfig):
             rng = np.random.default_rng([self.plan.train.seed, batch.number])
-            answer = by_clicks(self.network, embedded, batch.ground_truths, figures=figures, rng=rng)
+            answer = segment_with_clicks(self.network, embedded, batch.ground_truths, config=prompting, rng=rng)
         else:
             assert batch.prompted is not None
             answer = self.network.segment(embedded, batch.prompted)
-        return losses_of(self.plan.method, answer, batch.ground_truths)
+        return method_losses(self.plan.method, answer, batch.ground_truths)
 
     def validate(self) -> dict[str, float]:
-        """Mean IoU of held-out objects at their pictures' own size; `score` is what the method is for.
+        """Score held-out objects at their images' original size.
 
-        By boxes also mean boundary IoU, which is the score; by clicks the mean IoU after five, which is the score.
+        With box prompts: mean IoU and mean boundary IoU, which is the `score`. With clicks: mean IoU after five clicks,
+        which is the `score`.
         """
         if not self._held:
             return {"score": 0.0}
         self.network.eval()
         predictor = ClickedPredictor(InteractivePredictor(self.network))
-        figures, scores = self.plan.prompting, {}
-        if isinstance(figures, PromptConfig) or figures.box:
+        prompting, scores = self.plan.prompting, {}
+        if isinstance(prompting, PromptConfig) or prompting.box:
             found = evaluate_prompted(predictor, self._held, BoxRule(), worst=0).overall
             scores |= {"box/iou": found["iou"], "box/boundary_iou": found["boundary_iou"]}
             scores["score"] = found["boundary_iou"]
-        if isinstance(figures, ClickConfig):
-            clicks = min(VALIDATION_CLICKS, figures.max_clicks)
+        if isinstance(prompting, ClickConfig):
+            clicks = min(VALIDATION_CLICKS, prompting.max_clicks)
             protocol = ClickProtocol(max_clicks=clicks, miou_at=(clicks,), stop=False)
             found = evaluate_clicks(predictor, self._held, protocol, worst=0).overall
             scores[f"clicks/iou_{clicks}"] = scores["score"] = found[f"miou_at_{clicks}"]
         return scores
 
 
-def _share(sets: Sequence[ImageSet], most: int, runtime: Runtime) -> tuple[ImageSet, ...]:
-    """Of at most so many samples of all sets, evenly drawn, those that this rank scores."""
+def _samples_of_rank(sets: Sequence[ImageSet], max_samples: int, runtime: Runtime) -> tuple[ImageSet, ...]:
+    """A rank's share of up to `max_samples` samples, evenly spaced over all sets."""
     samples = [(number, sample) for number, images in enumerate(sets) for sample in images.samples]
-    places = np.unique(np.linspace(0, len(samples) - 1, min(most, len(samples))).round().astype(int))
+    places = np.unique(np.linspace(0, len(samples) - 1, min(max_samples, len(samples))).round().astype(int))
     mine = [samples[place] for place in places[runtime.rank :: runtime.world_size]]
     parts = [tuple(s for n, s in mine if n == number) for number in range(len(sets))]
     return tuple(replace(images, samples=part) for images, part in zip(sets, parts, strict=True) if part)

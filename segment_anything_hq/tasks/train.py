@@ -1,4 +1,4 @@
-"""Training a refiner: a plan, pictures with masks and a base's weights go in, a folder of checkpoints comes out."""
+"""Train a refiner from a plan, image sets and a base's weights; writes a folder of checkpoints."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOptions:
-    """How to train.
+class RefinerTrainOptions:
+    """How to run a training.
 
     Attributes:
         device: auto, cpu, cuda, cuda:1 or mps.
-        weights: published weights of the base; None: a new one, which only the nano backbones are for.
+        weights: published weights of the base; None: random weights, allowed only for the nano backbones.
         decoder: checkpoint of the base's fine-tuned mask decoder, for SAM-REF, SAM2-REF and SAM2Refiner.
-        cache: folder to keep what the frozen encoder makes of frames.
-        score_base: score the network before its first step: what it starts from, which is its base.
-        restart: begin anew; what the folder holds is kept beside it under another name.
+        cache: folder of the embedding cache; None: no cache.
+        score_base: evaluate the network before its first step, which gives the score of the base.
+        restart: start from the beginning; the existing folder is kept under another name.
         tensorboard: also write TensorBoard events.
         show: called after every step and validation.
     """
@@ -54,46 +54,47 @@ class TrainOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """How it ended.
+class RefinerTrainResult:
+    """The outcome of a training.
 
     Attributes:
-        progress: what the engine says.
-        before: scores before the first step; None where it was not asked for, or training went on.
+        progress: the engine's final state: steps, seconds, scores.
+        before: scores before the first step; None if not requested, or if the training was resumed.
     """
 
     progress: Progress
     before: dict[str, float] | None
 
 
-def train(
+def train_refiner(
     plan: RefinerPlan,
     training: Sequence[ImageSet],
     validation: Sequence[ImageSet],
     folder: Path,
-    options: TrainOptions | None = None,
-) -> TrainResult:
-    """Train a method; goes on where an interrupted training of the same plan and base was.
+    options: RefinerTrainOptions | None = None,
+) -> RefinerTrainResult:
+    """Train a method, or resume an interrupted training with the same plan and base.
 
-    Leaves in the folder: plan.json, checkpoints of what was trained (the base is not repeated in them), metrics.jsonl,
-    metrics.csv and progress.png.
+    Writes plan.json, checkpoints of the trained part (without the frozen base), metrics.jsonl, metrics.csv and
+    progress.png.
 
     Args:
-        plan: everything but data and weights.
-        training: sets to train on, with samples.
-        validation: held-out sets; empty: nothing is scored.
-        folder: for the results.
+        plan: all settings except data and weights.
+        training: sets to train on, each with samples.
+        validation: held-out sets; empty: no validation.
+        folder: output folder.
         options: how to run.
 
     Raises:
-        PlanError: a frame size or backbone that the method cannot take.
-        CheckpointError: weights of another model, or a checkpoint of another training.
-        UsageError: no weights, views kept that are never seen twice, or another run that trains in the folder.
-        RfMedSamError: what the engine and the data raise.
+        PlanError: the method does not support the plan's frame size or backbone.
+        CheckpointError: the weights belong to another model, or the folder's checkpoint to another training.
+        UsageError: weights are missing, a cache is given for frames that never repeat, or another process is training
+            in the folder.
+        RfMedSamError: errors of the engine and the data.
     """
-    options = options or TrainOptions()
+    options = options or RefinerTrainOptions()
     _check(plan, options)
-    torch.manual_seed(plan.train.seed)  # the same first weights on every rank
+    torch.manual_seed(plan.train.seed)  # the same initial weights on every rank
     network = models.build(
         plan.method,
         plan.backbone,
@@ -131,20 +132,20 @@ def train(
         if runtime.is_main:
             write_text(folder / PLAN, plan.to_json())
             progress_png(folder)
-    return TrainResult(progress=progress, before=before)
+    return RefinerTrainResult(progress=progress, before=before)
 
 
-def _check(plan: RefinerPlan, options: TrainOptions) -> None:
+def _check(plan: RefinerPlan, options: RefinerTrainOptions) -> None:
     if options.weights is None and not plan.backbone.endswith("nano"):
         raise UsageError(
-            f"{plan.method} refines a base that was trained before",
+            f"{plan.method} needs pretrained weights of its base",
             where=plan.backbone,
             expected="its published weights (sam_vit_b_01ec64.pth, mobile_sam.pt, sam2.1_hiera_large.pt ...)",
             remedy="Give their file with --weights",
         )
     if options.cache is not None and plan.views_per_object is None:
         raise UsageError(
-            "Frames that are new every time cannot be kept embedded",
-            expected="a number of views of each object",
+            "--cache requires a finite number of augmented views per object",
+            found="views_per_object null",
             remedy="Add --set views_per_object=4, or leave --cache out",
         )

@@ -1,1 +1,1 @@
-"""Objects tracked through videos by the refiners on SAM 2."""
+"""Track prompted objects through videos with SAM 2 and the refiners built on it."""

@@ -1,8 +1,8 @@
-"""SAM 2's steps on one frame of a video, for many objects as one batch: remember, recall, decode.
+"""SAM 2's steps on one video frame, for many objects as one batch: memory encoding, memory attention, decoding.
 
-What is remembered and attended to is `SAM2Base._prepare_memory_conditioned_features`'s choice: all prompted frames (or
-the nearest `max_cond_frames_in_attn`), maps of the six frames before, object pointers of the fifteen before. The mask
-decoder is SAM 2's, HQ-SAM 2's, or SAM 2's with SAM2Refiner around it.
+Memories are selected as in `SAM2Base._prepare_memory_conditioned_features`: all prompted frames (or the nearest
+`max_cond_frames_in_attn`), maps of the six previous frames, object pointers of the fifteen previous frames. The mask
+decoder is SAM 2's, HQ-SAM 2's or SAM2Refiner's.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 
 VideoNetwork = Sam2Segmenter | HqSam2 | SAM2Refiner
 LOGIT_CLAMP = 32.0
-"""Logits of an earlier answer go in as a mask prompt no larger than this, as in SAM 2's predictor."""
+"""Previous logits are clamped to this range before they become a mask prompt, as in SAM 2's predictor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectMemory:
-    """One object on one frame.
+    """Memory of one object on one frame.
 
     Attributes:
-        map: (M, s, s) bfloat16, as SAM 2's predictor keeps it; None: only its pointer is still of use.
-        pointer: (C,).
+        map: memory map (M, s, s) bfloat16, as SAM 2's predictor keeps it; None once only the pointer is needed.
+        pointer: object pointer (C,).
     """
 
     map: Tensor | None
@@ -45,14 +45,14 @@ class ObjectMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class FrameMasks:
     """Masks of n objects on one frame.
 
     Attributes:
-        logits: (n, 4s, 4s) of SAM 2's decoder, where an object is not there far below 0.
-        final: (n, h, w) logits to be shown: the refiner's, else `logits`.
-        pointers: (n, C).
-        scores: (n, 1) object score logits; above 0: the object is there.
+        logits: (n, 4s, 4s) mask logits of SAM 2's decoder; far below 0 where the object is absent.
+        final: (n, h, w) logits of the output mask: the refiner's if there is one, else `logits`.
+        pointers: (n, C) object pointers.
+        scores: (n, 1) object score logits; above 0 if the object is present.
     """
 
     logits: Tensor
@@ -63,20 +63,25 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectedMemories:
-    """What one object attends to: (entry of the temporal encoding, memory), and (frames away, memory)."""
+    """Memories that one object attends to.
+
+    Attributes:
+        maps: index of the temporal encoding, and memory.
+        pointers: distance in frames, and memory.
+    """
 
     maps: list[tuple[int, ObjectMemory]]
     pointers: list[tuple[int, ObjectMemory]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """A frame in its video.
+class FramePosition:
+    """The position of a frame during tracking.
 
     Attributes:
-        frame: its number.
-        count: frames of the video.
-        backwards: it is reached from later frames.
+        frame: number of the frame.
+        count: number of frames in the video.
+        backwards: tracking runs toward the first frame.
     """
 
     frame: int
@@ -84,16 +89,16 @@ class Place:
     backwards: bool = False
 
     def before(self, distance: int) -> int:
-        """The frame that was reached so many frames earlier."""
+        """Number of the frame that tracking visited `distance` frames earlier."""
         return self.frame + distance if self.backwards else self.frame - distance
 
 
 class VideoSteps:
-    """One network's steps.
+    """SAM 2's per-frame steps with one network.
 
     Args:
-        network: in evaluation mode, on its device.
-        objects_at_once: more attend and are decoded in groups.
+        network: a network in evaluation mode, on its device.
+        objects_at_once: maximum number of objects per batch of memory attention and decoding.
     """
 
     def __init__(self, network: VideoNetwork, *, objects_at_once: int) -> None:
@@ -104,28 +109,28 @@ class VideoSteps:
         self.maps_back: int = self.base.num_maskmem - 1
         self.pointers_back: int = self.base.max_obj_ptrs_in_encoder - 1
 
-    def answer(self, embedded: Embedded, prompted: PromptBatch) -> Answer:
-        """Mask prompted objects (equally many points each) of the one frame embedded, without memory."""
+    def segment(self, embedded: Embedded, prompted: PromptBatch) -> FrameMasks:
+        """Segment prompted objects (with equal numbers of points) on an encoded frame, without memory."""
         if isinstance(self.network, SAM2Refiner):
             return self._refined(self.network, embedded, prompted, None)
         return self._decoded(embedded, embedded.embedding[prompted.images], prompted)
 
-    def given(self, embedded: Embedded, masks: Tensor) -> Answer:
-        """Take masks (n, S, S) of 0 and 1 for the answer; the decoder makes their pointers alone."""
+    def use_mask(self, embedded: Embedded, masks: Tensor) -> FrameMasks:
+        """Use masks (n, S, S) of 0 and 1 as the result; the decoder only computes their object pointers."""
         bare = self._bare(embedded).expand(len(masks), -1, -1, -1)
         made = private(self.base, "_use_mask_as_output", package="sam2")(bare, _finer(embedded), masks[:, None])
         logits = made[3][:, 0]
-        return Answer(logits=logits, final=logits, pointers=made[5], scores=made[6])
+        return FrameMasks(logits=logits, final=logits, pointers=made[5], scores=made[6])
 
-    def track(self, embedded: Embedded, place: Place, attended: Sequence[SelectedMemories]) -> Answer:
-        """Mask n objects on a frame from their memories, in their order."""
+    def track(self, embedded: Embedded, position: FramePosition, attended: Sequence[SelectedMemories]) -> FrameMasks:
+        """Segment n objects on a frame from their memories, in order."""
         prepared = prepare_frames(self._sam2, self._bare(embedded))
-        parts: list[Answer] = []
+        parts: list[FrameMasks] = []
         order: list[int] = []
         for rows in self._groups(attended):
             group = [attended[row] for row in rows]
             images = torch.zeros(len(group), dtype=torch.long, device=embedded.embedding.device)
-            bank, slots = _bank(group, place, self.base)
+            bank, slots = _bank(group, position, self.base)
             conditioned = condition_on_memory(self._sam2, prepared, images, bank, slots)
             prompted = PromptBatch(images=images)
             if isinstance(self.network, SAM2Refiner):
@@ -135,10 +140,10 @@ class VideoSteps:
             order += rows
         back = torch.tensor(order).argsort()
         names = ("logits", "final", "pointers", "scores")
-        return Answer(**{name: torch.cat([getattr(part, name) for part in parts])[back] for name in names})
+        return FrameMasks(**{name: torch.cat([getattr(part, name) for part in parts])[back] for name in names})
 
-    def encode_memory(self, embedded: Embedded, answer: Answer, *, prompted: bool) -> list[ObjectMemory]:
-        """Memories of n objects on a frame; of prompted ones the mask is what was seen, not how sure it is."""
+    def encode_memory(self, embedded: Embedded, answer: FrameMasks, *, prompted: bool) -> list[ObjectMemory]:
+        """Encode the memories of n objects on a frame; masks of prompted objects are binarized first."""
         side = self.base.image_size
         large = F.interpolate(answer.logits[:, None], (side, side), mode="bilinear", align_corners=False)
         if prompted:
@@ -149,46 +154,46 @@ class VideoSteps:
             feat_sizes=[tuple(bare.shape[2:])],
             pred_masks_high_res=large,
             object_score_logits=answer.scores,
-            is_mask_from_pts=False,  # done above, whatever the base is set to
+            is_mask_from_pts=False,  # already binarized above, independent of the base's configuration
         )
         kept = zip(maps.to(torch.bfloat16).unbind(), answer.pointers.unbind(), strict=True)
         return [ObjectMemory(map=one.clone(), pointer=pointer.clone()) for one, pointer in kept]
 
-    def attended(
-        self, place: Place, given: Mapping[int, ObjectMemory], recent: Mapping[int, ObjectMemory]
+    def select_memories(
+        self, position: FramePosition, given: Mapping[int, ObjectMemory], recent: Mapping[int, ObjectMemory]
     ) -> SelectedMemories:
-        """Choose what an object attends to.
+        """Select the memories that an object attends to.
 
         Args:
-            place: the frame.
-            given: of frames where the object was prompted; not of this one.
-            recent: of frames where it was tracked.
+            position: the current frame.
+            given: memories by frame number where the object was prompted, without the current frame.
+            recent: memories by frame number where the object was tracked.
         """
-        near, far = select_closest_cond_frames(place.frame, dict(given), self.base.max_cond_frames_in_attn)
+        near, far = select_closest_cond_frames(position.frame, dict(given), self.base.max_cond_frames_in_attn)
         maps = [(self.maps_back, memory) for memory in near.values()]
         for distance in range(1, self.maps_back + 1):
-            memory = recent.get(place.before(distance), far.get(place.before(distance)))
+            memory = recent.get(position.before(distance), far.get(position.before(distance)))
             if memory is not None:
                 maps.append((distance - 1, memory))
-        # pointers of the past alone, where it is the past in the direction of tracking
-        away = {frame: frame - place.frame if place.backwards else place.frame - frame for frame in near}
+        # pointers only from the past, in the direction of tracking
+        away = {frame: frame - position.frame if position.backwards else position.frame - frame for frame in near}
         pointers = [(away[frame], memory) for frame, memory in near.items() if away[frame] >= 0]
-        for distance in range(1, min(place.count, self.pointers_back + 1)):
-            memory = recent.get(place.before(distance), far.get(place.before(distance)))
+        for distance in range(1, min(position.count, self.pointers_back + 1)):
+            memory = recent.get(position.before(distance), far.get(position.before(distance)))
             if memory is not None:
                 pointers.append((distance, memory))
         return SelectedMemories(maps=maps, pointers=pointers)
 
     def _groups(self, attended: Sequence[SelectedMemories]) -> list[list[int]]:
-        """Rows of objects that attend to equally much: most often all of them."""
+        """Group objects with equal numbers of memories, at most `objects_at_once` each; usually there is one group."""
         alike: dict[tuple[int, int], list[int]] = {}
         for row, each in enumerate(attended):
             alike.setdefault((len(each.maps), len(each.pointers)), []).append(row)
         step = self.objects_at_once
         return [rows[i : i + step] for rows in alike.values() for i in range(0, len(rows), step)]
 
-    def _decoded(self, embedded: Embedded, embedding: Tensor, prompted: PromptBatch) -> Answer:
-        """By SAM 2's or HQ-SAM 2's decoder, as the official predictor asks it."""
+    def _decoded(self, embedded: Embedded, embedding: Tensor, prompted: PromptBatch) -> FrameMasks:
+        """Decode with SAM 2's or HQ-SAM 2's decoder, as the official predictor does."""
         points, labels = prompted.points, prompted.point_labels
         if prompted.boxes is not None:
             corners = prompted.boxes.reshape(-1, 2, 2)
@@ -198,7 +203,7 @@ class VideoSteps:
         asked = None
         if points is not None and labels is not None:
             asked = {"point_coords": points.float(), "point_labels": labels.int()}
-        # frames that are tracked have no points: what counts for them is `multimask_output_for_tracking`
+        # tracked frames have no points; `multimask_output_for_tracking` applies to them
         *_, logits, _, pointers, scores = self.base._forward_sam_heads(
             backbone_features=embedding,
             point_inputs=asked,
@@ -206,17 +211,17 @@ class VideoSteps:
             high_res_features=_finer(embedded),
             multimask_output=private(self.base, "_use_multimask", package="sam2")(asked is not None, asked),
         )
-        return Answer(logits=logits[:, 0], final=logits[:, 0], pointers=pointers, scores=scores)
+        return FrameMasks(logits=logits[:, 0], final=logits[:, 0], pointers=pointers, scores=scores)
 
     def _refined(
         self, network: SAM2Refiner, embedded: Embedded, prompted: PromptBatch, conditioned: Tensor | None
-    ) -> Answer:
-        """By SAM2Refiner; objects that are not there are treated as `SAM2Base._forward_sam_heads` does."""
+    ) -> FrameMasks:
+        """Decode with SAM2Refiner; absent objects are treated as in `SAM2Base._forward_sam_heads`."""
         made = network.segment(embedded, prompted, conditioned=conditioned)
         scores = made.extra["object_scores"][:, None]
         there = scores > 0
         pointers = made.extra["pointers"]
-        return Answer(
+        return FrameMasks(
             logits=torch.where(there[..., None], made.logits, NO_OBJ_SCORE),
             final=torch.where(there[..., None], made.final, NO_OBJ_SCORE),
             pointers=torch.where(there, pointers, self.base.no_obj_ptr.to(pointers.dtype)),
@@ -235,12 +240,12 @@ def _finer(embedded: Embedded) -> list[Tensor]:
     return [embedded.fine, embedded.middle]
 
 
-def _bank(group: Sequence[SelectedMemories], place: Place, base: Base) -> tuple[MemoryBank, Slots]:
+def _bank(group: Sequence[SelectedMemories], position: FramePosition, base: Base) -> tuple[MemoryBank, Slots]:
     """Memories of n objects that attend to equally many, one after the other, and where in there each finds its own."""
     count, device = len(group), base.device
     maps = [memory.map for each in group for _, memory in each.maps if memory.map is not None]
     pointers = [memory.pointer for each in group for _, memory in each.pointers]
-    furthest = max(1, min(place.count, base.max_obj_ptrs_in_encoder) - 1)
+    furthest = max(1, min(position.count, base.max_obj_ptrs_in_encoder) - 1)
     away = [[distance / furthest for distance, _ in each.pointers] for each in group]
     bank = MemoryBank(
         maps=torch.stack(maps).float(),

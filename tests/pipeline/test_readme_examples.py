@@ -16,7 +16,7 @@ from rfmedsam2.records.overrides import with_overrides
 from segment_anything_hq import models
 from segment_anything_hq.data.open_data import open_data
 from segment_anything_hq.tasks.defaults import default_plan
-from segment_anything_hq.tasks.train import TrainOptions, train
+from segment_anything_hq.tasks.train import RefinerTrainOptions, train_refiner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,8 +58,8 @@ def test_box_and_click_by_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyP
     short = ["batch_size=1", "train.epochs=1", "train.iterations_per_epoch=1", "train.workers=0"]
     plan = with_overrides(default_plan("hq_sam", "vit_tiny", samples=1), short, where="test")
     sets = open_data(["photos"])
-    options = TrainOptions(device="cpu", weights=Path("mobile_sam.pt"), score_base=False)
-    train(plan, sets, sets, Path("runs/hq"), options)
+    options = RefinerTrainOptions(device="cpu", weights=Path("mobile_sam.pt"), score_base=False)
+    train_refiner(plan, sets, sets, Path("runs/hq"), options)
 
     code = example("segment_anything_hq/README.md", "from segment_anything_hq import models")
     assert len(code.strip().splitlines()) <= 15

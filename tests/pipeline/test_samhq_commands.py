@@ -1,4 +1,4 @@
-"""samhq_check_data, samhq_summary, samhq_predict and samhq_evaluate as a user meets them, on tiny pictures."""
+"""samhq_check_data, samhq_summary, samhq_predict and samhq_evaluate as a user meets them, on tiny images."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def test_a_summary_of_what_cannot_be_is_a_sentence():
 
 
 @pytest.mark.parametrize(("method", "backbone"), [("hq_sam", "vit_nano"), ("sam2_refiner", "hiera_nano")])
-def test_masks_are_files_of_the_pictures_sizes(method, backbone, data, tmp_path):
+def test_masks_have_the_sizes_of_their_images(method, backbone, data, tmp_path):
     out = tmp_path / "out"
     prompts = [*BOXES, {"image": "b.png", "box": [1, 1, 9, 9]}]
     words = masks_words(data, out, prompts)
     outcome = run_ok("predict", method, "-b", backbone, "--frame-size", 64, "--device", "cpu", *words)
-    assert "Written: 3 masks of 2 pictures" in outcome.out
-    assert "only for trying out" in outcome.err
+    assert "Written: 3 masks of 2 images" in outcome.out
+    assert "random weights: for tests only" in outcome.err
     assert sorted(p.name for p in out.iterdir()) == ["a.png", "b_1.png", "b_2.png", "predictions.json"]
     for path in out.glob("*.png"):
         mask = Image.open(path)
@@ -133,7 +133,7 @@ def test_masks_are_not_replaced_unasked(data, tmp_path):
     words = masks_words(data, tmp_path / "out")
     run_ok("predict", "sam", *NANO, *words)
     before = (tmp_path / "out" / "predictions.json").read_bytes()
-    assert "there already" in run_error("predict", "sam", *NANO, *words)
+    assert "already exist" in run_error("predict", "sam", *NANO, *words)
     assert (tmp_path / "out" / "predictions.json").read_bytes() == before
     run_ok("predict", "sam", *NANO, *words, "--overwrite")
     assert "overwrite their images" in run_error(
@@ -174,13 +174,13 @@ def test_all_faults_are_told_in_one_go(data, tmp_path):
 
 
 CHOICES = {
-    "No network was named": (),
+    "No network was given": (),
     "sam needs a backbone": ("sam",),
     "needs the weights of vit_b": ("sam", "-b", "vit_b"),
     "sam is not built on hiera_t": ("sam", "-b", "hiera_t", "-w", "none.pt"),
     "file of weights does not exist": ("sam", "-b", "vit_b", "-w", "none.pt"),
     "has a mask decoder of its own": ("sam", *NANO, "--decoder", "none.pt"),
-    "There is no": ("--model", "none.pt"),
+    "does not exist": ("--model", "none.pt"),
     "Unknown device": ("sam", "-b", "vit_nano", "--device", "tpu"),
     "Frames cannot have this size": ("sam", "-b", "vit_nano", "--frame-size", 0),
 }
@@ -244,7 +244,7 @@ def test_an_evaluation_is_a_page_a_record_and_a_csv_a_protocol(data, tmp_path):
     assert tags.seen.count("svg") == len(protocols)
     assert tags.seen.count("figure") == 2 * len(protocols)
     assert "sam_ref on vit_nano" in page
-    assert "only for trying out" in page
+    assert "random weights: for tests only" in page
 
 
 def test_latency_needs_no_data(tmp_path, monkeypatch):
@@ -328,7 +328,7 @@ def test_no_data_is_a_sentence(tmp_path):
 
 
 @pytest.mark.data
-def test_mobile_sam_masks_a_real_picture_with_a_box(data_root, tmp_path):
+def test_mobile_sam_masks_a_real_image_from_a_box(data_root, tmp_path):
     source = data_root / "ecssd-300"
     image = sorted((source / "images").iterdir())[0]
     ground_truth = np.asarray(Image.open(source / "masks" / f"{image.stem}.png").convert("L")) > 128

@@ -1,4 +1,4 @@
-"""Running samhq_* inside the test's process, as a shell would, and small pictures to run them on."""
+"""Running samhq_* inside the test's process, as a shell would, and small images to run them on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from segment_anything_hq.cli import coco, inspect, predict_evaluate, training
 from support.commands import Outcome
 
 SIZES = {"a": (40, 60), "b": (50, 30)}
-"""Height and width of the pictures."""
+"""Height and width of the images."""
 
 
 def run(name: str, *words: object) -> Outcome:
@@ -48,7 +48,7 @@ def run_ok(name: str, *words: object) -> Outcome:
 
 
 def run_error(name: str, *words: object) -> str:
-    """Run a command that must end with one sentence and exit code 2; gives the sentence."""
+    """Run a command that must fail with exit code 2, and return its error message."""
     outcome = run(name, *words)
     assert outcome.code == 2, outcome.err + outcome.out
     start = outcome.err.find(f"samhq_{name}: ")

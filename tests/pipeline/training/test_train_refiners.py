@@ -23,16 +23,16 @@ from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.data.open_data import open_data, split_held_out
 from segment_anything_hq.records import METHODS, ON_SAM2, Backbone, Method, RefinerPlan, RefinerRecord
 from segment_anything_hq.tasks.defaults import default_plan
-from segment_anything_hq.tasks.feed import ObjectSource
-from segment_anything_hq.tasks.train import TrainOptions, train
+from segment_anything_hq.tasks.object_feed import ObjectSource
+from segment_anything_hq.tasks.train import RefinerTrainOptions, train_refiner
 
 SIDE = 128
-CPU = TrainOptions(device="cpu")
+CPU = RefinerTrainOptions(device="cpu")
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> tuple[ImageSet, ...]:
-    """Twelve pictures of a bright disk each, of several sizes."""
+    """Twelve images of a bright disk each, in several sizes."""
     folder = tmp_path_factory.mktemp("disks")
     for part in ("images", "masks"):
         (folder / part).mkdir()
@@ -70,7 +70,7 @@ def test_every_method_trains_and_comes_back(method: Method, sets, tmp_path: Path
     torch.manual_seed(plan.train.seed)
     new = models.build(method, plan.backbone, frame_size=SIDE)
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
-    result = train(plan, training, held, tmp_path, CPU)
+    result = train_refiner(plan, training, held, tmp_path, CPU)
     assert result.progress.step == 4
     assert result.before is not None
     assert result.before.keys() == result.progress.scores.keys()
@@ -105,7 +105,7 @@ import torch
 from segment_anything_hq.records import RefinerPlan
 from segment_anything_hq.data.open_data import open_data
 from segment_anything_hq.tasks.refiner import RefinerTask
-from segment_anything_hq.tasks.train import TrainOptions, train
+from segment_anything_hq.tasks.train import RefinerTrainOptions, train_refiner
 plan = RefinerPlan.from_json(pathlib.Path(sys.argv[1]).read_bytes())
 loss, seen = RefinerTask.loss, []
 def dying(self, batch):
@@ -113,15 +113,15 @@ def dying(self, batch):
     if batch.number == 3: os.kill(os.getpid(), signal.SIGKILL)
     return loss(self, batch)
 RefinerTask.loss = dying
-train(plan, open_data([sys.argv[2]]), (), pathlib.Path(sys.argv[3]), TrainOptions(device="cpu"))
+train_refiner(plan, open_data([sys.argv[2]]), (), pathlib.Path(sys.argv[3]), RefinerTrainOptions(device="cpu"))
 """
     root = sets[0].samples[0].image.parents[1]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     words = [sys.executable, "-c", program, str(tmp_path / "plan.json"), str(root), str(broken)]
     assert subprocess.run(words, timeout=300, check=False).returncode == -signal.SIGKILL
     assert (broken / LATEST).is_file()
-    train(plan, sets, (), broken, CPU)
-    train(plan, sets, (), whole, CPU)
+    train_refiner(plan, sets, (), broken, CPU)
+    train_refiner(plan, sets, (), whole, CPU)
     one, other = (read_weights(folder / FINAL, RefinerRecord) for folder in (broken, whole))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -176,7 +176,7 @@ def test_embeddings_that_are_kept_change_nothing(sets, tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("without", "cold", "warm")]
     for folder in folders:
         cache = None if folder.name == "without" else tmp_path / "kept"
-        train(plan, sets, (), folder, TrainOptions(device="cpu", cache=cache))
+        train_refiner(plan, sets, (), folder, RefinerTrainOptions(device="cpu", cache=cache))
     assert list((tmp_path / "kept").rglob("*.safetensors"))
     weights = [read_weights(folder / FINAL, RefinerRecord) for folder in folders]
     assert all(torch.equal(weights[0][n], w[n]) for w in weights[1:] for n in weights[0])
@@ -184,7 +184,7 @@ def test_embeddings_that_are_kept_change_nothing(sets, tmp_path: Path) -> None:
 
 def test_a_decoder_is_tuned_first_and_refined_then(sets, tmp_path: Path) -> None:
     first = plan_of("sam_decoder", "prompting.max_clicks=2")
-    train(first, sets, (), tmp_path / "decoder", CPU)
+    train_refiner(first, sets, (), tmp_path / "decoder", CPU)
     torch.manual_seed(0)
     tuned = models.build("sam_decoder", "vit_nano", frame_size=SIDE)
     # a nano base is new every time: the same seed gives the one that was trained
@@ -199,7 +199,7 @@ def test_a_decoder_is_tuned_first_and_refined_then(sets, tmp_path: Path) -> None
 
 def test_masks_of_a_trained_checkpoint_are_the_same_everywhere(sets, tmp_path: Path) -> None:
     plan = plan_of("sam2_refiner")
-    train(plan, sets, (), tmp_path, CPU)
+    train_refiner(plan, sets, (), tmp_path, CPU)
     prompted = PromptBatch(images=torch.tensor([0]), boxes=torch.tensor([[20.0, 20, 90, 90]]))
     frames = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
     masks = []
@@ -215,15 +215,15 @@ def test_masks_of_a_trained_checkpoint_are_the_same_everywhere(sets, tmp_path: P
 def test_what_does_not_fit_is_a_sentence(sets, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="not built on vit_b"):
         default_plan("sam2_refiner", "vit_b", samples=1)
-    with pytest.raises(UsageError, match="trained before"):
-        train(default_plan("hq_sam", "vit_b", samples=1), sets, (), tmp_path, CPU)
-    with pytest.raises(UsageError, match="cannot be kept"):
-        train(plan_of("hq_sam"), sets, (), tmp_path, TrainOptions(device="cpu", cache=tmp_path))
-    with pytest.raises(RecordError, match="no multiple of 32"):
+    with pytest.raises(UsageError, match="needs pretrained weights"):
+        train_refiner(default_plan("hq_sam", "vit_b", samples=1), sets, (), tmp_path, CPU)
+    with pytest.raises(UsageError, match="finite number of augmented views"):
+        train_refiner(plan_of("hq_sam"), sets, (), tmp_path, RefinerTrainOptions(device="cpu", cache=tmp_path))
+    with pytest.raises(RecordError, match="not a multiple of 32"):
         plan_of("hq_sam", "frame_size=100")
-    with pytest.raises(UsageError, match="no field 'guidnce'"):
+    with pytest.raises(UsageError, match="field 'guidnce' does not exist"):
         plan_of("hq_sam", "guidnce.box=1")
-    train(plan_of("hq_sam"), sets, (), tmp_path / "hq", CPU)
+    train_refiner(plan_of("hq_sam"), sets, (), tmp_path / "hq", CPU)
     torch.manual_seed(1)
     other = models.build("hq_sam", "vit_nano", frame_size=SIDE)
     with pytest.raises(CheckpointError, match="other frozen weights"):
@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_a_sentence(sets, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="decoder of its own"):
         models.build("hq_sam", "vit_nano", frame_size=SIDE, decoder=tmp_path / "hq" / FINAL)
     with pytest.raises(CheckpointError):  # another seed is another base: this is not that training
-        train(plan_of("hq_sam", "train.seed=5"), sets, (), tmp_path / "hq", CPU)
+        train_refiner(plan_of("hq_sam", "train.seed=5"), sets, (), tmp_path / "hq", CPU)
 
 
 def test_a_share_is_held_out_by_name(sets) -> None:

@@ -206,5 +206,5 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("wrong", [images(1).float(), images(1)[0], images(1)[:0], images(1)[:, :1]])
 def test_what_is_no_frame_is_refused(wrong: Tensor) -> None:
-    with pytest.raises(UsageError, match="These are no frames"):
+    with pytest.raises(UsageError, match="wrong shape or type"):
         EmbeddingCache(network_of("sam_ref", "vit_nano"), folder=None).embed(wrong)

@@ -26,7 +26,7 @@ from segment_anything_hq.nn.trainable_subset import TrainedPart
 from segment_anything_hq.prompts.prompt import Click, Prompt
 from segment_anything_hq.records import RefinerRecord
 from segment_anything_hq.tasks.defaults import default_plan
-from segment_anything_hq.tasks.model_summary import PUBLISHED, network_size
+from segment_anything_hq.tasks.network_size import PUBLISHED, network_size
 
 NETWORKS = {
     "sam": "vit_nano",

@@ -95,7 +95,7 @@ def test_the_refiners_detail_is_shown_and_not_remembered() -> None:
         finally:
             head.weight.copy_(weight)
     assert not np.allclose(probabilities, interpolated, atol=1e-3)
-    before, after = (video._given[1][0].memory.map for video in (plain, refined))
+    before, after = (video._prompted_frames[1][0].memory.map for video in (plain, refined))
     assert before is not None
     assert after is not None
     assert torch.equal(before, after)
@@ -119,7 +119,7 @@ def test_frames_are_read_when_they_are_needed(tmp_path: Path) -> None:
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
     video = VideoPredictor(network("sam2"))
     video.set_video(tmp_path)
-    (tmp_path / "3.png").write_bytes(b"no picture")
+    (tmp_path / "3.png").write_bytes(b"no image")
     video.prompt(1, 1, box=BOX)
     following = video.propagate()
     assert [next(following)[0] for _ in range(2)] == [1, 2]
@@ -129,17 +129,17 @@ def test_frames_are_read_when_they_are_needed(tmp_path: Path) -> None:
 
 def test_what_is_kept_does_not_grow_with_the_video(monkeypatch: pytest.MonkeyPatch) -> None:
     video, kept = refiner(count=30), []
-    attended = video._steps.attended
+    attended = video._steps.select_memories
 
     def looked(place: Any, given: Any, recent: Any) -> Any:
         kept.append((len(recent), sum(memory.map is not None for memory in recent.values())))
         return attended(place, given, recent)
 
-    monkeypatch.setattr(video._steps, "attended", looked)
+    monkeypatch.setattr(video._steps, "select_memories", looked)
     video.prompt(0, 1, box=BOX)
     list(video.propagate())
     assert max(kept) == kept[-1] == (15, 6)
-    assert len(video._given[1]) == 1
+    assert len(video._prompted_frames[1]) == 1
 
 
 def test_a_second_prompt_builds_on_the_first_and_a_run_on_none_before() -> None:
@@ -184,7 +184,7 @@ def test_reset_and_a_new_video_forget_the_prompts() -> None:
     next(following)
     video.reset()
     assert video.objects == ()
-    with pytest.raises(UsageError, match="in the middle"):
+    with pytest.raises(UsageError, match="changed during propagation"):
         next(following)
     video.prompt(0, 1, box=BOX)
     video.set_video(frames(2))
@@ -196,20 +196,20 @@ def test_reset_and_a_new_video_forget_the_prompts() -> None:
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ({"frame": 5, "box": BOX}, "There is no such frame.*0 to 4.*Found 5"),
-        ({"frame": -1, "box": BOX}, "There is no such frame"),
-        ({}, "Nothing was said of the object"),
+        ({"frame": 5, "box": BOX}, "The video has no such frame.*0 to 4.*Found 5"),
+        ({"frame": -1, "box": BOX}, "The video has no such frame"),
+        ({}, "No prompt was given"),
         ({"box": [10, 8, 81, 40]}, "the box lies outside: 10, 8, 81, 40, the picture is 80 wide and 48 high"),
         ({"points": [[5, -1]], "labels": [1]}, "a point lies outside: 5, -1"),
         ({"points": [[float("nan"), 1]], "labels": [1]}, "a point lies outside"),
         ({"box": [50, 8, 10, 40]}, "box ends before it begins: 50, 8, 10, 40"),
-        ({"box": [50, 8, 10]}, "This is no box"),
+        ({"box": [50, 8, 10]}, "Invalid box"),
         ({"points": [[5, 5]]}, "Every point needs a label"),
         ({"labels": [1]}, "Every point needs a label"),
         ({"points": [[5, 5]], "labels": [2]}, "Every point needs a label"),
         ({"points": np.zeros((0, 2)), "labels": []}, "Every point needs a label"),
-        ({"mask": np.ones((WIDTH, HEIGHT), bool)}, "not of the video"),
-        ({"mask": np.ones((HEIGHT, WIDTH), bool), "box": BOX}, "A mask says all"),
+        ({"mask": np.ones((WIDTH, HEIGHT), bool)}, "another size than the video"),
+        ({"mask": np.ones((HEIGHT, WIDTH), bool), "box": BOX}, "A mask prompt cannot be combined"),
     ],
 )
 def test_prompts_that_cannot_be_are_refused(prompt: dict[str, Any], said: str) -> None:
@@ -221,26 +221,26 @@ def test_prompts_that_cannot_be_are_refused(prompt: dict[str, Any], said: str) -
 
 def test_what_is_asked_too_early_is_refused() -> None:
     video = VideoPredictor(network("sam2"))
-    with pytest.raises(UsageError, match="There is no video yet"):
+    with pytest.raises(UsageError, match="No video has been set"):
         video.prompt(0, 1, box=BOX)
     video.set_video(frames())
-    with pytest.raises(UsageError, match="No object was prompted yet"):
+    with pytest.raises(UsageError, match="No object has been prompted yet"):
         video.propagate()
     video.prompt(0, 1, box=BOX)
     with pytest.raises(UsageError, match=r"never prompted.*some of 1.*Found 2"):
         video.propagate(objects=[1, 2])
-    with pytest.raises(UsageError, match="There is no such frame"):
+    with pytest.raises(UsageError, match="The video has no such frame"):
         video.propagate(7)
 
 
 def test_frames_that_cannot_be_are_refused(tmp_path: Path) -> None:
     video = VideoPredictor(network("sam2"))
     for wrong, said in (
-        ([], "There are no frames"),
-        ([np.zeros((4, 4), np.uint8)], "Frame 0 is no picture"),
-        ([np.zeros((4, 4, 3))], "Frame 0 is no picture"),
-        (tmp_path, "There are no frames"),
-        (tmp_path / "none", "There is no such folder"),
+        ([], "The video has no frames"),
+        ([np.zeros((4, 4), np.uint8)], "Frame 0 is not an RGB image"),
+        ([np.zeros((4, 4, 3))], "Frame 0 is not an RGB image"),
+        (tmp_path, "The video has no frames"),
+        (tmp_path / "none", "folder of frames does not exist"),
     ):
         with pytest.raises(UsageError, match=said):
             video.set_video(wrong)
@@ -248,7 +248,7 @@ def test_frames_that_cannot_be_are_refused(tmp_path: Path) -> None:
     video.prompt(0, 1, box=BOX)
     following = video.propagate()
     assert [next(following)[0] for _ in range(2)] == [0, 1]
-    with pytest.raises(UsageError, match=r"Frame 2 is of another size.*80 x 48.*Found 81 x 48"):
+    with pytest.raises(UsageError, match=r"Frame 2 has another size.*80 x 48.*Found 81 x 48"):
         next(following)
 
 

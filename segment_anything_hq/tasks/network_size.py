@@ -1,4 +1,4 @@
-"""What a method's network is made of: parameters by part, trained and frozen, beside what its paper says."""
+"""Parameter counts of a method's network by part, trained and frozen, beside the published number."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from segment_anything_hq.nn.hq_sam import FRAME_SIZE
 from segment_anything_hq.records import Backbone, Method, ZeroShot
 
 BYTES = 4
-"""Of a parameter in fp32."""
+"""Bytes per parameter in fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What a paper says is added to the base.
+    """The published size of a method's trained part.
 
     Attributes:
-        value: the figure.
-        unit: MB of fp32, of 2**20 bytes as they are counted here, or M parameters.
+        value: the published number.
+        unit: "MB" (2**20 bytes in fp32, as counted here) or "M" (million parameters).
         source: the paper.
     """
 
@@ -41,7 +41,7 @@ class PartSize:
 
     @property
     def frozen(self) -> int:
-        """What is not trained of it."""
+        """Parameters that are not trained."""
         return self.parameters - self.trained
 
 
@@ -50,11 +50,11 @@ class NetworkSize:
     """Parameters of a network.
 
     Attributes:
-        method: its name.
-        backbone: its name.
-        frame_size: S.
-        parts: in the network's order.
-        published: None: its paper gives no figure for this backbone.
+        method: name of the method.
+        backbone: name of the backbone.
+        frame_size: side length S of the frame, pixels.
+        parts: the parts, in the network's order.
+        published: the published size; None if the paper gives none for this backbone.
     """
 
     method: str
@@ -65,22 +65,22 @@ class NetworkSize:
 
     @property
     def parameters(self) -> int:
-        """Of all parts."""
+        """Parameters of all parts."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def trained(self) -> int:
-        """Of all parts."""
+        """Trained parameters of all parts."""
         return sum(part.trained for part in self.parts)
 
     @property
     def trained_mib(self) -> float:
-        """What is trained, in fp32."""
+        """Size of the trained parameters in fp32, MiB."""
         return self.trained * BYTES / 2**20
 
     @property
     def as_published(self) -> float | None:
-        """What is trained, in the unit of the paper's figure."""
+        """Size of the trained parameters, in the unit of the published number."""
         if self.published is None:
             return None
         return self.trained_mib if self.published.unit == "MB" else self.trained / 1e6
@@ -108,15 +108,14 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("sam2_ref", "hiera_l"): Published(value=1.2, unit="M", source="SAM-REF paper"),
     ("sam2_refiner", "hiera_l"): Published(value=12, unit="M", source="SAM2Refiner paper"),
 }
-"""What the papers say is learned."""
+"""Published sizes of the trained parts, by method and backbone."""
 
 
 def network_size(method: Method | ZeroShot, backbone: Backbone, *, frame_size: int = FRAME_SIZE) -> NetworkSize:
-    """Count a network's parameters; none of them takes memory.
+    """Count a network's parameters without allocating them.
 
     Raises:
-        PlanError: a method that is not built on this backbone.
-        UsageError: a frame size that cannot be.
+        PlanError: the method cannot be built on this backbone, or not with this frame size.
     """
     with skip_init():
         network = build(method, backbone, frame_size=frame_size)
@@ -130,11 +129,11 @@ def network_size(method: Method | ZeroShot, backbone: Backbone, *, frame_size: i
 
 
 def parts_of(network: nn.Module) -> tuple[PartSize, ...]:
-    """The network's parts, in their order."""
+    """Sizes of the network's parts, in order."""
     sizes: dict[str, list[int]] = {}
     for name, parameter in network.named_parameters():
         words = name.split(".")
-        while words[0] in ("base", "sam"):  # a base is no part: its encoder and its decoder are
+        while words[0] in ("base", "sam"):  # the base's encoder and decoder are listed separately
             words.pop(0)
         size = sizes.setdefault(words[0] if len(words) > 1 else "embeddings", [0, 0])
         size[0] += parameter.numel()

@@ -1,4 +1,4 @@
-"""What every refiner is trained on: objects on frames, with what is said of them, as numbered batches."""
+"""Training batches of objects on frames, with prompts; batch i depends only on seed, rank and i."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from segment_anything_hq.prompts.sampling import PromptMix, generator_of, traini
 from segment_anything_hq.records import PromptConfig, RefinerPlan
 
 EPOCH, VIEW = 0, 1
-"""What random numbers are for: they are drawn from (seed, purpose, numbers)."""
+"""Random streams: the order of an epoch, and the jitter of a view; seeded with (seed, stream, numbers)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectBatch:
-    """B objects, each on a frame of its own.
+    """B objects, each on its own frame.
 
     Attributes:
-        number: of the batch, over all ranks; what is drawn while the loss is computed follows it.
-        ids: set and name of each object.
+        number: number of the batch over all ranks; it also seeds the random draws of the loss.
+        ids: "set/sample id" of each object.
         images: (B, 3, S, S) uint8.
         ground_truths: (B, S, S) int8: 1 object, 0 background, -1 ignored.
-        prompted: what is said of the objects; None: clicks will be simulated.
+        prompted: prompts sampled from the masks; None if clicks are simulated in the loss.
     """
 
     number: int
@@ -52,13 +52,13 @@ class ObjectBatch:
 
 
 class ObjectSource:
-    """Makes batch i a function of (seed, rank, i) alone; goes to worker processes.
+    """Builds batches in worker processes; batch i depends only on (seed, rank, i).
 
     Args:
-        sets: to train on.
+        sets: sets to train on.
         plan: frame and batch size, jitter, prompts, seed.
-        rank: of this process.
-        ranks: of the training.
+        rank: rank of this process.
+        ranks: number of ranks.
     """
 
     def __init__(self, sets: Sequence[ImageSet], plan: RefinerPlan, *, rank: int = 0, ranks: int = 1) -> None:
@@ -70,39 +70,39 @@ class ObjectSource:
         self._jitter = None if plan.jitter is None else Jitter(**plan.jitter.model_dump())
 
     def batch(self, number: int) -> ObjectBatch:
-        """Batch `number` of this rank."""
+        """Build batch `number` of this rank."""
         overall = number * self._ranks + self._rank
-        chosen_ones = [self._drawn(place) for place in self._places(overall)]
-        frames, ground_truths = zip(*(self._framed(index, view) for index, view in chosen_ones), strict=True)
+        drawn = [self._draw(position) for position in self._positions(overall)]
+        frames, ground_truths = zip(*(self._frame(index, view) for index, view in drawn), strict=True)
         images, masks = torch.stack(frames), torch.stack(ground_truths)
         prompted = None
         if self._mix is not None:
             rows = torch.arange(len(masks))
             rng = generator_of(self._plan.train.seed, overall)
             prompted = training_prompts(masks == 1, rows, mix=self._mix, rng=rng)
-        ids = tuple("/".join((self._samples[i][0], self._samples[i][1].id)) for i, _ in chosen_ones)
+        ids = tuple("/".join((self._samples[i][0], self._samples[i][1].id)) for i, _ in drawn)
         return ObjectBatch(number=overall, ids=ids, images=images, ground_truths=masks, prompted=prompted)
 
     def describe(self, number: int) -> str:
-        """The files of batch `number`, without reading them."""
-        places = self._places(number * self._ranks + self._rank)
-        return ", ".join(str(self._samples[self._drawn(place)[0]][1].image) for place in places)
+        """The image files of batch `number`, for error messages; reads nothing."""
+        positions = self._positions(number * self._ranks + self._rank)
+        return ", ".join(str(self._samples[self._draw(position)[0]][1].image) for position in positions)
 
-    def _places(self, overall: int) -> range:
+    def _positions(self, overall: int) -> range:
         return range(overall * self._plan.batch_size, (overall + 1) * self._plan.batch_size)
 
-    def _drawn(self, place: int) -> tuple[int, int]:
-        """Which sample stands at a place of the whole training, and which view of it: every epoch has each once."""
-        epoch, within = divmod(place, len(self._samples))
+    def _draw(self, position: int) -> tuple[int, int]:
+        """Index and view of the sample at a position of the training; every epoch contains each sample once."""
+        epoch, within = divmod(position, len(self._samples))
         order = np.random.default_rng([self._plan.train.seed, EPOCH, epoch]).permutation(len(self._samples))
         view = epoch if self._plan.views_per_object is None else epoch % self._plan.views_per_object
         return int(order[within]), view
 
-    def _framed(self, index: int, view: int) -> tuple[Tensor, Tensor]:
-        """The frame (3, S, S) uint8 of a view of a sample, and its truth (S, S) int8."""
+    def _frame(self, index: int, view: int) -> tuple[Tensor, Tensor]:
+        """The frame (3, S, S) uint8 of a view of a sample, and its ground truth (S, S) int8."""
         sample, size = self._samples[index][1], self._plan.frame_size
-        picture, ground_truth = _read(sample)
-        image, mask = torch.from_numpy(picture.copy()).permute(2, 0, 1), torch.from_numpy(ground_truth == 1)
+        pixels, ground_truth = _read(sample)
+        image, mask = torch.from_numpy(pixels.copy()).permute(2, 0, 1), torch.from_numpy(ground_truth == 1)
         placement, gray = full_placement((ground_truth.shape[0], ground_truth.shape[1]), size), GRAY
         if self._jitter is not None:
             words = np.random.SeedSequence([self._plan.train.seed, VIEW, index, view]).generate_state(1, np.uint64)
@@ -114,14 +114,14 @@ class ObjectSource:
 
 
 class ObjectFeed:
-    """A training's batches in order, made ahead in worker processes."""
+    """Iterates over the batches of a training, which worker processes prepare in advance."""
 
     def __init__(self, sets: Sequence[ImageSet], plan: RefinerPlan, runtime: Runtime) -> None:
         self._plan, self._runtime = plan, runtime
         self._source = ObjectSource(sets, plan, rank=runtime.rank, ranks=runtime.world_size)
 
     def training(self, start: int) -> Iterator[ObjectBatch]:
-        """Batches from number `start` on."""
+        """Batches, from number `start` on."""
         train = self._plan.train
         return batches(
             self._source.batch,
@@ -135,19 +135,17 @@ class ObjectFeed:
 
 
 def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-    """Picture and truth, which fit together and show an object."""
-    picture = sample.read_image()
-    ground_truth = sample.ground_truth_for(picture)
+    """Read image and ground truth, and check that they have the same size and contain the object."""
+    image = sample.read_image()
+    ground_truth = sample.ground_truth_for(image)
     if not (ground_truth == 1).any():
-        remedy = "Leave this sample out; samhq_check_data lists all such"
-        raise ImageError(
-            "The mask shows no object: nothing can be learnt from it", where=sample.mask.source, remedy=remedy
-        )
-    return picture, ground_truth
+        remedy = "Leave this sample out; samhq_check_data lists all empty masks"
+        raise ImageError("The mask is empty, so there is nothing to train on", where=sample.mask.source, remedy=remedy)
+    return image, ground_truth
 
 
 def _placed_ground_truth(ground_truth: np.ndarray, mask: Tensor, placement: Placement, size: int) -> Tensor:
-    """(S, S) int8 on the frame: where both could be, the object counts, not that it is ignored."""
+    """(S, S) int8 on the frame; where object and ignored pixels overlap after resizing, the object wins."""
     seen = place_object(mask, placement, size)
     placed = seen.to(torch.int8)
     ignored = ground_truth == IGNORE
