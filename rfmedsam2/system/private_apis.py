@@ -15,7 +15,7 @@ from rfmedsam2.errors import PackageVersionError
 
 KNOWN_TO_WORK = {
     "torch": ">=2.5.1,<=2.14.1",
-    "batchgeneratorsv2": ">=0.3.0,<=0.3.6",
+    "batchgeneratorsv2": ">=0.3.2,<=0.3.6",
     "sam2": ">=1.1,<2",
 }
 """Releases that the tests have run with, by distribution."""
