@@ -1,1 +1,1 @@
-"""The one training engine: any task, any number of ranks, exact resume. Knows no network and no dataset."""
+"""The training engine: loop, data loading, checkpoints, ranks and logging for any task, with exact resume."""

@@ -1,4 +1,4 @@
-"""What a training saves and how it comes back: weights, optimizer, loss scale, the generators of every rank."""
+"""Saving and restoring a training: weights, optimizer, loss scale and the RNG state of every rank."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from rfmedsam2.store.checkpoints import read_all, write_checkpoint
 LATEST, BEST, FINAL = (f"checkpoint_{name}.safetensors" for name in ("latest", "best", "final"))
 
 CHANGEABLE = {"epochs", "compile", "checkpoint_minutes", "validate_every_epochs", "workers", "worker_timeout_seconds"}
-"""Fields of TrainConfig that may change on resume; `epochs` changes the schedule, the others no result."""
+"""Fields of TrainConfig that may change on resume; only `epochs` affects results (through the schedule)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """The parts of a training that hold state."""
+class TrainingState:
+    """The objects of a training that hold state."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -36,25 +36,25 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """How far a training is."""
+    """Progress of a training."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     validated: int = 0
     """Step of the last validation."""
     best: float | None = None
     scores: dict[str, float] | None = None
-    """Of the last validation."""
+    """Scores of the last validation."""
     seconds: float = 0.0
-    """Time spent in steps and validations over all runs."""
+    """Seconds in steps and validations over all runs."""
 
     def as_json(self) -> dict[str, Any]:
-        """Give the fields as plain data."""
+        """The fields as plain data."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def made_now() -> dict[str, Any]:
-    """What a record says of where and when it was made; the digest is filled in when it is written."""
+def provenance() -> dict[str, Any]:
+    """Record fields on versions, host and time; the digest is filled in when the checkpoint is written."""
     return {
         "weights_sha256": "",
         "code_version": __version__,
@@ -66,55 +66,55 @@ def made_now() -> dict[str, Any]:
 def save_training(
     path: Path,
     record: TrainedRecord,
-    trained: Trained,
+    trained: TrainingState,
     *,
     config: TrainConfig,
     position: Position,
-    generators: Sequence[Mapping[str, Tensor]],
+    rng_states: Sequence[Mapping[str, Tensor]],
 ) -> None:
-    """Write everything that going on exactly needs; `generators` are those of every rank."""
+    """Write everything that an exact resume needs; `rng_states` has one entry per rank."""
     optimizer, plain = _optimizer_state(trained.optimizer)
-    random = {f"random/{rank}/{name}": t for rank, state in enumerate(generators) for name, t in state.items()}
+    random = {f"random/{rank}/{name}": t for rank, state in enumerate(rng_states) for name, t in state.items()}
     state = {
         "position": position.as_json(),
         "config": config.model_dump(mode="json"),
         "scaler": trained.scaler.state_dict(),
         "optimizer": plain,
-        "ranks": len(generators),
+        "ranks": len(rng_states),
     }
     write_checkpoint(path, record, _weights(trained.model) | optimizer | random, state)
 
 
 def save_model(path: Path, record: TrainedRecord, model: nn.Module) -> None:
-    """Write the weights alone: enough to predict, not to go on."""
+    """Write only the weights: enough to predict, not to resume."""
     write_checkpoint(path, record, _weights(model), {})
 
 
 def load_training(
-    path: Path, expected: Callable[[int, dict[str, float]], TrainedRecord], trained: Trained, config: TrainConfig
+    path: Path, expected: Callable[[int, dict[str, float]], TrainedRecord], trained: TrainingState, config: TrainConfig
 ) -> tuple[Position, TrainConfig, list[dict[str, Tensor]]]:
-    """Put a saved training back into `trained`.
+    """Restore a saved training into `trained`.
 
     Args:
-        path: written by `save_training`.
-        expected: makes the record of this training, to compare with.
-        trained: of the same model and optimizer; changed in place.
-        config: of this run.
+        path: checkpoint written by `save_training`.
+        expected: makes the record of this training from (step, scores), for comparison.
+        trained: the same kind of model and optimizer; modified in place.
+        config: training configuration of this run.
 
     Returns:
-        How far it was, the configuration that it was saved with, and the generators of each rank.
+        Its progress, the configuration that it was saved with, and the RNG state of each rank.
 
     Raises:
-        CheckpointError: damaged, of another plan, stage, fold or configuration, or of weights alone.
+        CheckpointError: damaged, of another plan, stage, fold or configuration, or without training state.
     """
     record, tensors, state = read_all(path, type(expected(0, {})))
     if "position" not in state:
         raise CheckpointError(
-            "This checkpoint holds weights alone, training cannot go on from it", where=path, remedy="Train anew"
+            "This checkpoint holds only weights and cannot be resumed", where=path, remedy="Start a new training"
         )
     saved_config = TrainConfig.parse(state["config"], where=path)
     position = Position(**state["position"])
-    _refuse_another(path, record, expected(record.step, record.scores), _config_changes(saved_config, config))
+    _check_same_training(path, record, expected(record.step, record.scores), _config_changes(saved_config, config))
     load_weights(path, trained.model, _group(tensors, "model/"))
     _load_optimizer(path, trained.optimizer, _group(tensors, "optimizer/"), state["optimizer"])
     if state["scaler"] and trained.scaler.is_enabled():
@@ -123,7 +123,7 @@ def load_training(
 
 
 def is_of_step(path: Path, kind: type[TrainedRecord], step: int) -> bool:
-    """Tell whether a sound checkpoint of this kind and step lies there."""
+    """Whether the file is a valid checkpoint of this kind and step."""
     try:
         return read_header(path, kind).record.step == step
     except CheckpointError:
@@ -131,10 +131,10 @@ def is_of_step(path: Path, kind: type[TrainedRecord], step: int) -> bool:
 
 
 def load_weights(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a model of the same names and shapes.
+    """Copy weights into a model with the same names and shapes.
 
     Raises:
-        CheckpointError: names or shapes differ; says which.
+        CheckpointError: names or shapes differ; lists them.
     """
     own = model.state_dict()
     faults = [f"{n} is missing" for n in own.keys() - weights.keys()]
@@ -146,7 +146,7 @@ def load_weights(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) ->
     ]
     if faults:
         raise CheckpointError(
-            f"The weights do not fit this model ({len(faults)} differences)",
+            f"The weights do not match this model ({len(faults)} differences)",
             where=path,
             found="; ".join(sorted(faults)[:5]),
             remedy="Use the plan that the checkpoint was trained with",
@@ -155,7 +155,7 @@ def load_weights(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) ->
 
 
 def differences(saved: object, now: object, place: str = "") -> list[str]:
-    """Name the fields in which two plain JSON values differ, each with both values."""
+    """List the fields in which two plain JSON values differ, each with both values."""
     if isinstance(saved, dict) and isinstance(now, dict):
         found: list[str] = []
         for key in sorted(saved.keys() | now.keys()):
@@ -164,7 +164,7 @@ def differences(saved: object, now: object, place: str = "") -> list[str]:
     return [] if saved == now else [f"{place} was {saved!r:.60}, is {now!r:.60}"]
 
 
-def _refuse_another(path: Path, saved: TrainedRecord, now: TrainedRecord, config_changes: list[str]) -> None:
+def _check_same_training(path: Path, saved: TrainedRecord, now: TrainedRecord, config_changes: list[str]) -> None:
     faults = differences(saved.identity(), now.identity()) + config_changes
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -172,7 +172,7 @@ def _refuse_another(path: Path, saved: TrainedRecord, now: TrainedRecord, config
             "The checkpoint is of another training",
             where=path,
             found="; ".join(faults[:5]) + more,
-            remedy="Give the same plan and flags as before, or begin anew with rfmed_train --restart",
+            remedy="Use the same plan and flags as before, or start over with rfmed_train --restart",
         )
 
 
@@ -190,7 +190,7 @@ def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by "optimizer/INDEX/NAME", and the rest as plain JSON."""
+    """Tensors named "optimizer/INDEX/NAME", and the other state as plain JSON."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -201,7 +201,7 @@ def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _load_optimizer(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: dict[str, Any]) -> None:
-    """Moments come from the file; rates and other figures are those of this run's optimizer."""
+    """Restore the moments from the file; learning rates and other settings stay those of this run's optimizer."""
     fresh = optimizer.state_dict()
     groups = [len(group["params"]) for group in fresh["param_groups"]]
     if groups != plain["groups"]:

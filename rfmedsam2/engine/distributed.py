@@ -1,4 +1,4 @@
-"""One forward and backward pass that leaves no trace: does a compiled model run, do all parameters learn."""
+"""torch.compile and DDP, each decided by a dry run of one training step that leaves no trace."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Loss = Callable[[Any], dict[str, Tensor]]
 
 
 def compile_model(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> bool:
-    """Compile the model in place (names of its tensors stay) if a first pass with it works; else leave it as it was.
+    """Compile the model in place (names of its tensors stay) if a dry run succeeds; else leave it unchanged.
 
     Returns:
-        True where the model is compiled now.
+        Whether the model is compiled now.
     """
-    # a missing C compiler, headers or Triton show only when the first pass is generated
+    # a missing C compiler, headers or Triton show only when code for the first pass is generated
     try:
         model.compile()
         _dry_run(model, loss, batch, runtime)
@@ -33,7 +33,7 @@ def compile_model(model: nn.Module, loss: Loss, batch: object, runtime: Runtime)
         if isinstance(error, torch.OutOfMemoryError):
             raise
         first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        logger.warning("torch.compile does not work here, training goes on without it (%s)", first)
+        logger.warning("torch.compile failed, training continues without it (%s)", first)
         private(model, "_compiled_call_impl", package="torch")  # torch has no way to take compile() back
         model._compiled_call_impl = None
         model.zero_grad(set_to_none=True)
@@ -44,19 +44,19 @@ def compile_model(model: nn.Module, loss: Loss, batch: object, runtime: Runtime)
 def wrap_ddp(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> DistributedDataParallel:
     """Wrap a task's loss so that the ranks' gradients are averaged; called with a batch it gives the loss parts.
 
-    A batch may leave out parameters, and other ones on each rank. DDP searches the graph of every step for them where
-    the first batch already leaves some out on any rank. Else the search would nearly always be in vain: then every
-    parameter is tied to the loss instead, and what a step leaves out counts as a gradient of zero.
+    A batch may leave parameters unused, and different ones on each rank. If the first batch leaves any unused on any
+    rank, DDP searches the graph of every step for them (`find_unused_parameters`). Otherwise the search would be wasted
+    almost always, so every parameter is tied to the loss instead, and unused ones get a gradient of zero.
     """
     missing = _dry_run(model, loss, batch, runtime)
     if missing:
-        logger.info("%d parameters have no part in the loss, for instance %s", len(missing), missing[0])
+        logger.info("%d parameters get no gradient from the loss, for instance %s", len(missing), missing[0])
     search = runtime.any(bool(missing))
     return DistributedDataParallel(_LossModule(model, loss, tied=not search), find_unused_parameters=search)
 
 
 class _LossModule(nn.Module):
-    """The task's loss as a module, so that torch's DDP sees the whole forward pass and the task sees no ranks."""
+    """The task's loss as a module, so that DDP covers the whole forward pass and tasks need not know about ranks."""
 
     def __init__(self, model: nn.Module, loss: Loss, *, tied: bool) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _LossModule(nn.Module):
         self._loss, self._tied = loss, tied
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """Give the task's loss parts."""
+        """Compute the task's loss parts."""
         parts = self._loss(batch)
         if self._tied:
             name, part = next(iter(parts.items()))
@@ -92,7 +92,7 @@ class _Tied(torch.autograd.Function):
 
 
 def _dry_run(model: nn.Module, loss: Loss, batch: object, runtime: Runtime) -> list[str]:
-    """Names of the parameters without gradient; generators and buffers are put back, gradients dropped."""
+    """Run one step; returns the parameters without gradient. RNG state and buffers are restored, gradients dropped."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with preserved(runtime.device):
         try:

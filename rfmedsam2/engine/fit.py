@@ -1,8 +1,8 @@
-"""The training loop, the only one: any task, any number of ranks, exact resume.
+"""The training loop, shared by all tasks: any number of ranks, exact resume.
 
-A task says what is learned; the loop owns accumulation, clipping, precision, the schedule, checkpoints, resume,
-divergence, logging and the ranks. A killed and resumed training gives the same weights and the same metrics, bit for
-bit, as an unbroken one (on a GPU: with `deterministic`).
+A task defines model, data and loss; the loop owns gradient accumulation, clipping, precision, the schedule,
+checkpoints, resume, divergence checks, logging and the ranks. A killed and resumed training gives bit-identical weights
+and metrics to an uninterrupted one (on a GPU: with `deterministic`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rfmedsam2.engine.checkpoint import (
     FINAL,
     LATEST,
     Position,
-    Trained,
+    TrainingState,
     is_of_step,
     load_training,
     load_weights,
@@ -34,7 +34,7 @@ from rfmedsam2.engine.checkpoint import (
 from rfmedsam2.engine.distributed import compile_model, wrap_ddp
 from rfmedsam2.engine.log import MetricsLog, StepReport
 from rfmedsam2.engine.rng import capture, preserved, restore, seed_all
-from rfmedsam2.engine.runtime import determinism, lost_ranks_named, resident_mb, to_device
+from rfmedsam2.engine.runtime import determinism, report_lost_ranks, resident_mb, to_device
 from rfmedsam2.engine.schedule import learning_rate_factor, set_learning_rate
 from rfmedsam2.engine.signals import Interrupted, Signals, handle_signals
 from rfmedsam2.engine.step_metrics import PendingMetrics, StepMetrics, reduce_async
@@ -48,27 +48,27 @@ Batch = TypeVar("Batch")
 
 
 def fit(task: Task[Batch], config: TrainConfig, run: Run, *, resume: bool = False) -> Progress:
-    """Train until config.iterations optimizer steps are done, or a signal asks to stop.
+    """Train until config.iterations optimizer steps are completed, or a signal asks to stop.
 
-    Leaves in run.folder: checkpoint_latest (everything needed to go on), checkpoint_best (weights, when the score
-    rose), checkpoint_final (weights, at the end), metrics.jsonl, metrics.csv.
+    Writes to run.folder: checkpoint_latest (everything needed to resume), checkpoint_best (weights, when the score
+    improves), checkpoint_final (weights, at the end), metrics.jsonl, metrics.csv.
 
     Args:
-        task: what is trained.
-        config: the figures.
-        run: where to.
-        resume: go on from checkpoint_latest where there is one; else what the folder holds is replaced.
+        task: the task to train.
+        config: training configuration.
+        run: output folder, record and runtime.
+        resume: resume from checkpoint_latest if it exists; otherwise contents of the folder are replaced.
 
     Raises:
         DivergedError: loss or gradient not finite; the last good checkpoint is kept.
-        CheckpointError: the checkpoint to go on from is damaged or of another training.
+        CheckpointError: the checkpoint to resume from is damaged or of another training.
         WorkerError: data loading failed, or another rank ended.
         StoreError: the folder cannot be written.
     """
     with (
         determinism(config.deterministic),
         preserved(run.runtime.device),
-        lost_ranks_named(run.runtime),
+        report_lost_ranks(run.runtime),
         handle_signals() as signals,
     ):
         if resume and run.runtime.any((run.folder / FINAL).is_file() and not (run.folder / LATEST).is_file()):
@@ -101,7 +101,7 @@ class _Loop(Generic[Batch]):
             self._log = MetricsLog(run.folder, keep_step=step, keep_validation=validated, tensorboard=run.tensorboard)
 
     def _begin(self, resume: bool) -> None:
-        """Start at step 0, or where the last checkpoint was."""
+        """Start at step 0, or at the last checkpoint."""
         runtime, config, path = self._runtime, self._config, self._run.folder / LATEST
         set_learning_rate(self._optimizer, 1.0)
         seed_all(config.seed, runtime.rank, device=runtime.device)
@@ -110,28 +110,28 @@ class _Loop(Generic[Batch]):
                 for name in (LATEST, BEST, FINAL):
                     (self._run.folder / name).unlink(missing_ok=True)
             return
-        trained = Trained(model=self._model, optimizer=self._optimizer, scaler=self._scaler)
-        self._position, before, generators = load_training(path, self._run.record, trained, config)
+        trained = TrainingState(model=self._model, optimizer=self._optimizer, scaler=self._scaler)
+        self._position, before, rng_states = load_training(path, self._run.record, trained, config)
         step, total = self._position.step, config.iterations
         logger.info("Resuming at step %d of %d (epoch %d)", step, total, step // config.iterations_per_epoch)
         if before.epochs != config.epochs:
             logger.warning(
-                "Epochs changed from %d to %d: the learning rate follows the new schedule from here on",
+                "Epochs changed from %d to %d: the learning rate now follows the new schedule",
                 before.epochs,
                 config.epochs,
             )
-        if len(generators) == runtime.world_size:
-            restore(generators[runtime.rank], runtime.device)
+        if len(rng_states) == runtime.world_size:
+            restore(rng_states[runtime.rank], runtime.device)
         else:
             logger.warning(
-                "Ranks changed from %d to %d: training goes on, but not as an unbroken one",
-                len(generators),
+                "Ranks changed from %d to %d: training continues, but not bit-identical to an uninterrupted one",
+                len(rng_states),
                 runtime.world_size,
             )
             seed_all(config.seed, runtime.rank, step, device=runtime.device)
 
     def train(self) -> Progress:
-        """Run all steps that are left."""
+        """Run all remaining steps."""
         try:
             if self._position.step < self._config.iterations:
                 stream = iter(self._task.batches(self._position.step * self._config.accumulation))
@@ -147,7 +147,7 @@ class _Loop(Generic[Batch]):
         return self._progress()
 
     def _prepare(self, stream: Iterator[Batch]) -> Iterator[Batch]:
-        """Compile and distribute, which need to see a first batch; gives the stream with that batch still in it."""
+        """Compile and wrap in DDP, which need the first batch; returns the stream with that batch still in it."""
         config, runtime = self._config, self._runtime
         self._forward: Callable[[Batch], dict[str, Tensor]] = self._task.loss
         compiling = config.compile == "on" or (config.compile == "auto" and runtime.device.type == "cuda")
@@ -163,7 +163,7 @@ class _Loop(Generic[Batch]):
 
     def _epochs(self, stream: Iterator[Batch]) -> None:
         if self._position.step:
-            self._after_step()  # a checkpoint may lie between the last step of an epoch and its validation
+            self._after_step()  # the checkpoint may be from between the last step of an epoch and its validation
         self._clock = time.monotonic()
         while self._position.step < self._config.iterations and not self._stop:
             self._waiting.append(self._step(stream))
@@ -183,7 +183,7 @@ class _Loop(Generic[Batch]):
             if batch is None:
                 raise UsageError("The task's batches ended before training did", where=f"step {number}")
             ids += batch.get("ids", ()) if isinstance(batch, dict) else getattr(batch, "ids", ())
-            with self._unsynchronised(micro < config.accumulation - 1):
+            with self._no_sync(micro < config.accumulation - 1):
                 with self._runtime.autocast():
                     parts = self._forward(to_device(batch, self._runtime.device))
                 total = torch.stack([part.float() for part in parts.values()]).sum()
@@ -192,10 +192,10 @@ class _Loop(Generic[Batch]):
                 share = part.detach().float() / config.accumulation
                 sums[name] = sums[name] + share if name in sums else share
         norm = self._update()
-        return self._sent(number, sums, norm, ids, lr)
+        return self._send(number, sums, norm, ids, lr)
 
     def _update(self) -> Tensor:
-        """Clip and apply the gradients; gives their norm before clipping."""
+        """Clip and apply the gradients; returns their norm before clipping."""
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._learning, self._config.clip_norm or float("inf"))
         self._scaler.step(self._optimizer)
@@ -203,15 +203,15 @@ class _Loop(Generic[Batch]):
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _unsynchronised(self, wanted: bool) -> AbstractContextManager[Any]:
-        """Ranks exchange gradients only with the last micro-batch."""
+    def _no_sync(self, wanted: bool) -> AbstractContextManager[Any]:
+        """Exchange gradients between ranks only in the last micro-batch."""
         forward = self._forward
         return forward.no_sync() if wanted and isinstance(forward, DistributedDataParallel) else nullcontext()
 
-    def _sent(self, number: int, sums: dict[str, Tensor], norm: Tensor, ids: list[str], lr: float) -> PendingMetrics:
-        """Send the step's figures off to the CPU without waiting for them."""
+    def _send(self, number: int, sums: dict[str, Tensor], norm: Tensor, ids: list[str], lr: float) -> PendingMetrics:
+        """Start copying the step's metrics to the CPU without waiting."""
         due = time.monotonic() - self._saved_at >= self._config.checkpoint_minutes * 60 and self._runtime.is_main
-        # the loss scale finds infinite gradients by itself
+        # the gradient scaler detects infinite gradients itself
         norm = torch.zeros_like(norm) if self._scaler.is_enabled() else norm
         wishes = (self._signals.stop is not None, self._signals.save or due)
         values, ready = reduce_async(torch.stack([*sums.values(), norm.float()]), wishes, self._runtime)
@@ -222,11 +222,11 @@ class _Loop(Generic[Batch]):
         )
 
     def _after_step(self) -> None:
-        """Take in the figures that have arrived; at the end of an epoch validate; save where it is time to."""
+        """Collect metrics that have arrived; validate at the end of an epoch; save if due."""
         step, config = self._position.step, self._config
         epoch_ends = step % config.iterations_per_epoch == 0
-        # on a GPU the newest step is left to run while the next one is prepared
-        self._take_in(leave=1 if self._runtime.device.type == "cuda" and not epoch_ends else 0)
+        # on a GPU the newest step keeps running while the next one is prepared
+        self._collect_metrics(leave=1 if self._runtime.device.type == "cuda" and not epoch_ends else 0)
         epoch = step // config.iterations_per_epoch
         due = epoch % config.validate_every_epochs == 0 or step >= config.iterations
         if epoch_ends and due and self._position.validated < step and not self._stop:
@@ -234,7 +234,7 @@ class _Loop(Generic[Batch]):
         if self._save_wanted and not self._stop:
             self._save()
 
-    def _take_in(self, leave: int) -> None:
+    def _collect_metrics(self, leave: int) -> None:
         while len(self._waiting) > leave:
             step = self._waiting.pop(0)
             figures = step.read()
@@ -243,7 +243,7 @@ class _Loop(Generic[Batch]):
             self._stop = self._stop or figures.stop
             self._save_wanted = self._save_wanted or figures.save
             self._position = replace(self._position, seconds=self._position.seconds + step.seconds)
-            self._tell(step, figures)
+            self._log_step(step, figures)
 
     def _diverged(self, step: PendingMetrics, figures: StepMetrics) -> DivergedError:
         ids = dict.fromkeys(i for rank in self._runtime.gather(step.ids) for i in rank)
@@ -252,10 +252,10 @@ class _Loop(Generic[Batch]):
             f"Training diverged at step {step.number}: the loss or its gradient is not finite",
             where=f"cases {', '.join(ids)}" if ids else None,
             found=f"{losses}, gradient norm {figures.gradient_norm:g}",
-            remedy="Look at these cases (rfmed_verify), or lower train.learning_rate; the last good checkpoint is kept",
+            remedy="Check these cases (rfmed_verify), or lower train.learning_rate; the last good checkpoint is kept",
         )
 
-    def _tell(self, step: PendingMetrics, figures: StepMetrics) -> None:
+    def _log_step(self, step: PendingMetrics, figures: StepMetrics) -> None:
         if self._log is None:
             return
         event = {
@@ -290,10 +290,10 @@ class _Loop(Generic[Batch]):
         )
 
     def _validate(self) -> None:
-        """Score the model; nothing of the training is changed by it, so that it may be left out or broken off."""
+        """Score the model without changing any training state, so that it can be skipped or interrupted."""
         began = time.monotonic()
         try:
-            # ranks wait for one another in here: with several, a stop is heeded at the next step
+            # ranks synchronize in here: with several ranks, a stop takes effect at the next step
             alone = self._runtime.world_size == 1
             with (
                 self._signals.interruptible() if alone else nullcontext(),
@@ -309,15 +309,15 @@ class _Loop(Generic[Batch]):
         finally:
             self._model.train()
         self._clock = time.monotonic()
-        self._scored(scores, self._clock - began)
+        self._record_scores(scores, self._clock - began)
 
     def _averaged(self, scores: dict[str, float]) -> dict[str, float]:
-        """Mean over the ranks of what each gave; a rank without a name is left out of its mean."""
+        """Mean over the ranks of each score; ranks without a score are left out of its mean."""
         gathered = self._runtime.gather(scores)
         names = dict.fromkeys(name for each in gathered for name in each)
         return {n: sum(g[n] for g in gathered if n in g) / sum(n in g for g in gathered) for n in names}
 
-    def _scored(self, scores: dict[str, float], seconds: float) -> None:
+    def _record_scores(self, scores: dict[str, float], seconds: float) -> None:
         position = self._position
         best = position.best is None or scores["score"] > position.best
         self._position = replace(
@@ -338,18 +338,18 @@ class _Loop(Generic[Batch]):
         self._run.show(self._report(position.step, *self._last, scores=scores))
 
     def _save(self) -> None:
-        """Write checkpoint_latest with all that going on exactly needs."""
-        self._take_in(leave=0)
-        generators = self._runtime.gather(capture(self._runtime.device))
+        """Write checkpoint_latest with everything that an exact resume needs."""
+        self._collect_metrics(leave=0)
+        rng_states = self._runtime.gather(capture(self._runtime.device))
         if self._log is not None:
-            self._log.flush()  # before the checkpoint: it must hold every step that the checkpoint has done
+            self._log.flush()  # before the checkpoint: the log must contain every step of the checkpoint
             save_training(
                 self._run.folder / LATEST,
                 self._run.record(self._position.step, self._position.scores or {}),
-                Trained(model=self._model, optimizer=self._optimizer, scaler=self._scaler),
+                TrainingState(model=self._model, optimizer=self._optimizer, scaler=self._scaler),
                 config=self._config,
                 position=self._position,
-                generators=generators,
+                rng_states=rng_states,
             )
         self._save_wanted = self._signals.save = False
         self._saved_at = self._clock = time.monotonic()
@@ -357,11 +357,11 @@ class _Loop(Generic[Batch]):
     def _finish(self) -> None:
         final, runtime, step = self._run.folder / FINAL, self._runtime, self._position.step
         if self._position == self._found and not runtime.any(not is_of_step(final, self._run.kind, step)):
-            return  # this training had finished before
+            return  # already finished by an earlier run
         self._save()
         if runtime.is_main:
             save_model(final, self._run.record(step, self._position.scores or {}), self._model)
-        runtime.any(False)  # no rank leaves before the files are there
+        runtime.any(False)  # barrier: no rank leaves before the files exist
 
     def _progress(self) -> Progress:
         position = self._position
@@ -377,15 +377,15 @@ class _Loop(Generic[Batch]):
 
 
 def _already_finished(task: Task[Any], config: TrainConfig, run: Run) -> Progress:
-    """Take the final weights of a training whose checkpoint_latest was removed."""
+    """Load the final weights of a training whose checkpoint_latest was removed."""
     final = run.folder / FINAL
     record, tensors, _ = read_all(final, run.kind)
     if record.step < config.iterations:
         raise UsageError(
-            "This training is finished and its checkpoint_latest was removed: it cannot be made longer",
+            "This training is finished and its checkpoint_latest was removed, so it cannot be extended",
             where=final,
-            found=f"{record.step} steps done, {config.iterations} wanted",
-            remedy="Train anew, or start a new training from these weights",
+            found=f"{record.step} steps completed, {config.iterations} requested",
+            remedy="Start a new training, or one initialized with these weights",
         )
     load_weights(final, task.model, {n.removeprefix("model/"): t for n, t in tensors.items()})
     return Progress(

@@ -1,7 +1,7 @@
-"""Batches by number, made ahead in worker processes: batch i is a function of (seed, i), workers change nothing.
+"""Data loading in worker processes: batch i depends only on (seed, i), not on the number of workers.
 
-A worker that raises, is killed or stalls ends in one sentence that names the cause and the cases, never in a hang.
-Where memory was the cause, the same batches are made once more by half as many workers first.
+A worker that raises, is killed or stalls ends in an error that names the cause and the cases, never in a hang. If
+memory ran out, the same batches are retried once with half as many workers.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from rfmedsam2.system.private_apis import private
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps the memory that workers hand batches over in
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - shared memory through which workers pass batches
 MEMORY_PER_WORKER = 1.5 * 2**30
 MAX_WORKERS = 12
 PREFETCH = 2
 POLL_SECONDS = 1.0
 DEATH_SECONDS = 2.0
 MEMORY_SIGNALS = {getattr(signal, name, None) for name in ("SIGKILL", "SIGBUS")}
-"""What a worker dies of when memory, or shared memory, runs out."""
-REMEDY = "Start the same command again, it resumes; with fewer workers (train.workers, 0: none) where memory is short"
+"""Signals that kill a worker when memory, or shared memory, runs out."""
+REMEDY = "Run the same command again to resume, with fewer workers (train.workers, 0: none) if memory is short"
 
 
 def batches(
@@ -63,33 +63,33 @@ def batches(
     timeout_seconds: float,
     describe: Callable[[int], str],
 ) -> Iterator[Batch]:
-    """Give make_batch(start), ..., make_batch(stop - 1) in order; close the iterator to end the workers.
+    """Iterate over make_batch(start), ..., make_batch(stop - 1); close the iterator to end the workers.
 
-    While make_batch runs, the global generators of torch, numpy and Python are seeded from (seed, number).
+    While make_batch runs, the global RNGs of torch, numpy and Python are seeded from (seed, number).
 
     Args:
-        make_batch: makes batch number i; with workers it is pickled, so it lies in an importable module.
-        start: first number.
-        stop: after the last number.
-        workers: processes; None: `default_workers()`, 0: this process.
-        seed: of this rank.
-        timeout_seconds: longest wait for one batch.
-        describe: the cases of batch number i in words, without reading them.
+        make_batch: makes batch number i; with workers it is pickled, so it must be in an importable module.
+        start: first batch number.
+        stop: one past the last batch number.
+        workers: number of processes; None: `default_workers()`, 0: load in this process.
+        seed: seed of this rank.
+        timeout_seconds: maximum wait for one batch.
+        describe: text naming the cases of batch number i, without reading them.
 
     Raises:
-        WorkerError: a worker died, was killed or stalled, or make_batch raised (an RfMedSamError keeps its kind).
-        MemoryShortError: the kind of WorkerError where memory was the cause, also with half as many workers.
+        WorkerError: a worker died, was killed or stalled, or make_batch raised (an RfMedSamError keeps its class).
+        MemoryShortError: a WorkerError whose cause is memory, also with half as many workers.
     """
     workers = min(default_workers() if workers is None else workers, max(stop - start, 0))
     made, spared = start, False
     while made < stop:
         numbers = range(made, stop)
         if workers == 0:
-            stream = _made_here(make_batch, numbers, seed, describe)
+            stream = _in_process(make_batch, numbers, seed, describe)
         else:
             heartbeat = torch.full((workers, 2), -1.0, dtype=torch.float64).share_memory_()
             numbered = _Numbered(make_batch, seed, heartbeat)
-            stream = _made_by_workers(numbered, heartbeat, numbers, timeout_seconds, describe)
+            stream = _from_workers(numbered, heartbeat, numbers, timeout_seconds, describe)
         try:
             with closing(stream):
                 for batch in stream:
@@ -99,26 +99,26 @@ def batches(
             if spared or workers == 0:
                 raise
             workers, spared = workers // 2, True
-            logger.warning("%s Going on once with %s", error, f"{workers} worker(s)" if workers else "no workers")
+            logger.warning("%s Retrying with %s", error, f"{workers} worker(s)" if workers else "no workers")
 
 
-def _made_here(
+def _in_process(
     make_batch: Callable[[int], Batch], numbers: range, seed: int, describe: Callable[[int], str]
 ) -> Generator[Batch, None, None]:
     for number in numbers:
-        with _one_thread():
+        with _single_thread():
             batch = _safe_call(make_batch, number, seed)
         yield _unwrap(batch, number, describe)
 
 
-def _made_by_workers(
+def _from_workers(
     numbered: _Numbered[Batch],
     heartbeat: Tensor,
     numbers: range,
     timeout_seconds: float,
     describe: Callable[[int], str],
 ) -> Generator[Batch, None, None]:
-    started = _started(numbered, numbers, len(heartbeat), timeout_seconds)
+    started = _start_workers(numbered, numbers, len(heartbeat), timeout_seconds)
     pool = _WorkerPool(started, heartbeat, timeout_seconds, describe)
     try:
         for number in numbers:
@@ -128,7 +128,7 @@ def _made_by_workers(
 
 
 def default_workers(local_ranks: int = 1) -> int:
-    """As many workers as cores and free memory allow, at most 12; 0 where shared memory is too small for any."""
+    """Number of workers by cores and free memory, at most 12; 0 if shared memory is too small."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     by_memory = int(free_bytes() / MEMORY_PER_WORKER)
     if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total < 2**29:
@@ -143,7 +143,7 @@ def default_workers(local_ranks: int = 1) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What make_batch raised, on its way to the main process."""
+    """An exception of make_batch, to be passed to the main process."""
 
     error: RfMedSamError | None
     found: str
@@ -153,7 +153,7 @@ class _Failure:
 
 
 class _Numbered(Dataset[Any], Generic[Batch]):
-    """Batches by number, with each worker's work noted on a board in shared memory: (number, resident bytes)."""
+    """Batches by number; each worker writes (batch number, resident bytes) to `heartbeat` in shared memory."""
 
     def __init__(self, make_batch: Callable[[int], Batch], seed: int, heartbeat: Tensor) -> None:
         self.make_batch, self._seed, self._heartbeat = make_batch, seed, heartbeat
@@ -169,7 +169,7 @@ class _Numbered(Dataset[Any], Generic[Batch]):
 
 
 class _WorkerPool:
-    """The worker processes: waits for their batches, notices what happens to them, ends them."""
+    """The worker processes: waits for batches, detects dead and stalled workers, ends them."""
 
     def __init__(
         self, iterator: Any, heartbeat: Tensor, timeout_seconds: float, describe: Callable[[int], str]
@@ -177,33 +177,33 @@ class _WorkerPool:
         self._iterator, self._heartbeat, self._timeout, self._describe = iterator, heartbeat, timeout_seconds, describe
         names = ("_workers", "_index_queues", "_shutdown", "_worker_pids_set")
         self._processes, self._queues, *_ = [private(iterator, name, package="torch") for name in names]
-        # torch would raise out of any line of the main thread when a worker dies; here it is noticed while waiting
+        # torch would raise at any line of the main thread when a worker dies; here it is detected while waiting
         signal_handling._remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False
-        # also when nobody closes the iterator: at exit Python would wait for workers, and a stalled one never ends
+        # also if the iterator is never closed: at exit Python would wait for workers, and a stalled one never ends
         self._kill = weakref.finalize(self, _kill, self._processes)
 
     def take(self, number: int) -> Any:
-        """Wait for the next batch, `number`; raises WorkerError when it will not come."""
+        """Wait for the next batch, `number`; raises WorkerError if it cannot arrive."""
         began = time.monotonic()
         while True:
             try:
                 return next(self._iterator)
             except (RuntimeError, OSError, EOFError) as error:
                 late = "timed out" in str(error)
-                if not late:  # a batch whose maker died meanwhile cannot be fetched; who it was shows in a moment
+                if not late:  # the batch's worker may have died meanwhile, which shows a moment later
                     multiprocessing.connection.wait([p.sentinel for p in self._processes], DEATH_SECONDS)
                 dead = [i for i, process in enumerate(self._processes) if not process.is_alive()]
                 if dead:
                     raise self._died(dead[0], self._processes[dead[0]]) from None
                 if not late:
                     where = f"batch {number} ({self._describe(number)})"
-                    raise WorkerError("Batches cannot be handed over", where=where, found=error) from error
+                    raise WorkerError("Batches cannot be transferred", where=where, found=error) from error
                 if time.monotonic() - began >= self._timeout:
                     raise self._stalled(number) from None
 
     def end(self) -> None:
-        """End all workers at once, also stalled ones; they only read, so nothing is lost."""
+        """Kill all workers at once, also stalled ones; they only read, so nothing is lost."""
         self._iterator._shutdown = True
         self._kill()
         for queue in self._queues:
@@ -213,10 +213,10 @@ class _WorkerPool:
     def _stalled(self, number: int) -> WorkerError:
         working = [f"worker {i} (pid {p.pid}) at {self._work(i)}" for i, p in enumerate(self._processes)]
         return WorkerError(
-            f"No batch came within {self._timeout:g} s: data loading stalls",
+            f"No batch arrived within {self._timeout:g} s: data loading is stalled",
             where=f"batch {number} ({self._describe(number)})",
             found="; ".join(working),
-            remedy="Check the disk that the preprocessed cases lie on, or raise train.worker_timeout_seconds",
+            remedy="Check the disk with the preprocessed cases, or raise train.worker_timeout_seconds",
         )
 
     def _died(self, index: int, process: Any) -> WorkerError:
@@ -231,12 +231,12 @@ class _WorkerPool:
             }.get(name, "")
         resident, free = float(self._heartbeat[index, 1]), psutil.virtual_memory().available
         size = f"its memory was {resident / 2**30:.1f} GiB, " if resident >= 0 else ""
-        # who is killed from outside is most often killed for memory; nothing says so for certain
+        # a worker killed from outside was most likely OOM-killed, but there is no certain sign
         kind = MemoryShortError if code is not None and -code in MEMORY_SIGNALS else WorkerError
         return kind(
             f"Data loading worker {index} (pid {process.pid}) was killed or died ({cause})",
             where=self._work(index),
-            found=f"{size}{free / 2**30:.1f} GiB of the machine's memory are free now",
+            found=f"{size}{free / 2**30:.1f} GiB of memory are free now",
             remedy=REMEDY,
         )
 
@@ -252,14 +252,14 @@ def _safe_call(make_batch: Callable[[int], Batch], number: int, seed: int) -> Ba
             return make_batch(number)
         except RfMedSamError as error:
             return _Failure(error, str(error), traceback.format_exc())
-        except Exception as error:  # noqa: BLE001 - the border of a process: whatever it is, it is told, with its case
+        except Exception as error:  # noqa: BLE001 - process boundary: every exception is reported with its case
             short = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
             used = psutil.Process().memory_info().rss if short else None
             return _Failure(None, f"{type(error).__name__}: {error}", traceback.format_exc(), used)
 
 
 def _unwrap(result: Batch | _Failure, number: int, describe: Callable[[int], str]) -> Batch:
-    """Give the batch, or raise what happened instead of it."""
+    """Return the batch, or raise the failure in the main process."""
     if not isinstance(result, _Failure):
         return result
     logger.debug("batch %d failed:\n%s", number, result.trace)
@@ -269,9 +269,9 @@ def _unwrap(result: Batch | _Failure, number: int, describe: Callable[[int], str
     if result.memory is not None:
         free = psutil.virtual_memory().available
         raise MemoryShortError(
-            "Memory ran out while a batch was made",
+            "Memory ran out while making a batch",
             where=where,
-            found=f"its process held {result.memory / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of the machine are free",
+            found=f"its process used {result.memory / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free",
             remedy=REMEDY,
         )
     raise WorkerError(
@@ -280,10 +280,10 @@ def _unwrap(result: Batch | _Failure, number: int, describe: Callable[[int], str
 
 
 def _context(make_batch: Callable[[int], Any]) -> multiprocessing.context.BaseContext:
-    """How processes start: forked from a clean server that has loaded the code once.
+    """Start method of the processes: forked from a clean server (forkserver) that has loaded the code once.
 
-    A plain fork of this process hangs where blosc2 has used its threads here before (measured, blosc2 4.14); the
-    server has none, holds no CUDA context, and none of this process's memory.
+    A plain fork of this process hangs if blosc2 has used its threads before (measured, blosc2 4.14); the server has
+    no threads, no CUDA context, and none of this process's memory.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -292,11 +292,11 @@ def _context(make_batch: Callable[[int], Any]) -> multiprocessing.context.BaseCo
     return context
 
 
-def _started(numbered: _Numbered[Any], numbers: range, workers: int, timeout_seconds: float) -> Any:
-    """Start the processes, deaf to signals sent to the whole group: the main process ends them, by SIGKILL."""
+def _start_workers(numbered: _Numbered[Any], numbers: range, workers: int, timeout_seconds: float) -> Any:
+    """Start worker processes with SIGINT, SIGTERM and SIGUSR1 blocked; the main process ends them by SIGKILL."""
     private(signal_handling, "_remove_worker_pids", package="torch")
     with _block_signals(), warnings.catch_warnings():
-        # more workers than cores were asked for; what cannot be pickled is told below
+        # torch's warnings: more workers than cores were requested; pickling errors are handled below
         warnings.simplefilter("ignore", UserWarning)
         loader = DataLoader(
             numbered,
@@ -305,36 +305,36 @@ def _started(numbered: _Numbered[Any], numbers: range, workers: int, timeout_sec
             num_workers=workers,
             prefetch_factor=PREFETCH,
             timeout=min(POLL_SECONDS, timeout_seconds),
-            worker_init_fn=_begin_worker,
+            worker_init_fn=_init_worker,
             multiprocessing_context=_context(numbered.make_batch),
-            # with its own generator the loader does not draw from the global one
+            # with its own RNG the loader does not draw from the global one
             generator=torch.Generator(),
         )
         if "<locals>" in getattr(numbered.make_batch, "__qualname__", ""):
-            raise _unsendable(numbered.make_batch.__qualname__)
+            raise _not_picklable(numbered.make_batch.__qualname__)
         try:
             return iter(loader)
         except (AttributeError, TypeError) as error:
-            raise _unsendable(error) from error
+            raise _not_picklable(error) from error
 
 
-def _unsendable(found: object) -> UsageError:
+def _not_picklable(found: object) -> UsageError:
     return UsageError(
-        "These batches cannot be made in other processes",
+        "Batches cannot be made in worker processes, because `make_batch` cannot be pickled",
         found=found,
-        remedy="Give a function or method of an importable module, or set train.workers to 0",
+        remedy="Use a function or method of an importable module, or set train.workers to 0",
     )
 
 
 @contextmanager
 def _block_signals() -> Iterator[None]:
-    """Block the signals of the whole group; processes started inside never hear them."""
+    """Block signals sent to the process group; processes started inside inherit the mask."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     try:
-        resource_tracker.ensure_running()  # deaf to the other two by itself, but starting it would unblock them here
+        resource_tracker.ensure_running()  # ignores the other two itself, but starting it would unblock them here
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
         yield
     finally:
@@ -342,8 +342,8 @@ def _block_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute as a worker does: sums over several threads round differently."""
+def _single_thread() -> Iterator[None]:
+    """Use one thread, as in a worker: sums over several threads round differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -359,33 +359,33 @@ def _kill(processes: list[Any]) -> None:
         process.join()
 
 
-def _begin_worker(_: int) -> None:
-    """Keep to one core, and do not outlive the main process."""
+def _init_worker(_: int) -> None:
+    """Use one core, and end with the main process."""
     torch.set_num_threads(1)
     blosc2.set_nthreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End when the main process is gone: torch's own watch sees the server instead, which stays while a worker does."""
+    """End with the main process: torch's own watchdog watches the server, which lives as long as a worker."""
     if (parent := multiprocessing.parent_process()) is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
 
 def _shared_memory_free() -> float:
-    """MiB free where batches are handed over; infinite where that is no file system."""
+    """Free shared memory in MiB; infinite if it is not a file system."""
     return shutil.disk_usage(SHARED_MEMORY).free / 2**20 if SHARED_MEMORY.is_dir() else float("inf")
 
 
 def _shared_memory_short(batch: object) -> _Failure | None:
-    """Handing a batch over when shared memory is full would lose it silently: tell instead."""
+    """A failure if shared memory is too full for the batch, which would otherwise be lost silently."""
     size = tensor_bytes(batch) / 2**20
     free = _shared_memory_free()
     if size < free:
         return None
     error = WorkerError(
-        f"{SHARED_MEMORY} is too small to hand over a batch",
+        f"{SHARED_MEMORY} is too small to transfer a batch",
         expected=f"more than {size:.0f} MiB free",
         found=f"{free:.0f} MiB",
         remedy="In a container, start it with --shm-size=8g or --ipc=host; or set train.workers to 0",

@@ -1,7 +1,7 @@
-"""The metrics of a training: one JSON object a line, a table a row an epoch, and optionally TensorBoard.
+"""Training metrics: events in metrics.jsonl, a table with one row per epoch in metrics.csv, optionally TensorBoard.
 
-metrics.jsonl is the one source; metrics.csv is made from it. On resume everything after the resumed step is cut, so
-that the stream reads as that of an unbroken run.
+metrics.jsonl is the source; metrics.csv is made from it. On resume, events after the resumed step are removed, so that
+the file equals that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FLUSH_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One optimizer step, or the validation after it (`scores`), for whoever shows progress."""
+    """One optimizer step, or the validation after it (`scores`), for progress displays."""
 
     step: int
-    """Steps done."""
+    """Completed steps."""
     total: int
     epoch: int
     loss: float
@@ -37,7 +37,7 @@ class StepReport:
     seconds: float
     eta_seconds: float
     memory_mb: float | None
-    """Peak memory on the GPU, None without one."""
+    """Peak GPU memory, None without a GPU."""
     scores: dict[str, float] | None = None
 
 
@@ -45,9 +45,9 @@ class MetricsLog:
     """Writer of one run's metrics; buffered, `flush` makes all events durable.
 
     Args:
-        folder: of the run.
-        keep_step: events after this step are cut (0: all).
-        keep_validation: keep the validation of `keep_step` itself.
+        folder: folder of the run.
+        keep_step: events after this step are removed (0: all events).
+        keep_validation: keep the validation of step `keep_step` itself.
         tensorboard: also write TensorBoard events.
     """
 
@@ -75,7 +75,7 @@ class MetricsLog:
             self._append()
 
     def flush(self) -> None:
-        """Make everything written so far durable, and the table current.
+        """Write all events to disk (fsync), and update the table.
 
         Raises:
             StoreError: the disk is full or the folder cannot be written.
@@ -86,7 +86,7 @@ class MetricsLog:
             self._board.flush()
 
     def close(self) -> None:
-        """Flush and end."""
+        """Flush and close."""
         self.flush()
         if self._board is not None:
             self._board.close()
@@ -100,14 +100,14 @@ class MetricsLog:
 
 
 class Epochs:
-    """Running summary of events by epoch: the rows of metrics.csv."""
+    """Running summary of events per epoch: the rows of metrics.csv."""
 
     def __init__(self) -> None:
         self._rows: dict[int, dict[str, float]] = {}
         self._counts: dict[int, int] = {}
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take one event into its epoch's row: losses are averaged, seconds summed, the last rate and scores kept."""
+        """Add one event to its epoch's row: losses are averaged, seconds summed, the last rate and scores kept."""
         epoch = event["epoch"]
         row = self._rows.setdefault(epoch, {"epoch": epoch})
         row["step"] = event["step"]
@@ -122,11 +122,11 @@ class Epochs:
         row["seconds"] = row.get("seconds", 0.0) + event["seconds"]
 
     def rows(self) -> list[dict[str, float]]:
-        """One row an epoch, ascending."""
+        """One row per epoch, ascending."""
         return [self._rows[epoch] for epoch in sorted(self._rows)]
 
     def to_csv(self) -> str:
-        """Give the rows as CSV text; a column for every name that occurred."""
+        """The rows as CSV text, with a column for every name that occurred."""
         columns = list(dict.fromkeys(name for row in self.rows() for name in row))
         stream = io.StringIO()
         writer = csv.DictWriter(stream, columns, lineterminator="\n")
@@ -136,7 +136,7 @@ class Epochs:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the events of a metrics.jsonl; a last line that was torn by a crash is left out."""
+    """Read the events of a metrics.jsonl; a last line left incomplete by a crash is ignored."""
     if not path.is_file():
         return
     with path.open("rb") as stream:
@@ -145,7 +145,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def epoch_rows(path: Path) -> list[dict[str, float]]:
-    """Give the rows of metrics.csv, made from metrics.jsonl."""
+    """The rows of metrics.csv, computed from metrics.jsonl."""
     epochs = Epochs()
     for event in read_events(path):
         epochs.add(event)
@@ -153,7 +153,7 @@ def epoch_rows(path: Path) -> list[dict[str, float]]:
 
 
 def _lines(stream: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Events with the offset after each, up to the first line that is not whole."""
+    """Events with the offset after each, up to the first incomplete line."""
     end = 0
     for line in stream:
         end += len(line)
@@ -166,7 +166,7 @@ def _lines(stream: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def _cut(path: Path, keep_step: int, keep_validation: bool) -> list[dict[str, Any]]:
-    """Truncate the file after the last event to keep; gives the events kept."""
+    """Truncate the file after the last event to keep; returns the kept events."""
     kept: list[dict[str, Any]] = []
     end = 0
     if path.is_file():

@@ -1,4 +1,4 @@
-"""The optimizers that a plan can name."""
+"""Optimizers: SGD and AdamW, built from the plan."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rfmedsam2.records.plan import AdamW, Sgd, TrainConfig
 
 
 def build_optimizer(parameters: Iterable[torch.Tensor] | Iterable[dict[str, Any]], config: TrainConfig) -> Optimizer:
-    """Build the optimizer that the plan names over the parameters that learn.
+    """Build the plan's optimizer for the trainable parameters.
 
     Args:
         parameters: tensors, or groups as torch takes them ("params", optionally "lr", "weight_decay"); tensors that
-            need no gradient are left out.
+            do not require a gradient are left out.
         config: kind, learning rate and weight decay.
     """
     groups = [p if isinstance(p, dict) else {"params": [p]} for p in parameters]

@@ -1,4 +1,4 @@
-"""The global random generators (torch, its device, numpy, Python): captured as tensors, restored, seeded, preserved."""
+"""The global RNGs (torch, its device, numpy, Python): capture as tensors, restore, seed, preserve."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 
 
 def capture(device: torch.device = CPU) -> dict[str, Tensor]:
-    """Give the state of all generators as CPU tensors: torch, numpy, python and, where `device` has its own, device."""
-    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - augmentation uses the global one
+    """The state of all RNGs as CPU tensors: torch, numpy, python and, if `device` has its own, device."""
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - augmentation uses the global RNG
     _, keys, position, has_gauss, gauss = numpy_state
     _, words, python_gauss = random.getstate()
     state = {
@@ -34,7 +34,7 @@ def capture(device: torch.device = CPU) -> dict[str, Tensor]:
 
 
 def restore(state: dict[str, Tensor], device: torch.device = CPU) -> None:
-    """Put all generators back to a captured state."""
+    """Restore all RNGs to a captured state."""
     torch.set_rng_state(state["torch"])
     *keys, position, has_gauss = state["numpy"].tolist()
     gauss, python_gauss = state["gauss"].tolist()
@@ -49,7 +49,7 @@ def restore(state: dict[str, Tensor], device: torch.device = CPU) -> None:
 
 @contextmanager
 def preserved(device: torch.device = CPU) -> Iterator[None]:
-    """Leave all generators as they were, whatever happens inside."""
+    """Restore all RNGs after the `with` block."""
     state = capture(device)
     try:
         yield
@@ -58,7 +58,7 @@ def preserved(device: torch.device = CPU) -> Iterator[None]:
 
 
 def seed_all(*seed: int, device: torch.device = CPU) -> None:
-    """Seed all generators from a tuple of whole numbers; different tuples give unrelated streams."""
+    """Seed all RNGs from a tuple of integers; different tuples give independent streams."""
     words = np.random.SeedSequence([number & (2**64 - 1) for number in seed]).generate_state(6)
     random.seed(int(words[0]) << 32 | int(words[1]))
     np.random.seed(words[2:4])  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""The folder of a training: one run at a time works in it, and a new beginning moves what it holds aside."""
+"""The folder of a training: locked for one run at a time; a restart moves the previous contents aside."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from rfmedsam2.store.lock import exclusive_lock
 
 @contextmanager
 def training_folder(folder: Path, runtime: Runtime, *, restart: bool) -> Iterator[None]:
-    """Keep other runs out of a folder while inside.
+    """Lock a folder against other runs inside the `with` block.
 
     Args:
-        folder: made if it is not there.
-        runtime: the main rank holds the folder for all.
-        restart: what the folder holds is kept beside it under another name.
+        folder: the folder; created if it does not exist.
+        runtime: the runtime; its main rank holds the lock for all ranks.
+        restart: move the folder's contents to a folder beside it.
 
     Raises:
-        UsageError: another run works in it.
-        StoreError: it cannot be written.
+        UsageError: another run holds the lock.
+        StoreError: the folder cannot be written.
     """
     with ExitStack() as held:
         if runtime.is_main:
             if restart:
                 with exclusive_lock(folder):
-                    pass  # nobody trains in it
+                    pass  # raises if another run holds it
                 backup_folder(folder)
             held.enter_context(exclusive_lock(folder))
-        runtime.any(False)  # no rank looks at the folder before it has been moved
+        runtime.any(False)  # barrier: no rank reads the folder before it has been moved
         yield

@@ -1,4 +1,4 @@
-"""Where training runs: the device, the ranks (torch's own launcher, any number of nodes), the precision."""
+"""Runtime of a training process: device, ranks (under torchrun, any number of nodes) and precision."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ LOST_PEER = ("peer", "Connection", "NCCL", "Socket", "ECONN", "Timed out", "time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """One process of a training: its device and its place among the ranks."""
+    """One process of a training: its device and rank."""
 
     device: torch.device
     precision: torch.dtype = torch.float32
-    """What autocast computes in."""
+    """Autocast dtype."""
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    """Processes on this machine."""
+    """Number of processes on this machine."""
 
     @property
     def is_main(self) -> bool:
-        """True for the one rank that writes."""
+        """Whether this is rank 0, which writes all files."""
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in this runtime's precision inside."""
+        """Autocast context of this runtime's precision."""
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
@@ -60,24 +60,24 @@ class Runtime:
         return self.sum(tensor) / self.world_size
 
     def any(self, flag: bool) -> bool:
-        """Tell on every rank if it is on one."""
+        """Whether the flag is set on any rank; also acts as a barrier."""
         return flag if self.world_size == 1 else bool(self.sum(torch.tensor(float(flag))).item())
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
+        """The values of all ranks, on every rank."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def memory_mb(self) -> float | None:
-        """Peak of the device's memory that tensors used, MiB; None where the device is the CPU."""
+        """Peak device memory used by tensors, MiB; None on the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return torch.mps.current_allocated_memory() / 2**20 if self.device.type == "mps" else None
 
     def free_bytes(self) -> int:
-        """Memory of the device that nobody uses; MPS shares the machine's."""
+        """Free device memory in bytes; MPS shares the machine's memory."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return psutil.virtual_memory().available
@@ -87,17 +87,17 @@ class Runtime:
 def start_runtime(
     device: str = "auto", *, precision: Precision = "auto", timeout_seconds: float = 1800.0
 ) -> Iterator[Runtime]:
-    """Choose the device and, under torchrun, join the other ranks (nccl on CUDA, gloo else).
+    """Choose the device and, under torchrun, join the other ranks (nccl on CUDA, else gloo).
 
     Args:
         device: "auto" (CUDA, else MPS, else CPU), "cpu", "cuda", "cuda:1", "mps".
         precision: see TrainConfig.precision.
-        timeout_seconds: how long a rank waits for the others; validation of the slowest must fit.
+        timeout_seconds: how long a rank waits for the others; must cover the slowest rank's validation.
 
     Raises:
-        UsageError: a device that is not here.
-        PlanError: a precision that the device does not have.
-        WorkerError: another rank ended.
+        UsageError: the device is not available.
+        PlanError: the device does not support the precision.
+        WorkerError: another rank has ended.
     """
     rank, world_size, local_rank, local_world_size = (
         int(os.environ.get(name, default))
@@ -122,17 +122,17 @@ def start_runtime(
         device_id=chosen if chosen.type == "cuda" else None,
     )
     try:
-        with lost_ranks_named(runtime):
+        with report_lost_ranks(runtime):
             yield runtime
     finally:
-        # DDP and its hooks hold the group in reference cycles; left to the end of the interpreter, gloo's threads
+        # DDP and its hooks hold the group in reference cycles; if they live until interpreter exit, gloo's threads
         # abort the process in about every third run (torch 2.15)
         gc.collect()
         dist.destroy_process_group()
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:
-    """Give the type to compute in; auto: bf16 where the hardware multiplies it, else fp16 on a card, fp32 elsewhere."""
+    """Choose the compute dtype; auto: bf16 if the hardware supports it, else fp16 on a GPU and fp32 elsewhere."""
     if wanted == "auto":
         if device.type == "cpu":
             return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
@@ -147,38 +147,38 @@ def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """True where the processor has matrix units for bf16 (AMX): measured, a training step takes 1/3 of fp32's time."""
+    """Whether the CPU has matrix units for bf16 (AMX): measured, a training step takes 1/3 of fp32's time."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16"))
 
 
 @contextmanager
-def lost_ranks_named(runtime: Runtime) -> Iterator[None]:
-    """Turn the communication library's error about a lost rank into a sentence."""
+def report_lost_ranks(runtime: Runtime) -> Iterator[None]:
+    """Turn the communication library's error about a lost rank into a `WorkerError`."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, WorkerError) or runtime.world_size == 1 or not any(w in str(error) for w in LOST_PEER):
             raise
         raise WorkerError(
-            "Another process of this training ended or does not answer",
+            "Another process of this training has ended or does not respond",
             where=f"rank {runtime.rank} of {runtime.world_size} waited for it",
             found=str(error).splitlines()[0][:200],
-            remedy="The first error above is the cause; start the same command again, it resumes",
+            remedy="The first error above is the cause; run the same command again to resume",
         ) from error
 
 
 @contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """Only deterministic kernels inside; all switches are put back.
+    """Use only deterministic kernels inside the `with` block; all settings are restored after it.
 
     Raises:
-        PlanError: an operation that has no deterministic form on this device.
+        PlanError: an operation has no deterministic implementation on this device.
     """
     if not wanted:
         yield
         return
-    # cuBLAS reads this when it starts; harmless where it has started with it or is not used
+    # cuBLAS reads this when it starts; harmless if it is already set or cuBLAS is not used
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
@@ -201,10 +201,10 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 
 def to_device(batch: T, device: torch.device) -> T:
-    """Put a batch on `device`: tensors, and dataclasses, dicts, lists, tuples of them; all else stays as it is."""
+    """Move a batch to `device`: tensors, and dataclasses, dicts, lists and tuples of them; other values stay."""
     moved: Any = batch
     if isinstance(batch, Tensor):
-        # from pageable memory the copy would wait for all queued kernels
+        # a copy from pageable memory would wait for all queued kernels
         pinned = batch.pin_memory() if device.type == "cuda" and batch.device.type == "cpu" else batch
         moved = pinned.to(device, non_blocking=True)
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -232,5 +232,5 @@ def tensor_bytes(batch: object) -> int:
 
 
 def resident_mb() -> float:
-    """Memory of this process, MiB."""
+    """Resident memory of this process, MiB."""
     return psutil.Process().memory_info().rss / 2**20

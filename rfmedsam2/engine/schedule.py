@@ -17,7 +17,7 @@ from rfmedsam2.records.plan import (
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """Give what the learning rate is multiplied by at optimizer step `step` (0 <= step < config.iterations).
+    """Factor of the learning rate at optimizer step `step` (0 <= step < config.iterations).
 
     Poly: RFMedSAM 2, appendix G, eq. 1. One-cycle: Smith and Topin 2018, with cosines as in torch's OneCycleLR.
     """
@@ -42,7 +42,7 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
-    """Set every group's rate to its initial one times `factor`; gives the first group's."""
+    """Set every group's rate to its initial rate times `factor`; returns the first group's."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     return optimizer.param_groups[0]["lr"]

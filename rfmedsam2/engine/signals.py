@@ -1,4 +1,4 @@
-"""Signals while training: SIGTERM and SIGINT mean save and stop, SIGUSR1 means save and go on."""
+"""Signals during training: SIGTERM and SIGINT save and stop, SIGUSR1 saves and continues."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(BaseException):
-    """Raised out of work that may be broken off when a stop is asked for."""
+    """Raised inside `interruptible` work when a stop is requested."""
 
 
 class Signals:
-    """What was asked for since training began."""
+    """Requests received since training started."""
 
     def __init__(self) -> None:
         self.stop: str | None = None
-        """Name of the signal that asks to save and stop."""
+        """Name of the signal that requested to save and stop."""
         self.save = False
         self._interruptible = False
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Run work that a stop may break off at any point (raises Interrupted there)."""
+        """Run work that a stop request may interrupt at any point (raises Interrupted there)."""
         self._interruptible = True
         try:
             if self.stop:
@@ -37,7 +37,7 @@ class Signals:
             self._interruptible = False
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
-        """Note a signal; a second Ctrl-C stops at once."""
+        """Record a signal; a second Ctrl-C stops at once."""
         name = signal.Signals(number).name
         if name == "SIGUSR1":
             self.save = True
@@ -52,7 +52,7 @@ class Signals:
 
 @contextmanager
 def handle_signals() -> Iterator[Signals]:
-    """Handle the signals for the time inside; outside the main thread, where Python allows none, nothing is handled."""
+    """Handle signals inside the `with` block; does nothing outside the main thread, where Python allows no handlers."""
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals

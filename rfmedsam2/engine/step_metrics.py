@@ -1,6 +1,6 @@
-"""A step's figures on their way from the device: sent without waiting, averaged over the ranks, read later.
+"""Metrics of a step: averaged over the ranks and copied from the device asynchronously, read later.
 
-The wishes of any rank to stop or to save travel with them, so that all ranks act at the same step.
+The stop and save flags of every rank are reduced in the same all-reduce, so that all ranks act at the same step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rfmedsam2.engine.runtime import Runtime
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """What one step came to, the same on every rank."""
+    """Metrics of one step, equal on every rank."""
 
     losses: dict[str, float]
     gradient_norm: float
@@ -24,22 +24,22 @@ class StepMetrics:
 
     @property
     def finite(self) -> bool:
-        """Neither a loss nor the gradient is infinite or not a number."""
+        """Whether all losses and the gradient norm are finite."""
         return all(abs(value) < float("inf") for value in (*self.losses.values(), self.gradient_norm))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PendingMetrics:
-    """One step whose figures may still be on their way.
+    """One step whose metrics may still be on the device.
 
     Attributes:
-        number: of the step, from 0.
+        number: number of the step, from 0.
         ids: cases of this rank's batches.
-        lr: learning rate of the first group.
-        seconds: between the ends of the step before and of this one.
-        names: of the loss parts.
+        lr: learning rate of the first parameter group.
+        seconds: time between the ends of the previous step and this one.
+        names: names of the loss parts.
         values: losses, gradient norm, stop, save.
-        ready: when `values` have arrived; None: they are here.
+        ready: event after which `values` can be read; None: at once.
     """
 
     number: int
@@ -51,7 +51,7 @@ class PendingMetrics:
     ready: torch.cuda.Event | None
 
     def read(self) -> StepMetrics:
-        """Wait for the figures."""
+        """Wait for the metrics and return them."""
         if self.ready is not None:
             self.ready.synchronize()
         *losses, norm, stop, save = self.values.tolist()
@@ -60,15 +60,15 @@ class PendingMetrics:
 
 
 def reduce_async(values: Tensor, flags: tuple[bool, bool], runtime: Runtime) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Average over the ranks and start the copy to the CPU.
+    """Average values over the ranks and start the copy to the CPU.
 
     Args:
         values: (n,) float32 on the device.
-        flags: this rank is asked to stop, to save.
+        flags: whether this rank was asked to stop, and to save.
         runtime: device and ranks.
 
     Returns:
-        (n + 2,) float32 on the CPU, and the event after which it may be read (None: at once).
+        (n + 2,) float32 on the CPU, and the event after which it can be read (None: at once).
     """
     packed = torch.tensor(flags, dtype=torch.float32)
     mean = runtime.mean(torch.cat([values, packed.to(runtime.device, non_blocking=True)]))

@@ -1,4 +1,4 @@
-"""What the engine is given and what it gives back: the task, the run, how it ended."""
+"""Interface of the engine: `Task` (what is trained), `Run` (where), `Progress` (how it ended)."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ Batch = TypeVar("Batch")
 
 
 class Task(Protocol[Batch]):
-    """One thing that is trained. Contains no loop, no ranks, no checkpoints, no logging.
+    """What is trained. Contains no loop, no ranks, no checkpoints, no logging.
 
-    A batch is a tensor, or a dataclass, dict, list or tuple of tensors; where it has `ids` (case ids), a divergence
-    names them.
+    A batch is a tensor, or a dataclass, dict, list or tuple of tensors; if it has `ids` (case ids), they are named when
+    training diverges.
     """
 
     @property
     def model(self) -> nn.Module:
-        """What is saved; already on its device or not."""
+        """The model to train and save, on any device."""
         ...
 
     def optimizer(self) -> Optimizer:
-        """Which parameters learn, and how fast; rates are the schedule's factor times these."""
+        """The optimizer; its learning rates are multiplied by the schedule's factor."""
         ...
 
     def batches(self, start: int) -> Iterable[Batch]:
-        """Micro-batches from number `start` on; number i is a function of (seed, rank, i) alone."""
+        """Micro-batches from number `start` on; number i depends only on (seed, rank, i)."""
         ...
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Named parts, scalars; their sum is minimized."""
+        """Named loss parts, scalars; their sum is minimized."""
         ...
 
     def validate(self) -> dict[str, float]:
-        """Named scores, averaged over the ranks; "score": higher is better."""
+        """Named scores, averaged over the ranks; "score" selects the best checkpoint (higher is better)."""
         ...
 
 
 def silent(report: StepReport) -> None:
-    """Show nothing."""
+    """Show no progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Where a training leaves what it makes.
+    """Output and runtime of a training.
 
     Args:
-        folder: for checkpoints and metrics; shared by all ranks.
-        record: makes the checkpoint's record from (steps done, scores).
+        folder: folder of checkpoints and metrics; shared by all ranks.
+        record: makes the checkpoint's record from (completed steps, scores).
         runtime: device and ranks.
         show: called after every step and validation, on the main rank.
         tensorboard: also write TensorBoard events.
@@ -70,20 +70,20 @@ class Run:
 
     @property
     def kind(self) -> type[TrainedRecord]:
-        """Of the checkpoints' records."""
+        """Class of the checkpoints' records."""
         return type(self.record(0, {}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How a call of `fit` ended."""
+    """Result of a call of `fit`."""
 
     status: Literal["finished", "stopped"]
-    """stopped: by a signal; the same command goes on from there."""
+    """stopped: by a signal; the same command resumes."""
     signal: str | None
     step: int
     epoch: int
     best: float | None
     scores: dict[str, float]
     seconds: float
-    """Over all runs of this training."""
+    """Seconds over all runs of this training."""

@@ -1,1 +1,1 @@
-"""Network + array -> prediction: sliding window, volumes, export by slab."""
+"""Prediction: sliding window, RFMedSAM 2's refinement, whole volumes, export of label maps slab by slab."""

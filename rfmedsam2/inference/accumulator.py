@@ -1,4 +1,4 @@
-"""Averaging of overlapping predictions as they come: a ring of planes as deep as one tile."""
+"""Streaming average of overlapping predictions in a ring buffer of planes, as deep as one tile."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 EMPTY_LOGIT = 10.0
-"""Logit given to background (and its negative to everything else) where `skip_empty` left out every tile."""
+"""Logit of background (and its negative for the others) in voxels where `skip_empty` skipped every tile."""
 
 
 class SlabAccumulator:
-    """Weighted sums of the planes that a later tile may still touch; plane p lies at p modulo the depth.
+    """Weighted sums of the planes that later tiles may still overlap; plane p is stored at index p modulo depth.
 
     Args:
-        outputs: K, channels that are averaged.
-        depth: planes that can be held.
-        plane: rows and columns.
-        device: where the sums are.
-        background: the first channel is the background's, which voxels that no tile touched belong to.
+        outputs: K, number of channels.
+        depth: number of planes in the buffer.
+        plane: rows and columns of a plane.
+        device: device of the sums.
+        background: whether the first channel is background, the class of voxels without a tile.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class SlabAccumulator:
         self._recycled = self.sums.new_empty(0)
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[slice, slice]]:
-        """Where planes [start, start + count) lie: ring slices with the matching slices of the planes."""
+        """Storage of planes [start, start + count): slices of the ring with the matching slices of the planes."""
         done = 0
         while done < count:
             place = (start + done) % self.depth
@@ -42,7 +42,7 @@ class SlabAccumulator:
             done += length
 
     def add(self, prediction: Tensor, weights: Tensor, at: tuple[int, int, int]) -> None:
-        """Add a tile's prediction (K, d, b, c), weighted by (d, b, c) or (b, c), with its first voxel `at`."""
+        """Add a tile's prediction (K, d, b, c), weighted by (d, b, c) or (b, c), with its first voxel at `at`."""
         z, y, x = at
         rows, columns = slice(y, y + prediction.shape[2]), slice(x, x + prediction.shape[3])
         for here, there in self._pieces(z, prediction.shape[1]):
@@ -51,13 +51,13 @@ class SlabAccumulator:
             self.weights[here, rows, columns] += weight
 
     def finish(self, start: int, stop: int, *, recycle: bool = False) -> Tensor:
-        """Average planes [start, stop): float32 (K, stop - start, b, c); their places are emptied.
+        """Average planes [start, stop): float32 (K, stop - start, b, c); their sums are cleared.
 
         Args:
             start: first plane.
-            stop: plane after the last.
-            recycle: the result lies where the last one lay. Large new memory has to be cleared by the
-                system first, which takes five times as long as the averaging.
+            stop: one past the last plane.
+            recycle: reuse the memory of the previous result. The system has to clear large new memory first, which
+                takes five times as long as the averaging.
         """
         shape = (self.sums.shape[0], stop - start, *self.sums.shape[2:])
         size = math.prod(shape)

@@ -1,7 +1,7 @@
-"""From slabs of logits to a label map in the grid of the file that was read.
+"""Export: slabs of logits -> label map on the grid of the source file.
 
-Resampling and decision are fused plane by plane as the slabs arrive: equal to resampling all logits and taking the
-arg-max (nnU-Net's order of operations), but neither the logits of a whole volume nor any at full resolution exist.
+Resampling and arg-max are fused, plane by plane as the slabs arrive: equal to resampling all logits and taking the
+arg-max (nnU-Net's order of operations), but without storing the logits of a whole volume or at full resolution.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Taps = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Target planes that come from the same source: planes `near` and, with `weight`, `far`, as (logits, index)."""
+    """Target planes with the same source: planes `near` and, with `weight`, `far`, each as (logits, index)."""
 
     first: int
     last: int
@@ -41,7 +41,7 @@ class Target:
     weight: float
 
     def source(self) -> tuple[Tensor, int]:
-        """Logits (K, planes, b, c) and the index in them of the source plane; blended only where it must be."""
+        """Logits (K, planes, b, c) and the index of the source plane in them; blended only if necessary."""
         if self.weight == 0:
             return self.near
         (near, i), (far, j) = self.near, self.far
@@ -57,21 +57,21 @@ def labels_from_slabs(
     probabilities: ProbabilityMap | None = None,
     threads: int | None = None,
 ) -> np.ndarray:
-    """Resample logits to the source grid, decide, and put the result back where the image was cropped from.
+    """Resample logits to the source grid, take the arg-max, and insert the result into the uncropped volume.
 
     Args:
-        slabs: all planes of the planned grid in order (`predict_slabs`); any device: there the work is done.
-        restore: how the image was cropped, turned and resampled.
-        labels: classes (arg-max) or regions (painted in `regions_class_order` where the sigmoid exceeds 0.5).
-        resampling: order of interpolation of the logits, as of nnU-Net with a separate axis where anisotropic.
-        probabilities: gets the softmax or sigmoid at full resolution.
-        threads: for CPU slabs; default: the machine's cores, at most `MAX_THREADS`.
+        slabs: all planes of the planned grid in order (`predict_slabs`), on the device that does the work.
+        restore: how the image was cropped, transposed and resampled.
+        labels: classes (arg-max) or regions (painted in `regions_class_order` if the sigmoid exceeds 0.5).
+        resampling: interpolation order of the logits; as in nnU-Net, with a separate axis if anisotropic.
+        probabilities: collects the softmax or sigmoid at full resolution.
+        threads: number of threads for CPU slabs; default: the machine's cores, at most `MAX_THREADS`.
 
     Returns:
         (Z, Y, X) in the axes and shape of `restore.source_grid`; uint8, or uint16 if a value exceeds 255.
 
     Raises:
-        PlanError: the slabs do not fit `restore` or `labels`.
+        PlanError: the slabs do not match `restore` or `labels`.
         StoreError: the probabilities cannot be written.
     """
     taps = _taps(restore, resampling)
@@ -91,12 +91,12 @@ def labels_from_slabs(
                 for target in targets:
                     file.add(target.last - target.first, painter.interpolated(target))
             target = None
-            targets.clear()  # the slab's logits need not be held while the next ones are computed
+            targets.clear()  # release the slab's logits before the next ones are computed
     return result
 
 
 def _targets(slabs: Iterable[Slab], taps: Taps, shape: Sequence[int], outputs: int) -> Iterator[list[Target]]:
-    """For each slab, the target planes that can now be made; the last plane of a slab is kept for the next."""
+    """For each slab, the target planes that can be computed; the last plane of a slab is kept for the next."""
     index, weight = taps
     done, end = 0, 0
     last: tuple[Tensor, int] | None = None
@@ -104,7 +104,7 @@ def _targets(slabs: Iterable[Slab], taps: Taps, shape: Sequence[int], outputs: i
         logits = slab.logits.contiguous()
         if slab.start != end or logits.shape[0] != outputs or tuple(logits.shape[2:]) != tuple(shape[1:]):
             expected = f"plane {end} of ({outputs}, *, {shape[1]}, {shape[2]})"
-            raise PlanError("A slab of logits does not fit", expected=expected, found=(slab.start, *logits.shape))
+            raise PlanError("A slab of logits does not match", expected=expected, found=(slab.start, *logits.shape))
         end += logits.shape[1]
         reach = index + (weight > 0)
         ready = int(np.searchsorted(reach, end, side="left"))
@@ -118,7 +118,7 @@ def _targets(slabs: Iterable[Slab], taps: Taps, shape: Sequence[int], outputs: i
             del near, far
             done = stop
         last = (logits[:, -1:].clone(memory_format=torch.contiguous_format), end - 1)
-        del slab, logits  # only `targets` holds them, until they are painted
+        del slab, logits  # only `targets` refers to them, until they are painted
         yield targets
     if end != shape[0] or done != len(index):
         raise PlanError("Slabs of logits are missing", expected=f"{shape[0]} planes", found=f"{end}")
@@ -133,7 +133,7 @@ def _plane(logits: Tensor, start: int, last: tuple[Tensor, int] | None, index: i
 
 
 class _Painter:
-    """Turns a target's logits into its plane of labels; safe to call from several threads."""
+    """Turns a target's logits into its plane of labels; thread-safe."""
 
     def __init__(self, table: np.ndarray, taps: Sequence[Taps], *, regions: bool) -> None:
         self.table = table
@@ -178,7 +178,7 @@ class _Painter:
 
 
 def _taps(restore: Restore, resampling: Resampling) -> list[Taps]:
-    """Taps from the planned grid to the cropped source grid along each planned axis."""
+    """Interpolation taps from the planned grid to the cropped source grid, per planned axis."""
     separate = separate_axis(restore.spacing_planned, restore.spacing_source, resampling.anisotropy_threshold)
     taps = []
     for axis, (n_in, n_out) in enumerate(zip(restore.shape_planned, restore.shape_cropped, strict=True)):
@@ -191,6 +191,6 @@ def _taps(restore: Restore, resampling: Resampling) -> list[Taps]:
 
 
 def _table(labels: LabelSet) -> np.ndarray:
-    """Label values by winner: by class, or by region + 1 with 0 for none."""
+    """Label values by index of the winner: class, or region + 1 with 0 for none."""
     values = (0, *(labels.regions_class_order or ())) if labels.has_regions else labels.values
     return np.asarray(values, dtype=np.uint8 if max(values) <= 255 else np.uint16)

@@ -1,10 +1,10 @@
-"""Compiled inner loops of exporting: one plane of low-resolution logits -> one plane of labels.
+"""Compiled inner loops of export: one plane of low-resolution logits -> one plane of labels.
 
-Interpolation and decision are fused, so that resampled logits never exist. Where all sources of a target voxel agree
-on the winner it is the winner there too: linear weights are not negative and sum to 1. That shortcut is exact and
-takes most voxels of a segmentation. The kernels release the interpreter lock and use one thread each.
+Interpolation and arg-max are fused, so resampled logits are never stored. If all sources of a target voxel have the
+same winner, it also wins at the target, because linear weights are non-negative and sum to 1. This shortcut is exact
+and covers most voxels of a segmentation. The kernels release the GIL and are single-threaded.
 
-All of them take logits (K, planes, b, c) float32, contiguous, the plane's index, a table of label values by winner,
+All kernels take logits (K, planes, b, c) float32, contiguous, the plane's index, a table of label values by winner,
 and the taps (index, weight) of both target axes: source index and index + 1, weight of the latter.
 """
 
@@ -17,7 +17,7 @@ from rfmedsam2.system.numba_cache import compiled
 
 @compiled()
 def paint_classes(logits, plane, table, rows, columns, out):
-    """Write the label of the largest interpolated logit into `out` (B, C); the first of equals wins."""
+    """Write the label of the largest interpolated logit into `out` (B, C); ties go to the first."""
     classes = logits.shape[0]
     winner = _largest(logits, plane)
     for i in range(out.shape[0]):
@@ -44,7 +44,7 @@ def paint_classes(logits, plane, table, rows, columns, out):
 
 @compiled()
 def paint_regions(logits, plane, table, rows, columns, out):
-    """Write the value of the last region whose interpolated logit is above 0 into `out` (B, C); table[0] for none."""
+    """Write the value of the last region with an interpolated logit above 0 into `out` (B, C), else table[0]."""
     regions = logits.shape[0]
     winner = _last_positive(logits, plane)
     for i in range(out.shape[0]):

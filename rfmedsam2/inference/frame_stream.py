@@ -1,7 +1,7 @@
-"""Steps 1 and 2 of RFMedSAM 2 as a stream over frames: what Step 2 looks back or ahead at is carried along.
+"""Steps 1 and 2 of RFMedSAM 2 as a stream over the frames of a tile, with the memories that Step 2 attends to.
 
-A stream is fed frames of one tile in order, any number at a time, and gives their class maps in the same order: results
-do not depend on how many came at once, and what is held does not grow with the length of the scan.
+A stream gets the frames of one tile in order, any number at a time, and returns their class maps in the same order.
+Results do not depend on how many frames come at once, and stored frames do not grow with the length of the scan.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from rfmedsam2.nn.sam2.types import FrameFeatures, MemoryBank
 from rfmedsam2.prompts import Prompts
 
 StartOf = Callable[[FrameFeatures], RefinementInput]
-"""Makes the start of frames from their features (prompt generators on features)."""
+"""Makes the refinement input of frames from their features (for prompt generators on features)."""
 
 
 class FrameStream:
     """One network on the frames of one tile.
 
     Args:
-        network: in eval mode.
-        step: whose class maps to give: 0 (generators of masks on features), 1 or 2.
+        network: network in eval mode.
+        step: step whose class maps to return: 0 (generators that predict masks from features), 1 or 2.
 
     Attributes:
-        encoded: frames that were encoded so far.
+        encoded: number of frames encoded so far.
     """
 
     def __init__(self, network: RFMedSam2, *, step: int) -> None:
@@ -43,25 +43,25 @@ class FrameStream:
 
     @property
     def held(self) -> int:
-        """Number of frames whose memories, features or class maps are kept for later ones."""
+        """Number of frames whose memories, features or class maps are stored for later frames."""
         return 0 if self._memory is None else len(self._memory.rows)
 
     @torch.inference_mode()
     def add(
         self, frames: Tensor, start: RefinementInput | StartOf, *, seen: Tensor | None = None, last: bool = False
     ) -> Tensor:
-        """Take the next n frames, and give the class maps of all frames that nothing to come can change.
+        """Process the next n frames; returns the class maps of all frames that later frames cannot change.
 
-        Frames without a prompt are not encoded where the prompts are known before.
+        Frames without a prompt are not encoded if the prompts are known beforehand.
 
         Args:
             frames: (n, M, H, W) on the network's device.
-            start: of these frames, or what makes it from their features.
-            seen: (m,) numbers of the frames to look for prompts on, where they are made from features; None: all.
-            last: no more frames follow.
+            start: refinement input of these frames, or a function that makes it from their features.
+            seen: (m,) indices of the frames to generate prompts on, if made from features; None: all.
+            last: whether these are the last frames.
 
         Returns:
-            (m, K, H, W): those that waited before come first, those that wait for later ones are missing.
+            (m, K, H, W): starts with frames held back before, without those now held back for later frames.
         """
         if not isinstance(start, RefinementInput):
             seen = torch.arange(len(frames), device=frames.device) if seen is None else seen
@@ -101,7 +101,7 @@ class FrameStream:
         return _with_rows(now.logits, now.active, final)
 
     def _remembered(self, part: _Part, first: Step1Output | None) -> Memory:
-        """Give what is held, followed by the memories of a part."""
+        """The stored memories, followed by those of a part."""
         rows = torch.full((len(part.logits), 1, part.logits.shape[1]), -1, device=part.logits.device)
         held = self._memory
         bank = self._nothing(part.logits) if held is None else held.bank
@@ -120,7 +120,7 @@ class FrameStream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """Frames after Step 1: class maps (n, K, H, W) of all, features of the `active` (those with prompts) among them."""
+    """Frames after Step 1: class maps (n, K, H, W) of all, and features of the `active` ones (with prompts)."""
 
     features: FrameFeatures | None
     logits: Tensor
@@ -148,14 +148,14 @@ class _Part:
         for chosen_, place in ((here, slice(0, frames)), (~here, slice(frames, count))):
             own = chosen_.nonzero()[:, 0]
             features = None if self.features is None or not len(own) else self.features.at(own)
-            # a copy: what waits must not keep what is finished alive
+            # a copy, so that waiting frames do not keep finished ones alive
             logits = self.logits[place].clone()
             parts.append(_Part(features=features, logits=logits, active=self.active[own] - place.start))
         return parts[0], parts[1]
 
 
 def chosen(start: RefinementInput, frames: Tensor) -> RefinementInput:
-    """The start of the frames (n,) named; itself where that is all of them."""
+    """Select the refinement input of frames (n,); the same object if all are selected."""
     if len(frames) == len(start.base_logits):
         return start
     masks, tokens = (None if t is None else t[frames] for t in (start.masks, start.tokens))
@@ -164,7 +164,7 @@ def chosen(start: RefinementInput, frames: Tensor) -> RefinementInput:
 
 
 def spread(start: RefinementInput, frames: Tensor, count: int) -> RefinementInput:
-    """The start of `count` frames of which only those (n,) named have one; the others hold nothing."""
+    """Expand the refinement input of frames (n,) to `count` frames; the others get empty prompts."""
     if len(frames) == count:
         return start
 
@@ -181,7 +181,7 @@ def spread(start: RefinementInput, frames: Tensor, count: int) -> RefinementInpu
 
 
 def flipped(start: RefinementInput, dims: tuple[int, ...]) -> RefinementInput:
-    """The start of frames that are flipped along dims -2 (rows) and -1 (columns)."""
+    """Flip the refinement input of frames along dims -2 (rows) and -1 (columns)."""
     if not dims:
         return start
     masks = None if start.masks is None else start.masks.flip(dims)
@@ -190,7 +190,7 @@ def flipped(start: RefinementInput, dims: tuple[int, ...]) -> RefinementInput:
 
 
 def flipped_boxes(prompts: Prompts, dims: tuple[int, ...], size: Size) -> Prompts:
-    """Boxes on frames of `size` that are flipped along dims -2 (rows) and -1 (columns)."""
+    """Flip boxes on frames of `size` along dims -2 (rows) and -1 (columns)."""
     x0, y0, x1, y1 = prompts.boxes.unbind(-1)
     height, width = size
     if -1 in dims:
@@ -202,7 +202,7 @@ def flipped_boxes(prompts: Prompts, dims: tuple[int, ...], size: Size) -> Prompt
 
 
 def clipped_boxes(prompts: Prompts, corner: tuple[int, int], size: Size) -> Prompts:
-    """Boxes as a tile of `size` with its first pixel at `corner` (row, column) has them; absent where they miss it."""
+    """Clip boxes to a tile of `size` with its first pixel at `corner` (row, column); absent if outside the tile."""
     top, left = corner
     x0, y0, x1, y1 = prompts.boxes.unbind(-1)
     x0, x1 = (x0 - left).clamp_min(0), (x1 - left).clamp_max(size[1] - 1)
@@ -213,7 +213,7 @@ def clipped_boxes(prompts: Prompts, corner: tuple[int, int], size: Size) -> Prom
 
 
 def _prompted(start: RefinementInput) -> Tensor:
-    """(n,) numbers of the frames that have a prompt."""
+    """(n,) indices of the frames with a prompt."""
     return start.prompts.present.any(1).nonzero()[:, 0]
 
 
@@ -233,10 +233,10 @@ def _joined(bank: MemoryBank, other: MemoryBank) -> MemoryBank:
 
 
 def _latest(memory: Memory, frames: int) -> Memory:
-    """What is remembered of the last frames; rows of a bank are in the order of frames."""
+    """The memories of the last frames; rows of a memory bank are in the order of frames."""
     rows = memory.rows[max(0, len(memory.rows) - frames) :]
     known = rows[rows >= 0]
     gone = int(known.min()) if len(known) else len(memory.bank.maps)
-    # copies: what is forgotten must not stay alive
+    # copies, so that dropped memories do not stay alive
     maps, pointers = memory.bank.maps[gone:].clone(), memory.bank.pointers[gone:].clone()
     return Memory(bank=MemoryBank(maps=maps, pointers=pointers), rows=torch.where(rows >= 0, rows - gone, -1))

@@ -1,4 +1,4 @@
-"""Class probabilities, gathered in memory or in a chunked file while a volume is being exported."""
+"""Class probabilities, collected in memory or in a chunked blosc2 file while a volume is exported."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CHUNK_EDGE = 256
 class ProbabilityMap:
     """An array (K, Z, Y, X) float16 in the source grid, filled plane by plane along the first planned axis.
 
-    Outside the crop, background is 1 (with regions: everything is 0).
+    Outside the crop, background is 1 (with regions, all are 0).
 
     Args:
-        restore: how the volume was prepared.
+        restore: how the volume was preprocessed.
         labels: classes or regions.
-        path: a blosc2 file, which appears when the context ends without an error and of which at most `CHUNK_PLANES`
-            planes are held; None: `array` holds the whole after the context.
-        orientation: how the volume had been turned before it was prepared; the array has the axes from before that.
+        path: a blosc2 file, which appears when the context ends without an error, with at most `CHUNK_PLANES` planes in
+            memory; None: `array` holds all planes after the context.
+        orientation: how the volume was reoriented before preprocessing; the array has the original axes.
     """
 
     array: Any
@@ -123,7 +123,7 @@ class ProbabilityMap:
             block = np.ascontiguousarray(self.orientation.undo(planes))
             try:
                 self.array[tuple(place)] = block
-            except RuntimeError as error:  # blosc2's word for whatever the system refused
+            except RuntimeError as error:  # raised by blosc2 for any system error
                 raise StoreError(
                     f"The probabilities cannot be written ({error})",
                     where=self.path,

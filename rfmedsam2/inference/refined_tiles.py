@@ -1,6 +1,6 @@
-"""The tiles of a volume that RFMedSAM 2 refines, and the streams of frames that run through each of them.
+"""Refinement of a volume by RFMedSAM 2 in tiles, each processed as a stream of frames.
 
-Every tile, flip and network is a stream of its own; their class maps are averaged, tiles weighted by a Gaussian.
+There is one stream per tile, flip and network; their class maps are averaged, tiles weighted by a Gaussian.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.plan import Inference
 
 MAX_FRAMES_CPU = 8
-"""Frames that a stream is fed at once on a CPU, where larger batches gain nothing."""
+"""Frames per batch of a stream on a CPU, where larger batches are not faster."""
 MAX_FRAMES = 32
-"""The same elsewhere."""
+"""Frames per batch of a stream on other devices."""
 PLANE_BYTES = 6 * 4
-"""A pixel and class: float32 of Step 0, evidence, mask prompts, sums, averages, what is exported."""
+"""Bytes per pixel and class: float32 of Step 0, base logits, mask prompts, sums, averages, exported logits."""
 
 Corner = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """How an image is covered.
+    """How an image is covered by tiles.
 
     Attributes:
-        patch_size: frames (of Step 0, and of a window of the strategy `sam2`), rows, columns of a tile.
+        patch_size: frames (of Step 0, and per window with strategy `sam2`), rows, columns of a tile.
         inference: step size, mirroring, tiles of Step 0 per forward pass.
-        mirror_axes: axes of the patch that are flipped if `inference.mirror`; Steps 1 and 2 flip in the plane only.
+        mirror_axes: axes of the patch that are flipped if `inference.mirror`; Steps 1 and 2 flip in plane only.
     """
 
     patch_size: Sequence[int]
@@ -60,13 +60,13 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is asked for, beside the image.
+    """Options of a prediction.
 
     Attributes:
-        step: whose logits to give; None: the last one's.
-        boxes: of the frames and classes of the image, in its planned grid; they take the place of the model's own
-            prompts in Step 1. Cells without a box keep what Step 0 says of them.
-        frames_at_once: that a stream is fed; None: as many as are good for the device. Results do not depend on it.
+        step: step whose logits to return; None: the last step.
+        boxes: boxes by (slice, class) in the image's planned grid, which replace the model's own prompts in Step 1.
+            Objects without a box keep the result of Step 0.
+        frames_at_once: frames per batch of a stream; None: chosen by the device. Results do not depend on it.
     """
 
     step: int | None = None
@@ -75,10 +75,10 @@ class Request:
 
 
 class Planes:
-    """Slabs as they come, and any frames of them in order.
+    """Buffer that turns slabs into ranges of frames, in order.
 
     Attributes:
-        held: frames held at the moment.
+        held: number of frames in the buffer.
     """
 
     def __init__(self, slabs: Iterable[Slab]) -> None:
@@ -88,11 +88,11 @@ class Planes:
 
     @property
     def held(self) -> int:
-        """Number of frames held."""
+        """Number of frames in the buffer."""
         return sum(part.logits.shape[1] for part in self._parts)
 
     def take(self, start: int, stop: int) -> Tensor:
-        """Frames [start, stop) as (K, stop - start, b, c); those before `start` are forgotten."""
+        """Frames [start, stop) as (K, stop - start, b, c); frames before `start` are dropped."""
         self._parts = [part for part in self._parts if part.start + part.logits.shape[1] > start]
         while self._end < stop:
             slab = next(self._slabs)
@@ -106,7 +106,7 @@ class Planes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Window:
-    """Frames [start, stop) that streams are fed at once; `end`: if kept apart, frames before it are finished then."""
+    """Frames [start, stop) of one batch; `end`: for separate windows, frames before it are finished with this one."""
 
     start: int
     stop: int
@@ -115,7 +115,7 @@ class _Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plane:
-    """Step 0 of n frames for all tiles: evidence and mask prompts (n, K, b, c), labels (n, b, c) or members."""
+    """Step 0 of n frames for all tiles: base logits and mask prompts (n, K, b, c), labels (n, b, c) or members."""
 
     base_logits: Tensor
     masks: Tensor | None
@@ -123,18 +123,18 @@ class _Plane:
 
 
 class RefinedTiles:
-    """Steps 1 and 2 of a volume.
+    """Runs Steps 1 and 2 on a volume.
 
     Args:
         networks: folds of one model on `device`, in eval mode.
-        image: (C, a, b, c), anywhere.
+        image: (C, a, b, c), on any device.
         tiling: patch, overlap and flips.
-        device: where everything is computed.
+        device: device of the computation.
         request: step and boxes.
 
     Attributes:
-        encoded: frames of tiles that were encoded so far, by all networks and for all flips.
-        held: most frames that a stream has kept for later ones so far.
+        encoded: number of tile frames encoded so far, over all networks and flips.
+        held: largest number of frames that a stream has stored so far.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class RefinedTiles:
         self._corners: list[Corner] = [(y, x) for y in starts[0] for x in starts[1]]
         axes = [axis - 3 for axis in tiling.mirror_axes if axis > 0] if tiling.inference.mirror else []
         self._flips = [dims for n in range(len(axes) + 1) for dims in itertools.combinations(axes, n)]
-        # windows of SAM 2's own strategy know nothing of one another; of the others all frames are one stream
+        # windows of strategy `sam2` are independent; with the other strategies all frames form one stream
         self._apart = config.strategy == "sam2" and self._step == 2
         self._windows = self._windows_of(tiling, request.frames_at_once)
         self._streams: dict[Corner, list[FrameStream]] = {}
@@ -178,7 +178,7 @@ class RefinedTiles:
         return min(fitting, MAX_FRAMES_CPU if self._device.type == "cpu" else MAX_FRAMES)
 
     def slabs(self, given: Iterable[Slab] | None, execution: Execution) -> Iterator[Slab]:
-        """Finished frames in order; `given` are those of Step 0, where it is a U-Net's."""
+        """Finished frames in order; `given` are the slabs of Step 0 if it is a U-Net."""
         planes = None if given is None else Planes(given)
         depth = self._windows[0].stop
         weights = gaussian_weights((depth, *self._size) if self._apart else self._size).to(self._device)
@@ -203,14 +203,14 @@ class RefinedTiles:
 
     @torch.inference_mode()
     def _plane(self, logits: Tensor) -> _Plane:
-        """What all tiles share of Step 0's logits (outputs, n, rows, columns)."""
+        """Compute from Step 0's logits (outputs, n, rows, columns) what all tiles share."""
         network = self._networks[0]
         around = self._around(logits)
         if any(around):
             sure = torch.full((len(logits), 1, 1, 1), -EMPTY_LOGIT, device=logits.device)
             if not network.regions:
                 sure[0] = EMPTY_LOGIT
-            # what surrounds a small image is background
+            # padding around a small image is background
             inside = F.pad(torch.ones_like(logits[:1]), around) > 0
             logits = torch.where(inside, F.pad(logits, around), sure)
         logits = logits.transpose(0, 1)
@@ -222,7 +222,7 @@ class RefinedTiles:
         return _Plane(base_logits=base_logits, masks=masks, classes=torch.where(best > 0, index + 1, 0))
 
     def _around(self, maps: Tensor) -> tuple[int, int, int, int]:
-        """Pixels to add left, right, above and below maps (..., rows, columns) of a plane smaller than a tile."""
+        """Padding left, right, above and below of maps (..., rows, columns) if the plane is smaller than a tile."""
         (top, left), (height, width) = self._lows, self._padded
         return left, width - maps.shape[-1] - left, top, height - maps.shape[-2] - top
 
@@ -260,7 +260,7 @@ class RefinedTiles:
     def _start(
         self, window: _Window, plane: _Plane | None, corner: Corner
     ) -> tuple[RefinementInput | None, Prompts | None]:
-        """What a tile's frames start with; None where it is made from features. Also the boxes given, if any."""
+        """Refinement input of a tile's frames, None if it is made from features; and the given boxes, if any."""
         boxes = None
         if self._boxes is not None:
             part = slice(window.start, window.stop)
@@ -287,18 +287,18 @@ class RefinedTiles:
         return network.start_from_boxes(Prompts(boxes=boxes, present=boxes[..., 0] > 0), self._size)
 
     def _frames(self, window: _Window, corner: Corner) -> Tensor:
-        """(n, C, H, W) of the image, 0 around where it is smaller."""
+        """(n, C, H, W) of the image, padded with 0 if it is smaller."""
         whole = self._image[:, window.start : window.stop]
         if any(around := self._around(whole)):
             whole = F.pad(whole, around)
         return whole[self._inside(corner)].transpose(0, 1)
 
     def _inside(self, corner: Corner) -> tuple[Any, ...]:
-        """Cut a tile from maps of the padded plane."""
+        """Index of a tile in maps of the padded plane."""
         return (..., slice(corner[0], corner[0] + self._size[0]), slice(corner[1], corner[1] + self._size[1]))
 
     def _finished(self, maps: Tensor) -> Tensor:
-        """(K, n, rows, columns) class maps of the padded plane -> logits of the image."""
+        """Class maps (K, n, rows, columns) of the padded plane -> logits of the image."""
         (top, left), (rows, columns) = self._lows, self._image.shape[2:]
         maps = finite(maps[..., top : top + rows, left : left + columns])
         return maps if self._networks[0].regions else F.pad(maps, (0, 0, 0, 0, 0, 0, 1, 0))
@@ -312,6 +312,6 @@ def _from_features(
 
 
 def _with_body(frames: Tensor) -> Tensor:
-    """(m,) numbers of the frames (n, C, H, W) in which some channel is not constant."""
+    """(m,) indices of the frames (n, C, H, W) in which some channel is not constant."""
     low, high = torch.aminmax(frames.flatten(2), dim=2)
     return ((high - low) > EMPTY_RANGE).any(1).nonzero()[:, 0]

@@ -1,9 +1,9 @@
-"""Prediction with RFMedSAM 2: image in, finished slabs of logits out, like `sliding_window.predict_slabs`.
+"""Prediction with RFMedSAM 2: preprocessed image -> finished slabs of logits, like `sliding_window.predict_slabs`.
 
-Step 0 of a U-Net is an ordinary sliding window. Steps 1 and 2 follow it as a stream over frames (the first planned
-axis), tile by tile in the plane: the memories that Step 2 looks at are carried along, so that there are no seams
-between frames, and the logits of a whole volume never exist. The strategy `sam2` looks at all frames of a window, which
-are as many as in training, and windows are averaged.
+Step 0 of a U-Net is an ordinary sliding window. Steps 1 and 2 follow as a stream over slices (the first planned axis),
+tile by tile in plane: Step 2's memories are carried from slice to slice, so that there are no seams between slices, and
+the logits of a whole volume are never stored. The strategy `sam2` attends to all slices of a window with as many slices
+as in training, and windows are averaged.
 
 Class maps (l_1 .. l_K against a background of 0) of overlapping tiles, flips and networks are averaged.
 """
@@ -25,7 +25,7 @@ from rfmedsam2.records.model import ModelConfig, RFMedSam2Config
 
 
 def steps_of(model: ModelConfig) -> tuple[int, ...]:
-    """Steps whose logits a model can give."""
+    """Steps whose logits a model can return."""
     if not isinstance(model, RFMedSam2Config):
         return (0,)
     has_masks = model.generator in ("unet", "hierarchical_masks")
@@ -33,31 +33,31 @@ def steps_of(model: ModelConfig) -> tuple[int, ...]:
 
 
 def require_possible(model: ModelConfig, *, step: int | None, boxes: bool) -> None:
-    """Check what is asked for against what a model can do.
+    """Check that a model supports the requested step and boxes.
 
     Raises:
-        UsageError: a step that it does not have, boxes for a model that takes none, none for one that needs them.
+        UsageError: the step does not exist, the model does not accept boxes, or it needs boxes and none are given.
     """
     known = steps_of(model)
     if step is not None and step not in known:
         expected = f"--step {' or '.join(map(str, known))}"
-        raise UsageError("The model has no such step", expected=expected, found=f"--step {step}")
+        raise UsageError("The model does not have this step", expected=expected, found=f"--step {step}")
     if not isinstance(model, RFMedSam2Config):
         if boxes:
             raise UsageError(
-                "The model takes no boxes",
+                "The model does not accept boxes",
                 expected="a model of RFMedSAM 2",
                 found="a U-Net",
                 remedy="Leave out --boxes, or name another model with -p and -c",
             )
         return
     if boxes and step == 0:
-        raise UsageError("Step 0 makes the prompts, it takes none", found="--boxes with --step 0")
+        raise UsageError("Step 0 generates prompts and does not accept boxes", found="--boxes with --step 0")
     if model.generator == "gt" and not boxes:
         raise UsageError(
-            "The model is prompted with boxes, and none were given",
-            expected="boxes of reference labels, or a person's",
-            remedy="Give them with --boxes (a folder of label maps, or a JSON of boxes)",
+            "The model needs boxes as prompts, and none were given",
+            expected="boxes from reference labels, or drawn by a user",
+            remedy="Give them with --boxes (a folder of label maps, or a JSON file of boxes)",
         )
 
 
@@ -70,26 +70,26 @@ def predict_refined_slabs(
     request: Request | None = None,
     execution: Execution | None = None,
 ) -> Iterator[Slab]:
-    """Predict a prepared image slab by slab, first planned axis ascending, without gaps or overlaps.
+    """Predict a preprocessed image slab by slab, first planned axis ascending, without gaps or overlaps.
 
     Args:
         networks: folds of one model on `device`, in eval mode, averaged.
-        image: float32 (C, a, b, c), planned axes; padded with 0 about its center where a plane is smaller than a tile.
+        image: float32 (C, a, b, c), planned axes; padded symmetrically with 0 if a plane is smaller than a tile.
         tiling: patch, overlap and flips.
-        device: where everything is computed; the image stays where it is.
+        device: device of the computation; the image is not moved as a whole.
         request: step and boxes.
-        execution: precision, skipping (of tiles of Step 0, or of frames without body where prompts are made from
+        execution: precision, skipping (of tiles of Step 0, or of slices without body if prompts are made from
             features) and progress.
 
     Raises:
-        PlanError: patch or image do not fit.
-        UsageError: the model cannot do what is asked for.
-        RfMedSamError: values that are not finite, or too little device memory.
+        PlanError: patch or image do not match the model.
+        UsageError: the model does not support the request.
+        RfMedSamError: logits are not finite, or the device has too little memory.
     """
     request, execution = request or Request(), execution or Execution()
     if not networks or image.ndim != 4 or len(tiling.patch_size) != 3:
         found = f"{len(networks)} networks, an image {tuple(image.shape)}, a patch {tuple(tiling.patch_size)}"
-        raise PlanError("Image and patch do not fit the model", expected="(C, a, b, c) and three axes", found=found)
+        raise PlanError("Image or patch do not match the model", expected="(C, a, b, c) and three axes", found=found)
     config = networks[0].config
     require_possible(config, step=request.step, boxes=request.boxes is not None)
     step = config.refinements if request.step is None else request.step

@@ -1,8 +1,8 @@
-"""Sliding-window prediction: image in, finished slabs of logits out.
+"""Sliding-window prediction: preprocessed image -> finished slabs of logits.
 
-Tiles, Gaussian and averaging are nnU-Net's. Sums are kept in a ring of planes as deep as one patch, and planes leave it
-as soon as no later tile can touch them, so that the logits of a whole volume never exist: memory is
-O(outputs * patch_a * b * c), whatever the length of the scan.
+Tiles, Gaussian and averaging are nnU-Net's. Sums are kept in a ring buffer of planes as deep as one patch, and planes
+leave it as soon as no later tile overlaps them, so the logits of a whole volume are never stored: memory is
+O(outputs * patch_a * b * c), independent of the length of the scan.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ ProgressFn = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Wraps an iterable for progress display: (items, description, total) -> the same items."""
 
 EMPTY_RANGE = 1e-3
-"""A tile is empty when no channel's normalized intensities vary by more than this."""
+"""A tile is empty if no channel's normalized intensities vary by more than this."""
 SLICES_AT_ONCE = 8
-"""Fewest slices that a 2D network sees in one forward pass."""
+"""Minimum number of slices of a 2D network per forward pass."""
 PLANES_A_SLAB = 8
-"""Most planes of a slab: as many as are exported at once. A row of 3D tiles finishes more, which would double what the
-sums of 14 classes of 512 x 512 hold."""
+"""Maximum number of planes of a slab. A row of 3D tiles finishes more planes at once, which would double the memory of
+the sums for 14 classes of 512 x 512."""
 
 
 def untracked(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:  # noqa: ARG001 - a `ProgressFn`
@@ -50,7 +50,7 @@ class Slab:
 
     Attributes:
         start: index of the first plane.
-        logits: float32 (K, planes, b, c) on the device of the networks; averaged over tiles, flips and networks.
+        logits: float32 (K, planes, b, c) on the networks' device; averaged over tiles, flips and networks.
     """
 
     start: int
@@ -59,16 +59,16 @@ class Slab:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """How tiles are run; none of it is a property of the model.
+    """How tiles are computed; independent of the model.
 
     Attributes:
-        precision: of the networks on CUDA; auto is bf16 where the GPU has it, else fp16. CPU and MPS run fp32.
-        skip_empty: leave out tiles in which every channel is constant (range <= `EMPTY_RANGE` after normalization, as
-            air is in a clipped CT). A voxel that no other tile covers becomes background: `EMPTY_LOGIT` for class 0 and
-            -`EMPTY_LOGIT` for the others (for all, with regions). A voxel covered by other tiles is their average.
-        recycle: a slab's logits lie where the last slab's lay: for those who are done with one when they ask for the
-            next. Of `predict_slabs` only.
-        track: shows the progress over rows of tiles.
+        precision: precision on CUDA; auto: bf16 if the GPU supports it, else fp16. CPU and MPS use fp32.
+        skip_empty: skip tiles in which every channel is constant (range <= `EMPTY_RANGE` after normalization, such as
+            air in a clipped CT). Voxels without any other tile become background: `EMPTY_LOGIT` for class 0 and
+            -`EMPTY_LOGIT` for the others (for all, with regions). Other voxels are averaged over the remaining tiles.
+        recycle: reuse the memory of the previous slab's logits; for callers that are finished with a slab before they
+            request the next. Only for `predict_slabs`.
+        track: progress display over rows of tiles.
     """
 
     precision: Precision = "auto"
@@ -78,12 +78,12 @@ class Execution:
 
 
 def tile_starts(image_size: Sequence[int], patch_size: Sequence[int], step_size: float) -> list[list[int]]:
-    """First index of every tile along each axis: evenly spread, at most `step_size` patches apart, ends included.
+    """First index of every tile along each axis: evenly spaced, at most `step_size` patches apart, ends included.
 
     Args:
-        image_size: voxels an axis, each at least the patch's.
-        patch_size: voxels an axis.
-        step_size: share of the patch, above 0 up to 1.
+        image_size: voxels per axis, each at least the patch's.
+        patch_size: voxels per axis.
+        step_size: fraction of the patch, above 0 up to 1.
 
     Raises:
         PlanError: an image axis is shorter than the patch's, or the step size is out of range.
@@ -101,9 +101,9 @@ def tile_starts(image_size: Sequence[int], patch_size: Sequence[int], step_size:
 
 
 def gaussian_weights(patch_size: Sequence[int], *, sigma_scale: float = 1 / 8) -> Tensor:
-    """Weigh the voxels of a tile: a Gaussian about the center, sigma = patch * `sigma_scale`, maximum 1.
+    """Weights of a tile's voxels: a Gaussian around the center, sigma = patch * `sigma_scale`, maximum 1.
 
-    Voxels that the truncated Gaussian leaves at 0 get its smallest positive value, so that no division by 0 follows.
+    Voxels where the truncated Gaussian is 0 get its smallest positive value, to avoid division by 0.
 
     Returns:
         float32 tensor of the patch's shape.
@@ -131,22 +131,22 @@ def predict_slabs(
     regions: bool = False,
     execution: Execution | None = None,
 ) -> Iterator[Slab]:
-    """Predict a prepared image slab by slab, first planned axis ascending, without gaps or overlaps.
+    """Predict a preprocessed image slab by slab, first planned axis ascending, without gaps or overlaps.
 
     Args:
-        networks: equal models (folds) on `device`, in eval mode, each giving (n, K, *patch) logits; averaged.
-        image: float32 (C, a, b, c), planned axes; padded with 0 about its center where smaller than the patch.
-        patch_size: three entries, or two for a 2D network that sees slices along the first axis.
+        networks: models (folds) on `device`, in eval mode, each returning (n, K, *patch) logits; averaged.
+        image: float32 (C, a, b, c), planned axes; padded symmetrically with 0 if smaller than the patch.
+        patch_size: three entries, or two for a 2D network on slices along the first axis.
         inference: step size, mirroring, tiles per forward pass.
         mirror_axes: axes of the patch that are flipped if `inference.mirror`; all combinations are averaged.
-        device: where tiles are run and sums are kept; the image stays where it is.
-        outputs: K, channels of the logits.
-        regions: the channels are regions, none is background.
+        device: device of the networks and sums; the image is not moved as a whole.
+        outputs: K, number of channels of the logits.
+        regions: whether channels are regions, without background.
         execution: precision, skipping and progress.
 
     Raises:
-        PlanError: patch, mirror axes or image do not fit each other.
-        RfMedSamError: the networks give values that are not finite, or too little device memory.
+        PlanError: patch, mirror axes or image do not match.
+        RfMedSamError: logits are not finite, or the device has too little memory.
     """
     execution = execution or Execution()
     tensor = torch.from_numpy(image) if isinstance(image, np.ndarray) else image
@@ -169,7 +169,7 @@ def predict_slabs(
 def _finished(
     ring: SlabAccumulator, planes: range, lows: Sequence[int], size: Sequence[int], *, recycle: bool
 ) -> Iterator[Slab]:
-    """Averaged planes without what pads the image; no slab is held here while the next is made."""
+    """Averaged planes without padding; does not keep a slab while the next is made."""
     rows, columns = (slice(low, low + n) for low, n in zip(lows[1:], size[1:], strict=True))
     for low in planes[::PLANES_A_SLAB]:
         high = min(low + PLANES_A_SLAB, planes.stop)
@@ -193,7 +193,7 @@ def predict_logits(
     regions: bool = False,
     execution: Execution | None = None,
 ) -> Tensor:
-    """All slabs of `predict_slabs` (same arguments and errors) joined: float32 (K, a, b, c)."""
+    """All slabs of `predict_slabs` (same arguments and errors) concatenated: float32 (K, a, b, c)."""
     slabs = predict_slabs(
         networks,
         image,
@@ -210,7 +210,7 @@ def predict_logits(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
-    """Tiles that share their planes: one row of 3D tiles, or a pack of slices for a 2D network."""
+    """Tiles with the same planes: one row of 3D tiles, or a batch of slices for a 2D network."""
 
     start: int
     depth: int
@@ -248,7 +248,7 @@ def _batches(image: Tensor, row: _Row, *, skip_empty: bool) -> Iterator[tuple[Te
             tiles.append(tile)
             corners.append((y, x))
         if tiles and (len(tiles) == row.batch or (y, x) == row.corners[-1]):
-            # contiguous copies: what a network does to its input must not reach the image
+            # contiguous copies, because a network may modify its input
             yield (tiles[0].transpose(0, 1).contiguous() if row.flat else torch.stack(tiles)), corners
             tiles, corners = [], []
 
@@ -268,7 +268,7 @@ def _accumulate(
 
 
 class _Ensemble:
-    """Mean logits of several networks over all flips; halves what it runs at once when device memory ends."""
+    """Mean logits of several networks over all flips; halves the batch size when device memory runs out."""
 
     def __init__(
         self, networks: Sequence[Network], *, flips: list[tuple[int, ...]], device: torch.device, precision: Precision
@@ -277,7 +277,7 @@ class _Ensemble:
         self.flips = flips
         self.device = device
         self.precision: Precision = precision
-        # on CPU and MPS a larger batch gains nothing and costs memory; on CUDA all flips run as one batch
+        # on CPU and MPS a larger batch is not faster and needs more memory; on CUDA all flips run as one batch
         self.limit = 1 << 30 if device.type == "cuda" else 0
 
     @torch.inference_mode()
@@ -303,7 +303,7 @@ class _Ensemble:
         return self(tiles)
 
     def _mean(self, tiles: Tensor) -> Tensor | None:
-        """None where memory ended."""
+        """Mean logits, or None if memory ran out."""
         at_once = max(1, self.limit // len(tiles))
         total: Tensor | None = None
         try:
@@ -330,7 +330,7 @@ class _Ensemble:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Run networks on CUDA at this precision; elsewhere they run in float32."""
+    """Autocast for CUDA at this precision; networks on other devices run in float32."""
     if device.type != "cuda" or precision == "fp32":
         return nullcontext()
     half = precision == "fp16" or (precision == "auto" and not torch.cuda.is_bf16_supported())
@@ -343,7 +343,7 @@ def _flips(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _padded(image: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, tuple[int, int, int]]:
-    """Put 0 about the image until no axis is shorter than the patch; also how many voxels came before each axis."""
+    """Pad the image with 0 to at least the patch; also returns the padding before each axis."""
     wanted = (1,) * (3 - len(patch_size)) + tuple(patch_size)
     missing = [max(0, p - n) for n, p in zip(image.shape[1:], wanted, strict=True)]
     lows = [m // 2 for m in missing]
@@ -362,15 +362,15 @@ def _check(networks: Sequence[Network], image: Tensor, patch_size: Sequence[int]
         raise PlanError("A patch has two or three axes", found=tuple(patch_size))
     if any(not 0 <= axis < len(patch_size) for axis in mirror_axes) or len(set(mirror_axes)) != len(mirror_axes):
         raise PlanError(
-            "Mirror axes do not fit the patch",
+            "Mirror axes do not match the patch",
             expected=f"different numbers below {len(patch_size)}",
             found=tuple(mirror_axes),
         )
 
 
 def finite(logits: Tensor) -> Tensor:
-    """Give the logits back, or an RfMedSamError where they hold NaN or infinity."""
-    # one sum is much cheaper than a mask and keeps every NaN and infinity
+    """Return the logits; raises an RfMedSamError if they contain NaN or infinity."""
+    # one sum is much cheaper than a mask, and NaN and infinity propagate to it
     if not torch.isfinite(logits.sum()):
         raise RfMedSamError(
             "The network gives values that are not finite",

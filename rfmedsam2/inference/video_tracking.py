@@ -1,7 +1,7 @@
-"""Volumes segmented by SAM 2 as a video: prompted frames, then the others from memory (RFMedSAM 2 paper, section 3.1).
+"""Zero-shot SAM 2 on a volume as a video: prompted slices, then the others from memory (RFMedSAM 2 paper, 3.1).
 
-The official `SAM2Base.track_step` is run as the official video predictor runs it, forward from the first prompted
-frame, each object with its own memory, on frames as they are (no JPEG in between).
+The official `SAM2Base.track_step` is called as in the official video predictor, forward from the first prompted frame,
+each object with its own memory, but without compressing frames to JPEG.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from rfmedsam2.records.study import Step2
 
 Prompted = Literal["all", "two", "one"]
 Output = dict[str, Any]
-"""What track_step gives and takes back: a cell's mask, memory and pointer."""
+"""Output of track_step: mask, memory and pointer of an object on a frame."""
 Memories = dict[int, dict[str, Any]]
-"""Class -> what track_step remembers of it: outputs of prompted and of other frames."""
+"""Class -> track_step's memory of it: outputs of prompted and of other frames."""
 STEPS2: tuple[Step2, ...] = ("unprompted", "all")
 REMEMBERED = 16
-"""Frames back that SAM 2 still looks at (object pointers; maps: six)."""
+"""Number of past frames that SAM 2 attends to (for object pointers; six for memory maps)."""
 LABELS_OF_POINTS = {"box": (2, 3), "point": (1,)}
 KEPT = ("pred_masks", "obj_ptr", "maskmem_features", "maskmem_pos_enc")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """One frame's features as track_step wants them, flattened to (positions, 1, channels)."""
+    """Features of one frame in track_step's layout, flattened to (positions, 1, channels)."""
 
     features: list[Tensor]
     positions: list[Tensor]
@@ -54,9 +54,9 @@ class VideoSegmenter:
 
     Args:
         base: SAM 2 in evaluation mode, on its device.
-        frames: (Z, 3, H, W) of 0 to 255.
-        prompts: one for every class on every frame that it appears on.
-        labels: what the classes are.
+        frames: (Z, 3, H, W), 0 to 255.
+        prompts: one prompt for every class on every frame that contains it.
+        labels: labels of the dataset.
     """
 
     def __init__(self, base: SAM2Base, frames: Tensor, prompts: SlicePrompts, labels: LabelSet) -> None:
@@ -67,10 +67,10 @@ class VideoSegmenter:
         self.point_labels = torch.tensor(LABELS_OF_POINTS[prompts.kind], dtype=torch.int32, device=base.device)
 
     def run(self, prompted: tuple[Prompted, ...]) -> dict[tuple[Prompted, Step2], np.ndarray]:
-        """Labels (Z, H, W) of every setting.
+        """Label maps (Z, H, W) of every setting.
 
-        Step 1 is run once on all cells; a setting takes of it the frames that it prompts. Step 2 on all frames gives
-        prompted frames their prompt again, with the memories of all prompted frames, their own among them.
+        Step 1 runs once on all (frame, class) pairs; each setting uses the frames that it prompts. In Step 2 on all
+        frames, prompted frames get their prompt again, with the memories of all prompted frames including their own.
         """
         painter = Painter(self.labels)
         rows: list[tuple[Prompted, Step2]] = [(s, step2) for s in prompted for step2 in STEPS2]
@@ -96,7 +96,7 @@ class VideoSegmenter:
         return out
 
     def _first_step(self) -> dict[tuple[int, int], Output]:
-        """Step 1 on every frame and class with a prompt, all classes of a frame at once."""
+        """Step 1 on every frame and class with a prompt, all classes of a frame in one batch."""
         done: dict[tuple[int, int], Output] = {}
         for z in range(len(self.frames)):
             classes = self.present[z].nonzero()[:, 0].tolist()
@@ -106,7 +106,7 @@ class VideoSegmenter:
         return done
 
     def _memories(self, first: dict[tuple[int, int], Output], setting: Prompted) -> Memories:
-        """Class -> what track_step remembers of it, at first the frames that are prompted."""
+        """Class -> initial memory for track_step: the outputs of its prompted frames."""
         memories: Memories = {}
         for k in range(self.present.shape[1]):
             frames = prompted_slices(self.present[:, k].nonzero()[:, 0].tolist(), setting)
@@ -116,7 +116,7 @@ class VideoSegmenter:
         return memories
 
     def _second_step(self, encoded: Encoded, z: int, memories: Memories) -> dict[Step2, dict[int, Tensor]]:
-        """Mask logits (1, 1, 4s, 4s) of every class on one frame; remembers what is new."""
+        """Mask logits (1, 1, 4s, 4s) of every class on one frame; adds new outputs to the memory."""
         unprompted, everywhere = {}, {}
         for k, memory in memories.items():
             given = memory["cond_frame_outputs"].get(z)
@@ -156,7 +156,7 @@ class VideoSegmenter:
 
 
 def prompted_slices(present: list[int], setting: Prompted) -> list[int]:
-    """Of the frames that a class appears on, those prompted: all, or one in the middle, or two at the quarters."""
+    """Select the prompted frames among those that contain a class: all, the middle one, or two at the quarters."""
     if setting == "all":
         return present
     count = {"one": 1, "two": 2}[setting]
@@ -164,11 +164,11 @@ def prompted_slices(present: list[int], setting: Prompted) -> list[int]:
 
 
 def as_published(base: SAM2Base, *, max_conditioning: int | None = None) -> SAM2Base:
-    """Set what the official video predictor sets after building, in place.
+    """Apply the settings of the official video predictor, in place.
 
     Args:
-        base: SAM 2.
-        max_conditioning: prompted frames that a frame attends to, the nearest ones; None: all.
+        base: the SAM 2 model.
+        max_conditioning: number of nearest prompted frames that a frame attends to; None: all.
     """
     decoder = base.sam_mask_decoder
     decoder.dynamic_multimask_via_stability = True
@@ -180,7 +180,7 @@ def as_published(base: SAM2Base, *, max_conditioning: int | None = None) -> SAM2
 
 
 def _row(result: Output, i: int) -> Output:
-    """One object of a batch, without what nobody asks for later."""
+    """Output of one object of a batch, reduced to what is used later."""
     row = {name: result[name] for name in KEPT}
     row["maskmem_pos_enc"] = [x[i : i + 1] for x in result["maskmem_pos_enc"]]
     return row | {name: result[name][i : i + 1].clone() for name in KEPT if name != "maskmem_pos_enc"}

@@ -1,4 +1,4 @@
-"""The two halves of predicting a volume: preparing it, then tiles and export; with the seconds that each part took."""
+"""Prediction of one volume in two halves: preprocessing, then network and export, with the seconds of each part."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from rfmedsam2.volume import Volume
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictOptions:
-    """How to predict; None takes the plan's figure.
+    """Options of prediction; None: the plan's value.
 
     Attributes:
-        step_size: distance of tiles as a share of the patch, above 0 up to 1.
-        mirror: average over flips (the axes are those that training mirrored).
-        tile_batch: tiles per forward pass.
-        skip_empty: leave out tiles without body; see `sliding_window.Execution`.
-        step: whose result to give, of a model that has several (RFMedSAM 2: 0, 1, 2); None: the last one's.
-        precision: of the networks on CUDA.
-        threads: planes resampled or exported at once; None: the machine's cores, at most 8.
+        step_size: distance of tiles as a fraction of the patch, above 0 up to 1.
+        mirror: whether to average over flips (along the axes mirrored in training).
+        tile_batch: number of tiles per forward pass.
+        skip_empty: whether to skip tiles without body; see `sliding_window.Execution`.
+        step: step whose result to return, for models with several (RFMedSAM 2: 0, 1, 2); None: the last step.
+        precision: precision of the networks on CUDA.
+        threads: number of planes resampled or exported in parallel; None: the machine's cores, at most 8.
     """
 
     step_size: float | None = None
@@ -51,10 +51,10 @@ class PredictOptions:
     threads: int | None = None
 
     def inference(self, stage: Stage) -> Inference:
-        """Put what is given here in the place of the plan's figures.
+        """The plan's settings with these options applied.
 
         Raises:
-            RecordError: a figure out of range.
+            RecordError: a value is out of range.
         """
         given = {"step_size": self.step_size, "mirror": self.mirror, "tile_batch": self.tile_batch}
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -63,14 +63,14 @@ class PredictOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedCase:
-    """A prepared volume.
+    """A preprocessed volume.
 
     Attributes:
-        prepared: in planned axes and spacing.
-        grid: of the volume as it was given.
-        orientation: how it was turned before; None: not at all.
-        seconds: that preparing took.
-        boxes: given for it, on its planned grid.
+        prepared: image in planned axes and spacing.
+        grid: grid of the volume as given.
+        orientation: how the volume was reoriented; None: not at all.
+        seconds: duration of preprocessing.
+        boxes: its box prompts, on the planned grid.
     """
 
     prepared: Prepared
@@ -86,26 +86,26 @@ def preprocess_case(
     """Do everything that comes before the network; no device is touched.
 
     Args:
-        volume: (C, Z, Y, X) as it was read; turned to `plan.reorient` here.
-        plan: the plan that the network was trained by.
+        volume: (C, Z, Y, X) as read; reoriented to `plan.reorient` here.
+        plan: the plan that the network was trained with.
         stage: name of the stage.
-        boxes: to prompt with, in the volume's axes: a label map (Z, Y, X), or one by one.
-        threads: planes resampled at once.
+        boxes: box prompts in the volume's axes: a label map (Z, Y, X), or a list of boxes.
+        threads: number of planes resampled in parallel.
 
     Raises:
-        PlanError: no such stage, another number of channels.
-        ImageError: voxels that are not finite, or not allowed by the planned normalization.
-        UsageError: a box outside the image, an unknown label.
+        PlanError: the stage does not exist, or the number of channels differs from the plan's.
+        ImageError: voxels are not finite, or not allowed by the planned normalization.
+        UsageError: a box is outside the image, or its label is unknown.
     """
     started = time.perf_counter()
     grid, orientation = volume.grid, None
     if plan.reorient is not None:
         volume, orientation = reoriented(volume, plan.reorient)
     prepared = prepare(volume, plan, stage, threads=threads or 1)
-    # one sum is cheap and keeps every NaN and infinity
+    # one sum is cheap, and NaN and infinity propagate to it
     if not np.isfinite(prepared.image.sum(dtype=np.float64)):
         raise ImageError(
-            "The image holds voxels that are not finite",
+            "The image contains voxels that are not finite",
             expected="numbers",
             found=f"{int(np.count_nonzero(~np.isfinite(prepared.image)))} voxels of NaN or infinity",
             remedy="Replace them, for instance by 0",
@@ -128,19 +128,19 @@ def predict_prepared(
     probabilities: Path | bool = False,
     track: ProgressFn = untracked,
 ) -> Prediction:
-    """Do everything from the network on: tiles, export, and the turn back to the axes of the volume as it was given.
+    """Predict a preprocessed volume: network, export, and reorienting back to the axes of the given volume.
 
     Args:
-        networks: folds of one model, in eval mode on one device.
-        prepared_case: what `preprocess_case` gave for the same plan and stage.
-        plan: the plan that the networks were trained by.
+        networks: networks (folds of one model) in eval mode on one device.
+        prepared_case: result of `preprocess_case` for the same plan and stage.
+        plan: the plan that the networks were trained with.
         stage: name of the stage.
-        options: how to predict.
+        options: options of prediction.
         probabilities: a file (.b2nd) to write them to, or whether to keep them in memory.
-        track: shows the progress over tiles.
+        track: progress display over tiles.
 
     Raises:
-        UsageError: `options.step` is not produced by this model, or boxes do not fit the model.
+        UsageError: `options.step` is not produced by this model, or the model does not accept boxes or needs them.
         StoreError: the probabilities cannot be written.
     """
     started = time.perf_counter()
@@ -174,7 +174,7 @@ def _slabs(
     options: PredictOptions,
     track: ProgressFn,
 ) -> Iterator[Slab]:
-    """Slabs of logits, by the kind of the networks: a plain sliding window, or refinement after it."""
+    """Slabs of logits: by sliding window, or by refinement for RFMedSAM 2."""
     require_possible(stage.model, step=options.step, boxes=prepared_case.boxes is not None)
     image, inference = prepared_case.prepared.image, options.inference(stage)
     execution = Execution(precision=options.precision, skip_empty=options.skip_empty, track=track)
@@ -203,14 +203,14 @@ def _slabs(
 
 
 def mirror_axes(stage: Stage) -> tuple[int, ...]:
-    """Axes of the patch that test-time mirroring flips: those that training mirrored.
+    """Axes of the patch flipped by test-time mirroring: those mirrored in training.
 
     Raises:
         PlanError: a 3D axis in a stage that is not 2D, beyond the patch.
     """
     axes = stage.augmentation.mirror_axes
     if stage.is_2d:
-        # the default names all three axes of a volume; a slice has two
+        # the default lists all three axes of a volume; a slice has two
         return tuple(axis for axis in axes if axis < 2)
     if any(axis > 2 for axis in axes):
         raise PlanError("The plan mirrors an axis that volumes do not have", expected="0, 1, 2", found=axes)
@@ -218,7 +218,7 @@ def mirror_axes(stage: Stage) -> tuple[int, ...]:
 
 
 class _Timed:
-    """Slabs, and the seconds spent on waiting for them."""
+    """Iterates over slabs and measures the seconds spent waiting for them."""
 
     def __init__(self, slabs: Iterable[Slab]) -> None:
         self.slabs = slabs
@@ -231,6 +231,6 @@ class _Timed:
                 torch.cuda.synchronize(slab.logits.device)
             self.seconds += time.perf_counter() - started
             yield slab
-            del slab  # not held while the next is computed
+            del slab  # release before the next is computed
             started = time.perf_counter()
         self.seconds += time.perf_counter() - started

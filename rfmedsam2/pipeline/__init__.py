@@ -1,1 +1,1 @@
-"""One verb, one public function each: what the commands do."""
+"""The steps behind the commands: datasets, planning, preprocessing, training, prediction, evaluation, doctor."""

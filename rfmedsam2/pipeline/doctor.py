@@ -1,6 +1,6 @@
-"""What this machine offers and what it lacks: versions, devices, memory, disks, limits, folders, with remedies.
+"""Report on this machine: versions, devices, memory, disks, limits and folders, with remedies for problems.
 
-Made to work where something is broken: a missing or damaged package is a line of the report, never an error.
+Works on broken installations: a missing or damaged package is a line of the report, never an error.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _LOW_OPEN_FILES = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """A place where networks run. Memory in GiB, None where it cannot be told."""
+    """A compute device. Memory in GiB, None if unknown."""
 
     kind: str
     name: str
@@ -81,7 +81,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folder:
-    """One of raw, preprocessed, results: where it is, whether it can be written, free space in GiB."""
+    """One of raw, preprocessed, results: path, whether it can be written, free space in GiB."""
 
     name: str
     path: Path
@@ -103,7 +103,7 @@ class InstalledExtension:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """Something that will make trouble, and what to do about it."""
+    """A problem, and its remedy."""
 
     message: str
     remedy: str
@@ -111,23 +111,23 @@ class Advice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorReport:
-    """All that was found. Sizes in GiB; None: not there, or cannot be told.
+    """The report. Sizes in GiB; None: does not exist, or unknown.
 
     Attributes:
         package: version of this package.
         python: version of Python; `executable` is its path.
         system: operating system and processor.
-        packages: name -> version of what is needed.
-        optional_packages: name -> version of what may be there.
+        packages: name -> version of required packages.
+        optional_packages: name -> version of optional packages.
         extensions: networks, losses, augmentations, planners and tasks of other packages.
         devices: processor first, then accelerators.
-        ram_gib, ram_free_gib: memory of the machine (or of its container), and what is left of it.
-        shm_gib: free shared memory (/dev/shm), by which data loading processes hand over batches.
+        ram_gib, ram_free_gib: total and free memory of the machine (or of its container).
+        shm_gib: free shared memory (/dev/shm), through which data loading processes pass batches.
         open_files: soft and hard limit of open files.
-        compiler: C++ compiler that torch.compile would find.
-        folders: raw, preprocessed, results.
-        folders_from: what chose the folders.
-        warnings: with remedies.
+        compiler: C++ compiler that torch.compile would use.
+        folders: the folders raw, preprocessed and results.
+        folders_from: where the folders' paths come from.
+        warnings: problems with remedies.
     """
 
     package: str
@@ -156,11 +156,11 @@ class DoctorReport:
 
 
 def doctor(layout: Layout | None = None, *, folders_from: str = "the default") -> DoctorReport:
-    """Look at this machine.
+    """Examine this machine.
 
     Args:
-        layout: the folders that the commands would use; None: below ./rfmed_data.
-        folders_from: what chose them, in words: a flag, a variable, the default.
+        layout: the folders that commands would use; None: below ./rfmed_data.
+        folders_from: where their paths come from: a flag, a variable, or the default.
     """
     chosen = layout or Layout.under(Path("rfmed_data"))
     devices, trouble = _devices()
@@ -174,7 +174,7 @@ def doctor(layout: Layout | None = None, *, folders_from: str = "the default") -
         "devices": devices,
         "ram_gib": round(min(total, limit or total), 1),
         "ram_free_gib": round(min(memory.available / _GIB, limit or total), 1),
-        "shm_gib": _free_gib(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None,  # noqa: S108 - only looked at
+        "shm_gib": _free_gib(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None,  # noqa: S108 - only inspected
         "open_files": _open_file_limits(),
         "compiler": _compiler(),
         "folders": tuple(_folder(name, getattr(chosen, name)) for name in ("raw", "preprocessed", "results")),
@@ -210,10 +210,10 @@ def _extensions() -> Iterator[InstalledExtension]:
 
 
 def _devices() -> tuple[tuple[Device, ...], list[Advice]]:
-    """Processor and accelerators; what keeps torch from working becomes a warning."""
+    """CPU and accelerators; errors of torch become warnings."""
     devices = [Device(kind="cpu", name=f"{_usable_cores()} cores, {_processor()}")]
     try:
-        # by name, at run time: where torch is missing or damaged, that is what the report is for
+        # imported by name at run time: reporting a missing or damaged torch is what this report is for
         torch: Any = importlib.import_module("torch")
     except (ImportError, OSError) as error:
         remedy = "Install PyTorch again (pip install --force-reinstall torch)"
@@ -238,7 +238,7 @@ def _devices() -> tuple[tuple[Device, ...], list[Advice]]:
 
 
 def _usable_cores() -> int:
-    # a container or scheduler may grant fewer than there are
+    # a container or scheduler may allow fewer cores than the machine has
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -252,7 +252,7 @@ def _processor() -> str:
 
 
 def _container_limit_gib() -> float | None:
-    """Memory that the control group grants (Docker, Slurm), None where there is no limit."""
+    """Memory limit of the cgroup (Docker, Slurm), None if there is no limit."""
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             granted = int(Path(name).read_text(encoding="ascii"))
@@ -271,7 +271,7 @@ def _compiler() -> str | None:
 
 
 def _folder(name: str, path: Path) -> Folder:
-    """Judged by the nearest folder that is there, since commands make what is missing."""
+    """Checks the nearest existing folder, because commands create missing ones."""
     nearest = next((p for p in (path, *path.absolute().parents) if p.exists()), Path())
     return Folder(
         name=name,
@@ -293,10 +293,10 @@ def _warnings(facts: dict[str, Any]) -> Iterator[Advice]:
     missing = [name for name, version in facts["packages"].items() if version is None]
     if missing:
         remedy = f"pip install {' '.join(missing)}"
-        yield Advice(message=f"Needed packages are not installed: {', '.join(missing)}", remedy=remedy)
+        yield Advice(message=f"Required packages are not installed: {', '.join(missing)}", remedy=remedy)
     if all(device.kind == "cpu" for device in facts["devices"]):
         remedy = "Plan with --preset cpu; on a machine with an NVIDIA GPU, install PyTorch for its CUDA version"
-        yield Advice(message="There is no GPU: training and predicting run on the processor", remedy=remedy)
+        yield Advice(message="No GPU was found: training and prediction run on the CPU", remedy=remedy)
     elif facts["compiler"] is None:
         remedy = "Install one (Debian: apt install build-essential), or train with compile off"
         yield Advice(message="torch.compile finds no C++ compiler and will not be used", remedy=remedy)
@@ -309,7 +309,7 @@ def _warnings(facts: dict[str, Any]) -> Iterator[Advice]:
     yield from _memory_warnings(facts)
     for folder in facts["folders"]:
         if not folder.writable:
-            remedy = "Choose another place with --root, or ask for write permission"
+            remedy = "Choose another folder with --root, or ask for write permission"
             yield Advice(message=f"The {folder.name} folder cannot be written: {folder.path}", remedy=remedy)
     if any(folder.free_gib is not None and folder.free_gib < _LOW_DISK_GIB for folder in facts["folders"]):
         free = min(folder.free_gib for folder in facts["folders"] if folder.free_gib is not None)

@@ -1,1 +1,1 @@
-"""One file per thing that is trained."""
+"""Training tasks (U-Net, RFMedSAM 2) and their patch sampling."""

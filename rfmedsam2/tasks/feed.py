@@ -1,4 +1,4 @@
-"""Training and validation patches of one fold: what every task on volumes is fed with."""
+"""Training and validation batches of one fold, for all tasks on volumes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rfmedsam2.tasks.patches import PatchBatch, PatchSource
 
 
 class PatchFeed:
-    """Patches of a stage, changed at random for training and plain for validation.
+    """Patches of a stage, augmented for training and unchanged for validation.
 
     Args:
-        stage: patch and batch size, augmentation, training figures.
-        labels: for the ignore label.
+        stage: stage with patch and batch size, augmentation and training settings.
+        labels: labels of the dataset, with the ignore label if any.
         store: preprocessed cases.
-        split: who trains and who validates.
+        split: training and validation cases.
         runtime: device and ranks.
     """
 
@@ -31,7 +31,7 @@ class PatchFeed:
         self._validation = self._source(split.val, augment=False)
 
     def training(self, start: int) -> Iterator[PatchBatch]:
-        """Training batches from number `start` on; batch i is a function of (seed, rank, i) alone."""
+        """Training batches from number `start` on; batch i depends only on (seed, rank, i)."""
         train = self._stage.train
         return batches(
             self._training.batch,
@@ -44,12 +44,12 @@ class PatchFeed:
         )
 
     def validation(self) -> Iterator[PatchBatch]:
-        """The stage's number of validation batches on the device, always the same."""
+        """The validation batches on the device, always the same."""
         for step in range(self._stage.validation.patches_while_training):
             yield to_device(self._validation.batch(step), self._runtime.device)
 
     def whole_cases(self) -> Iterator[tuple[StoredCase, torch.Tensor]]:
-        """The validation cases to be predicted whole while training, with their labels (1, *shape)."""
+        """The validation cases predicted as whole volumes during training, with their labels (1, *shape)."""
         for name in self._split.val[: self._stage.validation.cases_while_training]:
             case = self._store.open(name)
             label = torch.from_numpy(case.label_patch(tuple((0, n) for n in case.shape)))

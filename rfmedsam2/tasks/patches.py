@@ -1,7 +1,7 @@
-"""Training patches from preprocessed cases: which case, which place, with or without random change.
+"""Sampling of training and validation patches from preprocessed cases, with or without augmentation.
 
-Patch choice follows nnU-Net: the last third of a batch is forced to hold a voxel of a random foreground class; regions
-that reach beyond the volume are padded (image 0, label -1 "outside").
+Sampling follows nnU-Net: the last third of a batch must contain a voxel of a random foreground class; regions outside
+the volume are padded (image 0, label -1 "outside").
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rfmedsam2.transforms.foreground import ANNOTATED
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatchBatch:
-    """One batch: image (B, C, ...) float32, target (B, ...) int16 label values, the cases they come from."""
+    """One batch: image (B, C, ...) float32, target (B, ...) int16 label values, ids of the cases."""
 
     image: Tensor
     target: Tensor
@@ -33,17 +33,17 @@ class PatchBatch:
 
 
 class PatchSource:
-    """Batch number i as a function of (seed, rank, i) alone.
+    """Batches by number; batch i depends only on (seed, rank, i).
 
     Args:
         store: preprocessed cases of the stage.
-        ids: cases to draw from, with replacement.
-        stage: patch and batch size, oversampling, augmentation.
-        labels: for the ignore label (then every patch holds annotated voxels).
-        augment: random changes, or only crops for validation.
-        seed: of the whole training.
-        rank: of this process, and
-        ranks: their number; batch_size is per process.
+        ids: ids of the cases to draw from, with replacement.
+        stage: stage with patch and batch size, oversampling and augmentation.
+        labels: labels of the dataset; with an ignore label, every patch contains annotated voxels.
+        augment: whether to augment; if not, patches are only cropped, for validation.
+        seed: seed of the whole training.
+        rank: rank of this process.
+        ranks: total number of processes; batch_size is per process.
     """
 
     def __init__(
@@ -71,16 +71,15 @@ class PatchSource:
             self._transforms = plain_transforms(stage.normalization)
 
     def cases(self, step: int) -> tuple[str, ...]:
-        """Ids of the cases of batch `step`, without reading anything."""
-        return self._drawn(self._generator(step))
+        """Ids of the cases of batch `step`, without reading them."""
+        return self._drawn(self._rng(step))
 
     def batch(self, step: int) -> PatchBatch:
-        """Read, crop and change the samples of batch `step`.
+        """Read, crop and augment the samples of batch `step`.
 
-        The places are drawn from (seed, rank, step); the random changes from the global generators, which the caller
-        has seeded.
+        Positions are drawn from (seed, rank, step), augmentation from the global RNGs, which the caller has seeded.
         """
-        rng = self._generator(step)
+        rng = self._rng(step)
         ids = self._drawn(rng)
         samples = [self._sample(name, slot, rng) for slot, name in enumerate(ids)]
         return PatchBatch(
@@ -89,7 +88,7 @@ class PatchSource:
             ids=ids,
         )
 
-    def _generator(self, step: int) -> np.random.Generator:
+    def _rng(self, step: int) -> np.random.Generator:
         return np.random.default_rng((self._seed, self._rank, step))
 
     def _drawn(self, rng: np.random.Generator) -> tuple[str, ...]:
@@ -112,7 +111,7 @@ class PatchSource:
             raise StoreError(
                 f"A preprocessed case cannot be read ({error})",
                 where=name,
-                remedy="Run rfmed_plan_and_preprocess again: it rebuilds broken cases",
+                remedy="Run rfmed_plan_and_preprocess again: it rebuilds damaged cases",
             ) from error
         if self._stage.is_2d:
             image, label = image[:, 0], label[0]
@@ -126,17 +125,17 @@ class PatchSource:
         return image, label
 
     def _forced(self, slot: int) -> bool:
-        """nnU-Net's rule over the batch of all ranks: its last share of samples must hold foreground."""
+        """nnU-Net's rule over the batch of all ranks: its last fraction of samples must contain foreground."""
         total = self._stage.batch_size * self._ranks
         return self._rank * self._stage.batch_size + slot >= round(
             total * (1 - self._stage.sampling.oversample_foreground)
         )
 
     def _box(self, case: StoredCase, forced: bool, rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
-        """Half-open ranges, possibly beyond the volume, of the region to read."""
+        """Half-open ranges of the region to read, possibly beyond the volume."""
         read = (1, *self._read) if self._stage.is_2d else self._read
         final = (1, *self._final) if self._stage.is_2d else self._final
-        # padding, so that final patches also cover the border; more where the volume is smaller than the region
+        # padding, so that patches also cover the border; more if the volume is smaller than the region
         margin = [max(r - f, r - n) for r, f, n in zip(read, final, case.shape, strict=True)]
         low = np.array([-m // 2 for m in margin])
         high = np.array([n + m // 2 + m % 2 - r for n, m, r in zip(case.shape, margin, read, strict=True)])
@@ -146,7 +145,7 @@ class PatchSource:
         return tuple((int(s), int(s) + r) for s, r in zip(start, read, strict=True))
 
     def _center(self, case: StoredCase, forced: bool, rng: np.random.Generator) -> np.ndarray | None:
-        """A voxel that the patch must hold, or None for anywhere."""
+        """A voxel that the patch must contain, or None for any position."""
         places = {key: voxels for key, voxels in case.foreground.items() if len(voxels)}
         annotated = places.pop(ANNOTATED, None)
         if forced and places:
@@ -161,7 +160,7 @@ class PatchSource:
 
 
 def read_padded(case: StoredCase, box: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """The part of `box` inside the volume, padded to the whole box: image with 0, label with OUTSIDE_LABEL.
+    """Read `box` from a case, padded where it is outside the volume: image with 0, label with OUTSIDE_LABEL.
 
     Returns:
         image (C, *box) float32 and label (*box) int16.

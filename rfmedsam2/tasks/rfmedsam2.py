@@ -1,4 +1,4 @@
-"""Training RFMedSAM 2: Steps 0, 1 and 2 together, all their losses summed (paper, sections 3.3, 3.4, appendix G)."""
+"""Task that trains RFMedSAM 2: Steps 0, 1 and 2 jointly, with summed losses (paper, sections 3.3, 3.4, appendix G)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rfmedsam2.tasks.unet import overlap_counts, scores_of
 logger = logging.getLogger(__name__)
 
 BOX_GENERATORS = ("object_queries", "scored_object_queries", "point_embeddings")
-"""Generators that need the reference to say which cells to decode while training."""
+"""Generators that need the reference to select the object prompts to decode during training."""
 
 
 class RFMedSam2Task:
@@ -37,9 +37,9 @@ class RFMedSam2Task:
 
     Args:
         plan: the plan.
-        stage_name: which stage of it; its model is an RFMedSam2Config.
-        store: that stage's preprocessed cases.
-        split: who trains and who validates.
+        stage_name: name of one of its stages, whose model is an RFMedSam2Config.
+        store: preprocessed cases of the stage.
+        split: training and validation cases.
         runtime: device and ranks.
     """
 
@@ -54,7 +54,7 @@ class RFMedSam2Task:
         self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adapters, prompt generator and whatever is not frozen learn at one rate."""
+        """Optimizer with one learning rate for adapters, prompt generator and all other trainable parameters."""
         return build_optimizer(self.model.parameters(), self.stage.train)
 
     def batches(self, start: int) -> Iterator[PatchBatch]:
@@ -62,7 +62,7 @@ class RFMedSam2Task:
         return self._feed.training(start)
 
     def loss(self, batch: PatchBatch) -> dict[str, Tensor]:
-        """Cross-entropy and Dice of every step, and what the prompt generator adds."""
+        """Cross-entropy and Dice of every step, and the losses of the prompt generator."""
         reference = reference_prompts(batch.target, self.plan.labels)
         steps = self.model.steps(batch.image, self._given(reference))
         parts: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ class RFMedSam2Task:
                 yield number, logits, batch.target
 
     def _predicted_volumes(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(step, logits, target) of every volume to be validated while training."""
+        """(step, logits, target) of every volume that is validated during training."""
         stage = self.stage
         tiling = Tiling(
             patch_size=stage.patch_size, inference=stage.inference, mirror_axes=stage.augmentation.mirror_axes
@@ -122,7 +122,7 @@ class RFMedSam2Task:
                 yield number, torch.cat([slab.logits for slab in slabs], dim=1)[None], target
 
     def _shown(self, target: Tensor) -> Prompts | None:
-        """What a validated model is told of the reference."""
+        """Prompts from the reference that the model gets during validation."""
         return reference_prompts(target, self.plan.labels) if self.model.config.generator == "gt" else None
 
     def _given(self, reference: Prompts) -> Prompts | None:
@@ -132,7 +132,7 @@ class RFMedSam2Task:
 
 @torch.no_grad()
 def reference_prompts(target: Tensor, labels: LabelSet) -> Prompts:
-    """Boxes and presence that reference labels (B, D, H, W) give, for the B * D frames."""
+    """Boxes and presence from reference labels (B, D, H, W), for the B * D frames."""
     clean = target if labels.ignore is None else torch.where(target != labels.ignore, target, 0)
     clean = clean.clamp_min(0).flatten(0, 1)
     members = memberships(clean, labels)
@@ -142,12 +142,12 @@ def reference_prompts(target: Tensor, labels: LabelSet) -> Prompts:
 
 
 def generator_losses(steps: StepOutputs, reference: Prompts, size: int) -> dict[str, Tensor]:
-    """What generators of boxes learn from: presence (binary cross-entropy), L1 and generalized IoU of the boxes.
+    """Losses of box generators: presence (binary cross-entropy), L1 and generalized IoU of the boxes.
 
     Args:
-        steps: of the network.
-        reference: boxes in pixels of frames of `size`.
-        size: pixels a side.
+        steps: outputs of the network.
+        reference: boxes in pixels of frames of side `size`.
+        size: side length of the frames in pixels.
     """
     parts: dict[str, Tensor] = {}
     if steps.presence is not None:
@@ -155,7 +155,7 @@ def generator_losses(steps: StepOutputs, reference: Prompts, size: int) -> dict[
     if steps.found is not None:
         found = steps.found.float()[reference.present]
         wanted = reference.boxes[reference.present] / max(1, size - 1)
-        # a sum over an empty selection is 0 and keeps the graph
+        # a sum over an empty selection is 0 and stays connected to the graph
         count = max(1, len(found))
         parts["step0/box_l1"] = (found - wanted).abs().sum() / count
         parts["step0/box_giou"] = generalized_box_iou_loss(found, wanted).sum() / count
@@ -163,7 +163,7 @@ def generator_losses(steps: StepOutputs, reference: Prompts, size: int) -> dict[
 
 
 def scores_by_step(totals: dict[int, np.ndarray], labels: LabelSet) -> dict[str, float]:
-    """Dice by class of the last step under plain names, of every step under `stepN/`, their means as `stepN/dsc`."""
+    """Dice per class: of the last step by class name, of every step with the prefix `stepN/`, means as `stepN/dsc`."""
     scores: dict[str, float] = {}
     for number, counts in sorted(totals.items()):
         own = scores_of(counts, labels)

@@ -1,6 +1,6 @@
-"""Training a U-Net on volumes: Step 0 of RFMedSAM 2, which is also a plain nnU-Net.
+"""Task that trains a U-Net: a plain nnU-Net, also Step 0 of RFMedSAM 2.
 
-Cross-entropy + Dice with deep supervision; validated on patches (nnU-Net's pseudo Dice) and, where the plan asks, on
+Cross-entropy + Dice with deep supervision; validated on patches (nnU-Net's pseudo Dice) and, if the plan says so, on
 whole volumes by sliding window.
 """
 
@@ -29,9 +29,9 @@ class UNetTask:
 
     Args:
         plan: the plan.
-        stage_name: which stage of it.
-        store: that stage's preprocessed cases.
-        split: who trains and who validates.
+        stage_name: name of one of its stages.
+        store: preprocessed cases of the stage.
+        split: training and validation cases.
         runtime: device and ranks.
     """
 
@@ -44,7 +44,7 @@ class UNetTask:
         self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """All parameters learn at one rate."""
+        """Optimizer with one learning rate for all parameters."""
         return build_optimizer(self.model.parameters(), self.stage.train)
 
     def batches(self, start: int) -> Iterator[PatchBatch]:
@@ -52,7 +52,7 @@ class UNetTask:
         return self._feed.training(start)
 
     def loss(self, batch: PatchBatch) -> dict[str, Tensor]:
-        """Cross-entropy and Dice of all supervised resolutions."""
+        """Cross-entropy and Dice losses over all supervised resolutions."""
         outputs = self.model(batch.image)
         outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         return deep_supervision_losses(outputs, batch.target, self._loss)
@@ -96,8 +96,8 @@ def overlap_counts(logits: Tensor, target: Tensor, labels: LabelSet) -> np.ndarr
 
     Args:
         logits: (B, K, ...).
-        target: (B, ...) label values; ignored voxels count nowhere.
-        labels: which outputs are which.
+        target: (B, ...) label values; ignored voxels are excluded.
+        labels: labels that define the outputs.
     """
     members = memberships(target, labels)
     if labels.has_regions:
@@ -114,12 +114,12 @@ def overlap_counts(logits: Tensor, target: Tensor, labels: LabelSet) -> np.ndarr
     counts = torch.stack([both, predicted.sum(axes) - both, members.sum(axes) - both], 1).double().cpu().numpy()
     if labels.has_regions:
         return counts
-    # channels follow ascending values, names may be declared in any order
+    # channels are in ascending order of values, but names may be declared in any order
     return counts[[labels.values.index(values[0]) - 1 for values in labels.foreground.values()]]
 
 
 def scores_of(counts: np.ndarray, labels: LabelSet) -> dict[str, float]:
-    """Dice by class name and their mean as `score`; a class that occurs nowhere is left out."""
+    """Dice by class name, and their mean as `score`; classes that do not occur are left out."""
     scores: dict[str, float] = {}
     for name, (both, wrong, missed) in zip(labels.foreground, counts, strict=True):
         if both + wrong + missed > 0:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rfmedsam2.engine.checkpoint import FINAL, LATEST, made_now
+from rfmedsam2.engine.checkpoint import FINAL, LATEST, provenance
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.run_folder import training_folder
@@ -112,7 +112,7 @@ def train_refiner(
             base_sha256=digest,
             step=step,
             scores=scores,
-            **made_now(),
+            **provenance(),
         )
 
     with (

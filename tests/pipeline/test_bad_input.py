@@ -469,7 +469,7 @@ def test_a_file_stands_where_a_folder_is_needed(trained_root, tmp_path, command)
     out = tmp_path / "out"
     out.write_text("I am a file")
     sentence = run_error(command, *writing(command, root, out))
-    assert "file stands where a folder is needed" in sentence
+    assert "Expected a folder, but a file exists" in sentence
     assert out.read_text() == "I am a file"
 
 

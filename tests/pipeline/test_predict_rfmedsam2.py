@@ -368,9 +368,9 @@ def test_plain_u_nets_have_no_steps_and_take_no_boxes(cases, references, tmp_pat
     stage = plan.stages["3d_fullres"].model_copy(update={"model": UNET})
     folder = write_model(tmp_path / "m", plan.model_copy(update={"stages": {"3d_fullres": stage}}))
     predictor = Predictor.load(folder, device="cpu")
-    with pytest.raises(UsageError, match="no such step"):
+    with pytest.raises(UsageError, match="does not have this step"):
         predict_files(predictor.using(PredictOptions(step=1)), cases, tmp_path / "out")
-    with pytest.raises(UsageError, match="takes no boxes"):
+    with pytest.raises(UsageError, match="does not accept boxes"):
         predict_files(predictor, cases, tmp_path / "out", boxes=references)
     assert "step" not in predictor.settings()
 

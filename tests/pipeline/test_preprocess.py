@@ -243,7 +243,7 @@ def test_an_unwritable_folder_is_a_sentence(toy, monkeypatch):
 def test_a_file_in_place_of_the_folder_is_a_sentence(toy):
     plan = toy.plan()
     toy.layout.cases_folder(NAME, "plan", "3d_fullres").write_text("not a folder")
-    with pytest.raises(StoreError, match="folder is needed"):
+    with pytest.raises(StoreError, match="Expected a folder"):
         preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
 
 

@@ -74,7 +74,7 @@ def test_bad_input_gets_sentences(raw_root, nano, tmp_path) -> None:
     assert "Give files of SAM 2 with --sam2" in run_error("prompt_study", "--sam", nano, "--root", raw_root)
     other = tmp_path / "other.pt"
     torch.save({"weight": torch.zeros(1)}, other)
-    assert "weights of no SAM 2" in run_error("prompt_study", "--sam2", other, "--root", raw_root)
+    assert "does not hold weights of a known SAM 2" in run_error("prompt_study", "--sam2", other, "--root", raw_root)
     assert "no SAM that is known" in run_error("prompt_study", "--sam", other, "--root", raw_root)
     missing = run_error("prompt_study", "--sam", tmp_path / "none.pt", "--root", raw_root)
     assert "The file of weights does not exist" in missing

@@ -51,6 +51,6 @@ def test_a_published_plan_is_adopted_under_its_name(raw_root, root_of):
 def test_a_published_plan_of_other_classes_and_unknown_words_are_sentences(raw_root):
     published = PLANS / "amos22_ct.json"
     said = run_error("plan_and_preprocess", "--published", published, "--no-preprocess", "--root", raw_root)
-    assert "The plan is for other data" in said
+    assert "The plan does not match the dataset" in said
     said = run_error("plan_and_preprocess", "--backbone", "nano", "--no-preprocess", "--root", raw_root)
     assert "Add --model rfmedsam2" in said

@@ -1,1 +1,1 @@
-"""Raw datasets: conversion of official downloads, synthetic data, checks, splits, submissions."""
+"""Raw datasets: conversion of official downloads, synthetic data, verification, splits, submissions."""

@@ -1,7 +1,7 @@
 """AMOS22 (500 CT and 100 MR, 15 organs): the official download -> Dataset218_AMOS22_CT or Dataset219_AMOS22.
 
-The validation cases, whose labels are public since the challenge ended, join the training cases; the split `amos22`
-tells them apart again. Numbers of test cases differ between the official pages, so they are not checked.
+The validation cases, whose labels are public since the challenge ended, are training cases here; the split `amos22`
+restores the official one. Numbers of test cases differ between the official pages, so they are not checked.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ LABELS = {
     "bladder": 14,
     "prostate_uterus": 15,
 }
-"""The official values; a slip of spelling and a slash in the official names are put right."""
+"""The official values; a typo and a slash in the official names are corrected."""
 
 DAMAGED = frozenset({5514, 5437})
-"""Unusable files of the unlabelled part."""
+"""Unusable files of the unlabeled part."""
 
 _OFFICIAL = {("training", "CT"): 200, ("training", "MR"): 40, ("validation", "CT"): 100, ("validation", "MR"): 20}
 _PARTS = {"training": ("imagesTr", "labelsTr"), "validation": ("imagesVa", "labelsVa")}
@@ -77,15 +77,15 @@ def convert_amos22(
 ) -> Conversion:
     """Build Dataset218_AMOS22_CT (task 1: CT only) or Dataset219_AMOS22 (task 2: CT and MR).
 
-    `download` is the folder with dataset.json, imagesTr, labelsTr, imagesVa, labelsVa and imagesTs, or the one above.
+    `download` is the folder with dataset.json, imagesTr, labelsTr, imagesVa, labelsVa and imagesTs, or its parent.
 
     Raises:
-        DatasetError: this is no AMOS22 download, or lists every fault of every case.
-        UsageError: there is no such task, or the dataset exists and `options.force` is not set.
+        DatasetError: the folder is not an AMOS22 download, or cases have faults; lists all of them.
+        UsageError: the task does not exist, or the dataset exists and `options.force` is not set.
         StoreError: the raw folder cannot be written, or files cannot be linked.
     """
     if task not in NAMES:
-        raise UsageError("AMOS22 has no such task", expected="1 (CT) or 2 (CT and MR)", found=task)
+        raise UsageError("Unknown AMOS22 task", expected="1 (CT) or 2 (CT and MR)", found=task)
     home = folder_of(
         download, ("imagesTr", "amos22/imagesTr"), what="AMOS22", expected="imagesTr, labelsTr, imagesVa, labelsVa"
     ).parent
@@ -98,7 +98,7 @@ def convert_amos22(
         further={
             "description": "AMOS22 after the challenge: its validation cases are training cases here",
             "reference": "https://amos22.grand-challenge.org, https://zenodo.org/records/7262581",
-            # headers of AMOS are not uniform: nnU-Net's own converters ask for the same reader
+            # headers of AMOS are not uniform: nnU-Net's own converters request the same reader
             "overwrite_image_reader_writer": "NibabelIOWithReorient",
         },
     )
@@ -123,7 +123,7 @@ def _add_part(
     pair(found, images, labels, declared=named)
     unnamed = sorted(set(images) - set(named))
     if part in declared and unnamed:
-        found.warnings.append(f"{part}: dataset.json does not name {', '.join(unnamed)}; taken all the same")
+        found.warnings.append(f"{part}: dataset.json does not list {', '.join(unnamed)}; included anyway")
     for modality in ("CT", "MR")[:task]:
         count = sum(modality_of(number_of(case) or 0) == modality for case in images)
         if count != _OFFICIAL[part, modality]:
@@ -131,13 +131,13 @@ def _add_part(
 
 
 def _wanted(files: dict[str, Path], found: Download, task: Task) -> dict[str, Path]:
-    """Keep the files of the task's modality; say which are left out because they are damaged or have another name."""
+    """Files of the task's modality; warns about those skipped because of their name or known damage."""
     for case, path in files.items():
         number = number_of(case)
         if number is None:
-            found.warnings.append(f"{path.parent.name}/{path.name}: left out, its name is not like amos_0001.nii.gz")
+            found.warnings.append(f"{path.parent.name}/{path.name}: skipped, its name is not like amos_0001.nii.gz")
         elif number in DAMAGED:
-            found.warnings.append(f"{path.parent.name}/{path.name}: left out, known to be damaged")
+            found.warnings.append(f"{path.parent.name}/{path.name}: skipped, known to be damaged")
     return {case: path for case, path in files.items() if _is_wanted(case, task)}
 
 
@@ -147,9 +147,9 @@ def _is_wanted(case: str, task: Task) -> bool:
 
 
 def _declared(path: Path, found: Download) -> dict[str, list[str]]:
-    """Case ids that the official dataset.json names, by part; its label values must be those of AMOS22."""
+    """Case ids in the official dataset.json, by part; its label values must be those of AMOS22."""
     if not path.is_file():
-        found.warnings.append("there is no dataset.json; the folders alone were read")
+        found.warnings.append("dataset.json does not exist; only the folders were read")
         return {}
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -157,7 +157,7 @@ def _declared(path: Path, found: Download) -> dict[str, list[str]]:
         ids = {part: [_id_of(entry) for entry in content[part]] for part in _PARTS if part in content}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(
-            "The download's dataset.json cannot be understood", where=path, found=f"{type(error).__name__}: {error}"
+            "The download's dataset.json is invalid", where=path, found=f"{type(error).__name__}: {error}"
         ) from error
     if values and values != sorted(LABELS.values()):
         found.faults.append(f"dataset.json declares the label values {values}, expected 0 to 15")
@@ -165,6 +165,6 @@ def _declared(path: Path, found: Download) -> dict[str, list[str]]:
 
 
 def _id_of(entry: Any) -> str:
-    """Case id of {"image": "./imagesTr/amos_0001.nii.gz", ...} or of the path alone."""
+    """Case id of {"image": "./imagesTr/amos_0001.nii.gz", ...} or of a path."""
     name = entry["image"] if isinstance(entry, dict) else entry
     return Path(name).name.removesuffix(".nii.gz")

@@ -1,7 +1,7 @@
-"""Challenge submissions: predictions are checked as strictly as a challenge might, then packed reproducibly.
+"""AMOS22 submissions: strict checks of the predictions, then a reproducible zip file.
 
-AMOS22 (amos22.grand-challenge.org): one zip with `results/amos_0001.nii.gz ...`, one file an image, named like it. What
-the pages leave open (voxel type, header) is held to the safest reading: uint8, and exactly the image's geometry.
+AMOS22 (amos22.grand-challenge.org): one zip with `results/amos_0001.nii.gz ...`, one file per image with its name. What
+the pages leave open (dtype, header) is interpreted strictly: uint8, and exactly the image's geometry.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import read_header, read_image, write_label
 from rfmedsam2.system.parallel import Track, map_cases, silent
 
-# zip's own zero, so that the same predictions give the same bytes
+# zip's earliest date, so that the same predictions give the same bytes
 _DATE = (1980, 1, 1, 0, 0, 0)
 _HIGHEST_LABEL = max(LABELS.values())
 _AFFINE_TOLERANCE_MM = 1e-4
@@ -35,7 +35,7 @@ FaultKind = Literal["missing", "extra", "unreadable", "geometry", "dtype", "labe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmissionFault:
-    """One thing that the challenge could refuse: case, file name, kind, and a sentence."""
+    """One reason for which the challenge could reject: case, file name, kind, and message."""
 
     case: str
     file: str
@@ -45,16 +45,16 @@ class SubmissionFault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmissionReport:
-    """What was checked and written.
+    """Result of checking and writing a submission.
 
     Attributes:
-        task: 1 (CT), 2 (CT and MR), or None: whatever images the folder holds.
+        task: 1 (CT), 2 (CT and MR), or None: all images in the folder.
         expected: ids that a submission must have, sorted.
-        faults: empty for a sound submission.
-        rewritten: ids whose voxels are stored as uint8 in the archive, since their file has another integer type.
-        ignored: names in the predictions' folder that are no NIfTI files and do not enter the archive.
-        archive: the zip, None when nothing was written.
-        sha256: digest of the zip.
+        faults: all faults; empty for a valid submission.
+        rewritten: ids that are converted to uint8 in the archive, because their file has another integer dtype.
+        ignored: names in the predictions' folder that are not NIfTI files and are left out of the archive.
+        archive: the zip file, None if nothing was written.
+        sha256: digest of the zip file.
     """
 
     task: int | None
@@ -71,15 +71,15 @@ class SubmissionReport:
 
 
 class RefusedSubmissionError(SubmissionError):
-    """A submission with faults; `report` has all of them, the message lists them."""
+    """A submission with faults, which `report` contains and the message lists."""
 
     def __init__(self, report: SubmissionReport, *, where: Path) -> None:
         lines = [f"{fault.file}: {fault.message}" for fault in report.faults]
         super().__init__(
-            f"The predictions have {len(lines)} fault(s) that AMOS22 would refuse",
+            f"The predictions have {len(lines)} fault(s) for which AMOS22 would reject them",
             where=where,
             found="\n  " + "\n  ".join(lines),
-            remedy="Nothing was written. Predict the named cases again, then run the same command",
+            remedy="Nothing was written. Predict these cases again, then run the same command",
         )
         self.report = report
         self.faults = report.faults
@@ -94,23 +94,23 @@ def submit_amos22(
     workers: int = 2,
     track: Track = silent,
 ) -> SubmissionReport:
-    """Check predictions against their images, then write the zip that AMOS22 takes.
+    """Check predictions against their images, then write the zip file for AMOS22.
 
     Args:
         predictions: folder of label maps `amos_0001.nii.gz`.
-        images: folder of the images they were made from, with or without `_0000`.
-        archive: the zip to write; it is deterministic: the same predictions give the same bytes.
-        task: 1 expects the CT images only, 2 all; None: all that the folder holds.
-        workers: files read at once.
+        images: folder of the images, with or without `_0000`.
+        archive: the zip file to write; the same predictions give the same bytes.
+        task: 1 expects only the CT images, 2 or None all images in the folder.
+        workers: number of files read in parallel.
         track: progress display.
 
     Raises:
-        RefusedSubmissionError: lists all faults of all files; nothing was written.
-        UsageError: no such folder, no images in it, or the archive is not a zip.
+        RefusedSubmissionError: there are faults; lists all of them, and nothing was written.
+        UsageError: a folder does not exist or holds no images, or the archive's name does not end in .zip.
         StoreError: the archive cannot be written or the disk is full.
     """
     if archive.suffix != ".zip":
-        raise UsageError("The archive is no zip", where=archive, expected="a name ending in .zip")
+        raise UsageError("The archive is not a zip file", where=archive, expected="a name ending in .zip")
     report = check_amos22(predictions, images, task=task, workers=workers, track=track)
     if report.faults:
         raise RefusedSubmissionError(report, where=predictions)
@@ -123,10 +123,10 @@ def submit_amos22(
 def check_amos22(
     predictions: Path, images: Path, *, task: Literal[1, 2] | None = None, workers: int = 2, track: Track = silent
 ) -> SubmissionReport:
-    """Check predictions against their images without writing; arguments and errors as in `submit_amos22`."""
+    """Check predictions against their images without writing; see `submit_amos22` for arguments and errors."""
     for folder in (predictions, images):
         if not folder.is_dir():
-            raise UsageError("There is no such folder", where=folder)
+            raise UsageError("The folder does not exist", where=folder)
     image_of = _expected(images, task)
     found = listed(predictions)
     both = sorted(set(image_of) & set(found))
@@ -159,7 +159,7 @@ def _expected(images: Path, task: int | None) -> dict[str, Path]:
     expected = {case: path for case, path in found.items() if task != 1 or _is_ct(case)}
     if not expected:
         raise UsageError(
-            "There are no images to expect predictions of",
+            "The folder holds no images",
             where=images,
             expected=f"files like amos_0002_0000{ENDING}" + (" of CT cases" if task == 1 else ""),
             found=f"{len(found)} NIfTI files",
@@ -168,15 +168,13 @@ def _expected(images: Path, task: int | None) -> dict[str, Path]:
 
 
 def _is_ct(case: str) -> bool:
-    # other names are for whoever made the folder to choose: they are expected in either task
+    # images with other names are expected in both tasks
     number = number_of(case)
     return number is None or modality_of(number) == "CT"
 
 
 def _missing(case: str) -> SubmissionFault:
-    return SubmissionFault(
-        case=case, file=f"{case}{ENDING}", kind="missing", message="there is no prediction of this image"
-    )
+    return SubmissionFault(case=case, file=f"{case}{ENDING}", kind="missing", message="this image has no prediction")
 
 
 def _extra(case: str, path: Path, task: int | None) -> SubmissionFault:
@@ -185,12 +183,12 @@ def _extra(case: str, path: Path, task: int | None) -> SubmissionFault:
     elif case.endswith("_0000"):
         message = "predictions are named without _0000"
     else:
-        message = "there is no image of this name"
+        message = "no image has this name"
     return SubmissionFault(case=case, file=path.name, kind="extra", message=message)
 
 
 def _check(case: str, prediction: Path, image: Path) -> tuple[list[SubmissionFault], bool]:
-    """All faults of one file, and whether it must be rewritten as uint8."""
+    """All faults of one file, and whether it must be converted to uint8."""
     faults: list[SubmissionFault] = []
 
     def fault(kind: FaultKind, message: str) -> None:
@@ -226,7 +224,7 @@ def _check(case: str, prediction: Path, image: Path) -> tuple[list[SubmissionFau
 def _differences(
     header: ImageHeader, raw: Nifti1Header, image_header: ImageHeader, image_raw: Nifti1Header
 ) -> Iterator[str]:
-    """Every way in which a prediction's geometry is not its image's."""
+    """All differences between the geometry of a prediction and its image."""
     if header.channels != 1:
         yield f"it has {header.channels} channels, expected one"
     if header.grid.shape_zyx != image_header.grid.shape_zyx:
@@ -243,7 +241,7 @@ def _differences(
 
 
 def _raw(header: ImageHeader) -> Nifti1Header:
-    # `listed` takes NIfTI names only, and the reader gives the header block of every NIfTI file
+    # `listed` accepts only NIfTI names, and the reader returns the header block of every NIfTI file
     block = b"" if header.nifti is None else header.nifti.block
     kind = Nifti1Header if len(block) == 348 else Nifti2Header
     return kind(binaryblock=block, endianness="<", check=False)
@@ -254,7 +252,7 @@ def _affine(raw: Nifti1Header) -> np.ndarray:
 
 
 def _unscaled(slope: float, intercept: float) -> bool:
-    # NIfTI: a slope of 0 or one that is no number means that scaling is not used
+    # NIfTI: a slope of 0 or NaN means that scaling is not used
     return slope == 0 or not np.isfinite(slope) or (slope == 1 and (intercept == 0 or not np.isfinite(intercept)))
 
 
@@ -277,7 +275,7 @@ def _write_zip(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
     with zipfile.ZipFile(path, "w", compression=zipfile.ZIP_STORED, strict_timestamps=True) as target:
         for name, data in members:
             member = zipfile.ZipInfo(name, date_time=_DATE)
-            # the same on every system: made on Unix, rw-r--r--
+            # the same on every system: created on Unix, rw-r--r--
             member.create_system = 3
             member.external_attr = 0o100644 << 16
             target.writestr(member, data)

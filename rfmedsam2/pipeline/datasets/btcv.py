@@ -43,13 +43,13 @@ _OFFICIAL_TEST_CASES = 20
 def convert_btcv(
     download: Path, raw: Path, *, options: ConvertOptions | None = None, track: Track = silent
 ) -> Conversion:
-    """Build Dataset217_BTCV from Training/img, Training/label and, where it is there, Testing/img.
+    """Build Dataset217_BTCV from Training/img, Training/label and, if it exists, Testing/img.
 
-    `download` is the folder with `Training`, or one or two above it (`RawData`, `Abdomen/RawData`, as extracted). Cases
+    `download` is the folder with `Training`, or one or two levels above it (`RawData`, `Abdomen/RawData`). Cases
     keep the official names: img0001 ...
 
     Raises:
-        DatasetError: this is no BTCV download, or lists every fault of every case.
+        DatasetError: the folder is not a BTCV download, or cases have faults; lists all of them.
         UsageError: the dataset exists and `options.force` is not set.
         StoreError: the raw folder cannot be written, or files cannot be linked.
     """

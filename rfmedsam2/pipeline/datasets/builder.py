@@ -1,4 +1,4 @@
-"""Building a raw dataset folder: it appears complete under its name, or not at all."""
+"""Creating a raw dataset folder atomically, and writing its dataset.json."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from rfmedsam2.store.layout import DATASET_FOLDER
 
 @contextmanager
 def new_dataset(raw: Path, name: str, *, force: bool = False) -> Iterator[Path]:
-    """Give an empty folder beside `raw`/`name`; on success it becomes that dataset, on any error nothing is left.
+    """Yield an empty folder in `raw`; on success it is renamed to `name`, on an error it is removed.
 
     Raises:
-        UsageError: the name is no dataset name, or the dataset exists and `force` is not set.
+        UsageError: the name is not a dataset name, or the dataset exists and `force` is not set.
         StoreError: the folder cannot be written or the disk is full.
     """
     if DATASET_FOLDER.fullmatch(name) is None or Path(name).name != name:
-        raise UsageError("That is no name for a dataset", expected="a name like Dataset217_BTCV", found=name)
+        raise UsageError("Invalid dataset name", expected="a name like Dataset217_BTCV", found=name)
     target = raw / name
     if target.exists() and not force:
         raise UsageError(
             "The dataset exists already",
             where=target,
-            remedy="Choose another name or raw folder, or ask for it to be replaced (--force)",
+            remedy="Choose another name or raw folder, or replace it with --force",
         )
     if raw.exists() and not raw.is_dir():
-        raise StoreError("A file stands where a folder is needed", where=raw, remedy="Choose another raw folder")
+        remedy = "Choose another raw folder"
+        raise StoreError("Expected a folder, but a file exists at this path", where=raw, remedy=remedy)
     with writing_to(target):
         raw.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".partial-", suffix=f"-{name}", dir=raw))
     try:
         with writing_to(target):
             yield building
-            # mkdtemp makes folders private; give it the permissions of the folder that it lies in
+            # mkdtemp makes folders private; use the permissions of the parent folder
             building.chmod(raw.stat().st_mode & 0o777)
             _swap_in(building, target)
     finally:
@@ -55,7 +56,7 @@ def write_dataset_json(
     training: int,
     further: Mapping[str, object] | None = None,
 ) -> None:
-    """Write nnU-Net v2's dataset.json for NIfTI files, validated; `further` fields are added as they are."""
+    """Write nnU-Net v2's dataset.json for NIfTI files, validated; `further` fields are added unchanged."""
     record = DatasetJson.parse(
         {
             "channel_names": {str(i): channel for i, channel in enumerate(channels)},
@@ -73,7 +74,7 @@ def _swap_in(building: Path, target: Path) -> None:
     if not target.exists():
         building.rename(target)
         return
-    # keep the old dataset until the new one stands in its place
+    # keep the old dataset until the new one has replaced it
     old = building.with_name(building.name + "-replaced")
     target.rename(old)
     try:

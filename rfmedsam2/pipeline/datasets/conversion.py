@@ -1,7 +1,7 @@
-"""What the converters of official downloads share: finding pairs, checking them, building the raw dataset.
+"""Common code of the converters of official downloads: pairing files, checking them, building the raw dataset.
 
-A converter says what a download should hold (`Download`); `convert` checks every file first, reports all faults at
-once, and only then builds the dataset, which appears complete or not at all.
+A converter describes the download (`Download`); `convert` first checks every file, reports all faults at once, and only
+then builds the dataset, atomically.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Placement = Literal["copy", "hardlink", "symlink"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
-    """How a dataset is built from a download.
+    """Options of a conversion.
 
     Attributes:
-        how: copy the files, or link them: a hard link needs the same disk, a symbolic link needs the download to
-            stay where it is.
+        how: copy the files or link them: hard links need the same file system, symbolic links need the download to
+            stay in place.
         force: replace a dataset of the same name.
-        workers: files checked and written at once.
+        workers: number of files checked and written in parallel.
     """
 
     how: Placement = "copy"
@@ -46,7 +46,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One case of a download; without a label it is a test case."""
+    """One case of a download; a test case if it has no label."""
 
     id: str
     image: Path
@@ -55,18 +55,18 @@ class Source:
 
 @dataclass(slots=True, kw_only=True)
 class Download:
-    """A download as it was found, and the dataset that it is to become.
+    """The contents of a download, and the dataset to build from it.
 
     Attributes:
-        what: what messages call it.
-        folder: where it lies.
+        what: name of the download in messages.
+        folder: folder of the download.
         name: folder name of the dataset.
-        channels: channel names; images must have as many channels.
-        labels: name -> value of everything that label files may hold.
+        channels: channel names; images must have this number of channels.
+        labels: name -> value of all values allowed in label files.
         sources: all cases.
-        faults: what already forbids a conversion.
-        warnings: what the user should know.
-        further: further fields of dataset.json.
+        faults: faults found so far; any fault prevents the conversion.
+        warnings: notes for the user.
+        further: additional fields of dataset.json.
     """
 
     what: str
@@ -82,7 +82,7 @@ class Download:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """What was built: the dataset's folder, numbers of cases, and what the user should know."""
+    """Result of a conversion: the dataset's folder, numbers of cases, and notes for the user."""
 
     folder: Path
     training: int
@@ -94,11 +94,11 @@ def convert(download: Download, raw: Path, *, options: ConvertOptions, track: Tr
     """Check all files of a download, then build the dataset `raw`/`download.name`.
 
     Raises:
-        DatasetError: lists every fault of every case.
+        DatasetError: cases have faults; lists all of them.
         UsageError: the dataset exists and `options.force` is not set.
         StoreError: the raw folder cannot be written, or files cannot be linked.
     """
-    # before the long check: a dataset that is in the way
+    # fail before the long check if the dataset already exists
     with new_dataset(raw, download.name, force=options.force) as building:
         _raise_faults(download, _check_all(download, options, track))
         for part in ("imagesTr", "labelsTr", *(("imagesTs",) if _tests(download) else ())):
@@ -129,18 +129,18 @@ def convert(download: Download, raw: Path, *, options: ConvertOptions, track: Tr
 
 
 def folder_of(download: Path, candidates: Iterable[str], *, what: str, expected: str) -> Path:
-    """Find the first of `candidates` (paths below `download`) that is a folder.
+    """Find the first of `candidates` (relative to `download`) that is a folder.
 
     Raises:
-        DatasetError: the download is not there or has none of them.
+        DatasetError: the download does not exist or has none of them.
     """
     if not download.is_dir():
-        raise DatasetError(f"There is no {what} download", where=download, expected="the folder of the extracted files")
+        raise DatasetError(f"The {what} download does not exist", where=download, expected="its extracted folder")
     for candidate in candidates:
         if (download / candidate).is_dir():
             return download / candidate
     raise DatasetError(
-        f"This is no {what} download",
+        f"This folder is not a {what} download",
         where=download,
         expected=expected,
         found=", ".join(sorted(p.name for p in download.iterdir())[:8]) or "an empty folder",
@@ -149,10 +149,10 @@ def folder_of(download: Path, candidates: Iterable[str], *, what: str, expected:
 
 
 def listed(folder: Path, pattern: str = r"(.+)") -> dict[str, Path]:
-    """NIfTI files of a folder: what group 1 of `pattern` matches in the name without its ending -> path, sorted.
+    """NIfTI files of a folder: group 1 of `pattern`, matched to the name without ending -> path, sorted.
 
-    Hidden files (among them the `._` files that macOS puts into archives) and other kinds are left out; a folder that
-    is not there counts as empty.
+    Hidden files (such as the `._` files that macOS adds to archives) and other formats are skipped; a folder that does
+    not exist counts as empty.
     """
     if not folder.is_dir():
         return {}
@@ -167,11 +167,11 @@ def listed(folder: Path, pattern: str = r"(.+)") -> dict[str, Path]:
 def pair(
     download: Download, images: Mapping[str, Path], labels: Mapping[str, Path], *, declared: Iterable[str] = ()
 ) -> None:
-    """Add the training cases that either side has or that are declared; a missing image or label is a fault."""
+    """Add all training cases with an image, a label or a declaration; a missing image or label is a fault."""
     for case in sorted({*images, *labels, *declared}):
         missing = [kind for kind, files in (("image", images), ("label", labels)) if case not in files]
         if missing:
-            download.faults.append(f"{case}: there is no {' and no '.join(missing)}")
+            download.faults.append(f"{case}: missing {' and '.join(missing)}")
         else:
             download.sources.append(Source(id=case, image=images[case], label=labels[case]))
 
@@ -193,7 +193,7 @@ def _check_all(download: Download, options: ConvertOptions, track: Track) -> lis
 
 
 def _check(source: Source, download: Download) -> list[str]:
-    """All faults of one case: unreadable files, channels, geometry of the pair, label values."""
+    """All faults of one case: unreadable files, number of channels, mismatched geometry, label values."""
     faults: list[str] = []
     grid = None
     try:
@@ -222,13 +222,13 @@ def _check(source: Source, download: Download) -> list[str]:
 
 def _raise_faults(download: Download, faults: list[str]) -> None:
     if not faults and not any(source.label for source in download.sources):
-        faults = ["no labeled case was found"]
+        faults = ["no labeled cases were found"]
     if faults:
         raise DatasetError(
             f"The {download.what} download has {len(faults)} fault(s)",
             where=download.folder,
             found="\n  " + "\n  ".join(faults),
-            remedy="Nothing was written. Download or extract the named files again, or remove them from the download",
+            remedy="Nothing was written. Download or extract these files again, or remove them from the download",
         )
 
 
@@ -259,7 +259,7 @@ def _transfer(source: Path, target: Path, how: Placement) -> None:
 
 
 def _split_channels(source: Source, folder: Path) -> None:
-    """Write each channel of a 4D NIfTI file as its own 3D file, header and voxel type kept."""
+    """Write each channel of a 4D NIfTI file as a 3D file with the same header and dtype."""
     image = nibabel.load(source.image)
     if not isinstance(image, nibabel.Nifti1Image):
         raise DatasetError("A file with several channels is not NIfTI", where=source.image)
@@ -269,7 +269,7 @@ def _split_channels(source: Source, folder: Path) -> None:
     for number in range(voxels.shape[-1]):
         header = image.header.copy()
         header.set_data_dtype(voxels.dtype)
-        # five axes: some writers put the channels on NIfTI's fifth
+        # five axes: some programs put the channels on NIfTI's fifth axis
         channel = nibabel.Nifti1Image(voxels[..., number].reshape(voxels.shape[:3]), None, header=header)
         with atomic(folder / f"{source.id}_{number:04d}{ENDING}") as temporary:
             nibabel.save(channel, temporary)

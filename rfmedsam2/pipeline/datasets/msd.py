@@ -1,4 +1,4 @@
-"""Medical Segmentation Decathlon: TaskXX_Name as downloaded -> DatasetXXX_Name; 4D images become one file a channel."""
+"""Medical Segmentation Decathlon: TaskXX_Name -> DatasetXXX_Name; 4D images become one file per channel."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def convert_msd(
     Args:
         download: the folder TaskXX_Name.
         raw: the raw folder in which the dataset appears.
-        dataset_id: another number than the task's.
-        options: copy or link, replace, workers. Images with several channels are always written anew.
+        dataset_id: number of the dataset; None: the task's.
+        options: copy or link, replace, workers. Images with several channels are always rewritten.
         track: progress display.
 
     Raises:
-        DatasetError: this is no MSD task, or lists every fault of every case.
-        UsageError: no number for the dataset, or it exists and `options.force` is not set.
+        DatasetError: the folder is not an MSD task, or cases have faults; lists all of them.
+        UsageError: the dataset has no number, or it exists and `options.force` is not set.
         StoreError: the raw folder cannot be written, or files cannot be linked.
     """
     home = folder_of(download, ("imagesTr",), what="MSD", expected="dataset.json, imagesTr and labelsTr").parent
@@ -63,7 +63,7 @@ def convert_msd(
         if case in tests:
             found.sources.append(Source(id=case, image=tests[case]))
         else:
-            found.faults.append(f"{case}: dataset.json names this test case, there is no image")
+            found.faults.append(f"{case}: dataset.json lists this test case, but it has no image")
     _compare_with_declared(found, content, set(images) - set(named))
     return convert(found, raw, options=options or ConvertOptions(), track=track)
 
@@ -85,7 +85,7 @@ def _content(path: Path) -> dict[str, Any]:
         _ = [_id_of(entry) for entry in [*content["training"], *content.get("test", [])]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(
-            "The MSD download's dataset.json cannot be understood",
+            "The MSD download's dataset.json is invalid",
             where=path,
             expected="modality, labels and training as the Decathlon writes them",
             found=f"{type(error).__name__}: {error}",
@@ -93,9 +93,9 @@ def _content(path: Path) -> dict[str, Any]:
         ) from error
     if not sound:
         raise DatasetError(
-            "The MSD download's dataset.json numbers its channels or labels wrongly",
+            "The MSD download's dataset.json has invalid channel or label numbers",
             where=path,
-            expected="channels 0, 1, ... and no negative label",
+            expected="channels 0, 1, ... and no negative labels",
             found=f"channels {list(content['modality'])}, labels {list(content['labels'])}",
         )
     return content
@@ -107,7 +107,7 @@ def _dataset_name(home: Path, content: dict[str, Any], dataset_id: int | None) -
     name = match.group(2) if match else re.sub(r"\W+", "_", str(content.get("name", ""))).strip("_")
     if number is None or not name or not 0 < number < 1000:
         raise UsageError(
-            "The dataset has no usable number or name",
+            "The dataset has no valid number or name",
             where=home,
             expected="a folder like Task04_Hippocampus, or a number from 1 to 999 (--dataset-id)",
             found=home.name if dataset_id is None else dataset_id,
@@ -118,16 +118,14 @@ def _dataset_name(home: Path, content: dict[str, Any], dataset_id: int | None) -
 def _compare_with_declared(found: Download, content: dict[str, Any], unnamed: set[str]) -> None:
     if unnamed:
         names = ", ".join(sorted(unnamed)[:10]) + (" ..." if len(unnamed) > 10 else "")
-        found.warnings.append(
-            f"dataset.json does not name {len(unnamed)} training case(s): {names}; taken all the same"
-        )
+        found.warnings.append(f"dataset.json does not list {len(unnamed)} training case(s): {names}; included anyway")
     tests = sum(source.label is None for source in found.sources)
     for key, count in (("numTraining", len(found.sources) - tests), ("numTest", tests)):
         if key in content and content[key] != count:
-            found.warnings.append(f"{key} is {content[key]} in dataset.json, {count} were found")
+            found.warnings.append(f"{key} is {content[key]} in dataset.json, but {count} were found")
 
 
 def _id_of(entry: Any) -> str:
-    """Case id of {"image": "./imagesTr/x.nii.gz", ...} or of the path alone; only the file name counts."""
+    """Case id of {"image": "./imagesTr/x.nii.gz", ...} or of a path; only the file name matters."""
     name = entry["image"] if isinstance(entry, dict) else entry
     return Path(name).name.removesuffix(ENDING)

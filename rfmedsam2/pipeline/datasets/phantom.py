@@ -1,7 +1,7 @@
-"""A synthetic abdominal CT (or MR) data set with BTCV's 13 organs, made from a seed and nothing else.
+"""A synthetic abdominal CT or MR dataset with BTCV's 13 organs, generated from a seed.
 
-It exists so that every command can be tried, and every installation tested, without any download. The images look like
-abdominal scans and can be learned from; they say nothing about anatomy or disease.
+It serves to try every command and to test installations without a download. The images look like abdominal scans and
+can be learned from, but they are not a model of real anatomy or disease.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ _TISSUES: dict[str, tuple[float, float, float, float]] = {
     "adrenal": (28, 62, 72, 170),
 }
 _PHASES = ("native", "arterial", "portal venous", "T1")
-# most abdominal scans, and all of BTCV, are portal venous
+# most abdominal scans, and all of BTCV's, are portal venous
 _CT_PHASE_SHARES = (0.1, 0.2, 0.7)
 _WARP_MM = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhantomCase:
-    """One synthetic scan: image int16 and labels uint8, both (Z,Y,X), on one grid; the contrast phase in words."""
+    """One synthetic scan: image int16 and labels uint8, both (Z,Y,X), on one grid; name of the contrast phase."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -89,27 +89,27 @@ def make_phantom(
     force: bool = False,
     track: Track = silent,
 ) -> Path:
-    """Write a synthetic dataset in nnU-Net's raw layout and give its folder.
+    """Write a synthetic dataset in nnU-Net's raw layout; returns its folder.
 
     Args:
         folder: the raw folder; the dataset becomes Dataset900_PhantomCT (or Dataset901_PhantomMR) in it.
-        cases: labeled training cases, in imagesTr and labelsTr.
-        test_cases: further cases, in imagesTs and labelsTs.
-        shape_zyx: largest number of voxels; each case is up to a tenth smaller. The same anatomy always fills the
-            field of view, so that a small shape is a small body.
-        spacing_mm: lowest and highest slice distance, then the same for the pixel size.
-        seed: case i is a function of seed and i alone.
+        cases: number of labeled training cases, in imagesTr and labelsTr.
+        test_cases: number of test cases, in imagesTs and labelsTs.
+        shape_zyx: largest shape; each case is up to a tenth smaller. The same anatomy always fills the
+            field of view, so a small shape is a small body.
+        spacing_mm: range of the slice distance, and range of the pixel size.
+        seed: random seed; case i depends only on seed and i.
         modality: "ct" (HU, with contrast phases) or "mr" (T1-like, with a bias field).
-        force: replace a dataset that is there already.
+        force: replace an existing dataset.
         track: progress display.
 
     Raises:
-        UsageError: a number that makes no dataset, or the dataset exists and `force` is not set.
+        UsageError: an invalid number, or the dataset exists and `force` is not set.
         StoreError: the folder cannot be written.
     """
     _check(cases, test_cases, shape_zyx, spacing_mm)
     if seed < 0:
-        raise UsageError("A seed cannot be negative", found=seed)
+        raise UsageError("The seed must not be negative", found=seed)
     with new_dataset(folder, NAMES[modality], force=force) as building:
         for number in track(range(cases + test_cases), "Phantom", cases + test_cases):
             case = phantom_case(shape_zyx, spacing_mm=spacing_mm, seed=(seed, number), modality=modality)
@@ -137,7 +137,7 @@ def phantom_case(
     seed: int | tuple[int, ...] = 0,
     modality: Modality = "ct",
 ) -> PhantomCase:
-    """One synthetic scan in memory; arguments as in `make_phantom`."""
+    """Make one synthetic scan in memory; see `make_phantom` for the arguments."""
     rng = np.random.default_rng(seed)
     grid = _draw_grid(rng, shape_zyx, spacing_mm)
     phase = 3 if modality == "mr" else int(rng.choice(3, p=_CT_PHASE_SHARES))
@@ -166,7 +166,7 @@ def write_image(path: Path, array_zyx: np.ndarray, grid: Grid) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Scene:
-    """The canvas: where each voxel lies in the (warped) body, its label and its intensity."""
+    """The canvas: position of each voxel in the (warped) body, its label and its intensity."""
 
     labels: np.ndarray
     values: np.ndarray
@@ -203,7 +203,7 @@ class _Scene:
         )
 
     def box(self, low: np.ndarray, high: np.ndarray) -> tuple[slice, slice, slice]:
-        """Index ranges (z, y, x) of the voxels that can lie between two corners (x, y, z)."""
+        """Index ranges (z, y, x) of the voxels that can be inside the box between two corners (x, y, z)."""
         margin = 3 * _WARP_MM
         ranges = [
             slice(int(np.searchsorted(axis, a - margin)), int(np.searchsorted(axis, b + margin)))
@@ -226,7 +226,7 @@ def _paint(scene: _Scene, part: Part, allowed: np.ndarray) -> None:
 
 
 def _paint_body(scene: _Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Skin, fat, wall, ribs, lungs, heart and table; gives the masks of body and abdominal cavity."""
+    """Paint skin, fat, wall, ribs, lungs, heart and table; returns the masks of body and abdominal cavity."""
     x, y, z = scene.places
     wide, deep = rng.uniform(148, 162), rng.uniform(108, 120)
     fat, wall = rng.uniform(9, 20), rng.uniform(9, 13)
@@ -273,7 +273,7 @@ def _paint_table(scene: _Scene, deep: float) -> None:
 
 
 def _as_ct(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Partial volume, texture, correlated noise and streak-free rounding to int16 HU; works in place."""
+    """Add partial volume, texture and correlated noise, round to int16 HU without streaks; works in place."""
     ndimage.gaussian_filter(values, (0.35, 0.55, 0.55), output=values)
     values += ndimage.gaussian_filter(_noise(rng, values.shape), (0.8, 1.6, 1.6)) * np.float32(25)
     noise = ndimage.gaussian_filter(_noise(rng, values.shape), (0.3, 0.7, 0.7))
@@ -282,7 +282,7 @@ def _as_ct(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _as_mr(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Partial volume, a smooth bias field and Rician noise, int16; works in place."""
+    """Add partial volume, a smooth bias field and Rician noise, int16; works in place."""
     ndimage.gaussian_filter(values, (0.35, 0.55, 0.55), output=values)
     values *= np.exp(_smooth_field(rng, _shape(values), 0.25))
     sd = np.float32(rng.uniform(6, 12))
@@ -295,13 +295,13 @@ def _noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _smooth_field(rng: np.random.Generator, shape_zyx: Shape, amplitude: float) -> np.ndarray:
-    """Draw a field, float32, within about two amplitudes: Gaussian bumps on a coarse lattice, separable."""
+    """Draw a smooth field, float32, within about two amplitudes: separable Gaussian bumps on a coarse grid."""
     knots = 5
     field = rng.normal(0, amplitude, (knots, knots, knots)).clip(-2 * amplitude, 2 * amplitude).astype(np.float32)
     for n in shape_zyx:
         t = (np.arange(n, dtype=np.float32) + 0.5) / n
         weights = np.exp(-0.5 * ((t[:, None] - np.linspace(0, 1, knots, dtype=np.float32)) * (knots - 1) / 0.6) ** 2)
-        # contracts the first axis and appends the new one: after three rounds the order is z, y, x again
+        # contracts the first axis and appends the new one: after three iterations the order is z, y, x again
         field = np.tensordot(field, weights / weights.sum(1, keepdims=True), axes=(0, 1))
     return field
 
@@ -321,17 +321,17 @@ def _shape(array: np.ndarray) -> Shape:
 def _check(cases: int, test_cases: int, shape_zyx: Shape, spacing_mm: tuple[Range, Range]) -> None:
     if cases < 1 or test_cases < 0:
         raise UsageError(
-            "That number of cases makes no dataset",
-            expected="at least one training case and no negative number of test cases",
+            "Invalid number of cases",
+            expected="at least one training case, and zero or more test cases",
             found=f"{cases} and {test_cases}",
         )
     if min(shape_zyx) < 8:
         raise UsageError(
-            "That shape is too small for an abdomen", expected="at least 8 voxels along each axis", found=shape_zyx
+            "The shape is too small for an abdomen", expected="at least 8 voxels along each axis", found=shape_zyx
         )
     if any(not 0 < low <= high < 100 for low, high in spacing_mm):
         raise UsageError(
-            "That spacing is impossible",
+            "Invalid spacing",
             expected="lowest and highest spacing, above 0 and below 100 mm",
             found=spacing_mm,
         )

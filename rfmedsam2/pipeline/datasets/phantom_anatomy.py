@@ -1,8 +1,8 @@
-"""The phantom's anatomy: which shapes an upper abdomen is made of, where they lie and how much they vary.
+"""The phantom's anatomy: shapes, positions and variation of the structures of an upper abdomen.
 
 All lengths are millimeters of an adult body in LPS coordinates (+x the patient's left, +y posterior, +z superior), with
 the origin in the middle of the field of view, which spans `FIELD_MM`. Positions and sizes are typical values of
-anatomy textbooks, small organs a little enlarged so that coarse grids keep them.
+anatomy textbooks; small organs are slightly enlarged so that coarse grids keep them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Ellipsoid:
     power: float = 2.0
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest corner (x, y, z) of a box that holds the shape."""
-        # the corners of the frame's box hold any power
+        """Lowest and highest corner (x, y, z) of a box around the shape."""
+        # the box in the rotated frame contains the shape for any power
         reach = np.abs(self.rotation) @ np.asarray(self.semi)
         return np.asarray(self.center) - reach, np.asarray(self.center) + reach
 
     def level(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Distance from the center as a share of the surface's distance: below 1 inside, 1 on the surface."""
+        """Distance from the center relative to the surface's: below 1 inside, 1 on the surface."""
         dx, dy, dz = (c - np.float32(c0) for c, c0 in zip((x, y, z), self.center, strict=True))
         total = np.zeros_like(dx)
         for axis, semi in enumerate(self.semi):
@@ -54,12 +54,12 @@ class Tube:
     radii: tuple[float, ...]
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest corner (x, y, z) of a box that holds the shape."""
+        """Lowest and highest corner (x, y, z) of a box around the shape."""
         points, radii = np.asarray(self.points), np.asarray(self.radii)[:, None]
         return (points - radii).min(0), (points + radii).max(0)
 
     def level(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Distance from the center line as a share of the radius there: below 1 inside."""
+        """Distance from the center line relative to the radius there: below 1 inside."""
         lowest = np.full(np.broadcast_shapes(x.shape, y.shape, z.shape), np.inf, np.float32)
         for start, stop, r0, r1 in zip(self.points, self.points[1:], self.radii, self.radii[1:], strict=False):
             run = np.subtract(stop, start).astype(np.float32)
@@ -73,22 +73,22 @@ class Tube:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One thing to paint: a shape filled with a tissue; later parts cover earlier ones."""
+    """A shape filled with a tissue; later parts overwrite earlier ones."""
 
     shape: Ellipsoid | Tube
     tissue: str
     label: int = 0
     size: float = 1.0
-    """Paint where the level is below this: below 1 for a core inside an organ."""
+    """Paint where the level is below this; less than 1 for a core inside an organ."""
     in_front_of_y: float | None = None
-    """Only voxels with a smaller y: gas rises to the front of a patient who lies on the back."""
+    """Paint only voxels with a smaller y: gas rises to the front of a supine patient."""
     in_cavity: bool = True
-    """Only inside the abdominal cavity, below the diaphragm; else anywhere under the skin."""
+    """Paint only inside the abdominal cavity, below the diaphragm; else anywhere under the skin."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Variation:
-    """Draws what differs from body to body."""
+    """Draws the individual variation of a body."""
 
     rng: np.random.Generator
 
@@ -99,7 +99,7 @@ class _Variation:
     def ellipsoid(
         self, center: Point, semi: Point, *, turn_degrees: Point = (0, 0, 0), power: float = 2.3
     ) -> Ellipsoid:
-        """Draw an organ with its own position, size (8 % common, 5 % an axis) and rotation (6 degrees)."""
+        """Draw an organ with varied position, size (8 % overall, 5 % per axis) and rotation (6 degrees)."""
         scale = np.exp(self.rng.normal(0, 0.08) + self.rng.normal(0, 0.05, 3)).clip(0.8, 1.25)
         a, b, c = (np.asarray(semi) * scale).tolist()
         angles = np.radians(np.asarray(turn_degrees) + self.rng.normal(0, 6, 3))
@@ -113,13 +113,13 @@ class _Variation:
 
 
 def upper_abdomen(rng: np.random.Generator) -> list[Part]:
-    """Everything inside the body wall in painting order; a new body for each state of the generator."""
+    """Everything inside the body wall in painting order; a different body for each state of `rng`."""
     vary = _Variation(rng)
     return [*_bowel(vary), *_large_organs(vary), *_retroperitoneum(vary), *_vessels_and_small_organs(vary)]
 
 
 def spine(rng: np.random.Generator) -> list[Part]:
-    """Vertebral column and the muscles beside it; not bound to the abdominal cavity."""
+    """Vertebral column and the muscles beside it; not limited to the abdominal cavity."""
     vary = _Variation(rng)
     parts: list[Part] = []
     for side in (-1, 1):

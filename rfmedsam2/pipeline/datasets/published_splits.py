@@ -1,4 +1,4 @@
-"""Splits that papers name, by the case numbers of the official downloads.
+"""Published splits of BTCV and AMOS22, by the case numbers of the official downloads.
 
 btcv_24_6      BTCV, 24 training and 6 validation cases (UNETR, Swin UNETR: the json file that MONAI distributes)
 synapse_18_12  BTCV, 18 training and 12 test cases (TransUNet's lists)
@@ -14,7 +14,7 @@ from rfmedsam2.records.plan import Split
 
 
 def _numbers(text: str) -> frozenset[int]:
-    """Numbers and ranges: "1-3 7" -> {1, 2, 3, 7}."""
+    """Parse numbers and ranges: "1-3 7" -> {1, 2, 3, 7}."""
     spans = [[int(end) for end in part.split("-")] for part in text.split()]
     return frozenset(n for span in spans for n in range(span[0], span[-1] + 1))
 
@@ -52,7 +52,7 @@ PUBLISHED: dict[str, tuple[tuple[frozenset[int], frozenset[int]], ...]] = {
         (_one_modality(AMOS_TRAINING, ct=False), _one_modality(AMOS_VALIDATION, ct=False)),
     ),
 }
-"""Name -> (training numbers, validation numbers), one pair for each form of the dataset."""
+"""Name -> (training numbers, validation numbers), one pair per variant of the dataset."""
 
 
 def case_number(case: str) -> int | None:
@@ -62,7 +62,7 @@ def case_number(case: str) -> int | None:
 
 
 def published_split(name: str, ids: Sequence[str]) -> Split | None:
-    """Give the published split `name` over these ids, None unless their numbers are exactly the published ones."""
+    """The published split `name` over these ids; None if their numbers are not exactly the published ones."""
     by_number = {number: case for case in ids if (number := case_number(case)) is not None}
     if len(by_number) != len(ids):
         return None

@@ -1,7 +1,7 @@
-"""Splits: who trains, who validates. Decided when a dataset is planned, kept in nnU-Net's splits_final.json.
+"""Cross-validation splits, made when a dataset is planned and stored in nnU-Net's splits_final.json.
 
-Five seeded folds equal nnU-Net's; with groups (patients) whole groups are dealt out. Splits that the field names
-(BTCV 24/6, Synapse 18/12, AMOS22) stand beside them in splits_named.json and are chosen by name instead of a number.
+Five seeded folds equal nnU-Net's; with groups (patients), whole groups are assigned. Published splits (BTCV 24/6,
+Synapse 18/12, AMOS22) are stored in splits_named.json and selected by name instead of a number.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from rfmedsam2.store.layout import Layout
 
 FOLDS = 5
 SEED = 12345
-"""nnU-Net's."""
+"""Seed of nnU-Net's folds."""
 NAMED_FILE = "splits_named.json"
 
 
 class SplittableCase(Protocol):
-    """What splitting reads of a case."""
+    """The attributes of a case that splitting uses."""
 
     @property
     def id(self) -> str:
@@ -44,7 +44,7 @@ class SplittableCase(Protocol):
 
 
 class SplittableDataset(Protocol):
-    """What splitting reads of a raw dataset."""
+    """The attributes of a raw dataset that splitting uses."""
 
     @property
     def name(self) -> str:
@@ -68,15 +68,15 @@ class SplittableDataset(Protocol):
 
 
 def groups_of(dataset: SplittableDataset, pattern: str | None = None) -> dict[str, str]:
-    """Case id -> group. A case without a group is a group of its own.
+    """Case id -> group. A case without a group forms its own group.
 
     Args:
         dataset: cases with the groups of dataset.json.
-        pattern: regular expression searched in each id; its first bracket (or the whole match) is the group. None: the
+        pattern: regular expression searched in each id; its first capture group (or the match) is the group. None: the
             groups of dataset.json.
 
     Raises:
-        UsageError: the pattern is no regular expression, or fits no id.
+        UsageError: the pattern is not a regular expression, or matches no id.
     """
     if pattern is None:
         named = dataset.json.groups or {}
@@ -84,13 +84,13 @@ def groups_of(dataset: SplittableDataset, pattern: str | None = None) -> dict[st
     try:
         matches = {case.id: re.search(pattern, case.id) for case in dataset.training}
     except re.error as error:
-        raise UsageError(f"--group-regex is no regular expression ({error})", where=pattern) from None
+        raise UsageError(f"--group-regex is not a regular expression ({error})", where=pattern) from None
     if not any(matches.values()):
         raise UsageError(
-            "--group-regex fits no case id",
+            "--group-regex matches no case id",
             where=pattern,
             found=", ".join(list(matches)[:3]),
-            remedy="Write it so that the first bracket holds the patient, for instance '(sub\\d+)_'",
+            remedy="Let its first capture group match the patient, for instance '(sub\\d+)_'",
         )
     return {i: (m.group(1) if m.re.groups else m.group()) or i if m else i for i, m in matches.items()}
 
@@ -98,16 +98,16 @@ def groups_of(dataset: SplittableDataset, pattern: str | None = None) -> dict[st
 def make_splits(groups: Mapping[str, str], *, folds: int = FOLDS, seed: int = SEED) -> list[Split]:
     """Seeded folds over groups; equal to nnU-Net's `generate_crossval_split` where every case is its own group.
 
-    Fewer groups than folds: one fold a group. A single group: one fold that validates on its training cases (see
-    `warnings_of`).
+    With fewer groups than folds, there is one fold per group. With a single group, there is one fold that validates on
+    its training cases (see `warnings_of`).
 
     Args:
         groups: case id -> group (`groups_of`).
-        folds: wanted number.
-        seed: of the shuffle.
+        folds: number of folds.
+        seed: seed of the shuffle.
 
     Raises:
-        DatasetError: no cases.
+        DatasetError: there are no cases.
     """
     if not groups:
         raise DatasetError("There are no training cases to split")
@@ -131,7 +131,7 @@ def make_splits(groups: Mapping[str, str], *, folds: int = FOLDS, seed: int = SE
 
 
 def _kfold(count: int, folds: int, seed: int) -> list[list[int]]:
-    """Deal out indices to folds: scikit-learn's KFold(folds, shuffle=True, random_state=seed)."""
+    """Assign indices to folds: scikit-learn's KFold(folds, shuffle=True, random_state=seed)."""
     if folds < 2:
         raise UsageError("Too few folds", expected="at least 2", found=folds)
     order = np.arange(count)
@@ -142,13 +142,13 @@ def _kfold(count: int, folds: int, seed: int) -> list[list[int]]:
 
 
 def named_splits(dataset: SplittableDataset) -> dict[str, Split]:
-    """Every split with a name that these cases allow.
+    """All named splits of these cases.
 
-    Those that dataset.json gives under "splits" (name -> {"train": [...], "val": [...]}), and the published ones
+    These are the splits in dataset.json under "splits" (name -> {"train": [...], "val": [...]}), and the published ones
     whose case numbers are exactly these.
 
     Raises:
-        DatasetError: a split of dataset.json does not fit the cases.
+        DatasetError: a split in dataset.json does not match the cases.
     """
     ids = [case.id for case in dataset.training]
     given = (dataset.json.model_extra or {}).get("splits") or {}
@@ -164,7 +164,7 @@ def named_splits(dataset: SplittableDataset) -> dict[str, Split]:
 
 
 def leaks(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[str]:
-    """One sentence for every group (patient) that stands on both sides of a split."""
+    """One sentence per split with groups (patients) in both training and validation."""
     found = []
     for name, split in splits.items():
         train = {groups.get(case, case) for case in split.train}
@@ -176,16 +176,16 @@ def leaks(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[str]:
 
 
 def _advised(found: list[str]) -> list[str]:
-    """Leaks, and what to do about them."""
-    return [*found, "Delete splits_final.json and plan again to have folds that keep patients whole."] if found else []
+    """The leaks, and how to remove them."""
+    return [*found, "Delete splits_final.json and plan again for folds that do not split patients."] if found else []
 
 
 def warnings_of(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[str]:
-    """Say what a user should know about splits that are allowed, one sentence each."""
+    """Warnings about valid splits, one sentence each."""
     found = _advised(leaks(splits, groups))
     for name, split in splits.items():
         if set(split.train) == set(split.val):
-            found.append(f"Split {name} validates on its training cases: its scores say nothing about new cases.")
+            found.append(f"Split {name} validates on its training cases, so its scores do not reflect unseen cases.")
     used = {case for split in splits.values() for case in (*split.train, *split.val)}
     unused = sorted(set(groups) - used)
     if splits and unused:
@@ -196,24 +196,24 @@ def warnings_of(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[
 def load_or_make_splits(
     dataset: SplittableDataset, layout: Layout, *, group_regex: str | None = None, folds: int = FOLDS, seed: int = SEED
 ) -> list[Split]:
-    """Give the folds of a dataset: those that exist (checked), else new ones; written with the named ones.
+    """Load and check the folds of a dataset, or make new ones; writes them and the named splits.
 
-    An existing splits_final.json in the preprocessed folder is kept; else one in the raw folder is taken.
+    An existing splits_final.json in the preprocessed folder is kept; otherwise one in the raw folder is used.
 
     Raises:
-        DatasetError: existing splits do not fit the cases, or raw and preprocessed folder disagree.
-        RecordError: an existing file is no splits file.
+        DatasetError: existing splits do not match the cases, or raw and preprocessed folder disagree.
+        RecordError: an existing file is not a splits file.
     """
     ids = [case.id for case in dataset.training]
     target = layout.splits_file(dataset.name)
     own, users = (_read_if_there(path, ids) for path in (target, dataset.folder / "splits_final.json"))
     if own is not None and users is not None and not _same(users, own[: len(users)]):
         raise DatasetError(
-            "Two files of splits disagree",
+            "Two splits files disagree",
             where=target,
             expected=f"the folds of {dataset.folder / 'splits_final.json'}",
-            found="others",
-            remedy="Delete the file that is out of date",
+            found="different folds",
+            remedy="Delete the outdated file",
         )
     splits = own or users
     if splits is None:
@@ -232,16 +232,16 @@ def read_splits(path: Path, ids: Sequence[str] | None = None) -> list[Split]:
 
     Args:
         path: the file.
-        ids: of the training cases; None: the file is not compared with the dataset.
+        ids: ids of the training cases; None: the file is not compared with the dataset.
 
     Raises:
-        RecordError: missing or not such a file.
-        DatasetError: a split names unknown cases, or a case on both sides.
+        RecordError: the file is missing or not a splits file.
+        DatasetError: a split names unknown cases, or a case in both training and validation.
     """
     data = _load(path)
     if not isinstance(data, list) or not data:
         raise RecordError(
-            "A splits file holds no list of folds", where=path, expected='[{"train": [...], "val": [...]}]'
+            "A splits file does not hold a list of folds", where=path, expected='[{"train": [...], "val": [...]}]'
         )
     splits = [Split.parse(entry, where=f"{path}, fold {fold}") for fold, entry in enumerate(data)]
     _check({f"fold {fold}": split for fold, split in enumerate(splits)}, ids, path)
@@ -249,10 +249,10 @@ def read_splits(path: Path, ids: Sequence[str] | None = None) -> list[Split]:
 
 
 def read_named_splits(path: Path, ids: Sequence[str] | None = None) -> dict[str, Split]:
-    """Read and check splits_named.json; arguments and errors as in `read_splits`."""
+    """Read and check splits_named.json; see `read_splits` for arguments and errors."""
     data = _load(path)
     if not isinstance(data, dict):
-        raise RecordError("A file of named splits holds no names", where=path, remedy="Delete it and plan again")
+        raise RecordError("A file of named splits is not a mapping", where=path, remedy="Delete it and plan again")
     named = {str(name): Split.parse(split, where=f"{path}, {name}") for name, split in data.items()}
     _check(named, ids, path)
     return named
@@ -262,15 +262,15 @@ def get_split(layout: Layout, dataset: str, fold: str, *, ids: Sequence[str] | N
     """Find the split of a fold: a number, "all" (train and validate on everything) or a name.
 
     Args:
-        layout: where the splits lie.
-        dataset: folder name.
-        fold: what the user named.
-        ids: of the training cases; None: all that the numbered folds name.
+        layout: the folder layout.
+        dataset: folder name of the dataset.
+        fold: the fold given by the user.
+        ids: ids of the training cases; None: all cases in the numbered folds.
 
     Raises:
-        UsageError: no such fold; lists those there are.
-        RecordError: the file of splits is missing or broken.
-        DatasetError: the splits do not fit the cases.
+        UsageError: the fold does not exist; lists the existing ones.
+        RecordError: the splits file is missing or damaged.
+        DatasetError: the splits do not match the cases.
     """
     path = layout.splits_file(dataset)
     folds = {str(number): split for number, split in enumerate(read_splits(path, ids))}
@@ -281,7 +281,7 @@ def get_split(layout: Layout, dataset: str, fold: str, *, ids: Sequence[str] | N
     if named_path.is_file():
         folds |= read_named_splits(named_path, ids)
     if fold not in folds:
-        raise UsageError("No such fold", where=fold, expected=f"one of {', '.join([*folds, 'all'])}")
+        raise UsageError("The fold does not exist", where=fold, expected=f"one of {', '.join([*folds, 'all'])}")
     return folds[fold]
 
 
@@ -290,7 +290,7 @@ def _load(path: Path) -> object:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise RecordError(
-            "There is no file of splits", where=path, remedy="Run rfmed_plan_and_preprocess for this dataset"
+            "The splits file does not exist", where=path, remedy="Run rfmed_plan_and_preprocess for this dataset"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecordError(f"A splits file is not valid JSON ({error})", where=path) from None
@@ -314,18 +314,18 @@ def _check(splits: Mapping[str, Split], ids: Sequence[str] | None, where: Path) 
         both = sorted(set(split.train) & set(split.val))
         twice = sorted(c for side in (split.train, split.val) for c, n in Counter(side).items() if n > 1)
         if unknown:
-            faults.append(f"{name} names {len(unknown)} unknown case(s): {', '.join(unknown[:5])}")
+            faults.append(f"{name} lists {len(unknown)} unknown case(s): {', '.join(unknown[:5])}")
         if both and set(split.train) != set(split.val):
             faults.append(f"{name} trains and validates on {len(both)} case(s): {', '.join(both[:5])}")
         if twice:
-            faults.append(f"{name} names {', '.join(twice[:5])} twice")
+            faults.append(f"{name} lists {', '.join(twice[:5])} twice")
         if not split.train or not split.val:
             faults.append(f"{name} has {len(split.train)} training and {len(split.val)} validation cases")
     if faults:
         raise DatasetError(
-            "The splits do not fit the dataset",
+            "The splits do not match the dataset",
             where=where,
-            expected="ids of training cases, each on one side",
+            expected="ids of training cases, each in training or validation",
             found="; ".join(faults),
-            remedy="Correct the file, or delete it to have five folds made anew",
+            remedy="Correct the file, or delete it to make five new folds",
         )

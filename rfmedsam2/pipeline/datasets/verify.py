@@ -1,6 +1,6 @@
-"""Reading every file of a dataset once and reporting all faults of all cases in one go.
+"""Verification of a dataset: reads every file once and reports all faults of all cases.
 
-`examine_case` gives what it read as well, so that fingerprinting can verify on the way without a second read.
+`examine_case` also returns what it read, so that fingerprinting can verify without a second read.
 """
 
 from __future__ import annotations
@@ -34,37 +34,37 @@ _TOLD_BY_NAMES = ("missing-channel", "extra-channel", "missing-image", "missing-
 
 
 class VerifyReport(Record):
-    """What verification found."""
+    """Result of a verification."""
 
     dataset: str
     cases: int
-    """Training and test cases looked at."""
+    """Number of training and test cases checked."""
     files: int
-    """Image and label files read."""
+    """Number of image and label files read."""
     seconds: float
     faults: tuple[Fault, ...]
-    """Errors first, then by case."""
+    """All faults, errors first, then by case."""
 
     @property
     def errors(self) -> tuple[Fault, ...]:
-        """Faults that forbid training."""
+        """Faults that prevent training."""
         return tuple(f for f in self.faults if f.severity == "error")
 
     @property
     def warnings(self) -> tuple[Fault, ...]:
-        """Faults that should be looked at."""
+        """Faults that should be checked."""
         return tuple(f for f in self.faults if f.severity == "warning")
 
     @property
     def clean(self) -> bool:
-        """True without errors."""
+        """Whether there are no errors."""
         return not self.errors
 
     def require_clean(self) -> None:
-        """Raise when there are errors.
+        """Raise if there are errors.
 
         Raises:
-            DatasetError: lists every one.
+            DatasetError: lists all of them.
         """
         require_no_errors(self.faults, where=self.dataset)
 
@@ -74,12 +74,12 @@ class CaseExamination:
     """One case, read once.
 
     Attributes:
-        case: what was read.
+        case: the case.
         volume: all channels (C,Z,Y,X) in the orientation of the file; None if a channel is missing or unreadable.
-        header: header of the first readable channel, None without one.
-        label: label map (Z,Y,X), uint8 or uint16; None without label, when unreadable, or of another shape.
-        voxels_by_label: label value -> voxels, background left out; empty without label.
-        faults: everything that is wrong.
+        header: header of the first readable channel, None if there is none.
+        label: label map (Z,Y,X), uint8 or uint16; None if missing, unreadable, or of a different shape.
+        voxels_by_label: label value -> number of voxels, without background; empty without label.
+        faults: all faults.
     """
 
     case: Case
@@ -93,12 +93,12 @@ class CaseExamination:
 def verify(
     dataset: RawDataset, *, splits: Sequence[Split] = (), workers: int = 2, track: Track = silent
 ) -> VerifyReport:
-    """Read every image and label of a dataset once and collect every fault; never stops at the first.
+    """Read every image and label of a dataset once and collect all faults.
 
     Args:
-        dataset: from `open_dataset`.
-        splits: folds to check for patients on both sides.
-        workers: cases read at once.
+        dataset: dataset returned by `open_dataset`.
+        splits: folds to check for patients in both training and validation.
+        workers: number of cases read in parallel.
         track: progress display.
     """
     begin = time.monotonic()
@@ -122,7 +122,7 @@ def verify(
 
 
 def examine_case(case: Case, json: DatasetJson) -> CaseExamination:
-    """Read the files of a case once and say everything that is wrong with them; raises nothing for bad files."""
+    """Read the files of a case once and collect all faults; faulty files raise no errors."""
     faults: list[Fault] = []
     volume, header = _examine_image(case, json, faults)
     label, counts = None, {}
@@ -141,7 +141,7 @@ def examine_case(case: Case, json: DatasetJson) -> CaseExamination:
 
 
 def label_counts(label_zyx: np.ndarray) -> dict[int, int]:
-    """Label value -> number of voxels, background left out; counted by plane, because counting widens its input."""
+    """Label value -> number of voxels, without background; counted per plane, because bincount widens its input."""
     counts = np.zeros(int(label_zyx.max()) + 1, dtype=np.int64)
     for plane in label_zyx:
         counts += np.bincount(plane.ravel(), minlength=counts.size)
@@ -149,7 +149,7 @@ def label_counts(label_zyx: np.ndarray) -> dict[int, int]:
 
 
 def split_faults(dataset: RawDataset, splits: Sequence[Split]) -> list[Fault]:
-    """Cases or patients on both sides of a fold, and cases that do not exist."""
+    """Faults for cases or patients in both training and validation of a fold, and for cases that do not exist."""
     groups = {case.id: case.group for case in dataset.training}
     faults = []
     for number, split in enumerate(splits):
@@ -165,13 +165,13 @@ def split_faults(dataset: RawDataset, splits: Sequence[Split]) -> list[Fault]:
         for case in sorted(set(split.val) - set(split.train)):
             group = groups.get(case)
             if group is not None and group in trained:
-                message = f"Fold {number} validates on patient {group}, whom it also trains on ({trained[group]})"
+                message = f"Fold {number} validates on patient {group} and also trains on it ({trained[group]})"
                 faults.append(_fault(case, "", "split-overlap", message, "Make new splits, grouped by patient"))
     return faults
 
 
 def _known(fault: Fault, layout: Sequence[Fault]) -> bool:
-    """True for what the names have told already: channels of a case, files that are not there."""
+    """Whether a fault was already found from file names: channels of a case, missing files."""
     told = [f for f in layout if f.case == fault.case and f.kind in _TOLD_BY_NAMES]
     return any(f.kind == fault.kind or f.file == fault.file for f in told)
 
@@ -220,11 +220,11 @@ def _intensity_faults(case: Case, path: Path, array: np.ndarray) -> list[Fault]:
     for number, channel in enumerate(array):
         which = f" in channel {number}" if len(array) > 1 else ""
         with np.errstate(invalid="ignore"):
-            low, high = channel.min(), channel.max()  # NaN and infinity show in them
+            low, high = channel.min(), channel.max()  # NaN and infinity propagate to them
         if not (np.isfinite(low) and np.isfinite(high)):
             count = int(np.count_nonzero(~np.isfinite(channel)))
             message = f"{count} voxel(s) are NaN or infinite{which}"
-            faults.append(_fault(case, path, "not-finite", message, "Replace them, for instance by the background"))
+            faults.append(_fault(case, path, "not-finite", message, "Replace them, for instance by background"))
         elif low == high:
             message = f"All voxels have the same value {low}{which}"
             faults.append(_warning(case, path, "constant-image", message, "Check the conversion of this image"))
@@ -240,19 +240,19 @@ def _value_faults(case: Case, path: Path, counts: dict[int, int], json: DatasetJ
         message = f"Undeclared label value(s) {found}; declared are {', '.join(map(str, labels.allowed_values))}"
         faults.append(_fault(case, path, "undeclared-label", message, "Correct the label map, or declare the value"))
     if not any(value in counts for value in labels.values):
-        faults.append(_warning(case, path, "empty-label", "No foreground voxel", "Check that this is meant"))
+        faults.append(_warning(case, path, "empty-label", "No foreground voxel", "Check that this is intended"))
     return faults
 
 
 def _header_faults(case: Case, path: Path, header: ImageHeader) -> list[Fault]:
     faults = []
     if header.skew_degrees > 0.01:  # less is rounding
-        message = f"Axes are {header.skew_degrees:.3f} degrees from perpendicular (repaired)"
-        faults.append(_warning(case, path, "skewed-axes", message, "Nothing: labels are written with the file's axes"))
+        message = f"Axes are {header.skew_degrees:.3f} degrees from perpendicular (corrected)"
+        faults.append(_warning(case, path, "skewed-axes", message, "No action needed: labels keep the file's axes"))
     nifti = header.nifti
     if nifti is not None and nifti.forms_differ_mm > 0.5 * min(header.grid.spacing_zyx_mm):
-        message = f"qform and sform put the same voxel {nifti.forms_differ_mm:.2f} mm apart"
-        faults.append(_warning(case, path, "forms-differ", message, "Check which one is right; the sform is used"))
+        message = f"qform and sform disagree by {nifti.forms_differ_mm:.2f} mm"
+        faults.append(_warning(case, path, "forms-differ", message, "Check which one is correct; the sform is used"))
     return faults
 
 
@@ -262,11 +262,12 @@ def _grid_faults(case: Case, path: Path, one: Grid, other: Grid, whose: str) -> 
         return []
     phrase, harmless = differ
     if one.shape_zyx != other.shape_zyx:
-        return [_fault(case, path, "shape-mismatch", f"Not the grid of {whose}: {phrase}", "Resample one to the other")]
+        message = f"Grid differs from {whose}: {phrase}"
+        return [_fault(case, path, "shape-mismatch", message, "Resample one to the other")]
     if harmless:
-        message = f"Not quite the grid of {whose}: {phrase}; less than half a voxel"
-        return [_warning(case, path, "affine-mismatch", message, "Nothing, or copy the image's header")]
-    message = f"Not the grid of {whose}: {phrase}"
+        message = f"Grid differs slightly from {whose}: {phrase}; less than half a voxel"
+        return [_warning(case, path, "affine-mismatch", message, "No action needed, or copy the image's header")]
+    message = f"Grid differs from {whose}: {phrase}"
     return [_fault(case, path, "affine-mismatch", message, "Resample one to the other, or correct the wrong header")]
 
 

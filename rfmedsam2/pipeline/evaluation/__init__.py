@@ -1,1 +1,1 @@
-"""Scores of predictions, the report page, and the zero-shot prompt study."""
+"""Evaluation of predictions, report pages, and the zero-shot prompt study."""

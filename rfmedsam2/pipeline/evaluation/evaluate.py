@@ -1,6 +1,6 @@
 """Evaluate a folder of predicted label maps against references: metrics.json and metrics.csv.
 
-Every case is checked before anything is written; all faults of all cases come in one error.
+Every case is checked before anything is written; all faults of all cases are reported in one error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rfmedsam2.volume import Volume
 logger = logging.getLogger(__name__)
 
 METRICS: tuple[str, ...] = ("dsc", "iou", "nsd", "hd95_mm", "volume_error_ml", "relative_volume_error")
-"""Scores that are averaged; volumes themselves are not."""
+"""Metrics that are averaged (volumes are not)."""
 CONFIDENCE = 0.95
 BOOTSTRAP_SAMPLES = 2000
 MAX_FAULTS_SHOWN = 200
@@ -34,7 +34,7 @@ MAX_FAULTS_SHOWN = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One case: a reference and the prediction for it."""
+    """One case: reference and prediction."""
 
     id: str
     reference: Path
@@ -58,20 +58,20 @@ def evaluate(
     Args:
         predictions: folder of label maps, or one file.
         references: folder of label maps, or one file.
-        labels: what the values mean.
-        out: folder for metrics.json and metrics.csv; None: write nothing.
-        cases: ids to score; None: every reference must have a prediction.
+        labels: names of the label values.
+        out: output folder of metrics.json and metrics.csv; None: write nothing.
+        cases: ids of the cases to score; None: all references, each of which must have a prediction.
         nsd_tolerance_mm: tolerance of the normalized surface Dice, mm.
-        both_empty: what a class counts that neither mask holds, see `metrics.empty_policy`.
-        workers: cases scored at the same time.
+        both_empty: score of a class that is absent from both masks, see `metrics.empty_policy`.
+        workers: number of cases scored in parallel.
         track: progress display.
 
     Returns:
-        All scores with bootstrap confidence intervals (percentile, over cases, seeded).
+        All scores, with bootstrap confidence intervals (percentile method over cases, seeded).
 
     Raises:
         UsageError: nothing to score, a path that does not exist, a tolerance below 0.
-        DatasetError: lists every fault of every case: no prediction, unreadable file, other grid, undeclared values.
+        DatasetError: missing predictions, unreadable files, different grids, undeclared values; lists all of them.
     """
     if not nsd_tolerance_mm >= 0:
         raise UsageError("The NSD tolerance is negative", expected="0 mm or more", found=nsd_tolerance_mm)
@@ -110,10 +110,10 @@ def find_pairs(
     """Pair label maps by id (file name without ending).
 
     Returns:
-        The pairs by id, faults (no prediction, doubled ids, asked for but absent), warnings (no reference).
+        Pairs sorted by id, faults (missing predictions, duplicate ids, unknown `cases`), warnings (no reference).
 
     Raises:
-        UsageError: a path does not exist, or there is no reference at all.
+        UsageError: a path does not exist, or there are no references.
     """
     for what, path in (("predictions", predictions), ("references", references)):
         if not path.exists():
@@ -127,17 +127,17 @@ def find_pairs(
     warnings: list[str] = []
     if cases is None:
         ids = sorted(wanted)
-        warnings = [f"{found[id].name}: there is no reference, left out" for id in sorted(set(found) - set(wanted))]
+        warnings = [f"{found[id].name}: no reference, skipped" for id in sorted(set(found) - set(wanted))]
     else:
         ids = sorted(set(cases))
-        faults += [f"{id}: there is no reference in {references}" for id in ids if id not in wanted]
+        faults += [f"{id}: no reference in {references}" for id in ids if id not in wanted]
     if not ids or not wanted:
         raise UsageError(
-            "There is no reference to score against",
+            "The references folder holds no label maps",
             where=references,
             expected=f"label maps ({', '.join(IMAGE_ENDINGS)}) named like the predictions",
         )
-    faults += [f"{id}: there is no prediction in {predictions}" for id in ids if id in wanted and id not in found]
+    faults += [f"{id}: no prediction in {predictions}" for id in ids if id in wanted and id not in found]
     pairs = [Pair(id=id, reference=wanted[id], prediction=found[id]) for id in ids if id in wanted and id in found]
     return pairs, faults, warnings
 
@@ -148,12 +148,12 @@ def summarize(
     """Means with bootstrap confidence intervals.
 
     Args:
-        cases: scores per case.
+        cases: scores of each case.
         classes: class names.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Returns:
-        class -> metric -> mean over cases where defined; metric -> mean over cases of each case's mean over its
+        class -> metric -> mean over cases with a defined value; metric -> mean over cases of each case's mean over its
         defined classes.
     """
     table = np.array(
@@ -175,16 +175,16 @@ def summarize(
 def bootstrap(
     values: np.ndarray, *, samples: int = BOOTSTRAP_SAMPLES, confidence: float = CONFIDENCE, seed: int = 0
 ) -> list[Interval]:
-    """Percentile bootstrap of the mean over cases, for many columns with the same draws.
+    """Percentile bootstrap of the mean over cases, with the same draws for all columns.
 
     Args:
-        values: (cases, columns), NaN where undefined; those cases count in no mean.
-        samples: number of draws, with replacement, of as many cases as there are.
-        confidence: share of the draws' means inside the interval.
-        seed: of the draws.
+        values: (cases, columns), NaN where undefined; undefined values are left out of means.
+        samples: number of bootstrap samples.
+        confidence: fraction of the samples' means inside the interval.
+        seed: seed of the draws.
 
     Returns:
-        One interval a column; no mean without defined values, no bounds with fewer than two.
+        One interval per column; no mean without defined values, no bounds with fewer than two.
     """
     cases, columns = values.shape
     defined = ~np.isnan(values)
@@ -211,9 +211,9 @@ def bootstrap(
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Write metrics.json and metrics.csv: both or neither.
+    """Write metrics.json and metrics.csv, both or neither.
 
-    The CSV has one row a score: case, class, metric, value (empty where undefined).
+    The CSV has one row per score: case, class, metric, value (empty if undefined).
     """
     fields = tuple(ClassMetrics.model_fields)
     with atomic(folder / "metrics.csv") as temporary:
@@ -227,7 +227,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
 
 
 def _score(pair: Pair, *, labels: LabelSet, nsd_tolerance_mm: float, both_empty: BothEmpty) -> CaseMetrics | str:
-    """Scores of one case, or what is wrong with it."""
+    """Scores of one case, or a message with its faults."""
     volumes: list[Volume] = []
     faults: list[str] = []
     for side, path in (("reference", pair.reference), ("prediction", pair.prediction)):
@@ -241,7 +241,7 @@ def _score(pair: Pair, *, labels: LabelSet, nsd_tolerance_mm: float, both_empty:
     difference = reference.grid.mismatch(prediction.grid)
     if difference is not None:
         return (
-            f"{pair.id}: reference and prediction lie on different grids: {difference} (reference against prediction)"
+            f"{pair.id}: reference and prediction are on different grids: {difference} (reference against prediction)"
         )
     try:
         classes = case_metrics(
@@ -258,7 +258,7 @@ def _score(pair: Pair, *, labels: LabelSet, nsd_tolerance_mm: float, both_empty:
 
 
 def _label_files(folder: Path, faults: list[str]) -> dict[str, Path]:
-    """Id -> file of the label maps in a folder; a doubled id is a fault."""
+    """Id -> file of the label maps in a folder; a duplicate id is a fault."""
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         id = _id_of(path)
@@ -286,5 +286,5 @@ def _all_faults(faults: Sequence[str]) -> DatasetError:
     return DatasetError(
         f"{len(faults)} fault(s); nothing was written",
         found="\n  ".join(["", *shown]),
-        remedy="\nCorrect the files named, or name the cases to score",
+        remedy="\nCorrect these files, or name the cases to score",
     )

@@ -1,7 +1,7 @@
-"""Pictures of a case: contours of reference and prediction on three planes through the largest error.
+"""Overlay images of a case: contours of reference and prediction on three planes through the largest error.
 
-Shown as radiologists do: axial with anterior up and the patient's left on the right of the picture, coronal and
-sagittal with superior up; voxels keep their proportions in mm.
+Radiological convention: axial with anterior up and the patient's left on the right, coronal and sagittal with superior
+up; voxels keep their proportions in mm.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from rfmedsam2.volume import Volume
 REFERENCE_COLOR = "#35d07f"
 PREDICTION_COLOR = "#ff5ca8"
 MARGIN_MM = 25.0
-"""Surroundings shown around all structures."""
+"""Margin shown around all structures, mm."""
 PLANES = (("axial", "A", "P", "R", "L"), ("coronal", "S", "I", "R", "L"), ("sagittal", "S", "I", "A", "P"))
-"""Name and what lies at the top, bottom, left and right edge, by the axis that is cut: z, y, x."""
+"""Name, and labels of the top, bottom, left and right edges, by the normal axis of the plane: z, y, x."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """Arrays of one case (z toward superior, y toward posterior, x toward left), cropped to what is shown."""
+    """Arrays of one case (z toward superior, y toward posterior, x toward left), cropped to the shown region."""
 
     image: np.ndarray | None
     reference: np.ndarray
@@ -40,13 +40,13 @@ class Scene:
 
 
 def case_png(reference: Path, prediction: Path, image: Path | None, labels: LabelSet | None = None) -> bytes:
-    """Draw one case.
+    """Draw one case as a PNG image.
 
     Args:
         reference: label map.
         prediction: label map on the same grid.
-        image: what is drawn below the contours (its first channel); None: plain ground.
-        labels: for the ignore label, which is left out.
+        image: image to draw below the contours (its first channel); None: plain background.
+        labels: labels of the dataset; the ignore label is not drawn.
 
     Returns:
         PNG.
@@ -59,13 +59,13 @@ def case_png(reference: Path, prediction: Path, image: Path | None, labels: Labe
 
 
 def read_scene(reference: Path, prediction: Path, image: Path | None, labels: LabelSet | None = None) -> Scene:
-    """Read the files of one case, turn them to display orientation and crop them to the structures."""
+    """Read the files of one case, reorient them for display and crop them to the structures."""
     ground_truth, guess = (read_label(path)[0] for path in (reference, prediction))
     shown = None if image is None else read_image(image)[0]
     for other, path in ((guess, prediction), *(((shown, image),) if shown is not None else ())):
         difference = ground_truth.grid.mismatch(other.grid)
         if difference is not None:
-            raise GeometryError("The picture's files lie on different grids", where=path, found=difference)
+            raise GeometryError("The files of a case are on different grids", where=path, found=difference)
     ignore = labels.ignore if labels is not None else None
     arrays = [_display(v) for v in (ground_truth, guess)]
     if ignore is not None:
@@ -83,7 +83,7 @@ def read_scene(reference: Path, prediction: Path, image: Path | None, labels: La
 
 
 def scene_png(scene: Scene) -> bytes:
-    """Draw three planes side by side, in common scale."""
+    """Draw three planes side by side, at the same scale."""
     where = best_planes(scene.reference, scene.prediction)
     sz, sy, sx = (n * s for n, s in zip(scene.reference.shape, scene.spacing_zyx_mm, strict=True))
     widths, height = (sx, sx, sy), max(sy, sz)
@@ -104,7 +104,7 @@ def scene_png(scene: Scene) -> bytes:
 
 
 def best_planes(reference: np.ndarray, prediction: np.ndarray) -> tuple[int, int, int]:
-    """Index along z, y, x of the planes with the most wrong voxels; with the most foreground where all are right."""
+    """Index along z, y, x of the planes with the most wrong voxels; with the most foreground if there are none."""
     shown = reference != prediction
     if not shown.any():
         shown = reference > 0
@@ -120,7 +120,7 @@ def _display(volume: Volume) -> np.ndarray:
 def _shown_box(
     reference: np.ndarray, prediction: np.ndarray, spacing: tuple[float, float, float]
 ) -> tuple[slice, slice, slice]:
-    """Box of all structures with a margin; everything where there are none."""
+    """Bounding box of all structures with a margin; the whole volume if there are none."""
     found = (reference > 0) | (prediction > 0)
     slices = [slice(None)] * 3
     for axis in range(3):
@@ -132,7 +132,7 @@ def _shown_box(
 
 
 def _window(scene: Scene) -> tuple[float, float]:
-    """Gray values shown as black and white: those of the structures and as much again on both sides."""
+    """Intensity window: the range of the structures, extended by its own width on both sides."""
     if scene.image is None:
         return 0.0, 1.0
     inside = (scene.reference > 0) | (scene.prediction > 0)
@@ -151,7 +151,7 @@ def _draw_plane(ax: Axes, scene: Scene, axis: int, index: int, window: tuple[flo
     height, width = (s for a, s in enumerate(scene.spacing_zyx_mm) if a != axis)
     ground_truth, guess = (np.take(a, index, axis) for a in (scene.reference, scene.prediction))
     rows, columns = ground_truth.shape
-    # the first row is at the top of axial pictures (anterior) and at the bottom of the others (inferior)
+    # the first row is at the top of axial planes (anterior) and at the bottom of the others (inferior)
     extent = (0, columns * width, rows * height, 0) if axis == 0 else (0, columns * width, 0, rows * height)
     origin = "upper" if axis == 0 else "lower"
     ground = np.zeros(ground_truth.shape, np.float32) if scene.image is None else np.take(scene.image, index, axis)
@@ -175,7 +175,7 @@ def _draw_plane(ax: Axes, scene: Scene, axis: int, index: int, window: tuple[flo
 
 
 def _contours(ax: Axes, labels: np.ndarray, spacing: tuple[float, float], color: str, line: float) -> None:
-    """Outline of every label value; one ring of background outside, so that outlines close at the border."""
+    """Draw the outline of every label value; padded with background, so that outlines close at the border."""
     y, x = ((np.arange(n + 2) - 0.5) * s for n, s in zip(labels.shape, spacing, strict=True))
     padded = np.pad(labels, 1)
     for value in np.unique(labels[labels > 0]):

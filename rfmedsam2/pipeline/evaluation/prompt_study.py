@@ -1,9 +1,9 @@
 """Zero-shot SAM and SAM 2 on a labeled dataset, by kind and number of prompts (RFMedSAM 2 paper, Table 1).
 
-Prompts come from the reference: a tight box, or the pixel nearest to the center of gravity, one for each class and
-frame. Frames are the slices along z as stored. Of frames prompted, `one` is the middle one of those that a class
-appears on, `two` are the ones at a quarter and at three quarters. Classes are painted into one label map (the highest
-logit wins) and scored as whole volumes on the original grid.
+Prompts come from the reference: a tight box, or the pixel nearest to the center of mass, one per class and slice along
+z as stored. The setting `one` prompts the middle one of the slices that contain a class, `two` those at a quarter and
+three quarters. Classes are merged into one label map (the highest logit wins) and scored as whole volumes on the
+original grid.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.parallel import Track, silent
 
 SOFT_TISSUE_HU = (-160.0, 240.0)
-"""Window of CT, the usual one for the abdomen."""
+"""Intensity window of CT, the usual one for the abdomen."""
 PERCENTILES = (0.5, 99.5)
-"""Window of everything else, of the voxels above the volume's minimum."""
+"""Intensity window of other images, of the voxels above the volume's minimum."""
 SAM2_NAMES: dict[Backbone, str] = {
     "sam2_tiny": "SAM 2 tiny",
     "sam2_small": "SAM 2 small",
@@ -55,22 +55,22 @@ SAM2_NAMES: dict[Backbone, str] = {
 
 SamModel = SamSegmenter | SAM2Base
 Setting = tuple[PromptKind, Prompted, Step2]
-"""Kind of prompt, frames prompted, frames of Step 2."""
+"""(kind of prompt, prompted slices, slices of Step 2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyOptions:
-    """What to study.
+    """Options of the study.
 
     Attributes:
-        prompts: kinds of prompt.
-        prompted: frames prompted, of SAM 2; SAM is prompted on all.
-        cases: of the training cases, the first so many; None: all.
-        channel: name or number of the one to look at; None: all of three, else the first.
-        window: intensities that become black and white; None: by the channel's name.
-        frame_size: pixels a side of SAM 2's frames.
-        max_conditioning: prompted frames that SAM 2 attends to, the nearest; None: all, as published.
-        device: see `devices.choose_device`.
+        prompts: kinds of prompts.
+        prompted: which slices are prompted for SAM 2; SAM is prompted on all.
+        cases: number of training cases, the first ones; None: all.
+        channel: name or number of the channel to show; None: all if there are three, else the first.
+        window: intensities shown as black and white; None: chosen by the channel's name.
+        frame_size: side length of SAM 2's input in pixels.
+        max_conditioning: number of nearest prompted slices that SAM 2 attends to; None: all, as published.
+        device: device, see `devices.choose_device`.
     """
 
     prompts: tuple[PromptKind, ...] = ("box", "point")
@@ -85,7 +85,7 @@ class StudyOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """How volumes are shown: numbers and names of the channels, and the window if one is asked for."""
+    """How volumes are converted to images: numbers and names of the channels, and the window if one is given."""
 
     channels: tuple[int, ...]
     names: tuple[str, ...]
@@ -104,17 +104,17 @@ def prompt_study(
     """Segment labeled cases with prompts from their labels, and score the result.
 
     Args:
-        dataset: with labels; its training cases are used.
-        sam: checkpoints of MobileSAM, LiteMedSAM, or official ones of SAM.
+        dataset: a labeled dataset; its training cases are used.
+        sam: checkpoints of MobileSAM, LiteMedSAM, or official SAM.
         sam2: checkpoints of SAM 2 or 2.1.
-        options: what to study.
-        out: folder for prompt_study.json and prompt_study.csv; None: nothing is written.
+        options: options of the study.
+        out: output folder of prompt_study.json and prompt_study.csv; None: write nothing.
         track: progress display.
 
     Raises:
-        UsageError: nothing to study, or options that do not fit the dataset.
-        CheckpointError: a file that is no such checkpoint.
-        DatasetError: a case that cannot be used, or no labeled voxel in any.
+        UsageError: nothing to study, or options that do not match the dataset.
+        CheckpointError: a file is not a known checkpoint.
+        DatasetError: a case cannot be used, or no case has labeled voxels.
     """
     options = options or StudyOptions()
     checkpoints = [*((path, False) for path in sam), *((path, True) for path in sam2)]
@@ -132,7 +132,7 @@ def prompt_study(
         dataset=dataset.name,
         cases=tuple(case.id for case in cases),
         channels=look.names,
-        window="; ".join(f"{name}: {_window_words(name, look.window)}" for name in look.names),
+        window="; ".join(f"{name}: {_window_text(name, look.window)}" for name in look.names),
         empty_policy=empty_policy("skip"),
         seconds=seconds,
         rows=tuple(rows),
@@ -143,10 +143,10 @@ def prompt_study(
 
 
 def chosen_look(dataset: RawDataset, options: StudyOptions) -> Look:
-    """Which channels are shown: the one wanted, else three as the colors, else the first.
+    """Choose the channels to show: the requested one, else three as colors, else the first.
 
     Raises:
-        UsageError: there is no such channel.
+        UsageError: the channel does not exist.
     """
     names, wanted = dataset.json.channels, options.channel
     if wanted is None:
@@ -155,14 +155,14 @@ def chosen_look(dataset: RawDataset, options: StudyOptions) -> Look:
         channels = tuple(i for i, name in enumerate(names) if wanted.lower() in (name.lower(), str(i)))[:1]
     if not channels:
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        raise UsageError("There is no such channel", where=wanted, expected=f"one of {listed} (--channel)")
+        raise UsageError("The channel does not exist", where=wanted, expected=f"one of {listed} (--channel)")
     return Look(channels=channels, names=tuple(names[i] for i in channels), window=options.window)
 
 
 def as_images(image: np.ndarray, look: Look) -> Tensor:
-    """Frames (Z, 3, Y, X) of 0 to 255 from an image (C, Z, Y, X).
+    """Convert an image (C, Z, Y, X) to RGB slices (Z, 3, Y, X) with values from 0 to 255.
 
-    CT is shown in the window of soft tissue, everything else between percentiles of what is above its minimum.
+    CT uses the soft-tissue window, other images percentiles of the voxels above the minimum.
     """
     shown = np.empty((len(look.channels), *image.shape[1:]), np.float32)
     for i, (number, name) in enumerate(zip(look.channels, look.names, strict=True)):
@@ -175,7 +175,7 @@ def as_images(image: np.ndarray, look: Look) -> Tensor:
 
 
 def sam2_backbone(weights: Mapping[str, Tensor]) -> Backbone | None:
-    """Size of SAM 2 that weights are of, by the channels of the stem and the number of blocks; None: none of them."""
+    """SAM 2 size of weights, by the channels of the stem and the number of blocks; None: not SAM 2."""
     if STEM not in weights:
         return None
     blocks = len({key[len(BLOCKS) :].split(".")[0] for key in weights if key.startswith(BLOCKS)})
@@ -188,7 +188,7 @@ def sam2_backbone(weights: Mapping[str, Tensor]) -> Backbone | None:
 
 
 def write_study(folder: Path, study: PromptStudy) -> None:
-    """Write prompt_study.json and prompt_study.csv (one row a setting, DSC): both or neither."""
+    """Write prompt_study.json and prompt_study.csv (one row per setting, DSC), both or neither."""
     classes = list(study.rows[0].classes)
     with atomic(folder / "prompt_study.csv") as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as stream:
@@ -203,17 +203,17 @@ def write_study(folder: Path, study: PromptStudy) -> None:
 def _require_something(dataset: RawDataset, options: StudyOptions, *, checkpoints: int) -> None:
     if not checkpoints:
         raise UsageError(
-            "There is nothing to study", expected="checkpoints of SAM or of SAM 2", remedy="Give --sam or --sam2 FILE"
+            "No checkpoints were given", expected="checkpoints of SAM or SAM 2", remedy="Give --sam or --sam2 FILE"
         )
     if not options.prompts or not options.prompted:
-        raise UsageError("There is nothing to study", expected="at least one kind of prompt and of prompted frames")
+        raise UsageError("No prompts were chosen", expected="at least one kind of prompt and of prompted slices")
     if options.cases is not None and options.cases < 1:
-        raise UsageError("There is no case to study", expected="1 or more (--cases)", found=options.cases)
+        raise UsageError("The number of cases is too small", expected="1 or more (--cases)", found=options.cases)
     if options.window is not None and options.window[0] >= options.window[1]:
-        raise UsageError("A window ends above its beginning", expected="--window LOW HIGH", found=options.window)
+        raise UsageError("The window must have LOW < HIGH", expected="--window LOW HIGH", found=options.window)
     CaseReader(dataset).check_file_layout()
     if not dataset.json.label_set.foreground:
-        raise DatasetError("The dataset declares no class to prompt for", where=dataset.folder / "dataset.json")
+        raise DatasetError("The dataset declares no foreground class", where=dataset.folder / "dataset.json")
 
 
 def _load(path: Path, *, sam2: bool, options: StudyOptions) -> tuple[str, SamModel]:
@@ -224,7 +224,7 @@ def _load(path: Path, *, sam2: bool, options: StudyOptions) -> tuple[str, SamMod
     backbone = sam2_backbone(weights)
     if backbone is None:
         raise CheckpointError(
-            "These are weights of no SAM 2 that is known",
+            "The file does not hold weights of a known SAM 2",
             where=path,
             expected="sam2.1_hiera_*.pt or sam2_hiera_*.pt of tiny, small, base_plus or large",
             found=f"{len(weights)} tensors ({', '.join(list(weights)[:3])} ...)",
@@ -250,7 +250,7 @@ def _scores(
     for case in cases:
         decoded = source.read(case)
         seen += sum(decoded.voxels_by_label.get(v, 0) for values in labels.foreground.values() for v in values)
-        # the official predictor's precision; on the CPU bfloat16 gains nothing
+        # the official predictor's precision; bfloat16 is not faster on the CPU
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             maps = _segmented(model, as_images(decoded.volume.array, look), decoded.label, labels, options)
         spacing = decoded.volume.grid.spacing_zyx_mm
@@ -260,9 +260,9 @@ def _scores(
             scores.setdefault(setting, []).append(scored)
     if not seen:
         raise DatasetError(
-            "There is nothing to prompt for: no voxel of any class",
+            "The cases have no voxel of any class to prompt for",
             where=dataset.folder,
-            remedy="Take more cases, or check their labels",
+            remedy="Use more cases, or check their labels",
         )
     return scores
 
@@ -312,7 +312,7 @@ def _percentiles(channel: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _window_words(name: str, window: tuple[float, float] | None) -> str:
+def _window_text(name: str, window: tuple[float, float] | None) -> str:
     if window is not None:
         return f"{window[0]:g} to {window[1]:g}"
     if _is_ct(name):

@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a training, an evaluation, or both: readable offline, printable, light and dark."""
+"""Report page for a training, an evaluation, or both: one self-contained HTML file, printable, light and dark."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PICTURED_CASES = 3
-"""Worst cases shown, and as many best ones."""
+"""Number of worst cases shown, and of best ones."""
 MAX_CLASS_COLUMNS = 16
 NAMED_CLASSES = 4
-"""Classes named below a picture."""
+"""Number of classes named below an overlay."""
 CHECKPOINTS = ("checkpoint_best.safetensors", "checkpoint_final.safetensors", "checkpoint_latest.safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """How a metric is shown."""
+    """Display properties of a metric."""
 
     name: str
     title: str
@@ -53,8 +53,8 @@ METRICS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """A pictured case."""
+class CaseOverlay:
+    """A case with its overlay image."""
 
     id: str
     group: str
@@ -73,20 +73,20 @@ def write_report(
     labels: LabelSet | None = None,
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the page.
+    """Write the report page.
 
     Args:
-        path: the HTML file, written atomically.
-        title: heading.
-        training: folder of a trained fold with metrics.jsonl; its checkpoint, if there, says what was trained.
-        evaluation: scores; their files are drawn for the best and worst cases.
-        images: folder with the cases' images (ID_0000.nii.gz or ID.nii.gz ...), drawn below the contours.
-        labels: for the ignore label in pictures; taken from the checkpoint if there is one.
-        about: further facts for the head of the page, name -> text.
+        path: path of the HTML file, written atomically.
+        title: heading of the page.
+        training: folder of a trained fold with metrics.jsonl; its checkpoint, if any, describes the model.
+        evaluation: scores; overlays of the best and worst cases are drawn from its files.
+        images: folder of the cases' images (ID_0000.nii.gz or ID.nii.gz ...), drawn below the contours.
+        labels: labels of the dataset, whose ignore label is not drawn; default: from the checkpoint, if any.
+        about: additional facts for the top of the page, name -> text.
 
     Raises:
-        UsageError: neither training nor evaluation.
-        RecordError: a training folder without metrics.
+        UsageError: neither training nor evaluation is given.
+        RecordError: the training folder has no metrics.
         StoreError: the file cannot be written.
     """
     if training is None and evaluation is None:
@@ -110,7 +110,7 @@ def write_report(
 
 
 def _figure(value: float | None, digits: int) -> str:
-    """Format a number with fixed digits; a dash where it is undefined."""
+    """Format a number with fixed digits; a dash if it is undefined."""
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
@@ -119,7 +119,7 @@ def _themed(draw: Callable[[Theme], bytes]) -> dict[str, str]:
 
 
 def _checkpoint(folder: Path) -> CheckpointRecord | None:
-    """Read what the folder's checkpoint says about itself, if there is a readable one."""
+    """Record of the folder's checkpoint, if there is a readable one."""
     for name in CHECKPOINTS:
         if (folder / name).is_file():
             try:
@@ -151,7 +151,7 @@ def _about_network(model: ModelConfig) -> str:
         return f"{model.kind}, {model.block} blocks, features {_times(model.features, ', ')}"
     if isinstance(model, CustomConfig):
         return f"{model.name}, a network of {model.package or 'another package'}"
-    frames = f"frames of {model.frame_size} × {model.frame_size}"
+    frames = f"slices at {model.frame_size} × {model.frame_size}"
     prompts = _about_network(model.unet) if model.unet is not None else model.generator
     return f"{model.kind}, {model.backbone} on {frames}, {model.refinements} steps; prompts: {prompts}"
 
@@ -203,7 +203,7 @@ def _duration(seconds: float) -> str:
 
 def _evaluation_context(evaluation: Evaluation, images: Path | None, labels: LabelSet | None) -> dict[str, object]:
     names = list(evaluation.classes)
-    pictures, unshown = _pictures(evaluation, images, labels)
+    overlays, unshown = _overlays(evaluation, images, labels)
     return {
         "metrics": METRICS,
         "tolerance": f"{evaluation.nsd_tolerance_mm:g}",
@@ -216,7 +216,7 @@ def _evaluation_context(evaluation: Evaluation, images: Path | None, labels: Lab
         "spread": _themed(lambda theme: spread_png(evaluation, "dsc", "DSC", theme=theme)),
         "columns": names if 1 < len(names) <= MAX_CLASS_COLUMNS else [],
         "cases": [_case_row(case, names) for case in evaluation.cases],
-        "pictures": pictures,
+        "overlays": overlays,
         "unshown": unshown,
     }
 
@@ -230,18 +230,20 @@ def _case_row(case: CaseMetrics, names: list[str]) -> dict[str, object]:
 
 
 def _case_mean(case: CaseMetrics, metric: str) -> float | None:
-    """Mean over the classes where it is defined."""
+    """Mean over the classes with a defined value."""
     values = [v for v in (getattr(scores, metric) for scores in case.classes.values()) if v is not None]
     return float(np.mean(values)) if values else None
 
 
-def _pictures(evaluation: Evaluation, images: Path | None, labels: LabelSet | None) -> tuple[list[Picture], list[str]]:
-    """Draw the worst and the best cases by mean DSC, each once; what could not be drawn, and why."""
+def _overlays(
+    evaluation: Evaluation, images: Path | None, labels: LabelSet | None
+) -> tuple[list[CaseOverlay], list[str]]:
+    """Draw the worst and the best cases by mean DSC, each once; also messages for cases that could not be drawn."""
     scored = [(score, case) for case in evaluation.cases if (score := _case_mean(case, "dsc")) is not None]
     ranked = sorted(scored, key=lambda pair: pair[0])
     worst = ranked[: min(PICTURED_CASES, (len(ranked) + 1) // 2)]
     best = ranked[len(worst) :][::-1][:PICTURED_CASES]
-    pictures: list[Picture] = []
+    overlays: list[CaseOverlay] = []
     unshown: list[str] = []
     for group, chosen in (("Worst", worst), ("Best", best)):
         for score, case in chosen:
@@ -250,12 +252,13 @@ def _pictures(evaluation: Evaluation, images: Path | None, labels: LabelSet | No
             except RfMedSamError as error:
                 unshown.append(f"{case.id}: {error}")
                 continue
-            pictures.append(Picture(id=case.id, group=group, score=score, source=png_uri(png), details=_lowest(case)))
-    return pictures, unshown
+            source, details = png_uri(png), _lowest(case)
+            overlays.append(CaseOverlay(id=case.id, group=group, score=score, source=source, details=details))
+    return overlays, unshown
 
 
 def _lowest(case: CaseMetrics) -> str:
-    """Name the classes with their DSC; where there are many, those that fit worst."""
+    """The classes with their DSC; if there are many, those with the lowest."""
     scored = [(s.dsc, name) for name, s in case.classes.items() if s.dsc is not None]
     if len(scored) > NAMED_CLASSES:
         return "lowest: " + ", ".join(f"{name} {dsc:.3f}" for dsc, name in sorted(scored)[:NAMED_CLASSES])
@@ -263,7 +266,7 @@ def _lowest(case: CaseMetrics) -> str:
 
 
 def _image_of(id: str, folder: Path | None) -> Path | None:
-    """Find the file of a case's first channel."""
+    """The file of a case's first channel, if it exists."""
     if folder is None or not folder.is_dir():
         return None
     fitting = {f"{id}_0000", id}

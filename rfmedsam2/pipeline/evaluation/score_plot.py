@@ -1,4 +1,4 @@
-"""How an evaluation's scores spread: a chart of all cases by class."""
+"""Chart of an evaluation's scores: all cases by class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rfmedsam2.reporting.training_curves import INK, SERIES, Theme, as_png, new_
 
 
 def spread_png(evaluation: Evaluation, metric: str, label: str, *, theme: Theme = "light") -> bytes:
-    """One row a class: every case a dot, the mean with its confidence interval on top, as PNG."""
+    """One row per class: a dot per case, and the mean with its confidence interval, as PNG."""
     names = list(evaluation.classes)
     figure = new_figure((9.0, 0.9 + 0.42 * len(names)), theme)
     ax = figure.subplots()

@@ -1,1 +1,1 @@
-"""From a fingerprint to a plan: presets, topology, memory estimates, published and nnU-Net's plans."""
+"""Planning: presets, network topology, memory estimates, published plans and nnU-Net's plans."""

@@ -1,9 +1,9 @@
-"""How much memory a training step needs, from the plan alone: each term by its own rule, no network built.
+"""Estimate of the memory of one training step from the plan, without building the network.
 
-Estimates, for planning and for a word before a training fails: they count what a step keeps for its backward pass. The
-U-Net's term follows nnU-Net's measure, the others count the tensors of RFMedSAM 2's steps with every class present on
-every frame. Against the peaks of five steps in float32 on the CPU (nano and tiny, 0.9 to 4 GiB, with and without
-checkpointing) they were between 14 % too low and 40 % too high; on a GPU nothing has been measured.
+Used for planning and to warn before a training runs out of memory. The terms count what a step stores for its backward
+pass. The U-Net's term follows nnU-Net's measure, the others count the tensors of RFMedSAM 2's steps with every class
+present on every slice. Compared with the peaks of five steps in float32 on the CPU (nano and tiny, 0.9 to 4 GiB, with
+and without checkpointing) they were between 14 % too low and 40 % too high; nothing has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from rfmedsam2.records.plan import Stage
 
 FLOAT = 4
 FEATURE_BYTES = {False: 12.5, True: 7.1}
-"""Bytes a value of the U-Net's feature maps, float32 and 16 bit: a float32 step of nnU-Net on 32x256x256 (6989 MiB, 587
-million values), and nnU-Net's 560 million values for 8 GB at batch 2. Gradients and work spaces are in it."""
+"""Bytes per value of the U-Net's feature maps, float32 and 16 bit: a float32 step of nnU-Net on 32x256x256 (6989 MiB,
+587 million values), and nnU-Net's 560 million values for 8 GB at batch 2. Includes gradients and workspaces."""
 CLASS_MAP_FACTOR = 8
-"""Full-size maps a class and step: masks as enlarged, class map, soft-max, cross-entropy, Dice, their gradients."""
+"""Full-size maps per class and step: upsampled masks, class map, softmax, cross-entropy, Dice, their gradients."""
 PYRAMID_FACTOR = 25
-"""Kept of a frame's features, in tensors of (C, s, s): three levels at 1, 4 and 16 times the positions and their
+"""Stored features per frame, in tensors of (C, s, s): three levels at 1, 4 and 16 times the positions and their
 reduced copies."""
 BACKWARD = 2
-"""What is alive in a chunk's backward pass: its activations and as much in gradients."""
+"""Memory of a chunk's backward pass relative to its activations: the activations and as much in gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,17 +39,17 @@ class MemoryTerm:
     name: str
     gib: float
     rule: str
-    """How it is reckoned."""
+    """How the term is computed, as text."""
 
 
 def activation_terms(stage: Stage, *, outputs: int, classes: int, half: bool) -> tuple[MemoryTerm, ...]:
-    """What one training step keeps, beside weights.
+    """Terms of the activations that one training step stores.
 
     Args:
-        stage: of a plan.
-        outputs: channels of the logits.
-        classes: K, foreground classes or regions.
-        half: activations of 16 bit (mixed precision).
+        stage: stage of a plan.
+        outputs: number of channels of the logits.
+        classes: K, number of foreground classes or regions.
+        half: whether activations have 16 bit (mixed precision).
     """
     match stage.model:
         case UNetConfig():
@@ -66,24 +66,24 @@ def activation_terms(stage: Stage, *, outputs: int, classes: int, half: bool) ->
 
 
 def weight_terms(stage: Stage, *, parameters: int, trained: int, half: bool) -> tuple[MemoryTerm, ...]:
-    """Weights, their gradients and the optimizer's state (SGD one value a trained parameter, AdamW two)."""
+    """Terms of weights, gradients and optimizer state (one value per trained parameter for SGD, two for AdamW)."""
     kept = 1 if stage.train.optimizer.kind == "sgd" else 2
     state = FLOAT * trained * (1 + kept)
     copies = parameters * FLOAT // 2 if half else 0
     return (
-        _term("weights", parameters * FLOAT + copies, "4 bytes a parameter, and 2 for mixed precision's copies"),
-        _term("gradients and optimizer", state, f"{1 + kept} x 4 bytes a trained parameter"),
+        _term("weights", parameters * FLOAT + copies, "4 bytes per parameter, and 2 for mixed precision's copies"),
+        _term("gradients and optimizer", state, f"{1 + kept} x 4 bytes per trained parameter"),
     )
 
 
 def total_gib(terms: tuple[MemoryTerm, ...]) -> float:
-    """Sum of the terms."""
+    """Sum of the terms in GiB."""
     return sum(term.gib for term in terms)
 
 
 def _unet_term(network: UNetConfig, stage: Stage, *, outputs: int, half: bool) -> MemoryTerm:
     patch, samples = stage.patch_size, stage.batch_size
-    if len(patch) > network.dimensions:  # single frames of a volume
+    if len(patch) > network.dimensions:  # a 2D network on single slices
         patch, samples = patch[1:], samples * patch[0]
     values = feature_map_size(network, patch, outputs=outputs) * samples
     rule = f"{values / 1e6:.0f} million values of feature maps x {FEATURE_BYTES[half]} bytes"
@@ -94,22 +94,22 @@ def _refinement_terms(model: RFMedSam2Config, stage: Stage, *, classes: int, hal
     frames, pixels = stage.batch_size * stage.patch_size[0], math.prod(stage.patch_size[1:])
     side = model.frame_size // 16
     every = frames * classes
-    cells = min(every, stage.sampling.max_prompted_objects or every)
+    objects = min(every, stage.sampling.max_prompted_objects or every)
     sizes = sizes_of(model.backbone)
     value = FLOAT / 2 if half else FLOAT
     maps = every * pixels * FLOAT * CLASS_MAP_FACTOR * model.refinements
     features = frames * PYRAMID_FACTOR * sizes.channels * side**2 * value
-    memories = cells * (sizes.memory_channels * side**2 + sizes.channels + 6 * 16 * side**2) * FLOAT
+    memories = objects * (sizes.memory_channels * side**2 + sizes.channels + 6 * 16 * side**2) * FLOAT
     return (
-        _term("class maps and losses", maps, f"{every} cells x {CLASS_MAP_FACTOR} maps, a step"),
-        _term("features of frames", features, f"{frames} frames x three levels"),
-        _term("masks and memories of cells", memories, f"{cells} cells"),
-        _working_term(model, stage, frames=frames, cells=cells, half=half),
+        _term("class maps and losses", maps, f"{every} (slice, class) pairs x {CLASS_MAP_FACTOR} maps per step"),
+        _term("features of slices", features, f"{frames} slices x three levels"),
+        _term("masks and memories of objects", memories, f"{objects} object prompts"),
+        _working_term(model, stage, frames=frames, objects=objects, half=half),
     )
 
 
-def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, cells: int, half: bool) -> MemoryTerm:
-    """SAM 2's own activations: one chunk's with checkpointing, else all."""
+def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, objects: int, half: bool) -> MemoryTerm:
+    """SAM 2's activations: those of one chunk with checkpointing, else all."""
     sizes, share = sizes_of(model.backbone), 0.5 if half else 1.0
     cell = ObjectSizes(
         side=model.frame_size // 16,
@@ -121,15 +121,16 @@ def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, cells: i
     sees = model.memory_frames * (2 if model.strategy == "both" else 1) + 1
     learns = model.adapters.encoder or not model.freeze_backbone
     frame = frame_bytes(model.backbone, model.frame_size, side=stage.patch_size[-1], training=learns)
-    parts = [(frames if learns else 0, frame), (cells, cell.decode())]
+    parts = [(frames if learns else 0, frame), (objects, cell.decode())]
     if model.refinements > 1:
-        parts += [(cells, cell.encode_memory()), (cells, cell.recall(sees, training=True))]
+        parts += [(objects, cell.encode_memory()), (objects, cell.recall(sees, training=True))]
     if stage.compute.checkpointing:
         budget = stage.compute.memory_mb * 1e6
         chunk = max(frame, *(max(each, min(budget, count * each)) for count, each in parts))
-        return _term("SAM 2 at work", chunk * BACKWARD * share, "the largest chunk (compute.memory_mb), twice")
+        return _term("SAM 2's activations", chunk * BACKWARD * share, "the largest chunk (compute.memory_mb), twice")
     everything = sum(count * each for count, each in parts)
-    return _term("SAM 2 at work", everything * share, f"{frames} frames, {cells} cells, nothing computed again")
+    rule = f"{frames} slices, {objects} object prompts, no recomputation"
+    return _term("SAM 2's activations", everything * share, rule)
 
 
 def _term(name: str, amount: float, rule: str) -> MemoryTerm:

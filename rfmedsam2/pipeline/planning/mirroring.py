@@ -1,4 +1,4 @@
-"""Labels of the left and of the right: where mirroring would teach a network that they are the same."""
+"""Warning for labels of left and right structures, which mirroring augmentation makes indistinguishable."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ OTHER = {"left": "right", "right": "left", "lh": "rh", "rh": "lh"}
 
 
 def paired_names(names: Iterable[str]) -> list[str]:
-    """Names that say a side, and whose counterpart of the other side is among them, in their order."""
+    """Names that contain a side and whose counterpart on the other side is also among the names, in order."""
     known = {name.lower(): name for name in names}
     return [n for low, n in known.items() if SIDES.search(low) and SIDES.sub(_swapped, low) in known]
 
 
 def note_on_mirroring(plan: Plan, grid: Grid) -> list[str]:
-    """What to change where labels are of sides, and the plan mirrors left and right; at most one sentence or two.
+    """Suggest overrides if labels distinguish left and right and the plan mirrors that axis; at most one note.
 
-    A symmetric anatomy (a brain) does not show which side is which once pictures are mirrored: on 14 paired structures
-    of the brain a U-Net reached a DSC of 0.36 on patches with mirroring of the sides, and 0.78 without, after 500
-    iterations each. An asymmetric one (an abdomen) still does, so that this is left to the user.
+    In symmetric anatomy (a brain) the sides cannot be distinguished once images are mirrored: on 14 paired structures
+    of the brain a U-Net reached a DSC of 0.36 on patches with left-right mirroring, and 0.78 without, after 500
+    iterations each. In asymmetric anatomy (an abdomen) they can, so the choice is left to the user.
 
     Args:
-        plan: of the dataset.
-        grid: of a case of it, as the file has it.
+        plan: plan of the dataset.
+        grid: grid of one of its cases, as stored in the file.
     """
     names = paired_names(plan.labels.foreground)
     changes = [
@@ -41,15 +41,15 @@ def note_on_mirroring(plan: Plan, grid: Grid) -> list[str]:
         return []
     pair = f"{names[0]} and {len(names) - 1} more labels" if len(names) > 2 else " and ".join(names)
     note = (
-        f"{pair} are of one side each, and training mirrors left and right. Where the anatomy is symmetric, as in a "
-        f"brain, the sides cannot be told apart then: add --set {' '.join(changes).replace(', ', ',')}"
+        f"{pair} distinguish left and right, and training mirrors this axis. If the anatomy is symmetric, as in a "
+        f"brain, the network cannot learn the sides: add --set {' '.join(changes).replace(', ', ',')}"
     )
     return [note]
 
 
 def _side_axis(plan: Plan, stage: Stage, grid: Grid) -> int:
-    """Which axis of the stage's patches runs from left to right; -1: none does."""
-    # what is turned when it is read has x from side to side
+    """Axis of the stage's patches that runs between left and right; -1: none."""
+    # reoriented volumes have x from left to right
     of_file = 2 if plan.reorient is not None else 2 - int(np.abs(np.asarray(grid.direction)[0]).argmax())
     return plan.transpose_forward.index(of_file) - (1 if stage.is_2d else 0)
 

@@ -1,4 +1,4 @@
-"""Reading nnU-Net v2's plans.json into a plan of ours. No class or function that it names is ever imported."""
+"""Importing nnU-Net v2's plans.json. Classes and functions named in it are never imported."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NETWORK_DEFAULTS: dict[str, tuple[object, ...]] = {
     "stem_channels": (None,),
     "deep_supervision": (True, False, None),
 }
-"""Arguments of the network that have one meaning here: any other value is unsupported."""
+"""Network arguments for which only this value is supported."""
 READ_ELSEWHERE = {
     "n_stages",
     "features_per_stage",
@@ -55,11 +55,11 @@ READ_ELSEWHERE = {
 RESAMPLING = "resample_data_or_seg_to_shape"
 PREPROCESSORS = {"DefaultPreprocessor"}
 NEVER_SEPARATE = 1e6
-"""An anisotropy threshold that no image reaches: nnU-Net's force_separate_z = False."""
+"""An anisotropy threshold larger than any image's: nnU-Net's force_separate_z = False."""
 
 
 class _Loose(Record):
-    """nnU-Net writes more fields than matter here."""
+    """Base for nnU-Net's records, which have more fields than we use."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
@@ -84,7 +84,7 @@ class _Architecture(_Loose):
 
 
 class _OldArchitecture(_Loose):
-    """How plans of nnU-Net before 2.3 describe the network, among the fields of the configuration."""
+    """Network fields of plans before nnU-Net 2.3, which are part of the configuration."""
 
     UNet_class_name: str
     UNet_base_num_features: int
@@ -146,24 +146,26 @@ def import_nnunet_plans(
 
     Args:
         path: nnUNetPlans.json or any other plans file of nnU-Net v2.
-        dataset: the dataset.json beside it (channels, labels, file ending are not in the plans).
+        dataset: the dataset.json beside it (plans do not contain channels, labels and file ending).
         fingerprint: digest of this package's fingerprint of the dataset, if there is one.
-        name: of the plan; None: rfmed_ and nnU-Net's plans_name (its own name is that of its files).
-        stages: configurations to take; None: all but those of a cascade's second step.
+        name: name of the plan; None: rfmed_ and nnU-Net's plans_name (plans_name is taken by nnU-Net's files).
+        stages: configurations to import; None: all except second stages of a cascade.
 
     Returns:
-        A plan with nnU-Net's training figures.
+        A plan with nnU-Net's training settings.
 
     Raises:
-        RecordError: missing, not JSON or not such a file.
+        RecordError: the file is missing, not JSON or not a plans file.
         UsageError: a configuration of `stages` does not exist.
-        PlanError: something that this package does not have; lists all of it.
+        PlanError: the plans use features that this package does not support; lists all of them.
     """
     source = read_record(path, _NnunetPlans)
     resolved = {stage: _resolved(source.configurations, stage, path) for stage in source.configurations}
     unknown = [stage for stage in stages or () if stage not in resolved]
     if unknown:
-        raise UsageError("No such configuration", where=", ".join(unknown), expected=f"one of {', '.join(resolved)}")
+        raise UsageError(
+            "The configuration does not exist", where=", ".join(unknown), expected=f"one of {', '.join(resolved)}"
+        )
     cascaded = [stage for stage, plain in resolved.items() if plain.get("previous_stage")]
     if stages is None and cascaded:
         LOGGER.warning("Left out of %s: %s (cascades are not supported)", path.name, ", ".join(cascaded))
@@ -174,9 +176,9 @@ def import_nnunet_plans(
         faults.append(f"label_manager {source.label_manager}")
     if faults:
         raise PlanError(
-            f"nnU-Net's plans hold what this package does not have ({'; '.join(faults)})",
+            f"nnU-Net's plans use unsupported features ({'; '.join(faults)})",
             where=path,
-            remedy="Import other configurations, or plan anew with --preset nnunet",
+            remedy="Import other configurations, or plan again with --preset nnunet",
         )
     channels = range(len(dataset.channels))
     return Plan.parse(
@@ -197,12 +199,14 @@ def import_nnunet_plans(
 
 
 def _resolved(configurations: Mapping[str, dict[str, Any]], name: str, path: Path) -> dict[str, Any]:
-    """Collect a configuration with everything that it inherits."""
+    """Resolve a configuration with all inherited fields."""
     chain, parent = [], name
     while parent is not None:
         if parent in chain or parent not in configurations:
             raise PlanError(
-                "A configuration inherits from itself" if parent in chain else "A configuration inherits from nothing",
+                "A configuration inherits from itself"
+                if parent in chain
+                else "A configuration inherits from one that does not exist",
                 where=f"{path}, {name}",
                 found=" -> ".join([*chain, parent]),
             )
@@ -212,10 +216,10 @@ def _resolved(configurations: Mapping[str, dict[str, Any]], name: str, path: Pat
     merged: dict[str, Any] = {}
     for ancestor in reversed(chain):
         merged.update(configurations[ancestor])
-    return _modernised(merged, f"{path}, {name}")
+    return _upgraded(merged, f"{path}, {name}")
 
 
-def _modernised(plain: dict[str, Any], where: str) -> dict[str, Any]:
+def _upgraded(plain: dict[str, Any], where: str) -> dict[str, Any]:
     if "architecture" in plain or "UNet_class_name" not in plain:
         return plain
     old = _OldArchitecture.parse(plain, where=where)
@@ -232,7 +236,7 @@ def _modernised(plain: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _resamplings(configuration: _Configuration) -> list[tuple[str, dict[str, Any]]]:
-    """List function and arguments for image, label and probabilities."""
+    """Resampling function and arguments of image, label and probabilities."""
     return [
         (configuration.resampling_fn_data, configuration.resampling_fn_data_kwargs),
         (configuration.resampling_fn_seg, configuration.resampling_fn_seg_kwargs),
@@ -241,8 +245,8 @@ def _resamplings(configuration: _Configuration) -> list[tuple[str, dict[str, Any
 
 
 def _unsupported(configuration: _Configuration) -> list[str]:
-    """Say what of a configuration cannot be had here."""
-    faults = ["the second step of a cascade"] if configuration.previous_stage else []
+    """List the unsupported features of a configuration."""
+    faults = ["the second stage of a cascade"] if configuration.previous_stage else []
     if configuration.preprocessor_name not in PREPROCESSORS:
         faults.append(f"preprocessor {configuration.preprocessor_name}")
     faults += [f"normalization {s}" for s in configuration.normalization_schemes if s not in NORMALIZATIONS]
@@ -275,7 +279,7 @@ def _stage(configuration: _Configuration, source: _NnunetPlans, where: str) -> S
     dimensions = len(configuration.patch_size)
     spacing, shape = configuration.spacing, configuration.median_image_size_in_voxels
     if dimensions == 2:
-        # a 2D stage leaves slices where they are: describe the first axis by the median case
+        # a 2D stage does not resample the first axis: describe it by the median case
         spacing = (source.original_median_spacing_after_transp[0], *spacing)
         shape = (source.original_median_shape_after_transp[0], *shape)
     schemes = zip(configuration.normalization_schemes, configuration.use_mask_for_norm, strict=True)
@@ -316,7 +320,7 @@ def _network(architecture: _Architecture, dimensions: int, where: str) -> UNetCo
     stages = (arguments.n_stages or 0) if isinstance(features, int) else len(features)
 
     def repeated(value: Any, count: int) -> list[Any]:
-        """Repeat a single number, which the library takes for all stages or axes."""
+        """Repeat a single number, which nnU-Net applies to all stages or axes."""
         return list(value) if isinstance(value, tuple) else [value] * count
 
     def per_axis(value: Any) -> list[list[int]]:

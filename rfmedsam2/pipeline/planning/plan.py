@@ -1,7 +1,7 @@
-"""Planning: dataset.json and fingerprint -> plan.
+"""Planning: makes a plan from dataset.json, fingerprint and preset.
 
 Target spacing, axis order, normalization, the low-resolution rule and the median shape are nnU-Net 2.8's; patch, batch,
-network and training figures come from a preset (presets.py) through nnU-Net's topology rule (topology.py).
+network and training settings come from a preset (presets.py) through nnU-Net's topology rule (topology.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rfmedsam2.records.plan import Normalization, Plan, SegmentationLoss, Stage
 
 ANISOTROPY = 3.0
 SMALL_AFTER_CROP = 0.75
-"""Below this median share of voxels left by the crop, z-score statistics are taken within the mask."""
+"""If the median fraction of voxels left by the crop is below this, z-score statistics use the non-zero mask."""
 SPACING_STEP = 1.03
 NORMALIZATION_OF_CHANNEL = {
     "ct": "ct",
@@ -40,7 +40,7 @@ NORMALIZATION_OF_CHANNEL = {
 
 
 class PlannableDataset(Protocol):
-    """What planning reads of a raw dataset."""
+    """The attributes of a raw dataset that planning uses."""
 
     @property
     def name(self) -> str:
@@ -55,7 +55,7 @@ class PlannableDataset(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetStats:
-    """What sizing a stage needs to know about a dataset. Planned axis order."""
+    """Statistics of a dataset that determine the sizes of a stage, in planned axis order."""
 
     transpose_forward: tuple[int, int, int]
     spacing_mm: np.ndarray
@@ -83,32 +83,32 @@ def plan(
 
     Args:
         dataset: its name and dataset.json.
-        fingerprint: of its training cases.
-        preset: the table of figures to size stages by.
-        name: of the plan; None: the preset's.
+        fingerprint: fingerprint of its training cases.
+        preset: name of the preset.
+        name: name of the plan; None: the preset's.
         spacing_zyx_mm: target spacing of 3d_fullres in the axis order of the files; None: nnU-Net's rule.
 
     Returns:
-        A plan with the stages 3d_fullres, 3d_lowres (where cases are large against the patch) and 2d; only 2d where
+        A plan with the stages 3d_fullres, 3d_lowres (if cases are much larger than the patch) and 2d; only 2d if
         the median case is a single slice.
 
     Raises:
-        UsageError: no such preset.
-        PlanError: the fingerprint is of another dataset or has no cases, or nothing fits the memory.
+        UsageError: the preset does not exist.
+        PlanError: the fingerprint is of another dataset or has no cases, or no patch fits the memory.
     """
-    figures = get_preset(preset)
-    survey = survey_of(dataset, fingerprint, spacing_zyx_mm, figures.max_case_voxels)
+    settings = get_preset(preset)
+    stats = dataset_stats(dataset, fingerprint, spacing_zyx_mm, settings.max_case_voxels)
     stages: dict[str, Stage] = {}
-    if survey.median_shape[0] != 1:
-        stages = _volume_stages(survey, figures)
-    stages["2d"] = _slice_stage(survey, figures)
-    return plan_of(dataset, fingerprint, survey, name=name or figures.plan_name, stages=stages)
+    if stats.median_shape[0] != 1:
+        stages = _volume_stages(stats, settings)
+    stages["2d"] = _slice_stage(stats, settings)
+    return plan_of(dataset, fingerprint, stats, name=name or settings.plan_name, stages=stages)
 
 
 def plan_of(
-    dataset: PlannableDataset, fingerprint: Fingerprint, survey: DatasetStats, *, name: str, stages: dict[str, Stage]
+    dataset: PlannableDataset, fingerprint: Fingerprint, stats: DatasetStats, *, name: str, stages: dict[str, Stage]
 ) -> Plan:
-    """Put stages together with what a plan says about its dataset."""
+    """Assemble a plan from its stages and the dataset's statistics."""
     reader = dataset.json.overwrite_image_reader_writer or ""
     return Plan(
         name=name,
@@ -118,7 +118,7 @@ def plan_of(
         labels=dataset.json.label_set,
         file_ending=dataset.json.file_ending,
         reorient="RAS" if reader.endswith("WithReorient") else None,
-        transpose_forward=survey.transpose_forward,
+        transpose_forward=stats.transpose_forward,
         intensities=fingerprint.intensities,
         stages=stages,
     )
@@ -127,7 +127,7 @@ def plan_of(
 def target_spacing(fingerprint: Fingerprint) -> np.ndarray:
     """nnU-Net's target spacing in the axis order of the files, (3,) mm.
 
-    The median; along a strongly anisotropic axis the 10th percentile, so that thin slices are not thrown away.
+    The median; along a strongly anisotropic axis the 10th percentile, so that resolution along it is not lost.
     """
     spacings = np.array([case.spacing_zyx_mm for case in fingerprint.cases], dtype=float)
     shapes = np.array([case.shape_after_crop_zyx for case in fingerprint.cases], dtype=float)
@@ -146,7 +146,7 @@ def target_spacing(fingerprint: Fingerprint) -> np.ndarray:
 def channel_normalizations(
     channels: tuple[str, ...], median_relative_size_after_crop: float
 ) -> tuple[Normalization, ...]:
-    """nnU-Net's scheme by channel name (z-score unless the name says otherwise) and its rule for masks."""
+    """nnU-Net's scheme by channel name (z-score by default) and its rule for using the non-zero mask."""
     kinds = [NORMALIZATION_OF_CHANNEL.get(channel.casefold(), "zscore") for channel in channels]
     masked = median_relative_size_after_crop < SMALL_AFTER_CROP
     return tuple(Normalization.parse({"kind": kind, "use_mask": masked and kind == "zscore"}) for kind in kinds)
@@ -165,7 +165,7 @@ def median_shape(fingerprint: Fingerprint, spacing_zyx_mm: np.ndarray) -> np.nda
 
 
 def coarsened(spacing_mm: np.ndarray, shape: np.ndarray, max_voxels: int | None) -> np.ndarray:
-    """Raise the spacing, finest axes first and then all alike, until the shape has at most `max_voxels`."""
+    """Coarsen the spacing, finest axes first and then all together, until the shape has at most `max_voxels`."""
     if max_voxels is None:
         return spacing_mm
     level, coarse = float(spacing_mm.min()), spacing_mm
@@ -176,26 +176,26 @@ def coarsened(spacing_mm: np.ndarray, shape: np.ndarray, max_voxels: int | None)
 
 
 def check_fingerprint(dataset: PlannableDataset, fingerprint: Fingerprint) -> None:
-    """Raise a PlanError unless there are classes, and the fingerprint has cases of this dataset and its channels."""
+    """Raise a PlanError if there are no classes, or if the fingerprint is not of this dataset's cases and channels."""
     if not dataset.json.label_set.foreground:
         raise PlanError(
-            "The dataset names no class beside the background: there is nothing to segment",
+            "The dataset has no class besides background, so there is nothing to segment",
             where=f"dataset.json of {dataset.name}",
-            expected='one label or more, for instance "labels": {"background": 0, "liver": 1}',
+            expected='at least one label, for instance "labels": {"background": 0, "liver": 1}',
         )
     channels = len(dataset.json.channels)
     if fingerprint.cases and fingerprint.dataset == dataset.name and len(fingerprint.intensities) == channels:
         return
     raise PlanError(
-        "The fingerprint does not fit the dataset",
+        "The fingerprint does not match the dataset",
         where=dataset.name,
         expected=f"at least one training case and {channels} channel(s) of {dataset.name}",
         found=f"{len(fingerprint.cases)} case(s), {len(fingerprint.intensities)} channel(s) of {fingerprint.dataset}",
-        remedy="Make the fingerprint anew (rfmed_plan_and_preprocess --clean)",
+        remedy="Compute the fingerprint again (rfmed_plan_and_preprocess --clean)",
     )
 
 
-def survey_of(
+def dataset_stats(
     dataset: PlannableDataset, fingerprint: Fingerprint, spacing_zyx_mm: Triple | None, max_case_voxels: int | None
 ) -> DatasetStats:
     """Target spacing, axis order, median shape and normalization of a dataset; see `plan` for arguments and errors."""
@@ -220,55 +220,55 @@ def survey_of(
 
 
 def _axis_order(spacing: np.ndarray, fingerprint: Fingerprint) -> tuple[int, int, int]:
-    # pictures stored as volumes: the axis of one voxel is the slice axis, whatever spacing is written beside it
+    # 2D images stored as volumes: the axis of one voxel is the slice axis, whatever its spacing
     flat = [axis for axis in range(3) if all(case.shape_zyx[axis] == 1 for case in fingerprint.cases)]
     first = flat[0] if flat else int(np.argmax(spacing))
     second, third = (axis for axis in range(3) if axis != first)
     return first, second, third
 
 
-def _volume_stages(survey: DatasetStats, figures: UNetPreset) -> dict[str, Stage]:
-    full = _size(survey, survey.spacing_mm, survey.median_shape, figures.volume)
-    low_spacing, low = _low_resolution(survey, figures, full)
-    dice = figures.batch_dice
+def _volume_stages(stats: DatasetStats, preset: UNetPreset) -> dict[str, Stage]:
+    full = _size(stats, stats.spacing_mm, stats.median_shape, preset.volume)
+    low_spacing, low = _low_resolution(stats, preset, full)
+    dice = preset.batch_dice
     stages = {
         "3d_fullres": stage_of(
-            survey,
-            figures,
+            stats,
+            preset,
             full,
-            spacing_mm=survey.spacing_mm,
-            median_shape=survey.median_shape,
+            spacing_mm=stats.spacing_mm,
+            median_shape=stats.median_shape,
             batch_dice=low is not None if dice is None else dice,
         )
     }
     if low is not None:
         stages["3d_lowres"] = stage_of(
-            survey,
-            figures,
+            stats,
+            preset,
             low,
             spacing_mm=low_spacing,
-            median_shape=survey.spacing_mm / low_spacing * survey.median_shape,
+            median_shape=stats.spacing_mm / low_spacing * stats.median_shape,
             batch_dice=False if dice is None else dice,
         )
     return stages
 
 
-def _slice_stage(survey: DatasetStats, figures: UNetPreset) -> Stage:
-    # slices are taken as they lie: the first axis is never resampled, its entries only describe the median case
-    sized = _size(survey, survey.spacing_mm[1:], survey.median_shape[1:], figures.slice)
+def _slice_stage(stats: DatasetStats, preset: UNetPreset) -> Stage:
+    # the first axis of a 2D stage is never resampled; its entries only describe the median case
+    sized = _size(stats, stats.spacing_mm[1:], stats.median_shape[1:], preset.slice)
     return stage_of(
-        survey,
-        figures,
+        stats,
+        preset,
         sized,
-        spacing_mm=np.array([survey.median_slice_distance_mm, *survey.spacing_mm[1:]]),
-        median_shape=np.array([survey.median_slices, *survey.median_shape[1:]]),
-        batch_dice=True if figures.batch_dice is None else figures.batch_dice,
+        spacing_mm=np.array([stats.median_slice_distance_mm, *stats.spacing_mm[1:]]),
+        median_shape=np.array([stats.median_slices, *stats.median_shape[1:]]),
+        batch_dice=True if preset.batch_dice is None else preset.batch_dice,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sized:
-    """Patch and network shape, the figures they follow from, and the batch."""
+    """Patch and network shape, the settings they follow from, and the batch size."""
 
     topology: Topology
     sizing: PatchSizing
@@ -276,7 +276,7 @@ class Sized:
 
 
 def _size(
-    survey: DatasetStats,
+    stats: DatasetStats,
     spacing_mm: np.ndarray,
     shape: np.ndarray,
     sizing: PatchSizing,
@@ -286,11 +286,11 @@ def _size(
     """Patch, topology and batch of a stage at a spacing and median shape, both (2,) or (3,)."""
 
     def samples(topology: Topology) -> float:
-        """How many samples the preset's limits allow."""
+        """Number of samples that the preset's limits allow."""
         limits = [math.inf]
         if sizing.feature_budget is not None:
             network = sizing.width.network(topology)
-            estimate = feature_map_size(network, topology.patch_size, outputs=survey.outputs)
+            estimate = feature_map_size(network, topology.patch_size, outputs=stats.outputs)
             limits.append(sizing.feature_budget / estimate * sizing.budget_batch)
         if sizing.max_batch_voxels is not None:
             limits.append(sizing.max_batch_voxels / math.prod(topology.patch_size))
@@ -303,7 +303,7 @@ def _size(
         fits=lambda candidate: samples(candidate) >= sizing.least_batch,
     )
     if dataset_voxels is None:
-        dataset_voxels = float(np.prod(survey.median_shape)) * survey.cases
+        dataset_voxels = float(np.prod(stats.median_shape)) * stats.cases
     batch_size = sizing.batch_size or batch_that_fits(
         samples(topology),
         patch_voxels=math.prod(topology.patch_size),
@@ -312,32 +312,32 @@ def _size(
     return Sized(topology=topology, sizing=sizing, batch_size=batch_size)
 
 
-def _low_resolution(survey: DatasetStats, figures: UNetPreset, full: Sized) -> tuple[np.ndarray, Sized | None]:
-    """nnU-Net's low-resolution rule: coarsen until the patch covers enough of a case; None if hardly coarser."""
-    voxels = full_voxels = float(np.prod(survey.median_shape))
-    patch_voxels, spacing, sized = math.prod(full.topology.patch_size), survey.spacing_mm.copy(), None
-    while patch_voxels / voxels < figures.low_resolution_share:
-        # the finer axes first, until none is more than a factor 2 finer than the coarsest
+def _low_resolution(stats: DatasetStats, preset: UNetPreset, full: Sized) -> tuple[np.ndarray, Sized | None]:
+    """nnU-Net's low-resolution rule: coarsen until the patch covers enough of a case; None if barely coarser."""
+    voxels = full_voxels = float(np.prod(stats.median_shape))
+    patch_voxels, spacing, sized = math.prod(full.topology.patch_size), stats.spacing_mm.copy(), None
+    while patch_voxels / voxels < preset.low_resolution_share:
+        # finer axes first, until none is more than a factor 2 finer than the coarsest
         finer = spacing.max() / spacing > 2
         spacing[finer if finer.any() else slice(None)] *= SPACING_STEP
-        shape = survey.spacing_mm / spacing * survey.median_shape
+        shape = stats.spacing_mm / spacing * stats.median_shape
         voxels = float(np.prod(shape))
         rounded = np.array([max(1, round(float(n))) for n in shape])
-        sized = _size(survey, spacing, rounded, figures.volume, dataset_voxels=voxels * survey.cases)
+        sized = _size(stats, spacing, rounded, preset.volume, dataset_voxels=voxels * stats.cases)
         patch_voxels = math.prod(sized.topology.patch_size)
     return spacing, None if full_voxels / voxels < 2 else sized
 
 
 def stage_of(
-    survey: DatasetStats,
-    figures: UNetPreset,
+    stats: DatasetStats,
+    preset: UNetPreset,
     sized: Sized,
     *,
     spacing_mm: np.ndarray,
     median_shape: np.ndarray,
     batch_dice: bool,
 ) -> Stage:
-    """A stage of a preset's figures whose network is a U-Net of the topology found."""
+    """Make a stage with a preset's settings and a U-Net of the given topology."""
     patch = sized.topology.patch_size
     a, b, c = (float(s) for s in spacing_mm)
     k, m, n = (max(1, round(float(size))) for size in median_shape)
@@ -346,11 +346,11 @@ def stage_of(
         median_shape=(k, m, n),
         patch_size=patch,
         batch_size=sized.batch_size,
-        normalization=survey.normalization,
-        augmentation=figures.augmentation.model_copy(update={"mirror_axes": tuple(range(len(patch)))}),
+        normalization=stats.normalization,
+        augmentation=preset.augmentation.model_copy(update={"mirror_axes": tuple(range(len(patch)))}),
         model=sized.sizing.width.network(sized.topology),
         loss=SegmentationLoss(batch_dice=batch_dice),
-        train=figures.train,
-        validation=figures.validation,
-        inference=figures.inference,
+        train=preset.train,
+        validation=preset.validation,
+        inference=preset.inference,
     )

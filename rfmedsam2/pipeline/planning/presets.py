@@ -1,13 +1,13 @@
-"""Presets: the tables of figures that a plan is made from. Change a figure here and every later plan has it.
+"""Presets: tables of the settings that plans are made from.
 
 default          the paper's: patch 32x256x256, batch 2, SGD 1e-3 (RFMedSAM 2, appendix G)
-nnunet           nnU-Net 2.8's own decisions for 8 GB, SGD 1e-2
+nnunet           nnU-Net 2.8's defaults for 8 GB, SGD 1e-2
 nnunet_resenc_*  nnU-Net's residual-encoder planners M, L, XL (8, 24, 40 GB)
-8gb 24gb 80gb    the default's patch shape, shrunk or grown to what the GPU holds by nnU-Net's memory rule
+8gb 24gb 80gb    the default's patch shape, scaled to the GPU's memory by nnU-Net's memory rule
 cpu              a first useful model on two cores within ten minutes
 
-RFMedSAM 2 has a table of its own (default, 8gb, 24gb, 80gb, cpu): its patches are square, and SAM 2 needs memory beside
-the U-Net.
+RFMedSAM 2 has its own table (default, 8gb, 24gb, 80gb, cpu): its patches are square, and SAM 2 needs memory besides the
+U-Net.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ Preset = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatchSizing:
-    """How patch, batch and network of one dimensionality are chosen."""
+    """Limits from which patch, batch and network of one dimensionality follow."""
 
     start: tuple[int, ...] | None = None
-    """Patch to begin with, clipped to the median shape; None: nnU-Net's, about a cube in mm."""
+    """Initial patch, clipped to the median shape; None: nnU-Net's, about a cube in mm."""
     width: FeatureWidths = field(default_factory=FeatureWidths)
     feature_budget: float | None = None
-    """Most feature-map values of one sample when `budget_batch` samples fill the memory (nnU-Net's measure: 560e6 for
-    batch 2 is about 8 GB); None: no such limit."""
+    """Largest number of feature-map values per sample, such that `budget_batch` samples fill the memory (nnU-Net:
+    560e6 for batch 2 is about 8 GB); None: no limit."""
     budget_batch: int = 2
     least_batch: int = 2
     """The patch shrinks until this many samples fit."""
     max_batch_voxels: int | None = None
-    """Most voxels of a whole batch; bounds computing time where memory does not. None: no such limit."""
+    """Largest number of voxels of a batch; limits computing time if memory does not. None: no limit."""
     max_dataset_share: float = 0.05
-    """A batch covers at most this share of the training set's voxels (but always two samples)."""
+    """Largest fraction of the training set's voxels in one batch (but at least two samples)."""
     batch_size: int | None = None
-    """Fixed batch size; None: what the limits above leave."""
+    """Fixed batch size; None: from the limits above."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UNetPreset:
-    """One preset."""
+    """Settings of one U-Net preset."""
 
     plan_name: str
     volume: PatchSizing
@@ -56,11 +56,11 @@ class UNetPreset:
     slice: PatchSizing = PatchSizing(width=FeatureWidths(maximum=512), feature_budget=85e6, budget_batch=12)
     """2d."""
     low_resolution_share: float = 0.25
-    """Plan 3d_lowres where the 3d_fullres patch covers a smaller share of the median case (nnU-Net's 0.25)."""
+    """Plan 3d_lowres if the 3d_fullres patch covers a smaller fraction of the median case (nnU-Net: 0.25)."""
     max_case_voxels: int | None = None
     """Coarsen the target spacing, finest axes first, until the median case has no more voxels. None: never."""
     batch_dice: bool | None = None
-    """None: nnU-Net's rule (3d_fullres only if there is a 3d_lowres, 3d_lowres never, 2d always)."""
+    """Batch Dice; None: nnU-Net's rule (3d_fullres only if there is a 3d_lowres, 3d_lowres never, 2d always)."""
     train: TrainConfig = field(default_factory=TrainConfig)
     inference: Inference = field(default_factory=Inference)
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -100,8 +100,8 @@ CPU = UNetPreset(
     # 40x56x40 (Hippocampus), 48x48x40: one iteration of batch 2 takes under a second on two cores
     volume=PatchSizing(width=FeatureWidths(base=16, maximum=128), max_batch_voxels=192_000, batch_size=2),
     slice=PatchSizing(width=FeatureWidths(base=16, maximum=256), max_batch_voxels=400_000),
-    # a body CT becomes about 3 mm isotropic: seconds to prepare, half a minute to predict on a laptop, and a patch
-    # still sees whole organs; small structures are lost, which is what the other presets are for
+    # a body CT becomes about 3 mm isotropic: seconds to preprocess, half a minute to predict on a laptop, and a patch
+    # still covers whole organs; small structures are lost and need another preset
     max_case_voxels=2_000_000,
     low_resolution_share=0.0,
     batch_dice=True,
@@ -115,7 +115,7 @@ CPU = UNetPreset(
         compile="off",
         validate_every_epochs=5,
     ),
-    # eight flips would make predicting eight times slower
+    # mirroring over eight flips would make prediction eight times slower
     inference=Inference(mirror=False),
 )
 
@@ -138,28 +138,28 @@ PRESETS: dict[Preset, UNetPreset] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RFMedSam2Preset:
-    """One preset of RFMedSAM 2."""
+    """Settings of one RFMedSAM 2 preset."""
 
     plan_name: str
-    figures: UNetPreset
-    """Of Step 0's U-Net and of training."""
+    settings: UNetPreset
+    """Settings of Step 0's U-Net and of training."""
     backbone: Backbone
     start: tuple[int, int, int]
-    """Patch to begin with, clipped to the median shape."""
+    """Initial patch, clipped to the median shape."""
     max_patch_voxels: int | None = None
     activations_gb: float | None = None
-    """The patch shrinks until a step is estimated to keep at most this much in 16 bit (see `memory_estimate.py`)."""
+    """The patch shrinks until a step's estimated activations in 16 bit are at most this (see `memory_estimate.py`)."""
     batch_size: int = 2
     large_batch_size: int = 2
     """With any backbone but nano."""
     adapt_encoder: bool = True
-    """Adapters in the image encoder too: gradients then run through all of it."""
+    """Adapters also in the image encoder, which then needs gradients."""
     propagate_loss: bool = True
-    """Losses of Steps 1 and 2 reach the U-Net too. In short trainings that cost it more than it gained."""
+    """Losses of Steps 1 and 2 also train the U-Net. In short trainings this lowered its accuracy."""
     no_checkpointing_below_gb: float = 0.0
-    """Where all activations in float32 need no more, they are kept and not computed again in the backward pass."""
-    cells: int | None = None
-    """See `Sampling.cells`."""
+    """No activation checkpointing if all activations in float32 need at most this much memory."""
+    max_objects: int | None = None
+    """See `Sampling.max_prompted_objects`."""
     max_objects_pretrained: int | None = None
     """With any backbone but nano."""
 
@@ -169,21 +169,21 @@ def _refinement(
 ) -> RFMedSam2Preset:
     name = f"rfmedsam2_{preset}"
     return RFMedSam2Preset(
-        plan_name=name, figures=PRESETS[preset], backbone=backbone, start=start, activations_gb=activations_gb
+        plan_name=name, settings=PRESETS[preset], backbone=backbone, start=start, activations_gb=activations_gb
     )
 
 
 REFINEMENTS: dict[Preset, RFMedSam2Preset] = {
     "default": RFMedSam2Preset(
-        plan_name="rfmedsam2", figures=PRESETS["default"], backbone="sam2_large", start=(32, 256, 256)
+        plan_name="rfmedsam2", settings=PRESETS["default"], backbone="sam2_large", start=(32, 256, 256)
     ),
-    # a share of the memory is left to weights, optimizer and the allocator
+    # part of the memory is reserved for weights, optimizer and the allocator
     "8gb": _refinement("8gb", "sam2_tiny", 6.5, (32, 256, 256)),
     "24gb": _refinement("24gb", "sam2_base_plus", 19, (32, 256, 256)),
     "80gb": _refinement("80gb", "sam2_large", 66, (48, 320, 320)),
     "cpu": RFMedSam2Preset(
         plan_name="rfmedsam2_cpu",
-        figures=CPU,
+        settings=CPU,
         backbone="nano",
         start=(32, 128, 128),
         max_patch_voxels=140_000,  # 32x64x64
@@ -191,24 +191,24 @@ REFINEMENTS: dict[Preset, RFMedSam2Preset] = {
         adapt_encoder=False,
         propagate_loss=False,
         no_checkpointing_below_gb=3.0,
-        cells=96,
+        max_objects=96,
         max_objects_pretrained=24,
     ),
 }
 
 
 def get_rfmedsam2_preset(preset: str) -> RFMedSam2Preset:
-    """Look up the figures of a preset of RFMedSAM 2.
+    """Look up the settings of an RFMedSAM 2 preset.
 
     Raises:
-        UsageError: there is no such preset, or it is nnU-Net's.
+        UsageError: the preset does not exist, or is one of nnU-Net's.
     """
     for name, refinement in REFINEMENTS.items():
         if name == preset:
             return refinement
     get_preset(preset)
     raise UsageError(
-        "This preset has no RFMedSAM 2: it is nnU-Net's own decisions",
+        "This preset is nnU-Net's and has no settings for RFMedSAM 2",
         where=preset,
         expected=f"one of {', '.join(REFINEMENTS)}",
         remedy="Choose another --preset, or leave out --model rfmedsam2",
@@ -216,12 +216,12 @@ def get_rfmedsam2_preset(preset: str) -> RFMedSam2Preset:
 
 
 def get_preset(preset: str) -> UNetPreset:
-    """Look up the figures of a preset.
+    """Look up the settings of a preset.
 
     Raises:
-        UsageError: there is no such preset.
+        UsageError: the preset does not exist.
     """
-    for name, figures in PRESETS.items():
+    for name, settings in PRESETS.items():
         if name == preset:
-            return figures
-    raise UsageError("No such preset", where=preset, expected=f"one of {', '.join(get_args(Preset))}")
+            return settings
+    raise UsageError("The preset does not exist", where=preset, expected=f"one of {', '.join(get_args(Preset))}")

@@ -1,7 +1,7 @@
-"""The plans of `plans/`: BTCV and AMOS22 by published figures, and what each ablation of the paper changes.
+"""The plans in `plans/`: BTCV and AMOS22 from published statistics, and the ablations of the paper.
 
-Made here, written by `scripts/write_plans.py`, compared with the files by a test. Intensities are not known without the
-data: a soft-tissue window stands in their place until `changes.moved` puts a dataset's own there.
+Made here, written by `scripts/write_plans.py`, compared with the files by a test. Intensities are unknown without the
+data: a soft-tissue window is used until `overrides.adapt_plan_to_dataset` inserts those of a dataset.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WINDOW = IntensityStatistics(mean=40, median=40, std=115, min=-160, max=240, per
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedDataset:
-    """What is published of a dataset: medians over its training cases, (z, y, x)."""
+    """Published statistics of a dataset: medians over its training cases, (z, y, x)."""
 
     name: str
     labels: dict[str, int]
@@ -40,15 +40,15 @@ class PublishedDataset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedPlan:
-    """How a published plan is made.
+    """Specification of a published plan.
 
     Attributes:
         data: the dataset.
-        model: unet alone, or refined by SAM 2.
-        patch: to begin with, instead of the default's 32x256x256.
-        spacing_mm: instead of nnU-Net's rule.
-        flat_unet: Step 0's U-Net sees single frames (Table 7's 2D).
-        changes: as given to `--set`.
+        model: unet, or rfmedsam2 (a U-Net refined by SAM 2).
+        patch: initial patch instead of the default's 32x256x256.
+        spacing_mm: target spacing instead of nnU-Net's rule.
+        flat_unet: Step 0's U-Net processes single slices (Table 7's 2D).
+        changes: overrides, as given to `--set`.
     """
 
     data: PublishedDataset
@@ -73,22 +73,22 @@ AMOS22_CT = PublishedDataset(
 
 
 def _model(**fields: str) -> tuple[str, ...]:
-    """Changes of fields of RFMedSAM 2's record."""
+    """Overrides of fields of RFMedSAM 2's record."""
     return tuple(f"3d_fullres.model.{name}={value}" for name, value in fields.items())
 
 
 def _generator(name: str, *, object_scores: str = "false") -> PublishedPlan:
-    """Prompts from something else than a U-Net."""
+    """Plan with another prompt generator than a U-Net."""
     return PublishedPlan(data=BTCV, changes=_model(generator=name, unet="null", object_scores=object_scores))
 
 
 def _given_boxes(*changes: str, object_scores: str = "true") -> PublishedPlan:
-    """Boxes from the reference (Table 3, Fig. 4(2) and 4(3)): the paper's 0.923 has object scores (Table 4)."""
+    """Plan with boxes from the reference (Table 3, Fig. 4(2) and 4(3)); the paper's 0.923 is with scores (Table 4)."""
     recipe = _generator("gt", object_scores=object_scores)
     return replace(recipe, changes=(*recipe.changes, *changes))
 
 
-# Fig. 4(2) was measured with plain adapters, before the others joined: 91.58 + 0.47 + 0.25 is Table 3's 92.30
+# Fig. 4(2) was measured with plain adapters only: 91.58 + 0.47 + 0.25 is Table 3's 92.30
 PLAIN = ("3d_fullres.model.adapters.blocks=plain", "3d_fullres.model.adapters.convolutions=none")
 ATTENTION = "3d_fullres.model.unet.attention=true"
 
@@ -102,22 +102,22 @@ PUBLISHED: dict[str, PublishedPlan] = {
     "btcv_gt_memory_preceding": _given_boxes(*PLAIN, *_model(strategy="preceding")),
     "btcv_gt_memory_following": _given_boxes(*PLAIN, *_model(strategy="following")),
     "btcv_gt_memory_both": _given_boxes(*PLAIN, *_model(strategy="both")),
-    # Fig. 4(3): plain ones alone are btcv_gt_memory_preceding
+    # Fig. 4(3): plain adapters only is btcv_gt_memory_preceding
     "btcv_gt_adapters_dwconv": _given_boxes("3d_fullres.model.adapters.convolutions=none"),
     "btcv_gt": _given_boxes(),
     # Table 4
     "btcv_gt_no_object_scores": _given_boxes(object_scores="false"),
     "btcv_object_scores": PublishedPlan(data=BTCV, changes=_model(object_scores="true")),
-    # Fig. 4(4): f is btcv
+    # Fig. 4(4): (f) is btcv
     "btcv_object_queries": _generator("object_queries"),
     "btcv_scored_object_queries": _generator("scored_object_queries", object_scores="true"),
     "btcv_point_embeddings": _generator("point_embeddings", object_scores="true"),
     "btcv_hierarchical_masks": _generator("hierarchical_masks"),
     "btcv_one_refinement": PublishedPlan(data=BTCV, changes=_model(refinements="1")),
-    # Table 6: an image of 512 pixels is enlarged to fill a patch of 1024
+    # Table 6: a slice of 512 pixels is upsampled to fill a patch of 1024
     "btcv_patch_2x1024": PublishedPlan(data=BTCV, patch=(2, 1024, 1024), spacing_mm=(3.0, 0.38, 0.38)),
     "btcv_patch_8x512": PublishedPlan(data=BTCV, patch=(8, 512, 512)),
-    # Table 7: U-Nets alone, and the same as Step 0
+    # Table 7: U-Nets on their own, and the same U-Nets as Step 0
     "btcv_unet_attention": PublishedPlan(
         data=BTCV, model="unet", changes=tuple(f"{s}.model.attention=true" for s in ("3d_fullres", "3d_lowres", "2d"))
     ),
@@ -131,10 +131,10 @@ def published_plan(name: str) -> Plan:
     """Make the plan of `plans/NAME.json`.
 
     Raises:
-        UsageError: there is none of this name; lists those there are.
+        UsageError: the plan does not exist; lists the existing ones.
     """
     if name not in PUBLISHED:
-        raise UsageError("No such plan is published", where=name, expected=f"one of {', '.join(PUBLISHED)}")
+        raise UsageError("The published plan does not exist", where=name, expected=f"one of {', '.join(PUBLISHED)}")
     recipe = PUBLISHED[name]
     dataset, fingerprint = _Described(recipe.data), _fingerprint(recipe.data)
     if recipe.model == "unet":
@@ -147,7 +147,7 @@ def published_plan(name: str) -> Plan:
 
 
 class _Described:
-    """A dataset of which only figures are known."""
+    """A dataset of which only published statistics are known."""
 
     def __init__(self, figures: PublishedDataset) -> None:
         described = {"channel_names": {"0": "CT"}, "labels": figures.labels, "file_ending": ".nii.gz"}
@@ -173,7 +173,7 @@ def _fingerprint(figures: PublishedDataset) -> Fingerprint:
 
 
 def _flat(found: Plan) -> Plan:
-    """Put nnU-Net's two-dimensional U-Net of the same frames in Step 0's place."""
+    """Replace Step 0's network by nnU-Net's 2D U-Net for the same slices."""
     stage = found.stage("3d_fullres")
     assert isinstance(stage.model, RFMedSam2Config)
     topology = topology_of(stage.spacing_mm[1:], stage.patch_size[1:])

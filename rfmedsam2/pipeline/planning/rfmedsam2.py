@@ -1,4 +1,4 @@
-"""Planning RFMedSAM 2: square patches, the U-Net of the same rules as Step 0, and SAM 2 on frames of a fitting size."""
+"""Planning RFMedSAM 2: square patches, nnU-Net's U-Net for Step 0, and the frame size and settings of SAM 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from rfmedsam2.errors import PlanError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.planning.memory_estimate import activation_terms, total_gib
-from rfmedsam2.pipeline.planning.plan import DatasetStats, PlannableDataset, Sized, plan_of, stage_of, survey_of
+from rfmedsam2.pipeline.planning.plan import DatasetStats, PlannableDataset, Sized, dataset_stats, plan_of, stage_of
 from rfmedsam2.pipeline.planning.presets import Preset, RFMedSam2Preset, get_rfmedsam2_preset
 from rfmedsam2.pipeline.planning.topology import Topology, square_topology
 from rfmedsam2.records.dataset import LabelSet
@@ -17,10 +17,10 @@ from rfmedsam2.records.model import LIGHT_BACKBONES, AdapterConfig, Backbone, RF
 from rfmedsam2.records.plan import Plan, Stage
 
 LEAST_FRAME = {"nano": 128}
-"""Frames are enlarged 2 or 4 times to reach so many pixels: SAM 2's masks have a quarter of them. Else LEAST."""
+"""Slices are upsampled 2 or 4 times to at least this side, as SAM 2's masks have a quarter of it; default LEAST."""
 LEAST = 192
-"""LiteMedSAM was trained on frames of 256, SAM 2 and MobileSAM of 1024; from here on, enlarging is left out: it costs
-four times the encoder."""
+"""LiteMedSAM was trained on 256 pixels, SAM 2 and MobileSAM on 1024. Slices of at least 192 pixels are not upsampled,
+because that makes the encoder four times as expensive."""
 LARGEST_FRAME = 1024
 
 
@@ -33,19 +33,20 @@ def plan_rfmedsam2(
     spacing_zyx_mm: Triple | None = None,
     backbone: Backbone | None = None,
 ) -> Plan:
-    """Make the RFMedSAM 2 plan of a dataset: one stage, 3d_fullres, whose frames lie along the first planned axis.
+    """Make the RFMedSAM 2 plan of a dataset: one stage, 3d_fullres, with slices along the first planned axis.
 
     Args:
         dataset: its name and dataset.json.
-        fingerprint: of its training cases.
+        fingerprint: fingerprint of its training cases.
         preset: default, 8gb, 24gb, 80gb or cpu.
-        name: of the plan; None: the preset's.
+        name: name of the plan; None: the preset's.
         spacing_zyx_mm: target spacing in the axis order of the files; None: nnU-Net's rule.
-        backbone: what encodes the frames; None: the preset's.
+        backbone: image encoder; None: the preset's.
 
     Raises:
-        UsageError: no such preset, or one of nnU-Net's.
-        PlanError: the fingerprint is of another dataset, the dataset has no classes or single slices, nothing fits.
+        UsageError: the preset does not exist, or is one of nnU-Net's.
+        PlanError: the fingerprint is of another dataset, the dataset has no classes or only single slices, or no patch
+            fits the memory.
     """
     refinement = get_rfmedsam2_preset(preset)
     if backbone is not None and backbone != refinement.backbone:
@@ -61,39 +62,39 @@ def refined_plan(
     name: str | None = None,
     spacing_zyx_mm: Triple | None = None,
 ) -> Plan:
-    """Make the plan of figures that need not be a preset's; see `plan_rfmedsam2`."""
-    survey = survey_of(dataset, fingerprint, spacing_zyx_mm, refinement.figures.max_case_voxels)
-    if survey.median_shape[0] <= 1:
+    """Make a plan from settings that need not be a preset's; see `plan_rfmedsam2`."""
+    stats = dataset_stats(dataset, fingerprint, spacing_zyx_mm, refinement.settings.max_case_voxels)
+    if stats.median_shape[0] <= 1:
         raise PlanError(
-            "RFMedSAM 2 looks from frame to frame of a volume, and these cases are single slices",
+            "RFMedSAM 2 needs volumes of several slices, and these cases are single slices",
             where=dataset.name,
             remedy="Plan a U-Net for them (--model unet)",
         )
     labels = dataset.json.label_set
 
     def fits(topology: Topology) -> bool:
-        """Whether a patch keeps to the preset's limits."""
+        """Whether a patch is within the preset's limits."""
         limit = refinement.max_patch_voxels
         if limit is not None and math.prod(topology.patch_size) > limit:
             return False
         if refinement.activations_gb is None:
             return True
-        stage = _stage(survey, refinement, topology, labels)
+        stage = _stage(stats, refinement, topology, labels)
         return _activations_gb(stage, labels, half=True) <= refinement.activations_gb
 
-    spacing = survey.spacing_mm.tolist()
-    topology = square_topology(spacing, survey.median_shape.tolist(), start=refinement.start, fits=fits)
-    stages = {"3d_fullres": _stage(survey, refinement, topology, labels)}
-    return plan_of(dataset, fingerprint, survey, name=name or refinement.plan_name, stages=stages)
+    spacing = stats.spacing_mm.tolist()
+    topology = square_topology(spacing, stats.median_shape.tolist(), start=refinement.start, fits=fits)
+    stages = {"3d_fullres": _stage(stats, refinement, topology, labels)}
+    return plan_of(dataset, fingerprint, stats, name=name or refinement.plan_name, stages=stages)
 
 
 def model_of(
     backbone: Backbone, unet: UNetConfig, side: int, *, adapt_encoder: bool, propagate_loss: bool
 ) -> RFMedSam2Config:
-    """RFMedSAM 2 on frames of `side` voxels, by what the backbone knows: published SAM 2, a light SAM, or nothing.
+    """Configure RFMedSAM 2 for slices of `side` voxels, by the backbone: published SAM 2, a light SAM, or nano.
 
-    Published parts stay frozen beside trained adapters. nano has no published weights and is trained whole, as a
-    correction of Step 0 that starts at zero and does not disturb it.
+    Published weights are frozen, with trained adapters. nano has no published weights and is trained completely, as a
+    correction of Step 0 that starts at zero.
     """
     frame_size = enlarged_side(side, LEAST_FRAME.get(backbone, LEAST))
     if backbone == "nano":
@@ -110,7 +111,7 @@ def model_of(
         unet=unet,
         backbone=backbone,
         frame_size=frame_size,
-        # a light SAM's masks are no better than a trained U-Net's; added to its evidence they start close to it
+        # a light SAM's masks are not better than a trained U-Net's; added to its logits they start close to it
         propagate_loss=propagate_loss,
         output="correct" if backbone in LIGHT_BACKBONES else "replace",
         adapters=AdapterConfig(encoder=adapt_encoder),
@@ -118,25 +119,25 @@ def model_of(
 
 
 def enlarged_side(side: int, least: int) -> int:
-    """`side` times 1, 2 or 4, the first that reaches `least`; at most LARGEST_FRAME."""
+    """`side` times 1, 2 or 4: the first that is at least `least`; at most LARGEST_FRAME."""
     sizes = [side * factor for factor in (1, 2, 4)]
     reached = next((size for size in sizes if size >= least), sizes[-1])
     return min(reached, max(side, LARGEST_FRAME))
 
 
-def _stage(survey: DatasetStats, refinement: RFMedSam2Preset, topology: Topology, labels: LabelSet) -> Stage:
-    figures, patch = refinement.figures, topology.patch_size
+def _stage(stats: DatasetStats, refinement: RFMedSam2Preset, topology: Topology, labels: LabelSet) -> Stage:
+    settings, patch = refinement.settings, topology.patch_size
     small = refinement.backbone == "nano"
     batch = refinement.batch_size if small else refinement.large_batch_size
-    share = math.prod(patch) / math.prod(survey.median_shape.tolist())
+    share = math.prod(patch) / math.prod(stats.median_shape.tolist())
     stage = stage_of(
-        survey,
-        figures,
-        Sized(topology=topology, sizing=figures.volume, batch_size=batch),
-        spacing_mm=survey.spacing_mm,
-        median_shape=survey.median_shape,
-        # nnU-Net's rule in short: over the batch where a patch sees little of a case
-        batch_dice=share < figures.low_resolution_share if figures.batch_dice is None else figures.batch_dice,
+        stats,
+        settings,
+        Sized(topology=topology, sizing=settings.volume, batch_size=batch),
+        spacing_mm=stats.spacing_mm,
+        median_shape=stats.median_shape,
+        # nnU-Net's rule: batch Dice if a patch covers little of a case
+        batch_dice=share < settings.low_resolution_share if settings.batch_dice is None else settings.batch_dice,
     )
     assert isinstance(stage.model, UNetConfig)
     model = model_of(
@@ -147,7 +148,7 @@ def _stage(survey: DatasetStats, refinement: RFMedSam2Preset, topology: Topology
         propagate_loss=refinement.propagate_loss,
     )
     sampling = stage.sampling.model_copy(
-        update={"max_prompted_objects": refinement.cells if small else refinement.max_objects_pretrained}
+        update={"max_prompted_objects": refinement.max_objects if small else refinement.max_objects_pretrained}
     )
     stage = stage.model_copy(update={"model": model, "sampling": sampling})
     keeping = stage.model_copy(update={"compute": stage.compute.model_copy(update={"checkpointing": False})})

@@ -1,7 +1,7 @@
 """Patch size and U-Net topology from spacing, shape and memory: nnU-Net 2.8's rules, without building networks.
 
-nnU-Net finds a patch by building network after network and asking each for the size of its feature maps. The size
-follows from strides, features and block counts alone, so here it is a sum. All tuples follow the planned axis order.
+nnU-Net finds a patch by building networks and querying the size of their feature maps. The size follows from strides,
+features and block counts, so here it is computed directly. All tuples are in planned axis order.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from rfmedsam2.errors import PlanError
 from rfmedsam2.records.model import UNetConfig
 
 MIN_EDGE = 4
-"""Smallest edge of the bottleneck's feature maps, voxels."""
+"""Smallest edge length of the bottleneck's feature maps, in voxels."""
 MIN_BATCH = 2
 FRAME_STEP = 32
-"""Frames of SAM 2 have a multiple of so many pixels a side."""
+"""Side lengths of SAM 2's frames are a multiple of this many pixels."""
 
 ENCODER_BLOCKS = {"plain": (2,) * 14, "residual": (1, 3, 4, *(6,) * 11)}
 DECODER_BLOCKS = {"plain": 2, "residual": 1}
@@ -28,7 +28,7 @@ DECODER_BLOCKS = {"plain": 2, "residual": 1}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """Where a U-Net pools and how large its kernels are; `patch_size` is padded to what the pooling divides."""
+    """Strides and kernel sizes of a U-Net; `patch_size` is padded to a multiple of the total stride."""
 
     patch_size: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
@@ -42,14 +42,14 @@ class Topology:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureWidths:
-    """How wide and of which blocks a network is built: features double per stage from `base` up to `maximum`."""
+    """Widths and blocks of a network: features double per stage from `base` up to `maximum`."""
 
     base: int = 32
     maximum: int = 320
     block: Literal["plain", "residual"] = "plain"
 
     def network(self, topology: Topology) -> UNetConfig:
-        """Make the network record of a topology."""
+        """The network record for a topology."""
         stages = len(topology.strides)
         return UNetConfig.model_validate(
             {
@@ -71,7 +71,7 @@ def topology_of(spacing_mm: Sequence[float], patch_size: Sequence[float]) -> Top
 
     Args:
         spacing_mm: two or three spacings.
-        patch_size: wanted patch; need not be whole (a median shape may be).
+        patch_size: requested patch; may be fractional (as a median shape is).
     """
     axes = range(len(spacing_mm))
     spacing, size = [float(s) for s in spacing_mm], [float(n) for n in patch_size]
@@ -99,17 +99,17 @@ def _poolable(spacing: list[float], size: list[float]) -> list[int]:
         return []
     finest = min(spacing[i] for i in large)
     valid = [i for i in large if spacing[i] / finest < 2]
-    # a lone axis is pooled only if it stays clearly above the smallest edge
+    # a single axis is pooled only if it stays clearly above the smallest edge
     return [] if len(valid) == 1 and size[valid[0]] < 3 * MIN_EDGE else valid
 
 
 def feature_map_size(config: UNetConfig, patch_size: Sequence[int], *, outputs: int) -> int:
-    """Values in all convolution outputs of one sample (dynamic-network-architectures' `compute_conv_feature_map_size`).
+    """Number of values in all convolution outputs of one sample (nnU-Net's `compute_conv_feature_map_size`).
 
     Args:
         config: the network.
         patch_size: two or three voxel counts.
-        outputs: channels of the network's output; without deep supervision.
+        outputs: output channels of the network (without deep supervision).
     """
     sizes, size = [], tuple(patch_size)
     for stride in config.strides:
@@ -137,7 +137,7 @@ def _residual_encoder_size(config: UNetConfig, patch_size: tuple[int, ...], size
 
 
 def isotropic_start(spacing_mm: Sequence[float]) -> tuple[int, ...]:
-    """nnU-Net's first guess of a patch: about a cube (square) in mm with the voxels of 256^3 (2048^2)."""
+    """nnU-Net's initial patch: about a cube (square) in mm with as many voxels as 256^3 (2048^2)."""
     inverse = 1 / np.asarray(spacing_mm, dtype=float)
     voxels = 256**3 if len(inverse) == 3 else 2048**2
     return tuple(round(float(n)) for n in inverse * (voxels / np.prod(inverse)) ** (1 / len(inverse)))
@@ -160,7 +160,7 @@ def fitted_topology(
     first = np.minimum(start, median_shape)
     topology = topology_of(spacing_mm, first.tolist())
     if len(topology.strides) == 1:
-        # images of a few voxels: a network needs one pooling at least, the loader pads the patch
+        # images of a few voxels: a network needs at least one pooling, the loader pads the patch
         topology = topology_of(spacing_mm, np.maximum(first, 3 * MIN_EDGE).tolist())
     while not fits(topology):
         patch, divisor = list(topology.patch_size), topology.divisor
@@ -168,11 +168,11 @@ def fitted_topology(
         if patch[axis] <= divisor[axis]:
             raise PlanError(
                 "No patch is small enough for the memory budget",
-                expected="at least one voxel per bottleneck cell",
+                expected="at least one voxel per bottleneck position",
                 found=f"patch {tuple(patch)} at spacing {tuple(spacing_mm)} mm",
                 remedy="Choose a preset with more memory, or fewer classes or features",
             )
-        # the divisor may be smaller for the smaller patch; taking the old one would skip valid sizes
+        # recompute the divisor: it may be smaller for the smaller patch, and the old one would skip valid sizes
         smaller = [n - divisor[i] if i == axis else n for i, n in enumerate(patch)]
         patch[axis] -= topology_of(spacing_mm, smaller).divisor[axis]
         topology = topology_of(spacing_mm, patch)
@@ -188,17 +188,17 @@ def square_topology(
 ) -> Topology:
     """Find a patch whose in-plane sides are equal and a multiple of FRAME_STEP, as SAM 2's frames are.
 
-    Of all sides up to the start's, each with the most frames that fit, the one is taken whose smaller share of the
-    start (clipped to the median shape) is largest: neither frames nor their extent are given up for the other.
+    Each side up to the start's is combined with the most slices that fit. The side is chosen whose smaller fraction of
+    the start (clipped to the median shape), in plane or in slices, is largest.
 
     Args:
         spacing_mm: three spacings.
-        median_shape: three sizes; a patch is no larger than its first and the larger of the others need.
-        start: three sizes to begin with.
-        fits: whether a topology may be taken.
+        median_shape: three sizes; limits the slices by the first and the side by the larger of the others.
+        start: initial patch, three sizes.
+        fits: whether a topology is within the limits.
 
     Raises:
-        PlanError: not even frames of FRAME_STEP fit.
+        PlanError: not even slices of FRAME_STEP x FRAME_STEP fit.
     """
     wanted_depth = min(start[0], float(median_shape[0]))
     wanted_side = min(max(start[1:]), float(max(median_shape[1:])))
@@ -211,20 +211,20 @@ def square_topology(
     if not found:
         raise PlanError(
             "No patch is small enough for the memory budget",
-            expected=f"room for frames of {FRAME_STEP} x {FRAME_STEP} voxels",
+            expected=f"room for slices of {FRAME_STEP} x {FRAME_STEP} voxels",
             found=f"spacing {tuple(spacing_mm)} mm, median shape {tuple(median_shape)}",
             remedy="Choose a preset with more memory, or fewer classes",
         )
-    # of equals the later, larger one
+    # on ties the later, larger side
     return max(reversed(found), key=lambda topology: found[topology])
 
 
 def _deepest(spacing_mm: Sequence[float], depth: float, side: int, fits: Callable[[Topology], bool]) -> Topology | None:
-    """The square topology with the most frames up to `depth` that fits; None if there is none of this side."""
+    """The square topology with the most slices up to `depth` that fits; None if none of this side fits."""
     while depth >= 1:
         topology = topology_of(spacing_mm, (depth, side, side))
         if topology.patch_size[1:] != (side, side):
-            return None  # padded by the pooling: a larger side is tried in its turn
+            return None  # padded to a larger side, which is tried separately
         if len(topology.strides) > 1 and fits(topology):
             return topology
         depth = topology.patch_size[0] - topology.divisor[0]
@@ -235,9 +235,9 @@ def batch_that_fits(by_memory: float, *, patch_voxels: int, allowed_voxels: floa
     """nnU-Net's batch size: what memory and a share of the dataset allow, at least 2.
 
     Args:
-        by_memory: samples that fit into memory.
-        patch_voxels: voxels of one sample.
-        allowed_voxels: most voxels of a batch, a share of all voxels of the dataset.
+        by_memory: number of samples that fit into memory.
+        patch_voxels: number of voxels of one sample.
+        allowed_voxels: largest number of voxels of a batch, a fraction of the dataset's voxels.
     """
     by_dataset = round(allowed_voxels / patch_voxels)
     return max(min(round(by_memory), by_dataset), MIN_BATCH)

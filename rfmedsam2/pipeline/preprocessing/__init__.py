@@ -1,1 +1,1 @@
-"""Fingerprints and preprocessed cases of a raw dataset."""
+"""Fingerprinting and preprocessing of a raw dataset."""

@@ -1,4 +1,4 @@
-"""Reading training cases once, with every check: what one step decodes is kept for the next while memory allows."""
+"""Reading and checking training cases, with an in-memory cache so that fingerprint and preprocessing read once."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from rfmedsam2.volume import Volume
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """Size of a case's image, as it will be in memory.
+    """Size of a case's image in memory.
 
     Attributes:
-        shape_zyx: voxels.
-        spacing_zyx_mm: mm.
-        channels: of the image.
-        itemsize: bytes a voxel and channel.
-        reading: bytes a voxel that reading a channel, or the label map, takes for a while beside what stays.
+        shape_zyx: number of voxels along z, y, x.
+        spacing_zyx_mm: spacing along z, y, x, mm.
+        channels: number of channels of the image.
+        itemsize: bytes per voxel and channel.
+        reading: temporary bytes per voxel while reading a channel or the label map.
     """
 
     shape_zyx: Shape
@@ -41,19 +41,19 @@ class Extent:
 
     @property
     def voxels(self) -> int:
-        """Of one channel."""
+        """Number of voxels of one channel."""
         return self.shape_zyx[0] * self.shape_zyx[1] * self.shape_zyx[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedCase:
-    """A training case in memory, turned as dataset.json asks (`RawDataset.reorient`).
+    """A training case in memory, reoriented if dataset.json requests it (`RawDataset.reorient`).
 
     Attributes:
         volume: (C, Z, Y, X) as read.
         label: (Z, Y, X) unsigned, on the same grid.
-        voxels_by_label: label value -> voxels, background left out.
-        warnings: what should be looked at but does not forbid training.
+        voxels_by_label: label value -> number of voxels, without background.
+        warnings: faults that should be checked but do not prevent training.
     """
 
     volume: Volume
@@ -63,7 +63,7 @@ class DecodedCase:
 
 
 class _Kept:
-    """A decoded case, its arrays packed: of a CT a quarter of the bytes, unpacked in a quarter of reading's time."""
+    """A decoded case with compressed arrays: a CT takes a quarter of the memory and of the reading time."""
 
     def __init__(self, decoded: DecodedCase, files: str) -> None:
         self.files = files
@@ -72,19 +72,19 @@ class _Kept:
         self.nbytes = int(self._image.schunk.cbytes + self._label.schunk.cbytes)
 
     def unpacked(self) -> DecodedCase:
-        """Give the case as it was decoded."""
+        """Decompress the case."""
         volume = Volume(array=self._image[...], grid=self._grid)
         return DecodedCase(volume=volume, label=self._label[...], voxels_by_label=self._voxels, warnings=self._warnings)
 
 
 def _packed(array: np.ndarray) -> Any:
-    """Pack an array in memory, in one thread: cases are read in several."""
+    """Compress an array in memory, in one thread, because cases are read in several."""
     cparams = {"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
     return cast(Any, blosc2).asarray(np.ascontiguousarray(array), cparams=cparams, dparams={"nthreads": 1})
 
 
 class FaultyCaseError(DatasetError):
-    """A case with errors; `faults` holds them all, at least one."""
+    """A case with errors; `faults` holds all of them, at least one."""
 
     def __init__(self, name: str, faults: tuple[Fault, ...]) -> None:
         listed = " | ".join(f"{fault.file}: {fault.message}" for fault in faults)
@@ -93,11 +93,11 @@ class FaultyCaseError(DatasetError):
 
 
 class CaseReader:
-    """Decodes and checks the training cases of a dataset; may be used from several threads.
+    """Decodes and checks the training cases of a dataset; thread-safe.
 
     Args:
-        dataset: whose cases.
-        budget_bytes: how much may be kept in memory between two steps; 0: nothing.
+        dataset: the dataset.
+        budget_bytes: size limit of the in-memory cache; 0: no cache.
     """
 
     def __init__(self, dataset: RawDataset, *, budget_bytes: int = 0) -> None:
@@ -109,15 +109,15 @@ class CaseReader:
         self._lock = Lock()
 
     def read(self, case: Case, *, last: bool = True) -> DecodedCase:
-        """Image and label of a case, from memory if they were kept and their files have not changed since.
+        """Image and label of a case, from the cache if they are in it and their files have not changed.
 
         Args:
             case: one of `dataset.training`.
-            last: False: another step will want it; keep it if there is room.
+            last: False: another step will read the case again; cache it if there is room.
 
         Raises:
-            FaultyCaseError: a file that cannot be used, or image, label and dataset.json that do not fit each other.
-            DatasetError: a training case without label.
+            FaultyCaseError: a file cannot be used, or image, label and dataset.json do not match.
+            DatasetError: the case has no label.
         """
         digest = files_digest(case)
         with self._lock:
@@ -139,20 +139,20 @@ class CaseReader:
         return decoded
 
     def extents(self) -> list[Extent]:
-        """Sizes of the training cases by their headers; unreadable ones are left out."""
+        """Sizes of the training cases from their headers; unreadable ones are skipped."""
         for case in self.dataset.training:
             if case.id not in self._extents:
                 try:
                     self._extents[case.id] = _extent(case)
                 except RfMedSamError:
-                    continue  # reported when its turn comes
+                    continue  # reported when the case is read
         return [self._extents[case.id] for case in self.dataset.training if case.id in self._extents]
 
     def check_file_layout(self) -> None:
-        """Raise when names alone show that training cases cannot be used (files missing, ids twice ...).
+        """Raise if file names show that training cases cannot be used (missing files, duplicate ids ...).
 
         Raises:
-            DatasetError: lists every fault.
+            DatasetError: lists all faults.
         """
         concerned = {"", *(case.id for case in self.dataset.training)}
         require_no_errors([f for f in self.dataset.faults if f.case in concerned], where=self.dataset.folder)
@@ -163,7 +163,7 @@ class CaseReader:
         if errors:
             raise FaultyCaseError(case.id, errors)
         if found.volume is None or found.label is None:
-            raise DatasetError("A training case lacks its image or its label", where=case.id)
+            raise DatasetError("A training case has no image or no label", where=case.id)
         volume, label = found.volume, found.label
         if self.dataset.reorient is not None:
             volume, turn = reoriented(volume, self.dataset.reorient)
@@ -175,7 +175,7 @@ def _extent(case: Case) -> Extent:
     header = read_header(case.images[0])
     image = np.dtype(header.dtype)
     label = image if case.label is None else np.dtype(read_header(case.label).dtype)
-    # floats may lie in the file in double precision; a label map in floats is rounded, and compared with what it was
+    # floats may be stored in double precision; a label map in floats is rounded and compared with its original
     whole = label.itemsize + 2 if label.kind in "iu" else 18
     return Extent(
         shape_zyx=header.grid.shape_zyx,
@@ -187,7 +187,7 @@ def _extent(case: Case) -> Extent:
 
 
 def files_digest(case: Case) -> str:
-    """SHA-256 over name, size and modification time of every file of a case.
+    """SHA-256 of name, size and modification time of every file of a case.
 
     Raises:
         ImageError: a file is missing.
@@ -197,7 +197,7 @@ def files_digest(case: Case) -> str:
         try:
             status = path.stat()
         except OSError as error:
-            raise ImageError(f"A file of case {case.id} cannot be reached ({error.strerror})", where=path) from error
+            raise ImageError(f"A file of case {case.id} cannot be accessed ({error.strerror})", where=path) from error
         digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 

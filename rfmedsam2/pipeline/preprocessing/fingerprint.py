@@ -1,11 +1,11 @@
-"""The dataset fingerprint: sizes, spacings and foreground intensities of the training cases.
+"""Computing the dataset fingerprint: sizes, spacings and foreground intensities of the training cases.
 
 nnU-Net draws the same number of foreground voxels from every case, with replacement, and takes mean, standard deviation
-and percentiles of the pool. Here the limit of that for endless draws is computed: the mixture of the cases' own
-distributions, each with the same weight. Moments are exact. Percentiles are exact for images of fewer than 65 536 whole
-gray values (histograms) and for up to `MIN_POINTS` foreground voxels a case; beyond that a case enters with that
-many evenly spaced quantiles or more, so that a percentile is off by at most 1/8192 in rank. Without histograms, memory
-is bounded by `POINTS` values over all cases.
+and percentiles of the pool. Here the limit for infinitely many draws is computed: the mixture of the cases' own
+distributions, each with the same weight. Moments are exact. Percentiles are exact for images with fewer than 65 536
+integer gray values (histograms) and for up to `MIN_POINTS` foreground voxels per case; beyond that, a case is
+represented by at least as many evenly spaced quantiles, so the rank of a percentile is off by at most 1/8192. Without
+histograms, memory is bounded by `POINTS` values over all cases.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ def fingerprint(
     clean: bool = False,
     track: Track = silent,
 ) -> Fingerprint:
-    """Take the fingerprint of a dataset's training cases, or give the one on disk if no file has changed since.
+    """Compute the fingerprint of a dataset's training cases, or load the one on disk if no file has changed since.
 
-    Every file is read once; the same read checks all that verification checks.
+    Every file is read once, and all checks of verification are made.
 
     Args:
-        dataset: a dataset, or a source that keeps what it decodes for the next step.
-        layout: where the fingerprint is written.
-        workers: cases worked on at once.
-        clean: take it anew in any case.
+        dataset: a dataset, or a reader whose cache the next step will use.
+        layout: the folder layout, which determines where the fingerprint is written.
+        workers: number of cases processed in parallel.
+        clean: always compute a new fingerprint.
         track: progress display.
 
     Raises:
-        DatasetError: no cases, no foreground anywhere, or cases with errors; all errors of all cases are listed.
+        DatasetError: no cases, no foreground, or cases with errors; lists all errors of all cases.
     """
     source = dataset if isinstance(dataset, CaseReader) else CaseReader(dataset)
     raw = source.dataset
@@ -67,7 +67,7 @@ def fingerprint(
             found = None
         if found is not None and found.digest == digest and found.dataset == raw.name:
             return found
-    sizes, intensities = _surveyed(source, workers, track)
+    sizes, intensities = _fingerprint_cases(source, workers, track)
     result = Fingerprint(
         dataset=raw.name,
         digest=digest,
@@ -80,17 +80,17 @@ def fingerprint(
 
 
 def dataset_digest(dataset: RawDataset) -> str:
-    """SHA-256 over dataset.json and name, size and modification time of every training file."""
+    """SHA-256 of dataset.json and of name, size and modification time of every training file."""
     digest = hashlib.sha256(dataset.json.to_json().encode())
     for case in dataset.training:
         digest.update(f"{case.id}\0{files_digest(case)}\n".encode())
     return digest.hexdigest()
 
 
-def _surveyed(
+def _fingerprint_cases(
     source: CaseReader, workers: int, track: Track
 ) -> tuple[tuple[CaseFingerprint, ...], tuple[tuple[Distribution | None, ...], ...]]:
-    """Fingerprint and distributions per channel of every training case; the errors of all cases are raised at once."""
+    """Fingerprint and distribution per channel of every training case; errors of all cases are raised together."""
     training = source.dataset.training
     points = int(np.clip(POINTS // len(training), MIN_POINTS, MAX_POINTS))
 
@@ -115,7 +115,7 @@ def _surveyed(
 
 
 def case_fingerprint(name: str, decoded: DecodedCase) -> CaseFingerprint:
-    """Shape, spacing, shape after the crop to non-zero, and voxels of every label."""
+    """Shape, spacing, shape after the crop to non-zero, and voxel count of every label."""
     box = nonzero_box(decoded.volume.array)
     a, b, c = (stop - start for start, stop in box)
     grid = decoded.volume.grid
@@ -130,7 +130,7 @@ def case_fingerprint(name: str, decoded: DecodedCase) -> CaseFingerprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """Foreground intensities of one channel of one case: ascending values with shares that sum to 1."""
+    """Foreground intensities of one channel of one case: ascending values with weights that sum to 1."""
 
     values: np.ndarray
     shares: np.ndarray
@@ -141,7 +141,7 @@ class Distribution:
 
     @classmethod
     def of(cls, samples: np.ndarray, points: int) -> Distribution:
-        """Of at least one value; integers are counted exactly, others are kept or thinned to `points` quantiles."""
+        """From at least one value; integers are counted exactly, floats are kept or reduced to `points` quantiles."""
         values, counts = _counted(samples, points)
         return cls(
             values=values,
@@ -154,8 +154,8 @@ class Distribution:
 
 
 def foreground_distributions(decoded: DecodedCase, points: int) -> tuple[Distribution | None, ...]:
-    """One per channel; None without foreground. Foreground: any label above 0, as nnU-Net counts it."""
-    # the crop changes nothing unless labels lie where the image is zero; nnU-Net looks at the cropped region
+    """One distribution per channel; None without foreground. Foreground is any label above 0, as in nnU-Net."""
+    # nnU-Net uses the cropped region; this differs only if there are labels where the image is zero
     region = tuple(slice(*limits) for limits in nonzero_box(decoded.volume.array))
     mask = decoded.label[region] > 0
     if not mask.any():
@@ -172,7 +172,7 @@ def mixture_statistics(cases: Sequence[Distribution | None], *, where: object = 
     present = [case for case in cases if case is not None]
     if not present:
         raise DatasetError(
-            "No training case has any foreground", where=where, remedy="Check the label files and dataset.json"
+            "No training case has foreground", where=where, remedy="Check the label files and dataset.json"
         )
     mean = float(np.mean([case.mean for case in present]))
     variance = float(np.mean([case.variance + (case.mean - mean) ** 2 for case in present]))
@@ -180,7 +180,7 @@ def mixture_statistics(cases: Sequence[Distribution | None], *, where: object = 
     shares = np.concatenate([case.shares for case in present]) / len(present)
     order = np.argsort(values, kind="stable")
     below = np.cumsum(shares[order])
-    # the smallest value that at least this share of the mixture does not exceed
+    # the smallest value that at least this fraction of the mixture does not exceed
     places = np.minimum(np.searchsorted(below, np.array([0.005, 0.5, 0.995]) * below[-1]), len(values) - 1)
     low, median, high = values[order[places]].tolist()
     return IntensityStatistics(
@@ -195,7 +195,7 @@ def mixture_statistics(cases: Sequence[Distribution | None], *, where: object = 
 
 
 def _counted(samples: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending values and how often they occur (or stand for)."""
+    """Ascending values and their counts."""
     low, high = float(samples.min()), float(samples.max())
     whole = samples.dtype.kind in "iu" or bool(np.all(np.rint(samples) == samples))
     if whole and high - low < MAX_POINTS:

@@ -1,6 +1,6 @@
-"""From a raw dataset to everything training needs: verify, fingerprint, plan, splits, preprocessed cases.
+"""Everything that training needs from a raw dataset: verification, fingerprint, plan, splits, preprocessed cases.
 
-Training files are read once where memory allows: what the fingerprint decodes (and checks) is kept for preprocessing.
+Training files are read once if memory allows: cases decoded for the fingerprint are cached for preprocessing.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from rfmedsam2.system.memory import free_bytes
 from rfmedsam2.system.parallel import Track, silent
 
 MEMORY_SHARE = 0.25
-"""Of the free memory, kept for decoded cases between fingerprint and preprocessing."""
+"""Fraction of the free memory for the cache of decoded cases between fingerprint and preprocessing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """How to plan.
+    """Options of planning.
 
     Attributes:
-        preset: sizes for what is at hand.
-        model: unet alone, or rfmedsam2: a U-Net refined by SAM 2.
-        backbone: of rfmedsam2, instead of the preset's.
-        plan_name: instead of the preset's.
-        changes: FIELD=VALUE assignments on the finished plan.
-        nnunet_plans: nnU-Net's plans.json to take decisions from instead of planning.
-        published: a plan of ours (as in plans/) to adopt instead of planning.
-        planner: of an installed package, instead of ours.
-        spacing_zyx_mm: target spacing instead of nnU-Net's rule.
-        group_regex: ids with the same first group are one patient.
-        clean: take a new fingerprint although no file has changed.
-        tell: is told how much memory preprocessing takes, before it begins.
+        preset: name of the preset.
+        model: unet, or rfmedsam2 (a U-Net refined by SAM 2).
+        backbone: backbone of rfmedsam2; None: the preset's.
+        plan_name: name of the plan; None: the preset's.
+        changes: overrides FIELD=VALUE, applied to the finished plan.
+        nnunet_plans: nnU-Net's plans.json to import instead of planning.
+        published: one of our plans (as in plans/) to adapt instead of planning.
+        planner: planner of an installed package; None: our own.
+        spacing_zyx_mm: target spacing; None: nnU-Net's rule.
+        group_regex: regular expression; ids with the same first capture group are one patient.
+        clean: compute a new fingerprint even if no file has changed.
+        tell: called with the memory estimate before preprocessing starts.
     """
 
     preset: Preset = "default"
@@ -78,14 +78,14 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetUp:
-    """What was made.
+    """Result of `plan_and_preprocess`.
 
     Attributes:
-        fingerprint: of the dataset.
-        plan: as written.
-        splits: folds as written.
-        notes: sentences that a user should read.
-        preprocessed: what preprocessing did; None if it was not asked for.
+        fingerprint: fingerprint of the dataset.
+        plan: the written plan.
+        splits: the written folds.
+        notes: sentences for the user.
+        preprocessed: summary of preprocessing; None if it was not requested.
     """
 
     fingerprint: Fingerprint
@@ -104,19 +104,19 @@ def plan_and_preprocess(
     workers: int = 2,
     track: Track = silent,
 ) -> SetUp:
-    """Fingerprint (with every check of rfmed_verify), plan, write splits, preprocess.
+    """Fingerprint (with all checks of rfmed_verify), plan, write splits, preprocess.
 
     Args:
         dataset: the raw dataset.
-        layout: where results go.
-        options: how to plan.
-        stages: stages to preprocess; None: all of the plan but 2d (which reads the same cases again); (): none.
-        workers: cases worked on at once.
+        layout: the folder layout.
+        options: options of planning.
+        stages: stages to preprocess; None: all of the plan except 2d, unless it is the only one; (): none.
+        workers: number of cases processed in parallel.
         track: progress display.
 
     Raises:
-        RfMedSamError: faults of the data (all of them), an impossible plan, a folder that cannot be written, another
-            run for this dataset.
+        RfMedSamError: faults of the data (lists all of them), an invalid plan, a folder that cannot be written, or
+            another run for this dataset.
     """
     _check(options)
     with exclusive_lock(layout.splits_file(dataset.name).parent):
@@ -148,7 +148,7 @@ def _set_up(
         need = memory_need(source, plan, wanted, workers)
         if options.tell is not None:
             options.tell(need)
-        # no more workers than were told, whatever memory has become free since
+        # at most as many workers as were reported, even if more memory is free by now
         done = preprocess(source, plan, wanted, layout, workers=need.workers, track=track)
     return SetUp(fingerprint=found, plan=plan, splits=tuple(splits), notes=tuple(notes), preprocessed=done)
 
@@ -192,18 +192,18 @@ def _planned_by_extension(dataset: RawDataset, found: Fingerprint, planner: str,
 
 
 def _check(options: PlanOptions) -> None:
-    """Raise a UsageError for a name that no plan can have, and for options of which one would be ignored."""
+    """Raise a UsageError for an invalid plan name, and for options that exclude each other."""
     if options.plan_name is not None and not is_plan_name(options.plan_name):
-        raise UsageError("No plan can have this name", where=options.plan_name, expected=PLAN_NAMES)
+        raise UsageError("Invalid plan name", where=options.plan_name, expected=PLAN_NAMES)
     default = PlanOptions()
     planning = ("preset", "model", "backbone", "spacing_zyx_mm")
     asked = [name for name in planning if getattr(options, name) != getattr(default, name)]
     given = [name for name in ("nnunet_plans", "published", "planner") if getattr(options, name) is not None]
     if len(given) > 1 or (given and asked):
         raise UsageError(
-            "A plan comes from a file, from a planner of another package, or is made here",
+            "A plan is imported from a file, made by another package's planner, or made here, but only one of these",
             found=", ".join("--" + name.removesuffix("_zyx_mm").replace("_", "-") for name in [*given, *asked]),
-            remedy="Leave one out; single figures can be changed with --set",
+            remedy="Leave one out; single fields can be changed with --set",
         )
     if options.backbone is not None and options.model == "unet":
         raise UsageError(
@@ -212,34 +212,34 @@ def _check(options: PlanOptions) -> None:
 
 
 def _notes_on(plan: Plan) -> list[str]:
-    """What training this plan calls for."""
+    """Notes on what training with this plan requires."""
     models = [stage.model for stage in plan.stages.values() if isinstance(stage.model, RFMedSam2Config)]
     published = {model.backbone for model in models if model.backbone != "nano"}
     return [
         f"The backbone {backbone} starts from published weights: give their file to rfmed_train with --sam2. Without "
-        "it nothing is there to freeze: --set 3d_fullres.model.freeze_backbone=false trains it from scratch."
+        "it there are no weights to freeze: --set 3d_fullres.model.freeze_backbone=false trains it from scratch."
         for backbone in sorted(published)
     ]
 
 
 def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
-    """Write plan and dataset.json; another plan of this name, such as one that a person has edited, is kept beside it.
+    """Write plan and dataset.json; a different plan of this name, such as an edited one, is renamed and kept.
 
     Raises:
-        UsageError: a file of another program (nnU-Net may share the folder) has this name.
+        UsageError: a file of another program (nnU-Net may use the same folder) has this name.
     """
     path, notes = layout.plan_file(dataset.name, plan.name), []
     if _is_foreign(path):
         raise UsageError(
-            "A file that is no plan of this package has this name", where=path, remedy="Name the plan with -p"
+            "The file exists and is not a plan of this package", where=path, remedy="Choose another plan name with -p"
         )
     if path.is_file() and not _is_the_same(path, plan):
         kept = _unused(path)
         shutil.copyfile(path, kept)
-        notes.append(f"The plan {plan.name} was another before; that one is kept as {kept.name}.")
+        notes.append(f"A different plan {plan.name} existed; it is kept as {kept.name}.")
     write_record(path, plan)
     described = (dataset.folder / "dataset.json").read_bytes()
-    # as it is: nnU-Net reads the same file, and takes an empty field for a given one
+    # copied unchanged: nnU-Net reads the same file, and would treat empty fields as given
     with atomic(path.with_name("dataset.json")) as temporary:
         temporary.write_bytes(described)
     return notes
@@ -253,7 +253,7 @@ def _is_the_same(path: Path, plan: Plan) -> bool:
 
 
 def _unused(path: Path) -> Path:
-    """A free name for an older file; with its ending it is no plan."""
+    """A free name for an older file, with an ending that is not a plan's."""
     return next(
         name for number in itertools.count(1) if not (name := path.with_name(f"{path.name}.older{number}")).exists()
     )

@@ -1,6 +1,6 @@
-"""Preprocessing: every training case is read once, prepared for every stage and stored.
+"""Preprocessing: reads every training case once, preprocesses it for every stage and stores the results.
 
-Finished cases are skipped; a case whose files are broken, or whose source files or plan have changed, is made anew.
+Finished cases are skipped; cases whose files are damaged, or whose source files or plan have changed, are rebuilt.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from rfmedsam2.transforms.prepare import Prepared, prepare
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessSummary:
-    """What was done; a case counts once for each stage.
+    """Summary of preprocessing; a case counts once per stage.
 
     Attributes:
-        done: stored for the first time.
-        skipped: were finished already.
-        rebuilt: stored anew because they were broken, or their source or the plan had changed.
+        done: number of cases stored for the first time.
+        skipped: number of cases that were already finished.
+        rebuilt: number of cases stored again, because they were damaged, or their source or the plan had changed.
         seconds: wall time.
-        bytes: written.
+        bytes: bytes written.
     """
 
     done: int
@@ -69,21 +69,21 @@ def preprocess(
     workers: int = 2,
     track: Track = silent,
 ) -> PreprocessSummary:
-    """Prepare and store all training cases for some stages of a plan.
+    """Preprocess and store all training cases for some stages of a plan.
 
     Args:
-        dataset: a dataset, or the source that the fingerprint was taken with (what it kept is not read again).
-        plan: how.
+        dataset: a dataset, or the reader used for the fingerprint (whose cached cases are not read again).
+        plan: the plan.
         stages: names of the plan's stages.
-        layout: where cases are stored.
-        workers: cases worked on at once; fewer if memory does not suffice for as many.
+        layout: the folder layout.
+        workers: number of cases processed in parallel; fewer if memory does not suffice.
         track: progress display.
 
     Raises:
-        PlanError: a stage that the plan does not have.
-        DatasetError: cases that cannot be prepared; all of them are named, the others are done.
+        PlanError: a stage does not exist in the plan.
+        DatasetError: cases cannot be preprocessed; lists all of them, the others are finished.
         StoreError: the disk is full or a folder cannot be written; finished cases are kept.
-        UsageError: another run stores cases there.
+        UsageError: another run writes to the same folder.
         WorkerError: memory ran out also with fewer workers, or a case failed; finished cases are kept.
     """
     begun = time.monotonic()
@@ -118,12 +118,12 @@ def preprocess(
 
 
 def case_digest(case: Case, plan: Plan, stage: str) -> str:
-    """SHA-256 over the case's files (name, size, time) and all that shapes its arrays: the stored case's identity."""
+    """SHA-256 of the case's files (name, size, time) and preprocessing settings: identity of the stored case."""
     return hashlib.sha256(f"{files_digest(case)}\n{preprocessing_settings(plan, stage)}".encode()).hexdigest()
 
 
 def preprocessing_settings(plan: Plan, stage: str) -> str:
-    """Write down what decides how a stage's arrays come out; stages of equal recipe share the work."""
+    """Text of all settings that affect a stage's arrays; stages with equal settings share the work."""
     config = plan.stages[stage]
     parts = {  # the keys are those of format 1: cases that were preprocessed by it stay valid
         "spacing": config.spacing_mm,
@@ -164,10 +164,10 @@ def _preprocess_case(
         same = alike.pop()
         prepared = prepare(decoded.volume, plan, same[0], label=decoded.label, threads=threads)
         if not alike:
-            decoded = None  # while it is stored, as much again is needed for what is packed
+            decoded = None  # release before storing, which needs memory for the compressed arrays
         for stage in same:
             written += _store(stores[stage], case.id, prepared, plan, digests[stage])
-        del prepared  # before the next one is made
+        del prepared  # release before the next stage is preprocessed
     return replace(outcome, bytes=written)
 
 
@@ -188,6 +188,6 @@ def _raise_faults(outcomes: Iterable[_Outcome], total: int) -> None:
     faults = [o.fault for o in outcomes if o.fault is not None]
     if faults:
         raise DatasetError(
-            f"{len(faults)} of {total} cases could not be prepared; the others are done. " + " | ".join(faults),
+            f"{len(faults)} of {total} cases could not be preprocessed; the others are finished. " + " | ".join(faults),
             remedy="Correct these cases, then run the same command again",
         )

@@ -1,1 +1,1 @@
-"""Training one fold of a plan, from initial weights to validation and report."""
+"""Training of one fold of a plan, from initial weights to validation and report."""

@@ -1,6 +1,6 @@
-"""What a plan's network is made of, before anything is trained: parameters by part, sizes of layers, memory.
+"""Summary of a plan's network: parameters by part, sizes of layers, memory of a training step.
 
-Networks are built without values (torch's meta device): seconds at most, and hardly any memory.
+Networks are built on torch's meta device: at most seconds, and hardly any memory.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ PARTS = {
     "sam.base.sam_mask_decoder.": "mask decoder",
     "sam.base.": "pointers and embeddings",
 }
-"""Parts by the beginning of their parameters' names; the first that fits."""
+"""Prefix of parameter names -> part; the first match counts."""
 TOLERANCE = 1.25
-"""A plan is refused when its estimate is so many times what there is: estimates err to both sides."""
+"""A plan is rejected if its estimate exceeds the free memory by this factor, because estimates err on both sides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +44,10 @@ class Part:
     """Parameters of one part of a network.
 
     Attributes:
-        group: U-Net, SAM 2, adapters or prompts (RFMedSAM 2 paper, Table 8 has a column for each of the first three).
-        name: the part.
-        parameters: in all.
-        trained: of them.
+        group: U-Net, SAM 2, adapters or prompts (the first three are columns of Table 8 of the RFMedSAM 2 paper).
+        name: name of the part.
+        parameters: number of parameters.
+        trained: number of trainable parameters.
     """
 
     group: str
@@ -57,13 +57,13 @@ class Part:
 
     @property
     def frozen(self) -> int:
-        """Those that stay as they were loaded."""
+        """Number of frozen parameters."""
         return self.parameters - self.trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """Size of what a part of the network computes for one sample, or frame, or cell."""
+    """Size of a part's output for one sample, slice or object prompt."""
 
     part: str
     name: str
@@ -73,15 +73,15 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What a stage's network is made of.
+    """Summary of a stage's network.
 
     Attributes:
-        plan: name.
-        stage: name.
-        parts: parameters.
-        layers: sizes, from input to output.
-        memory: terms of a training step's memory at float32.
-        memory_half: the same in mixed precision.
+        plan: name of the plan.
+        stage: name of the stage.
+        parts: parameters by part.
+        layers: sizes of layers, from input to output.
+        memory: terms of a training step's memory in float32.
+        memory_half: terms in mixed precision.
     """
 
     plan: str
@@ -93,17 +93,17 @@ class Summary:
 
     @property
     def parameters(self) -> int:
-        """In all parts."""
+        """Number of parameters in all parts."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def trained(self) -> int:
-        """In all parts."""
+        """Number of trainable parameters in all parts."""
         return sum(part.trained for part in self.parts)
 
     @property
     def groups(self) -> dict[str, int]:
-        """Parameters by group."""
+        """Number of parameters by group."""
         found: Counter[str] = Counter()
         for part in self.parts:
             found[part.group] += part.parameters
@@ -120,7 +120,7 @@ def summary(plan: Plan, stage: str) -> Summary:
     """Describe the network of a stage.
 
     Raises:
-        PlanError: the plan has no such stage.
+        PlanError: the stage does not exist in the plan.
     """
     found = plan.stage(stage)
     parts = _parts(build_without_weights(plan, found))
@@ -131,16 +131,16 @@ def summary(plan: Plan, stage: str) -> Summary:
 
 
 def check_memory(plan: Plan, stage: str, available_bytes: int, *, half: bool = False) -> None:
-    """Refuse a training that cannot fit, before it starts.
+    """Raise if a training cannot fit into memory, before it starts.
 
     Args:
-        plan: what is to be trained.
-        stage: of it.
-        available_bytes: free memory of the device.
-        half: mixed precision.
+        plan: the plan to train.
+        stage: name of its stage.
+        available_bytes: free memory of the device in bytes.
+        half: whether training uses mixed precision.
 
     Raises:
-        PlanError: its estimate is far above what there is; says what it would need, and what helps.
+        PlanError: the estimate is far above the free memory; says how much is needed, and how to reduce it.
     """
     found = plan.stage(stage)
     terms = _memory(plan, found, _parts(build_without_weights(plan, found)), half=half)
@@ -237,7 +237,7 @@ def _sam_layers(model: RFMedSam2Config) -> tuple[Layer, ...]:
         "features, stride 4": (sizes.channels // 8, 4 * side),
         "features, stride 8": (sizes.channels // 4, 2 * side),
         "embedding, stride 16": (sizes.channels, side),
-        "mask of a cell": (1, 4 * side),
-        "memory of a cell": (sizes.memory_channels, side),
+        "mask per object": (1, 4 * side),
+        "memory per object": (sizes.memory_channels, side),
     }
     return tuple(Layer(part="SAM 2", name=name, channels=c, size=(n, n)) for name, (c, n) in wide.items())

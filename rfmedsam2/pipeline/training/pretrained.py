@@ -1,4 +1,4 @@
-"""What a training of RFMedSAM 2 starts from: published weights of its backbone, a trained U-Net for Step 0."""
+"""Initial weights of RFMedSAM 2: published weights of its backbone, and a trained U-Net for Step 0."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ FILES: dict[Backbone, str] = {
     "mobile_sam": "mobile_sam.pt",
     "lite_medsam": "lite_medsam.pth",
 }
-"""What the published weights of each backbone are called."""
+"""File names of the published weights of each backbone."""
 
 
 def load_pretrained(network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | None, unet: Path | None) -> list[str]:
-    """Load what a training starts from.
+    """Load the initial weights of a training.
 
     Args:
-        network: freshly built; changed in place.
-        plan: that it was built by.
-        fold: that is to be trained.
+        network: newly built network; modified in place.
+        plan: plan of the network.
+        fold: fold to be trained.
         sam: published weights of its backbone.
-        unet: a trained U-Net for Step 0: a checkpoint, a fold's folder, or a model folder: of it, the same fold.
+        unet: a trained U-Net for Step 0: a checkpoint, a fold's folder, or a model folder (whose same fold is used).
 
     Returns:
-        Sentences about what was loaded and what starts untrained.
+        Sentences about what was loaded and what is randomly initialized.
 
     Raises:
-        UsageError: weights are frozen that were never loaded, or the plan has no place for what is given.
-        CheckpointError: a file that cannot be read, or is of another network.
+        UsageError: frozen weights were not loaded, or the plan has no U-Net to load into.
+        CheckpointError: a file cannot be read, or is of another network.
     """
     backbone = network.config.backbone
     notes: list[str] = []
     if sam is not None:
         report = network.load_backbone(read_published(sam), where=sam)
-        new = f", {len(report.missing)} tensors start untrained" if report.missing else ""
+        new = f", {len(report.missing)} tensors are randomly initialized" if report.missing else ""
         notes.append(f"{sam}: {len(report.loaded)} tensors loaded into {backbone}{new}")
     elif network.config.freeze_backbone:
         raise UsageError(
-            "The plan freezes pre-trained weights, and none were given",
+            "The plan freezes pre-trained weights, but none were given",
             where=f"backbone {backbone}",
-            expected=f"--sam2 {FILES[backbone]}" if backbone in FILES else "a backbone that has published weights",
-            remedy="Give the file with --sam2, or train all from scratch: --set STAGE.model.freeze_backbone=false",
+            expected=f"--sam2 {FILES[backbone]}" if backbone in FILES else "a backbone with published weights",
+            remedy="Give the file with --sam2, or train from scratch: --set STAGE.model.freeze_backbone=false",
         )
     else:
-        notes.append(f"{backbone} starts from scratch")
+        notes.append(f"{backbone} is trained from scratch")
     if unet is not None:
         notes += _load_unet(network, plan, unet, fold=fold)
     return notes
@@ -74,7 +74,7 @@ def _load_unet(network: RFMedSam2, plan: Plan, path: Path, *, fold: str) -> list
     network.unet.load_state_dict(read_weights(path))
     notes = [f"{path}: Step 0 starts from this U-Net (step {record.step})"]
     if record.fold != fold:
-        notes.append(f"It was trained on fold {record.fold}: it has seen cases that fold {fold} is validated on")
+        notes.append(f"It was trained on fold {record.fold}, on cases that are in the validation set of fold {fold}")
     return notes
 
 
@@ -92,9 +92,9 @@ def _require_same_step0(network: RFMedSam2, plan: Plan, record: CheckpointRecord
         faults.append((f"channels {', '.join(record.plan.channels)}", ", ".join(plan.channels)))
     if faults:
         raise CheckpointError(
-            "The U-Net was trained for something else",
+            "The U-Net does not match Step 0 of the plan",
             where=path,
             expected="; ".join(wanted for _, wanted in faults),
             found="; ".join(found for found, _ in faults),
-            remedy="Train it with the same preset, patch and data set, or leave --unet out: Step 0 learns from scratch",
+            remedy="Train it with the same preset, patch and dataset, or leave --unet out to train Step 0 from scratch",
         )

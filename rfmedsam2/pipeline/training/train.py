@@ -1,4 +1,4 @@
-"""Train one fold, then predict and score its validation cases as whole volumes, then write its report."""
+"""Training one fold, then predicting and scoring its validation cases as whole volumes, then the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rfmedsam2 import extensions
-from rfmedsam2.engine.checkpoint import FINAL, LATEST, made_now
+from rfmedsam2.engine.checkpoint import provenance
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.run_folder import training_folder
@@ -43,18 +43,18 @@ from rfmedsam2.tasks.unet import UNetTask
 logger = logging.getLogger(__name__)
 VALIDATION = "validation"
 CHECKS_AT_ONCE = 4
-"""Cases whose files are looked at together before a training."""
+"""Number of cases whose files are checked in parallel before a training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
-    """How to run a training; nothing here changes what is learned.
+    """Options of a training run; none of them changes the trained weights, except initial weights.
 
     Attributes:
         device: auto, cpu, cuda, cuda:1, mps.
-        restart: begin anew; what is there is moved aside.
-        validate: predict and score the validation cases at the end.
-        tensorboard: also write TensorBoard events.
+        restart: start over; existing results are moved aside.
+        validate: whether to predict and score the validation cases at the end.
+        tensorboard: whether to write TensorBoard events.
         sam: published weights of the backbone (RFMedSAM 2).
         unet: a trained U-Net that Step 0 starts from (RFMedSAM 2).
         show: called after every step.
@@ -73,13 +73,13 @@ class TrainOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How it ended.
+    """Result of a training run.
 
     Attributes:
-        folder: of the fold.
-        progress: what the engine says.
-        evaluation: scores of whole volumes; None if not validated (stopped early, not wanted, or not this rank).
-        seconds: of this call.
+        folder: folder of the fold.
+        progress: result of the engine.
+        evaluation: scores of whole volumes; None if not validated (stopped early, not requested, or not the main rank).
+        seconds: duration of this call.
     """
 
     folder: Path
@@ -91,24 +91,24 @@ class TrainResult:
 def train(
     layout: Layout, plan: Plan, stage: str, *, fold: str = "0", options: TrainOptions | None = None
 ) -> TrainResult:
-    """Train a stage of a plan on one fold; goes on where an interrupted training of the same plan was.
+    """Train a stage of a plan on one fold; resumes an interrupted training of the same plan.
 
-    Leaves in results/DATASET/PLAN__STAGE/fold_FOLD: checkpoints, metrics.jsonl, metrics.csv, progress.png,
+    Writes to results/DATASET/PLAN__STAGE/fold_FOLD: checkpoints, metrics.jsonl, metrics.csv, progress.png,
     validation/ (label maps, metrics.json, metrics.csv) and report.html.
 
     Args:
-        layout: where data and results are.
+        layout: the folder layout.
         plan: the plan.
-        stage: one of its stages.
+        stage: name of one of its stages.
         fold: a number, "all" or the name of a split.
-        options: how to run.
+        options: options of the run.
 
     Raises:
-        PlanError: no such stage.
-        ExtensionError: the plan names what is not installed.
-        UsageError: no such fold, cases that are not preprocessed, another run that trains this fold.
-        StoreError: preprocessed cases that are damaged, a folder that cannot be written.
-        RfMedSamError: what the engine, prediction and evaluation raise.
+        PlanError: the stage does not exist.
+        ExtensionError: the plan names an extension that is not installed.
+        UsageError: the fold does not exist, cases are not preprocessed, or another run trains this fold.
+        StoreError: preprocessed cases are damaged, or a folder cannot be written.
+        RfMedSamError: errors of the engine, prediction and evaluation.
     """
     options = options or TrainOptions()
     began = time.monotonic()
@@ -151,16 +151,16 @@ def _task(
     runtime: Runtime,
     options: TrainOptions,
 ) -> Task[Any]:
-    """The task of a stage, with the weights that it starts from unless a checkpoint of this training is there."""
+    """Make the task of a stage; loads initial weights unless a checkpoint of this training exists."""
     config, folder = plan.stages[stage], layout.fold_folder(plan.dataset, plan.name, stage, fold)
     began = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
     custom = config.extensions.task
     if custom is not None or not isinstance(config.model, RFMedSam2Config):
         if options.sam is not None or options.unet is not None:
             raise UsageError(
-                "Only our own training of RFMedSAM 2 takes weights of SAM 2 and of a U-Net",
+                "--sam2 and --unet only apply to plans that are trained as RFMedSAM 2",
                 where=f"{plan.name}, {stage}",
-                remedy="Leave --sam2 and --unet out, or plan with --model rfmedsam2",
+                remedy="Leave these flags out, or plan with --model rfmedsam2",
             )
         given: dict[str, Any] = {"store": store, "split": split, "runtime": runtime}
         if custom is not None:
@@ -178,28 +178,28 @@ def _task(
 
 
 def describe(plan: Plan, stage: str, fold: str, *, step: int, scores: dict[str, float]) -> CheckpointRecord:
-    """The record of a checkpoint; the digest is filled in when it is written."""
+    """Make the record of a checkpoint; the digest is filled in when it is written."""
     return CheckpointRecord(
         plan=plan,
         stage=stage,
         fold=fold,
         step=step,
         scores=scores,
-        **made_now(),
+        **provenance(),
     )
 
 
 def validate_fold(
     layout: Layout, plan: Plan, folder: Path, cases: Sequence[str], *, device: str, track: Track = silent
 ) -> Evaluation | None:
-    """Predict the raw images of a fold's validation cases and score them; None where the raw dataset is not here.
+    """Predict the raw images of a fold's validation cases and score them; None if the raw dataset does not exist.
 
-    Predictions and scores go to folder/validation; cases that the same model has already predicted are kept. A model
-    that is prompted with boxes gets those of the reference labels: its score is an upper bound.
+    Predictions and scores are written to folder/validation; cases that the same model has already predicted are kept. A
+    model prompted with boxes gets those of the reference labels, so its score is an upper bound.
     """
     raw = layout.raw / plan.dataset
     if not raw.is_dir():
-        logger.warning("The raw dataset is not in %s: no validation on whole volumes", raw)
+        logger.warning("The raw dataset is not in %s: skipping validation on whole volumes", raw)
         return None
     wanted = set(cases)
     inputs = [case for case in open_dataset(raw).training if case.id in wanted]
@@ -210,12 +210,12 @@ def validate_fold(
     model, boxes = predictor.config.model, None
     if isinstance(model, RFMedSam2Config) and model.generator == "gt":
         if len(references) != 1:
-            logger.warning("Labels lie in several folders: predict with rfmed_predict --boxes")
+            logger.warning("Labels are in several folders: predict with rfmed_predict --boxes")
             return None
         boxes = next(iter(references))
     predict_files(predictor, inputs, out, boxes=boxes, continue_=True, track=track)
     if len(references) != 1:
-        logger.warning("Labels lie in several folders: score the predictions in %s with rfmed_evaluate", out)
+        logger.warning("Labels are in several folders: score the predictions in %s with rfmed_evaluate", out)
         return None
     return evaluate(out, references.pop(), plan.labels, out=out, cases=sorted(wanted), track=track)
 
@@ -240,7 +240,7 @@ def _finish(
 
 
 def _case_ids(layout: Layout, plan: Plan, store: CaseStore) -> tuple[str, ...]:
-    """All training cases: those of the raw dataset where it is here, else those that are preprocessed."""
+    """All training cases: those of the raw dataset if it exists, else the preprocessed ones."""
     try:
         return tuple(case.id for case in open_dataset(layout.raw / plan.dataset).training)
     except RfMedSamError:
@@ -257,13 +257,13 @@ def _require_preprocessed(split: Split, store: CaseStore, plan: Plan, stage: str
             found=f"none of {', '.join(missing[:5])}" + (" ..." if len(missing) > 5 else ""),
             remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {stage} with the options that made {plan.name}",
         )
-    # a copied dataset has new modification times: then all of it is read once
+    # a copied dataset has new modification times: then all files are read once
     sound = map_cases(store.looks_complete, wanted, workers=CHECKS_AT_ONCE, name=str)
     damaged = [name for name, whole in zip(wanted, sound, strict=True) if not whole]
     if damaged:
         raise StoreError(
-            f"{len(damaged)} of {len(wanted)} preprocessed cases were damaged or changed",
+            f"{len(damaged)} of {len(wanted)} preprocessed cases are damaged or were modified",
             where=store.folder,
             found=", ".join(damaged[:5]) + (" ..." if len(damaged) > 5 else ""),
-            remedy="Run rfmed_plan_and_preprocess again with the same options: it rebuilds broken cases",
+            remedy="Run rfmed_plan_and_preprocess again with the same options: it rebuilds damaged cases",
         )

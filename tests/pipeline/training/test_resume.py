@@ -113,7 +113,7 @@ def test_without_latest_the_final_weights_stand(tmp_path):
         task.model.out.weight, read_all(tmp_path / "checkpoint_final.safetensors")[1]["model/out.weight"]
     )
     longer = make_config(epochs=2)
-    with pytest.raises(UsageError, match="cannot be made longer"):
+    with pytest.raises(UsageError, match="cannot be extended"):
         fit(ToyTask(longer), longer, make_run(tmp_path), resume=True)
 
 

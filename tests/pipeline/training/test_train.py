@@ -140,7 +140,7 @@ def test_without_the_raw_dataset_it_trains_and_says_that_it_cannot_score(layout,
     result = train(apart, short, "3d_fullres", fold="0", options=TrainOptions(device="cpu"))
     assert result.evaluation is None
     assert result.progress.status == "finished"
-    assert "no validation on whole volumes" in caplog.text
+    assert "skipping validation on whole volumes" in caplog.text
 
 
 def test_a_case_that_is_not_preprocessed_is_named_with_the_remedy(planned_root, root_of, plan):

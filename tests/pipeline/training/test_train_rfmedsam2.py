@@ -136,7 +136,7 @@ def test_step_0_starts_from_a_trained_unet_of_the_same_plan(layout, tmp_path):
         assert load_pretrained(network, plan, fold="0", sam=None, unet=folder) == notes
     with pytest.raises(UsageError, match=r"No such trained fold.*one or several of 0. Found 1"):
         load_pretrained(network, plan, fold="1", sam=None, unet=first.folder.parent)
-    assert "validated on" in load_pretrained(network, plan, fold="1", sam=None, unet=first.folder)[2]
+    assert "in the validation set of fold 1" in load_pretrained(network, plan, fold="1", sam=None, unet=first.folder)[2]
     own = network.unet.state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in read_weights(checkpoint).items())
     wider = planned(layout, unet=UNetConfig(**(unet().model_dump() | {"features": (8, 8)})))
@@ -150,7 +150,7 @@ def test_a_plain_unet_takes_no_weights_of_sam2(layout, tmp_path):
     plan = planned(layout)
     alone = plan.stages["3d_fullres"].model_copy(update={"model": unet()})
     options = TrainOptions(device="cpu", validate=False, sam=tmp_path / "sam2.pt")
-    with pytest.raises(UsageError, match="plain U-Net"):
+    with pytest.raises(UsageError, match="this plan is a U-Net"):
         train(layout, plan.model_copy(update={"stages": {"3d_fullres": alone}}), "3d_fullres", options=options)
 
 

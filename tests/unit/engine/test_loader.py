@@ -219,7 +219,7 @@ def test_full_shared_memory_is_a_sentence(monkeypatch):
     assert numbered[0]["number"] == 0
     monkeypatch.setattr(loader, "_shared_memory_free", lambda: 0.00001)
     failure = numbered[0]
-    with pytest.raises(WorkerError, match=r"batch 0 \(a\).*too small to hand over a batch.*--shm-size"):
+    with pytest.raises(WorkerError, match=r"batch 0 \(a\).*too small to transfer a batch.*--shm-size"):
         loader._unwrap(failure, 0, lambda _: "a")
 
 
@@ -253,7 +253,7 @@ def test_a_batch_whose_maker_died_on_its_way_is_no_traceback(caplog):
         for worker in workers:
             worker.kill()
         psutil.wait_procs(workers, timeout=10)
-        while expected == 2 and "Going on once" not in caplog.text:
+        while expected == 2 and "Retrying with" not in caplog.text:
             next(stream)  # batches that had arrived before come first
     assert "Going on once with 1 worker(s)" in caplog.text
     with pytest.raises(WorkerError, match="SIGKILL"):

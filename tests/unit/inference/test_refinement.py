@@ -332,13 +332,13 @@ def test_a_stream_gives_frames_late_where_it_looks_ahead() -> None:
 @pytest.mark.parametrize(
     ("fields", "request_", "words"),
     [
-        ({"refinements": 1}, Request(step=2), "no such step"),
-        ({"generator": "object_queries", "unet": None}, Request(step=0), "no such step"),
+        ({"refinements": 1}, Request(step=2), "does not have this step"),
+        ({"generator": "object_queries", "unet": None}, Request(step=0), "does not have this step"),
         ({"generator": "gt", "unet": None}, Request(), "none were given"),
         (
             {},
             Request(step=0, boxes=Prompts(boxes=torch.zeros(3, 3, 4), present=torch.zeros(3, 3).bool())),
-            "takes none",
+            "does not accept boxes",
         ),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_gpu_is_listed_with_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_pa
     report = doctor(Layout.under(tmp_path))
     gpu = report.devices[1]
     assert (gpu.kind, gpu.name, gpu.memory_gib, gpu.free_gib) == ("cuda:0", "Some GPU", 24, 20)
-    assert "no GPU" not in messages(report)
+    assert "No GPU" not in messages(report)
     assert "no C++ compiler" in messages(report)
 
 

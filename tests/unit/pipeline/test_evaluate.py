@@ -94,7 +94,7 @@ def test_all_faults_of_all_cases_come_in_one_error_and_nothing_is_written(
     expected = {
         "case_0": "prediction holds 7",
         "case_1": "(4, 6, 8) against (4, 6, 9)",
-        "case_2": "there is no prediction",
+        "case_2": "no prediction",
         "case_3": "case_3.nii.gz",
         "case_4": "spacing",
     }
@@ -149,7 +149,7 @@ def test_negative_tolerance_is_refused(folders: tuple[Path, Path]) -> None:
 
 def test_unwritable_place_leaves_nothing(folders: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="folder is needed"):
+    with pytest.raises(StoreError, match="Expected a folder"):
         evaluate(*folders, LABELS, out=tmp_path / "file" / "out")
 
 

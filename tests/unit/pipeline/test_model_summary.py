@@ -49,7 +49,7 @@ def test_sizes_of_layers_follow_the_plan():
     assert sizes["U-Net", "stage 6"] == (320, (4, 4, 4))
     assert sizes["U-Net", "logits"] == (14, (32, 256, 256))
     assert sizes["SAM 2", "embedding, stride 16"] == (256, (16, 16))
-    assert sizes["SAM 2", "mask of a cell"] == (1, (64, 64))
+    assert sizes["SAM 2", "mask per object"] == (1, (64, 64))
 
 
 def summary_of(name: str):

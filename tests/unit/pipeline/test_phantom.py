@@ -162,7 +162,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_file_where_the_folder_should_be_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "raw").write_text("")
-    with pytest.raises(StoreError, match="file stands"):
+    with pytest.raises(StoreError, match="a file exists"):
         make_phantom(tmp_path / "raw", cases=1, shape_zyx=(12, 32, 32))
 
 

@@ -256,7 +256,7 @@ def test_a_plan_moves_to_another_dataset_with_its_intensities():
     fingerprint = fingerprint.model_copy(update={"dataset": "Dataset002_B", "digest": "new"})
     found = adapt_plan_to_dataset(source, dataset, fingerprint)
     assert (found.dataset, found.fingerprint, found.stages) == ("Dataset002_B", "new", source.stages)
-    with pytest.raises(PlanError, match="for other data"):
+    with pytest.raises(PlanError, match="does not match the dataset"):
         adapt_plan_to_dataset(source, *described(**HIPPOCAMPUS))
 
 
@@ -342,7 +342,7 @@ def test_what_cannot_be_had_is_listed_and_nothing_is_imported(tmp_path, change, 
 
 
 def test_a_cascade_that_is_asked_for_is_refused(tmp_path):
-    with pytest.raises(PlanError, match="second step of a cascade"):
+    with pytest.raises(PlanError, match="second stage of a cascade"):
         imported(nnunet_file(tmp_path), stages=["3d_cascade_fullres"])
     with pytest.raises(UsageError, match="one of 3d_fullres"):
         imported(nnunet_file(tmp_path), stages=["3d"])

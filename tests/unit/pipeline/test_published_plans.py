@@ -55,7 +55,7 @@ def test_every_file_has_a_recipe_and_a_row_in_the_readme():
 
 
 def test_an_unknown_name_is_a_sentence():
-    with pytest.raises(UsageError, match=r"No such plan.*btcv_1024.*btcv_patch_2x1024"):
+    with pytest.raises(UsageError, match=r"published plan does not exist.*btcv_1024.*btcv_patch_2x1024"):
         published_plan("btcv_1024")
 
 

@@ -186,7 +186,7 @@ def test_a_case_that_cannot_be_drawn_is_named_with_the_reason(evaluation, tmp_pa
 
 def test_unwritable_place_is_a_sentence(evaluation, tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="folder is needed"):
+    with pytest.raises(StoreError, match="Expected a folder"):
         write_report(tmp_path / "file" / "r.html", title="x", evaluation=evaluation)
 
 

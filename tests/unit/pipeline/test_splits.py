@@ -66,7 +66,7 @@ def test_few_cases_give_as_many_folds_as_there_are_cases(count):
 def test_a_single_case_trains_and_validates_on_itself_with_a_warning():
     splits = make_splits({"only": "only"})
     assert splits == [Split(train=("only",), val=("only",))]
-    assert "its scores say nothing" in warnings_of({"0": splits[0]}, {"only": "only"})[0]
+    assert "its scores do not reflect unseen cases" in warnings_of({"0": splits[0]}, {"only": "only"})[0]
 
 
 def test_no_cases_are_refused():
@@ -96,7 +96,7 @@ def test_groups_come_from_dataset_json_or_a_regular_expression():
     assert found == {"sub1_a": "sub1", "sub1_b": "sub1", "sub2_a": "sub2", "x": "x"}
 
 
-@pytest.mark.parametrize(("pattern", "message"), [("(", "no regular expression"), ("patient", "fits no case id")])
+@pytest.mark.parametrize(("pattern", "message"), [("(", "not a regular expression"), ("patient", "matches no case id")])
 def test_a_bad_group_expression_is_a_sentence(pattern, message):
     with pytest.raises(UsageError, match=message):
         groups_of(dataset(["a", "b"]), pattern)
@@ -185,7 +185,7 @@ def test_raw_and_preprocessed_splits_must_agree(layout, tmp_path):
         ('[{"train": ["a", "a"], "val": ["b"]}]', DatasetError, "names a twice"),
         ('[{"train": [], "val": ["b"]}]', DatasetError, "0 training and 1 validation"),
         ('[{"train": ["a"]}]', RecordError, "val"),
-        ('{"train": ["a"]}', RecordError, "no list of folds"),
+        ('{"train": ["a"]}', RecordError, "not hold a list of folds"),
         ("[", RecordError, "not valid JSON"),
     ],
 )

@@ -155,7 +155,7 @@ def test_skewed_axes_give_their_angle_and_whether_they_were_repaired(maker: Make
     assert set(kinds(report)) == {("little", "skewed-axes", "warning"), ("much", "bad-geometry", "error")}
     text = {f.case: f.message for f in report.faults}
     assert "0.400 degrees" in text["little"]
-    assert "repaired" in text["little"]
+    assert "corrected" in text["little"]
     assert "20.00 degrees" in text["much"]
 
 
