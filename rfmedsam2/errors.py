@@ -34,7 +34,7 @@ class RfMedSamError(Exception):
         if found is not None:
             parts.append(f"Found {found}.")
         if remedy is not None:
-            parts.append(remedy.rstrip(".") + ".")
+            parts.append(remedy if remedy.endswith("?") else remedy.rstrip(".") + ".")
         super().__init__(" ".join(parts))
         self.what = what
         self.where = None if where is None else str(where)

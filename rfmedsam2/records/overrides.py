@@ -82,5 +82,5 @@ def _child(holder: Any, key: str, above: list[str], within: str | None, assignme
         f"The field {key!r} does not exist in {'.'.join(above) or 'the plan'}",
         where=assignment,
         expected=f"one of {', '.join(valid)}" if valid else "a value here, not a field below it",
-        remedy=f"Did you mean {near[0]!r}" if near else None,
+        remedy=f"Did you mean {near[0]!r}?" if near else None,
     )

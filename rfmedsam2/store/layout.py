@@ -91,7 +91,7 @@ def _suggestion(wanted: str, known: list[str]) -> str | None:
     """Suggest a dataset for a misspelled name."""
     short = {name.partition("_")[2].lower(): name for name in known}
     close = get_close_matches(wanted.partition("_")[2].lower() or wanted.lower(), short, n=1)
-    return f"Did you mean {short[close[0]]}" if close else None
+    return f"Did you mean {short[close[0]]}?" if close else None
 
 
 def _fits(folder: str, wanted: str) -> bool:

@@ -133,7 +133,7 @@ def _dataset_json(folder: Path) -> DatasetJson:
     if not folder.is_dir():
         close = closest_name(folder.name, folder.parent)
         raise DatasetError(
-            "The dataset folder does not exist", where=folder, remedy=f"Did you mean {close}" if close else None
+            "The dataset folder does not exist", where=folder, remedy=f"Did you mean {close}?" if close else None
         )
     path = folder / "dataset.json"
     if not path.is_file():

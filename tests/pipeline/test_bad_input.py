@@ -227,7 +227,7 @@ def test_a_file_that_changes_while_it_is_used(raw_root, root_of, monkeypatch):
         (("3d_fullres", "fold", 0, "--epochs", 0), "epochs"),
         (("3d_fullres", "fold", 0, "--lr", -1), "learning_rate"),
         (("3d_fullres", "fold", 0, "--lr", "nan"), "learning_rate"),
-        (("3d_fullres", "fold", 0, "--set", "3d_fullres.train.epoch=1"), "'epochs' was meant"),
+        (("3d_fullres", "fold", 0, "--set", "3d_fullres.train.epoch=1"), "Did you mean 'epochs'?"),
         (("3d_fullres", "fold", 0, "--set", "3d_fullres.train.epochs"), "stage.field=value"),
         (("3d_fullres", "fold", 0, "--set", "3d_fullres.patch_size=[16,30,32]"), "stride"),
         (("3d_fullres", "fold", 0, "--set", "3d_fullres.train.seed=-1"), "seed"),

@@ -262,7 +262,7 @@ def test_faulty_boxes_in_memory_are_sentences(model_of, cases) -> None:
         predictor(file, boxes=[{"label": 1, "slice": 2, "box": [3, 3, 2, 2]}])
     with pytest.raises(RecordError, match="slice"):
         predictor(file, boxes=[{"label": 1, "box": [3, 3, 4, 4]}])
-    with pytest.raises(ImageError, match="not whole"):
+    with pytest.raises(ImageError, match="fractional"):
         predictor(file, boxes=labels_zyx() + 0.5)
     with pytest.raises(GeometryError, match="does not fit"):
         predictor(file, boxes=labels_zyx()[1:])

@@ -153,12 +153,12 @@ def test_a_worker_killed_while_the_main_process_works_does_not_break_into_that_w
     with caplog.at_level(logging.WARNING):
         assert same([first, *stream], alone)
     assert "SIGKILL, probably out of memory" in caplog.text
-    assert "Going on once with no workers" in caplog.text
+    assert "Retrying with no workers" in caplog.text
 
 
 def test_a_stalled_worker_is_told_after_the_timeout_and_ended():
     began = time.monotonic()
-    with pytest.raises(WorkerError, match=r"No batch came within 1.5 s.*case_2.*pid \d+\) at batch 2"):
+    with pytest.raises(WorkerError, match=r"No batch arrived within 1.5 s.*case_2.*pid \d+\) at batch 2"):
         take(stall_at_2, workers=1, timeout_seconds=1.5)
     assert time.monotonic() - began < 10
     assert workers_alive() == []
@@ -255,7 +255,7 @@ def test_a_batch_whose_maker_died_on_its_way_is_no_traceback(caplog):
         psutil.wait_procs(workers, timeout=10)
         while expected == 2 and "Retrying with" not in caplog.text:
             next(stream)  # batches that had arrived before come first
-    assert "Going on once with 1 worker(s)" in caplog.text
+    assert "Retrying with 1 worker(s)" in caplog.text
     with pytest.raises(WorkerError, match="SIGKILL"):
         list(stream)
 

@@ -119,14 +119,14 @@ def test_threads_change_nothing(threads) -> None:
 
 def test_missing_slabs_are_an_error() -> None:
     how = restore((4, 3, 3), (4, 3, 3))
-    with pytest.raises(PlanError, match="does not fit"):
+    with pytest.raises(PlanError, match="does not match"):
         labels_from_slabs(slabs(random_logits(3, 4, 3, 3), 1), how, THREE, Resampling())
     with pytest.raises(PlanError, match="missing"):
         labels_from_slabs([], how, THREE, Resampling())
 
 
 def test_another_number_of_classes_is_an_error() -> None:
-    with pytest.raises(PlanError, match="does not fit"):
+    with pytest.raises(PlanError, match="does not match"):
         labels_from_slabs(slabs(random_logits(2, 4, 3, 3), 0), restore((4, 3, 3), (4, 3, 3)), THREE, Resampling())
 
 

@@ -138,7 +138,7 @@ def test_all_faults_of_all_cases_are_in_one_error_and_nothing_is_written(btcv: P
         "img0001: the label holds 17",
         "img0002: image and label differ in geometry: shape",
         "img0021",
-        "img0022: there is no label",
+        "img0022: missing label",
     ):
         assert words in text
     assert names_in(tmp_path / "raw") == []
@@ -184,7 +184,7 @@ def test_a_folder_that_is_no_download_is_named_with_what_is_in_it(converter, tmp
     (tmp_path / "download/readme.txt").write_text("")
     with pytest.raises(DatasetError, match=r"readme\.txt"):
         converter(tmp_path / "download", tmp_path / "raw")
-    with pytest.raises(DatasetError, match="There is no"):
+    with pytest.raises(DatasetError, match="download does not exist"):
         converter(tmp_path / "absent", tmp_path / "raw")
     assert names_in(tmp_path / "raw") == []
 
@@ -219,8 +219,8 @@ def test_amos_reports_what_dataset_json_promises_and_folders_lack(amos: Path, tm
     (amos / "labelsVa/amos_0008.nii.gz").unlink()
     with pytest.raises(DatasetError) as caught:
         convert_amos22(amos, tmp_path / "raw")
-    assert "amos_0001: there is no image and no label" in str(caught.value)
-    assert "amos_0008: there is no label" in str(caught.value)
+    assert "amos_0001: missing image and label" in str(caught.value)
+    assert "amos_0008: missing label" in str(caught.value)
 
 
 def test_amos_leaves_out_damaged_and_foreign_files(amos: Path, tmp_path: Path) -> None:
@@ -228,8 +228,8 @@ def test_amos_leaves_out_damaged_and_foreign_files(amos: Path, tmp_path: Path) -
         write_pair(amos / f"imagesTr/{name}.nii.gz", amos / f"labelsTr/{name}.nii.gz")
     result = convert_amos22(amos, tmp_path / "raw", task=2)
     text = "\n".join(result.warnings)
-    assert "amos_5514.nii.gz: left out, known to be damaged" in text
-    assert "other.nii.gz: left out" in text
+    assert "amos_5514.nii.gz: skipped, known to be damaged" in text
+    assert "other.nii.gz: skipped" in text
     assert result.training == 5
 
 
@@ -237,7 +237,7 @@ def test_amos_works_from_the_folders_alone(amos: Path, tmp_path: Path) -> None:
     (amos / "dataset.json").unlink()
     result = convert_amos22(amos, tmp_path / "raw")
     assert result.training == 3
-    assert any("no dataset.json" in w for w in result.warnings)
+    assert any("dataset.json does not exist" in w for w in result.warnings)
 
 
 def test_amos_refuses_other_labels_and_a_broken_dataset_json(amos: Path, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_msd_counts_channels_and_names_missing_cases(msd: Path, tmp_path: Path) 
     with pytest.raises(DatasetError) as caught:
         convert_msd(msd, tmp_path / "raw")
     assert "prostate_00: the image has 1 channels, expected 2" in str(caught.value)
-    assert "prostate_02: dataset.json names this test case" in str(caught.value)
+    assert "prostate_02: dataset.json lists this test case" in str(caught.value)
 
 
 def test_msd_paths_in_dataset_json_cannot_leave_the_download(msd: Path, tmp_path: Path) -> None:

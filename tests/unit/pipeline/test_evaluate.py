@@ -110,7 +110,7 @@ def test_prediction_without_reference_is_a_warning(
     with caplog.at_level(logging.WARNING):
         evaluation = evaluate(*folders, LABELS)
     assert len(evaluation.cases) == 3
-    assert evaluation.warnings == ("stranger.nii.gz: there is no reference, left out",)
+    assert evaluation.warnings == ("stranger.nii.gz: no reference, skipped",)
     assert "stranger" in caplog.text
 
 
@@ -118,7 +118,7 @@ def test_named_cases_alone_are_scored(folders: tuple[Path, Path]) -> None:
     (folders[0] / "case_0.nii.gz").unlink()
     evaluation = evaluate(*folders, LABELS, cases=["case_2"])
     assert [c.id for c in evaluation.cases] == ["case_2"]
-    with pytest.raises(DatasetError, match="case_9: there is no reference"):
+    with pytest.raises(DatasetError, match="case_9: no reference"):
         evaluate(*folders, LABELS, cases=["case_2", "case_9"])
 
 
@@ -136,7 +136,7 @@ def test_other_files_are_left_alone_and_doubled_ids_are_faults(folders: tuple[Pa
 
 def test_nothing_to_score_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no reference"):
+    with pytest.raises(UsageError, match="holds no label maps"):
         evaluate(tmp_path / "empty", tmp_path / "empty", LABELS)
     with pytest.raises(UsageError, match="do not exist"):
         evaluate(tmp_path / "absent", tmp_path / "empty", LABELS)

@@ -197,7 +197,7 @@ def test_an_unknown_preset_lists_those_there_are():
 def test_a_fingerprint_of_other_data_is_refused():
     dataset, fingerprint = described()
     for wrong in ({"dataset": "Dataset002_B"}, {"cases": ()}, {"intensities": ()}):
-        with pytest.raises(PlanError, match="does not fit"):
+        with pytest.raises(PlanError, match="does not match the dataset"):
             plan(dataset, fingerprint.model_copy(update=wrong))
 
 
@@ -235,8 +235,8 @@ def test_another_kind_takes_the_defaults_of_that_kind():
 @pytest.mark.parametrize(
     ("assignment", "error", "message"),
     [
-        ("3d_fullres.train.epoch=5", UsageError, "Perhaps 'epochs' was meant"),
-        ("3d_fulres.train.epochs=5", UsageError, "Perhaps '3d_fullres' was meant"),
+        ("3d_fullres.train.epoch=5", UsageError, "Did you mean 'epochs'"),
+        ("3d_fulres.train.epochs=5", UsageError, "Did you mean '3d_fullres'"),
         ("3d_fullres.train.epochs.more=5", UsageError, "not a field below it"),
         ("3d_fullres.normalization.3.kind=ct", UsageError, "one of 0"),
         ("3d_fullres.train.epochs", UsageError, "stage.field=value"),

@@ -106,7 +106,7 @@ def test_more_memory_gives_no_smaller_patch():
 def test_what_the_planner_cannot_do_is_a_sentence():
     with pytest.raises(UsageError, match=r"no settings for RFMedSAM 2.*nnunet.*default, 8gb, 24gb, 80gb, cpu"):
         plan_rfmedsam2(*described(), preset="nnunet")
-    with pytest.raises(UsageError, match="No such preset: huge"):
+    with pytest.raises(UsageError, match="The preset does not exist: huge"):
         plan_rfmedsam2(*described(), preset="huge")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=r"single slices.*--model unet"):
         plan_rfmedsam2(*described(shape=(1, 64, 64)))
@@ -126,8 +126,8 @@ def test_what_the_planner_cannot_do_is_a_sentence():
         ("model.generator=magic", r"generator: Input should be 'unet', 'object_queries'.*or 'gt', found 'magic'"),
         ("model.strategy=past", r"strategy: Input should be 'sam2', 'preceding', 'following' or 'both', found 'past'"),
         ("model.frame_size=100", r"model\.rfmedsam2: frame_size 100 is not a multiple of 32\)"),
-        ("patch_size=[32,256,192]", r"3d_fullres: frames are square for RFMedSAM 2, but the patch is \(32, 256, 192\)"),
-        ("model.generator=gt", r"generator gt takes no unet"),
+        ("patch_size=[32,256,192]", r"3d_fullres: RFMedSAM 2 needs square slices, but the patch is \(32, 256, 192\)"),
+        ("model.generator=gt", r"generator gt cannot use unet"),
         ("model.refinements=3", r"refinements: Input should be 1 or 2, found 3"),
     ],
 )

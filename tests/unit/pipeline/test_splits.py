@@ -182,7 +182,7 @@ def test_raw_and_preprocessed_splits_must_agree(layout, tmp_path):
     [
         ('[{"train": ["a", "z"], "val": ["b"]}]', DatasetError, "1 unknown case.*: z"),
         ('[{"train": ["a", "b"], "val": ["b"]}]', DatasetError, "trains and validates on 1 case.*: b"),
-        ('[{"train": ["a", "a"], "val": ["b"]}]', DatasetError, "names a twice"),
+        ('[{"train": ["a", "a"], "val": ["b"]}]', DatasetError, "lists a twice"),
         ('[{"train": [], "val": ["b"]}]', DatasetError, "0 training and 1 validation"),
         ('[{"train": ["a"]}]', RecordError, "val"),
         ('{"train": ["a"]}', RecordError, "not hold a list of folds"),
