@@ -1,4 +1,4 @@
-"""Plan-driven medical volumetric segmentation: nnU-Net's pipeline, RFMedSAM 2's refinement. Research use only."""
+"""Volumetric medical image segmentation: nnU-Net's plan-driven pipeline and RFMedSAM 2. Research use only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load public names when they are first used, so that importing the package does nothing."""
+    """Import public names on first use, so that importing the package stays fast."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

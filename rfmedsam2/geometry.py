@@ -1,4 +1,4 @@
-"""Grids: how voxels lie in the world.
+"""Voxel grids in world coordinates.
 
 A `Grid` ties array indices (z, y, x) to millimeters in LPS world coordinates (DICOM and ITK: +x left, +y posterior,
 +z superior). It holds no voxels; a `volume.Volume` is an array with its grid.
@@ -25,7 +25,7 @@ _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """A regular voxel lattice.
+    """A regular voxel grid.
 
     Attributes:
         shape_zyx: number of voxels along the array axes z, y, x.
@@ -42,7 +42,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if len(self.shape_zyx) != 3 or any(n < 1 for n in self.shape_zyx):
-            raise GeometryError("A grid has no voxels", expected="at least one voxel an axis", found=self.shape_zyx)
+            raise GeometryError("A grid has no voxels", expected="at least one voxel per axis", found=self.shape_zyx)
         if len(self.spacing_zyx_mm) != 3 or not all(math.isfinite(s) and s > 0 for s in self.spacing_zyx_mm):
             raise GeometryError(
                 "A voxel spacing is not positive", expected="three spacings above 0 mm", found=self.spacing_zyx_mm
@@ -105,7 +105,7 @@ class Grid:
         return replace(self, shape_zyx=shape, origin_xyz_mm=_triple(origin))
 
     def mismatch(self, other: Grid, *, tolerance_mm: float = 1e-2, tolerance_degrees: float = 0.1) -> str | None:
-        """None when both grids are the same within tolerance, else a phrase that says how they differ."""
+        """None if the grids are equal within tolerance, else a phrase describing the difference."""
         if self.shape_zyx != other.shape_zyx:
             return f"shape {self.shape_zyx} against {other.shape_zyx} (z, y, x)"
         spacing = np.abs(np.subtract(self.spacing_zyx_mm, other.spacing_zyx_mm)) * np.asarray(self.shape_zyx)

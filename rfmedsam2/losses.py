@@ -1,7 +1,7 @@
 """Losses of volumetric segmentation: cross-entropy + Dice, with regions, ignore label and deep supervision.
 
-Equal to nnU-Net's DC_and_CE_loss / DC_and_BCE_loss (a parity test holds this). Logits are (B, K, ...spatial); targets
-are label maps (B, ...spatial) of integers, so that no one-hot copy of the target travels from the loader.
+Equal to nnU-Net's DC_and_CE_loss / DC_and_BCE_loss (checked by a parity test). Logits are (B, K, ...spatial); targets
+are integer label maps (B, ...spatial), so that no one-hot targets have to be transferred from the loader.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ LossFunction = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 def memberships(target: Tensor, labels: LabelSet) -> Tensor:
-    """(B, ...) label values -> (B, K, ...) bool: which outputs each voxel belongs to.
+    """Label values (B, ...) -> membership of each voxel in the outputs, (B, K, ...) bool.
 
-    Classes: K counts background, exactly one is true. Regions: one channel a region, which may overlap.
+    Classes: K includes background, exactly one is true. Regions: one channel per region; regions may overlap.
     """
     if labels.has_regions:
-        # one entry more: -1, which marks what lies outside a volume, is found there and belongs to nothing
+        # one extra entry, which index -1 (outside the volume) refers to, and which belongs to no output
         lookup = torch.zeros(max(labels.allowed_values) + 2, len(labels.foreground), dtype=torch.bool)
         for channel, values in enumerate(labels.foreground.values()):
             lookup[list(values), channel] = True
@@ -44,8 +44,8 @@ def soft_dice(
     Args:
         probabilities: (B, K, ...).
         members: (B, K, ...) of 0 and 1.
-        mask: (B, 1, ...) voxels that count, or None for all.
-        batch_dice: sum over the batch (and over ranks) before dividing, as one large patch.
+        mask: (B, 1, ...) voxels to include; None: all.
+        batch_dice: whether to sum over the batch (and over ranks) before dividing, as for one large patch.
         smooth: added to numerator and denominator.
     """
     axes = tuple(range(2, probabilities.ndim))
@@ -62,12 +62,12 @@ def soft_dice(
 def segmentation_losses(
     logits: Tensor, target: Tensor, labels: LabelSet, config: SegmentationLoss
 ) -> dict[str, Tensor]:
-    """The weighted parts of one resolution's loss: `cross_entropy` and `dice` (minus the coefficient, as in nnU-Net).
+    """Weighted loss parts of one resolution: `cross_entropy` and `dice` (the negative coefficient, as in nnU-Net).
 
     Args:
         logits: (B, K, ...).
         target: (B, ...) integer label values, possibly with `labels.ignore`.
-        labels: which values are which outputs.
+        labels: labels that define the outputs.
         config: weights and Dice variant.
     """
     mask = None if labels.ignore is None else target != labels.ignore
@@ -85,7 +85,7 @@ def segmentation_losses(
 
 
 def deep_supervision_weights(levels: int) -> list[float]:
-    """Weights halve per level and sum to 1 (paper, eq. 2); of several, the lowest gets 0 as in nnU-Net."""
+    """Weights halve per level and sum to 1 (paper, eq. 2); the lowest of several levels gets 0, as in nnU-Net."""
     weights = [0.5**level for level in range(levels)]
     if levels > 1:
         weights[-1] = 0.0
@@ -94,16 +94,16 @@ def deep_supervision_weights(levels: int) -> list[float]:
 
 
 def loss_of(stage: Stage, labels: LabelSet) -> LossFunction:
-    """The loss that a stage plans: cross-entropy + Dice, or an extension's."""
+    """The loss of a stage: cross-entropy + Dice, or an extension's."""
     if stage.extensions.loss is not None:
         return make("loss", stage.extensions.loss, labels=labels)
     return partial(segmentation_losses, labels=labels, config=stage.loss)
 
 
 def deep_supervision_losses(outputs: Sequence[Tensor], target: Tensor, loss: LossFunction) -> dict[str, Tensor]:
-    """Weighted sums of a loss's parts over resolutions, highest first; the target is sampled down to each.
+    """Weighted sums of a loss's parts over resolutions, highest first; the target is downsampled to each.
 
-    Levels of weight 0 still take part with a zero gradient, so that distributed training sees every parameter used.
+    Levels of weight 0 contribute a zero gradient, so that every parameter is used in distributed training.
     """
     total: dict[str, Tensor] = {}
     for weight, logits in zip(deep_supervision_weights(len(outputs)), outputs, strict=True):
@@ -118,28 +118,28 @@ def deep_supervision_losses(outputs: Sequence[Tensor], target: Tensor, loss: Los
 
 
 def shrink_labels(target: Tensor, shape: Sequence[int]) -> Tensor:
-    """(B, ...) labels sampled to `shape` by the nearest-exact rule that nnU-Net's deep supervision transform uses."""
+    """Resample labels (B, ...) to `shape` with nearest-exact, as nnU-Net's deep supervision transform does."""
     if tuple(target.shape[1:]) == tuple(shape):
         return target
     return F.interpolate(target[:, None].float(), tuple(shape), mode="nearest-exact")[:, 0].to(target.dtype)
 
 
 def _class_indices(target: Tensor, labels: LabelSet) -> Tensor:
-    """(B, ...) label values -> int64 numbers of their outputs; an arg-max over memberships takes 50 times as long."""
-    lookup = torch.zeros(max(labels.allowed_values) + 2, dtype=torch.int64)  # one entry more: as in `memberships`
+    """Label values (B, ...) -> int64 output indices; an arg-max over memberships takes 50 times as long."""
+    lookup = torch.zeros(max(labels.allowed_values) + 2, dtype=torch.int64)  # one extra entry, as in `memberships`
     lookup[list(labels.values)] = torch.arange(len(labels.values))
     return lookup.to(target.device).take(target.long())
 
 
 def _mean_over(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over voxels that count; with a mask, channels are summed, which is how nnU-Net weighs regions then."""
+    """Mean over included voxels; with a mask, channels are summed, as nnU-Net weights regions in that case."""
     if mask is None:
         return values.mean()
     return (values * mask).sum() / mask.sum().clamp_min(1)
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is all-reduced too."""
+    """All-reduce with an all-reduced gradient."""
 
     @staticmethod
     def forward(ctx: object, value: Tensor) -> Tensor:  # noqa: ARG004
@@ -161,20 +161,20 @@ def _over_ranks(value: Tensor) -> Tensor:
 
 
 def generalized_box_iou_loss(boxes: Tensor, references: Tensor) -> Tensor:
-    """1 - GIoU of pairs of boxes: their IoU less the share of their hull that neither covers.
+    """1 - GIoU of pairs of boxes: GIoU is the IoU minus the fraction of the enclosing box that neither covers.
 
-    Equal to torchvision.ops.generalized_box_iou_loss, whose import takes longer than all others of a training together.
+    Equal to torchvision.ops.generalized_box_iou_loss, whose import takes longer than all other imports of a training.
 
     Args:
-        boxes: (n, 4) first and last coordinates x0, y0, x1, y1.
-        references: (n, 4) likewise.
+        boxes: (n, 4) coordinates x0, y0, x1, y1.
+        references: (n, 4) coordinates x0, y0, x1, y1.
 
     Returns:
-        (n,) from 0 to 2.
+        (n,) losses, from 0 to 2.
     """
     smallest = 1e-7  # as torchvision: keeps empty boxes finite
     low, high = torch.maximum(boxes[:, :2], references[:, :2]), torch.minimum(boxes[:, 2:], references[:, 2:])
-    # boxes apart have no overlap, whatever their negative sides multiply to
+    # disjoint boxes have no overlap, although the product of their negative sides may be positive
     overlap = torch.where((high > low).all(1), (high - low).prod(1), 0)
     union = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (references[:, 2:] - references[:, :2]).prod(1) - overlap
     outer_low, outer_high = (

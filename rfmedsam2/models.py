@@ -1,4 +1,4 @@
-"""Networks from records: a plan's model record -> network; a checkpoint -> network ready to predict."""
+"""Building networks from plans, and loading them from checkpoints."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ from rfmedsam2.store.checkpoints import read_weights
 
 
 def build_stage(plan: Plan, stage: Stage, *, cache_features: bool = False) -> nn.Module:
-    """Build the network of a plan's stage, complete, freshly initialized from torch's current random state.
+    """Build the complete network of a plan's stage, randomly initialized from torch's global RNG.
 
-    What the plan says of computing (`stage.compute`, `stage.sampling.max_prompted_objects`,
-    `stage.loss.deep_supervision`) is built in. Deep supervision acts in training mode alone, the limit of objects where
-    gradients are wanted.
+    Includes the plan's `stage.compute`, `stage.sampling.max_prompted_objects` and `stage.loss.deep_supervision`. Deep
+    supervision is active in training mode only, the limit of objects only with gradients enabled.
 
     Args:
-        plan: for the channels and labels.
+        plan: plan with the channels and labels.
         stage: one of its stages.
-        cache_features: keep features of a frozen image encoder as `stage.compute.cache_features_mb` says. For training:
-            predicting sees few frames twice.
+        cache_features: cache features of a frozen image encoder, up to `stage.compute.cache_features_mb`. For training;
+            in prediction few frames repeat.
 
     Returns:
-        A module whose `forward` gives logits (B, outputs, *patch) for (B, channels, *patch), or in training mode with
+        A module whose `forward` returns logits (B, outputs, *patch) for (B, channels, *patch), or in training mode with
         deep supervision a list of them, highest resolution first.
     """
     channels, labels, deep = len(plan.channels), plan.labels, stage.loss.deep_supervision
@@ -79,7 +78,7 @@ def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tup
     """Load the network of a checkpoint, in evaluation mode on `device`.
 
     Raises:
-        CheckpointError: unreadable, damaged, or weights that are not those of its plan's network.
+        CheckpointError: the file is unreadable or damaged, or its weights do not match the network of its plan.
         ExtensionError: its network is another package's, which is not installed.
     """
     record = read_record_of(checkpoint)
@@ -96,8 +95,8 @@ def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tup
         network.load_state_dict(read_weights(checkpoint), assign=True)
     except RuntimeError as error:
         raise CheckpointError(
-            f"The checkpoint's weights do not fit the network of its plan ({' '.join(str(error).split())[:300]})",
+            f"The checkpoint's weights do not match the network of its plan ({' '.join(str(error).split())[:300]})",
             where=checkpoint,
-            remedy="Train again, or take the checkpoint that belongs to this plan",
+            remedy="Train again, or use the checkpoint that belongs to this plan",
         ) from None
     return record, network.eval().to(device)

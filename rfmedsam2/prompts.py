@@ -1,7 +1,7 @@
-"""Prompts from masks: a box, or a center point, for every class on every frame, and which of them are there.
+"""Box and point prompts from label maps or masks, for every (slice, class) pair, with presence flags.
 
-A cell is one class on one frame. All cells come out of one vectorised pass, on the CPU or on a GPU: the labels of a
-row are gathered as bits of one word, so that no mask a class is ever made.
+All pairs are computed in one vectorized pass, on the CPU or on a GPU: the labels of a row are collected as bits of one
+word, so that no masks per class are needed.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from rfmedsam2.errors import UsageError
 
-CLASSES_A_WORD = 29
-"""Classes that one 32-bit word holds, beside the two bits of labels below and above them."""
+CLASSES_PER_WORD = 29
+"""Number of classes per 32-bit word, besides the two bits for labels below and above them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
-    """Boxes of N x K cells.
+    """Boxes of N x K (slice, class) pairs.
 
     Attributes:
-        boxes: (N, K, 4) float32, xyxy: columns and rows of the first and of the last pixel; 0 where absent.
-        present: (N, K) bool: the class has a pixel on the frame. What is absent has no box and is never prompted for.
+        boxes: (N, K, 4) float32, xyxy: columns and rows of the first and the last pixel (inclusive); 0 if absent.
+        present: (N, K) bool: the class has a pixel on the slice. Absent classes have no box and are not prompted.
     """
 
     boxes: Tensor
@@ -34,12 +34,12 @@ def prompts_from_labels(labels: Tensor, classes: int) -> Prompts:
     """Tight boxes of all classes of label maps.
 
     Args:
-        labels: (N, H, W) integers; class k has the value k + 1, every value outside 1..classes belongs to none.
+        labels: (N, H, W) integers; class k has the value k + 1, values outside 1..classes belong to no class.
         classes: K, 1 or more.
     """
     _check(labels, classes)
-    starts = range(0, classes, CLASSES_A_WORD)
-    sides = [_sides(labels, start, min(CLASSES_A_WORD, classes - start)) for start in starts]
+    starts = range(0, classes, CLASSES_PER_WORD)
+    sides = [_sides(labels, start, min(CLASSES_PER_WORD, classes - start)) for start in starts]
     columns, rows = (torch.cat(parts, dim=1) for parts in zip(*sides, strict=True))
     return _boxes(columns, rows)
 
@@ -50,27 +50,27 @@ def prompts_from_members(members: Tensor) -> Prompts:
 
 
 def resized(prompts: Prompts, from_size: tuple[int, int], to_size: tuple[int, int]) -> Prompts:
-    """Boxes of the same parts of frames that were resized from (H, W) to (H, W).
+    """Scale boxes to slices that were resized from `from_size` to `to_size`, both (H, W).
 
-    What is kept is the area of the pixels: from the near edge of the first one to the far edge of the last one.
+    The area from the near edge of the first pixel to the far edge of the last pixel is preserved.
     """
     if tuple(from_size) == tuple(to_size):
         return prompts
     scale_y, scale_x = (to / origin for to, origin in zip(to_size, from_size, strict=True))
     scale = prompts.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-    # the last pixel ends one further on than its index says
+    # the far edge of the last pixel is its index + 1
     end = prompts.boxes.new_tensor([0, 0, 1, 1])
     boxes = (prompts.boxes + end) * scale - end
     return Prompts(boxes=torch.where(prompts.present[..., None], boxes, 0), present=prompts.present)
 
 
 def center_points(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """One point a cell: the pixel of the class that is nearest to the class's center of gravity.
+    """One point per (slice, class): the pixel of the class that is nearest to the class's center of mass.
 
-    A point prompt must lie on its object, which the center of a bent or split organ does not.
+    A point prompt must be on its object, which is not true for the center of mass of a curved or split organ.
 
     Args:
-        labels: (N, H, W) integers; class k has the value k + 1, every value outside 1..classes belongs to none.
+        labels: (N, H, W) integers; class k has the value k + 1, values outside 1..classes belong to no class.
         classes: K, 1 or more.
 
     Returns:
@@ -79,13 +79,13 @@ def center_points(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     _check(labels, classes)
     frames, _, width = labels.shape
     frame, y, x = ((labels >= 1) & (labels <= classes)).nonzero().unbind(1)
-    cell = frame * classes + labels[frame, y, x].long() - 1
-    # whole numbers throughout: the same point whatever the order of summing
-    count, sum_x, sum_y = (_added(cell, part, frames * classes) for part in (torch.ones_like(x), x, y))
-    distance = (x * count[cell] - sum_x[cell]) ** 2 + (y * count[cell] - sum_y[cell]) ** 2
-    nearest = _least(cell, distance, frames * classes)
-    is_nearest = distance == nearest[cell]
-    pixel = _least(cell[is_nearest], (y * width + x)[is_nearest], frames * classes)
+    pair = frame * classes + labels[frame, y, x].long() - 1
+    # integers throughout, so that the result does not depend on the order of summation
+    count, sum_x, sum_y = (_added(pair, part, frames * classes) for part in (torch.ones_like(x), x, y))
+    distance = (x * count[pair] - sum_x[pair]) ** 2 + (y * count[pair] - sum_y[pair]) ** 2
+    nearest = _least(pair, distance, frames * classes)
+    is_nearest = distance == nearest[pair]
+    pixel = _least(pair[is_nearest], (y * width + x)[is_nearest], frames * classes)
     present = (count > 0).view(frames, classes)
     points = torch.stack([pixel % width, pixel // width], dim=-1).view(frames, classes, 2)
     return torch.where(present[..., None], points, 0).float(), present
@@ -94,18 +94,18 @@ def center_points(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
 def _check(labels: Tensor, classes: int) -> None:
     if classes < 1:
         raise UsageError(
-            "Prompts need a class to prompt for", expected="one foreground class or more", found=f"{classes} classes"
+            "There are no classes to prompt", expected="at least one foreground class", found=f"{classes} classes"
         )
     if labels.ndim != 3 or labels.is_floating_point():
         found = f"{labels.dtype} of shape {tuple(labels.shape)}"
-        raise UsageError("Prompts come from label maps", expected="integers of shape (N, H, W)", found=found)
+        raise UsageError("The labels are not label maps", expected="integers of shape (N, H, W)", found=found)
 
 
 def _sides(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """Which columns (N, count, W) and rows (N, count, H) the classes start + 1 .. start + count touch."""
-    # bit 0 collects what lies below these classes, bit count + 1 what lies above
+    """Columns (N, count, W) and rows (N, count, H) that contain the classes start + 1 .. start + count."""
+    # bit 0 collects labels below these classes, bit count + 1 labels above
     bits = labels.to(torch.int32, copy=True).sub_(start).clamp_(0, count + 1)
-    # in place, because new memory costs several times what is done in it
+    # in place, because allocating memory takes several times as long as the operation
     torch.bitwise_left_shift(bits.new_ones(()), bits, out=bits)
     shifts = torch.arange(1, count + 1, device=labels.device, dtype=torch.int32)[:, None]
     columns, rows = (((_united(bits, dim)[:, None] >> shifts) & 1).bool() for dim in (1, 2))
@@ -113,7 +113,7 @@ def _sides(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _united(bits: Tensor, dim: int) -> Tensor:
-    """Bitwise or over an axis, by halving it; the halves of an odd length share one entry, which changes nothing."""
+    """Bitwise OR over an axis, by halving it; halves of an odd length overlap in one entry, which does not matter."""
     while (size := bits.shape[dim]) > 1:
         half = (size + 1) // 2
         bits = bits.narrow(dim, 0, half) | bits.narrow(dim, size - half, half)
@@ -121,7 +121,7 @@ def _united(bits: Tensor, dim: int) -> Tensor:
 
 
 def _boxes(columns: Tensor, rows: Tensor) -> Prompts:
-    """Boxes from the columns (N, K, W) and rows (N, K, H) that hold the class."""
+    """Boxes from the columns (N, K, W) and rows (N, K, H) that contain each class."""
     present = rows.any(-1)
     (left, right), (top, bottom) = _ends(columns), _ends(rows)
     boxes = torch.stack([left, top, right, bottom], dim=-1)
@@ -129,7 +129,7 @@ def _boxes(columns: Tensor, rows: Tensor) -> Prompts:
 
 
 def _ends(line: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last true index along the last axis; anything where none is true."""
+    """First and last true index along the last axis; arbitrary if none is true."""
     flags = line.to(torch.uint8)
     return flags.argmax(-1), line.shape[-1] - 1 - flags.flip(-1).argmax(-1)
 

@@ -1,1 +1,1 @@
-"""The commands. What a user types becomes one call of `rfmedsam2.pipeline`."""
+"""Command-line interface: each command parses its arguments and makes one call into `rfmedsam2.pipeline`."""

@@ -1,7 +1,6 @@
-"""What all commands share: flags, the way from an error to a sentence and exit code 2, the choice of folders.
+"""Code shared by all commands: common flags, error messages with exit code 2, choice of folders.
 
-The only package that prints, reads environment variables and imports late: `--help` is answered before anything heavy
-is imported.
+Only `rfmedsam2.cli` prints, reads environment variables and imports late, so that `--help` runs before heavy imports.
 """
 
 from __future__ import annotations
@@ -29,35 +28,35 @@ if TYPE_CHECKING:
     from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed
 
 ROOT = "Folder of raw/ preprocessed/ results/; else RFMED_ROOT, nnU-Net's three variables, or ./rfmed_data."
-DATASET = "Id (217), name (BTCV) or folder (Dataset217_BTCV); else RFMED_DATASET, or the only one there is."
+DATASET = "Id (217), name (BTCV) or folder (Dataset217_BTCV); else RFMED_DATASET, or the only dataset."
 Root = Annotated[Path | None, arg(metavar="DIR", help=ROOT)]
-AsJson = Annotated[bool, arg(name="json", help="Print the answer as JSON.")]
+AsJson = Annotated[bool, arg(name="json", help="Print the result as JSON.")]
 DatasetName = Annotated[str | None, arg(aliases=("-d",), metavar="NAME", help=DATASET)]
-PlanName = Annotated[str | None, arg(aliases=("-p",), metavar="NAME", help="Plan, where there are several.")]
+PlanName = Annotated[str | None, arg(aliases=("-p",), metavar="NAME", help="Name of the plan, if there are several.")]
 StageName = Annotated[str | None, arg(aliases=("-c",), metavar="NAME", help="2d, 3d_fullres or 3d_lowres.")]
-Folds = Annotated[tuple[str, ...], arg(aliases=("-f",), metavar="FOLD", help="Folds; else all trained ones.")]
+Folds = Annotated[tuple[str, ...], arg(aliases=("-f",), metavar="FOLD", help="Folds; default: all trained ones.")]
 Model = Annotated[
     Path | None,
     arg(aliases=("-m",), metavar="DIR", help="Folder with fold_0 ..., instead of -d, -p and -c."),
 ]
 Device = Annotated[str, arg(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")]
-Workers = Annotated[int, arg(metavar="N", help="Cases worked on at once.")]
+Workers = Annotated[int, arg(metavar="N", help="Number of cases processed in parallel.")]
 Set = Annotated[
     tuple[str, ...],
-    arg(name="set", metavar="FIELD=VALUE", help="Change fields of the plan: 3d_fullres.train.learning_rate=0.01 ..."),
+    arg(name="set", metavar="FIELD=VALUE", help="Override fields of the plan: 3d_fullres.train.learning_rate=0.01 ..."),
 ]
 
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 SAY_NOTHING = ("None", "False", "True", "", "()")
-"""Defaults not worth a word."""
+"""Defaults that --help does not show."""
 
 
 def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable[[], None]:
-    """An entry point: parse arguments by signature and docstring, run, turn errors into sentences and exit codes.
+    """Make an entry point: parse arguments by signature and docstring, run, turn errors into messages and exit codes.
 
     Args:
-        function: what the command does; `train` of the family `rfmed` is the command `rfmed_train`.
-        family: first word of the command's name.
+        function: implementation of the command; `train` of the family `rfmed` is the command `rfmed_train`.
+        family: prefix of the command's name.
     """
 
     def run() -> None:
@@ -67,8 +66,8 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
         logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
         if not debug:
             warnings.simplefilter("ignore")
-        # before torch loads its thread pool: threads that wait shall sleep, not spin. Where anything else runs on the
-        # same cores (data workers, a second command), spinning made a training step 4 times slower on two cores
+        # before torch loads its thread pool: waiting threads should sleep, not spin. If anything else runs on the same
+        # cores (data workers, a second command), spinning made a training step 4 times slower on two cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         name = f"{family}_{function.__name__}"
         try:
@@ -86,10 +85,10 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
 
 
 def _understand_every_name() -> None:
-    """Read names of files as UTF-8 whatever the locale is, and never fail at showing one.
+    """Read file names as UTF-8 whatever the locale is, and never fail to print one.
 
-    In a locale without UTF-8 (LC_ALL=C, Latin-1) names cannot be told from bytes, nor written into records: the command
-    begins anew in Python's UTF-8 mode, in the same process.
+    In a locale without UTF-8 (LC_ALL=C, Latin-1) file names cannot be decoded or written into records, so the command
+    restarts in Python's UTF-8 mode, in the same process.
     """
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         words = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
@@ -100,7 +99,7 @@ def _understand_every_name() -> None:
 
 
 def _plainly(function: Callable[..., None]) -> Callable[..., None]:
-    """Leave out of --help the defaults that say nothing: None, False, an empty list."""
+    """Hide uninformative defaults from --help: None, False, an empty list."""
     # typing_extensions': before Python 3.11, typing's own hides flags whose default is None inside Optional
     types = get_type_hints(function, include_extras=True)
     quiet = arg(help_behavior_hint=lambda default: "" if default in SAY_NOTHING else f"(default: {default})")
@@ -109,7 +108,7 @@ def _plainly(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def layout_of(root: Path | None) -> Layout:
-    """The folders of --root, an environment variable or the default; says which."""
+    """The folder layout from --root, an environment variable or the default; reports which."""
     from rfmedsam2.cli import resolve
 
     chosen = resolve.places(root, os.environ)
@@ -118,27 +117,27 @@ def layout_of(root: Path | None) -> Layout:
 
 
 def trained_folder(layout: Layout, dataset: str | None, plan: str | None, configuration: str | None) -> Path:
-    """The folder of the only trained model that fits what was named."""
+    """The folder of the only trained model that matches the arguments."""
     from rfmedsam2.cli import resolve
 
     return resolve.trained_model(layout, os.environ, dataset=dataset, plan=plan, configuration=configuration).folder
 
 
 def say(text: str) -> None:
-    """Tell the user something that is not the answer: standard error, main rank only."""
+    """Print a message that is not a result, to standard error, on the main rank only."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr)
 
 
 def say_memory(need: MemoryNeed) -> None:
-    """Tell, before preprocessing begins, what it will take."""
-    who = "1 worker" if need.workers == 1 else f"{need.workers} workers"
-    most = math.ceil(need.peak_bytes / 1e7) / 100  # never less than it may be
-    say(f"Memory: at most {most:.2f} GB with {who} ({need.free_bytes / 1e9:.1f} GB free)")
+    """Print the memory estimate before preprocessing starts."""
+    workers = "1 worker" if need.workers == 1 else f"{need.workers} workers"
+    peak = math.ceil(need.peak_bytes / 1e7) / 100  # rounded up, as it is an upper bound
+    say(f"Memory: at most {peak:.2f} GB with {workers} ({need.free_bytes / 1e9:.1f} GB free)")
 
 
 def end_if_stopped(progress: Progress) -> None:
-    """Leave with the exit code that schedulers know where a signal stopped a training."""
+    """Exit with the code that schedulers expect if a signal stopped the training."""
     if progress.status == "stopped":
-        print(f"Stopped by {progress.signal} after step {progress.step}; the same command goes on from there.")
+        print(f"Stopped by {progress.signal} after step {progress.step}; run the same command again to resume.")
         sys.exit(128 + getattr(signal.Signals, str(progress.signal), signal.SIGTERM))

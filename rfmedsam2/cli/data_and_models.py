@@ -1,4 +1,4 @@
-"""Data and models in and out: phantoms, converters, submissions, model archives; and the doctor."""
+"""Commands for data and models: phantoms, converters, submissions, model archives; and the doctor."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def make_phantom(
     force: bool = False,
     root: Root = None,
 ) -> None:
-    """Make a synthetic abdominal dataset with BTCV's 13 labels, to try everything without data.
+    """Make a synthetic abdominal dataset with BTCV's 13 labels, to try the commands without data.
 
     Args:
-        output: Raw folder to put it in; else raw/ of the root.
-        cases: Labeled training cases.
-        test_cases: Further cases, with labels beside.
-        shape: Largest number of voxels z y x.
+        output: Raw folder for the dataset; default: raw/ of the root.
+        cases: Number of labeled training cases.
+        test_cases: Number of test cases, with labels in a folder beside.
+        shape: Largest shape z y x, in voxels.
         modality: CT with contrast phases, or MR with a bias field.
         seed: The same seed gives the same dataset.
-        force: Replace what is there.
+        force: Replace an existing dataset.
     """
     from rfmedsam2.cli.console import bars
     from rfmedsam2.pipeline.datasets.phantom import make_phantom as run
@@ -72,14 +72,14 @@ def convert(
     force: bool = False,
     root: Root = None,
 ) -> None:
-    """Turn an official download into a raw dataset, checking all that is read.
+    """Convert an official download into a raw dataset, checking every file.
 
     Args:
-        source: Whose folder layout.
+        source: The dataset.
         input_: The unpacked download.
-        task: Of AMOS22: 1 CT only, 2 CT and MR.
-        dataset_id: Of an MSD task, instead of its own number.
-        place: How files get there.
+        task: AMOS22 task: 1 CT only, 2 CT and MR.
+        dataset_id: Number of the dataset, instead of the MSD task's.
+        place: Copy the files or link them.
         force: Replace a dataset of the same name.
     """
     from rfmedsam2.cli.console import bars
@@ -109,19 +109,19 @@ def submit(
     task: Literal[1, 2] | None = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check predictions against the images that a challenge expects them for, and pack them for upload.
+    """Check predictions against the images of a challenge, and pack them for upload.
 
     Args:
-        challenge: Which rules.
+        challenge: The challenge.
         predictions: Folder of predicted label maps.
         images: Folder of the challenge's images.
         output: The archive; nothing is written if there are faults.
-        task: 1: CT only, 2: CT and MR; else every image of the folder.
+        task: 1: CT only, 2: CT and MR; default: every image in the folder.
     """
     from rfmedsam2.cli.console import bars, show_submission
     from rfmedsam2.pipeline.datasets.amos22_submission import RefusedSubmissionError, submit_amos22
 
-    _ = challenge  # one so far; argument parsing has checked it
+    _ = challenge  # there is only one so far, and argument parsing has checked it
     try:
         result = submit_amos22(predictions, images, output, task=task, track=bars)
     except RefusedSubmissionError as refusal:
@@ -143,7 +143,7 @@ def export_model(
     model: Model = None,
     root: Root = None,
 ) -> None:
-    """Pack a trained model into one zip with a manifest and hashes."""
+    """Pack a trained model into one zip file with a manifest and hashes."""
     from rfmedsam2.pipeline.prediction.model_archive import export_model as run
 
     folder = model or trained_folder(layout_of(root), dataset, plan, configuration)
@@ -154,10 +154,10 @@ def export_model(
 def import_model(
     archive: Annotated[Positional[Path], arg(metavar="ZIP")], *, force: bool = False, root: Root = None
 ) -> None:
-    """Unpack a model that rfmed_export_model has packed, after checking every hash.
+    """Unpack a model made by rfmed_export_model, after checking every hash.
 
     Args:
-        archive: The zip.
+        archive: The zip file.
         force: Replace a model of the same name.
     """
     from rfmedsam2.pipeline.prediction.model_archive import import_model as run
@@ -167,7 +167,7 @@ def import_model(
 
 
 def doctor(*, root: Root = None, as_json: AsJson = False) -> None:
-    """Show versions, devices, memory and folders, and what to mend."""
+    """Show versions, devices, memory and folders, and how to fix problems."""
     from rfmedsam2.cli import resolve
     from rfmedsam2.cli.console import show_doctor
     from rfmedsam2.pipeline.doctor import doctor as run

@@ -1,4 +1,4 @@
-"""The main job: verify, plan and preprocess, train, predict, evaluate, report."""
+"""Commands of the pipeline: verify, plan and preprocess, train, predict, evaluate, report."""
 
 from __future__ import annotations
 
@@ -85,23 +85,23 @@ def plan_and_preprocess(
 ) -> None:
     """Verify and fingerprint a raw dataset, plan its networks, write its splits, preprocess its cases.
 
-    Finished cases are skipped: the same command goes on where it was interrupted.
+    Finished cases are skipped: run the same command again to continue after an interruption.
 
     Args:
-        configurations: What to preprocess; all of the plan but 2d if none is given.
-        preset: Sizes for what is at hand: cpu (a laptop), 8gb, 24gb, 80gb (GPU memory), nnunet (nnU-Net's own
+        configurations: Configurations to preprocess; default: all of the plan except 2d.
+        preset: Sizes by hardware: cpu (a laptop), 8gb, 24gb, 80gb (GPU memory), nnunet (nnU-Net's own
             decisions), default (RFMedSAM 2's patch of 32x256x256).
-        model: A U-Net alone (unet), or one refined by SAM 2 (rfmedsam2).
-        backbone: What encodes frames in rfmedsam2: sam2_tiny, sam2_small, sam2_base_plus, sam2_large, nano (small,
-            trained from scratch), mobile_sam or lite_medsam; else by the preset.
-        plan: What the plan is called; else by its preset.
-        nnunet_plans: Take the decisions from nnU-Net's plans.json instead of planning.
-        published: Adopt a plan of ours, as in the folder plans/, with this dataset's intensities.
-        planner: Let a planner of an installed package decide; rfmed_doctor lists them.
-        spacing: Target spacing z y x in mm of 3d_fullres instead of nnU-Net's rule.
-        group_regex: Cases whose ids give the same first group of this expression are one patient, never split.
-        clean: Take a new fingerprint although no file has changed.
-        preprocess: Only verify and plan.
+        model: A U-Net (unet), or a U-Net refined by SAM 2 (rfmedsam2).
+        backbone: Image encoder of rfmedsam2: sam2_tiny, sam2_small, sam2_base_plus, sam2_large, nano (small,
+            trained from scratch), mobile_sam or lite_medsam; default: by the preset.
+        plan: Name of the plan; default: by its preset.
+        nnunet_plans: Import nnU-Net's plans.json instead of planning.
+        published: Adapt one of our plans, as in the folder plans/, to this dataset's intensities.
+        planner: Use the planner of an installed package; rfmed_doctor lists them.
+        spacing: Target spacing z y x in mm of 3d_fullres, instead of nnU-Net's rule.
+        group_regex: Cases whose ids have the same first capture group of this regular expression are one patient.
+        clean: Compute a new fingerprint even if no file has changed.
+        preprocess: Preprocess the cases, or only verify and plan.
     """
     from rfmedsam2.cli import resolve
     from rfmedsam2.cli.console import bars, show_plan
@@ -152,18 +152,18 @@ def train(
     device: Device = "auto",
     root: Root = None,
 ) -> None:
-    """Train one fold; the same command continues a training that was interrupted.
+    """Train one fold; the same command resumes an interrupted training.
 
     Args:
         words: `3d_fullres fold 0`, or in nnU-Net's order `BTCV 3d_fullres 0`. A fold is a number, `all`, or the name of
             a split (btcv_24_6 ...).
-        epochs: Instead of the plan's.
-        iterations: Per epoch, instead of the plan's.
+        epochs: Number of epochs, instead of the plan's.
+        iterations: Iterations per epoch, instead of the plan's.
         lr: Initial learning rate, instead of the plan's.
         sam2: Published weights of the plan's backbone (sam2.1_hiera_large.pt, mobile_sam.pt ...), for RFMedSAM 2.
         unet: A trained U-Net (checkpoint or model folder) that Step 0 of RFMedSAM 2 starts from.
-        restart: Begin anew; what was trained before is kept beside it under another name.
-        validate: Leave out the last step: predicting and scoring the validation cases as whole volumes.
+        restart: Start over; existing results are moved to a folder beside it.
+        validate: Predict and score the validation cases as whole volumes at the end, or skip this.
         tensorboard: Also write TensorBoard events (needs the extra `tensorboard`).
     """
     from rfmedsam2.cli import resolve
@@ -193,11 +193,11 @@ def train(
     progress = result.progress
     end_if_stopped(progress)
     if int(os.environ.get("RANK", "0")) != 0:
-        return  # the main rank tells the result
+        return  # the main rank prints the result
     if view.steps:
         print(f"Trained {progress.step} steps in {progress.seconds / 60:.1f} min: {result.folder}")
     else:
-        print(f"This training had finished after {progress.step} steps: {result.folder} (--restart begins anew)")
+        print(f"Already trained for {progress.step} steps: {result.folder} (start over with --restart)")
     if result.evaluation is not None:
         show_scores(result.evaluation)
         print(f"Report: {result.folder / 'report.html'}")
@@ -227,21 +227,21 @@ def predict(
 ) -> None:
     """Predict label maps for images: a folder, files, a list (.csv .json .txt) or a DICOM series.
 
-    Without -d, -p, -c or -m the only trained model is taken; where several fit, they are listed.
+    Without -d, -p, -c or -m the only trained model is used; if several match, they are listed.
 
     Args:
-        input_: What to predict.
-        output: Folder for the label maps and predictions.json.
-        checkpoint: Which checkpoint of each fold; the latest where training has not ended.
-        step_size: Distance of tiles as a share of the patch, instead of the plan's.
-        mirror: Average over flips (on) or not (off), instead of what the plan says.
-        tile_batch: Tiles per forward pass, instead of the plan's.
-        skip_empty: Leave out tiles without body: faster on scans with much air around.
-        step: Of RFMedSAM 2: give the result of Step 0 (the U-Net), 1 or 2, instead of the last one.
-        boxes: Prompt RFMedSAM 2 with these instead of its own: a folder of label maps (CASE + ending), or a JSON
+        input_: Images to predict.
+        output: Output folder of the label maps and predictions.json.
+        checkpoint: Checkpoint of each fold; the latest if training has not ended.
+        step_size: Distance of tiles as a fraction of the patch, instead of the plan's.
+        mirror: Average over flips (on) or not (off), instead of the plan's setting.
+        tile_batch: Number of tiles per forward pass, instead of the plan's.
+        skip_empty: Skip tiles without body: faster on scans with much surrounding air.
+        step: For RFMedSAM 2: return the result of Step 0 (the U-Net), 1 or 2, instead of the last step.
+        boxes: Box prompts for RFMedSAM 2 instead of its own: a folder of label maps (CASE + ending), or a JSON file
             {case: [{"label": name, "slice": z, "box": [x0, y0, x1, y1]}]} in voxels of the image.
-        probabilities: Also write each case's probabilities into a chunked file (blosc2).
-        continue_: Keep label maps that the same model with the same options has already made.
+        probabilities: Also write each case's class probabilities to a chunked file (blosc2).
+        continue_: Keep label maps already made by the same model with the same options.
     """
     from rfmedsam2.cli.console import bars
     from rfmedsam2.inference.volume import PredictOptions
@@ -284,10 +284,10 @@ def evaluate(
     Args:
         predictions: Folder of predicted label maps, or one file.
         references: Folder of reference label maps, or one file.
-        output: Folder for metrics.json and metrics.csv.
-        labels: A dataset.json that names the labels; else that of -d, or what lies beside the label maps.
-        tolerance: Of the normalized surface Dice.
-        both_empty: How a class counts that neither label map holds.
+        output: Output folder of metrics.json and metrics.csv.
+        labels: A dataset.json with the labels; default: that of -d, or the one beside the label maps.
+        tolerance: Tolerance of the normalized surface Dice.
+        both_empty: Score of a class that is absent from both label maps.
     """
     from rfmedsam2.cli import resolve
     from rfmedsam2.cli.console import bars, show_scores
@@ -324,8 +324,8 @@ def report(
 
     Args:
         output: The page to write.
-        training: Folder of a trained fold: its curves.
-        evaluation: A metrics.json: its tables and overlays.
+        training: Folder of a trained fold, for its curves.
+        evaluation: A metrics.json, for its tables and overlays.
         images: Images of the evaluated cases, drawn below the contours.
         title: Heading of the page.
     """
@@ -334,17 +334,17 @@ def report(
     from rfmedsam2.store.atomic import read_record
 
     if images is not None and not images.is_dir():
-        raise UsageError("There is no such folder of images", where=images, remedy="Check the path given with -i")
+        raise UsageError("The folder of images does not exist", where=images, remedy="Check the path given with -i")
     scores = read_record(evaluation, Evaluation) if evaluation else None
     write_report(output, title=title or output.stem, training=training, evaluation=scores, images=images)
     print(f"Written: {output}")
 
 
 def training_words(words: Sequence[str]) -> tuple[str | None, str, str]:
-    """(dataset, configuration, fold) of `3d_fullres fold 0`, `BTCV 3d_fullres 0`, `3d_fullres 0` or `3d_fullres`.
+    """Parse `3d_fullres fold 0`, `BTCV 3d_fullres 0`, `3d_fullres 0` or `3d_fullres`: (dataset, configuration, fold).
 
     Raises:
-        UsageError: no word, or more than three.
+        UsageError: no words, or more than three.
     """
     rest = [word for word in words if word != "fold"]
     if len(rest) == 1:
@@ -354,7 +354,7 @@ def training_words(words: Sequence[str]) -> tuple[str | None, str, str]:
     if len(rest) == 3:
         return rest[0], rest[1], rest[2]
     raise UsageError(
-        "What to train is not named",
+        "The configuration to train is missing",
         expected="a configuration and a fold: rfmed_train 3d_fullres fold 0, or rfmed_train BTCV 3d_fullres 0",
         found=" ".join(words) or "nothing",
     )

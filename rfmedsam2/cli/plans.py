@@ -1,4 +1,4 @@
-"""Looking into a plan before it is trained."""
+"""Command that summarizes a plan's network before training."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def summary(
     root: Root = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a plan's network is made of: parameters by part, sizes of layers, memory that training needs.
+    """Summarize a plan's network: parameters by part, sizes of layers, memory of training.
 
     Args:
-        plan: A plan's file (plans/btcv.json), or the name of a plan of the dataset given with -d.
+        plan: File of a plan (plans/btcv.json), or name of a plan of the dataset given with -d.
         configuration: 2d, 3d_fullres or 3d_lowres.
     """
     from rfmedsam2.cli.console import show_summary

@@ -1,4 +1,4 @@
-"""What the words of a command mean: which root, dataset, plan, trained model and labels. Used by the commands alone."""
+"""Resolving command arguments: root folder, dataset, plan, trained model and labels."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ NNUNET_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """The folders that a command works in, and why these."""
+    """The folder layout of a command, and where it comes from."""
 
     layout: Layout
     source: str
 
 
 def places(root: Path | None, environment: Mapping[str, str]) -> Places:
-    """--root, else RFMED_ROOT, else nnU-Net's three variables if all are set, else ./rfmed_data."""
+    """Choose the folders: --root, else RFMED_ROOT, else nnU-Net's three variables if all are set, else ./rfmed_data."""
     if root is not None:
         return Places(layout=Layout.under(root), source="--root")
     if environment.get("RFMED_ROOT"):
@@ -43,16 +43,16 @@ def places(root: Path | None, environment: Mapping[str, str]) -> Places:
 
 
 def dataset_name(layout: Layout, wanted: str | None, environment: Mapping[str, str], *, among: str) -> str:
-    """The dataset named, or RFMED_DATASET's, or the only one that has got as far as this command needs.
+    """Folder name of the requested dataset, of RFMED_DATASET's, or of the only dataset in `among`.
 
     Args:
-        layout: where to look.
-        wanted: id, short or full name, or None.
-        environment: for RFMED_DATASET.
-        among: "raw" or "preprocessed": where an only dataset must lie.
+        layout: the folder layout.
+        wanted: id, short or full name; None: not given.
+        environment: environment variables, for RFMED_DATASET.
+        among: "raw" or "preprocessed": the folder in which the dataset must exist.
 
     Raises:
-        UsageError: none or several fit.
+        UsageError: no dataset or several match.
     """
     wanted = wanted or environment.get("RFMED_DATASET")
     if wanted:
@@ -62,25 +62,25 @@ def dataset_name(layout: Layout, wanted: str | None, environment: Mapping[str, s
     if len(found) == 1:
         return found[0]
     raise UsageError(
-        "Several datasets could be meant" if found else f"No {among} dataset was found",
+        "There are several datasets" if found else f"No {among} dataset was found",
         where=folder,
         found=", ".join(found) or None,
-        remedy="Name one with -d or RFMED_DATASET" if found else "Put one there, or name another place with --root",
+        remedy="Name one with -d or RFMED_DATASET" if found else "Put one there, or choose another root with --root",
     )
 
 
 def raw_dataset(layout: Layout, wanted: str | None, environment: Mapping[str, str]) -> RawDataset:
-    """The raw dataset that a command names."""
+    """Open the raw dataset that a command names."""
     return open_dataset(layout.raw / dataset_name(layout, wanted, environment, among="raw"))
 
 
 def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, changes: Sequence[str] = ()) -> Plan:
-    """The plan named, else the only one, else `rfmed` among several; with fields changed (under the same name).
+    """Load the requested plan, else the only one, else `rfmed` among several; with overrides (under the same name).
 
     Raises:
-        UsageError: there is none, or several and no name.
-        RecordError: it is damaged; a damaged one counts as a plan, so that no other is taken in its place.
-        PlanError: it has no such stage.
+        UsageError: the plan does not exist, or there are several and no name was given.
+        RecordError: the plan is damaged; a damaged plan still counts, so that no other is used instead.
+        PlanError: the stage does not exist in the plan.
     """
     folder = layout.preprocessed / dataset
     others = {"dataset.json", layout.splits_file(dataset).name, layout.fingerprint_file(dataset).name}
@@ -91,7 +91,7 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
         wanted = names[0]
     if wanted is None or wanted not in names:
         raise UsageError(
-            "Several plans could be meant" if wanted is None and names else "There is no such plan",
+            "There are several plans" if wanted is None and names else "The plan does not exist",
             where=folder if wanted is None else layout.plan_file(dataset, wanted),
             expected=f"one of {', '.join(names)}" if names else None,
             remedy="Name one with -p" if names else f"Make one with rfmed_plan_and_preprocess -d {dataset}",
@@ -103,20 +103,20 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
     new = apply_overrides(plan, list(changes), name=plan.name)
     if preprocessing_settings(new, stage) != preprocessing_settings(plan, stage):
         raise UsageError(
-            "A change is about how cases are prepared, and they are prepared already",
+            "This override changes preprocessing, but the dataset is already preprocessed",
             where=" ".join(changes),
-            remedy="Give it to rfmed_plan_and_preprocess --set, with a name of its own: -p NAME",
+            remedy="Run rfmed_plan_and_preprocess --set ... -p NEW_NAME, then train that plan",
         )
     return new
 
 
 def _is_plan(path: Path) -> bool:
-    """Ours, whole or damaged; not one of the files that nnU-Net keeps beside it, its plans among them."""
+    """Whether a file is one of our plans, valid or damaged; not one of nnU-Net's files in the same folder."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return not path.name.startswith(PARTIAL)
-    # a damaged one may have lost either
+    # a damaged file may lack either
     return isinstance(content, dict) and ("stages" in content or "format" in content)
 
 
@@ -128,10 +128,10 @@ def trained_model(
     plan: str | None,
     configuration: str | None,
 ) -> TrainedModel:
-    """The only trained model that fits what was named.
+    """The only trained model that matches the arguments.
 
     Raises:
-        UsageError: none or several; lists them.
+        UsageError: none or several match; lists them.
     """
     wanted = dataset or environment.get("RFMED_DATASET")
     name = layout.dataset_name(wanted) if wanted else None
@@ -148,7 +148,7 @@ def trained_model(
     shown = fits or every
     listed = "; ".join(f"-d {m.dataset} -p {m.plan} -c {m.stage} (folds {', '.join(m.folds)})" for m in shown)
     raise UsageError(
-        "Several trained models fit" if fits else "No trained model fits" if every else "There is no trained model",
+        "Several trained models match" if fits else f"No trained model {'matches' if every else 'was found'}",
         where=layout.results,
         found=listed or None,
         remedy="Name one with -d, -p and -c" if every else "Train one with rfmed_train, or give its folder with -m",
@@ -163,12 +163,12 @@ def labels_for(
     file: Path | None,
     beside: Sequence[Path],
 ) -> LabelSet:
-    """What label values mean: a dataset.json, a dataset's own, or what lies beside references or predictions.
+    """Labels from a dataset.json file, from a dataset, or from a file beside references or predictions.
 
-    Beside references a dataset.json is looked for (also one folder up), beside predictions their predictions.json.
+    Searched are a dataset.json beside references (also one folder up), and predictions.json beside predictions.
 
     Raises:
-        UsageError: nothing says what the labels mean.
+        UsageError: no file with labels was found.
     """
     if file is not None:
         return read_record(file, DatasetJson).label_set
@@ -187,7 +187,7 @@ def labels_for(
         if candidate.is_file():
             return read_record(candidate, DatasetJson).label_set
     raise UsageError(
-        "Nothing says what the label values mean",
+        "The names of the label values are unknown",
         expected=" or ".join(map(str, candidates)) or "a dataset.json",
         remedy="Name the dataset with -d, or a dataset.json with --labels",
     )

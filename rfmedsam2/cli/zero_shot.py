@@ -1,4 +1,4 @@
-"""Studies: how well published SAM and SAM 2 do on a dataset without training."""
+"""Command that scores published SAM and SAM 2 on a dataset without training."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def prompt_study(
     """Score zero-shot SAM and SAM 2 on a labeled dataset, with prompts from its labels.
 
     Args:
-        sam: MobileSAM, LiteMedSAM, sam_vit_b, sam_vit_l or sam_vit_h; prompted on all frames.
-        sam2: sam2.1_hiera_* or sam2_hiera_*.
-        output: Folder for prompt_study.json and prompt_study.csv.
-        cases: Only the first so many training cases.
-        prompts: A tight box, the pixel nearest to the center of gravity, or both, for each class and frame.
-        prompted: Of the frames that a class appears on, those that SAM 2 is prompted on.
-        channel: Name or number of the channel to look at; else three as colors, or the first.
-        window: Intensities shown as black and white; else -160 to 240 HU for CT, percentiles for others.
-        frame_size: Pixels a side of the frames that SAM 2 sees, a multiple of 32.
-        max_conditioning: Prompted frames that SAM 2 attends to, the nearest; else all, as published.
+        sam: Checkpoints of MobileSAM, LiteMedSAM, sam_vit_b, sam_vit_l or sam_vit_h; prompted on all slices.
+        sam2: Checkpoints sam2.1_hiera_* or sam2_hiera_*.
+        output: Output folder of prompt_study.json and prompt_study.csv.
+        cases: Number of training cases, the first ones; default: all.
+        prompts: A tight box, the pixel nearest to the center of mass, or both, per class and slice.
+        prompted: Which of the slices that contain a class SAM 2 is prompted on.
+        channel: Name or number of the channel to use; default: three channels as colors, else the first.
+        window: Intensities shown as black and white; default: -160 to 240 HU for CT, percentiles for others.
+        frame_size: Side length in pixels of SAM 2's input, a multiple of 32.
+        max_conditioning: Number of nearest prompted slices that SAM 2 attends to; default: all, as published.
     """
     from rfmedsam2.cli import resolve
     from rfmedsam2.cli.console import bars
@@ -67,7 +67,7 @@ def prompt_study(
     study = run(raw, sam=sam, sam2=sam2, options=options, out=output, track=bars)
     if channel is None and len(raw.json.channels) not in (1, 3):
         others = ", ".join(raw.json.channels)
-        say(f"Note: of {len(raw.json.channels)} channels ({others}), {study.channels[0]} is shown; another: --channel")
+        say(f"Note: using {study.channels[0]} of {len(raw.json.channels)} channels ({others}); change with --channel")
     if as_json:
         print(json.dumps(study.model_dump(mode="json"), indent=2))
         return
@@ -77,7 +77,7 @@ def prompt_study(
 
 
 def _show(study: PromptStudy) -> None:
-    """One row a setting; then the classes, with a column for each."""
+    """Print one row per setting, then the classes with one column per setting."""
     from rfmedsam2.cli.console import table
 
     numbers = range(1, len(study.rows) + 1)
@@ -86,7 +86,7 @@ def _show(study: PromptStudy) -> None:
         for n, row in zip(numbers, study.rows, strict=True)
     ]
     title = f"DSC, {study.dataset}, {len(study.cases)} case(s)"
-    table(title, ("", "model", "prompt", "prompted frames", "Step 2 on", "DSC"), rows)
+    table(title, ("", "model", "prompt", "prompted slices", "Step 2 on", "DSC"), rows)
     classes = [(name, *(row.classes[name].mean for row in study.rows)) for name in study.rows[0].classes]
     table("DSC by class", ("class", *map(str, numbers)), classes)
     print(f"Shown: {study.window}. Seconds: {', '.join(f'{s:g} {Path(p).name}' for p, s in study.seconds.items())}")

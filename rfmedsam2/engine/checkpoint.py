@@ -19,8 +19,6 @@ from rfmedsam2.records.plan import TrainConfig
 from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import read_all, write_checkpoint
 
-LATEST, BEST, FINAL = (f"checkpoint_{name}.safetensors" for name in ("latest", "best", "final"))
-
 CHANGEABLE = {"epochs", "compile", "checkpoint_minutes", "validate_every_epochs", "workers", "worker_timeout_seconds"}
 """Fields of TrainConfig that may change on resume; only `epochs` affects results (through the schedule)."""
 

@@ -20,9 +20,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rfmedsam2.engine.checkpoint import (
-    BEST,
-    FINAL,
-    LATEST,
     Position,
     TrainingState,
     is_of_step,
@@ -41,6 +38,7 @@ from rfmedsam2.engine.step_metrics import PendingMetrics, StepMetrics, reduce_as
 from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.errors import DivergedError, UsageError
 from rfmedsam2.records.plan import TrainConfig
+from rfmedsam2.store.checkpoint_header import BEST, FINAL, LATEST
 from rfmedsam2.store.checkpoints import read_all
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
-"""Boxes that are given for an image - as a label map, or one by one - as the frames of its planned grid have them.
+"""Box prompts of an image (a label map, or a list of boxes) on the slices of its planned grid.
 
-They go the way of the image: turned, cropped, transposed, resampled. A label map is resampled like training labels, and
-its boxes are taken from the result.
+They are transformed like the image: reoriented, cropped, transposed, resampled. A label map is resampled like training
+labels, and boxes are taken from the result.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from rfmedsam2.transforms.prepare import Restore
 from rfmedsam2.transforms.resample import resample_label, separate_axis
 
 BoxPrompts = np.ndarray | Sequence[BoxPrompt]
-"""A label map (Z, Y, X), or boxes, in the axes of the image file."""
+"""A label map (Z, Y, X), or a list of boxes, in the axes of the image file."""
 FRAMES_AT_ONCE = 16
 
 
 def planned_boxes(
     given: BoxPrompts, restore: Restore, orientation: Orientation | None, labels: LabelSet, resampling: Resampling
 ) -> Prompts:
-    """Boxes of all frames and classes of an image.
+    """Boxes of all slices and classes of an image.
 
     Args:
-        given: for the image, in the axes of its file.
+        given: box prompts of the image, in the axes of its file.
         restore: how the image was cropped, transposed and resampled.
-        orientation: how it was turned before.
-        labels: of the model.
-        resampling: of the model's stage.
+        orientation: how it was reoriented before.
+        labels: labels of the model.
+        resampling: resampling settings of the model's stage.
 
     Returns:
-        Prompts of (frames, K) in pixels of the planned grid. Several boxes of a class on a frame become the smallest
-        one about them.
+        Prompts of (slices, K) in pixels of the planned grid. Several boxes of a class on one slice are merged into
+        their enclosing box.
 
     Raises:
-        UsageError: a label that the model does not know, a box outside the image; lists all of them.
-        GeometryError: a label map of another shape than the image.
-        ImageError: values in it that the model does not know.
+        UsageError: unknown labels, or boxes outside the image; lists all of them.
+        GeometryError: the shape of the label map differs from the image's.
+        ImageError: the label map has values unknown to the model.
     """
     if isinstance(given, np.ndarray):
         return _from_label_map(given, restore, orientation, labels, resampling)
@@ -58,11 +58,11 @@ def _from_label_map(
     label = label.reshape(label.shape[-3:])
     shape = _shape_of_file(restore, orientation)
     if label.shape != shape:
-        raise GeometryError("A label map does not fit its image", expected=f"{shape} (z, y, x)", found=label.shape)
-    strange = sorted(set(np.unique(label).tolist()) - set(labels.allowed_values))
-    if strange:
+        raise GeometryError("The shape of a label map is wrong", expected=f"{shape} (z, y, x)", found=label.shape)
+    undeclared = sorted(set(np.unique(label).tolist()) - set(labels.allowed_values))
+    if undeclared:
         raise ImageError(
-            "A label map holds values that the model does not know", expected=labels.allowed_values, found=strange
+            "A label map holds values unknown to the model", expected=labels.allowed_values, found=undeclared
         )
     turned = label if orientation is None else orientation.apply(label)
     cropped = turned[tuple(slice(*limits) for limits in restore.box)].transpose(restore.transpose_forward)
@@ -82,7 +82,7 @@ def _boxes_on(frames: np.ndarray, labels: LabelSet) -> Prompts:
     if labels.has_regions:
         members = [np.isin(frames, values) for values in labels.foreground.values()]
         return prompts_from_members(torch.from_numpy(np.stack(members, 1)))
-    # the ignore label, too, belongs to no class
+    # the ignore label belongs to no class either
     numbers = np.zeros(max(labels.allowed_values) + 1, np.int32)
     numbers[list(labels.values)] = np.arange(len(labels.values))
     return prompts_from_labels(torch.from_numpy(numbers[frames]), len(labels.values) - 1)
@@ -95,7 +95,7 @@ def _from_boxes(
     lows, highs = _planned_edges(_edges(given, _shape_of_file(restore, orientation)), restore, orientation)
     frames, rows, columns = restore.shape_planned
     first, stop = np.ceil(lows[:, 0] - 0.5), np.ceil(highs[:, 0] - 0.5)
-    # a slice between the centers of two coarser frames goes to the frame that it lies in
+    # a slice between the centers of two coarser planned slices goes to the one that contains it
     between = stop <= first
     first = np.where(between, np.floor((lows[:, 0] + highs[:, 0]) / 2), first)
     stop = np.where(between, first + 1, stop)
@@ -108,7 +108,7 @@ def _from_boxes(
         far[part, kinds[box]] = np.maximum(far[part, kinds[box]], highs[box, 1:])
     present = np.isfinite(near).all(2)
     near = np.maximum(near, 0)
-    # pixels are named by where they begin; a box has one at least
+    # a pixel's index is its near edge; a box has at least one pixel
     far = np.maximum(np.minimum(far, (rows, columns)) - 1, near)
     boxes = np.concatenate([near[..., ::-1], far[..., ::-1]], 2)
     boxes[~present] = 0
@@ -127,7 +127,7 @@ def _edges(given: Sequence[BoxPrompt], shape: Shape) -> tuple[np.ndarray, np.nda
     if outside:
         z, y, x = (n - 1 for n in shape)
         raise UsageError(
-            f"{len(outside)} box(es) lie outside the image",
+            f"{len(outside)} box(es) are outside the image",
             expected=f"slices 0 to {z}, x from 0 to {x}, y from 0 to {y}",
             found="; ".join(outside[:5]) + (" ..." if len(outside) > 5 else ""),
         )
@@ -137,7 +137,7 @@ def _edges(given: Sequence[BoxPrompt], shape: Shape) -> tuple[np.ndarray, np.nda
 def _planned_edges(
     edges: tuple[np.ndarray, np.ndarray], restore: Restore, orientation: Orientation | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same edges along the planned axes, in planned voxels."""
+    """The edges along the planned axes, in planned voxels."""
     lows, highs = edges
     if orientation is not None:
         lows, highs = lows[:, orientation.source_axes], highs[:, orientation.source_axes]
@@ -158,10 +158,10 @@ def _shape_of_file(restore: Restore, orientation: Orientation | None) -> Shape:
 
 
 def classes_of(given: Sequence[BoxPrompt], labels: LabelSet) -> list[int]:
-    """Class number, from 0, of each box.
+    """Class index, from 0, of each box.
 
     Raises:
-        UsageError: labels that are not the model's.
+        UsageError: labels unknown to the model.
     """
     regions = labels.regions_class_order or ()
     values = list(regions) if labels.has_regions else list(labels.values[1:])
@@ -171,7 +171,7 @@ def classes_of(given: Sequence[BoxPrompt], labels: LabelSet) -> list[int]:
     unknown = sorted({str(box.label) for box in given} - {str(label) for label in numbers})
     if unknown:
         raise UsageError(
-            "Boxes have labels that the model does not know",
+            "Boxes have labels unknown to the model",
             expected=f"one of {', '.join(labels.foreground)}",
             found=", ".join(unknown),
         )

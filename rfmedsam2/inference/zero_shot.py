@@ -1,4 +1,4 @@
-"""Volumes segmented frame by frame from prompts that are given: zero-shot SAM (RFMedSAM 2 paper, 3.2)."""
+"""Zero-shot SAM on volumes, slice by slice with given prompts (RFMedSAM 2 paper, 3.2)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.study import PromptKind
 
 AT_ONCE = 16
-"""Prompts decoded at once."""
+"""Number of prompts decoded per batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlicePrompts:
-    """One prompt for every class on every frame that it appears on.
+    """One prompt for every class on every slice that contains it.
 
     Attributes:
         kind: box or point.
-        points: (Z, K, P, 2) of (x, y), edges of the frame at 0 and at its width and height: a box's near and far
-            corner (P = 2), or the middle of one pixel (P = 1).
-        present: (Z, K) bool: the class has a pixel on the frame.
+        points: (Z, K, P, 2) of (x, y) in edge coordinates, from 0 to the slice's width and height: a box's near and far
+            corner (P = 2), or the center of one pixel (P = 1).
+        present: (Z, K) bool: the class has a pixel on the slice.
     """
 
     kind: PromptKind
@@ -35,15 +35,15 @@ class SlicePrompts:
     present: Tensor
 
     def within(self, size: tuple[int, int], resized: tuple[int, int]) -> Tensor:
-        """Points in pixel indices of frames that were resized from (H, W) to (H, W)."""
+        """Points in pixel indices of slices that were resized from `size` to `resized`, both (H, W)."""
         scale = self.points.new_tensor([resized[1] / size[1], resized[0] / size[0]])
-        # SAM's coordinate x is the middle of pixel x: a box's far corner lies in its last pixel
+        # SAM's coordinate x is the center of pixel x: a box's far corner is in its last pixel
         back = self.points.new_tensor([[0.0], [1.0]] if self.kind == "box" else [[0.5]])
         return self.points * scale - back
 
 
 def reference_prompts(labels_zyx: np.ndarray, labels: LabelSet, kind: PromptKind) -> SlicePrompts:
-    """Prompts from a reference label map (Z, Y, X): tight boxes, or the pixel nearest to the center of gravity."""
+    """Prompts from a reference label map (Z, Y, X): tight boxes, or the pixel nearest to the center of mass."""
     points, present = [], []
     for values in labels.foreground.values():
         mask = torch.from_numpy(np.isin(labels_zyx, values).view(np.uint8))
@@ -60,9 +60,9 @@ def reference_prompts(labels_zyx: np.ndarray, labels: LabelSet, kind: PromptKind
 
 
 class Painter:
-    """Label maps from the classes' mask logits.
+    """Merges the classes' mask logits into label maps.
 
-    Of classes that exclude one another the highest logit above 0 wins; regions are painted in their order.
+    For mutually exclusive classes the highest logit above 0 wins; regions are painted in their order.
     """
 
     def __init__(self, labels: LabelSet) -> None:
@@ -72,12 +72,12 @@ class Painter:
         self.dtype = np.uint8 if self.values.max(initial=0) < 256 else np.uint16
 
     def paint(self, logits: Tensor, classes: Tensor, target: np.ndarray) -> None:
-        """Fill a frame (H, W).
+        """Fill a slice (H, W).
 
         Args:
-            logits: (n, H, W) of the classes that were segmented.
-            classes: (n,) their numbers, ascending, from 0 in declared order.
-            target: labels, filled in place.
+            logits: (n, H, W), logits of the segmented classes.
+            classes: (n,) their indices, ascending, from 0 in declared order.
+            target: label map, filled in place.
         """
         target[:] = 0
         if len(logits) == 0:
@@ -94,16 +94,16 @@ class Painter:
 def segment_slices(
     sam: SamSegmenter, frames: Tensor, prompts: tuple[SlicePrompts, ...], labels: LabelSet
 ) -> dict[PromptKind, np.ndarray]:
-    """SAM on every frame that has a prompt.
+    """Run SAM on every slice with a prompt.
 
     Args:
-        sam: on its device; `best_of_three`, as SAM's authors advise for points.
-        frames: (Z, 3, H, W) of 0 to 255, on any device.
-        prompts: of the frames; all kinds share each frame's embedding.
-        labels: what the classes are.
+        sam: the model, on its device; with `best_of_three`, as SAM's authors recommend for points.
+        frames: RGB slices (Z, 3, H, W), 0 to 255, on any device.
+        prompts: prompts of the slices; all kinds share each slice's embedding.
+        labels: labels of the dataset.
 
     Returns:
-        Kind of prompt -> labels (Z, H, W).
+        Kind of prompt -> label map (Z, H, W).
     """
     painter = Painter(labels)
     device = next(sam.parameters()).device

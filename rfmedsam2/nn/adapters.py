@@ -1,7 +1,7 @@
 """Adapters: small trainable parts beside frozen ones (RFMedSAM 2 paper, section 3.3.3, Fig. 4(3), appendix C).
 
-An adapter gives what is added at its site. Its last projection starts at zero, so that an adapted model equals the
-original one, bit for bit, until it is trained.
+An adapter's output is added at its site. Its last projection starts at zero, so an adapted model equals the original
+one bit for bit until it is trained.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Adapter(nn.Module):
         self.up = _zero(nn.Linear(hidden, features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is to be added to x."""
+        """The term to add to x."""
         return self.up(F.gelu(self.down(x)))
 
 
 class DWConvAdapter(nn.Module):
-    """For attention blocks over image positions (Fig. 4(3b)).
+    """Adapter for attention blocks over image positions (Fig. 4(3b)).
 
     Linear down; depth-wise 3x3 convolution, layer norm and GELU with a parallel skip; linear up.
 
@@ -49,17 +49,17 @@ class DWConvAdapter(nn.Module):
         self.up = _zero(nn.Linear(hidden, features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is to be added to x."""
+        """The term to add to x."""
         x = self.down(x)
-        # a view of positions-last memory: the convolution runs in channels-last layout, nothing is copied
+        # a view: the convolution runs in channels-last layout without a copy
         spatial = self.spatial(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.up(x + F.gelu(self.norm(spatial)))
 
 
 class CNNAdapter(nn.Module):
-    """For convolutions: point-wise down, depth-wise 3x3 convolution, layer norm, GELU, point-wise up (appendix C).
+    """Adapter for convolutions: point-wise down, depth-wise 3x3 convolution, layer norm, GELU, point-wise up (app. C).
 
-    Its parallel skip is the sum at its site.
+    The parallel skip is the sum at its site.
 
     Shapes:
         (n, features, h, w) -> (n, features, h, w).
@@ -74,7 +74,7 @@ class CNNAdapter(nn.Module):
         self.up = _zero(nn.Conv2d(hidden, features, kernel_size=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is to be added to x."""
+        """The term to add to x."""
         x = self.spatial(self.down(x)).permute(0, 2, 3, 1)
         return self.up(F.gelu(self.norm(x)).permute(0, 3, 1, 2))
 
@@ -82,9 +82,9 @@ class CNNAdapter(nn.Module):
 class ChannelAdapter(nn.Module):
     """Modalities of a medical image -> the three channels that SAM 2 expects (appendix D.1).
 
-    Two stacked convolutions, widening to `hidden` in between (an inverted bottleneck), beside a fixed start: three
-    channels as they are, one repeated, of any other number the mean repeated. The second convolution starts at zero,
-    so the start is exact.
+    Two convolutions with `hidden` channels in between (an inverted bottleneck), added to a fixed mapping: three
+    channels unchanged, one channel repeated, otherwise the mean repeated. The second convolution starts at zero, so
+    that the output initially equals the fixed mapping.
 
     Shapes:
         (n, channels, h, w) -> (n, 3, h, w).
@@ -103,7 +103,7 @@ class ChannelAdapter(nn.Module):
 
 
 class WithAdapter(nn.Module):
-    """A module and the adapter behind it: its output x becomes x + adapter(x)."""
+    """A module followed by an adapter: its output x becomes x + adapter(x)."""
 
     def __init__(self, original: nn.Module, adapter: nn.Module) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class WithAdapter(nn.Module):
         self.adapter = adapter
 
     def forward(self, x: Tensor) -> Tensor:
-        """The module's output, adapted."""
+        """The adapted output of the module."""
         return adapted(self.original(x), self.adapter)
 
 
@@ -121,23 +121,23 @@ def hidden_width(features: int, ratio: float) -> int:
 
 
 def adapted(x: Tensor, adapter: nn.Module | None) -> Tensor:
-    """The sum at an adapter's site: x + adapter(x); x itself without one."""
+    """X + adapter(x); x itself if there is no adapter."""
     return x if adapter is None else x + adapter(x)
 
 
 def on_positions(adapter: nn.Module, tokens: Tensor) -> Tensor:
-    """Run an adapter of positions on tokens (n, h*w, features) of square maps; what is to be added, as tokens."""
+    """Run an adapter for positions on tokens (n, h*w, features) of square maps; the term to add, as tokens."""
     side = math.isqrt(tokens.shape[1])
     return adapter(tokens.unflatten(1, (side, side))).flatten(1, 2)
 
 
 def adapted_positions(tokens: Tensor, adapter: nn.Module | None) -> Tensor:
-    """`adapted` for tokens (n, h*w, features) of square maps and an adapter of positions (n, h, w, features)."""
+    """`adapted` for tokens (n, h*w, features) of square maps and an adapter for positions (n, h, w, features)."""
     return tokens if adapter is None else tokens + on_positions(adapter, tokens)
 
 
 def _zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
-    """Weights and bias of zero: nothing is added until training moves them."""
+    """Set weights and bias to zero, so that nothing is added until they are trained."""
     with torch.no_grad():
         layer.weight.zero_()
         if layer.bias is not None:

@@ -1,4 +1,4 @@
-"""Attention over positions of a grid: sine position encodings, and a transformer block that starts as the identity."""
+"""Sine position encodings, and a transformer block for feature maps that starts as the identity."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD_WIDTH = 32
-"""Channels per attention head, where they divide evenly."""
+"""Channels per attention head, if they divide evenly."""
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention among all positions of feature maps, then an MLP, each beside a skip.
+    """Self-attention among all positions of feature maps, then an MLP, each with a skip connection.
 
-    The positions' encoding enters queries and keys alone. Both branches end in zeros, so the block starts as the
-    identity: a network that has been trained without it goes on as it was.
+    The position encoding is added to queries and keys only. The last layers of both branches start at zero, so the
+    block starts as the identity and can be inserted into a trained network.
 
     Shapes:
         (B, features, ...spatial) -> the same, for any number of spatial axes.
@@ -44,19 +44,19 @@ class TransformerBlock(nn.Module):
 
 
 def heads_of(features: int) -> int:
-    """How many attention heads: as many as divide the features, each of `HEAD_WIDTH` channels or more."""
+    """Number of attention heads: the most that divide the features, each of at least `HEAD_WIDTH` channels."""
     return max((n for n in range(1, features // HEAD_WIDTH + 1) if features % n == 0), default=1)
 
 
 def sine_positions(
     size: Sequence[int], channels: int, *, device: torch.device | str | None = None, temperature: float = 10000.0
 ) -> Tensor:
-    """Encode the positions of a grid by sines and cosines of their indices; nothing is learned.
+    """Encode the positions of a grid by sines and cosines of their indices; without parameters.
 
     Args:
         size: positions along each axis.
-        channels: of the encoding, shared out evenly among the axes; what is left over is zero.
-        device: where to.
+        channels: channels of the encoding, divided evenly among the axes; remaining channels are zero.
+        device: device of the result.
         temperature: ratio of the longest to the shortest wavelength.
 
     Returns:

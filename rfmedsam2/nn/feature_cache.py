@@ -1,8 +1,7 @@
-"""Features of a frozen image encoder, kept for frames that come again.
+"""Cache of a frozen image encoder's features for repeated frames.
 
-A frame is recognized by its content, not by the place it was cut from: whatever reaches the encoder with the same
-values in every pixel has the same features. So nothing between the stored case and the network has to be known here,
-and validation patches, padding and frames of overlapping patches are found too.
+The key is a frame's content, not its position: frames with equal pixels have equal features. The cache therefore needs
+no knowledge of cases and augmentation, and also finds validation patches, padding and frames of overlapping patches.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ import torch
 from torch import Tensor
 
 Levels = tuple[Tensor, ...]
-"""Feature maps (N, C, h, w) of N frames, one tensor a level."""
+"""Feature maps (N, C, h, w) of N frames, one tensor per level."""
 
 
 class FeatureCache:
-    """Feature maps of the frames seen last, in main memory, at 16 bit a value.
+    """Least-recently-used cache of feature maps in main memory, at 16 bit per value.
 
-    Whether a frame was found or is new does not change what comes back: new features are rounded as kept ones are.
+    Results do not depend on whether a frame is cached: new features are rounded like cached ones.
 
     Args:
-        limit_mb: most that is kept, 1e6 bytes; the frame whose use lies longest back goes first.
+        limit_mb: size limit in 1e6 bytes; the least recently used frame is evicted first.
 
     Attributes:
-        asked: frames asked for since the last `tally`.
-        found: of them, those that were there.
-        kept_bytes: size of what is kept.
+        asked: number of frames requested since the last call of `hits`.
+        found: number of these that were in the cache.
+        kept_bytes: size of the cache in bytes.
     """
 
     def __init__(self, limit_mb: float) -> None:
@@ -39,14 +38,14 @@ class FeatureCache:
         self.asked = self.found = self.kept_bytes = 0
 
     def levels(self, frames: Tensor, encode: Callable[[Tensor], Levels]) -> Levels:
-        """Features of frames.
+        """Features of frames, from the cache or the encoder.
 
         Args:
             frames: (N, M, H, W).
-            encode: called with those that are not kept.
+            encode: encodes the frames that are not in the cache.
 
         Returns:
-            Levels on the frames' device, without gradients; float32 unless `encode` gave bfloat16.
+            Levels on the frames' device, without gradients; float32 unless `encode` returns bfloat16.
         """
         keys = [_key(frame) for frame in frames.detach().cpu()]
         new = {key: i for i, key in enumerate(keys) if key not in self._frames}
@@ -62,14 +61,14 @@ class FeatureCache:
         parts = packed.split([shape.numel() for shape in self._shapes], 1)
         return tuple(part.unflatten(1, shape) for part, shape in zip(parts, self._shapes, strict=True))
 
-    def tally(self) -> str:
-        """Say how many frames were found, and begin counting anew."""
-        said = f"Features of {self.found} of {self.asked} frames were kept from before ({self.kept_bytes / 1e6:.0f} MB)"
+    def hits(self) -> str:
+        """Text with the cache hits since the last call; resets the counters."""
+        text = f"Features of {self.found} of {self.asked} slices were in the cache ({self.kept_bytes / 1e6:.0f} MB)"
         self.asked = self.found = 0
-        return said
+        return text
 
     def _packed(self, levels: Levels) -> list[Tensor]:
-        """One vector of all levels for each frame, which shares memory with none of the others."""
+        """One vector of all levels for each frame, each with its own memory."""
         self._shapes = [level.shape[1:] for level in levels]
         flat = torch.cat([level.detach().flatten(1) for level in levels], 1)
         limit = torch.finfo(torch.float16).max
@@ -77,7 +76,7 @@ class FeatureCache:
         return [row.clone() for row in half.cpu()]
 
     def _keep(self, key: bytes, row: Tensor) -> None:
-        """Make it the one that was used last; others go where it would be too much."""
+        """Add an entry as the most recently used one, evicting others if necessary."""
         if key in self._frames:
             self._frames.move_to_end(key)
             return
@@ -91,5 +90,5 @@ class FeatureCache:
 
 
 def _key(frame: Tensor) -> bytes:
-    """Digest of the values of a frame on the CPU, 16 bytes."""
+    """Digest of the values of a frame on the CPU (16 bytes)."""
     return hashlib.blake2b(frame.contiguous().view(torch.uint8).numpy().data, digest_size=16).digest()

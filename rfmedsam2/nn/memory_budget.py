@@ -1,8 +1,9 @@
-"""How many cells, or frames, fit into a memory budget: estimates of working memory from the sizes of SAM 2's parts.
+"""Estimates of SAM 2's working memory, from which the chunk sizes for a memory budget follow.
 
-In bytes a cell or frame at float32. While training, what autograd keeps of a chunk for its backward pass counts; else
-what is alive at once. The factors count tensors of each part's forward pass, with adapters (without them it is up to a
-third less); `tests/unit/nn/test_memory_budget.py` holds them against counted bytes.
+Bytes per object prompt (slice, class) or frame, in float32. In training, the estimate covers the tensors that autograd
+stores for the backward pass of a chunk; otherwise the peak of live tensors. The factors count tensors of each part's
+forward pass, with adapters (without them up to a third less); `tests/unit/nn/test_memory_budget.py` compares them with
+measured bytes.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from rfmedsam2.nn.sam2.sizes import seen_side
 
 FLOAT = 4
 PROMPT_TOKENS = 9
-"""Of a cell in the mask decoder: score, quality, four masks, two corners of a box, padding."""
+"""Tokens per object in the mask decoder: score, quality, four masks, two corners of a box, padding."""
 
 
 class Counts(NamedTuple):
-    """Numbers of tensors, while training and else."""
+    """Number of tensors in training and in inference."""
 
     kept: float
     alive: float
 
-    def when(self, training: bool) -> float:
-        """The one or the other."""
+    def select(self, training: bool) -> float:
+        """The number for the mode."""
         return self.kept if training else self.alive
 
 
@@ -33,17 +34,17 @@ DECODE = Counts(34, 16)
 DECODE_TOKENS = Counts(50, 25)
 """Vectors of C for each token."""
 ENCODE_MEMORY = Counts(34, 11)
-"""Tensors of (C, s, s) of the memory encoder,"""
+"""Tensors of (C, s, s) in the memory encoder."""
 ENCODE_MEMORY_MASKS = Counts(22, 4)
-"""and maps of the frame's size, before the mask is reduced to s x s."""
+"""Maps of the frame's size in the memory encoder, before the mask is downsampled to s x s."""
 CONDITION_ON_MEMORY = 13
-"""Tensors of (s*s, C) that a layer of memory attention keeps, beside its MLP's hidden one and what memories add."""
+"""Tensors of (s*s, C) per layer of memory attention, besides its MLP's hidden tensor and the memories."""
 
 
 class Encoder(NamedTuple):
-    """Working memory of an image encoder, MiB a frame of 256 x 256, in proportion to the frame's area.
+    """Working memory of an image encoder, MiB per frame of 256 x 256, proportional to the frame's area.
 
-    `least_side`: frames smaller than so many pixels take as much as these, because windows are padded.
+    `least_side`: smaller frames need as much memory as frames of this side, because windows are padded.
     """
 
     kept: float
@@ -60,12 +61,12 @@ ENCODERS = {
     "mobile_sam": Encoder(183, 15, 90),
     "lite_medsam": Encoder(2280, 226, 64),
 }
-"""Counted with adapters."""
+"""Measured with adapters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectSizes:
-    """Sizes that working memory depends on: s, C, M of `nn.sam2.parts`, layers and width of memory attention."""
+    """Sizes that determine working memory: s, C, M of `nn.sam2.types`, layers and width of memory attention."""
 
     side: int
     channels: int
@@ -74,17 +75,17 @@ class ObjectSizes:
     memory_width: int
 
     def decode(self, *, training: bool = True) -> int:
-        """Bytes a cell of Step 1's decoding."""
-        positions = DECODE.when(training) * self.side**2
-        return int(FLOAT * self.channels * (positions + DECODE_TOKENS.when(training) * PROMPT_TOKENS))
+        """Bytes per object of Step 1's decoding."""
+        positions = DECODE.select(training) * self.side**2
+        return int(FLOAT * self.channels * (positions + DECODE_TOKENS.select(training) * PROMPT_TOKENS))
 
     def encode_memory(self, *, training: bool = True) -> int:
-        """Bytes a cell of memory encoding."""
-        maps = ENCODE_MEMORY.when(training) * self.channels * self.side**2
-        return int(FLOAT * (maps + ENCODE_MEMORY_MASKS.when(training) * (16 * self.side) ** 2))
+        """Bytes per object of memory encoding."""
+        maps = ENCODE_MEMORY.select(training) * self.channels * self.side**2
+        return int(FLOAT * (maps + ENCODE_MEMORY_MASKS.select(training) * (16 * self.side) ** 2))
 
     def recall(self, memories: int, *, training: bool = True) -> int:
-        """Bytes a cell of Step 2: memory attention over so many maps, and decoding."""
+        """Bytes per object of Step 2: memory attention over `memories` maps, and decoding."""
         tokens = self.side**2
         keys = memories * (tokens + self.channels // self.memory_channels)  # a pointer is several tokens
         if training:
@@ -98,7 +99,7 @@ class ObjectSizes:
 
 
 def frame_bytes(backbone: str, frame_size: int, *, side: int, training: bool) -> int:
-    """Bytes a frame of image encoding; `side`: pixels a side of the frames before they are made `frame_size`."""
+    """Bytes per frame of image encoding; `side`: side length of frames before they are resized to `frame_size`."""
     encoder = ENCODERS[backbone]
     seen = seen_side(side, frame_size) if backbone == "lite_medsam" else frame_size
     seen = max(seen, encoder.least_side)
@@ -107,5 +108,5 @@ def frame_bytes(backbone: str, frame_size: int, *, side: int, training: bool) ->
 
 
 def chunk_size(budget_mb: int, bytes_each: int) -> int:
-    """How many fit; at least one."""
+    """Number of items that fit into the budget; at least one."""
     return max(1, int(budget_mb * 1e6) // max(1, bytes_each))

@@ -1,4 +1,4 @@
-"""Networks without numbers: built on the device "meta" to count their parameters, or to be given weights at once."""
+"""Building networks without initialization: on the meta device, or before loading weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def skip_init() -> Iterator[None]:
-    """Build modules within: their tensors have shapes and nothing else, and no random number is drawn."""
+    """Inside the `with` block, modules are built without initializing tensors or drawing random numbers."""
     with torch.device("meta"), _SkipInit():
         yield
 
 
 class _SkipInit(TorchFunctionMode):
-    """Leaves tensors as they are where modules are initialized: drawn from a distribution, or scaled by a number.
+    """Skips random initialization and scaling of tensors.
 
-    On "meta", torch does these in Python, for which it imports its compiler: two seconds and 150 MB.
+    On the meta device, torch would run these in Python and import its compiler for it: two seconds and 150 MB.
     """
 
     def __torch_function__(

@@ -1,7 +1,7 @@
 """Prompt generators on the image encoder's features (RFMedSAM 2 paper, section 3.4, Fig. 4(4a-d)).
 
-a and b learn boxes and whether there is an object, c learns the prompts' embeddings, d learns masks. b differs from a
-in what the mask decoder's object scores do, not here. The independent U-Net (e, f) is `nn/unet.py`.
+(a) and (b) predict boxes and presence, (c) predicts prompt embeddings, (d) predicts masks. (b) differs from (a) only in
+the mask decoder's object scores. The independent U-Net (e, f) is `nn/unet.py`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from rfmedsam2.nn.sam2.types import FrameFeatures
 
 
 class ClassQueries(nn.Module):
-    """One learned query a class: self-attention among the queries, cross-attention to a frame's embedding.
+    """One learned query per class: self-attention among queries, cross-attention to a frame's embedding.
 
-    The embedding carries no coordinates of its own (section 3.4.1), so sine positions are added to it.
+    The embedding contains no coordinates (section 3.4.1), so sine position encodings are added to it.
 
     Args:
-        classes: K.
-        channels: C of the embedding.
-        side: s, positions of the embedding a side.
-        layers: how often the queries look.
+        classes: K, number of classes.
+        channels: C, channels of the embedding.
+        side: s, side length of the embedding.
+        layers: number of attention layers.
     """
 
     def __init__(self, classes: int, channels: int, side: int, *, layers: int = 2) -> None:
@@ -51,12 +51,12 @@ class ClassQueries(nn.Module):
 
 
 class ObjectQueries(nn.Module):
-    """Boxes and presence of every class, learned as coordinates (Fig. 4(4a), and 4(4b) with the decoder's scores).
+    """Predicts boxes and presence of every class (Fig. 4(4a), and 4(4b) with the decoder's scores).
 
     Args:
-        classes: K.
-        channels: C of the embedding.
-        side: s, positions of the embedding a side.
+        classes: K, number of classes.
+        channels: C, channels of the embedding.
+        side: s, side length of the embedding.
     """
 
     def __init__(self, classes: int, channels: int, side: int) -> None:
@@ -68,19 +68,19 @@ class ObjectQueries(nn.Module):
     def forward(self, features: FrameFeatures) -> tuple[Tensor, Tensor]:
         """Boxes (N, K, 4) xyxy in [0, 1] of the frame, and presence logits (N, K)."""
         objects = self.objects(features.embedding)
-        # a box is its extent and where in the room that is left it begins: always inside the frame and never inside out
+        # a box is parametrized by its size and its start in the remaining space: always valid and inside the frame
         extent, place = self.box(objects).float().sigmoid().chunk(2, -1)
         first = place * (1 - extent)
         return torch.cat([first, first + extent], -1), self.presence(objects).squeeze(-1).float()
 
 
 class PointEmbeddings(nn.Module):
-    """Sparse embeddings of two points and presence of every class, learned without coordinates (Fig. 4(4c)).
+    """Predicts sparse embeddings of two points and presence of every class (Fig. 4(4c)).
 
     Args:
-        classes: K.
-        channels: C of the embedding.
-        side: s, positions of the embedding a side.
+        classes: K, number of classes.
+        channels: C, channels of the embedding.
+        side: s, side length of the embedding.
     """
 
     def __init__(self, classes: int, channels: int, side: int) -> None:
@@ -96,13 +96,13 @@ class PointEmbeddings(nn.Module):
 
 
 class HierarchicalMasks(nn.Module):
-    """Masks from the encoder's features, coarse to fine (Fig. 4(4d), appendix E).
+    """Predicts masks from the encoder's features, coarse to fine (Fig. 4(4d), appendix E).
 
     Convolutions at stride 16, then twice: transposed convolution, the next finer features, convolutions.
 
     Args:
-        outputs: channels of the logits.
-        channels: C of the embedding, a multiple of 8.
+        outputs: number of channels of the logits.
+        channels: C, channels of the embedding, a multiple of 8.
     """
 
     def __init__(self, outputs: int, channels: int) -> None:

@@ -1,7 +1,8 @@
-"""What passes between the steps of RFMedSAM 2, and the arithmetic of class maps, evidence and cells.
+"""Data passed between the steps of RFMedSAM 2, and operations on class maps and object prompts.
 
-Everything is batched over frames: N frames, K foreground classes, maps of H x W pixels. A class map holds l_1 .. l_K
-against a background of 0 (softmax over [0, l_1 .. l_K]), or with regions one logit each.
+Everything is batched over frames: N frames, K foreground classes, maps of H x W pixels. An object prompt is one class
+on one frame. A class map holds logits l_1 .. l_K relative to a background of 0 (softmax over [0, l_1 .. l_K]), or one
+logit per region.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 Size = tuple[int, int]
 
 ABSENT = -10.0
-"""Logit of a class that nothing speaks for."""
+"""Logit of a class that is absent."""
 PROBABILITY_FLOOR = 1e-6
-"""Keeps log-odds within +-14, about the range of SAM's own mask logits."""
+"""Clamps log-odds to +-14, about the range of SAM's mask logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefinementInput:
-    """What Step 1 begins with.
+    """Input of Step 1.
 
     Attributes:
         prompts: boxes (N, K, 4) in pixels of the maps, presence (N, K).
         evidence: (N, K, H, W) class map of Step 0; cells that are not decoded keep it.
-        masks: (N, K, H, W) logits to prompt with; None: no mask prompts.
-        tokens: (N, K, P, C) sparse embeddings in the place of boxes; None: boxes.
-        found: (N, K, 4) boxes as a generator gave them, xyxy in [0, 1] of the frame, with gradients.
-        presence: (N, K) logits that go with them or with the tokens.
+        masks: (N, K, H, W) logits of mask prompts; None: no mask prompts.
+        tokens: (N, K, P, C) sparse embeddings used instead of boxes; None: boxes.
+        found: (N, K, 4) boxes predicted by a generator, xyxy in [0, 1] of the frame, with gradients.
+        presence: (N, K) presence logits of these boxes or of the tokens.
     """
 
     prompts: Prompts
@@ -46,10 +47,10 @@ class RefinementInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Memories of Step 1, by place.
+    """Memories of Step 1, by frame, volume and class.
 
     Attributes:
-        bank: memories of m cells.
+        bank: memories of m objects.
         rows: (D, B, K) long: row of the bank of frame d, volume b, class k; -1: none.
     """
 
@@ -73,15 +74,15 @@ class Step1Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutputs:
-    """What all steps of patches give.
+    """Outputs of all steps for patches.
 
     Attributes:
         logits: step -> (B, outputs, D, H, W); Step 0 is missing for generators without masks, and a list with deep
             supervision.
         scores: (q,) object score logits of Step 1, and
         cells: (q, 2) the (frame, class) that they are of.
-        found: (N, K, 4) boxes that a generator found, xyxy in [0, 1] of the frame; None for others.
-        presence: (N, K) logits that go with them.
+        found: (N, K, 4) boxes predicted by a generator, xyxy in [0, 1] of the frame; None for other generators.
+        presence: (N, K) presence logits of these boxes.
     """
 
     logits: dict[int, Tensor | list[Tensor]]
@@ -92,17 +93,17 @@ class StepOutputs:
 
 
 def relative_to_background(logits: Tensor, *, regions: bool) -> Tensor:
-    """(N, outputs, ...) logits of a network -> (N, K, ...) class map: the same softmax with a background of 0."""
+    """Logits (N, outputs, ...) of a network -> class map (N, K, ...) with the same softmax, background at 0."""
     return logits if regions else logits[:, 1:] - logits[:, :1]
 
 
 def one_against_rest(logits: Tensor, *, regions: bool) -> Tensor:
-    """(N, outputs, ...) logits -> (N, K, ...) log-odds of each class against all others together."""
+    """Logits (N, outputs, ...) -> log-odds (N, K, ...) of each class against all others together."""
     return logits if regions else torch.logit(logits.softmax(1)[:, 1:], eps=PROBABILITY_FLOOR)
 
 
 def with_background(class_map: Tensor, volumes: int, *, regions: bool) -> Tensor:
-    """(N, K, H, W) class map -> logits (B, outputs, D, H, W) as networks give them; the frames of a volume follow."""
+    """Class map (N, K, H, W) -> logits (B, outputs, D, H, W) as of a network; frames of a volume are consecutive."""
     if not regions:
         class_map = F.pad(class_map, (0, 0, 0, 0, 1, 0))
     return class_map.unflatten(0, (volumes, -1)).transpose(1, 2)
@@ -110,7 +111,7 @@ def with_background(class_map: Tensor, volumes: int, *, regions: bool) -> Tensor
 
 @torch.no_grad()
 def prompts_of(class_map: Tensor, *, regions: bool) -> Prompts:
-    """Boxes and presence of the classes that a class map (N, K, H, W) predicts (from the arg-max label map)."""
+    """Boxes and presence of the classes in a class map (N, K, H, W), from its arg-max label map."""
     if regions:
         return prompts_from_members(class_map > 0)
     best, index = class_map.max(1)
@@ -118,21 +119,21 @@ def prompts_of(class_map: Tensor, *, regions: bool) -> Prompts:
 
 
 def scatter_masks(class_map: Tensor, objects: Tensor, values: Tensor) -> Tensor:
-    """(N, K, H, W) with the cells (q, 2) replaced by values (q, H, W); differentiable in both."""
+    """Class map (N, K, H, W) with the maps of `objects` (q, 2) replaced by values (q, H, W); differentiable in both."""
     if not len(objects):
         return class_map
     return class_map.index_put((objects[:, 0], objects[:, 1]), values.to(class_map.dtype))
 
 
 def upsample(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """(q, h, w) logits -> (q, *size), bilinear as SAM 2 enlarges its masks."""
+    """Logits (q, h, w) -> (q, *size), bilinear, as SAM 2 upsamples its masks."""
     if tuple(masks.shape[-2:]) == tuple(size):
         return masks
     return F.interpolate(masks[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def downsample(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """(q, H, W) logits -> (q, *size), bilinear and anti-aliased as SAM 2 reduces mask prompts."""
+    """Logits (q, H, W) -> (q, *size), bilinear and anti-aliased, as SAM 2 downsamples mask prompts."""
     if tuple(masks.shape[-2:]) == tuple(size):
         return masks
     shrinks = masks.shape[-1] > size[-1]

@@ -1,7 +1,7 @@
-"""Steps 1 and 2 of RFMedSAM 2: SAM 2 on all prompted cells of many frames at once, without and with memory.
+"""Steps 1 and 2 of RFMedSAM 2: SAM 2 on all object prompts of many frames in batches, without and with memory.
 
-A cell is one class on one frame. Cells are decoded in chunks that fit a memory budget; what depends on the frame alone
-is computed once for all its classes.
+An object prompt is one class on one frame. Objects are decoded in chunks that fit a memory budget; what depends only on
+the frame is computed once for all its classes.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from rfmedsam2.records.plan import Compute
 
 
 class Refiner:
-    """SAM 2 used twice.
+    """Runs SAM 2 twice: Step 1 and Step 2.
 
     Args:
         sam: SAM 2; registered as a module elsewhere.
-        config: of the whole model.
-        regions: classes overlap.
+        config: configuration of the whole model.
+        regions: whether classes overlap.
         compute: working memory for what SAM 2 treats at once; whether activations are computed again in the backward
             pass.
         max_objects: where gradients are wanted, decode at most so many object prompts of a batch, drawn at random;
@@ -56,8 +56,8 @@ class Refiner:
         self.compute, self.max_objects = compute, max_objects
 
     def first(self, features: FrameFeatures, start: RefinementInput) -> Step1Output:
-        """Step 1: decode every prompted cell of N frames."""
-        objects = self._drawn(start.prompts.present.nonzero())
+        """Step 1: decode every object prompt of N frames."""
+        objects = self._sampled(start.prompts.present.nonzero())
         size = size_of(start.base_logits)
         prompts = self._prompts(start.prompts, objects, size)
 
@@ -65,20 +65,20 @@ class Refiner:
             frames, classes = part.unbind(1)
             given = ObjectPrompts(
                 boxes=boxes,
-                masks=None if start.masks is None else self._reduced(start.masks[frames, classes]),
+                masks=None if start.masks is None else self._downsampled(start.masks[frames, classes]),
                 tokens=None if start.tokens is None else start.tokens[frames, classes],
             )
             decoded = self.sam.decode(features.at(frames), given)
             return decoded.masks, decoded.pointers, decoded.scores
 
         count = chunk_size(self.compute.memory_mb, self._object_sizes().decode(training=torch.is_grad_enabled()))
-        masks, pointers, scores = self._cells(chunk, objects, prompts, count)
+        masks, pointers, scores = self._in_chunks(chunk, objects, prompts, count)
         values = self._output(masks, start.base_logits, start.masks, objects)
         logits = scatter_masks(start.base_logits, objects, values)
         return Step1Output(logits=logits, objects=objects, masks=masks, pointers=pointers, scores=scores)
 
     def encode_memory(self, features: FrameFeatures, first: Step1Output, volumes: int) -> Memory:
-        """Memories of what Step 1 decoded; the N frames are D of each of `volumes`."""
+        """Memories of the masks decoded in Step 1; the N frames are D consecutive ones of each of `volumes`."""
 
         def chunk(frames: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
             return self.sam.encode_memory(features.embedding[frames], masks, scores)
@@ -92,13 +92,13 @@ class Refiner:
         return Memory(bank=MemoryBank(maps=torch.cat(maps), pointers=first.pointers), rows=rows)
 
     def second(self, features: FrameFeatures, logits: Tensor, memory: Memory, *, at: Tensor | None = None) -> Tensor:
-        """Step 2: decode again, with memories, what Step 1's class map predicts.
+        """Step 2: decode the objects in Step 1's class map again, with memories.
 
         Args:
-            features: of N = B * n frames.
+            features: features of N = B * n frames.
             logits: (N, K, H, W) class map of Step 1 on the same frames.
-            memory: of a window of frames that holds these.
-            at: (n,) long, places of the n frames of each volume in that window; None: they are all of it, in order.
+            memory: memories of a window of frames that contains these.
+            at: (n,) long, indices of the n frames of each volume in that window; None: all frames of it, in order.
 
         Returns:
             (N, K, H, W) class map.
@@ -110,11 +110,11 @@ class Refiner:
         if not len(objects):
             return logits
         boxes = self._prompts(prompts, objects, size_of(logits))
-        values = self._recalled(features, logits, memory, objects=objects, boxes=boxes, at=at)
+        values = self._with_memory(features, logits, memory, objects=objects, boxes=boxes, at=at)
         asked = logits if self.config.mask_prompt else None
         return scatter_masks(logits, objects, self._output(values, logits, asked, objects))
 
-    def _recalled(
+    def _with_memory(
         self,
         features: FrameFeatures,
         logits: Tensor,
@@ -124,7 +124,7 @@ class Refiner:
         boxes: Tensor,
         at: Tensor,
     ) -> Tensor:
-        """Masks (q, 4s, 4s) of cells with memories."""
+        """Masks (q, 4s, 4s) of objects decoded with memories."""
         volumes, classes = memory.rows.shape[1:]
         each = len(logits) // volumes
         frames, kinds = objects.unbind(1)
@@ -135,7 +135,7 @@ class Refiner:
         def chunk(part: Tensor, slots: Slots) -> Tensor:
             own = frames[part]
             embedding = condition_on_memory(self.sam, prepared, own, memory.bank, slots)
-            asked = self._reduced(logits[own, kinds[part]]) if self.config.mask_prompt else None
+            asked = self._downsampled(logits[own, kinds[part]]) if self.config.mask_prompt else None
             return self.sam.decode(
                 features.at(own), ObjectPrompts(boxes=boxes[part], masks=asked), embedding=embedding
             ).masks
@@ -152,9 +152,9 @@ class Refiner:
         return torch.empty_like(placeholder).index_copy(0, torch.cat(order), placeholder)
 
     def _output(self, masks: Tensor, base: Tensor, asked: Tensor | None, objects: Tensor) -> Tensor:
-        """Put SAM 2's masks (q, 4s, 4s) at the size of the class map, by `config.output`: (q, H, W)."""
+        """Resize SAM 2's masks (q, 4s, 4s) to the class map and combine them by `config.output`: (q, H, W)."""
         size = size_of(base)
-        # where object scores empty a mask, it becomes as unlikely as a class that nothing speaks for
+        # a mask emptied by its object score gets the logit of an absent class
         large = upsample(torch.where(masks > NO_OBJ_SCORE, masks, ABSENT), size)
         frames, classes = objects.unbind(1)
         match self.config.output:
@@ -162,30 +162,30 @@ class Refiner:
                 return base[frames, classes] + large
             case "detail" if asked is not None:
                 prompt = asked[frames, classes]
-                return large + prompt - upsample(self._reduced(prompt), size)
+                return large + prompt - upsample(self._downsampled(prompt), size)
             case _:
                 return large
 
-    def _drawn(self, objects: Tensor) -> Tensor:
-        """Bound what a training step costs: a prompter that knows nothing yet sees every class on every frame."""
+    def _sampled(self, objects: Tensor) -> Tensor:
+        """Sample at most `max_objects`: an untrained prompt generator predicts every class on every frame."""
         most = self.max_objects
         if most is None or len(objects) <= most or not torch.is_grad_enabled():
             return objects
         return objects[torch.randperm(len(objects), device=objects.device)[:most].sort().values]
 
     def _prompts(self, prompts: Prompts, objects: Tensor, size: Size) -> Tensor:
-        """Boxes (q, 4) of cells in pixels of SAM 2's frames."""
+        """Boxes (q, 4) of objects in pixels of SAM 2's frames."""
         frame = (self.config.frame_size, self.config.frame_size)
         return resized(prompts, size, frame).boxes[objects[:, 0], objects[:, 1]]
 
-    def _reduced(self, masks: Tensor) -> Tensor:
+    def _downsampled(self, masks: Tensor) -> Tensor:
         side = 4 * self.sam.side
         return downsample(masks, (side, side))
 
-    def _cells(
+    def _in_chunks(
         self, chunk: Callable[..., tuple[Tensor, ...]], objects: Tensor, boxes: Tensor, count: int
     ) -> list[Tensor]:
-        """Run a function of cells in chunks and join what it gives."""
+        """Run a function of objects in chunks and concatenate its results."""
         if not len(objects):
             sam = self.sam
             return [
@@ -211,7 +211,7 @@ class Refiner:
         )
 
     def run(self, function: Callable[..., Any], *tensors: Any) -> Any:
-        """Call a function of tensors; where gradients are wanted, keep only what goes in."""
+        """Call a function of tensors; with gradients enabled, use activation checkpointing if configured."""
         if self.compute.checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
         return function(*tensors)

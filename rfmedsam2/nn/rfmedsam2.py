@@ -1,8 +1,8 @@
-"""RFMedSAM 2: prompts from a generator, SAM 2 on them, SAM 2 again with memories at their true distances.
+"""RFMedSAM 2: a prompt generator (Step 0), SAM 2 on its prompts (Step 1), SAM 2 with memories of neighbors (Step 2).
 
-Step 0 predicts class maps (or boxes), Step 1 decodes every prompted cell (one class on one frame) from the current
-frame alone, Step 2 decodes it again with the memories that Step 1 left on the neighboring frames. Since those come
-from Step 1, Step 2 is one batched call over all cells and not a loop in time.
+Step 0 predicts class maps (or boxes). Step 1 decodes every object prompt (one class on one frame) from the current
+frame only. Step 2 decodes it again with Step 1's memories of the neighboring frames, at their true distances. Since
+these memories come from Step 1, Step 2 is one batched call over all objects, not a loop over time.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ from rfmedsam2.nn.refinement_state import (
 from rfmedsam2.nn.refiner import Refiner
 from rfmedsam2.nn.sam2.adapted import inject, remove
 from rfmedsam2.nn.sam2.build import build_base
-from rfmedsam2.nn.sam2.frozen import pretrained_parameters
 from rfmedsam2.nn.sam2.light_weights import load_light
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import FrameFeatures
-from rfmedsam2.nn.sam2.weights import load_sam2
+from rfmedsam2.nn.sam2.weights import load_sam2, pretrained_parameters
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.model import LIGHT_BACKBONES, RFMedSam2Config
@@ -47,13 +46,13 @@ from rfmedsam2.records.plan import Compute
 
 
 class RFMedSam2(nn.Module):
-    """The whole model.
+    """The complete RFMedSAM 2 model.
 
     Args:
-        config: its record.
-        channels: M, input channels.
-        outputs: channels of the logits: K classes and background, or K regions.
-        regions: which of the two.
+        config: configuration of the model.
+        channels: M, number of input channels.
+        outputs: number of channels of the logits: K classes and background, or K regions.
+        regions: whether outputs are regions.
         compute: the memory budget of what SAM 2 treats at once, and checkpointing.
         max_objects: where gradients are wanted, decode at most so many object prompts of a batch; None: all.
         deep_supervision: in training mode, Step 0's U-Net gives all its resolutions.
@@ -80,7 +79,7 @@ class RFMedSam2(nn.Module):
         self.config, self.outputs, self.regions, self.cache = config, outputs, regions, cache
         self.classes = outputs if regions else outputs - 1
         if self.classes < 1:
-            raise PlanError("There is no class to segment", expected="at least one foreground class", found="none")
+            raise PlanError("The model has no foreground class", expected="at least one", found="none")
         self.channel_adapter = ChannelAdapter(channels, config.adapters.channel_hidden)
         base = build_base(
             config.backbone,
@@ -94,7 +93,7 @@ class RFMedSam2(nn.Module):
             for parameter in pretrained_parameters(base, config.backbone).values():
                 parameter.requires_grad_(False)
         inject(base, config.adapters)
-        if not config.encoder_learns:  # what gets no gradients is not to be decayed either
+        if not config.encoder_learns:  # parameters without gradients must not get weight decay either
             self.channel_adapter.requires_grad_(False)
             base.image_encoder.requires_grad_(False)
         self.sam = Sam2(base, object_scores=config.object_scores)
@@ -122,10 +121,10 @@ class RFMedSam2(nn.Module):
         return self.config.refinements
 
     def load_backbone(self, weights: Mapping[str, Tensor], *, where: Path) -> LoadReport:
-        """Load published weights of the backbone; adapters begin anew.
+        """Load published weights of the backbone; adapters are newly initialized.
 
         Raises:
-            CheckpointError: weights of another model.
+            CheckpointError: the weights are of another model.
         """
         remove(self.sam.base)
         load = load_light if self.config.backbone in LIGHT_BACKBONES else load_sam2
@@ -171,7 +170,7 @@ class RFMedSam2(nn.Module):
         return self.sam.features((fine, middle, embedding))
 
     def start_from_logits(self, logits: Tensor) -> RefinementInput:
-        """Begin with Step 0's logits (N, outputs, H, W)."""
+        """Refinement input from Step 0's logits (N, outputs, H, W)."""
         if not self.config.propagate_loss:
             logits = logits.detach()
         base_logits = relative_to_background(logits.float(), regions=self.regions)
@@ -181,20 +180,20 @@ class RFMedSam2(nn.Module):
         )
 
     def start_from_boxes(self, prompts: Prompts, size: Size, *, tokens: Tensor | None = None) -> RefinementInput:
-        """Begin with boxes in pixels of frames of `size`: nothing else is known of the masks."""
+        """Refinement input from boxes in pixels of frames of `size`, without mask prompts."""
         base_logits = prompts.boxes.new_full((*prompts.present.shape, *size), ABSENT)
         return RefinementInput(prompts=prompts, base_logits=base_logits, tokens=tokens)
 
     # ---- whole patches
 
     def steps(self, volumes: Tensor, boxes: Prompts | None = None, *, last: int | None = None) -> StepOutputs:
-        """The steps of patches (B, M, D, H, W).
+        """Run the steps on patches (B, M, D, H, W).
 
         Args:
             volumes: patches.
             boxes: of the B * D frames, for the generator gt; for generators of boxes the presence to decode by while
                 training (what the reference holds), else their own.
-            last: leave out the steps after this one; None: all.
+            last: last step to run; None: all steps.
         """
         last = self.last_step if last is None else min(last, self.last_step)
         count, size = len(volumes), (volumes.shape[-2], volumes.shape[-1])
@@ -222,14 +221,14 @@ class RFMedSam2(nn.Module):
         )
 
     def start(self, features: FrameFeatures, size: Size, boxes: Prompts | None) -> RefinementInput:
-        """Begin without a U-Net: with given boxes, or with what a generator makes of the frames' features."""
+        """Refinement input without a U-Net: from given boxes, or from a generator on the frames' features."""
         match self.config.generator:
             case "gt":
                 if boxes is None:
                     raise UsageError(
-                        "This model is prompted with boxes, and none were given",
-                        expected="boxes of reference labels, or a person's",
-                        remedy="Give them with rfmed_predict --boxes (a folder of label maps, or a JSON of boxes)",
+                        "This model needs boxes as prompts, and none were given",
+                        expected="boxes from reference labels, or drawn by a user",
+                        remedy="Give them with rfmed_predict --boxes (a folder of label maps, or a JSON file of boxes)",
                     )
                 return self.start_from_boxes(boxes, size)
             case "hierarchical_masks":
@@ -252,12 +251,12 @@ class RFMedSam2(nn.Module):
         return replace(start, found=found, presence=presence)
 
     def forward(self, volumes: Tensor, boxes: Prompts | None = None, *, step: int | None = None) -> Tensor:
-        """(B, M, D, H, W) -> logits (B, outputs, D, H, W) of Step 0, 1 or 2; None: of the last."""
+        """(B, M, D, H, W) -> logits (B, outputs, D, H, W) of Step 0, 1 or 2; None: of the last step."""
         step = self.last_step if step is None else step
         results = self.steps(volumes, boxes, last=step).logits
         if step not in results:
             raise UsageError(
-                "This model has no such step",
+                "This model does not have this step",
                 where=f"step {step}",
                 expected=f"one of {', '.join(map(str, results))}",
             )
@@ -271,7 +270,7 @@ def _as_volumes(frames: Tensor, volumes: int) -> Tensor:
 
 
 def _silence(base: SAM2Base) -> None:
-    """Let a decoder that is trained from scratch begin with masks of zero, so that corrections start at none."""
+    """Initialize a decoder trained from scratch to masks of zero, so that corrections start at zero."""
     last = base.sam_mask_decoder.get_parameter("output_hypernetworks_mlps.0.layers.2.weight")
     nn.init.zeros_(last)
     nn.init.zeros_(base.sam_mask_decoder.get_parameter("output_hypernetworks_mlps.0.layers.2.bias"))

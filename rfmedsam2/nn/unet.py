@@ -1,8 +1,8 @@
-"""The U-Net: dynamic-network-architectures' plain or residual encoder and decoder, as nnU-Net trains them.
+"""The U-Net: dynamic-network-architectures' plain or residual encoder and decoder, as in nnU-Net.
 
 Built from a `UNetConfig`: instance norm (affine, eps 1e-5), leaky ReLU, convolutions with bias, nnU-Net's He
-initialization. Parameter names are a subset of nnU-Net's: what the library registers twice is kept once, so that a
-state dict holds every tensor exactly once.
+initialization. Parameter names are a subset of nnU-Net's: modules that the library registers twice are kept once, so
+that a state dict contains every tensor exactly once.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class UNet(nn.Module):
     """A U-Net of two or three dimensions; with `config.attention` a transformer block at its bottleneck (Table 7).
 
     Args:
-        config: topology and blocks.
-        channels: input channels.
-        outputs: output channels.
-        deep_supervision: in training mode, give the logits of every resolution.
+        config: topology and blocks of the network.
+        channels: number of input channels.
+        outputs: number of output channels.
+        deep_supervision: whether to return the logits of every resolution in training mode.
 
     Shapes:
         input (B, channels, *patch) with every axis a multiple of the total stride; output logits
@@ -49,7 +49,7 @@ class UNet(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation mode; deep supervision belongs to the former."""
+        """Switch between training and evaluation mode; deep supervision is active in training mode only."""
         self.decoder.deep_supervision = mode and self.deep_supervision
         return super().train(mode)
 
@@ -62,10 +62,10 @@ class UNet(nn.Module):
 
 
 def load_nnunet_weights(network: UNet, weights: Mapping[str, torch.Tensor]) -> None:
-    """Load the state dict of nnU-Net's own network of the same architecture; its second names are ignored.
+    """Load the state dict of nnU-Net's own network of the same architecture; duplicate names are ignored.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape.
+        CheckpointError: a tensor is missing or has a different shape.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in weights]
@@ -107,9 +107,9 @@ def _library_network(config: UNetConfig, channels: int, outputs: int) -> PlainCo
 
 
 def _keep_modules_once(network: UNet) -> None:
-    """Unregister second names: the decoder's copy of the encoder, and each block's parts beside its `all_modules`.
+    """Unregister duplicates: the decoder's copy of the encoder, and each block's parts besides its `all_modules`.
 
-    The library runs `all_modules` and never the second names; left in, every tensor would be saved twice or more.
+    The library only runs `all_modules`; with the duplicates, every tensor would be saved several times.
     """
     del network.decoder.encoder
     for module in list(network.modules()):

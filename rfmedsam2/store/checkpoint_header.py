@@ -18,6 +18,9 @@ from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
 
 RecordT = TypeVar("RecordT", bound=TrainedRecord)
 
+FINAL, BEST, LATEST = (f"checkpoint_{name}.safetensors" for name in ("final", "best", "latest"))
+CHECKPOINTS = (FINAL, BEST, LATEST)
+"""File names of a fold's checkpoints, in order of preference."""
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
 METADATA = {"format", "record", "record_sha256", "state", "rest_sha256"}

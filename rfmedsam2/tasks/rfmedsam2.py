@@ -91,7 +91,7 @@ class RFMedSam2Task:
         finally:
             self.model.train()
         if self.model.cache is not None:
-            logger.info("%s", self.model.cache.tally())
+            logger.info("%s", self.model.cache.hits())
         return scores_by_step(totals, self.plan.labels)
 
     def _predicted_patches(self) -> Iterator[tuple[int, Tensor, Tensor]]:

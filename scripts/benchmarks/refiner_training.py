@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from rfmedsam2.engine.checkpoint import FINAL
 from rfmedsam2.records.overrides import with_overrides
+from rfmedsam2.store.checkpoint_header import FINAL
 from segment_anything_hq import models
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.data.open_data import open_data, split_held_out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rfmedsam2.engine.checkpoint import FINAL, LATEST, provenance
+from rfmedsam2.engine.checkpoint import provenance
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.run_folder import training_folder
@@ -19,6 +19,7 @@ from rfmedsam2.engine.task import silent as show_nothing
 from rfmedsam2.errors import UsageError
 from rfmedsam2.reporting.training_curves import progress_png
 from rfmedsam2.store.atomic import write_text
+from rfmedsam2.store.checkpoint_header import FINAL, LATEST
 from segment_anything_hq import models
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.records import RefinerPlan, RefinerRecord

@@ -111,7 +111,7 @@ def test_sigusr1_saves_within_seconds_and_sigterm_stops_with_143(planned_root, r
     assert time.monotonic() - began < LONGEST_SECONDS
     stopped = saved_step(root)
     assert stopped > step
-    assert f"Stopped by SIGTERM after step {stopped}; the same command goes on" in process.text()
+    assert f"Stopped by SIGTERM after step {stopped}; run the same command again to resume" in process.text()
     process = launcher.start("train", *words, folder=tmp_path)
     process.until(lambda: told(process) > 0)
     assert int(re.findall(r"step (\d+)/", process.text())[0]) > stopped

@@ -363,7 +363,9 @@ def test_wrong_words_of_scoring_and_reporting(raw_root, tmp_path):
     page = tmp_path / "page.html"
     assert "no.json" in run_error("report", "-o", page, "-e", tmp_path / "no.json")
     assert "nowhere" in run_error("report", "-o", page, "-t", tmp_path / "nowhere")
-    assert "no such folder of images" in run_error("report", "-o", page, "-t", tmp_path, "-i", tmp_path / "nowhere")
+    assert "folder of images does not exist" in run_error(
+        "report", "-o", page, "-t", tmp_path, "-i", tmp_path / "nowhere"
+    )
     assert not page.exists()
 
 

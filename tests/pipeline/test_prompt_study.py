@@ -65,7 +65,7 @@ def test_of_several_channels_the_first_is_shown_and_said(raw_root, nano, tmp_pat
     assert "of 2 channels (T1, T2), T1 is shown; another: --channel" in outcome.err
     second = run_ok("prompt_study", *words, "--channel", "t2", "--json")
     assert json.loads(second.out)["channels"] == ["T2"]
-    assert "is shown" not in second.err
+    assert "Note: using" not in second.err
     assert json.loads(second.out)["cases"] == [id]
 
 

@@ -88,7 +88,7 @@ def test_center_of_a_ring_lies_on_the_ring():
 
 
 def test_no_classes_and_other_shapes_get_a_sentence():
-    with pytest.raises(UsageError, match="one foreground class or more"):
+    with pytest.raises(UsageError, match="at least one foreground class"):
         prompts_from_labels(one_block(), 0)
     with pytest.raises(UsageError, match=r"integers of shape \(N, H, W\)"):
         prompts_from_labels(one_block()[0], 1)

@@ -1,1 +1,1 @@
-"""SAM 2 from the `sam2` package, built from figures, run on frames as one batch."""
+"""SAM 2 from the `sam2` package: built without its configuration files, batched over frames and objects."""

@@ -1,7 +1,7 @@
-"""Adapters put into SAM 2 (RFMedSAM 2 paper, appendix D), listed, and taken out again.
+"""Inserting adapters into SAM 2 (RFMedSAM 2 paper, appendix D), listing and removing them.
 
-Each wrapper holds the official module as `original` and restates its forward with the adapters in it: what follows an
-attention takes its output, what stands beside an MLP takes the MLP's input. SAM 2's weights are loaded before.
+Each wrapper holds the official module as `original` and reimplements its forward with adapters: those after an
+attention get its output, those parallel to an MLP get the MLP's input. SAM 2's weights are loaded before.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rfmedsam2.records.model import AdapterConfig
 
 
 class AdaptedHieraBlock(nn.Module):
-    """A block of Hiera with an adapter behind its attention, on the whole map, and one beside its MLP (D.1)."""
+    """A Hiera block with an adapter after its attention, on the whole map, and one parallel to its MLP (D.1)."""
 
     def __init__(self, original: MultiScaleBlock, make: MakeAdapter) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class AdaptedHieraBlock(nn.Module):
         return x + block.drop_path(block.mlp(normed) + self.beside_mlp(normed))
 
     def _attend(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Attention within windows, or over all positions; the whole map, `size` after pooling, comes back."""
+        """Attention within windows, or over all positions; returns the whole map, `size` after pooling."""
         block = self.original
         window = block.window_size
         if window == 0:
@@ -72,7 +72,7 @@ class AdaptedHieraBlock(nn.Module):
 
 
 class AdaptedNeck(nn.Module):
-    """The feature pyramid with an adapter on each output that is used (D.1)."""
+    """The feature pyramid with an adapter on each used output (D.1)."""
 
     def __init__(self, original: FpnNeck, make: MakeAdapter, *, levels: int) -> None:
         super().__init__()
@@ -123,10 +123,10 @@ class AdaptedTwoWayBlock(nn.Module):
 
 
 class AdaptedMemoryLayer(nn.Module):
-    """A layer of memory attention with adapters behind both attentions and beside the MLP (D.3).
+    """A layer of memory attention with adapters after both attentions and parallel to the MLP (D.3).
 
-    The official layer's submodules are found under their own names, so that what runs its parts one by one can run
-    this one too. The adapters take positions (n, h, w, features).
+    The official layer's submodules keep their names, so that code that runs its parts separately also works with this
+    class. The adapters take positions (n, h, w, features).
     """
 
     def __init__(self, original: MemoryAttentionLayer, make: MakeAdapter) -> None:
@@ -180,13 +180,13 @@ WRAPPERS = (AdaptedHieraBlock, AdaptedNeck, AdaptedTwoWayBlock, AdaptedMemoryLay
 
 
 def inject(base: SAM2Base, config: AdapterConfig) -> None:
-    """Put adapters into a SAM 2 whose weights have been loaded (RFMedSAM 2 paper, appendix D).
+    """Insert adapters into a SAM 2 whose weights are loaded (RFMedSAM 2 paper, appendix D).
 
-    The feature pyramid's lowest level, which SAM 2 discards, gets none: every adapter takes part in every pass
+    The feature pyramid's lowest level, which SAM 2 discards, gets none, so that every adapter is used in every pass
     through its module.
 
     Raises:
-        ValueError: it has adapters already.
+        ValueError: it already has adapters.
     """
     if adapters_of(base):
         raise ValueError("this SAM 2 has adapters already: remove them first")
@@ -210,13 +210,13 @@ def inject(base: SAM2Base, config: AdapterConfig) -> None:
 
 
 def adapters_of(base: SAM2Base) -> dict[str, nn.Module]:
-    """All adapters by the path that leads to them, such as `memory_attention.layers.0.after_cross`."""
+    """All adapters by module path, such as `memory_attention.layers.0.after_cross`."""
     kinds = (Adapter, DWConvAdapter, CNNAdapter)
     return {name: module for name, module in base.named_modules() if isinstance(module, kinds)}
 
 
 def remove(base: SAM2Base) -> None:
-    """Put the official modules back where `inject` wrapped them; without adapters nothing happens."""
+    """Replace the wrappers of `inject` by the official modules; does nothing without adapters."""
     wrappers = [(name, module) for name, module in base.named_modules() if isinstance(module, WRAPPERS)]
     for path, wrapper in wrappers:
         parent, _, name = path.rpartition(".")
@@ -230,7 +230,7 @@ def _wrap_each(modules: Any, wrap: Callable[[Any], nn.Module]) -> None:
 
 
 def _adapt_encoder_blocks(encoder: Any, make: MakeAdapter) -> None:
-    """Adapters in the attention blocks of either encoder; of none where it is None."""
+    """Insert adapters into the attention blocks of either encoder; none if it is None."""
     if isinstance(encoder, TinyVitEncoder):
         adapt_tiny_vit_blocks(encoder, make)
     elif encoder is not None:
@@ -238,7 +238,7 @@ def _adapt_encoder_blocks(encoder: Any, make: MakeAdapter) -> None:
 
 
 def _adapt_encoder_levels(encoder: Any, make: MakeAdapter) -> None:
-    """Adapters on the levels that either encoder gives out; of none where it is None."""
+    """Insert adapters on the output levels of either encoder; none if it is None."""
     if isinstance(encoder, TinyVitEncoder):
         adapt_tiny_vit_convolutions(encoder, make)
     elif encoder is not None:
@@ -247,7 +247,7 @@ def _adapt_encoder_levels(encoder: Any, make: MakeAdapter) -> None:
 
 
 def _adapt_convolutions(base: SAM2Base, make: MakeAdapter) -> None:
-    """The decoder's two upscaling convolutions, the memory encoder's mask downsampler and fuser (D.2, D.3)."""
+    """Insert adapters after the decoder's two upscaling convolutions, and in the memory encoder (D.2, D.3)."""
     upscaling = base.sam_mask_decoder.output_upscaling
     for i, convolution in enumerate(upscaling):
         if isinstance(convolution, nn.ConvTranspose2d):

@@ -1,4 +1,4 @@
-"""Adapters in a TinyViT image encoder: the sites of Hiera and its feature pyramid, translated."""
+"""Adapters in a TinyViT image encoder, at the sites that correspond to those in Hiera."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rfmedsam2.nn.adapters import WithAdapter, adapted
 from rfmedsam2.nn.sam2.tiny_vit import NECK_CHANNELS, WIDTHS, TinyVitBlock, TinyVitEncoder
 
 MakeAdapter = Callable[[int], nn.Module]
-"""Features -> an adapter of that many."""
+"""Number of features -> an adapter."""
 
 
 class AdaptedTinyVitBlock(nn.Module):
-    """A block of TinyViT with an adapter behind its attention, on the whole map, and one beside its MLP."""
+    """A TinyViT block with an adapter after its attention, on the whole map, and one parallel to its MLP."""
 
     def __init__(self, original: TinyVitBlock, make: MakeAdapter) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class AdaptedTinyVitBlock(nn.Module):
 
 
 def adapt_tiny_vit_blocks(encoder: TinyVitEncoder, make: MakeAdapter) -> None:
-    """Wrap every attention block; `make` gives adapters of positions (n, h, w, features)."""
+    """Wrap every attention block; `make` builds adapters for positions (n, h, w, features)."""
     for stage in list(encoder.layers)[1:]:
         blocks: Any = stage.blocks
         for i, block in enumerate(blocks):
@@ -41,14 +41,14 @@ def adapt_tiny_vit_blocks(encoder: TinyVitEncoder, make: MakeAdapter) -> None:
 
 
 def adapt_tiny_vit_convolutions(encoder: TinyVitEncoder, make: MakeAdapter) -> None:
-    """Adapters behind the convolutional first stage and on each of the three levels that are given out.
+    """Insert adapters after the convolutional first stage and on each of the three output levels.
 
-    `make` gives adapters of maps (n, features, h, w).
+    `make` builds adapters for maps (n, features, h, w).
     """
     first: Any = encoder.layers[0]
     first.blocks = WithAdapter(first.blocks, make(WIDTHS[0]))
     for level, lateral in enumerate(encoder.laterals):
         encoder.laterals[level] = WithAdapter(lateral, make(NECK_CHANNELS))
-    # behind the neck's last layer and not around the neck, whose own attributes SAM 2 reads
+    # after the neck's last layer and not around the neck, whose attributes SAM 2 reads
     last = len(encoder.neck) - 1
     encoder.neck[last] = WithAdapter(encoder.neck[last], make(NECK_CHANNELS))

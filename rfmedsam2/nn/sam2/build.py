@@ -1,4 +1,4 @@
-"""SAM 2 from figures: the official modules of the `sam2` package, put together without its configuration files."""
+"""Building SAM 2 from the official modules of the `sam2` package, without its configuration files."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from rfmedsam2.nn.sam2.tiny_vit import build_tiny_vit_encoder
 from rfmedsam2.records.model import Backbone
 
 STRIDE = 16
-"""Pixels of a frame a position of the embedding stands for."""
+"""Stride of the image embedding in pixels."""
 SAM_DECODER_WIDTH = 2048
-"""Hidden features of the mask decoder's MLPs that SAM2Base builds."""
+"""Hidden width of the mask decoder's MLPs as built by SAM2Base."""
 
 
 class Base(SAM2Base):
-    """SAM2Base that says how it wants to be used.
+    """SAM2Base with the attributes that determine how it is used.
 
     Attributes:
-        residual_memory: what memory attention gives is added to the embedding (it starts at zero).
-        padding_point: SAM 2 was trained with an empty point behind the box prompt, SAM without.
-        resizes_frames: the image encoder takes frames of any size.
+        residual_memory: whether the output of memory attention is added to the embedding (it starts at zero).
+        padding_point: whether an empty point follows the box prompt (SAM 2 was trained with one, SAM without).
+        resizes_frames: whether the image encoder accepts frames of any size.
     """
 
     residual_memory: bool = False
@@ -47,21 +47,21 @@ def build_base(
 ) -> Base:
     """Build SAM 2 with freshly initialized weights.
 
-    Of the four official sizes, names and shapes of parameters are those of the official SAM 2.1 models. There is no
-    dropout, which in the official models the memory attention alone has.
+    For the four official sizes, names and shapes of parameters are those of the official SAM 2.1 models. There is no
+    dropout; in the official models only memory attention has it.
 
     Args:
-        backbone: whose sizes.
-        frame_size: pixels a side of the frames, a multiple of 32.
+        backbone: the backbone.
+        frame_size: side length of the frames in pixels, a multiple of 32.
         fitted_windows: see `RFMedSam2Config.fitted_windows`.
-        object_scores: for backbones with SAM's decoder: give it the token and head of SAM 2 that score whether the
-            object is there. Without them it is SAM's exactly; SAM 2's own always has them.
+        object_scores: for backbones with SAM's decoder: add SAM 2's token and head that predict whether the object is
+            present. Without them it is exactly SAM's decoder; SAM 2's own decoder always has them.
 
     Raises:
-        PlanError: a frame size that is no multiple of 32, or too small for the backbone.
+        PlanError: the frame size is not a multiple of 32, or too small for the backbone.
     """
     if frame_size < 32 or frame_size % 32:
-        raise PlanError("SAM 2 cannot see frames of this size", expected="a multiple of 32 pixels", found=frame_size)
+        raise PlanError("Invalid frame size for SAM 2", expected="a multiple of 32 pixels", found=frame_size)
     sizes = sizes_of(backbone, fitted_windows=fitted_windows)
     with _TablesOnCpu():
         base = Base(
@@ -161,7 +161,7 @@ def _memory_encoder(sizes: Sizes) -> MemoryEncoder:
 
 
 def _mask_decoder(sizes: Sizes) -> MaskDecoder:
-    """Build SAM 2's mask decoder with other widths than the ones that SAM2Base gives it."""
+    """Build SAM 2's mask decoder with other widths than SAM2Base does."""
     transformer = TwoWayTransformer(depth=2, embedding_dim=sizes.channels, num_heads=8, mlp_dim=sizes.decoder_width)
     return MaskDecoder(
         transformer_dim=sizes.channels,
@@ -176,7 +176,7 @@ def _mask_decoder(sizes: Sizes) -> MaskDecoder:
 
 
 def _start_at_zero(base: Base, sizes: Sizes) -> None:
-    """Parts without pre-trained weights, among others that have them, leave at first what those do as it is."""
+    """Zero-initialize parts without pre-trained weights, so that they do not change the pre-trained parts at first."""
     started: list[nn.Module] = []
     if sizes.residual_memory:
         started.append(base.memory_attention.norm)
@@ -189,7 +189,7 @@ def _start_at_zero(base: Base, sizes: Sizes) -> None:
 
 
 class _TablesOnCpu(TorchFunctionMode):
-    """Numbers that official constructors compute with, rotary tables and lists of rates, exist also on "meta"."""
+    """Creates numbers that official constructors compute with (rotary tables, drop rates) on the CPU, not on "meta"."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping | None = None

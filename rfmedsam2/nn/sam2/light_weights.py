@@ -1,4 +1,4 @@
-"""Published weights of MobileSAM and LiteMedSAM into a base of `build_base`."""
+"""Loading published weights of MobileSAM and LiteMedSAM into a model of `build_base`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
 from rfmedsam2.nn.loading import LoadReport, load_weights, require_backbone
-from rfmedsam2.nn.sam2.frozen import NEW_ON_LIGHT
+from rfmedsam2.nn.sam2.weights import NEW_ON_LIGHT
 
 STEM = "image_encoder.patch_embed.seq.0.c.weight"
 RENAMED = (
@@ -18,29 +18,29 @@ RENAMED = (
     (".mlp.lin1.", ".mlp.layers.0."),
     (".mlp.lin2.", ".mlp.layers.1."),
 )
-"""SAM's words and SAM 2's; the image encoder has the published names, and no `lin1` in it."""
+"""SAM's parameter names -> SAM 2's; the image encoder has the published names, which do not contain `lin1`."""
 HEADS = ("image_encoder.head.", "image_encoder.norm_head.")
-"""TinyViT's image classifier, which MobileSAM carries along unused."""
+"""TinyViT's image classifier, unused in MobileSAM's file."""
 KINDS = {3: "MobileSAM", 1: "LiteMedSAM"}
-"""Kernel of the stem -> whose it is."""
+"""Kernel size of the stem -> model."""
 
 
 def load_light(base: SAM2Base, weights: Mapping[str, Tensor], *, where: object) -> LoadReport:
-    """Copy MobileSAM's or LiteMedSAM's weights into a base that was built for them.
+    """Copy MobileSAM's or LiteMedSAM's weights into a model that was built for them.
 
-    What SAM does not have (memory, object scores, finer levels) stays as it was initialized.
+    Parts that SAM does not have (memory, object scores, finer levels) keep their initialization.
 
     Args:
-        base: of the weights' backbone, without adapters.
-        weights: by the published names (`store.published_weights.read_published`).
-        where: what error messages name.
+        base: model with the weights' backbone, without adapters.
+        weights: tensors by their published names (`store.published_weights.read_published`).
+        where: the place that error messages name.
 
     Returns:
-        Names as the base has them; `unexpected` as the file has them: tensors without a place, of MobileSAM the
-        unused image classifier.
+        Parameter names of the model; `unexpected` has names of the file: tensors that were not used, such as
+        MobileSAM's image classifier.
 
     Raises:
-        CheckpointError: weights of another model, of the other one of the two, or that lack something.
+        CheckpointError: the weights are of another model, or incomplete.
     """
     wanted = base.state_dict()
     named = {sam2_name(name): tensor for name, tensor in weights.items()}
@@ -52,7 +52,7 @@ def load_light(base: SAM2Base, weights: Mapping[str, Tensor], *, where: object) 
 
 
 def sam2_name(name: str) -> str:
-    """What SAM2Base calls a tensor of SAM."""
+    """SAM2Base's name of a tensor of SAM."""
     if name.startswith("image_encoder."):
         return name
     for old, new in RENAMED:
@@ -61,8 +61,8 @@ def sam2_name(name: str) -> str:
 
 
 def _kind(weights: Mapping[str, Tensor]) -> str:
-    """Name the model by the kernel of its stem."""
+    """Identify the model by the kernel of its stem."""
     if STEM not in weights:
-        return f"no SAM with TinyViT ({STEM} is not among the {len(weights)} tensors)"
+        return f"a model without TinyViT ({STEM} is not among the {len(weights)} tensors)"
     kernel = weights[STEM].shape[-1]
     return KINDS.get(kernel, f"an unknown kind (kernel {kernel} in {STEM})")

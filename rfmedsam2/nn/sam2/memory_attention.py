@@ -1,15 +1,15 @@
-"""Memory attention for many cells at once: SAM 2's, with what cells have in common computed once.
+"""SAM 2's memory attention, batched over many objects, with shared computations done once.
 
-The official module (`sam2.modeling.memory_attention`) runs per frame and object. Its result is reproduced here to
-rounding, at less work, by:
+The official module (`sam2.modeling.memory_attention`) runs per frame and object. This implementation is equal up to
+rounding and does less work:
 
-1. The first layer's self-attention and its queries depend on the frame alone: once a frame, for all its classes.
-2. A memory's key depends on the memory alone, except for its temporal encoding; projecting and rotating are linear. So
-   each memory is projected once, and the projected temporal encoding is added per place.
-3. Rows of attention weights sum to 1, so values may be averaged before they are projected: over the M channels of
-   memories instead of the C of projected ones; value and output projection then are one matrix.
+1. The first layer's self-attention and queries depend only on the frame: computed once per frame, for all classes.
+2. A memory's key depends only on the memory, except for its temporal encoding, and projection and rotation are linear.
+   So each memory is projected once, and the projected temporal encoding is added per position.
+3. Rows of attention weights sum to 1, so values can be averaged before they are projected, over the M channels of
+   memories instead of C projected channels; value and output projection then are one matrix.
 
-SAM 2's settings are taken for granted: one head, no dropout, ReLU, positions added at the input and to memory keys.
+It assumes SAM 2's settings: one head, no dropout, ReLU, position encodings added at the input and to memory keys.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import MemoryBank, Slots
 
 INPUT_POSITION_SHARE = 0.1
-"""How much of the position encoding SAM 2 adds to what enters memory attention."""
+"""Factor of the position encoding that SAM 2 adds to the input of memory attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedFrames:
-    """What memory attention needs of N frames, whatever is remembered. T = s * s positions.
+    """The part of memory attention that depends only on the N frames, not on memories. T = s * s positions.
 
     Attributes:
-        embedding: (N, C, s, s) as given.
+        embedding: (N, C, s, s), the input.
         tokens: (N, T, C) after the first layer's self-attention.
         queries: (N, T, C) of the first layer's cross-attention, rotated and scaled.
         rotation: (T, C / 2) complex, the rotary position encoding.
@@ -51,7 +51,7 @@ class PreparedFrames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Projections:
-    """A layer's projections as (weight, bias), put together where they follow one another.
+    """A layer's projections as (weight, bias); consecutive ones are merged.
 
     Attributes:
         self_keys: queries (scaled) and keys of self-attention, (2C, C).
@@ -67,11 +67,11 @@ class _Projections:
 
 
 def prepare_frames(sam: Sam2, embedding: Tensor) -> PreparedFrames:
-    """Do what all cells of a frame share.
+    """Compute what all objects of a frame share.
 
     Args:
         sam: SAM 2, with or without adapters.
-        embedding: (N, C, s, s) of frames, from the image encoder.
+        embedding: (N, C, s, s), frames' embeddings from the image encoder.
     """
     attention: Any = sam.base.memory_attention
     layers = tuple(_projections(layer) for layer in attention.layers)
@@ -84,17 +84,17 @@ def prepare_frames(sam: Sam2, embedding: Tensor) -> PreparedFrames:
 
 
 def condition_on_memory(sam: Sam2, prepared: PreparedFrames, frames: Tensor, bank: MemoryBank, slots: Slots) -> Tensor:
-    """Condition the embeddings of n cells on their memories (`SAM2Base._prepare_memory_conditioned_features`).
+    """Condition the embeddings of n objects on their memories (`SAM2Base._prepare_memory_conditioned_features`).
 
     Args:
-        sam: SAM 2, with or without adapters; those of memory attention take part.
-        prepared: frames, by `prepare_frames` of the same weights.
-        frames: (n,) long: the cells' rows of `prepared`.
-        bank: memories.
-        slots: which memories each cell attends to; with none at all a cell is marked as without memory.
+        sam: SAM 2, with or without adapters (those of memory attention are applied).
+        prepared: result of `prepare_frames` with the same weights.
+        frames: (n,) long: row of `prepared` of each object.
+        bank: memory bank.
+        slots: memories that each object attends to; objects without any get SAM 2's no-memory embedding.
 
     Returns:
-        (n, C, s, s). Working memory is O(n * T * keys) a layer, with T = s * s positions and T keys a memory.
+        (n, C, s, s). Working memory is O(n * T * keys) per layer, with T = s * s positions and T keys per memory.
     """
     if not slots.maps.shape[1]:
         return prepared.embedding[frames] + sam.base.no_mem_embed.reshape(1, -1, 1, 1)
@@ -115,15 +115,15 @@ def condition_on_memory(sam: Sam2, prepared: PreparedFrames, frames: Tensor, ban
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Memories:
-    """Memories of n cells, a maps and p pointer tokens each; u different maps among them.
+    """Memories of n objects, a maps and p pointer tokens each; u different maps among them.
 
     Attributes:
-        values: (n, a * T + p, M), what attention averages.
-        maps: (u, T, M) with their spatial positions.
+        values: (n, a * T + p, M), values of attention.
+        maps: (u, T, M), including spatial position encodings.
         places: (n, a) long, rows of `maps`.
         temporal: (t, M) encodings of temporal positions.
         positions: (n, a) long, rows of `temporal`.
-        pointers: (n, p, M) with their temporal positions.
+        pointers: (n, p, M), including temporal position encodings.
     """
 
     values: Tensor
@@ -139,7 +139,7 @@ def _gather(sam: Sam2, bank: MemoryBank, slots: Slots) -> _Memories:
     width = sam.memory_channels
     rows, places = slots.maps.unique(return_inverse=True)
     maps = bank.maps[rows].flatten(2).transpose(1, 2)
-    # a pointer of C channels makes C / M tokens
+    # a pointer of C channels is split into C / M tokens
     pointers = bank.pointers[slots.pointers].unflatten(2, (-1, width))
     encoded = base.obj_ptr_tpos_proj(get_1d_sine_pe(slots.distances, dim=sam.channels))[:, :, None]
     return _Memories(
@@ -153,7 +153,7 @@ def _gather(sam: Sam2, bank: MemoryBank, slots: Slots) -> _Memories:
 
 
 def _keys(projection: nn.Linear, memories: _Memories, rotation: Tensor) -> Tensor:
-    """Keys (n, a * T + p, C) of all memories of all cells: pointers are not rotated (`num_k_exclude_rope`)."""
+    """Keys (n, a * T + p, C) of all memories of all objects; pointers are not rotated (`num_k_exclude_rope`)."""
     maps = _rotated(projection(memories.maps), rotation)
     temporal = F.linear(memories.temporal, projection.weight)
     temporal = _rotated(temporal[:, None].expand(-1, maps.shape[1], -1), rotation)
@@ -162,15 +162,15 @@ def _keys(projection: nn.Linear, memories: _Memories, rotation: Tensor) -> Tenso
 
 
 def _averaged(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """(n, T, width of values): attention of scaled queries."""
+    """Attention with scaled queries: (n, T, width of values)."""
     if queries.is_cuda:
         return F.scaled_dot_product_attention(queries, keys, values, scale=1.0)
-    # on the CPU the fused kernel takes no values of another width than the keys'
+    # on the CPU the fused kernel needs values of the same width as the keys
     return (queries @ keys.transpose(1, 2)).softmax(-1) @ values
 
 
 def _attend_itself(layer: Any, projections: _Projections, tokens: Tensor, rotation: Tensor) -> Tensor:
-    """Self-attention of tokens (n, T, C), beside a skip."""
+    """Self-attention of tokens (n, T, C) with a skip connection."""
     normed = layer.norm1(tokens)
     placed = F.linear(normed, *projections.self_keys).unflatten(2, (2, -1))
     queries, keys = _rotated(placed, rotation[:, None]).unbind(2)
@@ -179,7 +179,7 @@ def _attend_itself(layer: Any, projections: _Projections, tokens: Tensor, rotati
 
 
 def _mlp(layer: Any, normed: Tensor) -> Tensor:
-    # in place: nothing else looks at what linear1 gives, for the backward pass neither
+    # in place: linear1's output is not used elsewhere, not even in the backward pass
     hidden = layer.linear2(layer.linear1(normed).relu_())
     adapter = getattr(layer, "beside_mlp", None)
     return hidden if adapter is None else hidden + on_positions(adapter, normed)
@@ -191,25 +191,25 @@ def _projections(layer: Any) -> _Projections:
         queries, keys = _scaled(own.q_proj), (own.k_proj.weight, own.k_proj.bias)
         return _Projections(
             self_keys=(torch.cat([queries[0], keys[0]]), torch.cat([queries[1], keys[1]])),
-            self_output=_in_turn(own.v_proj, own.out_proj),
+            self_output=_composed(own.v_proj, own.out_proj),
             queries=_scaled(cross.q_proj),
-            output=_in_turn(cross.v_proj, cross.out_proj),
+            output=_composed(cross.v_proj, cross.out_proj),
         )
 
 
 def _scaled(projection: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Queries over the root of their width, as attention divides scores."""
+    """Query projection divided by the square root of its width, as in scaled dot-product attention."""
     scale = projection.out_features**-0.5
     return projection.weight * scale, projection.bias * scale
 
 
-def _in_turn(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor]:
-    """One linear map that does two."""
+def _composed(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor]:
+    """The composition of two linear maps as one."""
     return second.weight @ first.weight, F.linear(first.bias, second.weight, second.bias)
 
 
 def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotary position encoding of (..., T, C), or of (..., T, 2, C) with a rotation of (T, 1, C / 2)."""
+    """Apply rotary position encoding to (..., T, C), or to (..., T, 2, C) with a rotation of (T, 1, C / 2)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
 

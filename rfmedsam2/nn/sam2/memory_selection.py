@@ -1,10 +1,11 @@
-"""Which memories each cell attends to, and at which temporal position (RFMedSAM 2 paper, Fig. 4(2)).
+"""Selecting the memories that each object attends to, and their temporal positions (RFMedSAM 2 paper, Fig. 4(2)).
 
-SAM 2 gives every prompted frame temporal position 0, however far it is. In Step 2 every frame is prompted, so position
-0 is left to the current frame and the others take the place of their true distance: `preceding` (b), `following` (c),
-`both` (d). `sam2` (a) is SAM 2's own rule, with every remembered frame a conditioning frame.
+SAM 2 gives every prompted frame temporal position 0, whatever its distance. In Step 2 every frame is prompted, so
+position 0 is reserved for the current frame and the others get the position of their true distance: `preceding` (b),
+`following` (c), `both` (d). `sam2` (a) is SAM 2's own rule, with every frame in memory as a conditioning frame.
 
-Cells differ in how many memories they have. They are put into buckets of equal numbers, so that nothing is padded.
+Objects (slice, class) differ in their number of memories. They are grouped into buckets of equal numbers, without
+padding.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from rfmedsam2.nn.sam2.types import Bucket, Slots
 from rfmedsam2.records.model import MemoryStrategy
 
 LONGEST_REACH = 6
-"""Frames on one side that SAM 2's temporal encoding tells apart: its seven entries less the current frame's."""
+"""Frames on one side that SAM 2's temporal encoding distinguishes: its seven entries minus the current one."""
 CURRENT = 6
 """Entry of the temporal encoding for the current frame, and for SAM 2's conditioning frames."""
 POINTER_FRAMES = 16
-"""Frames that SAM 2 takes pointers from, the current one counted (`max_obj_ptrs_in_encoder`)."""
+"""Number of frames whose pointers SAM 2 uses, including the current one (`max_obj_ptrs_in_encoder`)."""
 
 
 def select(
@@ -34,24 +35,24 @@ def select(
     reach: int = LONGEST_REACH,
     max_conditioning: int | None = None,
 ) -> list[Bucket]:
-    """Choose memories for all cells at once.
+    """Choose memories for all objects at once.
 
     Args:
-        strategy: which frames a cell looks at, beside its own.
-        bank: (D, O) long: for frame d and object o its row of the memory bank, or -1 where nothing is remembered.
-        objects: (q, 2) long: (frame, object) of the cells asked about.
-        reach: frames looked at on a side, 0 to 6.
-        max_conditioning: `sam2` only: attend to at most so many conditioning frames, 2 or more, the nearest first
-            (SAM 2's `max_cond_frames_in_attn`); None: to all.
+        strategy: which frames an object attends to, besides its own.
+        bank: (D, O) long: row in the memory bank of frame d and class o, or -1 if there is no memory.
+        objects: (q, 2) long: (frame, class) of the objects to select memories for.
+        reach: number of frames on each side, 0 to 6.
+        max_conditioning: only for `sam2`: maximum number of conditioning frames, at least 2, nearest first (SAM 2's
+            `max_cond_frames_in_attn`); None: all.
 
     Returns:
-        Buckets that hold every cell once. Within a bucket cells are ordered by object, then by frame, because
-        neighbors share memories. A cell without any memory is in a bucket of slots of width 0.
+        Buckets that contain every object once. Within a bucket, objects are ordered by class, then by frame, because
+        neighbors share memories. Objects without memories are in a bucket with slots of width 0.
     """
     if not 0 <= reach <= LONGEST_REACH or (max_conditioning is not None and max_conditioning < 2):
         raise UsageError(
-            "Memories cannot be chosen so",
-            expected="0 to 6 frames on a side, and 2 conditioning frames or more",
+            "reach or max_conditioning is out of range",
+            expected="0 to 6 frames on each side, and at least 2 conditioning frames",
             found=f"{reach} frames and {max_conditioning} conditioning frames",
         )
     if strategy == "sam2":
@@ -63,7 +64,7 @@ def select(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Candidates:
-    """Frames that q cells may look at, w each: bank rows, entries and distances (q, w), and which of them count."""
+    """Candidate frames of q objects, w each: bank rows, entries and distances (q, w), and which of them are valid."""
 
     rows: Tensor
     positions: Tensor
@@ -73,7 +74,7 @@ class _Candidates:
 
 
 def _neighbors(strategy: MemoryStrategy, bank: Tensor, objects: Tensor, reach: int) -> _Candidates:
-    """The cell's own frame and those around it that are remembered; pointers of the same frames as maps."""
+    """The object's own frame and neighbors with a memory; maps and pointers of the same frames."""
     away = {
         "preceding": range(1, reach + 1),
         "following": range(-1, -reach - 1, -1),
@@ -94,10 +95,10 @@ def _neighbors(strategy: MemoryStrategy, bank: Tensor, objects: Tensor, reach: i
 
 
 def _conditioning(bank: Tensor, objects: Tensor, reach: int, max_conditioning: int | None) -> _Candidates:
-    """SAM 2's rule (`SAM2Base._prepare_memory_conditioned_features`, eval mode), every remembered frame conditioning.
+    """SAM 2's rule (`SAM2Base._prepare_memory_conditioned_features`, eval mode); every frame in memory is conditioning.
 
-    Selected frames all take the current frame's entry, whatever their distance, and lend their pointers if they are not
-    ahead; frames not selected serve as ordinary memories where they are near enough.
+    Selected frames all get the current frame's entry, whatever their distance, and their pointers are used if they are
+    not ahead; frames that are not selected serve as ordinary memories if they are near enough.
     """
     rows = bank[:, objects[:, 1]].T
     frames = torch.arange(len(bank), device=bank.device)
@@ -115,10 +116,10 @@ def _conditioning(bank: Tensor, objects: Tensor, reach: int, max_conditioning: i
 
 
 def _closest(remembered: Tensor, distances: Tensor, most: int | None) -> Tensor:
-    """Give (q, D) bool as SAM 2's `select_closest_cond_frames`.
+    """Select frames, (q, D) bool, as SAM 2's `select_closest_cond_frames`.
 
-    The nearest frame before comes first, with the nearest from here on, then all others by distance; of two equally
-    far ones the earlier.
+    The nearest frame before and the nearest from the current one on come first, then all others by distance; on ties
+    the earlier frame.
     """
     if most is None:
         return remembered
@@ -132,7 +133,7 @@ def _closest(remembered: Tensor, distances: Tensor, most: int | None) -> Tensor:
 
 
 def _buckets(candidates: _Candidates, objects: Tensor) -> list[Bucket]:
-    """Cells by how many maps and pointers they have, what counts moved to the front."""
+    """Group objects by their number of maps and pointers, with valid entries moved to the front."""
     rows = candidates.rows
     maps, pointers = candidates.maps.sum(1), candidates.pointers.sum(1)
     map_order, pointer_order = (

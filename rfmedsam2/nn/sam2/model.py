@@ -1,4 +1,4 @@
-"""SAM 2 on frames and cells as batches: encode frames, decode prompted cells, make memories of their masks.
+"""SAM 2 batched over frames and objects: encode frames, decode object prompts, encode memories of their masks.
 
 The official modules are run as the official video predictor runs them (`SAM2Base.forward_image`,
 `_forward_sam_heads`, `_encode_new_memory`), without its loop over frames and objects.
@@ -15,22 +15,22 @@ from rfmedsam2.nn.sam2.positions import SinePositions
 from rfmedsam2.nn.sam2.types import DecodedMasks, FrameFeatures, ObjectPrompts
 
 Pyramid = tuple[Tensor, Tensor, Tensor]
-"""(N, C, 4s, 4s), (N, C, 2s, 2s), (N, C, s, s): what the image encoder gives, strides 4, 8 and 16."""
+"""Outputs of the image encoder: (N, C, 4s, 4s), (N, C, 2s, 2s), (N, C, s, s), strides 4, 8 and 16."""
 
 
 class Sam2(nn.Module):
-    """SAM 2 around a base of `build_base`, with or without adapters in it.
+    """SAM 2 around a model of `build_base`, with or without adapters.
 
     Args:
         base: the official modules.
-        object_scores: cells whose score is not above 0 have empty masks, pointers and memories of "no object".
+        object_scores: objects with a score of at most 0 get empty masks, and pointers and memories of "no object".
 
     Attributes:
-        frame_size: S, pixels a side of the frames.
-        side: s, positions a side of the embedding.
-        channels: C.
-        memory_channels: M.
-        residual_memory: what memory attention gives is to be added to the embedding.
+        frame_size: S, side length of the frames in pixels.
+        side: s, side length of the embedding.
+        channels: C, channels of the embedding.
+        memory_channels: M, channels of memories.
+        residual_memory: whether the output of memory attention is added to the embedding.
     """
 
     def __init__(self, base: SAM2Base, *, object_scores: bool = False) -> None:
@@ -53,12 +53,12 @@ class Sam2(nn.Module):
         return self.features(self.pyramid(frames))
 
     def pyramid(self, frames: Tensor) -> Pyramid:
-        """Run the image encoder alone on frames (N, 3, S, S)."""
+        """Run only the image encoder on frames (N, 3, S, S)."""
         fine, middle, embedding = self.base.image_encoder(frames)["backbone_fpn"]
         return fine, middle, embedding
 
     def features(self, pyramid: Pyramid) -> FrameFeatures:
-        """What the mask decoder takes from the image encoder's maps: its own convolutions make the finer ones thin."""
+        """Features for the mask decoder, whose convolutions reduce the channels of the finer levels."""
         fine, middle, embedding = pyramid
         decoder = self.base.sam_mask_decoder
         return FrameFeatures(embedding=embedding, middle=decoder.conv_s1(middle), fine=decoder.conv_s0(fine))
@@ -66,12 +66,12 @@ class Sam2(nn.Module):
     def decode(
         self, features: FrameFeatures, prompts: ObjectPrompts, *, embedding: Tensor | None = None
     ) -> DecodedMasks:
-        """Decode n cells, at least one, into the single mask of an unambiguous prompt.
+        """Decode n objects, at least one, into single masks (for unambiguous prompts).
 
         Args:
-            features: of the cells' frames, n rows.
-            prompts: of the cells.
-            embedding: (n, C, s, s) memory-conditioned; None: the frame's own, marked as without memory.
+            features: features of the objects' frames, n rows.
+            prompts: prompts of the objects.
+            embedding: (n, C, s, s), conditioned on memory; None: the frame's own, with the no-memory embedding.
         """
         base = self.base
         if embedding is None:
@@ -94,10 +94,10 @@ class Sam2(nn.Module):
         return DecodedMasks(masks=masks[:, 0].float(), pointers=pointers, scores=scores[:, 0], quality=quality[:, 0])
 
     def encode_memory(self, embedding: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
-        """Memories (n, M, s, s) of n cells.
+        """Memories (n, M, s, s) of n objects.
 
         Args:
-            embedding: (n, C, s, s) of the cells' frames, from the image encoder.
+            embedding: (n, C, s, s), embeddings of the objects' frames from the image encoder.
             masks: (n, 4s, 4s) logits.
             scores: (n,) object scores.
         """
@@ -113,17 +113,17 @@ class Sam2(nn.Module):
         return maps
 
     def position(self) -> Tensor:
-        """(M, s, s) sine position encoding of a memory."""
+        """Sine position encoding of a memory (M, s, s)."""
         return self._memory_positions.at(self.side, self.base.device)
 
     def image_position(self) -> Tensor:
-        """(C, s, s) sine position encoding of the embedding."""
+        """Sine position encoding of the embedding (C, s, s)."""
         return self._image_positions.at(self.side, self.base.device)
 
     def _prompt_embeddings(self, prompts: ObjectPrompts, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Sparse (n, P, C) and dense (n, C, s, s) embeddings, and the dense positions (1, C, s, s).
+        """Sparse (n, P, C) and dense (n, C, s, s) embeddings, and the dense position encoding (1, C, s, s).
 
-        At full precision: half of it misplaces a box's corner by as much as half a pixel of 256.
+        In full precision: half precision shifts a box's corner by up to half a pixel of 256.
         """
         encoder = self.base.sam_prompt_encoder
         given = prompts.boxes if prompts.tokens is None else prompts.tokens
@@ -137,7 +137,7 @@ class Sam2(nn.Module):
             else:
                 sparse = empty[:, :0]
         if self.padding_point:
-            # the official predictor feeds an empty point where there is no prompt, and appends one always
+            # the official predictor uses an empty point if there is no prompt, and always appends one
             sparse = torch.cat([sparse, empty] if given is not None else [empty, empty], 1)
         if prompts.masks is not None:
             return sparse, encoder.mask_downscaling(prompts.masks[:, None]), positions

@@ -1,4 +1,4 @@
-"""SAM 2's sine position encodings, kept per device and size, never copied per frame."""
+"""SAM 2's sine position encodings, cached per device and size, without copies per frame."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class SinePositions(PositionEmbeddingSine):
-    """The official encoding with the same values.
+    """The official encoding, with the same values.
 
-    The official class repeats a kept encoding for every frame of a batch (as much memory as the features themselves)
-    and may keep one made in inference mode, which training must not touch.
+    The official class repeats the cached encoding for every frame of a batch (as much memory as the features) and may
+    cache one made in inference mode, which cannot be used in training.
     """
 
     def __init__(self, channels: int) -> None:
@@ -21,12 +21,12 @@ class SinePositions(PositionEmbeddingSine):
 
     @torch.no_grad()
     def at(self, side: int, device: torch.device) -> Tensor:
-        """(channels, side, side) of a square map."""
+        """Encoding (channels, side, side) of a square map."""
         return self._pe(1, device, side, side)[0]
 
     @torch.no_grad()
     def _pe(self, B: int, device: Any, *cache_key: int) -> Tensor:  # noqa: N803 - the official name
-        """Give (B, channels, *cache_key), a view of one map for all B."""
+        """Encoding (B, channels, *cache_key), a view of one map for all B."""
         place = (str(device), *cache_key)
         if place not in self.cache:
             official: dict[Any, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Sizes of the backbones: SAM 2's four, a small one of our own, and SAMs with a TinyViT encoder."""
+"""Sizes of the backbones: SAM 2's four, our smaller nano, and SAMs with a TinyViT encoder."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing_extensions import assert_never
 from rfmedsam2.records.model import Backbone
 
 FITTED_WINDOWS = (8, 4, 16, 8)
-"""Windows that divide the maps of 256 and 512 pixels without padding; large has them as published."""
+"""Attention windows that divide the maps of 256 and 512 pixels without padding; large has them as published."""
 LITE_SIZE = 256
-"""Pixels a side of the images that LiteMedSAM was trained on; its embedding has a position for every 4 x 4 of them."""
+"""Side length in pixels of LiteMedSAM's training images; its embedding has one position per 4 x 4 pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HieraSizes:
-    """SAM 2's image encoder Hiera (four stages, channels double at each).
+    """SAM 2's image encoder Hiera (four stages, channels double at each stage).
 
     Attributes:
-        channels: of the first stage.
-        heads: of the first stage.
-        stages: blocks a stage.
-        global_blocks: blocks that attend over the whole map; the others over windows.
+        channels: channels of the first stage.
+        heads: attention heads of the first stage.
+        stages: number of blocks per stage.
+        global_blocks: blocks with attention over the whole map; the others use windows.
         windows: side of the windows of each stage.
         background: side of the position embedding that is interpolated to the map.
     """
@@ -43,19 +43,19 @@ class HieraSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """All that differs between backbones.
+    """All sizes that differ between backbones.
 
     Attributes:
         hiera: the image encoder; None: TinyViT.
-        scaling: how TinyViT takes frames, see there.
-        channels: C of the embedding.
-        memory_channels: M of a memory.
-        memory_layers: layers of memory attention.
-        memory_width: hidden features of their MLPs.
-        decoder_width: the same in the mask decoder.
-        quality_width: the same in the decoder's head for the predicted IoU.
-        from_sam: prompt encoder and mask decoder are SAM's, pre-trained: what SAM does not have starts at zero.
-        residual_memory: memory attention is added to the embedding and starts at zero, as it has no published weights.
+        scaling: how TinyViT scales frames, see `TinyVitEncoder`.
+        channels: C, channels of the embedding.
+        memory_channels: M, channels of a memory.
+        memory_layers: number of layers of memory attention.
+        memory_width: hidden width of their MLPs.
+        decoder_width: hidden width of the mask decoder's MLPs.
+        quality_width: hidden width of the decoder's IoU prediction head.
+        from_sam: whether prompt encoder and mask decoder are SAM's, pre-trained; parts that SAM lacks start at zero.
+        residual_memory: whether memory attention is added to the embedding and starts at zero (no published weights).
     """
 
     hiera: HieraSizes | None = None
@@ -94,7 +94,7 @@ NANO = Sizes(
 
 
 def sizes_of(backbone: Backbone, *, fitted_windows: bool = False) -> Sizes:
-    """Sizes of a backbone; `fitted_windows` matters for tiny, small and base_plus alone."""
+    """Sizes of a backbone; `fitted_windows` only affects tiny, small and base_plus."""
     match backbone:
         case "sam2_tiny" | "sam2_small" | "sam2_base_plus" | "sam2_large":
             hiera = HIERA[backbone]
@@ -110,8 +110,8 @@ def sizes_of(backbone: Backbone, *, fitted_windows: bool = False) -> Sizes:
 
 
 def seen_side(side: int, frame_size: int) -> int:
-    """Pixels a side that LiteMedSAM sees of frames of `side`, where the decoder's frames have `frame_size`.
+    """Side length at which LiteMedSAM encodes frames of `side`, if the decoder's frames have `frame_size`.
 
-    Its own strides where the frames have no more detail, up to what it was trained on where they do.
+    This is a quarter of `frame_size` unless the frames have more detail, then up to LiteMedSAM's training size.
     """
     return max(min(side, frame_size, LITE_SIZE), frame_size // 4)

@@ -1,9 +1,10 @@
-"""MobileSAM's and LiteMedSAM's image encoder, TinyViT-5M, in the place of SAM 2's Hiera.
+"""TinyViT-5M, the image encoder of MobileSAM and LiteMedSAM, as a replacement of SAM 2's Hiera.
 
-Parameter names are those of the published checkpoints. Written here and not taken from timm, whose attention keeps a
-table that a model built without memory lacks and a cache that outlives the weights; timm's blocks are the parity test.
-Sources: Wu et al. 2022 (TinyViT); Zhang et al. 2023 (MobileSAM: no down-sampling before the last stage, then SAM's
-neck); LiteMedSAM's published code (a stem without strides: images of 256 pixels where MobileSAM's have 1024).
+Parameter names are those of the published checkpoints. timm's implementation is not used, because its attention has an
+index table that a model built on the meta device lacks, and a cache that outlives changes of the weights; the parity
+test compares with timm's blocks. Sources: Wu et al. 2022 (TinyViT); Zhang et al. 2023 (MobileSAM: no downsampling
+before the last stage, then SAM's neck); LiteMedSAM's published code (a stem without strides: images of 256 pixels
+instead of MobileSAM's 1024).
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ Scaling = Literal["none", "unit"]
 
 
 class FixedBatchNorm(nn.BatchNorm2d):
-    """Batch normalization by the published statistics, in training too.
+    """Batch normalization with the published statistics, also in training.
 
-    Weight and bias learn unless frozen. A frame's features thus never depend on the frames beside it, nor on how
-    frames are chunked.
+    Weight and bias are trained unless frozen. A frame's features thus never depend on other frames of the batch, nor on
+    how frames are chunked.
     """
 
     def train(self, mode: bool = True) -> FixedBatchNorm:  # noqa: ARG002
-        """Stays in evaluation mode."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution without bias, and its normalization."""
+    """A convolution without bias, and its batch normalization."""
 
     def __init__(self, channels: int, outputs: int, kernel: int = 1, *, stride: int = 1, groups: int = 1) -> None:
         convolution = nn.Conv2d(channels, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
@@ -51,7 +52,7 @@ class ConvNorm(nn.Sequential):
 
 
 class PatchEmbedding(nn.Module):
-    """(N, 3, h, w) -> (N, 64, h/4, w/4); LiteMedSAM's, whose convolutions see single pixels, -> (N, 64, h, w)."""
+    """(N, 3, h, w) -> (N, 64, h/4, w/4); LiteMedSAM's, whose convolutions have no strides, -> (N, 64, h, w)."""
 
     def __init__(self, *, strided: bool) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class MBConv(nn.Module):
 
 
 class Downsample(nn.Module):
-    """From one stage's width to the next one's, (N, width, h, w) -> (N, outputs, h/stride, w/stride)."""
+    """Transition between stages, (N, width, h, w) -> (N, outputs, h/stride, w/stride)."""
 
     def __init__(self, width: int, outputs: int, *, stride: int) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class Downsample(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Self-attention within one window; its biases depend on how far apart two places are, (n, window^2, width)."""
+    """Self-attention within a window, with biases by relative position, (n, window^2, width)."""
 
     def __init__(self, width: int, *, heads: int, window: int) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ class WindowAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Normalization and two layers, (..., width) -> the same."""
+    """Layer norm and two linear layers, (..., width) -> the same."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -138,7 +139,7 @@ class TinyVitBlock(nn.Module):
     """Windowed attention, a depth-wise convolution, an MLP: x + attend(x), local_conv, x + mlp(x).
 
     Shapes:
-        (N, h, w, width) -> the same; h and w may be anything, windows are padded with zeros.
+        (N, h, w, width) -> the same, for any h and w; windows are padded with zeros.
     """
 
     def __init__(self, width: int, *, heads: int, window: int) -> None:
@@ -154,11 +155,11 @@ class TinyVitBlock(nn.Module):
         return x + self.mlp(x)
 
     def convolve(self, x: Tensor) -> Tensor:
-        """The convolution between attention and MLP, (N, h, w, width) -> the same."""
+        """Convolution between attention and MLP, (N, h, w, width) -> the same."""
         return self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Attention's part, without the shortcut, on the whole map (N, h, w, width)."""
+        """Attention without the shortcut, on the whole map (N, h, w, width)."""
         frames, height, width, channels = x.shape
         side = self.window_size
         x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
@@ -169,7 +170,7 @@ class TinyVitBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width, and the way to the next width (none after the last), which `forward` leaves out."""
+    """Blocks of one width, and the transition to the next stage (none after the last), which `forward` does not run."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -190,7 +191,7 @@ class Stage(nn.Module):
 
 
 class Neck(nn.Sequential):
-    """SAM's neck, (N, 320, s, s) -> (N, 256, s, s); `d_model` is what SAM2Base reads."""
+    """SAM's neck, (N, 320, s, s) -> (N, 256, s, s); SAM2Base reads `d_model`."""
 
     d_model = NECK_CHANNELS
 
@@ -206,14 +207,14 @@ class Neck(nn.Sequential):
 class TinyVitEncoder(nn.Module):
     """TinyViT-5M with SAM's neck and, for SAM 2's decoder, two finer levels.
 
-    LiteMedSAM's works on images smaller than the frame (`seen_side`): a quarter of the frame's pixels a side give the
-    frame's strides, as published for 256 of 1024; images of more are averaged to them.
+    LiteMedSAM's encoder works on images smaller than the frame (`seen_side`): a quarter of the frame's side gives
+    the frame's strides, as published for 256 of 1024; features of larger images are averaged to these strides.
 
     Args:
-        frame_size: S.
-        scaling: "unit" stretches each frame to [0, 1] over its channels before anything else, as LiteMedSAM was
-            trained; "none" takes frames as they are (MobileSAM: ImageNet's mean and deviation).
-        strided: MobileSAM's stem, which takes 4 x 4 pixels as one; else LiteMedSAM's.
+        frame_size: S, side length of the frames in pixels.
+        scaling: "unit" first scales each frame to [0, 1] over all its channels, as LiteMedSAM was
+            trained; "none" expects normalized frames (MobileSAM: ImageNet's mean and standard deviation).
+        strided: whether the stem has stride 4 (MobileSAM) or no strides (LiteMedSAM).
 
     Shapes:
         frames (N, 3, S, S), for LiteMedSAM's of any size -> what sam2's ImageEncoder gives: "vision_features"
@@ -248,11 +249,11 @@ class TinyVitEncoder(nn.Module):
         return {"vision_features": levels[-1], "vision_pos_enc": positions, "backbone_fpn": levels}
 
     def seen(self, side: int) -> int:
-        """Pixels a side that the stem is given of frames of `side`."""
+        """Side length of the stem's input for frames of `side`."""
         return self.frame_size if self.strided else seen_side(side, self.frame_size)
 
     def stages(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The stages' outputs of 64, 128 and 320 channels, for scaled frames.
+        """Outputs of the stages with 64, 128 and 320 channels, for scaled frames.
 
         Their strides are 4, 8, 16 with MobileSAM's stem, 1, 2, 4 with LiteMedSAM's.
         """
@@ -267,30 +268,30 @@ class TinyVitEncoder(nn.Module):
         return outputs[0], outputs[1], outputs[3]
 
     def _at(self, features: Tensor, *, stride: int) -> Tensor:
-        """Feature maps averaged to one position for `stride` x `stride` pixels of the frame."""
+        """Average feature maps to one position per `stride` x `stride` pixels of the frame."""
         side = self.frame_size // stride
         return features if features.shape[-1] == side else F.adaptive_avg_pool2d(features, side)
 
 
 def build_tiny_vit_encoder(frame_size: int, scaling: Scaling = "none") -> TinyVitEncoder:
-    """The encoder for frames of `frame_size` x `frame_size`, with weights that are not trained.
+    """Build the encoder for frames of `frame_size` x `frame_size`, randomly initialized.
 
     Args:
-        frame_size: a multiple of 32 from 64 on.
-        scaling: "none" builds MobileSAM's; "unit" LiteMedSAM's, which scales each frame itself and has its own stem.
+        frame_size: a multiple of 32, at least 64.
+        scaling: "none" for MobileSAM's; "unit" for LiteMedSAM's, which scales each frame and has its own stem.
 
     Raises:
-        PlanError: a size that is no multiple of 32 or below 64.
+        PlanError: the size is not a multiple of 32, or below 64.
     """
     if frame_size < 64 or frame_size % 32:
         raise PlanError(
-            "A frame size that TinyViT cannot take", expected="a multiple of 32 from 64 on", found=str(frame_size)
+            "Invalid frame size for TinyViT", expected="a multiple of 32, at least 64", found=str(frame_size)
         )
     return TinyVitEncoder(frame_size=frame_size, scaling=scaling, strided=scaling == "none")
 
 
 def scaled(frames: Tensor, scaling: Scaling) -> Tensor:
-    """Frames (N, 3, S, S) as the encoder takes them; a frame of one value becomes zeros under "unit"."""
+    """Scale frames (N, 3, S, S) for the encoder; with "unit", a constant frame becomes zeros."""
     match scaling:
         case "none":
             return frames
@@ -303,7 +304,7 @@ def scaled(frames: Tensor, scaling: Scaling) -> Tensor:
 
 
 def _initialize(module: nn.Module) -> None:
-    """TinyViT's start: small weights in linear layers, no bias, bottlenecks that begin as their shortcut."""
+    """TinyViT's initialization: small weights in linear layers, no bias, bottlenecks that start as identity."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -1,7 +1,7 @@
-"""What SAM 2's parts hand to one another: features of frames, decoded cells, memories and which of them are attended.
+"""Data types of SAM 2: features of frames, object prompts, decoded masks, memories and their selection.
 
-A cell is one class on one frame. Everything is batched over frames or over cells; s is the side of the image embedding
-(frame_size / 16), C its channels (256; nano fewer), M the channels of a memory (64; nano fewer).
+An object is one class on one frame. Everything is batched over frames or objects; s is the side length of the image
+embedding (frame_size / 16), C its channels (256; nano fewer), M the channels of a memory (64; nano fewer).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameFeatures:
-    """What the image encoder makes of frames.
+    """Features of frames from the image encoder.
 
     Attributes:
         embedding: (N, C, s, s), stride 16, without the no-memory embedding.
-        middle: (N, C/4, 2s, 2s), stride 8, already through the decoder's conv_s1.
-        fine: (N, C/8, 4s, 4s), stride 4, already through the decoder's conv_s0.
+        middle: (N, C/4, 2s, 2s), stride 8, after the decoder's conv_s1.
+        fine: (N, C/8, 4s, 4s), stride 4, after the decoder's conv_s0.
     """
 
     embedding: Tensor
@@ -26,18 +26,18 @@ class FrameFeatures:
     fine: Tensor
 
     def at(self, frames: Tensor) -> FrameFeatures:
-        """Rows of the frames (n,) named, repeated where a frame is named twice."""
+        """Select frames by index (n,), with repetition."""
         return FrameFeatures(embedding=self.embedding[frames], middle=self.middle[frames], fine=self.fine[frames])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectPrompts:
-    """Prompts of n cells; None leaves that kind out.
+    """Prompts of n objects; None: no prompts of this kind.
 
     Attributes:
         boxes: (n, 4) xyxy, pixels of the frame.
         masks: (n, 4s, 4s) mask logits.
-        tokens: (n, P, C) sparse embeddings that take the place of the boxes'.
+        tokens: (n, P, C) sparse embeddings, used instead of boxes.
     """
 
     boxes: Tensor | None = None
@@ -45,19 +45,19 @@ class ObjectPrompts:
     tokens: Tensor | None = None
 
     def at(self, objects: Tensor | slice) -> ObjectPrompts:
-        """The cells named."""
+        """Select objects by index."""
         boxes, masks, tokens = (None if t is None else t[objects] for t in (self.boxes, self.masks, self.tokens))
         return ObjectPrompts(boxes=boxes, masks=masks, tokens=tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedMasks:
-    """What the mask decoder makes of n cells.
+    """Outputs of the mask decoder for n objects.
 
     Attributes:
         masks: (n, 4s, 4s) logits of the single-mask output.
         pointers: (n, C) object pointers.
-        scores: (n,) object score logits; above 0: the object is there.
+        scores: (n,) object score logits; above 0: the object is present.
         quality: (n,) predicted IoU.
     """
 
@@ -69,7 +69,7 @@ class DecodedMasks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBank:
-    """Memories of m cells: maps (m, M, s, s) and object pointers (m, C)."""
+    """Memories of m objects: maps (m, M, s, s) and object pointers (m, C)."""
 
     maps: Tensor
     pointers: Tensor
@@ -77,14 +77,14 @@ class MemoryBank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
-    """Which rows of a bank n cells attend to; every cell has the same number, so nothing is padded.
+    """Rows of a memory bank that n objects attend to; the same number for every object, without padding.
 
     Attributes:
         maps: (n, a) long, rows of `MemoryBank.maps`.
         positions: (n, a) long, entry of SAM 2's temporal encoding `maskmem_tpos_enc`: 6 for the current (or a
             conditioning) frame, d - 1 for a frame d away.
         pointers: (n, p) long, rows of `MemoryBank.pointers`.
-        distances: (n, p) float, frames between pointer and cell over the largest such distance; negative: ahead.
+        distances: (n, p) float, distance in frames to the pointer, relative to the largest one; negative: ahead.
     """
 
     maps: Tensor
@@ -93,7 +93,7 @@ class Slots:
     distances: Tensor
 
     def at(self, objects: Tensor | slice) -> Slots:
-        """The cells named."""
+        """Select objects by index."""
         return Slots(
             maps=self.maps[objects],
             positions=self.positions[objects],
@@ -104,7 +104,7 @@ class Slots:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """Cells that attend to equally many memories: `objects` (n,) long indexes the cells asked about."""
+    """Objects that attend to the same number of memories: `objects` (n,) long are their indices."""
 
     objects: Tensor
     slots: Slots

@@ -18,7 +18,7 @@ from rfmedsam2.records.model import CustomConfig, ModelConfig, UNetConfig
 from rfmedsam2.records.report import CaseMetrics, Evaluation, Interval
 from rfmedsam2.reporting.html import png_uri, write_html
 from rfmedsam2.reporting.training_curves import Theme, Training, read_training, training_png
-from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.checkpoint_header import CHECKPOINTS, read_record_of
 from rfmedsam2.store.images import image_ending
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ PICTURED_CASES = 3
 MAX_CLASS_COLUMNS = 16
 NAMED_CLASSES = 4
 """Number of classes named below an overlay."""
-CHECKPOINTS = ("checkpoint_best.safetensors", "checkpoint_final.safetensors", "checkpoint_latest.safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

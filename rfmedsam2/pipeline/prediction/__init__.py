@@ -1,1 +1,1 @@
-"""From trained models to label maps: files, arrays, boxes, model archives."""
+"""Prediction with trained models: files, arrays, box prompts, model archives."""

@@ -1,4 +1,4 @@
-"""Where the boxes of cases come from that RFMedSAM 2 is prompted with: label maps, or a JSON of boxes."""
+"""Box prompts of cases for RFMedSAM 2, from a folder of label maps or a JSON file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rfmedsam2.store.images import image_ending, read_label
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxSource:
-    """Boxes of cases: `labels` (case -> file) or `boxes` (case -> boxes one by one), never both for a case."""
+    """Boxes of cases: `labels` (case -> label map file) or `boxes` (case -> list of boxes), never both for a case."""
 
     labels: Mapping[str, Path]
     boxes: Mapping[str, Sequence[BoxPrompt]]
@@ -31,13 +31,13 @@ class BoxSource:
         """Find the boxes of cases.
 
         Args:
-            path: a folder of label maps named CASE + ending, one such file for a single case, or a JSON of boxes.
-            cases: what is to be predicted.
-            labels: of the model.
+            path: a folder of label maps named CASE + ending, one such file for a single case, or a JSON file of boxes.
+            cases: the cases to predict.
+            labels: labels of the model.
 
         Raises:
-            UsageError: no such path, cases without boxes, boxes of cases that are not predicted or of unknown labels.
-            RecordError: the JSON has faults, all listed.
+            UsageError: the path does not exist, cases have no boxes, or boxes are of other cases or unknown labels.
+            RecordError: the JSON file has faults; lists all of them.
         """
         ids = [case.id for case in cases]
         if path.is_dir():
@@ -45,11 +45,11 @@ class BoxSource:
             _require_all(ids, files, where=path, found=describe_contents(path), kind="label map")
             return cls(labels=files, boxes={})
         if not path.exists():
-            raise UsageError("There is no such folder or file of boxes", where=path, remedy="Check --boxes")
+            raise UsageError("The folder or file of boxes does not exist", where=path, remedy="Check --boxes")
         if image_ending(path):
             if len(cases) != 1:
                 raise UsageError(
-                    "One label map gives the boxes of one case",
+                    "One label map can only give the boxes of one case",
                     where=path,
                     expected="a folder",
                     found=f"{len(ids)} cases",
@@ -59,21 +59,21 @@ class BoxSource:
         unknown = sorted(set(boxes) - set(ids))
         if unknown:
             raise UsageError(
-                f"{len(unknown)} case(s) of the boxes are not among those to predict",
+                f"{len(unknown)} case(s) with boxes are not among the cases to predict",
                 where=path,
                 expected=f"cases of {_some(ids)}",
                 found=_some(unknown),
-                remedy="Name cases as their files, without channel number and ending",
+                remedy="Name cases like their files, without channel number and ending",
             )
         _require_all(ids, boxes, where=path, found=_some(sorted(boxes)) or "none", kind="entry")
         classes_of([box for own in boxes.values() for box in own], labels)
         return cls(labels={}, boxes=boxes)
 
     def of(self, case: Case, header: ImageHeader) -> BoxPrompts:
-        """Read the boxes of a case whose image has this header.
+        """Read the boxes of a case, given the header of its image.
 
         Raises:
-            ImageError: a label map that cannot be read, or does not lie on the image's grid.
+            ImageError: the label map cannot be read, or is not on the image's grid.
         """
         if case.id not in self.labels:
             return self.boxes[case.id]
@@ -81,11 +81,11 @@ class BoxSource:
         label, _ = read_label(path)
         differ = disagreement(header.grid, label.grid)
         if differ is not None and not differ[1]:
-            raise ImageError("A label map does not lie on the grid of its image", where=path, found=differ[0])
+            raise ImageError("A label map is not on the grid of its image", where=path, found=differ[0])
         return label.array[0]
 
     def digest(self, case: Case) -> bytes:
-        """SHA-256 of what is given for a case."""
+        """SHA-256 of the boxes of a case."""
         if case.id in self.labels:
             path = self.labels[case.id]
             try:
@@ -102,7 +102,7 @@ def _by_case(paths: Iterable[Path], ids: Collection[str]) -> dict[str, Path]:
         case = file_stem(path, None)
         if case in found and case in ids:
             names = f"{found[case].name} and {path.name}"
-            raise UsageError("Two label maps are of the same case", where=path.parent, found=names)
+            raise UsageError("Two label maps belong to the same case", where=path.parent, found=names)
         found[case] = path
     return {case: path for case, path in found.items() if case in ids}
 
@@ -115,7 +115,7 @@ def _require_all(ids: Sequence[str], given: Collection[str], *, where: Path, fou
             where=where,
             expected=f"a {kind} for {_some(lacking)}",
             found=found,
-            remedy="Give boxes for every case (in a JSON an empty list where there is nothing), or predict fewer cases",
+            remedy="Give boxes for every case (an empty list in the JSON file for none), or predict fewer cases",
         )
 
 

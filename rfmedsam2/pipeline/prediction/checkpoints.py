@@ -1,4 +1,4 @@
-"""Trained models on disk: which there are, and which checkpoints of one are meant."""
+"""Finding trained models and their checkpoints below a results folder."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from pathlib import Path
 from typing import Literal
 
 from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.store.checkpoint_header import BEST, CHECKPOINTS, FINAL, LATEST
 from rfmedsam2.store.layout import DATASET_FOLDER
 
 Which = Literal["final", "best", "latest"]
 FOLD = "fold_"
-CHECKPOINT = "checkpoint_{}.safetensors"
-CHECKPOINTS = tuple(CHECKPOINT.format(which) for which in ("final", "best", "latest"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedModel:
-    """A stage of a plan with at least one trained fold.
+    """A trained stage of a plan, with at least one fold.
 
     Attributes:
-        dataset: folder name, Dataset004_Hippocampus.
+        dataset: folder name of the dataset, such as Dataset004_Hippocampus.
         plan: name of the plan.
         stage: name of the stage.
-        folds: names of the folds that have a checkpoint, sorted.
-        folder: where the fold folders are.
+        folds: names of the folds with a checkpoint, sorted.
+        folder: folder of the fold folders.
     """
 
     dataset: str
@@ -38,7 +37,7 @@ class TrainedModel:
 def find_models(results: Path, dataset: str | None = None) -> list[TrainedModel]:
     """All trained models below a results folder, sorted; only those of `dataset` (full folder name) if given.
 
-    Models without any checkpoint are left out. A results folder that does not exist holds none.
+    Models without checkpoints are left out. A results folder that does not exist is treated as empty.
     """
     if not results.is_dir():
         return []
@@ -55,7 +54,7 @@ def find_models(results: Path, dataset: str | None = None) -> list[TrainedModel]
 
 
 def folds_of(model_folder: Path) -> list[str]:
-    """Names of the folds (`fold_NAME`) that have a checkpoint, sorted."""
+    """Names of the folds (`fold_NAME`) with a checkpoint, sorted."""
     if not model_folder.is_dir():
         return []
     folders = sorted(p for p in model_folder.iterdir() if p.is_dir() and p.name.startswith(FOLD))
@@ -65,30 +64,30 @@ def folds_of(model_folder: Path) -> list[str]:
 def checkpoints_of(
     model_folder: Path, *, folds: Sequence[str] | None = None, checkpoint: Which = "final"
 ) -> list[Path]:
-    """One checkpoint file for each fold.
+    """One checkpoint file per fold.
 
     Args:
         model_folder: results/DATASET/PLAN__STAGE.
-        folds: names; None: all that are found, but not "all" (trained on every case) beside others.
-        checkpoint: final (latest where training has not ended), best, or latest.
+        folds: names of folds; None: all found, except "all" (trained on every case) if there are others.
+        checkpoint: final (latest if training has not ended), best, or latest.
 
     Raises:
-        UsageError: no such folder or fold; lists those that there are.
-        CheckpointError: a fold has no such checkpoint.
+        UsageError: the folder or a fold does not exist; lists the existing ones.
+        CheckpointError: a fold does not have the requested checkpoint.
     """
     known = folds_of(model_folder)
     if not known:
         raise UsageError(
-            "There is no trained model here",
+            "The folder holds no trained model",
             where=model_folder,
-            expected=f"{FOLD}0/{CHECKPOINTS[0]} or the like",
+            expected=f"a file such as {FOLD}0/{CHECKPOINTS[0]}",
             remedy="Train with rfmed_train, or import a model with rfmed_import_model",
         )
     wanted = _default_folds(known) if folds is None else [str(fold) for fold in folds]
     missing = [fold for fold in wanted if fold not in known]
     if missing or not wanted:
         raise UsageError(
-            "No such trained fold",
+            "The fold has not been trained",
             where=model_folder,
             expected=f"one or several of {', '.join(known)}",
             found=", ".join(missing) or "none",
@@ -102,11 +101,10 @@ def _default_folds(known: list[str]) -> list[str]:
 
 
 def _checkpoint(folder: Path, which: Which) -> Path:
-    names = [which, "latest"] if which == "final" else [which]
-    for name in names:
-        path = folder / CHECKPOINT.format(name)
-        if path.is_file():
-            return path
+    candidates = {"final": (FINAL, LATEST), "best": (BEST,), "latest": (LATEST,)}[which]
+    for name in candidates:
+        if (folder / name).is_file():
+            return folder / name
     there = ", ".join(name for name in CHECKPOINTS if (folder / name).is_file())
     raise CheckpointError(
         f"The fold has no {which} checkpoint", where=folder, found=there, remedy="Choose another with --checkpoint"

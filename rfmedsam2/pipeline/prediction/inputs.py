@@ -1,4 +1,4 @@
-"""What a program may hand to a predictor - files, arrays, images of other libraries - as a volume and box prompts."""
+"""Converting a predictor's inputs (files, arrays, images of other libraries) to volumes and box prompts."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from rfmedsam2.store.images import as_labels, read_channels
 from rfmedsam2.volume import Volume, kind_of
 
 ImageInput = str | Path | Sequence[str | Path] | np.ndarray | Volume | SpatialImage | sitk.Image
-"""A file (or a DICOM folder), files of one channel each, an array, a volume, a nibabel or a SimpleITK image."""
+"""A file (or a DICOM folder), one file per channel, an array, a volume, a nibabel or a SimpleITK image."""
 BoxInput = np.ndarray | Volume | Sequence[BoxPrompt | Mapping[str, Any]]
-"""A label map (Z, Y, X) whose classes are boxed slice by slice, or boxes one by one (`BoxPrompt` or its JSON form)."""
+"""A label map (Z, Y, X) whose boxes are taken slice by slice, or a list of boxes (`BoxPrompt` or its JSON form)."""
 
 
 def as_volume(
     image: ImageInput, spacing_zyx_mm: Sequence[float] | np.ndarray | None = None
 ) -> tuple[Volume, ImageHeader | None]:
-    """The volume of any input, with its file's header if it is one.
+    """Convert any input to a volume, with the file's header if it is a file.
 
     Args:
-        image: any kind.
-        spacing_zyx_mm: of an array, for which it is needed; all other kinds know theirs.
+        image: an image of any supported type.
+        spacing_zyx_mm: spacing of an array, for which it is required; other images have their own.
 
     Raises:
-        UsageError: another kind of thing, a spacing for what has one, none for an array.
-        ImageError: a file that cannot be read, an array that is no volume.
-        GeometryError: an impossible spacing, affine or direction.
+        UsageError: an unsupported type, a spacing for an image with its own, or none for an array.
+        ImageError: a file cannot be read, or an array is not a volume.
+        GeometryError: an invalid spacing, affine or direction.
     """
     if isinstance(image, np.ndarray):
         if spacing_zyx_mm is None:
             raise UsageError(
                 "An array has no voxel spacing",
                 expected="spacing_zyx_mm=(z, y, x) in mm",
-                remedy="Give the spacing, or a Volume, a nibabel or a SimpleITK image, which know theirs",
+                remedy="Give the spacing, or use a Volume, a nibabel or a SimpleITK image, which have their own",
             )
         return Volume.from_numpy(image, spacing_zyx_mm=spacing_zyx_mm), None
     if spacing_zyx_mm is not None:
         raise UsageError(
-            "spacing_zyx_mm is for arrays only: other images know their spacing",
+            "spacing_zyx_mm is only for arrays, because other images have their own spacing",
             expected="a NumPy array with spacing_zyx_mm, or an image without",
             found=kind_of(image),
         )
@@ -64,44 +64,44 @@ def as_volume(
     if isinstance(image, Sequence) and image and all(isinstance(path, str | Path) for path in image):
         return read_channels([Path(path) for path in image])
     raise UsageError(
-        "This cannot be predicted",
-        expected="a file, files of one channel each, a NumPy array, a Volume, a nibabel or a SimpleITK image",
+        "This type of image is not supported",
+        expected="a file, one file per channel, a NumPy array, a Volume, a nibabel or a SimpleITK image",
         found=kind_of(image),
         remedy="Give tensor.detach().cpu().numpy()" if hasattr(image, "detach") else None,
     )
 
 
 def straightened(volume: Volume) -> Volume:
-    """The same voxels on perpendicular axes, as image files are read.
+    """The volume with its axes made perpendicular, as when reading image files.
 
     Raises:
-        GeometryError: axes further from perpendicular than is repaired.
+        GeometryError: the axes are too far from perpendicular to be corrected.
     """
     grid, _ = repaired(volume.grid, where="the image")
     return replace(volume, grid=grid)
 
 
 def as_boxes(boxes: BoxInput, grid: Grid) -> BoxPrompts:
-    """Box prompts of any kind, for an image on `grid`.
+    """Convert box prompts of any supported type, for an image on `grid`.
 
     Raises:
-        UsageError: another kind of thing.
+        UsageError: an unsupported type.
         ImageError: a label map whose values are not whole numbers from 0 to 65535.
-        GeometryError: a label volume of another grid.
-        RecordError: a box with faults, all listed.
+        GeometryError: a label volume on another grid.
+        RecordError: a box has faults; lists all of them.
     """
     if isinstance(boxes, Volume):
         differ = disagreement(grid, boxes.grid)
         if len(boxes.array) != 1 or (differ is not None and not differ[1]):
             found = f"{len(boxes.array)} channels" if differ is None else differ[0]
-            raise GeometryError("The label map of the boxes does not lie on the grid of its image", found=found)
+            raise GeometryError("The label map of the boxes is not on the grid of its image", found=found)
         return as_labels(boxes.array[0], where="boxes")
     if isinstance(boxes, np.ndarray) and boxes.dtype.kind in "iufb" and boxes.size:
         return as_labels(boxes, where="boxes")
     if isinstance(boxes, Sequence) and not isinstance(boxes, str | bytes):
         return [box if isinstance(box, BoxPrompt) else BoxPrompt.parse(box, where="boxes") for box in boxes]
     raise UsageError(
-        "These are not box prompts",
+        "This type of box prompts is not supported",
         expected="a label map (Z, Y, X), or a list of BoxPrompt(label=..., slice=..., box=(x0, y0, x1, y1))",
         found=f"{boxes.dtype} {boxes.shape}" if isinstance(boxes, np.ndarray) else kind_of(boxes),
     )

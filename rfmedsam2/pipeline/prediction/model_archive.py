@@ -1,4 +1,4 @@
-"""Hand a trained model on: one zip out, one zip in."""
+"""Exporting a trained model to a zip file, and importing it."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from pathlib import Path
 
 from rfmedsam2 import __version__
 from rfmedsam2.errors import CheckpointError, UsageError
-from rfmedsam2.pipeline.prediction.checkpoints import CHECKPOINT, FOLD, TrainedModel, Which, checkpoints_of
+from rfmedsam2.pipeline.prediction.checkpoints import FOLD, TrainedModel, Which, checkpoints_of
 from rfmedsam2.records.archive import Manifest
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.prediction import PredictingModel
 from rfmedsam2.store.archive import describe, unpack_archive, write_archive
 from rfmedsam2.store.atomic import writing_to
-from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.checkpoint_header import FINAL, read_record_of
 from rfmedsam2.store.checkpoints import read_all, read_weights, write_checkpoint
 from rfmedsam2.store.layout import DATASET_FOLDER
 
 EXTRAS = ("metrics.json", "summary.json")
-"""Files of a fold that travel with its checkpoint where they are there."""
+"""Files of a fold that are exported with its checkpoint if they exist."""
 
 
 def export_model(
     model_folder: Path, out: Path, *, folds: Sequence[str] | None = None, checkpoint: Which = "final"
 ) -> Manifest:
-    """Pack the weights of a model into a zip; optimizer and random state stay behind.
+    """Pack the weights of a model into a zip file, without optimizer and RNG state.
 
     Args:
         model_folder: results/DATASET/PLAN__STAGE.
-        out: the zip; replaced if it is there. Equal models give equal bytes.
-        folds: names; None: all that are found.
-        checkpoint: final (latest where training has not ended), best or latest.
+        out: the zip file; replaced if it exists. Equal models give equal bytes.
+        folds: names of folds; None: all.
+        checkpoint: final (latest if training has not ended), best or latest.
 
     Raises:
-        UsageError: no such model or fold.
-        CheckpointError: a checkpoint that is broken, or folds of different trainings.
+        UsageError: the model or a fold does not exist.
+        CheckpointError: a checkpoint is damaged, or folds are of different trainings.
         StoreError: `out` cannot be written.
     """
     paths = checkpoints_of(model_folder, folds=folds, checkpoint=checkpoint)
@@ -53,7 +53,7 @@ def export_model(
         files: dict[str, Path] = {}
         for path, record in zip(paths, records, strict=True):
             fold = f"{FOLD}{record.fold}"
-            name = f"{fold}/{CHECKPOINT.format('final')}"
+            name = f"{fold}/{FINAL}"
             files[name] = work / name
             weights = {f"model/{key}": tensor for key, tensor in read_weights(path).items()}
             write_checkpoint(files[name], record, weights, {})
@@ -67,18 +67,18 @@ def export_model(
 
 
 def import_model(archive: Path, results: Path, *, force: bool = False) -> TrainedModel:
-    """Unpack a model below a results folder, whole or not at all.
+    """Unpack a model below a results folder, atomically.
 
     Every checkpoint is read and checked before anything is moved into place.
 
     Args:
-        archive: a zip from `export_model`.
+        archive: a zip file made by `export_model`.
         results: root/results.
-        force: replace a model that is there (it is kept if anything fails).
+        force: replace an existing model (which is kept if anything fails).
 
     Raises:
-        CheckpointError: a damaged, foreign or unsafe archive, or a checkpoint in it that is not what it says.
-        UsageError: the model is there already.
+        CheckpointError: the archive is damaged, not one of ours or unsafe, or a checkpoint does not match the manifest.
+        UsageError: the model already exists.
         StoreError: the folder cannot be written, the disk is full.
     """
     with writing_to(results):
@@ -93,7 +93,7 @@ def import_model(archive: Path, results: Path, *, force: bool = False) -> Traine
         target = results / first.plan.dataset / f"{first.plan.name}__{first.stage}"
         if target.exists() and not force:
             raise UsageError(
-                "This model is there already", where=target, remedy="Replace it with --force, or move it away first"
+                "The model already exists", where=target, remedy="Replace it with --force, or move it away first"
             )
         with writing_to(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,17 +134,17 @@ def _identity(record: CheckpointRecord) -> PredictingModel:
         fold=record.fold,
         step=record.step,
         weights_sha256=record.weights_sha256,
-        checkpoint=CHECKPOINT.format("final"),
+        checkpoint=FINAL,
     )
 
 
 def _checked_folds(archive: Path, manifest: Manifest, folder: Path) -> list[CheckpointRecord]:
-    """Read all checkpoints: each is sound, lies where its fold belongs, and is the one of the manifest."""
+    """Read all checkpoints and check that each is valid, in its fold's folder, and the one in the manifest."""
     wanted = {f"{FOLD}{model.fold}/{model.checkpoint}": model for model in manifest.models}
     found = {file.name for file in manifest.files if file.name.endswith(".safetensors")}
     if not found or set(wanted) != found:
         raise CheckpointError(
-            "The archive's checkpoints are not those that its manifest names",
+            "The archive's checkpoints do not match its manifest",
             where=archive,
             expected=", ".join(sorted(wanted)) or "at least one checkpoint",
             found=", ".join(sorted(found)) or "none",
@@ -155,21 +155,21 @@ def _checked_folds(archive: Path, manifest: Manifest, folder: Path) -> list[Chec
         plan = record.plan
         said = (manifest.dataset, manifest.plan, manifest.stage, model.fold, model.weights_sha256)
         if said != (plan.dataset, plan.name, record.stage, record.fold, record.weights_sha256):
-            raise CheckpointError("A checkpoint is another than its manifest says", where=f"{archive}: {name}")
+            raise CheckpointError("A checkpoint does not match the manifest", where=f"{archive}: {name}")
         records.append(record)
     _safe_names(archive, records[0])
     return records
 
 
 def _safe_names(archive: Path, record: CheckpointRecord) -> None:
-    """Dataset, plan and stage become folder names: they must be plain ones."""
+    """Check that dataset, plan and stage are plain names, because they become folder names."""
     parts = (record.plan.name, record.stage)
     plain = all(part and part.replace("_", "").replace("-", "").replace(".", "").isalnum() for part in parts)
     dots = any(".." in part or part.startswith(".") for part in (*parts, record.plan.dataset))
     folder = DATASET_FOLDER.fullmatch(record.plan.dataset)
     if not plain or dots or folder is None or any(c in record.plan.dataset for c in '/\\:*?"<>|\0'):
         raise CheckpointError(
-            "The model's dataset, plan or stage is no folder name",
+            "The model's dataset, plan or stage is not a valid folder name",
             where=archive,
             found=f"{record.plan.dataset!r}, {record.plan.name!r}, {record.stage!r}",
         )

@@ -1,4 +1,4 @@
-"""Predict files: read and prepare one case ahead, predict, write behind; keep a record of what made which file."""
+"""Predicting files: cases are read and preprocessed ahead, written behind, and recorded in predictions.json."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ UNWRITABLE = (".dcm", ".nhdr")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictionSummary:
-    """What a run did.
+    """Summary of a prediction run.
 
     Attributes:
-        written: label maps made now.
-        kept: label maps that were there, valid and made by the same model and options.
-        seconds: of the whole run.
+        written: label maps written in this run.
+        kept: existing label maps that are valid and were made by the same model and options.
+        seconds: duration of the whole run.
     """
 
     written: tuple[Path, ...]
@@ -49,7 +49,7 @@ class PredictionSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ready:
-    """A case that was read and prepared."""
+    """A case that was read and preprocessed."""
 
     prepared: PreparedCase
     header: ImageHeader
@@ -68,28 +68,28 @@ def predict_files(
     workers: int = 1,
     track: Track = silent,
 ) -> PredictionSummary:
-    """Predict cases into a folder: CASE + ending, and predictions.json with what made them.
+    """Predict cases into a folder: CASE + ending, and predictions.json with model, options and inputs.
 
-    The ending is the plan's; where it cannot be written (DICOM), the input file's, else .nii.gz. The geometry of each
+    The ending is the plan's; if it cannot be written (DICOM), the input file's, else .nii.gz. The geometry of each
     input is restored exactly. A case with a fault does not stop the others.
 
     Args:
         predictor: the model.
-        cases: what to predict (`store.raw.find_cases`).
-        out: folder; made if it is not there.
+        cases: cases to predict (`store.input_discovery.find_cases`).
+        out: output folder; created if it does not exist.
         boxes: where the boxes lie that RFMedSAM 2 is prompted with: a folder of label maps (CASE + ending) or a JSON of
             boxes (`records.box_prompts.BoxPromptFile`); None: the model makes its own prompts.
         continue_: keep label maps that are readable, of the right shape, and were made from the same input by the same
             model and options, as predictions.json says.
         probabilities: write CASE.probabilities.b2nd beside each label map.
-        workers: cases read and prepared ahead of the one on the device; each holds one prepared volume.
-        track: progress over cases, and over the tiles of each.
+        workers: number of cases read and preprocessed ahead of the one on the device; each holds one volume in memory.
+        track: progress display over cases, and over the tiles of each.
 
     Raises:
-        UsageError: no cases, two of one name, an output that would overwrite an input; a step that is not produced by
-            this model, boxes that are missing or not accepted; another run that predicts into the folder.
+        UsageError: there are no cases, two have the same name, or an output would overwrite an input; the step is not
+            produced by this model; boxes are missing, or the model does not accept them; another run uses the folder.
         StoreError: the folder cannot be written.
-        RfMedSamError: names every case that was not predicted, and why; all others are written.
+        RfMedSamError: cases were not predicted; names each and the reason. All others are written.
     """
     started = time.perf_counter()
     predictor.require_possible(boxes=boxes is not None)
@@ -103,7 +103,7 @@ def predict_files(
 
 
 def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track) -> tuple[list[Path], list[Path]]:
-    """Predict and write; gives the label maps that were written and those that were kept."""
+    """Predict and write; returns the written and the kept label maps."""
     written: list[Path] = []
     kept: list[Path] = []
     faults: list[str] = []
@@ -129,13 +129,13 @@ def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track
             f"{len(faults)} of {len(cases)} cases were not predicted",
             where=run.out,
             found="; ".join(faults),
-            remedy="Mend what is named and run the same command with --continue: finished cases are kept",
+            remedy="Fix these cases and run the same command with --continue: finished cases are kept",
         )
     return written, kept
 
 
 class _Run:
-    """One run into one folder: what is there, and what was made by whom."""
+    """One run into an output folder: its existing files, and the record of how they were made."""
 
     def __init__(
         self, predictor: Predictor, out: Path, *, probabilities: bool, continue_: bool, prompted: bool
@@ -148,13 +148,13 @@ class _Run:
         self.made_by = predictor.made_by(boxes=prompted)
         self.boxes: BoxSource | None = None
         self.known: dict[str, PredictedCase] = {}
-        # none yet, or one that says nothing: every case is predicted anew
+        # missing or invalid record: every case is predicted again
         with contextlib.suppress(RecordError):
             self.known.update(read_record(out / PREDICTIONS, PredictionsRecord).cases)
         self.before = dict(self.known)
 
     def target(self, case: Case) -> Path:
-        """Name the label map of a case."""
+        """Path of a case's label map."""
         ending = self.predictor.plan.file_ending
         if ending.lower() in UNWRITABLE or image_ending(Path(f"x{ending}")) is None:
             ending = image_ending(case.images[0]) or ".nii.gz"
@@ -163,11 +163,11 @@ class _Run:
         return self.out / f"{case.id}{ending}"
 
     def probabilities_of(self, case: Case) -> Path:
-        """Name the probability file of a case."""
+        """Path of a case's probability file."""
         return self.out / f"{case.id}.probabilities.b2nd"
 
     def load(self, case: Case) -> _Ready | None:
-        """Read and prepare a case; None where its label map may stay."""
+        """Read and preprocess a case; None if its label map is kept."""
         started = time.perf_counter()
         digest = _digest(case.images, also=b"" if self.boxes is None else self.boxes.digest(case))
         if self.continue_ and self._is_reusable(case, digest):
@@ -179,7 +179,7 @@ class _Run:
         return _Ready(prepared=prepared, header=header, input_sha256=digest, read_seconds=seconds)
 
     def write(self, case: Case, item: _Ready, prediction: Prediction) -> Path:
-        """Write the label map, then its entry: an entry is only ever about a finished file."""
+        """Write the label map, then its entry, so that entries only refer to finished files."""
         started = time.perf_counter()
         target = self.target(case)
         write_label(target, prediction.labels, item.header)
@@ -232,7 +232,7 @@ class _Run:
 def _ahead(
     cases: Sequence[Case], load: Callable[[Case], _Ready | None], count: int
 ) -> Iterator[tuple[Case, Future[_Ready | None]]]:
-    """Every case with its result under way; at most `count` later cases are loaded meanwhile."""
+    """Iterate over cases with their pending results; loads at most `count` cases ahead."""
     with ThreadPoolExecutor(count, thread_name_prefix="read") as pool:
         waiting: deque[tuple[Case, Future[_Ready | None]]] = deque()
         try:
@@ -248,7 +248,7 @@ def _ahead(
 
 def _check(cases: Sequence[Case], run: _Run) -> None:
     if not cases:
-        raise UsageError("There is no case to predict", remedy="Check the input folder and the file endings in it")
+        raise UsageError("There are no cases to predict", remedy="Check the input folder and the file endings in it")
     ids = Counter(case.id for case in cases)
     twice = sorted(name for name, count in ids.items() if count > 1)
     if twice:
@@ -263,7 +263,7 @@ def _check(cases: Sequence[Case], run: _Run) -> None:
 
 
 def _digest(images: Sequence[Path], *, also: bytes) -> str:
-    """SHA-256 over the bytes of all files of a case, in order; a DICOM folder by its files' names."""
+    """SHA-256 of the bytes of all files of a case, in order; files of a DICOM folder are ordered by name."""
     digest = hashlib.sha256(also)
     for image in images:
         files = sorted(p for p in image.iterdir() if p.is_file()) if image.is_dir() else [image]

@@ -1,4 +1,4 @@
-"""A trained model kept in memory: files, arrays, volumes, nibabel and SimpleITK images in, predictions out."""
+"""Predictor: a trained model in memory that predicts files, arrays, volumes, nibabel and SimpleITK images."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from rfmedsam2.volume import Volume
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predictor:
-    """Networks with the plan that they were trained by, ready to predict any number of volumes.
+    """Networks with the plan that they were trained with, to predict any number of volumes.
 
-    `predictor(image)` takes a file, an array, a `Volume`, a nibabel or a SimpleITK image and gives a `Prediction`;
-    `predict_array`, `predict_nibabel`, `predict_sitk` and `predict_file` give the labels alone, as the kind that was
-    given. Its networks are read and never changed, so that one predictor may serve several threads.
+    `predictor(image)` accepts a file, an array, a `Volume`, a nibabel or a SimpleITK image and returns a `Prediction`;
+    `predict_array`, `predict_nibabel`, `predict_sitk` and `predict_file` return only the labels, in the type of the
+    input. The networks are never modified, so one predictor can be used by several threads.
 
     Attributes:
         networks: the folds, in evaluation mode on `device`.
-        checkpoints: the files that they came from.
-        records: what those say about themselves.
-        options: how to predict; `predictor.using(...)` gives one with others and the same weights.
+        checkpoints: the files that they were loaded from.
+        records: records of these files.
+        options: options of prediction; `predictor.using(...)` returns a predictor with others and the same weights.
     """
 
     networks: tuple[nn.Module, ...]
@@ -66,22 +66,22 @@ class Predictor:
         """Load a model.
 
         Args:
-            source: a model folder (results/DATASET/PLAN__STAGE), a checkpoint file, or several that are averaged.
-            folds: of a model folder; None: all that are found (see `checkpoints.checkpoints_of`).
-            checkpoint: of a model folder: final (latest where training has not ended), best or latest.
+            source: a model folder (results/DATASET/PLAN__STAGE), a checkpoint file, or several files to average.
+            folds: folds of a model folder; None: all found (see `checkpoints.checkpoints_of`).
+            checkpoint: for a model folder: final (latest if training has not ended), best or latest.
             device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
-            options: how to predict.
+            options: options of prediction.
 
         Raises:
-            UsageError: no such model, fold or device.
-            CheckpointError: a checkpoint that is broken, or of another plan than the first.
+            UsageError: the model, a fold or the device does not exist.
+            CheckpointError: a checkpoint is damaged, or of another plan than the first.
         """
         files = [source] if isinstance(source, (str, Path)) else list(source)
         paths = [Path(path) for path in files]
         if isinstance(source, (str, Path)) and not paths[0].is_file():
             paths = checkpoints_of(paths[0], folds=folds, checkpoint=checkpoint)
         if not paths:
-            raise UsageError("There is no checkpoint to predict with", expected="at least one file")
+            raise UsageError("No checkpoint was given", expected="at least one file")
         place = choose_device(device)
         loaded = [load_network(path, device=place) for path in paths]
         records = tuple(record for record, _ in loaded)
@@ -92,12 +92,12 @@ class Predictor:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """Device of the networks."""
         return next(self.networks[0].parameters()).device
 
     @property
     def plan(self) -> Plan:
-        """The plan of the first fold; the others' agree in all that matters for predicting."""
+        """The plan of the first fold; the others are equal in everything that affects prediction."""
         return self.records[0].plan
 
     @property
@@ -121,7 +121,7 @@ class Predictor:
         )
 
     def settings(self, *, boxes: bool = False) -> dict[str, float | int | bool | str]:
-        """Everything beside model and image that a label map depends on; `boxes`: whether they are given."""
+        """All settings besides model and image that affect a label map; `boxes`: whether boxes are given."""
         inference = self.options.inference(self.config)
         settings: dict[str, float | int | bool | str] = {
             "step_size": inference.step_size,
@@ -131,23 +131,23 @@ class Predictor:
         }
         if isinstance(self.config.model, RFMedSam2Config):
             settings["step"] = self.config.model.refinements if self.options.step is None else self.options.step
-            # which ones is a matter of the case: they are part of its input
+            # the boxes themselves are part of each case's input
             settings["boxes"] = "given" if boxes else "own"
         return settings
 
     def made_by(self, *, boxes: bool = False) -> str:
-        """SHA-256 over the weights of all folds, the plan's part that matters, and `settings`."""
+        """SHA-256 of the weights of all folds, the relevant part of the plan, and `settings`."""
         # the key is that of plans of format 1: label maps that were predicted with those stay valid
         needs = renamed(_what_predicting_needs(self.records[0]), {"normalization": "normalisation"})
         parts = [sorted(r.weights_sha256 for r in self.records), needs]
         return hashlib.sha256(json.dumps([*parts, self.settings(boxes=boxes)], sort_keys=True).encode()).hexdigest()
 
     def using(self, options: PredictOptions) -> Predictor:
-        """Keep the weights and take other options."""
+        """A predictor with the same weights and other options."""
         return replace(self, options=options)
 
     def require_possible(self, *, boxes: bool) -> None:
-        """Check the options, and whether there are boxes, against what the model can do.
+        """Check that the model supports the options, and accepts or has the boxes.
 
         Raises:
             UsageError: `options.step` is not produced by this model, or boxes are missing or not accepted.
@@ -166,22 +166,22 @@ class Predictor:
         """Predict one volume.
 
         Args:
-            image: a file (NIfTI, NRRD, MHA, MGZ), a DICOM folder, a list of files of one channel each, a NumPy array
+            image: a file (NIfTI, NRRD, MHA, MGZ), a DICOM folder, a list with one file per channel, a NumPy array
                 (Z, Y, X) or (C, Z, Y, X), a `Volume`, a nibabel or a SimpleITK image. Intensities are those of the
                 files that the model was trained on; an array's axes must run as in those files (x to the left, y to
                 the back, z to the head for a plan with `reorient`: LPS).
-            spacing_zyx_mm: distance of an array's voxel centers, mm; other images know theirs.
-            boxes: to prompt RFMedSAM 2 with, in voxels of the image: a label map (Z, Y, X) whose classes are boxed
+            spacing_zyx_mm: spacing of an array, mm; other images have their own.
+            boxes: box prompts for RFMedSAM 2, in voxels of the image: a label map (Z, Y, X) whose boxes are taken
                 slice by slice, a `Volume` of one, or a list of `BoxPrompt` (or of its JSON form).
-            probabilities: whether to keep them; all classes at full resolution, 2 bytes each.
-            track: shows the progress over tiles.
+            probabilities: whether to return them: all classes at full resolution, 2 bytes per value.
+            track: progress display over tiles.
 
         Raises:
-            UsageError: another kind of image or boxes, no spacing for an array, boxes that are missing or that the
-                model does not accept, a box outside the image, a label that the model does not know.
-            ImageError: a file that cannot be read, voxels that are not numbers or not finite.
-            PlanError: another number of channels than planned.
-            GeometryError: a spacing, affine or direction that is impossible.
+            UsageError: an unsupported type of image or boxes, no spacing for an array, boxes that are missing or that
+                the model does not accept, a box outside the image, or a label unknown to the model.
+            ImageError: a file cannot be read, or voxels are not numbers or not finite.
+            PlanError: the number of channels differs from the plan's.
+            GeometryError: a spacing, affine or direction is invalid.
         """
         self.require_possible(boxes=boxes is not None)
         volume, header = as_volume(image, spacing_zyx_mm)
@@ -190,14 +190,14 @@ class Predictor:
         return replace(prediction, grid=volume.grid if header is None else header.source_grid, header=header)
 
     def prepare(self, volume: Volume, *, boxes: BoxInput | None = None) -> PreparedCase:
-        """Do the first half of predicting, everything before the network; see `inference.volume.preprocess_case`."""
+        """First half of a prediction, everything before the network; see `inference.volume.preprocess_case`."""
         prompts = None if boxes is None else as_boxes(boxes, volume.grid)
         return preprocess_case(volume, self.plan, self.stage, boxes=prompts, threads=self.options.threads)
 
     def predict_prepared(
         self, prepared_case: PreparedCase, *, probabilities: Path | bool = False, track: ProgressFn = untracked
     ) -> Prediction:
-        """Do the second half of predicting; see `inference.volume.predict_prepared`."""
+        """Second half of a prediction; see `inference.volume.predict_prepared`."""
         return predict_prepared(
             self.networks,
             prepared_case,
@@ -233,7 +233,7 @@ class Predictor:
         *,
         boxes: BoxInput | None = None,
     ) -> np.ndarray:
-        """Labels of one case from its file or files (one a channel, or a DICOM folder); written to `out` if given."""
+        """Labels of one case from its files (one per channel, or a DICOM folder); written to `out` if given."""
         prediction = self(paths, boxes=boxes)
         if out is not None:
             prediction.save(out)
@@ -258,6 +258,6 @@ def _require_same_model(first: CheckpointRecord, other: CheckpointRecord, *, whe
             "The checkpoints belong to different plans and cannot be averaged",
             where=where,
             expected=f"the plan {first.plan.name} and stage {first.stage} of the first checkpoint",
-            found=f"{other.plan.name}, {other.stage}; other {', '.join(differing)}",
-            remedy="Predict with folds of one training",
+            found=f"{other.plan.name}, {other.stage}; different {', '.join(differing)}",
+            remedy="Use folds of the same training",
         )

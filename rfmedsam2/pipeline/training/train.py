@@ -23,7 +23,6 @@ from rfmedsam2.errors import RfMedSamError, StoreError, UsageError
 from rfmedsam2.pipeline.datasets.splits import get_split
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
 from rfmedsam2.pipeline.evaluation.report import write_report
-from rfmedsam2.pipeline.prediction.checkpoints import CHECKPOINTS
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.training.model_summary import check_memory
@@ -33,6 +32,7 @@ from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.reporting.training_curves import progress_png
+from rfmedsam2.store.checkpoint_header import FINAL, LATEST
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import open_dataset
@@ -203,7 +203,7 @@ def validate_fold(
         return None
     wanted = set(cases)
     inputs = [case for case in open_dataset(raw).training if case.id in wanted]
-    predictor = Predictor.load([folder / CHECKPOINTS[0]], device=device)
+    predictor = Predictor.load([folder / FINAL], device=device)
     out = folder / VALIDATION
     labels = {case.id: case.label for case in inputs}
     references = {path.parent for path in labels.values() if path is not None}

@@ -104,5 +104,5 @@ def test_weights_that_lack_something_are_refused(published: Published) -> None:
 
 
 def test_other_weights_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="no SAM with TinyViT"):
+    with pytest.raises(CheckpointError, match="without TinyViT"):
         load_light(build_base("mobile_sam", frame_size=SIZE), {"a": torch.zeros(1)}, where="other.pt")

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from rfmedsam2.engine.checkpoint import FINAL, LATEST
 from rfmedsam2.engine.log import read_events
 from rfmedsam2.errors import CheckpointError, PlanError, RecordError, UsageError
 from rfmedsam2.nn.segmenter import PromptBatch
 from rfmedsam2.records.overrides import with_overrides
+from rfmedsam2.store.checkpoint_header import FINAL, LATEST
 from rfmedsam2.store.checkpoints import read_weights
 from segment_anything_hq import models
 from segment_anything_hq.data.datasets import ImageSet

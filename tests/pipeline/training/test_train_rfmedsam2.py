@@ -134,7 +134,7 @@ def test_step_0_starts_from_a_trained_unet_of_the_same_plan(layout, tmp_path):
     assert len(notes) == 2
     for folder in (first.folder, first.folder.parent):
         assert load_pretrained(network, plan, fold="0", sam=None, unet=folder) == notes
-    with pytest.raises(UsageError, match=r"No such trained fold.*one or several of 0. Found 1"):
+    with pytest.raises(UsageError, match=r"fold has not been trained.*one or several of 0. Found 1"):
         load_pretrained(network, plan, fold="1", sam=None, unet=first.folder.parent)
     assert "in the validation set of fold 1" in load_pretrained(network, plan, fold="1", sam=None, unet=first.folder)[2]
     own = network.unet.state_dict()

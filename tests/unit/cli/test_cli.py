@@ -80,14 +80,14 @@ def test_none_or_several_datasets_are_a_sentence(layout):
     with pytest.raises(UsageError, match=r"No raw dataset was found"):
         dataset_name(layout, None, {}, among="raw")
     have(layout, BTCV, PHANTOM)
-    with pytest.raises(UsageError, match=f"Several datasets could be meant.*{BTCV}, {PHANTOM}.*-d"):
+    with pytest.raises(UsageError, match=f"There are several datasets.*{BTCV}, {PHANTOM}.*-d"):
         dataset_name(layout, None, {}, among="raw")
     with pytest.raises(UsageError, match=f"No such dataset: 4.*{BTCV}"):
         dataset_name(layout, "4", {}, among="raw")
 
 
 def test_none_or_several_models_are_listed(layout):
-    with pytest.raises(UsageError, match=r"There is no trained model.*rfmed_train"):
+    with pytest.raises(UsageError, match=r"No trained model was found.*rfmed_train"):
         trained_model(layout, {}, dataset=None, plan=None, configuration=None)
     have_model(layout)
     assert trained_model(layout, {}, dataset=None, plan=None, configuration=None).dataset == BTCV
@@ -95,7 +95,7 @@ def test_none_or_several_models_are_listed(layout):
     have_model(layout, dataset=PHANTOM)
     with pytest.raises(UsageError, match=f"Several.*-d {BTCV} -p rfmed -c 2d.*-d {PHANTOM}.*Name one"):
         trained_model(layout, {}, dataset=None, plan=None, configuration=None)
-    with pytest.raises(UsageError, match=f"No trained model fits.*-d {PHANTOM}"):
+    with pytest.raises(UsageError, match=f"No trained model matches.*-d {PHANTOM}"):
         trained_model(layout, {}, dataset=None, plan="nnunet", configuration=None)
 
 
@@ -115,7 +115,7 @@ def test_files_beside_the_plans_are_no_plans(layout):
     (folder / "list.json").write_text("[1]")
     for name in ("dataset", "splits_final", "rfmed_fingerprint", ".partial-1-rfmed"):
         (folder / f"{name}.json").write_text('{"format": ')
-    with pytest.raises(UsageError, match=r"There is no such plan.*rfmed_plan_and_preprocess -d Dataset217_BTCV"):
+    with pytest.raises(UsageError, match=r"The plan does not exist.*rfmed_plan_and_preprocess -d Dataset217_BTCV"):
         planned(layout, BTCV, None, stage="3d_fullres")
 
 
@@ -124,9 +124,9 @@ def test_several_plans_ask_for_a_name_and_a_broken_one_is_a_sentence(layout):
     folder.mkdir(parents=True)
     for name in ("one", "two"):
         (folder / f"{name}.json").write_text('{"format": 1, "stages": {}}')
-    with pytest.raises(UsageError, match=r"Several plans could be meant.*one, two.*-p"):
+    with pytest.raises(UsageError, match=r"There are several plans.*one, two.*-p"):
         planned(layout, BTCV, None, stage="3d_fullres")
-    with pytest.raises(UsageError, match=r"There is no such plan.*three.*one, two"):
+    with pytest.raises(UsageError, match=r"The plan does not exist.*three.*one, two"):
         planned(layout, BTCV, "three", stage="3d_fullres")
     with pytest.raises(RecordError, match=r"patch|name"):
         planned(layout, BTCV, "one", stage="3d_fullres")
@@ -164,5 +164,5 @@ def test_labels_come_from_a_file_a_dataset_or_beside(layout, tmp_path):
     assert names(dataset="BTCV", beside=[own.parent]) == ["organ"]
     assert names(environment={"RFMED_DATASET": "217"}, beside=()) == ["organ"]
     assert names(beside=beside) == ["organ"]
-    with pytest.raises(UsageError, match=r"Nothing says what the label values mean.*--labels"):
+    with pytest.raises(UsageError, match=r"The names of the label values are unknown.*--labels"):
         names(beside=[tmp_path / "nowhere" / "deep"])

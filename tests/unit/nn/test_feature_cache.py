@@ -125,8 +125,8 @@ def test_a_tally_counts_since_the_one_before() -> None:
     cache, frames = FeatureCache(1), frames_of(2)
     cache.levels(frames, Encoder())
     cache.levels(frames, Encoder())
-    assert "2 of 4 frames" in cache.tally()
-    assert "0 of 0 frames" in cache.tally()
+    assert "2 of 4 slices" in cache.hits()
+    assert "0 of 0 slices" in cache.hits()
 
 
 def test_an_encoder_that_learns_keeps_no_features() -> None:

@@ -122,5 +122,5 @@ def test_impossible_requests_get_a_sentence():
     bank, objects = torch.zeros(4, 1, dtype=torch.long), all_objects(4, 1)
     with pytest.raises(UsageError, match="0 to 6 frames"):
         select("both", bank, objects, reach=7)
-    with pytest.raises(UsageError, match="2 conditioning frames or more"):
+    with pytest.raises(UsageError, match="at least 2 conditioning frames"):
         select("sam2", bank, objects, max_conditioning=1)

@@ -202,7 +202,7 @@ def test_a_model_of_boxes_asks_for_them() -> None:
 
 
 def test_a_step_that_is_not_there_is_refused() -> None:
-    with pytest.raises(UsageError, match="no such step"):
+    with pytest.raises(UsageError, match="does not have this step"):
         network(refinements=1)(patch(), step=2)
 
 

@@ -140,7 +140,7 @@ def test_points_need_labels() -> None:
 
 @pytest.mark.parametrize(("name", "side"), [("sam", 72), ("sam", 48), ("sam2", 80)])
 def test_frame_sizes_that_cannot_be_are_refused(name: str, side: int) -> None:
-    with pytest.raises(PlanError, match="frames of this size"):
+    with pytest.raises(PlanError, match="Invalid frame size"):
         BUILDERS[name](frame_size=side)
 
 

@@ -138,9 +138,9 @@ def test_all_boxes_outside_the_image_are_named() -> None:
 def test_unknown_labels_are_named() -> None:
     with pytest.raises(UsageError, match=r"liver, spleen.*kidney"):
         boxes_of([given("kidney", 0, 1, 1, 2, 2)], restore())
-    with pytest.raises(UsageError, match="not know"):
+    with pytest.raises(UsageError, match="unknown to the model"):
         boxes_of([given(2, 0, 1, 1, 2, 2)], restore())
-    with pytest.raises(ImageError, match=r"not know.*\[2\]"):
+    with pytest.raises(ImageError, match=r"unknown to the model.*\[2\]"):
         boxes_of(np.full((6, 20, 24), 2, np.uint8), restore())
 
 

@@ -131,7 +131,7 @@ def test_weights_of_another_size_are_named(found):
 
 
 def test_weights_of_another_model_are_named():
-    with pytest.raises(CheckpointError, match="no SAM 2"):
+    with pytest.raises(CheckpointError, match="other than SAM 2"):
         load_sam2(empty_base("sam2_tiny"), TENSORS, where="w.pt")
 
 
