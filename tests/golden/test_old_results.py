@@ -91,7 +91,7 @@ def test_planning_again_keeps_fingerprint_plan_and_splits(copy_of) -> None:
     shown = run_ok(
         "plan_and_preprocess", "-p", "cpu", "-c", "3d_fullres", "--preset", "cpu", "--set", *words, "--root", root
     )
-    assert "was another before" not in shown.out + shown.err
+    assert "existed; it is kept" not in shown.out + shown.err
     after = {name: (folder / name).read_text() for name in before}
     assert after["rfmed_fingerprint.json"] == before["rfmed_fingerprint.json"]
     assert after["splits_final.json"] == before["splits_final.json"]
