@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The quick tests with the lowest version that pyproject.toml allows of every dependency, in an environment of their own.
 #
-#   scripts/lowest_versions.sh [PYTEST ARGUMENTS]     default: tests/unit
+#   scripts/lowest_versions.sh [PYTEST ARGUMENTS]
 #
 # Needs Python 3.10 to 3.12 (the oldest releases have no wheels for newer ones) and git; takes everything else from PyPI.
 # RFMED_LOWEST_VENV chooses another folder for the environment than .venv-lowest.
@@ -19,4 +19,4 @@ make_environment "$folder" ".[test]"
 
 python -m pip freeze | sed 's/^/  /'
 # warnings are errors with the newest versions, not with years-old ones
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" python -m pytest -q -W default "${@:-tests/unit}"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -W default --quick -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -15,7 +15,7 @@ from support.shared import made_once
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-LAWS = ("test_layers.py", "test_sizes.py", "test_imports.py", "test_readme.py")
+LAWS = ("test_layers.py", "test_sizes.py", "test_imports.py", "test_dependencies.py", "test_readme.py")
 QUICK = ("unit", "property", *LAWS)
 """Folders and files of the quick level, which also leaves out what is marked slow."""
 LONGEST_FIRST = ("faults", "pipeline/training", "pipeline", "golden", "parity")
