@@ -21,7 +21,7 @@ from rfmedsam2.errors import PlanError, UsageError
 from rfmedsam2.inference.refined_tiles import RefinedTiles, Request, Tiling
 from rfmedsam2.inference.sliding_window import Execution, Slab, predict_slabs, untracked
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
-from rfmedsam2.records.model import ModelConfig, RFMedSam2Config
+from rfmedsam2.records.model import CustomConfig, ModelConfig, RFMedSam2Config
 
 
 def steps_of(model: ModelConfig) -> tuple[int, ...]:
@@ -47,7 +47,7 @@ def require_possible(model: ModelConfig, *, step: int | None, boxes: bool) -> No
             raise UsageError(
                 "The model does not accept boxes",
                 expected="a model of RFMedSAM 2",
-                found="a U-Net",
+                found=f"the network {model.name}" if isinstance(model, CustomConfig) else "a U-Net",
                 remedy="Leave out --boxes, or name another model with -p and -c",
             )
         return
