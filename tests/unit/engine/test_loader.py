@@ -158,8 +158,8 @@ def test_a_worker_killed_while_the_main_process_works_does_not_break_into_that_w
 
 def test_a_stalled_worker_is_told_after_the_timeout_and_ended():
     began = time.monotonic()
-    with pytest.raises(WorkerError, match=r"No batch arrived within 1.5 s.*case_2.*pid \d+\) at batch 2"):
-        take(stall_at_2, workers=1, timeout_seconds=1.5)
+    with pytest.raises(WorkerError, match=r"No batch arrived within 5 s.*case_2.*pid \d+\) at batch 2"):
+        take(stall_at_2, workers=1, timeout_seconds=5.0)
     assert time.monotonic() - began < 30
     assert workers_alive() == []
 
@@ -184,7 +184,7 @@ print(next(stream)["number"])
 """
     here = Path(__file__).resolve().parent
     code = code.format(str(here), str(here.parents[1]))
-    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], timeout=300, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
