@@ -15,6 +15,21 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from rfmedsam2.errors import UsageError
+from rfmedsam2.nn.sam2.tiny_vit import Mlp
+from rfmedsam2.nn.sam2.tiny_vit import WindowAttention as Attention
+
+__all__ = [
+    "Attention",
+    "BasicLayer",
+    "Conv2d_BN",
+    "ConvLayer",
+    "DropPath",
+    "MBConv",
+    "Mlp",
+    "PatchEmbed",
+    "PatchMerging",
+    "TinyViTBlock",
+]
 
 UNSTRIDED = (320, 448, 576)
 """Widths of the last stage, which is not downsampled to: SAM wants stride 16 (MobileSAM)."""
@@ -149,81 +164,6 @@ class ConvLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         return _through(self.blocks, self.downsample, x, checkpointed=self.use_checkpoint)
-
-
-class Mlp(nn.Module):
-    """Normalization and two layers, (..., in_features) -> (..., out_features)."""
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int | None = None,
-        out_features: int | None = None,
-        act_layer: type[nn.Module] = nn.GELU,
-        drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        hidden = hidden_features or in_features
-        self.norm = nn.LayerNorm(in_features)
-        self.fc1 = nn.Linear(in_features, hidden)
-        self.fc2 = nn.Linear(hidden, out_features or in_features)
-        self.act = act_layer()
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(self.norm(x))))))
-
-
-class Attention(nn.Module):
-    """Self-attention within windows, biased by how far apart two places are: (windows, places, dim) -> the same.
-
-    Args:
-        dim: channels.
-        key_dim: channels of a head's queries and keys.
-        num_heads: heads.
-        attn_ratio: a head's values have this many times `key_dim` channels.
-        resolution: (rows, columns) of a window.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        key_dim: int,
-        num_heads: int = 8,
-        attn_ratio: float = 4,
-        resolution: tuple[int, int] = (14, 14),
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = key_dim**-0.5
-        self.key_dim = key_dim
-        self.nh_kd = key_dim * num_heads
-        self.d = int(attn_ratio * key_dim)
-        self.dh = self.d * num_heads
-        self.attn_ratio = attn_ratio
-        self.resolution = resolution
-        self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, self.dh + 2 * self.nh_kd)
-        self.proj = nn.Linear(self.dh, dim)
-        self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution[0] * resolution[1]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        heads = self.qkv(self.norm(x)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        q, k, v = heads.split([self.key_dim, self.key_dim, self.d], dim=-1)
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=self._biases().to(q.dtype))
-        return self.proj(seen.transpose(1, 2).flatten(2))
-
-    def _biases(self) -> Tensor:
-        """(num_heads, places, places): entry |dy| * columns + |dx| of the learned table.
-
-        From the weights at every call: a table that is kept would outlive weights that are loaded later.
-        """
-        rows, columns = (torch.arange(side, device=self.attention_biases.device) for side in self.resolution)
-        down, across = ((at[:, None] - at).abs() for at in (rows, columns))
-        entry = down[:, None, :, None] * len(columns) + across[None, :, None, :]
-        return self.attention_biases[:, entry.flatten(2).flatten(0, 1)]
 
 
 class TinyViTBlock(nn.Module):

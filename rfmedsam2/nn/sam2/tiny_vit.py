@@ -95,44 +95,78 @@ class Downsample(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Self-attention within a window, with biases by relative position, (n, window^2, width)."""
+    """Self-attention within a window, with biases by relative position, (windows, positions, dim) -> the same.
 
-    def __init__(self, width: int, *, heads: int, window: int) -> None:
+    Args:
+        dim: channels.
+        key_dim: channels of a head's queries and keys.
+        num_heads: heads.
+        attn_ratio: a head's values have this many times `key_dim` channels.
+        resolution: (rows, columns) of a window.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        key_dim: int,
+        num_heads: int = 8,
+        attn_ratio: float = 4,
+        resolution: tuple[int, int] = (14, 14),
+    ) -> None:
         super().__init__()
-        self.heads, self.window = heads, window
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.attention_biases = nn.Parameter(torch.zeros(heads, window * window))
+        self.num_heads = num_heads
+        self.scale = key_dim**-0.5
+        self.key_dim = key_dim
+        self.nh_kd = key_dim * num_heads
+        self.d = int(attn_ratio * key_dim)
+        self.dh = self.d * num_heads
+        self.attn_ratio = attn_ratio
+        self.resolution = resolution
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, self.dh + 2 * self.nh_kd)
+        self.proj = nn.Linear(self.dh, dim)
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution[0] * resolution[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        batch, places, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, places, self.heads, 3, width // self.heads)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self._biases().to(q.dtype))
-        return self.proj(x.transpose(1, 2).reshape(batch, places, width))
+        heads = self.qkv(self.norm(x)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q, k, v = heads.split([self.key_dim, self.key_dim, self.d], dim=-1)
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=self._biases().to(q.dtype))
+        return self.proj(seen.transpose(1, 2).flatten(2))
 
     def _biases(self) -> Tensor:
-        """(heads, window^2, window^2): entry |dy| * window + |dx| of the learned table."""
-        side = torch.arange(self.window, device=self.attention_biases.device)
-        apart = (side[:, None] - side).abs()
-        entry = apart[:, None, :, None] * self.window + apart[None, :, None, :]
+        """(num_heads, places, places): entry |dy| * columns + |dx| of the learned table.
+
+        From the weights at every call: a table that is kept would outlive weights that are loaded later.
+        """
+        rows, columns = (torch.arange(side, device=self.attention_biases.device) for side in self.resolution)
+        down, across = ((at[:, None] - at).abs() for at in (rows, columns))
+        entry = down[:, None, :, None] * len(columns) + across[None, :, None, :]
         return self.attention_biases[:, entry.flatten(2).flatten(0, 1)]
 
 
 class Mlp(nn.Module):
-    """Layer norm and two linear layers, (..., width) -> the same."""
+    """Layer norm and two linear layers, (..., in_features) -> (..., out_features)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: type[nn.Module] = nn.GELU,
+        drop: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        hidden = hidden_features or in_features
+        self.norm = nn.LayerNorm(in_features)
+        self.fc1 = nn.Linear(in_features, hidden)
+        self.fc2 = nn.Linear(hidden, out_features or in_features)
+        self.act = act_layer()
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(self.norm(x))))))
 
 
 class TinyVitBlock(nn.Module):
@@ -145,8 +179,8 @@ class TinyVitBlock(nn.Module):
     def __init__(self, width: int, *, heads: int, window: int) -> None:
         super().__init__()
         self.dim, self.window_size = width, window
-        self.attn = WindowAttention(width, heads=heads, window=window)
-        self.mlp = Mlp(width)
+        self.attn = WindowAttention(width, width // heads, heads, attn_ratio=1, resolution=(window, window))
+        self.mlp = Mlp(width, 4 * width)
         self.local_conv = ConvNorm(width, width, 3, groups=width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def test_weights_of_the_other_light_model_are_refused(published: Published) -> N
 
 def test_weights_that_lack_something_are_refused(published: Published) -> None:
     weights = {name: tensor for name, tensor in published[1].items() if name != "image_encoder.neck.2.weight"}
-    with pytest.raises(CheckpointError, match=r"1 missing, 0 of another shape \(image_encoder.neck.2.weight"):
+    with pytest.raises(CheckpointError, match=r"1 missing \(image_encoder.neck.2.weight"):
         load_light(build_base("mobile_sam", frame_size=SIZE), weights, where="cut.pt")
 
 
