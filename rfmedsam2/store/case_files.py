@@ -12,50 +12,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from rfmedsam2.records.base import Record
+from rfmedsam2.records.verify import Fault
 from rfmedsam2.store.formats.dicom import is_dicom_folder
 from rfmedsam2.store.images import image_ending
 
-FaultKind = Literal[
-    "unreadable",
-    "truncated",
-    "changed-while-reading",
-    "bad-geometry",
-    "skewed-axes",
-    "forms-differ",
-    "shape-mismatch",
-    "affine-mismatch",
-    "not-finite",
-    "constant-image",
-    "missing-channel",
-    "extra-channel",
-    "undeclared-label",
-    "not-a-label",
-    "empty-label",
-    "missing-label",
-    "missing-image",
-    "duplicate-id",
-    "wrong-suffix",
-    "case-count",
-    "split-overlap",
-    "split-unknown",
-]
-
 _SUFFIXED = re.compile(r"(.+)_(\d{4})")
-
-
-class Fault(Record):
-    """One problem of a dataset."""
-
-    case: str
-    """Case id, "" for the dataset as a whole."""
-    file: str
-    kind: FaultKind
-    severity: Literal["error", "warning"]
-    message: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

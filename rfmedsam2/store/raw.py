@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from rfmedsam2.errors import DatasetError, ImageError
 from rfmedsam2.records.dataset import DatasetJson
+from rfmedsam2.records.verify import Fault
 from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.case_files import (
     Case,
-    Fault,
     case_insensitive_duplicates,
     case_of,
     closest_name,
@@ -110,23 +110,6 @@ def read_case(case: Case, *, channels: int) -> tuple[Volume, ImageHeader]:
             remedy="Give one file for each channel (CASE_0000, CASE_0001 ...) or one file with all of them",
         )
     return volume, header
-
-
-def require_no_errors(faults: Sequence[Fault], *, where: object) -> None:
-    """Raise when any fault is an error.
-
-    Raises:
-        DatasetError: lists every error, one per line.
-    """
-    errors = [fault for fault in faults if fault.severity == "error"]
-    if errors:
-        lines = "\n".join(f"  {fault.case or '(dataset)'}: {fault.message}. {fault.remedy}" for fault in errors)
-        raise DatasetError(
-            f"The dataset has {len(errors)} fault(s)",
-            where=where,
-            found=f"\n{lines}\n",
-            remedy="Correct or remove these cases, then run the same command again",
-        )
 
 
 def _dataset_json(folder: Path) -> DatasetJson:

@@ -10,7 +10,6 @@ from support.commands import run_error
 
 from rfmedsam2.errors import CheckpointError, RecordError
 from rfmedsam2.pipeline.datasets.splits import read_splits
-from rfmedsam2.pipeline.datasets.verify import VerifyReport
 from rfmedsam2.records.archive import Manifest
 from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.box_prompts import BoxPromptFile
@@ -22,13 +21,18 @@ from rfmedsam2.records.plan import Plan
 from rfmedsam2.records.prediction import PredictionsRecord
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.records.study import PromptStudy
+from rfmedsam2.records.verify import VerifyReport
 from rfmedsam2.store.archive import read_manifest
 from rfmedsam2.store.atomic import read_record, write_record
 from rfmedsam2.store.checkpoint_header import read_header, record_sha256
-from segment_anything_hq.evaluation.average_precision import PrecisionRecord
-from segment_anything_hq.evaluation.run import EvaluationRecord
-from segment_anything_hq.inference.files import ImagePredictions
-from segment_anything_hq.records import METHODS, RefinerPlan, RefinerRecord
+from segment_anything_hq.records import (
+    METHODS,
+    EvaluationRecord,
+    ImagePredictions,
+    PrecisionRecord,
+    RefinerPlan,
+    RefinerRecord,
+)
 
 PREPROCESSED = Path("medical/root/preprocessed/Dataset900_PhantomCT")
 KEPT: dict[str, type[Record]] = {

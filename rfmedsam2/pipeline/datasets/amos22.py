@@ -22,32 +22,13 @@ from rfmedsam2.pipeline.datasets.conversion import (
     listed,
     pair,
 )
+from rfmedsam2.pipeline.datasets.label_tables import AMOS22_LABELS
 from rfmedsam2.pipeline.datasets.published_splits import AMOS_LAST_CT
 from rfmedsam2.system.parallel import Track, silent
 
 Task = Literal[1, 2]
 
 NAMES = {1: "Dataset218_AMOS22_CT", 2: "Dataset219_AMOS22"}
-
-LABELS = {
-    "background": 0,
-    "spleen": 1,
-    "right_kidney": 2,
-    "left_kidney": 3,
-    "gallbladder": 4,
-    "esophagus": 5,
-    "liver": 6,
-    "stomach": 7,
-    "aorta": 8,
-    "postcava": 9,
-    "pancreas": 10,
-    "right_adrenal_gland": 11,
-    "left_adrenal_gland": 12,
-    "duodenum": 13,
-    "bladder": 14,
-    "prostate_uterus": 15,
-}
-"""The official values; a typo and a slash in the official names are corrected."""
 
 DAMAGED = frozenset({5514, 5437})
 """Unusable files of the unlabeled part."""
@@ -94,7 +75,7 @@ def convert_amos22(
         folder=home,
         name=NAMES[task],
         channels=("CT",) if task == 1 else ("CT_or_MR",),
-        labels=LABELS,
+        labels=AMOS22_LABELS,
         further={
             "description": "AMOS22 after the challenge: its validation cases are training cases here",
             "reference": "https://amos22.grand-challenge.org, https://zenodo.org/records/7262581",
@@ -159,7 +140,7 @@ def _declared(path: Path, found: Download) -> dict[str, list[str]]:
         raise DatasetError(
             "The download's dataset.json is invalid", where=path, found=f"{type(error).__name__}: {error}"
         ) from error
-    if values and values != sorted(LABELS.values()):
+    if values and values != sorted(AMOS22_LABELS.values()):
         found.faults.append(f"dataset.json declares the label values {values}, expected 0 to 15")
     return ids
 

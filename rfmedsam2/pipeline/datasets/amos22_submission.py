@@ -19,8 +19,9 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 
 from rfmedsam2.errors import RfMedSamError, SubmissionError, UsageError
-from rfmedsam2.pipeline.datasets.amos22 import LABELS, modality_of, number_of
+from rfmedsam2.pipeline.datasets.amos22 import modality_of, number_of
 from rfmedsam2.pipeline.datasets.conversion import ENDING, listed
+from rfmedsam2.pipeline.datasets.label_tables import AMOS22_LABELS
 from rfmedsam2.store.atomic import atomic
 from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import read_header, read_image, write_label
@@ -28,7 +29,7 @@ from rfmedsam2.system.parallel import Track, map_cases, silent
 
 # zip's earliest date, so that the same predictions give the same bytes
 _DATE = (1980, 1, 1, 0, 0, 0)
-_HIGHEST_LABEL = max(LABELS.values())
+_HIGHEST_LABEL = max(AMOS22_LABELS.values())
 _AFFINE_TOLERANCE_MM = 1e-4
 FaultKind = Literal["missing", "extra", "unreadable", "geometry", "dtype", "labels", "scaling"]
 

@@ -14,26 +14,10 @@ from rfmedsam2.pipeline.datasets.conversion import (
     listed,
     pair,
 )
+from rfmedsam2.pipeline.datasets.label_tables import BTCV_LABELS
 from rfmedsam2.system.parallel import Track, silent
 
 NAME = "Dataset217_BTCV"
-
-LABELS = {
-    "background": 0,
-    "spleen": 1,
-    "right_kidney": 2,
-    "left_kidney": 3,
-    "gallbladder": 4,
-    "esophagus": 5,
-    "liver": 6,
-    "stomach": 7,
-    "aorta": 8,
-    "inferior_vena_cava": 9,
-    "portal_vein_and_splenic_vein": 10,
-    "pancreas": 11,
-    "right_adrenal_gland": 12,
-    "left_adrenal_gland": 13,
-}
 
 # the official training numbers leave a gap from 11 to 20
 _OFFICIAL_TRAINING = {*range(1, 11), *range(21, 41)}
@@ -64,7 +48,7 @@ def convert_btcv(
         folder=home,
         name=NAME,
         channels=("CT",),
-        labels=LABELS,
+        labels=BTCV_LABELS,
         further={
             "description": "BTCV abdomen, 13 organs",
             "reference": "https://www.synapse.org/#!Synapse:syn3193805",

@@ -16,8 +16,8 @@ from scipy import ndimage
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.geometry import Grid, Shape
-from rfmedsam2.pipeline.datasets.btcv import LABELS
 from rfmedsam2.pipeline.datasets.builder import new_dataset, write_dataset_json
+from rfmedsam2.pipeline.datasets.label_tables import BTCV_LABELS
 from rfmedsam2.pipeline.datasets.phantom_anatomy import FIELD_MM, Part, spine, upper_abdomen
 from rfmedsam2.store.atomic import atomic
 from rfmedsam2.system.parallel import Track, silent
@@ -119,7 +119,7 @@ def make_phantom(
         write_dataset_json(
             building,
             channels=("CT" if modality == "ct" else "MR",),
-            labels=LABELS,
+            labels=BTCV_LABELS,
             training=cases,
             further={
                 "name": NAMES[modality],

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rfmedsam2.pipeline.datasets.btcv import LABELS
+from rfmedsam2.pipeline.datasets.label_tables import BTCV_LABELS
 
 Point = tuple[float, float, float]
 
@@ -163,7 +163,7 @@ def _bowel(vary: _Variation) -> list[Part]:
 
 
 def _large_organs(vary: _Variation) -> list[Part]:
-    liver, stomach = LABELS["liver"], LABELS["stomach"]
+    liver, stomach = BTCV_LABELS["liver"], BTCV_LABELS["stomach"]
     right = vary.ellipsoid((-72, -8, 38), (60, 74, 82), turn_degrees=(0, 12, -8))
     left = vary.ellipsoid((-6, -48, 62), (68, 36, 36), turn_degrees=(0, 18, 0))
     parts = [Part(shape=s, tissue="liver", label=liver) for s in (right, left)]
@@ -181,7 +181,7 @@ def _large_organs(vary: _Variation) -> list[Part]:
         Part(shape=belly, tissue="gas", label=stomach, size=0.82, in_front_of_y=surface - vary.rng.uniform(8, 25)),
     ]
     spleen = vary.ellipsoid((98, 32, 52), (27, 44, 50), turn_degrees=(15, 0, -25))
-    return [*parts, Part(shape=spleen, tissue="spleen", label=LABELS["spleen"])]
+    return [*parts, Part(shape=spleen, tissue="spleen", label=BTCV_LABELS["spleen"])]
 
 
 def _retroperitoneum(vary: _Variation) -> list[Part]:
@@ -193,9 +193,9 @@ def _retroperitoneum(vary: _Variation) -> list[Part]:
         kidney = vary.ellipsoid(center, (25, 28, 54), turn_degrees=turn)
         inner = replace(kidney, center=(kidney.center[0] * 0.9, kidney.center[1] - 4, kidney.center[2]))
         parts += [
-            Part(shape=kidney, tissue="kidney_cortex", label=LABELS[name]),
-            Part(shape=inner, tissue="kidney_medulla", label=LABELS[name], size=0.62),
-            Part(shape=inner, tissue="kidney_sinus", label=LABELS[name], size=0.3),
+            Part(shape=kidney, tissue="kidney_cortex", label=BTCV_LABELS[name]),
+            Part(shape=inner, tissue="kidney_medulla", label=BTCV_LABELS[name], size=0.62),
+            Part(shape=inner, tissue="kidney_sinus", label=BTCV_LABELS[name], size=0.3),
         ]
     duodenum = vary.tube([(-16, -42, 4), (-44, -18, -5), (-46, 0, -45), (-5, 8, -62)], [13, 13, 12, 11])
     pancreas = vary.tube(
@@ -205,12 +205,12 @@ def _retroperitoneum(vary: _Variation) -> list[Part]:
         *parts,
         Part(shape=duodenum, tissue="bowel_wall"),
         Part(shape=duodenum, tissue="bowel_content", size=0.6),
-        Part(shape=pancreas, tissue="pancreas", label=LABELS["pancreas"]),
+        Part(shape=pancreas, tissue="pancreas", label=BTCV_LABELS["pancreas"]),
     ]
 
 
 def _vessels_and_small_organs(vary: _Variation) -> list[Part]:
-    portal = LABELS["portal_vein_and_splenic_vein"]
+    portal = BTCV_LABELS["portal_vein_and_splenic_vein"]
     cava = vary.tube([(-20, 26, -160), (-22, 24, -20), (-26, 18, 60), (-26, 6, 112)], [11, 12, 13, 12])
     aorta = vary.tube([(8, 28, -160), (9, 26, -40), (10, 28, 40), (14, 36, 160)], [9, 10, 11, 12], sd_mm=1.5)
     mesenteric = vary.tube([(-10, -8, -6), (-8, -14, -70), (0, -16, -130)], [6, 5.5, 4], sd_mm=2)
@@ -220,14 +220,14 @@ def _vessels_and_small_organs(vary: _Variation) -> list[Part]:
     gallbladder = vary.ellipsoid((-46, -50, -16), (15, 17, 27), turn_degrees=(25, -10, 0), power=2)
     gullet = vary.tube([(2, 20, 160), (4, 18, 118), (16, 12, 98), (34, 6, 88)], [9.5, 9.5, 10, 9], sd_mm=1.5)
     parts = [
-        Part(shape=cava, tissue="cava", label=LABELS["inferior_vena_cava"], in_cavity=False),
+        Part(shape=cava, tissue="cava", label=BTCV_LABELS["inferior_vena_cava"], in_cavity=False),
         Part(shape=mesenteric, tissue="portal"),
         Part(shape=celiac, tissue="aorta"),
-        Part(shape=aorta, tissue="aorta", label=LABELS["aorta"], in_cavity=False),
+        Part(shape=aorta, tissue="aorta", label=BTCV_LABELS["aorta"], in_cavity=False),
         Part(shape=splenic, tissue="portal", label=portal),
         Part(shape=trunk, tissue="portal", label=portal),
-        Part(shape=gallbladder, tissue="bile", label=LABELS["gallbladder"]),
-        Part(shape=gullet, tissue="esophagus", label=LABELS["esophagus"], in_cavity=False),
+        Part(shape=gallbladder, tissue="bile", label=BTCV_LABELS["gallbladder"]),
+        Part(shape=gullet, tissue="esophagus", label=BTCV_LABELS["esophagus"], in_cavity=False),
     ]
     for name, x, y, z in (("right_adrenal_gland", -36.0, 40.0, 34.0), ("left_adrenal_gland", 34.0, 40.0, 36.0)):
         # an inverted Y: a body in front, two limbs behind
@@ -235,7 +235,7 @@ def _vessels_and_small_organs(vary: _Variation) -> list[Part]:
         front, back = vary.near((x, y - 12, z + 2), 2), vary.near((x + side * 2, y, z), 2)
         for limb in ((x + side * 12, y + 12, z - 14), (x - side * 2, y + 14, z - 12)):
             shape = vary.tube([front, back, limb], [5, 5.5, 4.5], sd_mm=1)
-            parts.append(Part(shape=shape, tissue="adrenal", label=LABELS[name], in_cavity=False))
+            parts.append(Part(shape=shape, tissue="adrenal", label=BTCV_LABELS[name], in_cavity=False))
     return parts
 
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from rfmedsam2.errors import GeometryError, RfMedSamError
 from rfmedsam2.geometry import Grid
-from rfmedsam2.records.base import Record
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.plan import Split
-from rfmedsam2.store.case_files import Case, Fault, FaultKind
+from rfmedsam2.records.verify import Fault, FaultKind, VerifyReport
+from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.formats.image_header import (
     ChangedWhileReadingError,
     ImageHeader,
@@ -26,47 +26,11 @@ from rfmedsam2.store.formats.image_header import (
     disagreement,
 )
 from rfmedsam2.store.images import read_image, read_label, with_channel
-from rfmedsam2.store.raw import RawDataset, require_no_errors
+from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import Track, map_cases, silent
 from rfmedsam2.volume import Volume
 
 _TOLD_BY_NAMES = ("missing-channel", "extra-channel", "missing-image", "missing-label")
-
-
-class VerifyReport(Record):
-    """Result of a verification."""
-
-    dataset: str
-    cases: int
-    """Number of training and test cases checked."""
-    files: int
-    """Number of image and label files read."""
-    seconds: float
-    faults: tuple[Fault, ...]
-    """All faults, errors first, then by case."""
-
-    @property
-    def errors(self) -> tuple[Fault, ...]:
-        """Faults that prevent training."""
-        return tuple(f for f in self.faults if f.severity == "error")
-
-    @property
-    def warnings(self) -> tuple[Fault, ...]:
-        """Faults that should be checked."""
-        return tuple(f for f in self.faults if f.severity == "warning")
-
-    @property
-    def clean(self) -> bool:
-        """Whether there are no errors."""
-        return not self.errors
-
-    def require_clean(self) -> None:
-        """Raise if there are errors.
-
-        Raises:
-            DatasetError: lists all of them.
-        """
-        require_no_errors(self.faults, where=self.dataset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Literal
 from rfmedsam2.errors import UsageError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets import amos22, btcv
+from rfmedsam2.pipeline.datasets.label_tables import AMOS22_LABELS, BTCV_LABELS
 from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.planning.plan import plan
 from rfmedsam2.pipeline.planning.presets import get_rfmedsam2_preset
@@ -60,11 +61,11 @@ class PublishedPlan:
 
 
 BTCV = PublishedDataset(
-    name=btcv.NAME, labels=btcv.LABELS, shape=(100, 512, 512), spacing_mm=(3.0, 0.76, 0.76), cases=30
+    name=btcv.NAME, labels=BTCV_LABELS, shape=(100, 512, 512), spacing_mm=(3.0, 0.76, 0.76), cases=30
 )
 AMOS22_CT = PublishedDataset(
     name=amos22.NAMES[1],
-    labels=amos22.LABELS,
+    labels=AMOS22_LABELS,
     shape=(258, 512, 512),
     spacing_mm=(2.0, 0.712890625, 0.712890625),
     cases=300,

@@ -14,10 +14,11 @@ import numpy as np
 from rfmedsam2.errors import DatasetError, ImageError, RfMedSamError
 from rfmedsam2.geometry import Shape, Triple
 from rfmedsam2.pipeline.datasets.verify import examine_case
-from rfmedsam2.store.case_files import Case, Fault
+from rfmedsam2.records.verify import Fault, require_no_errors
+from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.images import read_header
 from rfmedsam2.store.orientation import reoriented
-from rfmedsam2.store.raw import RawDataset, require_no_errors
+from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.volume import Volume
 
 

@@ -19,10 +19,11 @@ import numpy as np
 from rfmedsam2.errors import DatasetError, RecordError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, FaultyCaseError, files_digest
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
+from rfmedsam2.records.verify import Fault, require_no_errors
 from rfmedsam2.store.atomic import read_record, write_record
-from rfmedsam2.store.case_files import Case, Fault
+from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.raw import RawDataset, require_no_errors
+from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import Track, map_cases, silent
 from rfmedsam2.transforms.crop import nonzero_box
 

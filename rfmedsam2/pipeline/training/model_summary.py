@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 from typing_extensions import assert_never
 
-from rfmedsam2.errors import PlanError
 from rfmedsam2.models import build_without_weights
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.sam2.adapted import adapters_of
@@ -35,8 +34,6 @@ PARTS = {
     "sam.base.": "pointers and embeddings",
 }
 """Prefix of parameter names -> part; the first match counts."""
-TOLERANCE = 1.25
-"""A plan is rejected if its estimate exceeds the free memory by this factor, because estimates err on both sides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,43 +125,6 @@ def summary(plan: Plan, stage: str) -> Summary:
     return Summary(
         plan=plan.name, stage=stage, parts=parts, layers=_layers(plan, found), memory=memory, memory_half=memory_half
     )
-
-
-def check_memory(plan: Plan, stage: str, available_bytes: int, *, half: bool = False) -> None:
-    """Raise if a training cannot fit into memory, before it starts.
-
-    Args:
-        plan: the plan to train.
-        stage: name of its stage.
-        available_bytes: free memory of the device in bytes.
-        half: whether training uses mixed precision.
-
-    Raises:
-        PlanError: the estimate is far above the free memory; says how much is needed, and how to reduce it.
-    """
-    found = plan.stage(stage)
-    terms = _memory(plan, found, _parts(build_without_weights(plan, found)), half=half)
-    needed, available = total_gib(terms), available_bytes / 2**30
-    if needed <= TOLERANCE * available:
-        return
-    largest = sorted(terms, key=lambda term: -term.gib)[:2]
-    raise PlanError(
-        "There is not enough memory to train this plan",
-        where=f"{plan.name}, {stage}",
-        expected=f"about {needed:.1f} GiB ({', '.join(f'{term.gib:.1f} for {term.name}' for term in largest)})",
-        found=f"{available:.1f} GiB free",
-        remedy=_remedy(found),
-    )
-
-
-def _remedy(stage: Stage) -> str:
-    words = [f"a smaller batch_size (now {stage.batch_size})"] if stage.batch_size > 1 else []
-    words.append(f"a smaller patch (now {' x '.join(map(str, stage.patch_size))}): another --preset")
-    if isinstance(stage.model, RFMedSam2Config):
-        words.append(f"a smaller model.frame_size (now {stage.model.frame_size}) or backbone")
-        if not stage.compute.checkpointing:
-            words.append("compute.checkpointing=true")
-    return "Plan with " + ", or ".join(words)
 
 
 def _memory(plan: Plan, stage: Stage, parts: tuple[Part, ...], *, half: bool) -> tuple[MemoryTerm, ...]:

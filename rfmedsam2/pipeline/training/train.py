@@ -25,7 +25,7 @@ from rfmedsam2.pipeline.evaluation.evaluate import evaluate
 from rfmedsam2.pipeline.evaluation.report import write_report
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
-from rfmedsam2.pipeline.training.model_summary import check_memory
+from rfmedsam2.pipeline.training.memory_check import check_memory
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import RFMedSam2Config

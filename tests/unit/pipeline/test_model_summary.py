@@ -15,7 +15,8 @@ from rfmedsam2.errors import PlanError
 from rfmedsam2.pipeline.planning.memory_estimate import activation_terms, total_gib
 from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.planning.published_plans import published_plan
-from rfmedsam2.pipeline.training.model_summary import check_memory, summary
+from rfmedsam2.pipeline.training.memory_check import check_memory
+from rfmedsam2.pipeline.training.model_summary import summary
 from rfmedsam2.records.plan import Plan
 
 PLANS = Path(__file__).resolve().parents[3] / "plans"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rfmedsam2.errors import StoreError, UsageError
-from rfmedsam2.pipeline.datasets.btcv import LABELS
+from rfmedsam2.pipeline.datasets.label_tables import BTCV_LABELS
 from rfmedsam2.pipeline.datasets.phantom import make_phantom, phantom_case
 
 
@@ -26,7 +26,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def center_zyx(labels: np.ndarray, name: str) -> np.ndarray:
-    return np.argwhere(labels == LABELS[name]).mean(0)
+    return np.argwhere(labels == BTCV_LABELS[name]).mean(0)
 
 
 def test_left_and_right_are_the_patients(case) -> None:
@@ -53,7 +53,7 @@ def test_head_is_up_and_spine_is_behind(case) -> None:
 def test_intensities_are_those_of_a_ct(case) -> None:
     assert case.image.dtype == np.int16
     assert case.image.min() >= -1024
-    liver = case.image[case.labels == LABELS["liver"]]
+    liver = case.image[case.labels == BTCV_LABELS["liver"]]
     assert 30 < np.median(liver) < 140
     assert 8 < liver.std() < 45
     assert np.median(case.image[:, :3]) == pytest.approx(-1000, abs=25)
@@ -69,7 +69,7 @@ def test_most_scans_are_portal_venous_and_the_aorta_tells_the_phase() -> None:
     brightness: dict[str, list[float]] = {}
     for seed in range(20):
         case = phantom_case((20, 48, 48), seed=seed)
-        brightness.setdefault(case.phase, []).append(float(np.median(case.image[case.labels == LABELS["aorta"]])))
+        brightness.setdefault(case.phase, []).append(float(np.median(case.image[case.labels == BTCV_LABELS["aorta"]])))
     assert len(brightness["portal venous"]) > 8
     assert max(brightness["native"]) < min(brightness["portal venous"]) < min(brightness["arterial"])
 
@@ -78,8 +78,8 @@ def test_an_mr_is_positive_with_bright_fat() -> None:
     case = phantom_case(seed=0, modality="mr")
     assert case.image.min() >= 0
     assert case.phase == "T1"
-    assert np.median(case.image[case.labels == LABELS["liver"]]) > np.median(
-        case.image[case.labels == LABELS["spleen"]]
+    assert np.median(case.image[case.labels == BTCV_LABELS["liver"]]) > np.median(
+        case.image[case.labels == BTCV_LABELS["spleen"]]
     )
 
 
@@ -103,7 +103,7 @@ def test_the_dataset_is_nnunet_raw(dataset: Path) -> None:
     ]
     record = json.loads((dataset / "dataset.json").read_text())
     assert record["channel_names"] == {"0": "CT"}
-    assert record["labels"] == LABELS
+    assert record["labels"] == BTCV_LABELS
     assert record["numTraining"] == 2
 
 
@@ -117,7 +117,7 @@ def test_image_and_label_share_geometry_and_orientation_survives_the_file(datase
     values = np.asanyarray(label.dataobj)
 
     def center_mm(name: str) -> np.ndarray:
-        return nibabel.affines.apply_affine(label.affine, np.argwhere(values == LABELS[name]).mean(0))
+        return nibabel.affines.apply_affine(label.affine, np.argwhere(values == BTCV_LABELS[name]).mean(0))
 
     # NIfTI's world is RAS: the liver lies to the right (+x), kidneys behind (-y) and below (-z)
     assert center_mm("liver")[0] > center_mm("spleen")[0]

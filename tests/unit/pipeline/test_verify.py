@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from rfmedsam2.errors import DatasetError
-from rfmedsam2.pipeline.datasets.verify import VerifyReport, examine_case, verify
+from rfmedsam2.pipeline.datasets.verify import examine_case, verify
 from rfmedsam2.records.plan import Split
+from rfmedsam2.records.verify import VerifyReport
 from rfmedsam2.store import images
 from rfmedsam2.store.raw import open_dataset
 

@@ -9,7 +9,7 @@ import torch
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import StoreError
 from rfmedsam2.geometry import Grid
-from rfmedsam2.pipeline.datasets.btcv import LABELS
+from rfmedsam2.pipeline.datasets.label_tables import BTCV_LABELS
 from rfmedsam2.pipeline.datasets.phantom import phantom_case
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
@@ -109,7 +109,7 @@ def tiny_plan(patch=(8, 32, 32), *, dimensions=3) -> Plan:
         dataset="Dataset900_PhantomCT",
         fingerprint="",
         channels=("CT",),
-        labels=LabelSet(names={"background": 0, **{k: v for k, v in LABELS.items() if v}}),
+        labels=LabelSet(names={"background": 0, **{k: v for k, v in BTCV_LABELS.items() if v}}),
         file_ending=".nii.gz",
         intensities=(unit,),
         stages={"3d_fullres": stage},
