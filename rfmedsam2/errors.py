@@ -64,7 +64,7 @@ class RecordError(RfMedSamError, ValueError):
 
 
 class PlanError(RfMedSamError, ValueError):
-    """A plan that does not fit the data, the model or the request."""
+    """A plan that does not match the data, the model or the request."""
 
 
 class StoreError(RfMedSamError, OSError):

@@ -1,7 +1,7 @@
-"""Extensions: networks, losses, augmentations, planners and tasks of other packages, as plans name them.
+"""Extensions named in plans: networks, losses, augmentations, planners and tasks of other packages.
 
-What is registered is called with keyword arguments, always with `options`: an instance of its attribute `Options` (a
-`Record`) if it has one, else a plain dict.
+A registered object is called with keyword arguments, always including `options`: an instance of its attribute `Options`
+(a `Record`) if it has one, else a plain dict.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from rfmedsam2.system.entry_points import Kind, Registered, find
 
 
 def make(kind: Kind, extension: Extension, **given: Any) -> Any:
-    """Call what is registered with checked options and what its kind is given (see the README of this package).
+    """Call a registered object with validated options and the arguments of its kind (see this package's README).
 
     Raises:
-        ExtensionError: not installed, registered twice, not importable, or it failed.
-        RecordError: options that it does not have.
+        ExtensionError: the extension is not installed, registered twice, cannot be imported, or failed.
+        RecordError: options that the extension does not have.
     """
     registered, factory, options = _resolve(kind, extension)
     try:
@@ -31,15 +31,15 @@ def make(kind: Kind, extension: Extension, **given: Any) -> Any:
         raise
     except Exception as error:
         raise ExtensionError(
-            "An extension failed when it was made",
+            "An extension failed while being created",
             where=registered,
             found=f"{type(error).__name__}: {error}",
-            remedy=f"Tell those who maintain {registered.package}",
+            remedy=f"Report this to the maintainers of {registered.package}",
         ) from error
 
 
 def check(stage: Stage) -> None:
-    """Import all that a stage names and check its options, before any work begins; raises what `make` does."""
+    """Import all extensions of a stage and check their options, before other work; raises the errors of `make`."""
     for kind, extension in named_by(stage):
         _resolve(kind, extension)
 
@@ -57,7 +57,7 @@ def named_by(stage: Stage) -> Iterator[tuple[Kind, Extension]]:
 
 
 def _resolve(kind: Kind, extension: Extension) -> tuple[Registered, Any, Any]:
-    """What is registered, imported, and the options for it."""
+    """The registration, the imported object, and its options."""
     registered = find(kind, extension.name, package=extension.package)
     factory = registered.load()
     record = getattr(factory, "Options", None)
@@ -65,7 +65,7 @@ def _resolve(kind: Kind, extension: Extension) -> tuple[Registered, Any, Any]:
         return registered, factory, dict(extension.options)
     if not (isinstance(record, type) and issubclass(record, Record)):
         raise ExtensionError(
-            "The options of an extension are no record",
+            "The options of an extension are not a record",
             where=registered,
             expected="Options, a subclass of rfmedsam2.records.base.Record",
             found=repr(record),

@@ -1,4 +1,4 @@
-"""Volumes in memory: an array with its grid, from and to NumPy, nibabel and SimpleITK without losing geometry."""
+"""Volumes in memory: an array with its grid, and lossless conversion from and to NumPy, nibabel and SimpleITK."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from rfmedsam2.geometry import IDENTITY, Grid, Triple
 class Volume:
     """An array with axes (channel, z, y, x) and the grid of its last three axes.
 
-    Conversions keep every voxel, spacing, origin and direction, oblique and skewed ones too. Integers stay what they
-    are; only types that a format cannot hold are widened (bool to uint8, float16 to float32).
+    Conversions preserve every voxel, spacing, origin and direction, also oblique and skewed ones. Integer dtypes stay;
+    only dtypes that a format cannot store are widened (bool to uint8, float16 to float32).
     """
 
     array: np.ndarray
@@ -30,7 +30,7 @@ class Volume:
     def __post_init__(self) -> None:
         if self.array.ndim != 4 or self.array.shape[1:] != self.grid.shape_zyx:
             raise GeometryError(
-                "A volume's array does not fit its grid",
+                "A volume's array does not match its grid",
                 expected=f"(channels, {', '.join(map(str, self.grid.shape_zyx))})",
                 found=self.array.shape,
             )
@@ -44,7 +44,7 @@ class Volume:
         origin_xyz_mm: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0),
         direction: Sequence[Sequence[float]] | np.ndarray = IDENTITY,
     ) -> Self:
-        """A volume from an array, which is not copied.
+        """Make a volume from an array, which is not copied.
 
         Args:
             array: (Z, Y, X) or (C, Z, Y, X), numbers or bool.
@@ -54,8 +54,8 @@ class Volume:
 
         Raises:
             UsageError: not an array (a tensor, a list).
-            ImageError: another number of axes, no voxels, or not numbers.
-            GeometryError: spacing, origin or direction that is impossible.
+            ImageError: the number of axes is wrong, there are no voxels, or they are not numbers.
+            GeometryError: spacing, origin or direction is invalid.
         """
         channels = _channels(array)
         spacing, origin = _three(spacing_zyx_mm, "spacing_zyx_mm"), _three(origin_xyz_mm, "origin_xyz_mm")
@@ -65,17 +65,17 @@ class Volume:
         return cls(array=channels, grid=grid)
 
     def to_numpy(self) -> np.ndarray:
-        """The array, not copied: (Z, Y, X) of one channel, else (C, Z, Y, X)."""
+        """The array, not copied: (Z, Y, X) if there is one channel, else (C, Z, Y, X)."""
         return self.array[0] if len(self.array) == 1 else self.array
 
     @classmethod
     def from_nibabel(cls, image: SpatialImage) -> Self:
-        """A volume from a nibabel image (x, y, z), (x, y, z, C) or (x, y, z, 1, C), scaled as its header says.
+        """Make a volume from a nibabel image (x, y, z), (x, y, z, C) or (x, y, z, 1, C), scaled by its header.
 
         Raises:
             UsageError: not a nibabel image.
-            ImageError: another number of axes, or colors or complex numbers as voxels.
-            GeometryError: an affine that is impossible.
+            ImageError: the number of axes is wrong, or voxels are colors or complex numbers.
+            GeometryError: the affine is invalid.
         """
         if not isinstance(image, SpatialImage):
             raise UsageError("This is not a nibabel image", expected="a SpatialImage", found=kind_of(image))
@@ -87,7 +87,7 @@ class Volume:
         return cls(array=channels, grid=Grid.from_affine_ras(np.asarray(image.affine), (z, y, x)))
 
     def to_nibabel(self) -> nib.Nifti1Image:
-        """A NIfTI image (x, y, z), or (x, y, z, C) of several channels, with this volume's affine."""
+        """Convert to a NIfTI image (x, y, z), or (x, y, z, C) for several channels, with this volume's affine."""
         voxels = _storable(self.to_numpy()).T
         image = nib.Nifti1Image(voxels, _as_stored(self.grid.affine_ras), dtype=voxels.dtype)
         image.header.set_xyzt_units("mm")
@@ -95,7 +95,7 @@ class Volume:
 
     @classmethod
     def from_sitk(cls, image: sitk.Image) -> Self:
-        """A volume from a three-dimensional SimpleITK image; components of vector pixels become channels.
+        """Make a volume from a three-dimensional SimpleITK image; components of vector pixels become channels.
 
         Raises:
             UsageError: not a SimpleITK image.
@@ -114,7 +114,7 @@ class Volume:
         )
 
     def to_sitk(self) -> sitk.Image:
-        """A SimpleITK image; several channels become components of vector pixels."""
+        """Convert to a SimpleITK image; several channels become components of vector pixels."""
         several = len(self.array) > 1
         voxels = _storable(self.to_numpy())
         image = sitk.GetImageFromArray(np.moveaxis(voxels, 0, -1) if several else voxels, isVector=several)
@@ -125,7 +125,7 @@ class Volume:
 
 
 def _channels(array: Any) -> np.ndarray:
-    """An array as (C, Z, Y, X), in the machine's byte order."""
+    """An array as (C, Z, Y, X), in native byte order."""
     if not isinstance(array, np.ndarray):
         remedy = "Give tensor.detach().cpu().numpy()" if hasattr(array, "detach") else "Give numpy.asarray(...)"
         raise UsageError("This is not a NumPy array", expected="numpy.ndarray", found=kind_of(array), remedy=remedy)
@@ -155,13 +155,13 @@ def _three_rows(direction: Any) -> list[Any]:
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
-    """The array in a type that NIfTI and ITK both know."""
+    """The array in a dtype that both NIfTI and ITK support."""
     widened = {"bool": np.uint8, "float16": np.float32}.get(array.dtype.name)
     return array if widened is None else array.astype(widened)
 
 
 def _as_stored(affine: np.ndarray) -> np.ndarray:
-    """NIfTI keeps single precision: undo what taking spacing and direction apart has rounded in the last digit."""
+    """Round an affine to NIfTI's single precision, undoing the rounding of separating spacing and direction."""
     stored = affine.astype(np.float32).astype(np.float64)
     near = np.abs(stored - affine) <= 8 * np.finfo(np.float64).eps * np.abs(affine).max(axis=0)
     return np.where(near, stored, affine)

@@ -1,4 +1,4 @@
-"""How the commands show things: progress bars, tables, the live line of a training."""
+"""Terminal output of the commands: progress bars, tables, the live line of a training."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 """Progress: standard error, so that a program can read standard output."""
 QUIET_SECONDS = 30.0
-"""Where there is no terminal, a training writes a line this often."""
+"""Seconds between lines of a training if there is no terminal."""
 
 
 def bars(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """A progress bar with the remaining time around `items`; one line at the end where there is no terminal."""
+    """Iterate over `items` with a progress bar; prints one line at the end if there is no terminal."""
     if not err.is_terminal:
         began, done = time.monotonic(), 0
         for item in items:
@@ -67,10 +67,10 @@ class TrainingView:
         self._printed = time.monotonic()
         self._score = ""
         self.steps = 0
-        """Steps seen."""
+        """Number of steps shown."""
 
     def __enter__(self) -> TrainingView:
-        """Begin to show, at the first step."""
+        """Start the display, at the first step."""
         return self
 
     def __exit__(
@@ -114,14 +114,14 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     if out.is_terminal:
         out.print(grid)
         return
-    # a file has no edge at which a line would have to be broken
+    # lines are not wrapped in files
     endless = Console(file=out.file, highlight=False, width=10_000)
     endless.width = endless.measure(grid).maximum
     endless.print(grid)
 
 
 def show_plan(plan: Plan) -> None:
-    """The stages of a plan, side by side."""
+    """Print the stages of a plan, side by side."""
     stages = list(plan.stages.values())
     rows: list[list[object]] = [
         ["spacing mm", *(" x ".join(f"{s:.3g}" for s in stage.spacing_mm) for stage in stages)],
@@ -137,7 +137,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def _network_rows(models: Sequence[ModelConfig]) -> list[list[object]]:
-    """What the networks of the stages are made of; SAM 2's rows only where there is one."""
+    """Rows on the networks of the stages; rows on SAM 2 only if a stage has it."""
     unets = [model.unet if isinstance(model, RFMedSam2Config) else model for model in models]
     rows: list[list[object]] = [["U-Net", *(_features(unet) for unet in unets)]]
     if any(isinstance(model, CustomConfig) for model in models):
@@ -158,7 +158,7 @@ def _features(network: object) -> str | None:
 
 
 def show_summary(summary: Summary) -> None:
-    """Parts, layers and memory of a plan's network."""
+    """Print parts, layers and memory of a plan's network."""
     rows: list[Sequence[object]] = [
         (part.group, part.name, *map(_millions, (part.parameters, part.trained, part.frozen))) for part in summary.parts
     ]
@@ -167,7 +167,7 @@ def show_summary(summary: Summary) -> None:
     title = f"Plan {summary.plan}, {summary.stage}: millions of parameters"
     table(title, columns, [*rows, ("all", "", *map(_millions, totals))])
     sizes = [(layer.part, layer.name, layer.channels, _by(layer.size)) for layer in summary.layers]
-    table("Sizes of one sample, frame or cell", ("", "layer", "channels", "voxels"), sizes)
+    table("Sizes per sample, slice or object", ("", "layer", "channels", "voxels"), sizes)
     pairs = list(zip(summary.memory, summary.memory_half, strict=True))
     needs: list[Sequence[object]] = [
         (full.name, f"{full.gib:.2f}", f"{half.gib:.2f}", full.rule) for full, half in pairs
@@ -178,7 +178,7 @@ def show_summary(summary: Summary) -> None:
 
 
 def show_scores(evaluation: Evaluation) -> None:
-    """Means over cases per class, with confidence intervals for DSC."""
+    """Print means over cases per class, with confidence intervals for DSC."""
 
     def row(name: str, found: dict[str, Interval]) -> list[object]:
         dsc, distance = found["dsc"], found["hd95_mm"].mean
@@ -194,12 +194,12 @@ def show_scores(evaluation: Evaluation) -> None:
 
 
 def show_submission(report: SubmissionReport) -> None:
-    """The faults of a submission."""
+    """Print the faults of a submission."""
     table("Faults", ("case", "file", "kind", "what"), [(f.case, f.file, f.kind, f.message) for f in report.faults])
 
 
 def show_doctor(report: DoctorReport) -> None:
-    """Everything that the doctor found, warnings last."""
+    """Print the doctor's report, warnings last."""
     rows: list[tuple[object, object]] = [
         ("rfmedsam2", report.package),
         ("Python", f"{report.python} ({report.executable})"),
@@ -227,7 +227,7 @@ def _cell(value: object) -> str:
 
 
 def _counted(words: Sequence[str]) -> str:
-    """Equal words once: `zscore x 4`."""
+    """Group equal words: `zscore x 4`."""
     counts = Counter(words)
     return ", ".join(word if n == 1 else f"{word} x {n}" for word, n in counts.items())
 

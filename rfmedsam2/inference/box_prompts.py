@@ -58,7 +58,7 @@ def _from_label_map(
     label = label.reshape(label.shape[-3:])
     shape = _shape_of_file(restore, orientation)
     if label.shape != shape:
-        raise GeometryError("The shape of a label map is wrong", expected=f"{shape} (z, y, x)", found=label.shape)
+        raise GeometryError("The shape of a label map differs", expected=f"{shape} (z, y, x)", found=label.shape)
     undeclared = sorted(set(np.unique(label).tolist()) - set(labels.allowed_values))
     if undeclared:
         raise ImageError(

@@ -1,4 +1,4 @@
-"""What predicting one volume gives: labels in the image's own grid, and what can be made of them."""
+"""Result of predicting one volume: labels on the image's grid, with volumes, conversions and saving."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from rfmedsam2.volume import Volume
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """The result for one volume, whatever kind of image it was given as.
+    """The result for one volume, for every type of input image.
 
     Attributes:
-        labels: (Z, Y, X) uint8, or uint16 where a value exceeds 255, in the axes of the image.
-        grid: where the labels lie: the image's own grid.
-        classes: what the values mean.
-        seconds: by part: prepare, network, export.
-        probabilities: (K, Z, Y, X) float16 where they were asked for in memory, else None. K: background and classes
+        labels: (Z, Y, X) uint8, or uint16 if a value exceeds 255, in the axes of the image.
+        grid: the image's grid.
+        classes: names of the label values.
+        seconds: seconds by part: prepare, network, export.
+        probabilities: (K, Z, Y, X) float16 if they were requested in memory, else None. K: background and classes
             in the order of their values (softmax), or the regions in declared order (sigmoid).
-        header: of the image file, so that `save` restores its geometry to the last bit; None for other inputs.
+        header: header of the image file, from which `save` restores the exact geometry; None for other inputs.
     """
 
     labels: np.ndarray
@@ -40,7 +40,7 @@ class Prediction:
 
     @property
     def volumes_ml(self) -> dict[str, float]:
-        """Volume of every foreground class (or region) in milliliters, by name; counted when asked for."""
+        """Volume of every foreground class (or region) in milliliters, by name; computed on first access."""
         counts = np.zeros(int(np.iinfo(self.labels.dtype).max) + 1, np.int64)
         for plane in self.labels:
             counts += np.bincount(plane.ravel(), minlength=len(counts))
@@ -52,7 +52,7 @@ class Prediction:
         return Volume(array=self.labels[None], grid=self.grid)
 
     def to_nibabel(self) -> nib.Nifti1Image:
-        """The labels as a NIfTI image (x, y, z) with the image's affine, and of a NIfTI file its header's codes."""
+        """The labels as a NIfTI image (x, y, z) with the image's affine and, for a NIfTI file, its header's codes."""
         if self.header is None or self.header.nifti is None:
             return self.to_volume().to_nibabel()
         raw = label_header(self.header, self.labels)
@@ -63,10 +63,10 @@ class Prediction:
         return self.to_volume().to_sitk()
 
     def save(self, path: str | Path) -> None:
-        """Write the labels, whole or not at all; the ending decides the format.
+        """Write the labels atomically; the ending selects the format.
 
         Raises:
-            UsageError: an ending that cannot be written.
+            UsageError: the ending is not that of a writable format.
             StoreError: the folder cannot be written, the disk is full.
         """
         header = self.header

@@ -121,7 +121,7 @@ def hidden_width(features: int, ratio: float) -> int:
 
 
 def adapted(x: Tensor, adapter: nn.Module | None) -> Tensor:
-    """X + adapter(x); x itself if there is no adapter."""
+    """Return x + adapter(x), or x itself if there is no adapter."""
     return x if adapter is None else x + adapter(x)
 
 

@@ -1,4 +1,4 @@
-"""Published weights into a network: refusals when they are another network's, and a report of what was loaded."""
+"""Loading published weights into a network, with checks and a report of the loaded parameters."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rfmedsam2.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """Names of parameters, in the order of the model's (`unexpected`: of the file's).
+    """Names of loaded and missing parameters, in the model's order (`unexpected`: in the file's).
 
     Attributes:
-        loaded: had weights in the file.
-        missing: had none, and stay or start as this package initializes them.
-        unexpected: are in the file, but not in the model.
+        loaded: parameters loaded from the file.
+        missing: parameters without weights in the file, which keep this package's initialization.
+        unexpected: tensors in the file that the model does not have.
     """
 
     loaded: tuple[str, ...]
@@ -26,18 +26,18 @@ class LoadReport:
 
 
 def require_backbone(expected: str, found: str, *, where: object) -> None:
-    """Refuse weights of another backbone than the network's.
+    """Raise if weights are of another backbone than the network.
 
     Raises:
         CheckpointError: the two names differ.
     """
     if found != expected:
         raise CheckpointError(
-            "These weights are of another backbone",
+            "The weights are of another backbone",
             where=where,
             expected=f"weights of {expected}",
             found=f"weights of {found}",
-            remedy=f"Take the file of {expected}, or name the backbone that these weights are of",
+            remedy=f"Use the file of {expected}, or choose the backbone of these weights",
         )
 
 
@@ -47,14 +47,14 @@ def load_weights(
     """Copy weights into a network by name.
 
     Args:
-        module: of the weights' backbone (`require_backbone`).
-        weights: by the module's names; others are left out.
-        model: what error messages call the network.
-        where: what error messages name, as a rule the file.
-        optional: names of tensors that the weights may lack.
+        module: network with the weights' backbone (`require_backbone`).
+        weights: tensors by the module's names; others are ignored.
+        model: name of the network in error messages.
+        where: the place that error messages name, usually the file.
+        optional: names of tensors that may be missing.
 
     Raises:
-        CheckpointError: anything else is lacking, or something has another shape; nothing was copied.
+        CheckpointError: other tensors are missing, or shapes differ; nothing was copied.
     """
     wanted = module.state_dict()
     missing = tuple(name for name in wanted if name not in weights)
@@ -64,18 +64,18 @@ def load_weights(
     if lacking or wrong:
         faults = {"missing": lacking, "of another shape": wrong, "unknown": unexpected}
         raise CheckpointError(
-            f"These weights do not fit {model}",
+            f"The weights do not match {model}",
             where=where,
             expected="the names and shapes of a published file",
             found="; ".join(f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names),
-            remedy="Take a published file, or the one that this model was fine-tuned from",
+            remedy="Use a published file, or the one that this model was fine-tuned from",
         )
     module.load_state_dict({name: weights[name] for name in wanted if name in weights}, strict=False)
     return LoadReport(loaded=tuple(name for name in wanted if name in weights), missing=missing, unexpected=unexpected)
 
 
 def described(weights: Mapping[str, Tensor]) -> str:
-    """How many tensors, and the names of the first."""
+    """Text with the number of tensors and the first names."""
     return f"{len(weights)} tensors: {', '.join(list(weights)[:3])} ..."
 
 

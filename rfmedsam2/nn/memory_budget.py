@@ -84,7 +84,7 @@ class ObjectSizes:
         maps = ENCODE_MEMORY.select(training) * self.channels * self.side**2
         return int(FLOAT * (maps + ENCODE_MEMORY_MASKS.select(training) * (16 * self.side) ** 2))
 
-    def recall(self, memories: int, *, training: bool = True) -> int:
+    def condition_on_memory(self, memories: int, *, training: bool = True) -> int:
         """Bytes per object of Step 2: memory attention over `memories` maps, and decoding."""
         tokens = self.side**2
         keys = memories * (tokens + self.channels // self.memory_channels)  # a pointer is several tokens

@@ -30,7 +30,7 @@ class RefinementInput:
 
     Attributes:
         prompts: boxes (N, K, 4) in pixels of the maps, presence (N, K).
-        evidence: (N, K, H, W) class map of Step 0; cells that are not decoded keep it.
+        base_logits: (N, K, H, W) class map of Step 0; objects that are not decoded keep it.
         masks: (N, K, H, W) logits of mask prompts; None: no mask prompts.
         tokens: (N, K, P, C) sparse embeddings used instead of boxes; None: boxes.
         found: (N, K, 4) boxes predicted by a generator, xyxy in [0, 1] of the frame, with gradients.
@@ -60,9 +60,14 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step1Output:
-    """What Step 1 leaves: its class map (N, K, H, W), the cells (q, 2) of (frame, class) decoded, and what they gave.
+    """Output of Step 1.
 
-    `masks` (q, 4s, 4s) and `scores` (q,) are SAM 2's own, `pointers` (q, C) the object pointers.
+    Attributes:
+        logits: (N, K, H, W) class map.
+        objects: (q, 2) (frame, class) of the decoded objects.
+        masks: (q, 4s, 4s) SAM 2's mask logits.
+        pointers: (q, C) object pointers.
+        scores: (q,) object score logits.
     """
 
     logits: Tensor
@@ -79,8 +84,8 @@ class StepOutputs:
     Attributes:
         logits: step -> (B, outputs, D, H, W); Step 0 is missing for generators without masks, and a list with deep
             supervision.
-        scores: (q,) object score logits of Step 1, and
-        cells: (q, 2) the (frame, class) that they are of.
+        scores: (q,) object score logits of Step 1.
+        objects: (q, 2) (frame, class) of these scores.
         found: (N, K, 4) boxes predicted by a generator, xyxy in [0, 1] of the frame; None for other generators.
         presence: (N, K) presence logits of these boxes.
     """

@@ -43,10 +43,9 @@ class Refiner:
         sam: SAM 2; registered as a module elsewhere.
         config: configuration of the whole model.
         regions: whether classes overlap.
-        compute: working memory for what SAM 2 treats at once; whether activations are computed again in the backward
-            pass.
-        max_objects: where gradients are wanted, decode at most so many object prompts of a batch, drawn at random;
-            None: all.
+        compute: memory budget of SAM 2's chunks, and activation checkpointing.
+        max_objects: with gradients enabled, maximum number of object prompts decoded per batch, drawn at random; None:
+            all.
     """
 
     def __init__(
@@ -144,7 +143,7 @@ class Refiner:
         order, masks = [], []
         for bucket in buckets:
             memories = bucket.slots.maps.shape[1]
-            count = chunk_size(self.compute.memory_mb, sizes.recall(memories, training=training))
+            count = chunk_size(self.compute.memory_mb, sizes.condition_on_memory(memories, training=training))
             for part in torch.arange(len(bucket.objects), device=objects.device).split(count):
                 order.append(bucket.objects[part])
                 masks.append(self.run(chunk, bucket.objects[part], bucket.slots.at(part)))

@@ -53,10 +53,10 @@ class RFMedSam2(nn.Module):
         channels: M, number of input channels.
         outputs: number of channels of the logits: K classes and background, or K regions.
         regions: whether outputs are regions.
-        compute: the memory budget of what SAM 2 treats at once, and checkpointing.
-        max_objects: where gradients are wanted, decode at most so many object prompts of a batch; None: all.
-        deep_supervision: in training mode, Step 0's U-Net gives all its resolutions.
-        cache: features of a frozen image encoder, kept for frames that come again; None: they are not kept.
+        compute: memory budget of SAM 2's chunks, and activation checkpointing.
+        max_objects: with gradients enabled, maximum number of object prompts decoded per batch; None: all.
+        deep_supervision: whether Step 0's U-Net returns all its resolutions in training mode.
+        cache: cache of a frozen image encoder's features; None: no cache.
 
     Attributes:
         classes: K.

@@ -1,6 +1,6 @@
-"""SAM on images as a segmenter: ViT-B, L, H, MobileSAM and LiteMedSAM, prompts of several images as one batch.
+"""SAM as a segmenter, batched over images and prompts: ViT-B, L, H, MobileSAM and LiteMedSAM.
 
-The one place that builds SAM's three parts: for the prompt study and the refiners `SamSegmenter`, for HQ-SAM
+All of SAM's parts are built here: `SamSegmenter` for the prompt study and the refiners, and for HQ-SAM
 `build_vit`, `build_prompt_encoder` and `build_transformer`. Prompt encoder, mask decoder and ViT are the
 `segment_anything` package's, TinyViT is ours (`sam2/tiny_vit.py`); parameters have the names of the published files
 (`sam_weights.py`). The mask decoder is run here and not by its own `forward`, which takes one image.
@@ -23,7 +23,7 @@ from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, normalized,
 
 SamBackbone = Literal["vit_b", "vit_l", "vit_h", "vit_tiny", "lite_medsam", "vit_nano"]
 Trained = Literal["none", "decoder"]
-"""What of a base is trained: nothing (zero-shot, or under a refiner), or its mask decoder."""
+"""Trainable part: none (zero-shot, or below a refiner), or the mask decoder."""
 
 NAMES: dict[SamBackbone, str] = {
     "vit_b": "SAM ViT-B",
@@ -33,20 +33,20 @@ NAMES: dict[SamBackbone, str] = {
     "lite_medsam": "LiteMedSAM",
     "vit_nano": "SAM ViT-nano",
 }
-"""As reports and papers say; nano, which no weights exist for, is for tests."""
+"""Names as in papers; nano has no published weights and is for tests."""
 CHANNELS = 256
 NANO_CHANNELS = 64
 STRIDE = 16
 LITE_STRIDE = 4
-"""Of LiteMedSAM, whose frames have 256 pixels a side where the others' have 1024."""
+"""Stride of LiteMedSAM's embedding, whose frames have 256 x 256 pixels instead of 1024 x 1024."""
 PUBLISHED_SIDE = 64
-"""Positions a side of the embedding that published weights are for."""
+"""Side length of the embedding that published weights were trained with."""
 WINDOW = 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VitSizes:
-    """Sizes of an image encoder: channels, blocks, heads, and which blocks attend to the whole image."""
+    """Sizes of an image encoder: channels, blocks, heads, and the blocks with attention over the whole image."""
 
     channels: int
     depth: int
@@ -65,18 +65,18 @@ VitT = TypeVar("VitT", bound=ImageEncoderViT)
 
 
 class SamSegmenter(nn.Module):
-    """SAM on frames and prompts as batches.
+    """SAM batched over frames and prompts.
 
     Args:
-        backbone: its image encoder.
-        frame_size: S, a multiple of the embedding's stride, 16 (LiteMedSAM: 4); TinyViT's of two strides. None: as
-            published, 1024 (LiteMedSAM: 256).
-        best_of_three: a single point without box and mask is ambiguous: of three masks take the one that SAM scores
-            best, as its authors advise. Otherwise the single-mask output, as interactive benchmarks do.
+        backbone: image encoder.
+        frame_size: S, a multiple of the embedding's stride, 16 (LiteMedSAM: 4), for TinyViT of twice the stride. None:
+            as published, 1024 (LiteMedSAM: 256).
+        best_of_three: for a single point without box and mask, which is ambiguous, use the best of three masks by
+            SAM's score, as its authors recommend. Otherwise the single-mask output, as in interactive benchmarks.
         trained: "decoder": the mask decoder is trained, "none": nothing.
 
     Raises:
-        PlanError: a frame size that the encoder cannot take.
+        PlanError: the encoder does not support the frame size.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SamSegmenter(nn.Module):
         least = stride if backbone in VITS else 2 * stride
         if frame_size < 4 * stride or frame_size % least:
             raise PlanError(
-                f"{backbone} cannot see frames of this size",
+                f"Invalid frame size for {backbone}",
                 expected=f"a multiple of {least} from {4 * stride}",
                 found=frame_size,
             )
@@ -114,7 +114,7 @@ class SamSegmenter(nn.Module):
         self.mask_decoder.requires_grad_(trained == "decoder")
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255; LiteMedSAM stretches each to 0 to 1."""
+        """Normalize and pad images (B, 3, h, w), 0 to 255, to frames (B, 3, S, S); LiteMedSAM scales each to 0 to 1."""
         if self.backbone == "lite_medsam":
             return padded(scaled(images.float(), "unit"), self.frame_size)
         return normalized(images, self.frame_size)
@@ -123,13 +123,13 @@ class SamSegmenter(nn.Module):
         """Embed frames (B, 3, S, S)."""
         encoder = self.image_encoder
         if isinstance(encoder, TinyVitEncoder):
-            # its convolutions are quicker with channels last
+            # its convolutions are faster with channels last
             seen = frames.contiguous(memory_format=torch.channels_last)
             return Embedded(embedding=encoder.neck(encoder.stages(seen)[-1]), frames=frames)
         return Embedded(embedding=encoder(frames), frames=frames)
 
     def segment(self, embedded: Embedded, prompted: PromptBatch, *, previous: Segmented | None = None) -> Segmented:  # noqa: ARG002
-        """Mask the prompted objects; the mask before takes part only as `prompted.masks`."""
+        """Segment the prompted objects; the previous mask is only used as `prompted.masks`."""
         size = (len(prompted), 4 * self.side, 4 * self.side)
         masks = embedded.embedding.new_empty(size, dtype=torch.float32)
         scores = masks.new_empty(len(prompted))
@@ -140,11 +140,11 @@ class SamSegmenter(nn.Module):
         return Segmented(logits=masks, scores=scores)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of the mask decoder, or none."""
+        """Parameters of the mask decoder, or none."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def _decoded(self, embedding: Tensor, prompted: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Masks (p, 4s, 4s) and their scores (p,) of prompts with equally many points, and embeddings of their own."""
+        """Masks (p, 4s, 4s) and scores (p,) of prompts with the same number of points, one embedding each."""
         sparse, dense = prompt_embeddings(self.prompt_encoder, prompted)
         with torch.autocast(embedding.device.type, enabled=False):
             positions = self.prompt_encoder.get_dense_pe()
@@ -163,13 +163,13 @@ def build_vit(
     channels: int = CHANNELS,
     kind: type[VitT] = ImageEncoderViT,
 ) -> VitT:
-    """A ViT of SAM's, new.
+    """Build a ViT of SAM, randomly initialized.
 
     Args:
         backbone: one of `VITS`.
         frame_size: S, a multiple of 16.
-        channels: of the embedding.
-        kind: the class to build: `segment_anything`'s, or one with its arguments.
+        channels: channels of the embedding.
+        kind: class to build: `segment_anything`'s, or one with the same arguments.
     """
     sizes = VITS[backbone]
     return kind(
@@ -186,7 +186,7 @@ def build_vit(
 
 
 def build_prompt_encoder(frame_size: int, *, side: int | None = None, channels: int = CHANNELS) -> PromptEncoder:
-    """SAM's, new, for frames of S pixels a side and an embedding of `side` positions (None: S / 16)."""
+    """Build SAM's prompt encoder for frames of side S and an embedding of side `side` (None: S / 16)."""
     side = frame_size // STRIDE if side is None else side
     return PromptEncoder(
         embed_dim=channels,
@@ -197,21 +197,21 @@ def build_prompt_encoder(frame_size: int, *, side: int | None = None, channels: 
 
 
 def build_transformer(channels: int = CHANNELS) -> TwoWayTransformer:
-    """SAM's, of its mask decoder, new."""
+    """Build the transformer of SAM's mask decoder."""
     return TwoWayTransformer(depth=2, embedding_dim=channels, mlp_dim=8 * channels, num_heads=8)
 
 
 def _tiny_vit(side: int, *, strided: bool) -> TinyVitEncoder:
-    # it counts a pixel of LiteMedSAM's as 4 x 4 of the frame
+    # a pixel of LiteMedSAM counts as 4 x 4 pixels of the frame
     encoder = TinyVitEncoder(frame_size=STRIDE * side, strided=strided)
     encoder.laterals = nn.ModuleList()  # they are for SAM 2's decoder
     return encoder
 
 
 def prompt_embeddings(encoder: PromptEncoder, prompted: PromptBatch) -> tuple[Tensor, Tensor]:
-    """Sparse (p, n, C) and dense (p, C, s, s) embeddings of prompts with equally many points.
+    """Sparse (p, n, C) and dense (p, C, s, s) embeddings of prompts with the same number of points.
 
-    At full precision: half of it misplaces a point by as much as two pixels of 1024.
+    In full precision: half precision shifts a point by up to two pixels of 1024.
     """
     points = None if prompted.points is None or prompted.point_labels is None else prompted.points.float()
     with torch.autocast(prompted.images.device.type, enabled=False):
@@ -224,11 +224,11 @@ def prompt_embeddings(encoder: PromptEncoder, prompted: PromptBatch) -> tuple[Te
 
 
 def decoded_masks(decoder: MaskDecoder, source: Tensor, *, positions: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
-    """All four masks (p, 4, 4s, 4s) of SAM's mask decoder, the single one first, and their scores (p, 4).
+    """All four masks (p, 4, 4s, 4s) of SAM's mask decoder, the single-mask output first, and their scores (p, 4).
 
     Args:
         decoder: SAM's.
-        source: (p, C, s, s) image embeddings, the dense prompts' added.
+        source: (p, C, s, s) image embeddings plus dense prompt embeddings.
         positions: (1, C, s, s).
         sparse: (p, n, C).
     """
@@ -243,6 +243,6 @@ def decoded_masks(decoder: MaskDecoder, source: Tensor, *, positions: Tensor, sp
 
 
 def is_ambiguous(prompted: PromptBatch) -> bool:
-    """Prompts of a single point and nothing else: of a part, an object, or several."""
+    """Whether prompts are a single point each, which may mean a part, an object, or several."""
     alone = prompted.boxes is None and prompted.masks is None
     return alone and prompted.points is not None and prompted.points.shape[1] == 1

@@ -1,8 +1,8 @@
-"""What a segmenter of natural images takes and gives: embedded images, prompts of objects, masks of objects.
+"""Interface of promptable segmenters: image embeddings, prompts and masks of objects.
 
-B images, P prompts; a prompt is all that is said of one object (points, a box, a mask). Prompts of several images are
-one batch. S pixels a side of the frame that the image encoder sees, s = S / 16 positions a side of its embedding; the
-low-resolution masks that go in and come out are 4s a side. Coordinates are XY in pixels of the frame.
+B images, P prompts; a prompt consists of everything given for one object (points, a box, a mask). Prompts of several
+images form one batch. S is the side length of the image encoder's input frame, s = S / 16 that of its embedding;
+low-resolution masks (input and output) are 4s x 4s. Coordinates are (x, y) in pixels of the frame.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedded:
-    """What an image encoder makes of B images, once for all of their prompts.
+    """Embeddings of B images, computed once for all their prompts.
 
     Attributes:
-        embedding: (B, 256, s, s), stride 16, as the mask decoder takes it (of SAM 2 marked as without memory).
-        fine: (B, 32, 4s, 4s) stride 4, for SAM 2's mask decoder (through its conv_s0); None: SAM has none.
-        middle: (B, 64, 2s, 2s) stride 8, likewise (through its conv_s1).
+        embedding: (B, 256, s, s), stride 16, input of the mask decoder (for SAM 2 with the no-memory embedding).
+        fine: (B, 32, 4s, 4s) stride 4, for SAM 2's mask decoder (after its conv_s0); None for SAM.
+        middle: (B, 64, 2s, 2s) stride 8, for SAM 2's mask decoder (after its conv_s1); None for SAM.
         early: features of the encoder's first stage, for refiners: of a ViT (B, C, s, s), of TinyViT
             (B, C, 4s, 4s), of SAM 2 its FPN's (B, 256, 4s, 4s).
-        frames: (B, 3, S, S) as given to the encoder, for refiners that look at the picture again.
+        frames: (B, 3, S, S), input of the encoder, for refiners that use the image again.
     """
 
     embedding: Tensor
@@ -42,7 +42,7 @@ class Embedded:
     frames: Tensor | None = None
 
     def at(self, index: Tensor) -> Embedded:
-        """Rows of the images (P,) named, repeated where an image is named twice."""
+        """Select images by index (P,), with repetition."""
         return Embedded(
             embedding=self.embedding[index],
             fine=_rows(self.fine, index),
@@ -54,17 +54,17 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptBatch:
-    """Prompts of P objects; None leaves that kind out for all of them.
+    """Prompts of P objects; None: no prompts of this kind for any of them.
 
     Attributes:
-        images: (P,) long, which image each prompt is of.
+        images: (P,) long, index of each prompt's image.
         points: (P, k, 2) XY in pixels of the frame, in the order of the clicks.
         point_labels: (P, k) 1 on the object, 0 off it, -1 no point (rows of fewer points are padded with these).
         boxes: (P, 4) XYXY in pixels of the frame.
         masks: (P, 4s, 4s) logits of an earlier or a coarse mask.
 
     Raises:
-        UsageError: points without labels, labels without points, or not as many.
+        UsageError: points and labels differ in number, or one is missing.
     """
 
     images: Tensor
@@ -84,7 +84,7 @@ class PromptBatch:
         return len(self.images)
 
     def at(self, index: Tensor | slice) -> PromptBatch:
-        """The prompts named."""
+        """Select prompts by index."""
         return PromptBatch(
             images=self.images[index],
             points=_rows(self.points, index),
@@ -94,10 +94,10 @@ class PromptBatch:
         )
 
     def by_click_count(self) -> list[tuple[Tensor, PromptBatch]]:
-        """The prompts in groups of equally many points, without padding: (rows (p,), their prompts).
+        """Group prompts by their number of points, without padding: (rows (p,), their prompts).
 
-        A decoder takes padding for a prompt of its own, so that rows of one tensor would depend on the longest of
-        them. One group where all have as many, which is the rule.
+        A decoder treats padding points as prompts, so results would depend on the longest prompt of the batch. Usually
+        there is one group, because all prompts have the same number of points.
         """
         if self.points is None or self.point_labels is None:
             return [(torch.arange(len(self), device=self.images.device), self)]
@@ -122,10 +122,10 @@ class Segmented:
     """Masks of P prompts.
 
     Attributes:
-        logits: (P, 4s, 4s) low-resolution mask logits: what the next interaction takes as its mask prompt.
+        logits: (P, 4s, 4s) low-resolution mask logits, used as mask prompts of the next interaction.
         scores: (P,) predicted IoU.
-        refined: (P, h, w) the method's final mask logits, where it has others than `logits`.
-        extra: what the method's losses need besides (error maps ...), by name.
+        refined: (P, h, w) final mask logits, if the method has others than `logits`.
+        extra: other outputs that the method's losses need (error maps ...), by name.
     """
 
     logits: Tensor
@@ -135,26 +135,26 @@ class Segmented:
 
     @property
     def final(self) -> Tensor:
-        """Mask logits (P, h, w) to be judged and shown: those refined, where there are such."""
+        """Final mask logits (P, h, w): `refined` if given, else `logits`."""
         return self.logits if self.refined is None else self.refined
 
 
 @runtime_checkable
 class Segmenter(Protocol):
-    """A network that masks prompted objects; an `nn.Module`, of which only what is trained has gradients.
+    """A network that segments prompted objects; an `nn.Module` in which only trainable parameters get gradients.
 
     Attributes:
-        frame_size: S.
-        channels: of the embedding; 256 but for the small sizes that tests use.
+        frame_size: S, side length of the frames.
+        channels: channels of the embedding; 256 except for the small sizes used in tests.
     """
 
     frame_size: int
     channels: int
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255 that are already resized to at most S x S.
+        """Normalize images (B, 3, h, w), 0 to 255, already resized to at most S x S, to frames (B, 3, S, S).
 
-        What is missing is padded with zeros to the right and below, after normalizing, as SAM does.
+        Padded with zeros on the right and below after normalization, as in SAM.
         """
         ...
 
@@ -163,17 +163,17 @@ class Segmenter(Protocol):
         ...
 
     def segment(self, embedded: Embedded, prompted: PromptBatch, *, previous: Segmented | None = None) -> Segmented:
-        """Mask the prompted objects.
+        """Segment the prompted objects.
 
         Args:
-            embedded: of the images.
-            prompted: of P objects of these images, in any order.
-            previous: what this method gave for the same P objects at the click before.
+            embedded: embeddings of the images.
+            prompted: prompts of P objects of these images, in any order.
+            previous: result of this method for the same P objects at the previous click.
         """
         ...
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained; all else has no gradient."""
+        """The trainable parameters; all others have no gradient."""
         ...
 
 
@@ -182,19 +182,19 @@ def _rows(tensor: Tensor | None, index: Tensor | slice) -> Tensor | None:
 
 
 def normalized(images: Tensor, frame_size: int) -> Tensor:
-    """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255, h and w at most S: SAM's and SAM 2's `normalize`."""
+    """Normalize images (B, 3, h, w), 0 to 255, h and w at most S, to frames (B, 3, S, S), as SAM and SAM 2 do."""
     images = images.float()
     mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return padded((images / 255 - mean) / std, frame_size)
 
 
 def padded(images: Tensor, frame_size: int) -> Tensor:
-    """Frames (B, 3, S, S) of normalized images (B, 3, h, w), with zeros to the right and below."""
+    """Pad normalized images (B, 3, h, w) to frames (B, 3, S, S) with zeros on the right and below."""
     return F.pad(images, (0, frame_size - images.shape[-1], 0, frame_size - images.shape[-2]))
 
 
 def fitted_size(size: tuple[int, int], frame_size: int) -> tuple[int, int]:
-    """(h, w) of an image of (H, W) in a frame of S a side: the longer side fills it, the rest is padded."""
+    """Size (h, w) of an image (H, W) resized into a frame of side S: the longer side becomes S."""
     scale = frame_size / max(size)
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
@@ -203,9 +203,9 @@ def at_image_size(masks: Tensor, *, frame_size: int, resized: tuple[int, int], s
     """Mask logits at an image's size.
 
     Args:
-        masks: (P, h, w) of the whole frame, at any resolution.
+        masks: (P, h, w) logits of the whole frame, at any resolution.
         frame_size: S.
-        resized: (h, w) that the image has in the frame, at the top left.
+        resized: (h, w) of the image in the frame, at the top left.
         size: (H, W) of the image.
 
     Returns:

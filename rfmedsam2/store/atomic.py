@@ -99,7 +99,7 @@ def read_record(path: Path, kind: type[R]) -> R:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        raise RecordError(f"There is no {kind.__name__.lstrip('_')} file", where=path) from None
+        raise RecordError(f"The {kind.__name__.lstrip('_')} file does not exist", where=path) from None
     except OSError as error:
         reason = f"The {kind.__name__.lstrip('_')} file cannot be read ({error.strerror})"
         raise RecordError(reason, where=path) from error

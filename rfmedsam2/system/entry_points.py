@@ -1,6 +1,6 @@
-"""What other installed packages register for this one as Python entry points, by kind and name.
+"""Python entry points that other installed packages register for this one, by kind and name.
 
-Only what is registered this way is ever imported by a name from a file.
+Names in files can only refer to objects registered this way.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registered:
-    """An extension as an installed package registers it.
+    """An extension registered by an installed package.
 
     Attributes:
-        kind: what it is.
-        name: that plans use.
-        package: distribution, as pip calls it; `version` is the distribution's.
-        entry_point: where it is found in that package.
+        kind: kind of the extension.
+        name: name used in plans.
+        package: name of the distribution, as in pip; `version` is its version.
+        entry_point: its location in that package.
     """
 
     kind: Kind
@@ -36,10 +36,10 @@ class Registered:
         return f"{self.kind} {self.name} of {self.package} {self.version} ({self.entry_point.value})"
 
     def load(self) -> Any:
-        """Import it.
+        """Import the object.
 
         Raises:
-            ExtensionError: it cannot be imported; says why.
+            ExtensionError: the object cannot be imported; gives the reason.
         """
         try:
             return self.entry_point.load()
@@ -53,12 +53,12 @@ class Registered:
 
 
 def group_of(kind: Kind) -> str:
-    """Group of entry points: rfmedsam2.networks, rfmedsam2.losses, rfmedsam2.augmentations ..."""
+    """Entry point group: rfmedsam2.networks, rfmedsam2.losses, rfmedsam2.augmentations ..."""
     return f"rfmedsam2.{'losse' if kind == 'loss' else kind}s"
 
 
 def installed(kind: Kind) -> list[Registered]:
-    """All extensions of a kind that installed packages register, by name and package; imports none of them."""
+    """All registered extensions of a kind, sorted by name and package; does not import them."""
     found = [
         Registered(
             kind=kind,
@@ -73,10 +73,10 @@ def installed(kind: Kind) -> list[Registered]:
 
 
 def find(kind: Kind, name: str, *, package: str | None = None) -> Registered:
-    """The one extension of this name, and of this package if one is given.
+    """The extension of this name, and of this package if given.
 
     Raises:
-        ExtensionError: not installed, or registered by several packages.
+        ExtensionError: the extension is not installed, or registered by several packages.
     """
     known = installed(kind)
     found = [r for r in known if r.name == name and package in (None, r.package)]
@@ -85,13 +85,13 @@ def find(kind: Kind, name: str, *, package: str | None = None) -> Registered:
     where = f"{kind} {name}" + (f" of {package}" if package else "")
     if found:
         raise ExtensionError(
-            "Several installed packages register an extension of this name",
+            "Several installed packages register an extension with this name",
             where=where,
             found=", ".join(f"{r.package} {r.version}" for r in found),
-            remedy='Say which is meant (in the plan, "package" beside "name"), or uninstall the others',
+            remedy='Set "package" beside "name" in the plan, or uninstall the others',
         )
     raise ExtensionError(
-        "This extension is not installed",
+        "The extension is not installed",
         where=where,
         expected=f"an installed package with this entry point in the group {group_of(kind)}",
         found=", ".join(f"{r.name} ({r.package} {r.version})" for r in known) or f"no extension of the kind {kind}",

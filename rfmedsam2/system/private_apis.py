@@ -56,7 +56,7 @@ def missing() -> Iterator[PackageVersionError]:
             if (error.name or "").split(".")[0] == module.split(".")[0] and _version(package) is not None:
                 yield _missing(module, package)
             continue
-        except (ImportError, OSError):  # the package is damaged, which the doctor tells by itself
+        except (ImportError, OSError):  # the package is damaged, which the doctor reports separately
             continue
         for name in path.split("."):
             found = getattr(found, name, missing)

@@ -30,7 +30,7 @@ from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import Track, map_cases, silent
 from rfmedsam2.volume import Volume
 
-_TOLD_BY_NAMES = ("missing-channel", "extra-channel", "missing-image", "missing-label")
+_FOUND_BY_NAMES = ("missing-channel", "extra-channel", "missing-image", "missing-label")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +136,8 @@ def split_faults(dataset: RawDataset, splits: Sequence[Split]) -> list[Fault]:
 
 def _known(fault: Fault, layout: Sequence[Fault]) -> bool:
     """Whether a fault was already found from file names: channels of a case, missing files."""
-    told = [f for f in layout if f.case == fault.case and f.kind in _TOLD_BY_NAMES]
-    return any(f.kind == fault.kind or f.file == fault.file for f in told)
+    known = [f for f in layout if f.case == fault.case and f.kind in _FOUND_BY_NAMES]
+    return any(f.kind == fault.kind or f.file == fault.file for f in known)
 
 
 def _examine_image(case: Case, json: DatasetJson, faults: list[Fault]) -> tuple[Volume | None, ImageHeader | None]:

@@ -111,7 +111,7 @@ def _refinement_terms(model: RFMedSam2Config, stage: Stage, *, classes: int, hal
 def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, objects: int, half: bool) -> MemoryTerm:
     """SAM 2's activations: those of one chunk with checkpointing, else all."""
     sizes, share = sizes_of(model.backbone), 0.5 if half else 1.0
-    cell = ObjectSizes(
+    sizing = ObjectSizes(
         side=model.frame_size // 16,
         channels=sizes.channels,
         memory_channels=sizes.memory_channels,
@@ -121,9 +121,9 @@ def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, objects:
     sees = model.memory_frames * (2 if model.strategy == "both" else 1) + 1
     learns = model.adapters.encoder or not model.freeze_backbone
     frame = frame_bytes(model.backbone, model.frame_size, side=stage.patch_size[-1], training=learns)
-    parts = [(frames if learns else 0, frame), (objects, cell.decode())]
+    parts = [(frames if learns else 0, frame), (objects, sizing.decode())]
     if model.refinements > 1:
-        parts += [(objects, cell.encode_memory()), (objects, cell.recall(sees, training=True))]
+        parts += [(objects, sizing.encode_memory()), (objects, sizing.condition_on_memory(sees, training=True))]
     if stage.compute.checkpointing:
         budget = stage.compute.memory_mb * 1e6
         chunk = max(frame, *(max(each, min(budget, count * each)) for count, each in parts))

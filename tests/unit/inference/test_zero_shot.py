@@ -103,7 +103,7 @@ def test_sams_are_told_apart_by_their_weights() -> None:
     assert sam_backbone({"weight": torch.empty(1)}) is None
     with pytest.raises(CheckpointError, match="weights of no SAM that is known"):
         build_sam({"weight": torch.empty(1)}, where="x.pt")
-    with pytest.raises(CheckpointError, match=r"do not fit vit_tiny \(MobileSAM\): x\.pt"):
+    with pytest.raises(CheckpointError, match=r"do not match vit_tiny \(MobileSAM\): x\.pt"):
         build_sam({TINY_STEM: torch.empty(32, 3, 3, 3)}, where="x.pt")
 
 

@@ -128,8 +128,8 @@ def test_estimates_of_cells_are_near_what_is_counted(
     parts = {
         "decode": (decoding(sam), sizes.decode(training=training)),
         "remember": (remembering(sam), sizes.encode_memory(training=training)),
-        "recall one": (recalling(sam, 1), sizes.recall(1, training=training)),
-        "recall many": (recalling(sam, MEMORIES), sizes.recall(MEMORIES, training=training)),
+        "recall one": (recalling(sam, 1), sizes.condition_on_memory(1, training=training)),
+        "recall many": (recalling(sam, MEMORIES), sizes.condition_on_memory(MEMORIES, training=training)),
     }
     for name, (part, estimate) in parts.items():
         assert_close(name, estimate, counted(sam, part, training=training) / OBJECTS)

@@ -99,7 +99,7 @@ def test_a_checkpoint_becomes_the_network_it_was_written_from(tmp_path):
 
 def test_weights_that_do_not_fit_the_plan_are_refused(tmp_path):
     plan = small_plan()
-    with pytest.raises(CheckpointError, match="do not fit"):
+    with pytest.raises(CheckpointError, match="do not match"):
         load_network(checkpoint_of(tmp_path, UNet(small(), channels=1, outputs=5), plan), device="cpu")
 
 

@@ -145,7 +145,7 @@ def test_unknown_labels_are_named() -> None:
 
 
 def test_a_label_map_of_another_shape_is_refused() -> None:
-    with pytest.raises(GeometryError, match="does not fit"):
+    with pytest.raises(GeometryError, match="shape of a label map"):
         boxes_of(np.zeros((6, 20, 23), np.uint8), restore())
 
 
