@@ -59,7 +59,9 @@ def build_stage(plan: Plan, stage: Stage, *, cache_features: bool = False) -> nn
             network = make("network", config, **shape)
             if not isinstance(network, nn.Module):
                 found = type(network).__name__
-                raise ExtensionError("An extension is no network", where=config.name, expected="nn.Module", found=found)
+                raise ExtensionError(
+                    "An extension is not a network", where=config.name, expected="nn.Module", found=found
+                )
             return network
         case _:
             assert_never(stage.model)
