@@ -253,7 +253,7 @@ def test_wrong_words_of_a_training(planned_root, root_of, words, named):
         (("--preset", "cpu", "--spacing", 0, 1, 1), "spacing"),
         (("--preset", "cpu", "--spacing", "nan", 1, 1), "spacing"),
         (("--nnunet-plans", "no_such_plans.json"), "no_such_plans.json"),
-        (("--preset", "cpu", "--nnunet-plans", "plans.json"), "not both"),
+        (("--preset", "cpu", "--nnunet-plans", "plans.json"), "but only one of these"),
         (("--preset", "cpu", "--group-regex", "(broken"), "(broken"),
         (("--preset", "cpu", "-p", "../outside"), "outside"),
         (("--preset", "cpu", "-p", "splits_final"), "splits_final"),
@@ -518,7 +518,7 @@ def test_a_damaged_case_is_not_trained_with_and_is_rebuilt(planned_root, root_of
     path.write_bytes(content)
     words = ("3d_fullres", 0, *SHORT, "--no-validate", "--root", root)
     sentence = run_error("train", *words)
-    assert "1 of 5 preprocessed cases were damaged" in sentence
+    assert "1 of 5 preprocessed cases are damaged" in sentence
     assert "phantom_002" in sentence
     assert not fold_of(root).exists()
     assert "1 rebuilt" in run_ok("plan_and_preprocess", *PLANNING, "--root", root).out

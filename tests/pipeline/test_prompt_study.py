@@ -62,7 +62,7 @@ def test_of_several_channels_the_first_is_shown_and_said(raw_root, nano, tmp_pat
     (folder / "dataset.json").write_text(json.dumps(content))
     words = ("--sam2", nano, "--frame-size", 64, "--prompts", "box", "--prompted", "one", "--root", tmp_path)
     outcome = run_ok("prompt_study", *words)
-    assert "of 2 channels (T1, T2), T1 is shown; another: --channel" in outcome.err
+    assert "using T1 of 2 channels (T1, T2); change with --channel" in outcome.err
     second = run_ok("prompt_study", *words, "--channel", "t2", "--json")
     assert json.loads(second.out)["channels"] == ["T2"]
     assert "Note: using" not in second.err
