@@ -49,7 +49,6 @@ PACKAGES = (
     "typing-extensions",
     "tyro",
     "rich",
-    "tqdm",
     "psutil",
     "jinja2",
     "matplotlib",
