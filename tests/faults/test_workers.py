@@ -82,7 +82,7 @@ def test_a_killed_loader_is_told_and_replaced_once(planned_root, root_of, launch
     process = launcher.start("train", *training(root, workers=2), folder=tmp_path)
     process.until(lambda: told(process) > 0)
     workers_of(process)[0].kill()
-    process.until(lambda: "Going on once with 1 worker(s)" in process.text(), seconds=TOLD_SECONDS)
+    process.until(lambda: "Retrying with 1 worker(s)" in process.text(), seconds=TOLD_SECONDS)
     for part in ("Data loading worker", "SIGKILL, probably out of memory", "phantom_", "memory was", "GiB", "free now"):
         assert part in process.text()
     before = told(process)
@@ -96,9 +96,9 @@ def test_a_killed_loader_is_told_and_replaced_once(planned_root, root_of, launch
 
 
 def test_a_loader_without_memory_says_so(caplog):
-    with pytest.raises(MemoryShortError, match=r"Memory ran out while a batch was made: batch 0 \(case_0\).*GiB"):
+    with pytest.raises(MemoryShortError, match=r"Memory ran out while making a batch: batch 0 \(case_0\).*GiB"):
         list(batches(too_much, 0, 4, workers=2, seed=0, timeout_seconds=60.0, describe="case_{}".format))
-    assert "Going on once with 1 worker(s)" in caplog.text
+    assert "Retrying with 1 worker(s)" in caplog.text
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of memory are Linux's")
@@ -107,7 +107,7 @@ def test_cases_that_do_not_fit_at_once_are_done_one_by_one():
     assert done.stdout == "[1, 2, 3, 4]\n", done.stderr
     assert "Memory ran out: case_" in done.stderr
     assert "GiB in use by this process" in done.stderr
-    assert "Going on once with 1 worker(s)" in done.stderr
+    assert "Retrying with 1 worker(s)" in done.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of memory are Linux's")

@@ -85,7 +85,7 @@ def test_an_edited_plan_is_kept_when_planned_anew(raw_root, root_of):
     edited = [path.read_text().replace('"epochs": 20', f'"epochs": {epochs}') for epochs in (30, 40)]
     for content in edited:
         path.write_text(content)
-        assert "that one is kept as rfmed_cpu.json.older" in run_ok("plan_and_preprocess", *words).out
+        assert "it is kept as rfmed_cpu.json.older" in run_ok("plan_and_preprocess", *words).out
     assert [path.with_name(f"{path.name}.older{number}").read_text() for number in (1, 2)] == edited
     assert "kept as" not in run_ok("plan_and_preprocess", *words).out
 
@@ -118,7 +118,7 @@ def test_a_finished_training_says_so_and_changes_nothing(trained_root, root_of):
     final = root / "results" / PHANTOM / "rfmed_cpu__3d_fullres" / "fold_0" / "checkpoint_final.safetensors"
     before = final.read_bytes()
     done = run_ok("train", "3d_fullres", "fold", 0, *SHORT, "--root", root)
-    assert "had finished after 2 steps" in done.out
+    assert "Already trained for 2 steps" in done.out
     assert "--restart" in done.out
     assert final.read_bytes() == before
 
@@ -235,7 +235,7 @@ def test_variables_stand_in_for_flags(trained_root, tmp_path):
     images = images_of(trained_root)
     ours = {"RFMED_ROOT": trained_root, "RFMED_DATASET": "900"}
     assert "(RFMED_ROOT)" in run_ok("predict", "-i", images, "-o", tmp_path / "a", environment=ours).err
-    assert "No such dataset: 4" in run_error(
+    assert "The dataset does not exist: 4" in run_error(
         "predict", "-i", images, "-o", tmp_path / "b", environment=ours | {"RFMED_DATASET": "4"}
     )
     nnunet = {f"nnUNet_{part}": trained_root / part for part in ("raw", "preprocessed", "results")}

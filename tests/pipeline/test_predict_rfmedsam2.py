@@ -323,7 +323,7 @@ def test_boxes_that_do_not_fit_the_cases_are_sentences(model_of, cases, referenc
     with pytest.raises(UsageError, match="folder or file of boxes does not exist"):
         run(tmp_path / "nothing")
     file.write_text(json.dumps({"case0": [], "case1": [], "case7": []}))
-    with pytest.raises(UsageError, match=r"1 case\(s\) of the boxes.*case7"):
+    with pytest.raises(UsageError, match=r"1 case\(s\) with boxes.*case7"):
         run(file)
     file.write_text(json.dumps({"case0": []}))
     with pytest.raises(UsageError, match=r"1 of 2 cases have no boxes.*case1"):
@@ -355,10 +355,10 @@ def test_a_box_outside_its_image_is_that_cases_fault(model_of, cases, tmp_path) 
 def test_a_label_map_on_another_grid_is_that_cases_fault(model_of, cases, references, tmp_path) -> None:
     write_volume(references / "case0.nii.gz", labels_zyx()[:-1])
     predictor = Predictor.load(model_of("gt"), device="cpu")
-    with pytest.raises(RfMedSamError, match=r"case0: A label map does not lie on the grid of its image"):
+    with pytest.raises(RfMedSamError, match=r"case0: A label map is not on the grid of its image"):
         predict_files(predictor, cases, tmp_path / "out", boxes=references)
     write_volume(references / "case0.nii.gz", labels_zyx() * 3)
-    with pytest.raises(RfMedSamError, match=r"case0: A label map holds values that the model does not know"):
+    with pytest.raises(RfMedSamError, match=r"case0: A label map holds values unknown to the model"):
         predict_files(predictor, cases, tmp_path / "out", boxes=references)
     assert issubclass(ImageError, RfMedSamError)
 

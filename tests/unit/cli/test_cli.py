@@ -82,7 +82,7 @@ def test_none_or_several_datasets_are_a_sentence(layout):
     have(layout, BTCV, PHANTOM)
     with pytest.raises(UsageError, match=f"There are several datasets.*{BTCV}, {PHANTOM}.*-d"):
         dataset_name(layout, None, {}, among="raw")
-    with pytest.raises(UsageError, match=f"No such dataset: 4.*{BTCV}"):
+    with pytest.raises(UsageError, match=f"The dataset does not exist: 4.*{BTCV}"):
         dataset_name(layout, "4", {}, among="raw")
 
 

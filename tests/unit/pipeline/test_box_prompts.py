@@ -131,7 +131,7 @@ def test_prompts_equal_those_of_the_labels_themselves() -> None:
 
 
 def test_all_boxes_outside_the_image_are_named() -> None:
-    with pytest.raises(UsageError, match=r"2 box\(es\) lie outside.*liver on slice 6.*spleen on slice 0"):
+    with pytest.raises(UsageError, match=r"2 box\(es\) are outside.*liver on slice 6.*spleen on slice 0"):
         boxes_of([given("liver", 6, 1, 1, 2, 2), given("spleen", 0, 1, 1, 24, 2), given(1, 0, 1, 1, 2, 2)], restore())
 
 
