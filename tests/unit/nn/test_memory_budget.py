@@ -118,6 +118,7 @@ def assert_close(name: str, estimate: float, count: float) -> None:
     assert LEAST <= estimate / count <= MOST, f"{name}: {estimate / 2**20:.2f} of {count / 2**20:.2f} MiB"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("backbone", "size", "adapted"), NETWORKS)
 def test_estimates_of_cells_are_near_what_is_counted(
@@ -135,6 +136,7 @@ def test_estimates_of_cells_are_near_what_is_counted(
         assert_close(name, estimate, counted(sam, part, training=training) / OBJECTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("backbone", "size", "adapted"),

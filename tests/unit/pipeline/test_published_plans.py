@@ -64,6 +64,7 @@ def test_a_published_plan_is_what_its_recipe_gives(name):
     assert stored(name) == published_plan(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_plan_builds_its_networks(name):
     found = stored(name)

@@ -218,6 +218,7 @@ def export_inputs(points: int, size: tuple[float, float]) -> tuple[Tensor, ...]:
     return features, early, coords, labels, torch.randn(1, 1, 32, 32), torch.ones(1), torch.tensor(size)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_exported_graph_takes_any_number_of_points_and_any_size(sam: HqSam) -> None:
     model = SamOnnxModel(sam).eval()
@@ -228,6 +229,7 @@ def test_the_exported_graph_takes_any_number_of_points_and_any_size(sam: HqSam) 
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_runtime_gives_the_same_masks(sam: HqSam, tmp_path: Path) -> None:
     pytest.importorskip("onnx", reason="onnx is not installed")
