@@ -11,6 +11,7 @@ from rfmedsam2.nn.sam_weights import load_sam
 from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import read_weights, weights_sha256
 from rfmedsam2.store.published_weights import read_published
+from segment_anything_hq.choices import Backbone, Method, ZeroShot
 from segment_anything_hq.nn import sam2_base
 from segment_anything_hq.nn.hq_sam import FRAME_SIZE, HqSam, build_hq_sam, load_hq_sam
 from segment_anything_hq.nn.hq_sam2 import HqSam2, load_hq_sam2
@@ -18,7 +19,7 @@ from segment_anything_hq.nn.sam2_base import Sam2Backbone, Sam2Segmenter
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 from segment_anything_hq.nn.sam_ref import SamRef
 from segment_anything_hq.nn.trainable_subset import TrainedPart
-from segment_anything_hq.records import ON_SAM2, Backbone, Method, RefinerRecord, ZeroShot, supports_backbone
+from segment_anything_hq.records import ON_SAM2, RefinerRecord, supports_backbone
 
 Network = HqSam | HqSam2 | SamRef | SAM2Refiner | SamSegmenter | Sam2Segmenter
 """Every one is a `Segmenter` and an `nn.Module`."""

@@ -10,15 +10,8 @@ from typing_extensions import Self
 from rfmedsam2.records.base import Record, VersionedRecord, renamed
 from rfmedsam2.records.checkpoint import TrainedRecord
 from rfmedsam2.records.plan import TrainConfig
+from segment_anything_hq.choices import Backbone, Method, ZeroShot
 
-Method = Literal["hq_sam", "hq_sam2", "sam_ref", "sam2_ref", "sam2_refiner", "sam_decoder", "sam2_decoder"]
-"""Trainable methods: the refiners, and the mask decoder of SAM or SAM 2 (SAM-REF's first stage, and the baseline)."""
-ZeroShot = Literal["sam", "sam2"]
-"""Methods without training: the published base models."""
-Backbone = Literal[
-    "vit_b", "vit_l", "vit_h", "vit_tiny", "vit_nano", "hiera_t", "hiera_s", "hiera_b+", "hiera_l", "hiera_nano"
-]
-"""SAM's and SAM 2's image encoders; the two nano sizes are ours, for tests."""
 METHODS: tuple[Method, ...] = get_args(Method)
 ON_SAM2: tuple[Method | ZeroShot, ...] = ("hq_sam2", "sam2_ref", "sam2_refiner", "sam2_decoder", "sam2")
 Share = Annotated[float, Field(ge=0, le=1)]

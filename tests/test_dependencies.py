@@ -12,8 +12,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from rfmedsam2.pipeline import doctor
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("rfmedsam2", "segment_anything_hq")
 IMPORTED_AS = {
@@ -109,12 +107,6 @@ def test_every_dependency_has_a_lower_bound(name: str) -> None:
 def test_extras_ask_for_what_the_test_extra_asks_for() -> None:
     shared = [(extra, name) for extra in extras() for name in declared(extra) if name in declared("test")]
     assert not [pair for pair in shared if str(declared(pair[0])[pair[1]]) != str(declared("test")[pair[1]])]
-
-
-def test_the_doctor_tells_required_from_optional() -> None:
-    assert [name.lower() for name in doctor.PACKAGES] == list(declared())
-    optional = {name for extra in extras() if extra != "test" for name in declared(extra)}
-    assert set(doctor.OPTIONAL_PACKAGES) == optional
 
 
 def test_lower_bounds_lie_below_upper_ones() -> None:

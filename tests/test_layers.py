@@ -30,6 +30,7 @@ VOLUMES = (
     "cli",
 )
 IMAGES = (
+    "choices",
     "records",
     "modeling prompts",
     "nn utils",

@@ -1,4 +1,4 @@
-"""Code shared by all commands: common flags, error messages with exit code 2, choice of folders.
+"""Code shared by all commands: error messages with exit code 2, output that never fails, choice of folders.
 
 Only `rfmedsam2.cli` prints, reads environment variables and imports late, so that `--help` runs before heavy imports.
 """
@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from io import TextIOWrapper
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 import tyro
 from typing_extensions import get_type_hints
@@ -22,31 +25,13 @@ from tyro.conf import arg
 
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.system.terminal import SafeStream, plain_lines
 
 if TYPE_CHECKING:
     from rfmedsam2.engine.task import Progress
     from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed
 
-ROOT = "Folder of raw/ preprocessed/ results/; else RFMED_ROOT, nnU-Net's three variables, or ./rfmed_data."
-DATASET = "Id (217), name (BTCV) or folder (Dataset217_BTCV); else RFMED_DATASET, or the only dataset."
-Root = Annotated[Path | None, arg(metavar="DIR", help=ROOT)]
-AsJson = Annotated[bool, arg(name="json", help="Print the result as JSON.")]
-DatasetName = Annotated[str | None, arg(aliases=("-d",), metavar="NAME", help=DATASET)]
-PlanName = Annotated[str | None, arg(aliases=("-p",), metavar="NAME", help="Name of the plan, if there are several.")]
-StageName = Annotated[str | None, arg(aliases=("-c",), metavar="NAME", help="2d, 3d_fullres or 3d_lowres.")]
-Folds = Annotated[tuple[str, ...], arg(aliases=("-f",), metavar="FOLD", help="Folds; default: all trained ones.")]
-Model = Annotated[
-    Path | None,
-    arg(aliases=("-m",), metavar="DIR", help="Folder with fold_0 ..., instead of -d, -p and -c."),
-]
-Device = Annotated[str, arg(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")]
-Workers = Annotated[int, arg(metavar="N", help="Number of cases processed in parallel.")]
-Set = Annotated[
-    tuple[str, ...],
-    arg(name="set", metavar="FIELD=VALUE", help="Override fields of the plan: 3d_fullres.train.learning_rate=0.01 ..."),
-]
-
-CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
 SAY_NOTHING = ("None", "False", "True", "", "()")
 """Defaults that --help does not show."""
 
@@ -58,34 +43,38 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
         function: implementation of the command; `train` of the family `rfmed` is the command `rfmed_train`.
         family: prefix of the command's name.
     """
+    name = f"{family}_{function.__name__}"
 
     def run() -> None:
         _understand_every_name()
+        with _safe_streams(name):
+            answer()
+
+    def answer() -> None:
         words = [word for word in sys.argv[1:] if word != "--debug"]
         debug = len(words) != len(sys.argv) - 1
-        logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
+        logging.basicConfig(level=logging.INFO if debug else logging.WARNING, handlers=[_LogLines()])
         if not debug:
             warnings.simplefilter("ignore")
         # before torch loads its thread pool: waiting threads should sleep, not spin. If anything else runs on the same
         # cores (data workers, a second command), spinning made a training step 4 times slower on two cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        name = f"{family}_{function.__name__}"
         try:
             tyro.cli(_plainly(function), prog=name, args=words, config=CONFIG)
         except RfMedSamError as error:
             if debug:
                 raise
-            print(f"{name}: {error}", file=sys.stderr)
+            _complain(f"{name}: {error}")
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"{name}: interrupted", file=sys.stderr)
+            _complain(f"{name}: interrupted")
             sys.exit(130)
 
     return run
 
 
 def _understand_every_name() -> None:
-    """Read file names as UTF-8 whatever the locale is, and never fail to print one.
+    """Read file names as UTF-8 whatever the locale is.
 
     In a locale without UTF-8 (LC_ALL=C, Latin-1) file names cannot be decoded or written into records, so the command
     restarts in Python's UTF-8 mode, in the same process.
@@ -93,18 +82,67 @@ def _understand_every_name() -> None:
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         words = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
         os.execve(sys.executable, words, {**os.environ, "PYTHONUTF8": "1"})  # noqa: S606 - itself
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")  # a terminal, or PYTHONIOENCODING, without these letters
+
+
+@contextmanager
+def _safe_streams(name: str) -> Iterator[None]:
+    """Keep a closed pipe, a full disk or a missing letter from ending the work.
+
+    What reads the answer may leave early (`| head -1`); where it could not be written for another reason, the command
+    says so when its work is done, and ends with 2.
+    """
+    before = sys.stdout, sys.stderr
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: else the next file that is opened would take its place and what is printed
+            os.open(os.devnull, os.O_RDWR)
+    answers = SafeStream(sys.stdout)
+    sys.stdout, sys.stderr = answers, SafeStream(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+        answers.flush()
+        if isinstance(answers.fault, OSError) and not isinstance(answers.fault, BrokenPipeError):
+            _complain(f"{name}: The answer cannot be written ({answers.fault.strerror}). The work itself is done.")
+            sys.exit(2)
+    finally:
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
+            if getattr(stream, "fault", None) is not None:  # what is still buffered shall not fail once more at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        sys.stdout, sys.stderr = before
+
+
+class _LogLines(logging.Handler):
+    """Writes to where standard error is now: above the line of progress, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        print(plain_lines(f"{record.levelname}: {self.format(record)}"), file=sys.stderr)
 
 
 def _plainly(function: Callable[..., None]) -> Callable[..., None]:
     """Hide uninformative defaults from --help: None, False, an empty list."""
     # typing_extensions': before Python 3.11, typing's own hides flags whose default is None inside Optional
     types = get_type_hints(function, include_extras=True)
-    quiet = arg(help_behavior_hint=lambda default: "" if default in SAY_NOTHING else f"(default: {default})")
-    function.__annotations__ = {k: t if k == "return" else Annotated[t, quiet] for k, t in types.items()}
+    for group in types.values():
+        if is_dataclass(group):
+            group.__annotations__ = _quiet(get_type_hints(group, include_extras=True))
+    function.__annotations__ = _quiet(types)
     return function
+
+
+def _quiet(types: dict[str, Any]) -> dict[str, Any]:
+    quiet = arg(help_behavior_hint=lambda default: "" if default in SAY_NOTHING else f"(default: {default})")
+    apart = {name for name, kind in types.items() if name == "return" or is_dataclass(kind)}
+    return {name: kind if name in apart else Annotated[_optional(kind), quiet] for name, kind in types.items()}
+
+
+def _optional(kind: Any) -> Any:
+    """`X | None` as Optional[X]: for the former tyro loads typeguard, which takes a third of the time of --help."""
+    base, *marks = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+    base = Union[get_args(base)] if isinstance(base, UnionType) else base  # noqa: UP007 - see above
+    return Annotated[(base, *marks)] if marks else base  # type: ignore[return-value]
 
 
 def layout_of(root: Path | None) -> Layout:
@@ -116,17 +154,25 @@ def layout_of(root: Path | None) -> Layout:
     return chosen.layout
 
 
-def trained_folder(layout: Layout, dataset: str | None, plan: str | None, configuration: str | None) -> Path:
-    """The folder of the only trained model that matches the arguments."""
-    from rfmedsam2.cli import resolve
-
-    return resolve.trained_model(layout, os.environ, dataset=dataset, plan=plan, configuration=configuration).folder
-
-
 def say(text: str) -> None:
     """Print a message that is not a result, to standard error, on the main rank only."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(text, file=sys.stderr)
+        _complain(text)
+
+
+def tell(text: str) -> None:
+    """Give the answer, or a part of it, in words: standard output."""
+    print(plain_lines(text))
+
+
+def tell_json(text: str) -> None:
+    """Give the answer as JSON: standard output."""
+    # JSON itself escapes all control characters but these
+    print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def _complain(text: str) -> None:
+    print(plain_lines(text), file=sys.stderr)
 
 
 def say_memory(need: MemoryNeed) -> None:
@@ -139,5 +185,5 @@ def say_memory(need: MemoryNeed) -> None:
 def end_if_stopped(progress: Progress) -> None:
     """Exit with the code that schedulers expect if a signal stopped the training."""
     if progress.status == "stopped":
-        print(f"Stopped by {progress.signal} after step {progress.step}; run the same command again to resume.")
+        tell(f"Stopped by {progress.signal} after step {progress.step}; run the same command again to resume.")
         sys.exit(128 + getattr(signal.Signals, str(progress.signal), signal.SIGTERM))

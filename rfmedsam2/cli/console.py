@@ -1,31 +1,20 @@
-"""Terminal output of the commands: progress bars, tables, the live line of a training."""
+"""Terminal output of the commands: tables."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-import psutil
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from rfmedsam2.cli.command import tell
 from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
+from rfmedsam2.system.terminal import plain
 
 if TYPE_CHECKING:
-    from rfmedsam2.engine.log import StepReport
     from rfmedsam2.pipeline.datasets.amos22_submission import SubmissionReport
     from rfmedsam2.pipeline.doctor import DoctorReport
     from rfmedsam2.pipeline.training.model_summary import Summary
@@ -33,89 +22,26 @@ if TYPE_CHECKING:
     from rfmedsam2.records.plan import Plan
     from rfmedsam2.records.report import Evaluation, Interval
 
-T = TypeVar("T")
-out = Console(highlight=False)
+# names are shown as they are: nothing in them is markup, an emoji's name or a number to be colored
+out = Console(markup=False, emoji=False, highlight=False)
 """Results: standard output."""
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 """Progress: standard error, so that a program can read standard output."""
-QUIET_SECONDS = 30.0
-"""Seconds between lines of a training if there is no terminal."""
-
-
-def bars(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Iterate over `items` with a progress bar; prints one line at the end if there is no terminal."""
-    if not err.is_terminal:
-        began, done = time.monotonic(), 0
-        for item in items:
-            yield item
-            done += 1
-        err.print(f"{description}: {done}/{total} in {time.monotonic() - began:.1f} s")
-        return
-    with _progress() as progress:
-        task = progress.add_task(description, total=total)
-        for item in items:
-            yield item
-            progress.advance(task)
-
-
-class TrainingView:
-    """Live progress of a training: loss, learning rate, score, speed, remaining time, memory."""
-
-    def __init__(self) -> None:
-        self._progress = _progress() if err.is_terminal else None
-        self._task = None
-        self._printed = time.monotonic()
-        self._score = ""
-        self.steps = 0
-        """Number of steps shown."""
-
-    def __enter__(self) -> TrainingView:
-        """Start the display, at the first step."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End the live display."""
-        if self._progress is not None and self._task is not None:
-            self._progress.stop()
-
-    def __call__(self, report: StepReport) -> None:
-        """Show one step."""
-        self.steps += report.scores is None
-        if report.scores is not None:
-            self._score = f"  score {report.scores.get('score', float('nan')):.4f}"
-        text = (
-            f"epoch {report.epoch}  loss {report.loss:.4f}  lr {report.lr:.1e}{self._score}  "
-            f"{report.seconds:.2f} s/it  {_memory(report.memory_mb)}"
-        )
-        if self._progress is None:
-            if report.scores is not None or time.monotonic() - self._printed > QUIET_SECONDS:
-                self._printed = time.monotonic()
-                left = f"{report.eta_seconds / 60:.1f} min left"
-                err.print(f"step {report.step}/{report.total}  {text}  {left}", soft_wrap=True)
-            return
-        if self._task is None:
-            self._progress.start()
-            self._task = self._progress.add_task("training", total=report.total)
-        self._progress.update(self._task, completed=report.step, description=text)
-        if report.step == report.total and report.scores is not None:
-            self._progress.stop()
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table to standard output."""
-    grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    grid = Table(title=plain(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
     grid.padding, grid.pad_edge = (0, 1, 0, 0), False
     for column in columns:
-        grid.add_column(column, overflow="fold")
+        grid.add_column(plain(column), overflow="fold")
     for row in rows:
         grid.add_row(*[_cell(value) for value in row])
     if out.is_terminal:
         out.print(grid)
         return
     # lines are not wrapped in files
-    endless = Console(file=out.file, highlight=False, width=10_000)
+    endless = Console(file=out.file, markup=False, emoji=False, highlight=False, width=10_000)
     endless.width = endless.measure(grid).maximum
     endless.print(grid)
 
@@ -217,13 +143,13 @@ def show_doctor(report: DoctorReport) -> None:
         found = [(e.kind, e.name, f"{e.package} {e.version}", e.fault or "ready") for e in report.extensions]
         table("Extensions", ("kind", "name", "package", "state"), found)
     for advice in report.warnings:
-        out.print(f"Warning: {advice.message.rstrip('.')}. {advice.remedy.rstrip('.')}.", soft_wrap=True)
+        tell(f"Warning: {advice.message.rstrip('.')}. {advice.remedy.rstrip('.')}.")
 
 
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else plain(value)
 
 
 def _counted(words: Sequence[str]) -> str:
@@ -238,21 +164,3 @@ def _millions(parameters: int) -> str:
 
 def _by(values: Sequence[int]) -> str:
     return " x ".join(map(str, values))
-
-
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=err,
-    )
-
-
-def _memory(gpu_mb: float | None) -> str:
-    used = psutil.Process().memory_info().rss / 2**30
-    return f"RAM {used:.1f} GB" + (f", GPU {gpu_mb / 1024:.1f} GB" if gpu_mb else "")

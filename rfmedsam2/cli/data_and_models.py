@@ -10,28 +10,14 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from rfmedsam2.cli.command import (
-    AsJson,
-    DatasetName,
-    Folds,
-    Model,
-    PlanName,
-    Root,
-    StageName,
-    command,
-    layout_of,
-    trained_folder,
-)
+from rfmedsam2.cli.command import command, layout_of, tell, tell_json
+from rfmedsam2.cli.flags import AsJson, ModelChoice, PhantomSize, Root
 
 
 def make_phantom(
     *,
     output: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None,
-    cases: int = 8,
-    test_cases: int = 2,
-    shape: tuple[int, int, int] = (40, 96, 96),
-    modality: Literal["ct", "mr"] = "ct",
-    seed: int = 0,
+    phantom: PhantomSize = PhantomSize(),
     force: bool = False,
     root: Root = None,
 ) -> None:
@@ -39,27 +25,22 @@ def make_phantom(
 
     Args:
         output: Raw folder for the dataset; default: raw/ of the root.
-        cases: Number of labeled training cases.
-        test_cases: Number of test cases, with labels in a folder beside.
-        shape: Largest shape z y x, in voxels.
-        modality: CT with contrast phases, or MR with a bias field.
-        seed: The same seed gives the same dataset.
         force: Replace an existing dataset.
     """
-    from rfmedsam2.cli.console import bars
-    from rfmedsam2.pipeline.datasets.phantom import make_phantom as run
+    from rfmedsam2.cli.progress import bars
+    from rfmedsam2.pipeline.datasets import phantom as verb
 
-    folder = run(
+    folder = verb.make_phantom(
         output or layout_of(root).raw,
-        cases=cases,
-        test_cases=test_cases,
-        shape_zyx=shape,
-        modality=modality,
-        seed=seed,
+        cases=phantom.cases,
+        test_cases=phantom.test_cases,
+        shape_zyx=phantom.shape,
+        modality=phantom.modality,
+        seed=phantom.seed,
         force=force,
         track=bars,
     )
-    print(f"Written: {folder}")
+    tell(f"Written: {folder}")
 
 
 def convert(
@@ -82,7 +63,7 @@ def convert(
         place: Copy the files or link them.
         force: Replace a dataset of the same name.
     """
-    from rfmedsam2.cli.console import bars
+    from rfmedsam2.cli.progress import bars
     from rfmedsam2.pipeline.datasets.amos22 import convert_amos22
     from rfmedsam2.pipeline.datasets.btcv import convert_btcv
     from rfmedsam2.pipeline.datasets.conversion import ConvertOptions
@@ -96,8 +77,8 @@ def convert(
     else:
         done = convert_msd(input_, raw, dataset_id=dataset_id, options=options, track=bars)
     for warning in done.warnings:
-        print(f"Note: {warning}")
-    print(f"Written: {done.folder} ({done.training} training, {done.test} test cases)")
+        tell(f"Note: {warning}")
+    tell(f"Written: {done.folder} ({done.training} training, {done.test} test cases)")
 
 
 def submit(
@@ -118,7 +99,8 @@ def submit(
         output: The archive; nothing is written if there are faults.
         task: 1: CT only, 2: CT and MR; default: every image in the folder.
     """
-    from rfmedsam2.cli.console import bars, show_submission
+    from rfmedsam2.cli.console import show_submission
+    from rfmedsam2.cli.progress import bars
     from rfmedsam2.pipeline.datasets.amos22_submission import RefusedSubmissionError, submit_amos22
 
     _ = challenge  # there is only one so far, and argument parsing has checked it
@@ -126,29 +108,33 @@ def submit(
         result = submit_amos22(predictions, images, output, task=task, track=bars)
     except RefusedSubmissionError as refusal:
         if as_json:
-            print(json.dumps(refusal.report.as_json(), indent=2))
+            tell_json(json.dumps(refusal.report.as_json(), indent=2))
             sys.exit(2)
         show_submission(refusal.report)
         raise
-    print(json.dumps(result.as_json(), indent=2) if as_json else f"Written: {output} ({len(result.expected)} cases)")
+    if as_json:
+        tell_json(json.dumps(result.as_json(), indent=2))
+    else:
+        tell(f"Written: {output} ({len(result.expected)} cases)")
 
 
 def export_model(
     *,
     output: Annotated[Path, arg(aliases=("-o",), metavar="ZIP")],
-    dataset: DatasetName = None,
-    plan: PlanName = None,
-    configuration: StageName = None,
-    folds: Folds = (),
-    model: Model = None,
-    root: Root = None,
+    model: ModelChoice = ModelChoice(),
 ) -> None:
-    """Pack a trained model into one zip file with a manifest and hashes."""
-    from rfmedsam2.pipeline.prediction.model_archive import export_model as run
+    """Pack a trained model into one zip file with a manifest and hashes.
 
-    folder = model or trained_folder(layout_of(root), dataset, plan, configuration)
-    manifest = run(folder, output, folds=folds or None)
-    print(f"Written: {output} ({len(manifest.files)} files of {folder})")
+    Args:
+        output: The zip.
+    """
+    from rfmedsam2.cli.progress import bars
+    from rfmedsam2.pipeline.prediction import model_archive
+
+    folder = model.folder()
+    with bars.working(f"Packing {folder}"):
+        manifest = model_archive.export_model(folder, output, folds=model.folds or None)
+    tell(f"Written: {output} ({len(manifest.files)} files of {folder})")
 
 
 def import_model(
@@ -160,22 +146,25 @@ def import_model(
         archive: The zip file.
         force: Replace a model of the same name.
     """
-    from rfmedsam2.pipeline.prediction.model_archive import import_model as run
+    from rfmedsam2.cli.progress import bars
+    from rfmedsam2.pipeline.prediction import model_archive
 
-    model = run(archive, layout_of(root).results, force=force)
-    print(f"Imported: {model.folder} (fold(s) {', '.join(model.folds)})")
+    results = layout_of(root).results
+    with bars.working(f"Unpacking {archive}"):
+        model = model_archive.import_model(archive, results, force=force)
+    tell(f"Imported: {model.folder} (fold(s) {', '.join(model.folds)})")
 
 
 def doctor(*, root: Root = None, as_json: AsJson = False) -> None:
     """Show versions, devices, memory and folders, and how to fix problems."""
     from rfmedsam2.cli import resolve
     from rfmedsam2.cli.console import show_doctor
-    from rfmedsam2.pipeline.doctor import doctor as run
+    from rfmedsam2.pipeline import doctor as verb
 
     chosen = resolve.places(root, os.environ)
-    result = run(chosen.layout, folders_from=chosen.source)
+    result = verb.doctor(chosen.layout, folders_from=chosen.source)
     if as_json:
-        print(json.dumps(result.as_json(), indent=2))
+        tell_json(json.dumps(result.as_json(), indent=2))
     else:
         show_doctor(result)
 

@@ -9,7 +9,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from rfmedsam2.cli.command import AsJson, DatasetName, Root, command, layout_of
+from rfmedsam2.cli.command import command, layout_of, tell_json
+from rfmedsam2.cli.flags import AsJson, DatasetName, Root
 
 
 def summary(
@@ -27,7 +28,7 @@ def summary(
         configuration: 2d, 3d_fullres or 3d_lowres.
     """
     from rfmedsam2.cli.console import show_summary
-    from rfmedsam2.pipeline.training.model_summary import summary as describe
+    from rfmedsam2.pipeline.training import model_summary
     from rfmedsam2.records.plan import Plan
     from rfmedsam2.store.atomic import read_record
 
@@ -39,9 +40,9 @@ def summary(
         layout = layout_of(root)
         name = resolve.dataset_name(layout, dataset, os.environ, among="preprocessed")
         found = resolve.planned(layout, name, plan, stage=configuration)
-    result = describe(found, configuration)
+    result = model_summary.summary(found, configuration)
     if as_json:
-        print(json.dumps(result.as_json(), indent=2))
+        tell_json(json.dumps(result.as_json(), indent=2))
     else:
         show_summary(result)
 

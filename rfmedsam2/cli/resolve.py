@@ -6,17 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_models
-from rfmedsam2.pipeline.preprocessing.preprocess import preprocessing_settings
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
 from rfmedsam2.store.atomic import PARTIAL, read_record
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.raw import RawDataset, open_dataset
+
+if TYPE_CHECKING:
+    from rfmedsam2.store.raw import RawDataset
 
 NNUNET_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
@@ -71,6 +72,8 @@ def dataset_name(layout: Layout, wanted: str | None, environment: Mapping[str, s
 
 def raw_dataset(layout: Layout, wanted: str | None, environment: Mapping[str, str]) -> RawDataset:
     """Open the raw dataset that a command names."""
+    from rfmedsam2.store.raw import open_dataset
+
     return open_dataset(layout.raw / dataset_name(layout, wanted, environment, among="raw"))
 
 
@@ -100,6 +103,9 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
     plan.stage(stage)
     if not changes:
         return plan
+    from rfmedsam2.pipeline.planning.overrides import apply_overrides
+    from rfmedsam2.pipeline.preprocessing.preprocess import preprocessing_settings
+
     new = apply_overrides(plan, list(changes), name=plan.name)
     if preprocessing_settings(new, stage) != preprocessing_settings(plan, stage):
         raise UsageError(

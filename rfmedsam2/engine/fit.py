@@ -29,17 +29,19 @@ from rfmedsam2.engine.checkpoint import (
     save_training,
 )
 from rfmedsam2.engine.distributed import compile_model, wrap_ddp
-from rfmedsam2.engine.log import MetricsLog, StepReport
+from rfmedsam2.engine.log import MetricsLog
 from rfmedsam2.engine.rng import capture, preserved, restore, seed_all
 from rfmedsam2.engine.runtime import determinism, report_lost_ranks, resident_mb, to_device
 from rfmedsam2.engine.schedule import learning_rate_factor, set_learning_rate
 from rfmedsam2.engine.signals import Interrupted, Signals, handle_signals
 from rfmedsam2.engine.step_metrics import PendingMetrics, StepMetrics, reduce_async
 from rfmedsam2.engine.task import Progress, Run, Task
+from rfmedsam2.engine.time_left import TimeLeft
 from rfmedsam2.errors import DivergedError, UsageError
 from rfmedsam2.records.plan import TrainConfig
 from rfmedsam2.store.checkpoint_header import BEST, FINAL, LATEST
 from rfmedsam2.store.checkpoints import read_all
+from rfmedsam2.system.progress import StepReport
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -88,6 +90,7 @@ class _Loop(Generic[Batch]):
         self._position = Position()
         self._waiting: list[PendingMetrics] = []
         self._last = (float("nan"), float("nan"), 0.0)
+        self._time_left = TimeLeft(config)
         self._saved_at = self._clock = time.monotonic()
         self._stop = self._save_wanted = False
         self._begin(resume)
@@ -241,6 +244,7 @@ class _Loop(Generic[Batch]):
             self._stop = self._stop or figures.stop
             self._save_wanted = self._save_wanted or figures.save
             self._position = replace(self._position, seconds=self._position.seconds + step.seconds)
+            self._time_left.add_step(step.seconds)
             self._log_step(step, figures)
 
     def _diverged(self, step: PendingMetrics, figures: StepMetrics) -> DivergedError:
@@ -268,13 +272,12 @@ class _Loop(Generic[Batch]):
             "memory_mb": round(self._runtime.memory_mb() or resident_mb(), 1),
         }
         self._log.write(event)
-        self._run.show(self._report(step.number + 1, event["loss"], step.lr, step.seconds))
+        self._run.track.step(self._report(step.number + 1, event["loss"], step.lr, step.seconds))
 
     def _report(
         self, step: int, loss: float, lr: float, seconds: float, scores: dict[str, float] | None = None
     ) -> StepReport:
         self._last = (loss, lr, seconds)
-        mean = self._position.seconds / max(step, 1)
         return StepReport(
             step=step,
             total=self._config.iterations,
@@ -282,7 +285,7 @@ class _Loop(Generic[Batch]):
             loss=loss,
             lr=lr,
             seconds=seconds,
-            eta_seconds=(self._config.iterations - step) * mean,
+            eta_seconds=self._time_left.seconds(step, self._position.validated),
             memory_mb=self._runtime.memory_mb(),
             scores=scores,
         )
@@ -307,6 +310,7 @@ class _Loop(Generic[Batch]):
         finally:
             self._model.train()
         self._clock = time.monotonic()
+        self._time_left.add_validation(self._clock - began)
         self._record_scores(scores, self._clock - began)
 
     def _averaged(self, scores: dict[str, float]) -> dict[str, float]:
@@ -333,7 +337,7 @@ class _Loop(Generic[Batch]):
         self._log.flush()
         if best:
             save_model(self._run.folder / BEST, self._run.record(position.step, scores), self._model)
-        self._run.show(self._report(position.step, *self._last, scores=scores))
+        self._run.track.step(self._report(position.step, *self._last, scores=scores))
 
     def _save(self) -> None:
         """Write checkpoint_latest with everything that an exact resume needs."""
@@ -386,12 +390,7 @@ def _already_finished(task: Task[Any], config: TrainConfig, run: Run) -> Progres
             remedy="Start a new training, or one initialized with these weights",
         )
     load_weights(final, task.model, {n.removeprefix("model/"): t for n, t in tensors.items()})
+    epoch = record.step // config.iterations_per_epoch
     return Progress(
-        status="finished",
-        signal=None,
-        step=record.step,
-        epoch=record.step // config.iterations_per_epoch,
-        best=None,
-        scores=record.scores,
-        seconds=0.0,
+        status="finished", signal=None, step=record.step, epoch=epoch, best=None, scores=record.scores, seconds=0.0
     )

@@ -12,7 +12,6 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,6 @@ from rfmedsam2.store.atomic import write_text, writing_to
 EVENTS = "metrics.jsonl"
 TABLE = "metrics.csv"
 FLUSH_BYTES = 1 << 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """One optimizer step, or the validation after it (`scores`), for progress displays."""
-
-    step: int
-    """Completed steps."""
-    total: int
-    epoch: int
-    loss: float
-    lr: float
-    seconds: float
-    eta_seconds: float
-    memory_mb: float | None
-    """Peak GPU memory, None without a GPU."""
-    scores: dict[str, float] | None = None
 
 
 class MetricsLog:

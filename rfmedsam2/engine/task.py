@@ -10,9 +10,9 @@ from typing import Literal, Protocol, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.records.checkpoint import TrainedRecord
+from rfmedsam2.system.progress import Track, silent
 
 Batch = TypeVar("Batch")
 
@@ -46,10 +46,6 @@ class Task(Protocol[Batch]):
         ...
 
 
-def silent(report: StepReport) -> None:
-    """Show no progress."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """Output and runtime of a training.
@@ -58,14 +54,14 @@ class Run:
         folder: folder of checkpoints and metrics; shared by all ranks.
         record: makes the checkpoint's record from (completed steps, scores).
         runtime: device and ranks.
-        show: called after every step and validation, on the main rank.
+        track: shows every step and validation, on the main rank.
         tensorboard: also write TensorBoard events.
     """
 
     folder: Path
     record: Callable[[int, dict[str, float]], TrainedRecord]
     runtime: Runtime
-    show: Callable[[StepReport], None] = silent
+    track: Track = silent
     tensorboard: bool = False
 
     @property

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -186,12 +187,14 @@ class RefinedTiles:
         depth += network.config.memory_frames
         ring = SlabAccumulator(network.classes, depth, self._padded, self._device, background=False)
         done = 0
-        for window in execution.track(self._windows, "frames", len(self._windows)):
+        tiles = [(number, corner) for number in range(len(self._windows)) for corner in self._corners]
+        for number, corners in itertools.groupby(execution.track(tiles, "refined tiles", len(tiles)), itemgetter(0)):
+            window = self._windows[number]
             if self._apart:
                 self._streams = {}
             plane = None if planes is None else self._plane(planes.take(window.start, window.stop))
             first, frames = window.start if self._apart else done, 0
-            for corner in self._corners:
+            for _, corner in corners:
                 maps = self._refined(window, plane, corner, execution)
                 frames = len(maps)
                 if frames:

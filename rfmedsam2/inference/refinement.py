@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rfmedsam2.errors import PlanError, UsageError
 from rfmedsam2.inference.refined_tiles import RefinedTiles, Request, Tiling
-from rfmedsam2.inference.sliding_window import Execution, Slab, predict_slabs, untracked
+from rfmedsam2.inference.sliding_window import Execution, Slab, predict_slabs
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.records.model import CustomConfig, ModelConfig, RFMedSam2Config
 
@@ -105,7 +105,7 @@ def predict_refined_slabs(
             device=device,
             outputs=networks[0].outputs,
             regions=networks[0].regions,
-            execution=execution if step == 0 else replace(execution, track=untracked),
+            execution=execution,
         )
         if step == 0:
             yield from slabs

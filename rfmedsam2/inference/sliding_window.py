@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -23,12 +24,11 @@ from torch.nn.functional import pad
 from rfmedsam2.errors import PlanError, RfMedSamError
 from rfmedsam2.inference.accumulator import SlabAccumulator
 from rfmedsam2.records.plan import Inference
+from rfmedsam2.system.progress import Track, silent
 
 Network = Callable[[Tensor], Any]
 """A module in eval mode, or a method of one: (n, C, *patch) -> logits (n, K, *patch)."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-ProgressFn = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""Wraps an iterable for progress display: (items, description, total) -> the same items."""
 
 EMPTY_RANGE = 1e-3
 """A tile is empty if no channel's normalized intensities vary by more than this."""
@@ -37,11 +37,6 @@ SLICES_AT_ONCE = 8
 PLANES_A_SLAB = 8
 """Maximum number of planes of a slab. A row of 3D tiles finishes more planes at once, which would double the memory of
 the sums for 14 classes of 512 x 512."""
-
-
-def untracked(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:  # noqa: ARG001 - a `ProgressFn`
-    """Show no progress."""
-    return items
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +63,13 @@ class Execution:
             -`EMPTY_LOGIT` for the others (for all, with regions). Other voxels are averaged over the remaining tiles.
         recycle: reuse the memory of the previous slab's logits; for callers that are finished with a slab before they
             request the next. Only for `predict_slabs`.
-        track: progress display over rows of tiles.
+        track: progress display over tiles (2D networks: tiles of a group of slices; RFMedSAM 2: refined tiles).
     """
 
     precision: Precision = "auto"
     skip_empty: bool = False
     recycle: bool = False
-    track: ProgressFn = untracked
+    track: Track = silent
 
 
 def tile_starts(image_size: Sequence[int], patch_size: Sequence[int], step_size: float) -> list[list[int]]:
@@ -160,9 +155,12 @@ def predict_slabs(
     weights = gaussian_weights(patch_size).to(place)
     stops = [row.start for row in rows[1:]] + [padded.shape[1]]
     a, b, c = tensor.shape[1:]
-    for row, stop in zip(execution.track(rows, "tiles", len(rows)), stops, strict=True):
-        for tiles, corners in _batches(padded, row, skip_empty=execution.skip_empty):
-            _accumulate(ring, ensemble(tiles), weights, row, corners)
+    tiles = [(number, corner) for number, row in enumerate(rows) for corner in row.corners]
+    tracked = itertools.groupby(execution.track(tiles, "tiles", len(tiles)), key=itemgetter(0))
+    for (number, of_row), stop in zip(tracked, stops, strict=True):
+        row = rows[number]
+        for batch, corners in _batches(padded, row, map(itemgetter(1), of_row), skip_empty=execution.skip_empty):
+            _accumulate(ring, ensemble(batch), weights, row, corners)
         yield from _finished(ring, range(row.start, stop), lows, (a, b, c), recycle=execution.recycle)
 
 
@@ -238,11 +236,13 @@ def _rows(image: Tensor, patch_size: Sequence[int], inference: Inference) -> lis
     ]
 
 
-def _batches(image: Tensor, row: _Row, *, skip_empty: bool) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+def _batches(
+    image: Tensor, row: _Row, row_corners: Iterable[tuple[int, int]], *, skip_empty: bool
+) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
     """Batches of a row's tiles: (n, C, a, b, c) and their corners, or the slices (n, C, b, c) of one corner."""
     tiles: list[Tensor] = []
     corners: list[tuple[int, int]] = []
-    for y, x in row.corners:
+    for y, x in row_corners:
         tile = image[:, row.start : row.start + row.depth, y : y + row.patch[0], x : x + row.patch[1]]
         if not (skip_empty and _is_empty(tile)):
             tiles.append(tile)

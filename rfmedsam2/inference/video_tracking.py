@@ -19,6 +19,7 @@ from rfmedsam2.inference.zero_shot import Painter, SlicePrompts
 from rfmedsam2.nn.segmenter import normalized
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.study import Step2
+from rfmedsam2.system.progress import Track, silent
 
 Prompted = Literal["all", "two", "one"]
 Output = dict[str, Any]
@@ -57,9 +58,13 @@ class VideoSegmenter:
         frames: (Z, 3, H, W), 0 to 255.
         prompts: one prompt for every class on every frame that contains it.
         labels: labels of the dataset.
+        track: progress display over slices, in both steps.
     """
 
-    def __init__(self, base: SAM2Base, frames: Tensor, prompts: SlicePrompts, labels: LabelSet) -> None:
+    def __init__(
+        self, base: SAM2Base, frames: Tensor, prompts: SlicePrompts, labels: LabelSet, *, track: Track = silent
+    ) -> None:
+        self._track = track
         self.base, self.frames, self.labels = base, frames, labels
         self.size = (frames.shape[2], frames.shape[3])
         self.present = prompts.present
@@ -81,7 +86,7 @@ class VideoSegmenter:
         for setting, each in memories.items():
             begins = (min(memory["cond_frame_outputs"]) for memory in each.values())
             starts[setting] = min(begins, default=len(self.frames))
-        for z in range(len(self.frames)):
+        for z in self._track(range(len(self.frames)), "slices, Step 2", len(self.frames)):
             running: list[Prompted] = [setting for setting in prompted if starts[setting] <= z]
             if not running:
                 continue
@@ -98,7 +103,7 @@ class VideoSegmenter:
     def _first_step(self) -> dict[tuple[int, int], Output]:
         """Step 1 on every frame and class with a prompt, all classes of a frame in one batch."""
         done: dict[tuple[int, int], Output] = {}
-        for z in range(len(self.frames)):
+        for z in self._track(range(len(self.frames)), "slices, Step 1", len(self.frames)):
             classes = self.present[z].nonzero()[:, 0].tolist()
             if classes:
                 result = self._step(self._encoded(z), z, classes, {}, prompt=True, first=True)

@@ -19,11 +19,12 @@ from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.probabilities import ProbabilityMap
 from rfmedsam2.inference.refined_tiles import Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, require_possible
-from rfmedsam2.inference.sliding_window import Execution, Precision, ProgressFn, Slab, predict_slabs, untracked
+from rfmedsam2.inference.sliding_window import Execution, Precision, Slab, predict_slabs
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.plan import Inference, Plan, Stage
 from rfmedsam2.store.orientation import Orientation, reoriented
+from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.prepare import Prepared, prepare
 from rfmedsam2.volume import Volume
 
@@ -126,7 +127,7 @@ def predict_prepared(
     *,
     options: PredictOptions,
     probabilities: Path | bool = False,
-    track: ProgressFn = untracked,
+    track: Track = silent,
 ) -> Prediction:
     """Predict a preprocessed volume: network, export, and reorienting back to the axes of the given volume.
 
@@ -172,7 +173,7 @@ def _slabs(
     plan: Plan,
     stage: Stage,
     options: PredictOptions,
-    track: ProgressFn,
+    track: Track,
 ) -> Iterator[Slab]:
     """Slabs of logits: by sliding window, or by refinement for RFMedSAM 2."""
     require_possible(stage.model, step=options.step, boxes=prepared_case.boxes is not None)

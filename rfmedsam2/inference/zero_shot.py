@@ -14,6 +14,7 @@ from rfmedsam2.nn.segmenter import PromptBatch, at_image_size, fitted_size
 from rfmedsam2.prompts import center_points, prompts_from_labels
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.study import PromptKind
+from rfmedsam2.system.progress import Track, silent
 
 AT_ONCE = 16
 """Number of prompts decoded per batch."""
@@ -92,7 +93,7 @@ class Painter:
 
 
 def segment_slices(
-    sam: SamSegmenter, frames: Tensor, prompts: tuple[SlicePrompts, ...], labels: LabelSet
+    sam: SamSegmenter, frames: Tensor, prompts: tuple[SlicePrompts, ...], labels: LabelSet, *, track: Track = silent
 ) -> dict[PromptKind, np.ndarray]:
     """Run SAM on every slice with a prompt.
 
@@ -101,6 +102,7 @@ def segment_slices(
         frames: RGB slices (Z, 3, H, W), 0 to 255, on any device.
         prompts: prompts of the slices; all kinds share each slice's embedding.
         labels: labels of the dataset.
+        track: progress display over slices.
 
     Returns:
         Kind of prompt -> label map (Z, H, W).
@@ -111,7 +113,7 @@ def segment_slices(
     resized = fitted_size(size, sam.frame_size)
     out: dict[PromptKind, np.ndarray] = {each.kind: np.zeros((len(frames), *size), painter.dtype) for each in prompts}
     points = {each.kind: each.within(size, resized) for each in prompts}
-    for z in range(len(frames)):
+    for z in track(range(len(frames)), "slices", len(frames)):
         present: dict[PromptKind, Tensor] = {each.kind: each.present[z].nonzero()[:, 0] for each in prompts}
         if not any(len(classes) for classes in present.values()):
             continue

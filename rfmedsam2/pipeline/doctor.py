@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,12 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import rfmedsam2
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.entry_points import KINDS, find, installed
+from rfmedsam2.system.memory import free_bytes, total_bytes
 from rfmedsam2.system.private_apis import missing as missing_private_apis
 
 try:
@@ -29,37 +29,9 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "sam2",
-    "segment-anything",
-    "numpy",
-    "scipy",
-    "pandas",
-    "nibabel",
-    "SimpleITK",
-    "pydicom",
-    "pillow",
-    "blosc2",
-    "numba",
-    "surface-distance",
-    "safetensors",
-    "pydantic",
-    "typing-extensions",
-    "tyro",
-    "rich",
-    "psutil",
-    "jinja2",
-    "matplotlib",
-    "dynamic-network-architectures",
-    "batchgenerators",
-    "batchgeneratorsv2",
-)
-"""What pyproject.toml requires, in its order (tests/test_dependencies.py)."""
-OPTIONAL_PACKAGES = ("tensorboard", "pycocotools", "nnunetv2")
-"""What its extras bring, without those for tests."""
-
+_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[^;]*(?:;.*extra == ['\"](\w+)['\"])?")
+_NOT_SHOWN = ("test",)
+"""Extras that only developers need."""
 _GIB = 2**30
 # below these, users of comparable pipelines report killed workers, full disks and "too many open files"
 _LOW_RAM_GIB = 8.0
@@ -163,16 +135,14 @@ def doctor(layout: Layout | None = None, *, folders_from: str = "the default") -
     """
     chosen = layout or Layout.under(Path("rfmed_data"))
     devices, trouble = _devices()
-    memory = psutil.virtual_memory()
-    limit = _container_limit_gib()
-    total = memory.total / _GIB
+    needed, optional = _required_packages()
     facts: dict[str, Any] = {
-        "packages": {name: _version(name) for name in PACKAGES},
-        "optional_packages": {name: _version(name) for name in OPTIONAL_PACKAGES},
+        "packages": {name: _version(name) for name in needed},
+        "optional_packages": {name: _version(name) for name in optional},
         "extensions": tuple(_extensions()),
         "devices": devices,
-        "ram_gib": round(min(total, limit or total), 1),
-        "ram_free_gib": round(min(memory.available / _GIB, limit or total), 1),
+        "ram_gib": round(total_bytes() / _GIB, 1),
+        "ram_free_gib": round(free_bytes() / _GIB, 1),
         "shm_gib": _free_gib(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None,  # noqa: S108 - only inspected
         "open_files": _open_file_limits(),
         "compiler": _compiler(),
@@ -187,6 +157,27 @@ def doctor(layout: Layout | None = None, *, folders_from: str = "the default") -
         warnings=(*trouble, *_warnings(facts)),
         **facts,
     )
+
+
+def _required_packages() -> tuple[list[str], list[str]]:
+    """Names of what this package needs, and of what its extras add, as its own metadata say.
+
+    Both are empty where it runs from its sources without having been installed.
+    """
+    needed, optional = [], []
+    for text in _requirements():
+        found = _REQUIREMENT.match(text)
+        if found is None or found[2] in _NOT_SHOWN:
+            continue
+        (needed if found[2] is None else optional).append(found[1])
+    return needed, optional
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata.requires(rfmedsam2.__name__) or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def _version(name: str) -> str | None:
@@ -250,17 +241,6 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _container_limit_gib() -> float | None:
-    """Memory limit of the cgroup (Docker, Slurm), None if there is no limit."""
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            granted = int(Path(name).read_text(encoding="ascii"))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-        return granted / _GIB
-    return None
-
-
 def _open_file_limits() -> tuple[int, int] | None:
     return None if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)
 
@@ -289,6 +269,9 @@ def _free_gib(path: Path) -> float | None:
 
 
 def _warnings(facts: dict[str, Any]) -> Iterator[Advice]:
+    if not facts["packages"]:
+        remedy = "Install it, from its sources with: pip install -e ."
+        yield Advice(message="rfmedsam2 is not installed: what it needs cannot be checked", remedy=remedy)
     missing = [name for name, version in facts["packages"].items() if version is None]
     if missing:
         remedy = f"pip install {' '.join(missing)}"

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from rfmedsam2.records.base import Record
+from rfmedsam2.records.choices import Backbone
 from rfmedsam2.records.extension import Extension
 
 Positive = Annotated[float, Field(gt=0)]
@@ -59,8 +60,6 @@ class UNetConfig(Record):
         return len(self.strides[0])
 
 
-Backbone = Literal["sam2_tiny", "sam2_small", "sam2_base_plus", "sam2_large", "nano", "mobile_sam", "lite_medsam"]
-"""Image encoders: SAM 2's Hiera in its four sizes or our own smaller one, or a TinyViT encoder with SAM's decoder."""
 LIGHT_BACKBONES: tuple[Backbone, ...] = ("mobile_sam", "lite_medsam")
 """SAMs with a TinyViT encoder; their weights include no memory modules."""
 PromptGenerator = Literal[

@@ -25,8 +25,23 @@ def free_bytes() -> int:
     return max(0, min(psutil.virtual_memory().available, *group_bytes(), *_limit_bytes()))
 
 
+def total_bytes() -> int:
+    """Memory of the machine, or what its cgroups grant (Docker, Slurm) where that is less."""
+    return min([psutil.virtual_memory().total, *(granted for granted, _ in _groups(_GROUPS, _OWN))])
+
+
 def group_bytes(groups: Path = _GROUPS, own: Path = _OWN) -> Iterator[int]:
     """Bytes left in each cgroup of this process; file pages that can be dropped at once count as free.
+
+    Args:
+        groups: mount point of the cgroups, version 1 or 2.
+        own: file that lists the cgroups of this process.
+    """
+    return (left for _, left in _groups(groups, own))
+
+
+def _groups(groups: Path, own: Path) -> Iterator[tuple[int, int]]:
+    """Bytes granted and bytes left in each cgroup of this process that has a limit.
 
     Args:
         groups: mount point of the cgroups, version 1 or 2.
@@ -48,17 +63,17 @@ def group_bytes(groups: Path = _GROUPS, own: Path = _OWN) -> Iterator[int]:
         # inside a container the path may be the host's; the container's own group is then the mount point
         parts = [part for part in path.split("/") if part]
         for depth in range(len(parts) + 1):
-            left = _left(folder.joinpath(*parts[:depth]), *names)
-            if left is not None:
-                yield left
+            group = _granted_and_left(folder.joinpath(*parts[:depth]), *names)
+            if group is not None:
+                yield group
 
 
-def _left(folder: Path, limit: str, usage: str, droppable: str) -> int | None:
-    """Bytes left in one cgroup; None if it has no limit or does not exist."""
+def _granted_and_left(folder: Path, limit: str, usage: str, droppable: str) -> tuple[int, int] | None:
+    """Bytes granted and left in one cgroup; None if it has no limit or does not exist."""
     try:
         granted, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
         fields = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-        return granted - used + int(fields.get(droppable, 0))
+        return granted, granted - used + int(fields.get(droppable, 0))
     except (OSError, ValueError):  # no such file, "max"
         return None
 

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import psutil
 
 from rfmedsam2.errors import MemoryShortError, RfMedSamError, WorkerError
 from rfmedsam2.system.memory import free_bytes
+from rfmedsam2.system.progress import Track, silent
 
 logger = logging.getLogger(__name__)
 C = TypeVar("C")
 R = TypeVar("R")
-T = TypeVar("T")
-
-
-class Track(Protocol):
-    """Shows progress: passes `items` through; called with a description and the total number."""
-
-    def __call__(self, items: Iterable[T], description: str, total: int, /) -> Iterable[T]: ...  # noqa: D102
-
-
-def silent(items: Iterable[T], description: str, total: int, /) -> Iterable[T]:  # noqa: ARG001
-    """Show nothing."""
-    return items
 
 
 def map_cases(

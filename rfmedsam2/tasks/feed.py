@@ -11,6 +11,7 @@ from rfmedsam2.engine.runtime import Runtime, to_device
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Split, Stage
 from rfmedsam2.store.preprocessed import CaseStore, StoredCase
+from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.tasks.patches import PatchBatch, PatchSource
 
 
@@ -23,9 +24,20 @@ class PatchFeed:
         store: preprocessed cases.
         split: training and validation cases.
         runtime: device and ranks.
+        track: shows the progress over what is validated on.
     """
 
-    def __init__(self, stage: Stage, *, labels: LabelSet, store: CaseStore, split: Split, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        labels: LabelSet,
+        store: CaseStore,
+        split: Split,
+        runtime: Runtime,
+        track: Track = silent,
+    ) -> None:
+        self._track = track
         self._stage, self._labels, self._store, self._split, self._runtime = stage, labels, store, split, runtime
         self._training = self._source(split.train, augment=True)
         self._validation = self._source(split.val, augment=False)
@@ -45,12 +57,14 @@ class PatchFeed:
 
     def validation(self) -> Iterator[PatchBatch]:
         """The validation batches on the device, always the same."""
-        for step in range(self._stage.validation.patches_while_training):
+        batches = self._stage.validation.patches_while_training
+        for step in self._track(range(batches), "validation patches", batches):
             yield to_device(self._validation.batch(step), self._runtime.device)
 
     def whole_cases(self) -> Iterator[tuple[StoredCase, torch.Tensor]]:
         """The validation cases predicted as whole volumes during training, with their labels (1, *shape)."""
-        for name in self._split.val[: self._stage.validation.cases_while_training]:
+        names = self._split.val[: self._stage.validation.cases_while_training]
+        for name in self._track(names, "validation cases", len(names)):
             case = self._store.open(name)
             label = torch.from_numpy(case.label_patch(tuple((0, n) for n in case.shape)))
             yield case, label.clamp_min(0)[None]

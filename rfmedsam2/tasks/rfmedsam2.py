@@ -15,6 +15,7 @@ from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.inference.refined_tiles import Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
+from rfmedsam2.inference.sliding_window import Execution
 from rfmedsam2.losses import deep_supervision_losses, generalized_box_iou_loss, loss_of, memberships
 from rfmedsam2.nn.refinement_state import StepOutputs
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
@@ -22,6 +23,7 @@ from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.store.preprocessed import CaseStore
+from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.tasks.feed import PatchFeed
 from rfmedsam2.tasks.patches import PatchBatch
 from rfmedsam2.tasks.unet import overlap_counts, scores_of
@@ -41,17 +43,27 @@ class RFMedSam2Task:
         store: preprocessed cases of the stage.
         split: training and validation cases.
         runtime: device and ranks.
+        track: shows the progress of validation.
     """
 
-    def __init__(self, plan: Plan, stage_name: str, *, store: CaseStore, split: Split, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        stage_name: str,
+        *,
+        store: CaseStore,
+        split: Split,
+        runtime: Runtime,
+        track: Track = silent,
+    ) -> None:
         self.plan, self.stage = plan, plan.stages[stage_name]
-        self._runtime = runtime
+        self._runtime, self._track = runtime, track
         torch.manual_seed(self.stage.train.seed)  # the same first weights on every rank
         model = models.build_stage(plan, self.stage, cache_features=True)
         assert isinstance(model, RFMedSam2)
         self.model: RFMedSam2 = model.to(runtime.device)
         self._loss = loss_of(self.stage, plan.labels)
-        self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
+        self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime, track=track)
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Optimizer with one learning rate for adapters, prompt generator and all other trainable parameters."""
@@ -118,6 +130,7 @@ class RFMedSam2Task:
                     tiling=tiling,
                     device=self._runtime.device,
                     request=Request(step=number, boxes=self._shown(target)),
+                    execution=Execution(track=self._track),
                 )
                 yield number, torch.cat([slab.logits for slab in slabs], dim=1)[None], target
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from rfmedsam2 import models
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
-from rfmedsam2.inference.sliding_window import predict_logits
+from rfmedsam2.inference.sliding_window import Execution, predict_logits
 from rfmedsam2.losses import deep_supervision_losses, loss_of, memberships
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.store.preprocessed import CaseStore
+from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.tasks.feed import PatchFeed
 from rfmedsam2.tasks.patches import PatchBatch
 
@@ -33,15 +34,25 @@ class UNetTask:
         store: preprocessed cases of the stage.
         split: training and validation cases.
         runtime: device and ranks.
+        track: shows the progress of validation.
     """
 
-    def __init__(self, plan: Plan, stage_name: str, *, store: CaseStore, split: Split, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        stage_name: str,
+        *,
+        store: CaseStore,
+        split: Split,
+        runtime: Runtime,
+        track: Track = silent,
+    ) -> None:
         self.plan, self.stage = plan, plan.stages[stage_name]
-        self._runtime = runtime
+        self._runtime, self._track = runtime, track
         torch.manual_seed(self.stage.train.seed)  # the same first weights on every rank
         self.model: nn.Module = models.build_stage(plan, self.stage).to(runtime.device)
         self._loss = loss_of(self.stage, plan.labels)
-        self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime)
+        self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime, track=track)
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Optimizer with one learning rate for all parameters."""
@@ -86,6 +97,7 @@ class UNetTask:
                 mirror_axes=self.stage.augmentation.mirror_axes,
                 device=self._runtime.device,
                 outputs=self.plan.labels.num_outputs,
+                execution=Execution(track=self._track),
             )
             total += overlap_counts(torch.as_tensor(logits)[None], target, self.plan.labels)
         return total

@@ -28,6 +28,7 @@ from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.engine.task import Run
 from rfmedsam2.records.plan import TrainConfig
+from rfmedsam2.system.progress import OnStep
 
 
 class Task:
@@ -74,7 +75,7 @@ def ours(config: TrainConfig, device: torch.device) -> float:
                 folder=Path(folder),
                 record=lambda step, scores: make_record(step, scores),
                 runtime=Runtime(device=device),
-                show=lambda report: marks.append(time.perf_counter()) if report.scores is None else None,
+                track=OnStep(lambda report: marks.append(time.perf_counter()) if report.scores is None else None),
             ),
         )
     return median_step(marks)

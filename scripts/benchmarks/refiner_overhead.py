@@ -28,7 +28,7 @@ from torch import Tensor
 from rfmedsam2.nn.segmenter import PromptBatch, Segmented
 from rfmedsam2.system.devices import choose_device
 from segment_anything_hq import models
-from segment_anything_hq.records import Backbone, Method, ZeroShot
+from segment_anything_hq.choices import Backbone, Method, ZeroShot
 
 METHODS: dict[Method, tuple[ZeroShot, float]] = {
     "hq_sam": ("sam", 0.97),

@@ -21,13 +21,14 @@ import torch
 from rfmedsam2.records.overrides import with_overrides
 from rfmedsam2.store.checkpoint_header import FINAL
 from segment_anything_hq import models
+from segment_anything_hq.choices import Method
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.data.open_data import open_data, split_held_out
 from segment_anything_hq.evaluation.protocols import BoxRule, evaluate_prompted
 from segment_anything_hq.evaluation.report import write_page
 from segment_anything_hq.evaluation.scores import Evaluation
 from segment_anything_hq.inference.interactive import InteractivePredictor
-from segment_anything_hq.records import Method, RefinerPlan
+from segment_anything_hq.records import RefinerPlan
 from segment_anything_hq.tasks.defaults import default_plan
 from segment_anything_hq.tasks.train import RefinerTrainOptions, train_refiner
 

@@ -8,8 +8,9 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from rfmedsam2.cli.command import AsJson, command
-from segment_anything_hq.cli.names import AnyBackbone, AnyMethod, MaskRule
+from rfmedsam2.cli.command import command, tell, tell_json
+from rfmedsam2.cli.flags import AsJson
+from segment_anything_hq import choices
 
 MOST_FAULTS = 100
 """Rows of the printed table; --json lists all faults."""
@@ -18,7 +19,7 @@ MOST_FAULTS = 100
 def check_data(
     *,
     data: Annotated[tuple[str, ...], arg(metavar="[NAME=]FOLDER")],
-    mask_rule: Annotated[MaskRule, arg(metavar="RULE")] = "above_128",
+    mask_rule: Annotated[choices.MaskRule, arg(metavar="RULE")] = "above_128",
     pixels: bool = True,
     as_json: AsJson = False,
 ) -> None:
@@ -50,23 +51,23 @@ def check_data(
             for check in checks
         ]
         samples = sum(check.samples for check in checks)
-        print(json.dumps({"sets": sets, "samples": samples, "faults": len(faults)}, indent=2))
+        tell_json(json.dumps({"sets": sets, "samples": samples, "faults": len(faults)}, indent=2))
     else:
         for check in checks:
-            print(check.summary())
+            tell(check.summary())
         if faults:
             table("Faults", ("set", "where", "what"), faults[:MOST_FAULTS])
         if len(faults) > MOST_FAULTS:
-            print(f"... and {len(faults) - MOST_FAULTS} more: --json lists all.")
-        print(total(checks))
+            tell(f"... and {len(faults) - MOST_FAULTS} more: --json lists all.")
+        tell(total(checks))
     if not all(check.complete for check in checks):
         sys.exit(2)
 
 
 def summary(
-    method: Annotated[Positional[AnyMethod], arg(metavar="METHOD")],
+    method: Annotated[Positional[choices.Method | choices.ZeroShot], arg(metavar="METHOD")],
     *,
-    backbone: Annotated[AnyBackbone, arg(aliases=("-b",), metavar="NAME")],
+    backbone: Annotated[choices.Backbone, arg(aliases=("-b",), metavar="NAME")],
     frame_size: Annotated[int, arg(metavar="PIXELS")] = 1024,
     as_json: AsJson = False,
 ) -> None:
@@ -83,16 +84,16 @@ def summary(
 
     size = network_size(method, backbone, frame_size=frame_size)
     if as_json:
-        print(json.dumps(size.as_json(), indent=2))
+        tell_json(json.dumps(size.as_json(), indent=2))
         return
     rows = [(p.name, *_millions(p.parameters, p.trained, p.frozen)) for p in size.parts]
     sums = ("all", *_millions(size.parameters, size.trained, size.parameters - size.trained))
     title = f"{method} on {backbone}: millions of parameters"
     table(title, ("part", "parameters", "trained", "frozen"), [*rows, sums])
-    print(f"Trained: {size.trained / 1e6:.3f} M parameters, {size.trained_mib:.2f} MiB in fp32.")
+    tell(f"Trained: {size.trained / 1e6:.3f} M parameters, {size.trained_mib:.2f} MiB in fp32.")
     if size.published is not None and size.as_published is not None:
         paper, ratio = size.published, size.as_published / size.published.value
-        print(
+        tell(
             f"The {paper.source} says {paper.value:g} {paper.unit}; here it is {size.as_published:.2f} ({ratio:.2f}x)."
         )
 

@@ -18,7 +18,8 @@ import numpy as np
 from scipy.io import loadmat
 
 from rfmedsam2.errors import DatasetError, ImageError
-from segment_anything_hq.data.image_io import ENDINGS, MaskRule, read_ground_truth, read_image
+from segment_anything_hq.choices import MaskRule
+from segment_anything_hq.data.image_io import ENDINGS, read_ground_truth, read_image
 
 HQSEG_TRAINING_IMAGES = 44_320
 HQSEG_TEST_IMAGES = 1_537

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from rfmedsam2.errors import ImageError
+from segment_anything_hq.choices import MaskRule
 from segment_anything_hq.prompts.clicks import IGNORE
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # only these decoders: some of Pillow's others start external programs
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
-
-MaskRule = Literal["above_128", "ignore_128", "any"]
-"""How mask values are interpreted.
-
-above_128: object where the first channel is above 128 (sam-hq). ignore_128: the same, but pixels of exactly 128 are
-ignored (RITM's GrabCut and Berkeley). any: object where any color channel is above 0 (RITM's DAVIS).
-"""
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from rfmedsam2.errors import DatasetError, UsageError
+from segment_anything_hq.choices import MaskRule
 from segment_anything_hq.data.coco import coco_lvis
 from segment_anything_hq.data.datasets import COLLECTIONS, Fault, ImageSet, open_folders
-from segment_anything_hq.data.image_io import MaskRule
 
 COCO_LVIS = {"coco_lvis_train": "train", "coco_lvis_val": "val"}
 NAMES = (*COLLECTIONS, *COCO_LVIS)

@@ -11,16 +11,17 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from rfmedsam2.errors import DatasetError, UsageError
 from rfmedsam2.nn.segmenter import PromptBatch
+from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.image_io import read_image
 from segment_anything_hq.inference.image_transform import Fit, device_of, embed, make_transform
 from segment_anything_hq.models import Network
@@ -29,14 +30,6 @@ BATCH_SIZE = 32
 """Boxes per batch, all of one image."""
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 """pycocotools' first six metrics: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, for small, medium and large objects."""
-
-
-class Track(Protocol):
-    """Shows progress around what it passes on."""
-
-    def __call__(self, items: Iterable[int], description: str, total: int) -> Iterable[int]:
-        """The items, one after the other."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +68,7 @@ def average_precision(
     fit: Fit,
     detections: Path | None = None,
     max_images: int | None = None,
-    track: Track | None = None,
+    track: Track = silent,
 ) -> Precision:
     """Predict a mask for each box and compute COCO's average precision.
 
@@ -103,7 +96,7 @@ def average_precision(
     if not chosen:
         raise DatasetError("The file contains no boxes", where=detections or annotations)
     results: list[dict[str, Any]] = []
-    for image in track(chosen, "images", len(chosen)) if track else chosen:
+    for image in track(chosen, "images", len(chosen)):
         path = images / Path(ground_truth.imgs[image]["file_name"]).name
         results += _predict(network, read_image(path), boxes_by_image[image], fit)
     return Precision(

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from rfmedsam2.errors import UsageError
+from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.datasets import Fault, ImageSet, read_ahead
 from segment_anything_hq.evaluation.protocols import predicted_mask, require_unique_names
 from segment_anything_hq.evaluation.scores import (
@@ -202,6 +203,7 @@ def evaluate_clicks(
     *,
     choose_click: ClickFn = next_click,
     worst: int = 6,
+    track: Track = silent,
 ) -> ProtocolResult:
     """Evaluate a model with simulated clicks on whole sets.
 
@@ -214,6 +216,7 @@ def evaluate_clicks(
         protocol: targets and clicks; None: those of RITM and SAM-REF.
         choose_click: places the next click; RITM's rule by default.
         worst: number of worst predictions (by last IoU) to keep.
+        track: shows progress by sample.
 
     Raises:
         DatasetError: a set has no samples.
@@ -221,8 +224,7 @@ def evaluate_clicks(
         UsageError: two sets have the same name, more clicks are asked for than an image has pixels, or a prediction has
             another size than its image.
     """
-    protocol = protocol or ClickProtocol()
-    kept = WorstK(worst)
+    protocol, kept = protocol or ClickProtocol(), WorstK(worst)
     scores: list[SampleScore] = []
     skipped: list[Fault] = []
     runs: dict[str, list[InteractionTrace]] = {}
@@ -230,7 +232,8 @@ def evaluate_clicks(
     for images in require_unique_names(sets):
         runs[images.name], encoding[images.name] = [], 0.0
         current: np.ndarray | None = None
-        for sample, image, ground_truth in read_ahead(images.require_samples().samples):
+        samples = track(read_ahead(images.require_samples().samples), images.name, len(images.samples))
+        for sample, image, ground_truth in samples:
             if not (ground_truth == 1).any():
                 skipped.append(Fault(where=f"{images.name} {sample.id}", what="the mask is empty"))
                 continue

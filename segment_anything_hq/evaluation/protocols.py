@@ -13,6 +13,7 @@ import numpy as np
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.metrics.boundary import DILATION_RATIO, boundary_iou
+from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.datasets import Fault, ImageSet, read_ahead
 from segment_anything_hq.evaluation.scores import (
     Chart,
@@ -161,7 +162,13 @@ def noisy_box(box: np.ndarray, scale: float, shape: tuple[int, ...], rng: np.ran
 
 
 def evaluate_prompted(
-    model: Promptable, sets: Sequence[ImageSet], rule: PromptRule, *, seed: int = 0, worst: int = 6
+    model: Promptable,
+    sets: Sequence[ImageSet],
+    rule: PromptRule,
+    *,
+    seed: int = 0,
+    worst: int = 6,
+    track: Track = silent,
 ) -> ProtocolResult:
     """Evaluate a model on whole sets, at the images' original sizes.
 
@@ -174,6 +181,7 @@ def evaluate_prompted(
         rule: how prompts are derived from the masks.
         seed: seed of random prompts.
         worst: number of worst predictions (by boundary IoU) to keep.
+        track: shows progress by sample.
 
     Raises:
         DatasetError: a set has no samples.
@@ -185,7 +193,9 @@ def evaluate_prompted(
     skipped: list[Fault] = []
     for images in require_unique_names(sets):
         current: np.ndarray | None = None
-        for index, (sample, image, ground_truth) in enumerate(read_ahead(images.require_samples().samples)):
+        samples = images.require_samples().samples
+        tracked = track(read_ahead(samples), images.name, len(samples))
+        for index, (sample, image, ground_truth) in enumerate(tracked):
             if not (ground_truth == 1).any():
                 skipped.append(Fault(where=f"{images.name} {sample.id}", what="the mask is empty"))
                 continue

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.store.atomic import write_record
+from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.evaluation.interactive import ClickProtocol, Interactive, evaluate_clicks
 from segment_anything_hq.evaluation.latency import SatLatency, sat_latency
@@ -38,14 +39,6 @@ PROTOCOLS = "box, box_NOISE (box_0.2, box_0.4), center, points_N (points_1, poin
 
 class Model(Promptable, Interactive, Protocol):
     """A model for all protocols, such as `evaluation.interactive.ClickedPredictor`."""
-
-
-class Track(Protocol):
-    """Shows progress around what it passes on."""
-
-    def __call__(self, items: Iterable[str], description: str, total: int) -> Iterable[str]:
-        """The items, one after the other."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +94,7 @@ def run_protocols(
     *,
     clicks: int = MOST_CLICKS,
     seed: int = 0,
-    track: Track | None = None,
+    track: Track = silent,
 ) -> Results:
     """Run protocols one after the other.
 
@@ -111,7 +104,7 @@ def run_protocols(
         names: names of protocols, see `PROTOCOLS`; aliases are replaced, and each protocol runs once.
         clicks: maximum number of clicks of the protocol `clicks`.
         seed: seed of box noise and random points.
-        track: shows progress by protocol.
+        track: shows progress by protocol and sample.
 
     Raises:
         UsageError: a protocol is unknown or needs data, and as the protocols raise.
@@ -124,14 +117,14 @@ def run_protocols(
     evaluations: dict[str, ProtocolResult] = {}
     seconds: dict[str, float] = {}
     latency = None
-    for name in track(rules, "protocols", len(rules)) if track else rules:
+    for name in track(rules, "protocols", len(rules)):
         started, rule = time.perf_counter(), rules[name]
         if rule is None:
             latency = sat_latency(model)
         elif isinstance(rule, ClickProtocol):
-            evaluations[name] = evaluate_clicks(model, sets, rule)
+            evaluations[name] = evaluate_clicks(model, sets, rule, track=track)
         else:
-            evaluations[name] = evaluate_prompted(model, sets, rule, seed=seed)
+            evaluations[name] = evaluate_prompted(model, sets, rule, seed=seed, track=track)
         seconds[name] = time.perf_counter() - started
     return Results(evaluations=evaluations, seconds=seconds, latency=latency)
 

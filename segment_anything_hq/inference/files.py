@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ import rfmedsam2
 from rfmedsam2.errors import UsageError
 from rfmedsam2.nn.segmenter import Embedded
 from rfmedsam2.store.atomic import atomic, write_record
+from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.image_io import read_image
 from segment_anything_hq.data.prompt_files import PromptedObject
 from segment_anything_hq.inference.image_transform import ImageTransform, device_of, embed, make_transform
@@ -30,16 +30,6 @@ OBJECTS_PER_BATCH = 16
 PREDICTIONS = "predictions.json"
 OBJECT = 255
 """Value of object pixels in a mask file."""
-
-
-class Track(Protocol):
-    """Shows progress around what it passes on."""
-
-    def __call__(
-        self, items: Iterable[list[PromptedObject]], description: str, total: int
-    ) -> Iterable[list[PromptedObject]]:
-        """The items, one after the other."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +65,7 @@ def require_free_outputs(out: Path, objects: Sequence[PromptedObject], *, overwr
 
 
 def predict_files(
-    loaded: LoadedNetwork, objects: Sequence[PromptedObject], out: Path, *, track: Track | None = None
+    loaded: LoadedNetwork, objects: Sequence[PromptedObject], out: Path, *, track: Track = silent
 ) -> ImagePredictions:
     """Predict a mask for each object and write one PNG per mask and predictions.json, replacing existing files.
 
@@ -94,8 +84,7 @@ def predict_files(
         by_image.setdefault(prompted.image, []).append(prompted)
     predicted: list[PredictedObject] = []
     embedding_seconds: dict[str, float] = {}
-    groups: Iterable[list[PromptedObject]] = list(by_image.values())
-    for group in track(groups, "images", len(by_image)) if track else groups:
+    for group in track(by_image.values(), "images", len(by_image)):
         path = group[0].image
         image = read_image(path)
         started = time.perf_counter()

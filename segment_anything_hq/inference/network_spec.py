@@ -10,10 +10,11 @@ import torch
 from rfmedsam2.errors import UsageError
 from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import weights_sha256
+from segment_anything_hq.choices import Backbone, Method, ZeroShot
 from segment_anything_hq.inference.image_transform import Fit
 from segment_anything_hq.models import Network, build, fit_of, load_trained
 from segment_anything_hq.nn.hq_sam import FRAME_SIZE
-from segment_anything_hq.records import METHODS, Backbone, Method, RefinerRecord, ZeroShot
+from segment_anything_hq.records import METHODS, RefinerRecord
 
 REFINERS = ("sam_ref", "sam2_ref", "sam2_refiner")
 NANO = "nano"

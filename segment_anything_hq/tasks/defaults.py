@@ -6,13 +6,12 @@ import math
 
 from rfmedsam2.errors import PlanError
 from rfmedsam2.records.plan import AdamW, StepSchedule, TrainConfig, WarmupPolySchedule
+from segment_anything_hq.choices import Backbone, Method
 from segment_anything_hq.records import (
     METHODS,
     ON_SAM2,
-    Backbone,
     ClickConfig,
     JitterConfig,
-    Method,
     PromptConfig,
     RefinerPlan,
     supports_backbone,

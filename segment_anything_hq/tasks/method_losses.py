@@ -6,9 +6,9 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from rfmedsam2.nn.segmenter import Segmented
+from segment_anything_hq.choices import Method
 from segment_anything_hq.nn.patch_diff import cropped
 from segment_anything_hq.prompts.clicks import IGNORE
-from segment_anything_hq.records import Method
 from segment_anything_hq.tasks.click_simulation import upsample_to_frame
 from segment_anything_hq.tasks.losses import RefinementMasks, mask_losses, normalized_focal_loss, sam_ref_losses
 

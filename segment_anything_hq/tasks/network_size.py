@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from rfmedsam2.nn.meta_device import skip_init
+from segment_anything_hq.choices import Backbone, Method, ZeroShot
 from segment_anything_hq.models import build
 from segment_anything_hq.nn.hq_sam import FRAME_SIZE
-from segment_anything_hq.records import Backbone, Method, ZeroShot
 
 BYTES = 4
 """Bytes per parameter in fp32."""

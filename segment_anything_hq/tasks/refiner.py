@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
+from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.evaluation.interactive import ClickedPredictor, ClickProtocol, evaluate_clicks
 from segment_anything_hq.evaluation.protocols import BoxRule, evaluate_prompted
@@ -37,6 +38,7 @@ class RefinerTask:
         validation: held-out sets.
         runtime: device and ranks.
         cache: folder of the embedding cache; None: frames are encoded every time.
+        track: progress display of validation.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class RefinerTask:
         validation: Sequence[ImageSet],
         runtime: Runtime,
         cache: Path | None = None,
+        track: Track = silent,
     ) -> None:
-        self.plan, self.network = plan, network
+        self.plan, self.network, self._track = plan, network, track
         self.model = TrainedPart(network).to(runtime.device)
         self._cache = EmbeddingCache(network, folder=cache)
         self._feed = ObjectFeed(training, plan, runtime)
@@ -87,13 +90,13 @@ class RefinerTask:
         predictor = ClickedPredictor(InteractivePredictor(self.network))
         prompting, scores = self.plan.prompting, {}
         if isinstance(prompting, PromptConfig) or prompting.box:
-            found = evaluate_prompted(predictor, self._held, BoxRule(), worst=0).overall
+            found = evaluate_prompted(predictor, self._held, BoxRule(), worst=0, track=self._track).overall
             scores |= {"box/iou": found["iou"], "box/boundary_iou": found["boundary_iou"]}
             scores["score"] = found["boundary_iou"]
         if isinstance(prompting, ClickConfig):
             clicks = min(VALIDATION_CLICKS, prompting.max_clicks)
             protocol = ClickProtocol(max_clicks=clicks, miou_at=(clicks,), stop=False)
-            found = evaluate_clicks(predictor, self._held, protocol, worst=0).overall
+            found = evaluate_clicks(predictor, self._held, protocol, worst=0, track=self._track).overall
             scores[f"clicks/iou_{clicks}"] = scores["score"] = found[f"miou_at_{clicks}"]
         return scores
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +11,14 @@ import torch
 
 from rfmedsam2.engine.checkpoint import provenance
 from rfmedsam2.engine.fit import fit
-from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.engine.task import Progress, Run
-from rfmedsam2.engine.task import silent as show_nothing
 from rfmedsam2.errors import UsageError
 from rfmedsam2.reporting.training_curves import progress_png
 from rfmedsam2.store.atomic import write_text
 from rfmedsam2.store.checkpoint_header import FINAL, LATEST
+from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq import models
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.records import RefinerPlan, RefinerRecord
@@ -41,7 +40,7 @@ class RefinerTrainOptions:
         score_base: evaluate the network before its first step, which gives the score of the base.
         restart: start from the beginning; the existing folder is kept under another name.
         tensorboard: also write TensorBoard events.
-        show: called after every step and validation.
+        track: shows steps, and objects that are validated.
     """
 
     device: str = "auto"
@@ -51,7 +50,7 @@ class RefinerTrainOptions:
     score_base: bool = True
     restart: bool = False
     tensorboard: bool = False
-    show: Callable[[StepReport], None] = show_nothing
+    track: Track = silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,28 +106,27 @@ def train_refiner(
     digest = models.base_sha256(network)
 
     def record(step: int, scores: dict[str, float]) -> RefinerRecord:
-        return RefinerRecord(
-            plan=plan,
-            base=base,
-            base_sha256=digest,
-            step=step,
-            scores=scores,
-            **provenance(),
-        )
+        return RefinerRecord(plan=plan, base=base, base_sha256=digest, step=step, scores=scores, **provenance())
 
     with (
         start_runtime(options.device, precision=plan.train.precision) as runtime,
         training_folder(folder, runtime, restart=options.restart),
     ):
         task = RefinerTask(
-            plan, network, training=training, validation=validation, runtime=runtime, cache=options.cache
+            plan,
+            network,
+            training=training,
+            validation=validation,
+            runtime=runtime,
+            cache=options.cache,
+            track=options.track,
         )
         begun = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
         before = None
         if options.score_base and validation and not begun:
             with torch.no_grad(), runtime.autocast():
                 before = task.validate()
-        run = Run(folder=folder, record=record, runtime=runtime, show=options.show, tensorboard=options.tensorboard)
+        run = Run(folder=folder, record=record, runtime=runtime, track=options.track, tensorboard=options.tensorboard)
         progress = fit(task, plan.train, run, resume=True)
         if runtime.is_main:
             write_text(folder / PLAN, plan.to_json())

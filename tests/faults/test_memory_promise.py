@@ -27,7 +27,7 @@ LOOSEST = 1.6
 COMMAND = "from rfmedsam2.cli.pipeline import plan_and_preprocess_command as run; run()"
 LIMITED = f"""
 import resource
-import rfmedsam2.cli.console, rfmedsam2.pipeline.preprocessing.plan_and_preprocess
+import rfmedsam2.cli.progress, rfmedsam2.pipeline.preprocessing.plan_and_preprocess
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (600 << 20),) * 2)
 {COMMAND}

@@ -6,16 +6,11 @@ import csv
 import json
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.samhq_commands import SIZES, run, run_error, run_ok, write_images, written
-
-from segment_anything_hq import records
-from segment_anything_hq.cli import names
-from segment_anything_hq.data.image_io import MaskRule
 
 COMMANDS = {"inspect": ("check_data", "summary"), "predict_evaluate": ("predict", "evaluate")}
 HEAVY = {"torch", "numba", "pandas", "scipy", "nibabel", "SimpleITK", "matplotlib"}
@@ -341,10 +336,3 @@ def test_mobile_sam_masks_a_real_image_from_a_box(data_root, tmp_path):
     assert "Note" not in outcome.err
     mask = np.asarray(Image.open(tmp_path / "out" / f"{image.stem}.png")) > 0
     assert (mask & ground_truth).sum() / (mask | ground_truth).sum() > 0.8
-
-
-def test_commands_take_the_names_that_there_are() -> None:
-    assert get_args(names.Trainable) == get_args(records.Method)
-    assert get_args(names.AnyMethod) == (*get_args(records.Method), *get_args(records.ZeroShot))
-    assert get_args(names.AnyBackbone) == get_args(records.Backbone)
-    assert get_args(names.MaskRule) == get_args(MaskRule)

@@ -24,7 +24,7 @@ from rfmedsam2.pipeline.datasets.conversion import (
 )
 from rfmedsam2.pipeline.datasets.label_tables import AMOS22_LABELS
 from rfmedsam2.pipeline.datasets.published_splits import AMOS_LAST_CT
-from rfmedsam2.system.parallel import Track, silent
+from rfmedsam2.system.progress import Track, silent
 
 Task = Literal[1, 2]
 

@@ -25,7 +25,8 @@ from rfmedsam2.pipeline.datasets.label_tables import AMOS22_LABELS
 from rfmedsam2.store.atomic import atomic
 from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import read_header, read_image, write_label
-from rfmedsam2.system.parallel import Track, map_cases, silent
+from rfmedsam2.system.parallel import map_cases
+from rfmedsam2.system.progress import Track, silent
 
 # zip's earliest date, so that the same predictions give the same bytes
 _DATE = (1980, 1, 1, 0, 0, 0)

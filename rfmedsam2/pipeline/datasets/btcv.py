@@ -15,7 +15,7 @@ from rfmedsam2.pipeline.datasets.conversion import (
     pair,
 )
 from rfmedsam2.pipeline.datasets.label_tables import BTCV_LABELS
-from rfmedsam2.system.parallel import Track, silent
+from rfmedsam2.system.progress import Track, silent
 
 NAME = "Dataset217_BTCV"
 

@@ -19,7 +19,7 @@ from rfmedsam2.pipeline.datasets.conversion import (
     listed,
     pair,
 )
-from rfmedsam2.system.parallel import Track, silent
+from rfmedsam2.system.progress import Track, silent
 
 _KEPT = ("description", "reference", "license", "license", "release")
 

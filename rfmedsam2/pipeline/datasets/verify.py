@@ -27,7 +27,8 @@ from rfmedsam2.store.formats.image_header import (
 )
 from rfmedsam2.store.images import read_image, read_label, with_channel
 from rfmedsam2.store.raw import RawDataset
-from rfmedsam2.system.parallel import Track, map_cases, silent
+from rfmedsam2.system.parallel import map_cases
+from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.volume import Volume
 
 _FOUND_BY_NAMES = ("missing-channel", "extra-channel", "missing-image", "missing-label")

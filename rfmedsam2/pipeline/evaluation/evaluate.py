@@ -20,7 +20,8 @@ from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation, Interval
 from rfmedsam2.store.atomic import atomic, write_record
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending, read_label
-from rfmedsam2.system.parallel import Track, map_cases, silent
+from rfmedsam2.system.parallel import map_cases
+from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.volume import Volume
 
 logger = logging.getLogger(__name__)

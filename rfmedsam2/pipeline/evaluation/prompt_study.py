@@ -30,8 +30,8 @@ from rfmedsam2.nn.sam2.weights import BLOCKS, STEM, load_sam2
 from rfmedsam2.nn.sam_weights import build_sam, sam_backbone
 from rfmedsam2.pipeline.evaluation.evaluate import summarize
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
+from rfmedsam2.records.choices import Backbone
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.model import Backbone
 from rfmedsam2.records.report import CaseMetrics
 from rfmedsam2.records.study import Prompted, PromptKind, PromptStudy, Step2, StudyRow
 from rfmedsam2.store.atomic import atomic, write_record
@@ -39,7 +39,7 @@ from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.published_weights import read_published
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.devices import choose_device
-from rfmedsam2.system.parallel import Track, silent
+from rfmedsam2.system.progress import Track, silent
 
 SOFT_TISSUE_HU = (-160.0, 240.0)
 """Intensity window of CT, the usual one for the abdomen."""
@@ -125,7 +125,7 @@ def prompt_study(
     for path, is_sam2 in checkpoints:
         name, model = _load(path, sam2=is_sam2, options=options)
         began = time.perf_counter()
-        scores = _scores(model, dataset, track(cases, name, len(cases)), look, options)
+        scores = _scores(model, dataset, track(cases, name, len(cases)), look, options, track)
         rows += _rows(name, path, scores, dataset.json.label_set)
         seconds[str(path)] = round(time.perf_counter() - began, 1)
     study = PromptStudy(
@@ -239,7 +239,7 @@ def _load(path: Path, *, sam2: bool, options: StudyOptions) -> tuple[str, SamMod
 
 
 def _scores(
-    model: SamModel, dataset: RawDataset, cases: Iterable[Case], look: Look, options: StudyOptions
+    model: SamModel, dataset: RawDataset, cases: Iterable[Case], look: Look, options: StudyOptions, track: Track
 ) -> dict[Setting, list[CaseMetrics]]:
     """Scores of every case by setting."""
     device = choose_device(options.device)
@@ -252,7 +252,7 @@ def _scores(
         seen += sum(decoded.voxels_by_label.get(v, 0) for values in labels.foreground.values() for v in values)
         # the official predictor's precision; bfloat16 is not faster on the CPU
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            maps = _segmented(model, as_images(decoded.volume.array, look), decoded.label, labels, options)
+            maps = _segmented(model, as_images(decoded.volume.array, look), decoded.label, labels, options, track)
         spacing = decoded.volume.grid.spacing_zyx_mm
         for setting, found in maps.items():
             classes = case_metrics(decoded.label, found, labels, spacing)
@@ -268,16 +268,17 @@ def _scores(
 
 
 def _segmented(
-    model: SamModel, frames: Tensor, reference: np.ndarray, labels: LabelSet, options: StudyOptions
+    model: SamModel, frames: Tensor, reference: np.ndarray, labels: LabelSet, options: StudyOptions, track: Track
 ) -> dict[Setting, np.ndarray]:
     """Label maps of one case by setting."""
     prompts = tuple(reference_prompts(reference, labels, kind) for kind in options.prompts)
     if isinstance(model, SamSegmenter):
-        return {(kind, "all", "none"): found for kind, found in segment_slices(model, frames, prompts, labels).items()}
+        by_kind = segment_slices(model, frames, prompts, labels, track=track)
+        return {(kind, "all", "none"): found for kind, found in by_kind.items()}
     return {
         (each.kind, *setting): found
         for each in prompts
-        for setting, found in VideoSegmenter(model, frames, each, labels).run(options.prompted).items()
+        for setting, found in VideoSegmenter(model, frames, each, labels, track=track).run(options.prompted).items()
     }
 
 

@@ -13,16 +13,12 @@ U-Net.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.planning.topology import FeatureWidths
-from rfmedsam2.records.model import Backbone
+from rfmedsam2.records.choices import Backbone, Preset
 from rfmedsam2.records.plan import AdamW, Augmentation, Inference, TrainConfig, Validation, WarmupPolySchedule
-
-Preset = Literal[
-    "default", "nnunet", "nnunet_resenc_m", "nnunet_resenc_l", "nnunet_resenc_xl", "8gb", "24gb", "80gb", "cpu"
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import image_ending, read_header, read_label, write_label
 from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.store.raw import read_case
-from rfmedsam2.system.parallel import Track, silent
+from rfmedsam2.system.progress import Track, silent
 
 UNWRITABLE = (".dcm", ".nhdr")
 

@@ -19,7 +19,6 @@ from typing_extensions import Self
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.refinement import require_possible
-from rfmedsam2.inference.sliding_window import ProgressFn, untracked
 from rfmedsam2.inference.volume import PredictOptions, PreparedCase, predict_prepared, preprocess_case
 from rfmedsam2.models import load_network
 from rfmedsam2.pipeline.prediction.checkpoints import Which, checkpoints_of
@@ -30,6 +29,7 @@ from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PredictingModel
 from rfmedsam2.system.devices import choose_device
+from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.volume import Volume
 
 
@@ -161,7 +161,7 @@ class Predictor:
         spacing_zyx_mm: Sequence[float] | np.ndarray | None = None,
         boxes: BoxInput | None = None,
         probabilities: bool = False,
-        track: ProgressFn = untracked,
+        track: Track = silent,
     ) -> Prediction:
         """Predict one volume.
 
@@ -195,7 +195,7 @@ class Predictor:
         return preprocess_case(volume, self.plan, self.stage, boxes=prompts, threads=self.options.threads)
 
     def predict_prepared(
-        self, prepared_case: PreparedCase, *, probabilities: Path | bool = False, track: ProgressFn = untracked
+        self, prepared_case: PreparedCase, *, probabilities: Path | bool = False, track: Track = silent
     ) -> Prediction:
         """Second half of a prediction; see `inference.volume.predict_prepared`."""
         return predict_prepared(

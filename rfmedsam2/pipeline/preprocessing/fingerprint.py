@@ -24,7 +24,8 @@ from rfmedsam2.store.atomic import read_record, write_record
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import RawDataset
-from rfmedsam2.system.parallel import Track, map_cases, silent
+from rfmedsam2.system.parallel import map_cases
+from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.crop import nonzero_box
 
 POINTS = 1 << 23

@@ -21,15 +21,15 @@ from rfmedsam2.pipeline.planning.mirroring import note_on_mirroring
 from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset, apply_overrides
 from rfmedsam2.pipeline.planning.plan import plan as make_plan
-from rfmedsam2.pipeline.planning.presets import Preset
 from rfmedsam2.pipeline.planning.rfmedsam2 import plan_rfmedsam2
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.pipeline.preprocessing.fingerprint import fingerprint
 from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed, memory_need
 from rfmedsam2.pipeline.preprocessing.preprocess import PreprocessSummary, preprocess
+from rfmedsam2.records.choices import Backbone, Preset
 from rfmedsam2.records.extension import Extension
 from rfmedsam2.records.fingerprint import Fingerprint
-from rfmedsam2.records.model import Backbone, RFMedSam2Config
+from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import PLAN_NAMES, Plan, Split, is_plan_name
 from rfmedsam2.store.atomic import atomic, read_record, write_record
 from rfmedsam2.store.images import read_header
@@ -37,7 +37,7 @@ from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.memory import free_bytes
-from rfmedsam2.system.parallel import Track, silent
+from rfmedsam2.system.progress import Track, silent
 
 MEMORY_SHARE = 0.25
 """Fraction of the free memory for the cache of decoded cases between fingerprint and preprocessing."""

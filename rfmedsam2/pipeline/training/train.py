@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,9 @@ import torch
 from rfmedsam2 import extensions
 from rfmedsam2.engine.checkpoint import provenance
 from rfmedsam2.engine.fit import fit
-from rfmedsam2.engine.log import StepReport
 from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run, Task
-from rfmedsam2.engine.task import silent as show_nothing
 from rfmedsam2.errors import RfMedSamError, StoreError, UsageError
 from rfmedsam2.pipeline.datasets.splits import get_split
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
@@ -36,7 +34,8 @@ from rfmedsam2.store.checkpoint_header import FINAL, LATEST
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import open_dataset
-from rfmedsam2.system.parallel import Track, map_cases, silent
+from rfmedsam2.system.parallel import map_cases
+from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
 from rfmedsam2.tasks.unet import UNetTask
 
@@ -57,8 +56,7 @@ class TrainOptions:
         tensorboard: whether to write TensorBoard events.
         sam: published weights of the backbone (RFMedSAM 2).
         unet: a trained U-Net that Step 0 starts from (RFMedSAM 2).
-        show: called after every step.
-        track: progress over validation cases.
+        track: shows steps, validation patches and cases.
     """
 
     device: str = "auto"
@@ -67,7 +65,6 @@ class TrainOptions:
     tensorboard: bool = False
     sam: Path | None = None
     unet: Path | None = None
-    show: Callable[[StepReport], None] = show_nothing
     track: Track = silent
 
 
@@ -116,7 +113,7 @@ def train(
     extensions.check(config)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.name, stage), config.patch_size)
     split = get_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
-    _require_preprocessed(split, store, plan, stage)
+    _require_preprocessed(split, store, plan, stage, track=options.track)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
     with (
         start_runtime(options.device, precision=config.train.precision) as runtime,
@@ -127,7 +124,7 @@ def train(
             folder=folder,
             record=lambda step, scores: describe(plan, stage, fold, step=step, scores=scores),
             runtime=runtime,
-            show=options.show,
+            track=options.track,
             tensorboard=options.tensorboard,
         )
         progress = fit(task, config.train, run, resume=True)
@@ -165,9 +162,9 @@ def _task(
         given: dict[str, Any] = {"store": store, "split": split, "runtime": runtime}
         if custom is not None:
             return extensions.make("task", custom, plan=plan, stage_name=stage, **given)
-        return UNetTask(plan, stage, **given)
+        return UNetTask(plan, stage, track=options.track, **given)
     check_memory(plan, stage, runtime.free_bytes(), half=runtime.precision != torch.float32)
-    task = RFMedSam2Task(plan, stage, store=store, split=split, runtime=runtime)
+    task = RFMedSam2Task(plan, stage, store=store, split=split, runtime=runtime, track=options.track)
     if not began:
         unet = options.unet
         if unet is None and config.starts_from is not None:
@@ -247,7 +244,7 @@ def _case_ids(layout: Layout, plan: Plan, store: CaseStore) -> tuple[str, ...]:
         return store.ids()
 
 
-def _require_preprocessed(split: Split, store: CaseStore, plan: Plan, stage: str) -> None:
+def _require_preprocessed(split: Split, store: CaseStore, plan: Plan, stage: str, *, track: Track) -> None:
     there, wanted = set(store.ids()), sorted({*split.train, *split.val})
     missing = [name for name in wanted if name not in there]
     if missing:
@@ -258,7 +255,9 @@ def _require_preprocessed(split: Split, store: CaseStore, plan: Plan, stage: str
             remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {stage} with the options that made {plan.name}",
         )
     # a copied dataset has new modification times: then all files are read once
-    sound = map_cases(store.looks_complete, wanted, workers=CHECKS_AT_ONCE, name=str)
+    sound = map_cases(
+        store.looks_complete, wanted, workers=CHECKS_AT_ONCE, name=str, track=track, description="Checking cases"
+    )
     damaged = [name for name, whole in zip(wanted, sound, strict=True) if not whole]
     if damaged:
         raise StoreError(

@@ -20,6 +20,7 @@ from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.system.progress import OnStep
 
 PHANTOM = "Dataset900_PhantomCT"
 QUIET = TrainOptions(device="cpu", validate=False)
@@ -101,7 +102,7 @@ def test_a_training_that_was_stopped_goes_on_exactly(layout, plan, unbroken, at)
         if report.step == at and report.scores is None:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    stopping = TrainOptions(device="cpu", validate=False, show=show)
+    stopping = TrainOptions(device="cpu", validate=False, track=OnStep(show))
     first = train(layout, plan, "3d_fullres", fold="0", options=stopping)
     assert first.progress.status == "stopped"
     assert first.progress.step < 4

@@ -19,9 +19,10 @@ from rfmedsam2.records.overrides import with_overrides
 from rfmedsam2.store.checkpoint_header import FINAL, LATEST
 from rfmedsam2.store.checkpoints import read_weights
 from segment_anything_hq import models
+from segment_anything_hq.choices import Backbone, Method
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.data.open_data import open_data, split_held_out
-from segment_anything_hq.records import METHODS, ON_SAM2, Backbone, Method, RefinerPlan, RefinerRecord
+from segment_anything_hq.records import METHODS, ON_SAM2, RefinerPlan, RefinerRecord
 from segment_anything_hq.tasks.defaults import default_plan
 from segment_anything_hq.tasks.object_feed import ObjectSource
 from segment_anything_hq.tasks.train import RefinerTrainOptions, train_refiner

@@ -18,6 +18,7 @@ from rfmedsam2.records.plan import PolySchedule, Sgd
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.checkpoints import read_all, read_weights
 from rfmedsam2.system.devices import choose_device
+from rfmedsam2.system.progress import OnStep
 
 OFTEN = 1e-9
 
@@ -43,7 +44,7 @@ def test_the_loop_is_a_bare_torch_loop(tmp_path):
 def test_training_lowers_the_loss_and_says_how_it_went(tmp_path):
     config = make_config(epochs=20)
     reports = []
-    progress = fit(ToyTask(config, dropout=0.0), config, make_run(tmp_path, show=reports.append))
+    progress = fit(ToyTask(config, dropout=0.0), config, make_run(tmp_path, track=OnStep(reports.append)))
     losses = [e["loss"] for e in timeless(tmp_path) if e["event"] == "step"]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     assert (progress.status, progress.step, progress.epoch, progress.signal) == ("finished", 100, 20, None)

@@ -12,7 +12,7 @@ from rfmedsam2.errors import UsageError
 from rfmedsam2.inference.frame_stream import FrameStream, clipped_boxes, flipped
 from rfmedsam2.inference.refined_tiles import Planes, RefinedTiles, Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
-from rfmedsam2.inference.sliding_window import Execution, Slab, predict_slabs
+from rfmedsam2.inference.sliding_window import Execution, Slab, predict_slabs, tile_starts
 from rfmedsam2.nn.refinement_state import ABSENT, RefinementInput
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts, prompts_from_labels
@@ -246,7 +246,9 @@ def test_whole_volumes_go_through_all_steps_with_progress() -> None:
     image = image_of(21, 40, 36, channels=2)
     slabs = predict_refined_slabs([net], image, tiling=tiling(), device="cpu", execution=Execution(track=track))
     assert joined(slabs).shape == (CLASSES + 1, 21, 40, 36)
-    assert seen == [("frames", 3)]
+    assert dict(seen)["tiles"] > 1  # of Step 0
+    rows, columns = tile_starts((40, 36), (SIDE, SIDE), 0.5)
+    assert dict(seen)["refined tiles"] == 3 * len(rows) * len(columns)
 
 
 def test_regions_have_no_background() -> None:

@@ -134,15 +134,22 @@ def test_values_that_are_not_finite_are_an_error() -> None:
         predict_logits([Recorder(float("nan"))], noise(1, 8, 8, 8), **settings())
 
 
-def test_progress_runs_over_rows_of_tiles() -> None:
-    shown = []
+@pytest.mark.parametrize("tile_batch", [1, 2])
+def test_progress_counts_every_tile_once_it_was_predicted(tile_batch) -> None:
+    network, seen, totals = Recorder(), [], []
 
     def track(items, description, total):
-        shown.append(total)
-        return items
+        totals.append((description, total))
+        for item in items:
+            yield item
+            seen.append(len(network.seen))
 
-    predict_logits([Recorder()], noise(1, 16, 8, 8), **settings(execution=Execution(track=track)))
-    assert shown == [3]
+    settings_ = settings(inference=Inference(tile_batch=tile_batch, mirror=False), execution=Execution(track=track))
+    predict_logits([network], noise(1, 16, 12, 8), **settings_)
+    assert totals == [("tiles", 6)]
+    assert len(seen) == 6
+    assert seen[-1] == len(network.seen) == 6 // tile_batch
+    assert seen[0] == (1 if tile_batch == 1 else 0)
 
 
 @pytest.mark.parametrize("axes", [(3,), (-1,), (0, 0)])

@@ -15,7 +15,8 @@ from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.sam2.memory_attention import condition_on_memory, prepare_frames
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import FrameFeatures, MemoryBank, ObjectPrompts, Slots
-from rfmedsam2.records.model import AdapterConfig, Backbone, RFMedSam2Config
+from rfmedsam2.records.choices import Backbone
+from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config
 
 LEAST, MOST = 0.7, 2.0
 """Estimate over count."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,11 @@ import rfmedsam2
 from rfmedsam2.pipeline import doctor as module
 from rfmedsam2.pipeline.doctor import doctor
 from rfmedsam2.store.layout import Layout
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def messages(report: module.DoctorReport) -> str:
@@ -55,7 +62,7 @@ def test_without_a_layout_the_default_is_shown() -> None:
 
 
 def test_a_missing_package_is_a_warning_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "PACKAGES", (*module.PACKAGES, "no-such-package-anywhere"))
+    monkeypatch.setattr(module.metadata, "requires", lambda name: ["numpy>=1", "no-such-package-anywhere>=2"])
     report = doctor(Layout.under(tmp_path))
     assert report.packages["no-such-package-anywhere"] is None
     assert any(advice.remedy == "pip install no-such-package-anywhere" for advice in report.warnings)
@@ -117,10 +124,40 @@ def test_a_gpu_that_cannot_be_used_is_a_warning(monkeypatch: pytest.MonkeyPatch,
 def test_low_limits_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "_open_file_limits", lambda: (256, 4096))
     monkeypatch.setattr(module, "_free_gib", lambda path: 0.1)
-    monkeypatch.setattr(module, "_container_limit_gib", lambda: 2.0)
+    monkeypatch.setattr(module, "total_bytes", lambda: 2 << 30)
+    monkeypatch.setattr(module, "free_bytes", lambda: 2 << 30)
     report = doctor(Layout.under(tmp_path))
     text = messages(report)
     assert report.ram_gib == 2.0
     for words in ("256 files", "0.1 GiB of disk", "2 GiB of memory", "/dev/shm"):
         assert words in text
     assert all(advice.remedy for advice in report.warnings)
+
+
+def test_what_is_needed_and_what_is_optional_is_what_the_metadata_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    project = tomllib.loads((Path(rfmedsam2.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    added = [f"{text}; extra == '{extra}'" for extra, texts in extras.items() for text in texts]
+    monkeypatch.setattr(module.metadata, "requires", lambda name: [*project["dependencies"], *added])
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[<>=\[]", text)[0] for text in requirements}
+
+    report = doctor(Layout.under(tmp_path))
+    assert set(report.packages) == names(project["dependencies"])
+    assert {"sam2", "segment-anything", "surface-distance"} <= set(report.packages)
+    shown = {name for extra, requirements in extras.items() if extra != "test" for name in names(requirements)}
+    assert set(report.optional_packages) == shown
+    assert "tensorboard" in report.optional_packages
+
+
+def test_without_metadata_the_report_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(name: str) -> None:
+        raise module.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(module.metadata, "requires", absent)
+    report = doctor(Layout.under(tmp_path))
+    assert not report.packages
+    assert "rfmedsam2 is not installed" in messages(report)

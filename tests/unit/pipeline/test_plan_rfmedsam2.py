@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import pytest
 from test_plan import BODY_CT, BTCV, HIPPOCAMPUS, SAGITTAL, described
 
-from rfmedsam2.cli import pipeline as commands
 from rfmedsam2.errors import PlanError, RecordError, UsageError
 from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.planning.plan import plan
-from rfmedsam2.pipeline.planning.presets import REFINEMENTS, Preset
+from rfmedsam2.pipeline.planning.presets import REFINEMENTS
 from rfmedsam2.pipeline.planning.rfmedsam2 import enlarged_side, plan_rfmedsam2
 from rfmedsam2.pipeline.preprocessing.plan_and_preprocess import PlanOptions, plan_and_preprocess
-from rfmedsam2.records.model import Backbone, RFMedSam2Config
+from rfmedsam2.records.choices import Backbone, Preset
+from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.store.layout import Layout
 
@@ -159,8 +158,3 @@ def test_options_that_clash_are_named_before_anything_is_read(tmp_path, options,
     nothing: object = None
     with pytest.raises(UsageError, match=sentence):
         plan_and_preprocess(nothing, Layout.under(tmp_path), PlanOptions(**options))  # type: ignore[arg-type]
-
-
-def test_the_flags_offer_what_the_records_know():
-    assert get_args(commands.Backbone) == get_args(Backbone)
-    assert set(get_args(commands.Preset)) == set(get_args(Preset))

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rfmedsam2.system.memory import free_bytes, group_bytes
+from rfmedsam2.system.memory import free_bytes, group_bytes, total_bytes
 
 UNLIMITED = (1 << 63) - 4096
 LIMITED = """
@@ -67,3 +67,15 @@ def test_where_nothing_can_be_told_there_is_no_limit(tmp_path, text):
 def test_the_limit_of_the_process_counts():
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=60)
     assert 250 < int(done.stdout) <= 300, done.stderr
+
+
+def test_the_total_is_the_least_that_is_granted(tmp_path, monkeypatch):
+    own = tmp_path / "cgroup"
+    own.write_text("0::/slurm/job_1\n")
+    group(tmp_path / "slurm", 2, 5000, 1000, 100)
+    group(tmp_path / "slurm" / "job_1", 2, 3000, 900, 0)
+    monkeypatch.setattr("rfmedsam2.system.memory._GROUPS", tmp_path)
+    monkeypatch.setattr("rfmedsam2.system.memory._OWN", own)
+    assert total_bytes() == 3000
+    own.write_text("")
+    assert total_bytes() == psutil.virtual_memory().total

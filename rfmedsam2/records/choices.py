@@ -1,0 +1,12 @@
+"""Names that plans and commands share. Standard library only: `--help` lists them before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Preset = Literal[
+    "default", "cpu", "8gb", "24gb", "80gb", "nnunet", "nnunet_resenc_m", "nnunet_resenc_l", "nnunet_resenc_xl"
+]
+"""Sizes of a plan, for what is at hand."""
+Backbone = Literal["sam2_tiny", "sam2_small", "sam2_base_plus", "sam2_large", "nano", "mobile_sam", "lite_medsam"]
+"""Image encoders: SAM 2's Hiera in its four sizes or our own smaller one, or a TinyViT encoder with SAM's decoder."""
