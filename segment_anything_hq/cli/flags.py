@@ -121,7 +121,7 @@ class Protocols:
         arg(
             metavar="NAME",
             help="One or more of: box, box_0.2 and box_0.4 (noisy boxes), center, points_N (N random points), clicks "
-            "(NoC, NoF strict and as published, 5-mIoU, seconds per click), sat (latency of 16 x 16 points; needs no data).",
+            "(NoC, NoF strict and as published, 5-mIoU, seconds per click), sat (latency of 16 x 16 points; no data).",
         ),
     ] = ("box",)
     clicks: Annotated[int, arg(metavar="N", help="Maximum number of clicks per object.")] = 20
