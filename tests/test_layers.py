@@ -18,7 +18,7 @@ MOST_FILES = 15
 # A room may import only rooms that stand above it in these lists: lower never imports higher, and no two rooms of one
 # line import each other.
 VOLUMES = (
-    "errors",
+    "errors choices",
     "geometry records prompts system",
     "extensions volume",
     "losses metrics nn store transforms",
@@ -53,6 +53,7 @@ NEVER = {
 }
 # what the second package may use of the first
 SHARED_WITH_IMAGES = {
+    "choices",
     "errors",
     "system",
     "prompts",

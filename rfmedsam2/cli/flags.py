@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.cli.command import layout_of
-from rfmedsam2.records.choices import Backbone, Preset
 
 ROOT = "Folder of raw/ preprocessed/ results/; else RFMED_ROOT, nnU-Net's three variables, or ./rfmed_data."
 DATASET = "Id (217), name (BTCV) or folder (Dataset217_BTCV); else RFMED_DATASET, or the only dataset."

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Union
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from rfmedsam2.choices import Backbone
 from rfmedsam2.records.base import Record
-from rfmedsam2.records.choices import Backbone
 from rfmedsam2.records.extension import Extension
 
 Positive = Annotated[float, Field(gt=0)]

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rfmedsam2.choices import Backbone
 from rfmedsam2.nn.loading import LoadReport
 from rfmedsam2.nn.sam import Trained, is_ambiguous
 from rfmedsam2.nn.sam2.build import Base, build_base
 from rfmedsam2.nn.sam2.weights import load_sam2
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, normalized
-from rfmedsam2.records.choices import Backbone
 
 Sam2Backbone = Literal["hiera_t", "hiera_s", "hiera_b+", "hiera_l", "hiera_nano"]
 SIZES: dict[Sam2Backbone, Backbone] = {

@@ -16,11 +16,11 @@ from sam2.modeling.sam2_base import SAM2Base
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from rfmedsam2.choices import Backbone
 from rfmedsam2.errors import PlanError
 from rfmedsam2.nn.sam2.positions import SinePositions
 from rfmedsam2.nn.sam2.sizes import HieraSizes, Sizes, sizes_of
 from rfmedsam2.nn.sam2.tiny_vit import build_tiny_vit_encoder
-from rfmedsam2.records.choices import Backbone
 
 STRIDE = 16
 """Stride of the image embedding in pixels."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 from typing_extensions import assert_never
 
-from rfmedsam2.records.choices import Backbone
+from rfmedsam2.choices import Backbone
 
 FITTED_WINDOWS = (8, 4, 16, 8)
 """Attention windows that divide the maps of 256 and 512 pixels without padding; large has them as published."""

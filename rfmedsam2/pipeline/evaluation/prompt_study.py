@@ -19,6 +19,7 @@ import torch
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
+from rfmedsam2.choices import Backbone
 from rfmedsam2.errors import CheckpointError, DatasetError, UsageError
 from rfmedsam2.inference.video_tracking import VideoSegmenter, as_published
 from rfmedsam2.inference.zero_shot import reference_prompts, segment_slices
@@ -30,7 +31,6 @@ from rfmedsam2.nn.sam2.weights import BLOCKS, STEM, load_sam2
 from rfmedsam2.nn.sam_weights import build_sam, sam_backbone
 from rfmedsam2.pipeline.evaluation.evaluate import summarize
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
-from rfmedsam2.records.choices import Backbone
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics
 from rfmedsam2.records.study import Prompted, PromptKind, PromptStudy, Step2, StudyRow

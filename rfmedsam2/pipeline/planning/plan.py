@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from rfmedsam2.choices import Preset
 from rfmedsam2.errors import PlanError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.planning.presets import PatchSizing, UNetPreset, get_preset
@@ -22,7 +23,6 @@ from rfmedsam2.pipeline.planning.topology import (
     fitted_topology,
     isotropic_start,
 )
-from rfmedsam2.records.choices import Preset
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.plan import Normalization, Plan, SegmentationLoss, Stage

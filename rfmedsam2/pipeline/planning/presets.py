@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
+from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.planning.topology import FeatureWidths
-from rfmedsam2.records.choices import Backbone, Preset
 from rfmedsam2.records.plan import AdamW, Augmentation, Inference, TrainConfig, Validation, WarmupPolySchedule
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import PlanError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.planning.memory_estimate import activation_terms, total_gib
 from rfmedsam2.pipeline.planning.plan import DatasetStats, PlannableDataset, Sized, dataset_stats, plan_of, stage_of
 from rfmedsam2.pipeline.planning.presets import RFMedSam2Preset, get_rfmedsam2_preset
 from rfmedsam2.pipeline.planning.topology import Topology, square_topology
-from rfmedsam2.records.choices import Backbone, Preset
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import LIGHT_BACKBONES, AdapterConfig, RFMedSam2Config, UNetConfig

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from rfmedsam2 import extensions
+from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import ExtensionError, RecordError, UsageError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets.splits import groups_of, load_or_make_splits, warnings_of
@@ -26,7 +27,6 @@ from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.pipeline.preprocessing.fingerprint import fingerprint
 from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed, memory_need
 from rfmedsam2.pipeline.preprocessing.preprocess import PreprocessSummary, preprocess
-from rfmedsam2.records.choices import Backbone, Preset
 from rfmedsam2.records.extension import Extension
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import RFMedSam2Config

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rfmedsam2.choices import Backbone
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, checkpoints_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.choices import Backbone
 from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.checkpoint_header import read_record_of

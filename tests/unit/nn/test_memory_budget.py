@@ -10,12 +10,12 @@ import torch
 from support.live_storage import LiveStorage, kept_by_autograd
 from torch import Tensor
 
+from rfmedsam2.choices import Backbone
 from rfmedsam2.nn.memory_budget import ObjectSizes, chunk_size, frame_bytes
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.sam2.memory_attention import condition_on_memory, prepare_frames
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import FrameFeatures, MemoryBank, ObjectPrompts, Slots
-from rfmedsam2.records.choices import Backbone
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config
 
 LEAST, MOST = 0.7, 2.0

@@ -10,13 +10,13 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from rfmedsam2.choices import Preset
 from rfmedsam2.errors import PlanError, RecordError, RfMedSamError, UsageError
 from rfmedsam2.pipeline.planning import topology
 from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset, apply_overrides
 from rfmedsam2.pipeline.planning.plan import channel_normalizations, plan, target_spacing
 from rfmedsam2.pipeline.planning.presets import PRESETS
-from rfmedsam2.records.choices import Preset
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from rfmedsam2.records.plan import AdamW, Plan, Sgd

@@ -7,13 +7,13 @@ import math
 import pytest
 from test_plan import BODY_CT, BTCV, HIPPOCAMPUS, SAGITTAL, described
 
+from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import PlanError, RecordError, UsageError
 from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.planning.plan import plan
 from rfmedsam2.pipeline.planning.presets import REFINEMENTS
 from rfmedsam2.pipeline.planning.rfmedsam2 import enlarged_side, plan_rfmedsam2
 from rfmedsam2.pipeline.preprocessing.plan_and_preprocess import PlanOptions, plan_and_preprocess
-from rfmedsam2.records.choices import Backbone, Preset
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.store.layout import Layout
