@@ -1,25 +1,88 @@
-"""Volumetric medical image segmentation: nnU-Net's plan-driven pipeline and RFMedSAM 2. Research use only."""
+"""Volumetric medical image segmentation: nnU-Net's plan-driven pipeline and RFMedSAM 2. Research use only.
+
+The names below are the Python API; the README beside this file says which of them are stable, with examples.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Grid", "Plan", "Predictor", "RfMedSamError", "Volume", "__version__"]
+__all__ = [
+    "BoxPrompt",
+    "Evaluation",
+    "Grid",
+    "Layout",
+    "PatchDataset",
+    "Plan",
+    "PlanOptions",
+    "PredictOptions",
+    "Prediction",
+    "Predictor",
+    "RfMedSamError",
+    "Run",
+    "Task",
+    "TrainConfig",
+    "TrainOptions",
+    "Volume",
+    "__version__",
+    "build_stage",
+    "evaluate",
+    "fit",
+    "metrics",
+    "open_dataset",
+    "plan_and_preprocess",
+    "start_runtime",
+    "train",
+]
 
 if TYPE_CHECKING:
+    from rfmedsam2 import metrics
+    from rfmedsam2.engine.fit import fit
+    from rfmedsam2.engine.runtime import start_runtime
+    from rfmedsam2.engine.task import Run, Task
     from rfmedsam2.errors import RfMedSamError
     from rfmedsam2.geometry import Grid
+    from rfmedsam2.inference.prediction import Prediction
+    from rfmedsam2.inference.volume import PredictOptions
+    from rfmedsam2.models import build_stage
+    from rfmedsam2.pipeline.evaluation.evaluate import evaluate
     from rfmedsam2.pipeline.prediction.predictor import Predictor
-    from rfmedsam2.records.plan import Plan
+    from rfmedsam2.pipeline.preprocessing.plan_and_preprocess import PlanOptions, plan_and_preprocess
+    from rfmedsam2.pipeline.training.train import TrainOptions, train
+    from rfmedsam2.records.box_prompts import BoxPrompt
+    from rfmedsam2.records.plan import Plan, TrainConfig
+    from rfmedsam2.records.report import Evaluation
+    from rfmedsam2.store.layout import Layout
+    from rfmedsam2.store.raw import open_dataset
+    from rfmedsam2.tasks.patch_dataset import PatchDataset
     from rfmedsam2.volume import Volume
 
 _HOMES = {
     "RfMedSamError": "rfmedsam2.errors",
     "Grid": "rfmedsam2.geometry",
     "Volume": "rfmedsam2.volume",
-    "Predictor": "rfmedsam2.pipeline.prediction.predict",
+    "BoxPrompt": "rfmedsam2.records.box_prompts",
     "Plan": "rfmedsam2.records.plan",
+    "TrainConfig": "rfmedsam2.records.plan",
+    "Evaluation": "rfmedsam2.records.report",
+    "Layout": "rfmedsam2.store.layout",
+    "open_dataset": "rfmedsam2.store.raw",
+    "build_stage": "rfmedsam2.models",
+    "Prediction": "rfmedsam2.inference.prediction",
+    "PredictOptions": "rfmedsam2.inference.volume",
+    "Predictor": "rfmedsam2.pipeline.prediction.predictor",
+    "PlanOptions": "rfmedsam2.pipeline.preprocessing.plan_and_preprocess",
+    "plan_and_preprocess": "rfmedsam2.pipeline.preprocessing.plan_and_preprocess",
+    "TrainOptions": "rfmedsam2.pipeline.training.train",
+    "train": "rfmedsam2.pipeline.training.train",
+    "evaluate": "rfmedsam2.pipeline.evaluation.evaluate",
+    "Task": "rfmedsam2.engine.task",
+    "Run": "rfmedsam2.engine.task",
+    "fit": "rfmedsam2.engine.fit",
+    "start_runtime": "rfmedsam2.engine.runtime",
+    "PatchDataset": "rfmedsam2.tasks.patch_dataset",
+    "metrics": "rfmedsam2.metrics",
 }
 
 
@@ -29,4 +92,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    module = import_module(_HOMES[name])
+    return module if name == "metrics" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -101,3 +101,8 @@ class PackageVersionError(RfMedSamError, ImportError):
 
 class MissingPackageError(RfMedSamError, ImportError):
     """An optional package that this command needs; names the extra that installs it."""
+
+
+def type_name(thing: object) -> str:
+    """Name of a thing's type with its module, for messages."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"

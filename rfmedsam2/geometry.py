@@ -121,6 +121,31 @@ class Grid:
         return None
 
 
+def triple_of(values: object, name: str) -> Triple:
+    """Three numbers from any sequence or array of them.
+
+    Raises:
+        GeometryError: something else; names it.
+    """
+    try:
+        a, b, c = np.asarray(values, dtype=float).tolist()
+        return (float(a), float(b), float(c))
+    except (TypeError, ValueError):
+        raise GeometryError(f"{name} is not three numbers", expected="three numbers", found=repr(values)) from None
+
+
+def spacing_of(values: object) -> Triple:
+    """A voxel spacing along z, y, x, mm, from any sequence or array of three numbers.
+
+    Raises:
+        GeometryError: not three numbers, or not positive and finite.
+    """
+    spacing = triple_of(values, "spacing_zyx_mm")
+    if not all(math.isfinite(s) and s > 0 for s in spacing):
+        raise GeometryError("A voxel spacing is not positive", expected="three spacings above 0 mm", found=spacing)
+    return spacing
+
+
 def _triple(values: object) -> Triple:
     a, b, c = np.asarray(values, dtype=float).tolist()
     return (a, b, c)

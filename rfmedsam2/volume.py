@@ -12,8 +12,8 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 from nibabel.spatialimages import SpatialImage
 from typing_extensions import Self
 
-from rfmedsam2.errors import GeometryError, ImageError, UsageError
-from rfmedsam2.geometry import IDENTITY, Grid, Triple
+from rfmedsam2.errors import GeometryError, ImageError, UsageError, type_name
+from rfmedsam2.geometry import IDENTITY, Grid, spacing_of, triple_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +58,8 @@ class Volume:
             GeometryError: spacing, origin or direction is invalid.
         """
         channels = _channels(array)
-        spacing, origin = _three(spacing_zyx_mm, "spacing_zyx_mm"), _three(origin_xyz_mm, "origin_xyz_mm")
-        x, y, z = (_three(row, "a row of direction") for row in _three_rows(direction))
+        spacing, origin = spacing_of(spacing_zyx_mm), triple_of(origin_xyz_mm, "origin_xyz_mm")
+        x, y, z = (triple_of(row, "a row of direction") for row in _three_rows(direction))
         _, depth, height, width = channels.shape
         grid = Grid(shape_zyx=(depth, height, width), spacing_zyx_mm=spacing, origin_xyz_mm=origin, direction=(x, y, z))
         return cls(array=channels, grid=grid)
@@ -78,7 +78,7 @@ class Volume:
             GeometryError: the affine is invalid.
         """
         if not isinstance(image, SpatialImage):
-            raise UsageError("This is not a nibabel image", expected="a SpatialImage", found=kind_of(image))
+            raise UsageError("This is not a nibabel image", expected="a SpatialImage", found=type_name(image))
         voxels = np.asarray(image.dataobj)
         if voxels.ndim == 5 and voxels.shape[3] == 1:
             voxels = voxels[:, :, :, 0]
@@ -102,7 +102,7 @@ class Volume:
             ImageError: not three dimensions, or complex voxels.
         """
         if not isinstance(image, sitk.Image):
-            raise UsageError("This is not a SimpleITK image", expected="a SimpleITK.Image", found=kind_of(image))
+            raise UsageError("This is not a SimpleITK image", expected="a SimpleITK.Image", found=type_name(image))
         if image.GetDimension() != 3:
             raise ImageError("The image is not a volume", expected="3 dimensions", found=image.GetDimension())
         voxels = sitk.GetArrayFromImage(image)
@@ -128,7 +128,7 @@ def _channels(array: Any) -> np.ndarray:
     """An array as (C, Z, Y, X), in native byte order."""
     if not isinstance(array, np.ndarray):
         remedy = "Give tensor.detach().cpu().numpy()" if hasattr(array, "detach") else "Give numpy.asarray(...)"
-        raise UsageError("This is not a NumPy array", expected="numpy.ndarray", found=kind_of(array), remedy=remedy)
+        raise UsageError("This is not a NumPy array", expected="numpy.ndarray", found=type_name(array), remedy=remedy)
     if array.ndim not in (3, 4) or array.dtype.kind not in "iufb" or array.size == 0:
         raise ImageError(
             "This array is not a volume",
@@ -137,14 +137,6 @@ def _channels(array: Any) -> np.ndarray:
         )
     native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     return native[None] if native.ndim == 3 else native
-
-
-def _three(values: Any, name: str) -> Triple:
-    try:
-        a, b, c = np.asarray(values, dtype=float).tolist()
-        return (float(a), float(b), float(c))
-    except (TypeError, ValueError):
-        raise GeometryError(f"{name} is not three numbers", expected="three numbers", found=repr(values)) from None
 
 
 def _three_rows(direction: Any) -> list[Any]:
@@ -165,8 +157,3 @@ def _as_stored(affine: np.ndarray) -> np.ndarray:
     stored = affine.astype(np.float32).astype(np.float64)
     near = np.abs(stored - affine) <= 8 * np.finfo(np.float64).eps * np.abs(affine).max(axis=0)
     return np.where(near, stored, affine)
-
-
-def kind_of(thing: object) -> str:
-    """Name of a thing's type, for messages."""
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
 from rfmedsam2.nn.sam import SamBackbone, SamSegmenter
@@ -11,6 +12,7 @@ from rfmedsam2.nn.sam_weights import load_sam
 from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import read_weights, weights_sha256
 from rfmedsam2.store.published_weights import read_published
+from rfmedsam2.system.devices import choose_device
 from segment_anything_hq.choices import Backbone, Method, ZeroShot
 from segment_anything_hq.nn import sam2_base
 from segment_anything_hq.nn.hq_sam import FRAME_SIZE, HqSam, build_hq_sam, load_hq_sam
@@ -77,6 +79,45 @@ def build(
             hq_sam2.load_report = load_hq_sam2(hq_sam2, read_published(weights), where=weights)
         return hq_sam2
     return _base(backbone, frame_size, weights, trained=method in ("sam_decoder", "sam2_decoder"))
+
+
+def load_model(
+    method: Method | ZeroShot,
+    backbone: Backbone,
+    *,
+    weights: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    decoder: str | Path | None = None,
+    frame_size: int = FRAME_SIZE,
+    device: str = "auto",
+) -> Network:
+    """A network ready for use: built, with its weights, in evaluation mode on a device.
+
+    Args:
+        method: hq_sam, hq_sam2, sam_ref, sam2_ref, sam2_refiner, sam_decoder, sam2_decoder, sam or sam2.
+        backbone: vit_b, vit_l, vit_h, vit_tiny (SAM), hiera_t, hiera_s, hiera_b+ or hiera_l (SAM 2).
+        weights: published weights of the base; of HQ-SAM, its own too. None: all is new, to be trained.
+        checkpoint: what was trained on these weights (samhq_train).
+        decoder: for SAM-REF, SAM2-REF and SAM2Refiner: the fine-tuned mask decoder that was trained on.
+        frame_size: pixels of the square frame.
+        device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
+
+    Raises:
+        UsageError: no such method, backbone or device, a decoder for a method that has its own.
+        PlanError: a method that is not built on this backbone, or a frame size that it cannot take.
+        CheckpointError: weights or a checkpoint that cannot be read, or are of another model.
+    """
+    for name, known in ((method, (*get_args(Method), *get_args(ZeroShot))), (backbone, get_args(Backbone))):
+        if name not in known:
+            close = get_close_matches(str(name), known, n=1)
+            remedy = f"Did you mean {close[0]}" if close else None
+            raise UsageError(f"There is no {name!r}", expected=f"one of {', '.join(known)}", remedy=remedy)
+    place = choose_device(device)
+    paths = [None if path is None else Path(path) for path in (weights, decoder)]
+    network = build(method, backbone, frame_size=frame_size, weights=paths[0], decoder=paths[1])
+    if checkpoint is not None:
+        load_trained(network, Path(checkpoint))
+    return network.eval().to(place)
 
 
 def fit_of(network: object) -> Literal["pad", "stretch"]:

@@ -19,7 +19,8 @@ MOST_FILES = 15
 # line import each other.
 VOLUMES = (
     "errors choices",
-    "geometry records prompts system",
+    "geometry prompts system store.atomic",
+    "records",
     "extensions volume",
     "losses metrics nn store transforms",
     "engine inference models pipeline.datasets pipeline.doctor",

@@ -103,10 +103,9 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
     plan.stage(stage)
     if not changes:
         return plan
-    from rfmedsam2.pipeline.planning.overrides import apply_overrides
     from rfmedsam2.pipeline.preprocessing.preprocess import preprocessing_settings
 
-    new = apply_overrides(plan, list(changes), name=plan.name)
+    new = plan.with_overrides(*changes)
     if preprocessing_settings(new, stage) != preprocessing_settings(plan, stage):
         raise UsageError(
             "This override changes preprocessing, but the dataset is already preprocessed",

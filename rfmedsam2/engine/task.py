@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rfmedsam2.engine.checkpoint import provenance
 from rfmedsam2.engine.runtime import Runtime
-from rfmedsam2.records.checkpoint import TrainedRecord
+from rfmedsam2.records.checkpoint import TaskRecord, TrainedRecord
 from rfmedsam2.system.progress import Track, silent
 
 Batch = TypeVar("Batch")
@@ -46,6 +48,11 @@ class Task(Protocol[Batch]):
         ...
 
 
+def plain_record(step: int, scores: dict[str, float]) -> TrainedRecord:
+    """Make the record of a checkpoint that says nothing of what was trained."""
+    return TaskRecord(step=step, scores=scores, **provenance())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """Output and runtime of a training.
@@ -53,14 +60,14 @@ class Run:
     Args:
         folder: folder of checkpoints and metrics; shared by all ranks.
         record: makes the checkpoint's record from (completed steps, scores).
-        runtime: device and ranks.
+        runtime: device and ranks (`runtime.start_runtime`); by default one process on the CPU.
         track: shows every step and validation, on the main rank.
         tensorboard: also write TensorBoard events.
     """
 
     folder: Path
-    record: Callable[[int, dict[str, float]], TrainedRecord]
-    runtime: Runtime
+    record: Callable[[int, dict[str, float]], TrainedRecord] = plain_record
+    runtime: Runtime = field(default_factory=lambda: Runtime(device=torch.device("cpu")))
     track: Track = silent
     tensorboard: bool = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -11,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from rfmedsam2.errors import RecordError
+from rfmedsam2.store.atomic import read_record, write_record
 
 _LATER_FORMAT = "later_format"
 """pydantic's type of the error of a record that a later version has written."""
@@ -58,6 +60,23 @@ class Record(BaseModel):
                 f"{cls.__name__} is not valid JSON ({error})", where=where, remedy="Correct the file or create it again"
             ) from None
         return cls.parse(data, where=where)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a JSON file.
+
+        Raises:
+            RecordError: missing, not JSON, or with faults, of which all are listed.
+        """
+        return read_record(Path(path), cls)
+
+    def save(self, path: str | Path) -> None:
+        """Write a readable JSON file, whole or not at all.
+
+        Raises:
+            StoreError: the folder cannot be written, the disk is full.
+        """
+        write_record(Path(path), self)
 
     def to_json(self) -> str:
         """Readable JSON: one field per line, lists of numbers or strings on one line."""

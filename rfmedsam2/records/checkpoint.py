@@ -33,6 +33,14 @@ class TrainedRecord(VersionedRecord):
         """Plain data that must be equal on resume; the training configuration is compared separately."""
 
 
+class TaskRecord(TrainedRecord):
+    """The header of a checkpoint of a task that says nothing of what it was trained by."""
+
+    def identity(self) -> dict[str, Any]:
+        """Nothing: whoever trains into a folder vouches that it is the same training."""
+        return {}
+
+
 class CheckpointRecord(TrainedRecord):
     """Record of a volume model's checkpoint, whose tensors are weights and, to resume, optimizer state."""
 

@@ -30,7 +30,7 @@ def with_overrides(record: RecordT, assignments: Sequence[str], *, within: str |
     """
     data = record.model_dump(mode="json")
     for assignment in assignments:
-        path, equals, text = assignment.partition("=")
+        path, equals, text = assignment.partition("=") if isinstance(assignment, str) else ("", "", "")
         if not equals or not path.strip():
             expected = "field=value" if within is None else "stage.field=value"
             raise UsageError("An override has no value", where=assignment, expected=expected)

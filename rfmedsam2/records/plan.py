@@ -27,6 +27,7 @@ from rfmedsam2.records.model import (
     RFMedSam2Config,
     Whole,
 )
+from rfmedsam2.records.overrides import with_overrides
 
 TAKEN_NAMES = ("dataset", "splits_final", "splits_named", "rfmed_fingerprint", "dataset_fingerprint")
 """Names of other files in the folder of plans."""
@@ -332,6 +333,23 @@ class Plan(VersionedRecord):
         if not is_plan_name(name):
             raise ValueError(f"{name!r} cannot be a plan's name: {PLAN_NAMES}")
         return name
+
+    def with_overrides(self, *assignments: str, name: str | None = None) -> Plan:
+        """The plan with some figures changed.
+
+        Args:
+            assignments: each PATH=VALUE. PATH is a stage and its fields ("3d_fullres.train.epochs") or a field of the
+                plan itself; items of lists are numbers ("3d_fullres.normalization.0.use_mask"). VALUE is JSON, or else
+                a word. Changing a `kind` ("3d_fullres.train.optimizer.kind=adamw") takes the defaults of that kind.
+            name: of the new plan; None: it keeps its name, and with it the preprocessed cases and results.
+
+        Raises:
+            UsageError: an assignment without "=", or a field that does not exist; lists what does.
+            RecordError: a value that the field cannot have; lists all such.
+        """
+        where = f"plan {name or self.name}"
+        plan = with_overrides(self, assignments, within="stages", where=where)
+        return plan if name is None else Plan.parse(plan.model_dump(mode="json") | {"name": name}, where=where)
 
     def stage(self, name: str) -> Stage:
         """The stage (configuration) of this name.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
+from rfmedsam2.errors import MissingPackageError
 from rfmedsam2.records.base import Record, VersionedRecord
 
 
@@ -57,3 +59,23 @@ class Evaluation(VersionedRecord):
     """Metric -> mean over cases of each case's mean over classes."""
     warnings: tuple[str, ...] = ()
     """What was excluded, for instance predictions without a reference."""
+
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame`, one row per case and class: case, class, and a column for each field of `ClassMetrics`.
+
+        Undefined scores are NaN.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        try:
+            pandas = import_module("pandas")  # only here: a record loads nothing heavy
+        except ImportError:
+            raise MissingPackageError("A table needs pandas", remedy="Run pip install pandas") from None
+        names = tuple(ClassMetrics.model_fields)
+        rows = [
+            (case.id, name, *(getattr(scores, field) for field in names))
+            for case in self.cases
+            for name, scores in case.classes.items()
+        ]
+        return pandas.DataFrame(rows, columns=["case", "class", *names]).astype(dict.fromkeys(names, float))

@@ -10,15 +10,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+from typing_extensions import Self
 
 from rfmedsam2.errors import RecordError, StoreError
-from rfmedsam2.records.base import Record
 
 logger = logging.getLogger(__name__)
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound="JsonRecord")
 PARTIAL = ".partial-"
 """Prefix of a file's name while it is being written."""
+
+
+class JsonRecord(Protocol):
+    """What is kept as a JSON file (`records.base.Record`)."""
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: object = None) -> Self:
+        """Parse JSON text."""
+        ...
+
+    def to_json(self) -> str:
+        """Readable JSON text."""
+        ...
 
 
 @contextmanager
@@ -85,7 +99,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_record(path: Path, record: Record) -> None:
+def write_record(path: Path, record: JsonRecord) -> None:
     """Write a record as readable JSON, atomically."""
     write_text(path, record.to_json() + "\n")
 

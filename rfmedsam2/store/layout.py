@@ -28,8 +28,9 @@ class Layout:
     results: Path
 
     @classmethod
-    def under(cls, root: Path) -> Layout:
+    def under(cls, root: str | Path) -> Layout:
         """The layout with raw, preprocessed and results below one root."""
+        root = Path(root)
         return cls(raw=root / "raw", preprocessed=root / "preprocessed", results=root / "results")
 
     def dataset_name(self, wanted: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,8 @@ from rfmedsam2.store.case_files import (
     list_images,
 )
 from rfmedsam2.store.formats.image_header import ImageHeader
-from rfmedsam2.store.images import IMAGE_ENDINGS, read_channels
+from rfmedsam2.store.images import IMAGE_ENDINGS, read_channels, read_label
+from rfmedsam2.store.layout import Layout
 from rfmedsam2.volume import Volume
 
 
@@ -55,14 +57,48 @@ class RawDataset:
         """Orientation of volumes after reading: RAS for nnU-Net's ...WithReorient readers, None: as in the file."""
         return "RAS" if (self.json.overwrite_image_reader_writer or "").endswith("WithReorient") else None
 
+    def case(self, name: str) -> Case:
+        """The training or test case of an id.
 
-def open_dataset(folder: Path) -> RawDataset:
+        Raises:
+            DatasetError: no such case.
+        """
+        cases = {case.id: case for case in (*self.test, *self.training)}
+        if name not in cases:
+            close = get_close_matches(name, cases, n=1)
+            remedy = f"Did you mean {close[0]}" if close else f"There are {', '.join(list(cases)[:5])} ..."
+            raise DatasetError("The dataset has no such case", where=self.folder, found=name, remedy=remedy)
+        return cases[name]
+
+    def read(self, name: str) -> tuple[Volume, Volume | None]:
+        """Image (C, Z, Y, X) and label map (1, Z, Y, X) of a case by its id; a test case has no label map: None.
+
+        Raises:
+            DatasetError: no such case.
+            ImageError: a file cannot be read.
+            GeometryError: grids of channels differ, impossible geometry.
+        """
+        case = self.case(name)
+        image, _ = read_case(case, channels=len(self.json.channels))
+        return image, None if case.label is None else read_label(case.label)[0]
+
+
+def open_dataset(source: str | Path, *, root: str | Path = "rfmed_data") -> RawDataset:
     """Discover the training and test cases of a raw dataset; no image is read.
 
+    Args:
+        source: the dataset's folder, or its name or id ("Dataset004_Hippocampus", "Hippocampus", "4") in root/raw.
+        root: holds raw, preprocessed and results.
+
     Raises:
+        UsageError: no or several datasets of this name.
         DatasetError: the folder, its dataset.json or training cases do not exist; says what was found and expected.
         RecordError: dataset.json has faulty fields; lists all of them.
     """
+    folder = Path(source)
+    if len(folder.parts) == 1 and not folder.is_dir():
+        layout = Layout.under(root)
+        folder = layout.raw / layout.dataset_name(str(source))
     json = _dataset_json(folder)
     if json.dataset is not None:
         training, faults = _listed(folder, json)

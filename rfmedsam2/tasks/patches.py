@@ -81,7 +81,7 @@ class PatchSource:
         """
         rng = self._rng(step)
         ids = self._drawn(rng)
-        samples = [self._sample(name, slot, rng) for slot, name in enumerate(ids)]
+        samples = [self.sample(name, slot, rng) for slot, name in enumerate(ids)]
         return PatchBatch(
             image=torch.stack([image for image, _ in samples]),
             target=torch.stack([label for _, label in samples]),
@@ -100,7 +100,11 @@ class PatchSource:
             self._cases[name] = self._store.open(name)
         return self._cases[name]
 
-    def _sample(self, name: str, slot: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, name: str, slot: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """One patch of a case, image (C, *patch) float32 and target (*patch) int16, as place `slot` of a batch has it.
+
+        Its place is drawn from `rng`; random changes come from the global generators.
+        """
         try:
             case = self._open(name)
             box = self._box(case, self._forced(slot), rng)

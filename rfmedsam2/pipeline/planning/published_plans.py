@@ -13,7 +13,6 @@ from rfmedsam2.errors import UsageError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets import amos22, btcv
 from rfmedsam2.pipeline.datasets.label_tables import AMOS22_LABELS, BTCV_LABELS
-from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.planning.plan import plan
 from rfmedsam2.pipeline.planning.presets import get_rfmedsam2_preset
 from rfmedsam2.pipeline.planning.rfmedsam2 import refined_plan
@@ -144,7 +143,7 @@ def published_plan(name: str) -> Plan:
         refinement = get_rfmedsam2_preset("default")
         refinement = replace(refinement, start=recipe.patch or refinement.start)
         found = refined_plan(dataset, fingerprint, refinement, name=name, spacing_zyx_mm=recipe.spacing_mm)
-    return apply_overrides(_flat(found) if recipe.flat_unet else found, recipe.changes, name)
+    return (_flat(found) if recipe.flat_unet else found).with_overrides(*recipe.changes, name=name)
 
 
 class _Described:

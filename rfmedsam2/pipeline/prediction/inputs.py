@@ -11,13 +11,13 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 from nibabel.spatialimages import SpatialImage
 
-from rfmedsam2.errors import GeometryError, UsageError
+from rfmedsam2.errors import GeometryError, UsageError, type_name
 from rfmedsam2.geometry import Grid
 from rfmedsam2.inference.box_prompts import BoxPrompts
 from rfmedsam2.records.box_prompts import BoxPrompt
 from rfmedsam2.store.formats.image_header import ImageHeader, disagreement, repaired
 from rfmedsam2.store.images import as_labels, read_channels
-from rfmedsam2.volume import Volume, kind_of
+from rfmedsam2.volume import Volume
 
 ImageInput = str | Path | Sequence[str | Path] | np.ndarray | Volume | SpatialImage | sitk.Image
 """A file (or a DICOM folder), one file per channel, an array, a volume, a nibabel or a SimpleITK image."""
@@ -51,7 +51,7 @@ def as_volume(
         raise UsageError(
             "spacing_zyx_mm is only for arrays, because other images have their own spacing",
             expected="a NumPy array with spacing_zyx_mm, or an image without",
-            found=kind_of(image),
+            found=type_name(image),
         )
     if isinstance(image, str | Path):
         return read_channels([Path(image)])
@@ -66,7 +66,7 @@ def as_volume(
     raise UsageError(
         "This type of image is not supported",
         expected="a file, one file per channel, a NumPy array, a Volume, a nibabel or a SimpleITK image",
-        found=kind_of(image),
+        found=type_name(image),
         remedy="Give tensor.detach().cpu().numpy()" if hasattr(image, "detach") else None,
     )
 
@@ -103,5 +103,5 @@ def as_boxes(boxes: BoxInput, grid: Grid) -> BoxPrompts:
     raise UsageError(
         "This type of box prompts is not supported",
         expected="a label map (Z, Y, X), or a list of BoxPrompt(label=..., slice=..., box=(x0, y0, x1, y1))",
-        found=f"{boxes.dtype} {boxes.shape}" if isinstance(boxes, np.ndarray) else kind_of(boxes),
+        found=f"{boxes.dtype} {boxes.shape}" if isinstance(boxes, np.ndarray) else type_name(boxes),
     )

@@ -20,7 +20,7 @@ from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets.splits import groups_of, load_or_make_splits, warnings_of
 from rfmedsam2.pipeline.planning.mirroring import note_on_mirroring
 from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
-from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset, apply_overrides
+from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset
 from rfmedsam2.pipeline.planning.plan import plan as make_plan
 from rfmedsam2.pipeline.planning.rfmedsam2 import plan_rfmedsam2
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
@@ -176,8 +176,7 @@ def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> P
         plan = make_plan(
             dataset, found, preset=options.preset, name=options.plan_name, spacing_zyx_mm=options.spacing_zyx_mm
         )
-    if options.changes:
-        plan = apply_overrides(plan, list(options.changes), plan.name)
+    plan = plan.with_overrides(*options.changes)
     for stage in plan.stages.values():
         extensions.check(stage)
     return plan

@@ -86,7 +86,7 @@ class TrainResult:
 
 
 def train(
-    layout: Layout, plan: Plan, stage: str, *, fold: str = "0", options: TrainOptions | None = None
+    layout: Layout, plan: Plan, stage: str, *, fold: str | int = "0", options: TrainOptions | None = None
 ) -> TrainResult:
     """Train a stage of a plan on one fold; resumes an interrupted training of the same plan.
 
@@ -107,7 +107,7 @@ def train(
         StoreError: preprocessed cases are damaged, or a folder cannot be written.
         RfMedSamError: errors of the engine, prediction and evaluation.
     """
-    options = options or TrainOptions()
+    options, fold = options or TrainOptions(), str(fold)
     began = time.monotonic()
     config = plan.stage(stage)
     extensions.check(config)

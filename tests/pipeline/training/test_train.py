@@ -14,7 +14,6 @@ from support.commands import run_error, unfinished_files
 
 from rfmedsam2.engine.log import read_events
 from rfmedsam2.errors import RfMedSamError, UsageError
-from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.atomic import read_record
@@ -56,7 +55,7 @@ def plan(layout) -> Plan:
 
 
 def with_figures(plan: Plan, *figures: str) -> Plan:
-    return apply_overrides(plan, [f"3d_fullres.train.{figure}" for figure in figures], plan.name)
+    return plan.with_overrides(*(f"3d_fullres.train.{figure}" for figure in figures))
 
 
 def weights_of(folder: Path, which: str = "final") -> str:
@@ -127,9 +126,7 @@ def test_fold_all_trains_on_every_case(layout, plan):
 
 
 def test_whole_volumes_can_be_validated_while_training(layout, plan):
-    whole = apply_overrides(
-        plan, ["3d_fullres.validation.cases_while_training=1", "3d_fullres.train.epochs=1"], plan.name
-    )
+    whole = plan.with_overrides("3d_fullres.validation.cases_while_training=1", "3d_fullres.train.epochs=1")
     result = train(layout, whole, "3d_fullres", fold="0", options=QUIET)
     assert 0 <= result.progress.scores["score"] <= 1
     assert "dsc/liver" in result.progress.scores

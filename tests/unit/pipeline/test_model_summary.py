@@ -13,7 +13,6 @@ import torch
 from rfmedsam2.cli.plans import summary_command
 from rfmedsam2.errors import PlanError
 from rfmedsam2.pipeline.planning.memory_estimate import activation_terms, total_gib
-from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.planning.published_plans import published_plan
 from rfmedsam2.pipeline.training.memory_check import check_memory
 from rfmedsam2.pipeline.training.model_summary import summary
@@ -79,13 +78,13 @@ def test_the_description_takes_seconds_and_no_memory_for_values():
 
 def test_memory_grows_with_what_it_is_made_of():
     paper = published_plan("btcv")
-    everything = apply_overrides(paper, ["3d_fullres.compute.checkpointing=false"], "a")
+    everything = paper.with_overrides("3d_fullres.compute.checkpointing=false", name="a")
     assert kept(everything) > 3 * kept(paper)  # with checkpointing at most a third
     assert kept(paper, half=True) < kept(paper)
-    assert kept(apply_overrides(paper, ["3d_fullres.batch_size=4"], "a")) > kept(paper) + 10
-    assert kept(apply_overrides(paper, ["3d_fullres.model.refinements=1"], "a")) < kept(paper)
-    assert kept(apply_overrides(paper, ["3d_fullres.compute.memory_mb=8192"], "a")) > kept(paper)
-    assert kept(apply_overrides(everything, ["3d_fullres.sampling.max_prompted_objects=100"], "a")) < kept(everything)
+    assert kept(paper.with_overrides("3d_fullres.batch_size=4", name="a")) > kept(paper) + 10
+    assert kept(paper.with_overrides("3d_fullres.model.refinements=1", name="a")) < kept(paper)
+    assert kept(paper.with_overrides("3d_fullres.compute.memory_mb=8192", name="a")) > kept(paper)
+    assert kept(everything.with_overrides("3d_fullres.sampling.max_prompted_objects=100", name="a")) < kept(everything)
 
 
 def test_a_plan_too_large_for_the_memory_is_refused_before_it_starts():

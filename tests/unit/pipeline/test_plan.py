@@ -14,7 +14,7 @@ from rfmedsam2.choices import Preset
 from rfmedsam2.errors import PlanError, RecordError, RfMedSamError, UsageError
 from rfmedsam2.pipeline.planning import topology
 from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
-from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset, apply_overrides
+from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset
 from rfmedsam2.pipeline.planning.plan import channel_normalizations, plan, target_spacing
 from rfmedsam2.pipeline.planning.presets import PRESETS
 from rfmedsam2.records.dataset import DatasetJson
@@ -204,16 +204,13 @@ def test_a_fingerprint_of_other_data_is_refused():
 
 def test_changes_make_a_new_named_plan():
     old = plan(*described(**BTCV))
-    new = apply_overrides(
-        old,
-        [
-            "3d_fullres.train.epochs=50",
-            "3d_fullres.train.precision=bf16",
-            "2d.normalization.0.use_mask=true",
-            "3d_fullres.patch_size=[64, 128, 128]",
-            "file_ending=.nrrd",
-        ],
-        "mine",
+    new = old.with_overrides(
+        "3d_fullres.train.epochs=50",
+        "3d_fullres.train.precision=bf16",
+        "2d.normalization.0.use_mask=true",
+        "3d_fullres.patch_size=[64, 128, 128]",
+        "file_ending=.nrrd",
+        name="mine",
     )
     stage = new.stages["3d_fullres"]
     assert (new.name, stage.train.epochs, stage.train.precision, stage.patch_size) == (
@@ -229,7 +226,9 @@ def test_changes_make_a_new_named_plan():
 
 def test_another_kind_takes_the_defaults_of_that_kind():
     old = plan(*described(), preset="nnunet")
-    new = apply_overrides(old, ["3d_fullres.train.optimizer.kind=adamw", "3d_fullres.train.optimizer.eps=1e-6"], "mine")
+    new = old.with_overrides(
+        "3d_fullres.train.optimizer.kind=adamw", "3d_fullres.train.optimizer.eps=1e-6", name="mine"
+    )
     assert new.stages["3d_fullres"].train.optimizer == AdamW(eps=1e-6)
 
 
@@ -247,7 +246,7 @@ def test_another_kind_takes_the_defaults_of_that_kind():
 )
 def test_a_wrong_change_is_a_sentence(assignment, error, message):
     with pytest.raises(error, match=message):
-        apply_overrides(plan(*described()), [assignment], "mine")
+        plan(*described()).with_overrides(assignment, name="mine")
 
 
 def test_a_plan_moves_to_another_dataset_with_its_intensities():

@@ -9,7 +9,6 @@ from test_plan import BODY_CT, BTCV, HIPPOCAMPUS, SAGITTAL, described
 
 from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import PlanError, RecordError, UsageError
-from rfmedsam2.pipeline.planning.overrides import apply_overrides
 from rfmedsam2.pipeline.planning.plan import plan
 from rfmedsam2.pipeline.planning.presets import REFINEMENTS
 from rfmedsam2.pipeline.planning.rfmedsam2 import enlarged_side, plan_rfmedsam2
@@ -133,7 +132,7 @@ def test_what_the_planner_cannot_do_is_a_sentence():
 def test_bad_figures_are_named_with_what_would_be_right(change, sentence):
     found = plan_rfmedsam2(*described(**BTCV))
     with pytest.raises(RecordError, match=sentence) as caught:
-        apply_overrides(found, [f"3d_fullres.{change}"], "mine")
+        found.with_overrides(f"3d_fullres.{change}", name="mine")
     assert "Value error" not in str(caught.value)
 
 
