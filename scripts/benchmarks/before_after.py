@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Preprocessing, prediction and export of this checkout beside those of an earlier one, in turns, in one run.
 
-usage: before_after.py --before CHECKOUT [--rounds N] [--slices N]
+usage: python scripts/benchmarks/before_after.py --before CHECKOUT [--rounds N] [--slices N]
 
 CHECKOUT is another clone of this repository at the commit to compare with, run by the same Python environment. The data
 are a phantom of 512x512xSLICES; both sides predict with one model, which the earlier checkout trains for two steps.

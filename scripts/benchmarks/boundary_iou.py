@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Boundary IoU: the published erosion loop against ours, masks of 2048 x 2048 pixels, one run.
 
-usage: boundary_iou.py [--size 2048] [--repeats 7]
+usage: python scripts/benchmarks/boundary_iou.py [--size 2048] [--repeats 7]
 
 Peer: boundary-iou-api's mask_to_boundary (pad, 3 x 3 erosion in 2 % of the diagonal's iterations) and sam-hq's
-boundary_iou, re-stated; with OpenCV if it is installed, else with SciPy. Beside it, for knowledge, the erosion one
+boundary_iou, reimplemented; with OpenCV if it is installed, else with SciPy. Beside it, for knowledge, the erosion one
 iteration after another, which OpenCV joins into one large one by itself. Boundaries and results must be equal. The best
 of `--repeats` runs counts; the last line is JSON, ratio is peer over ours.
 """
@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable
 
 import numpy as np
-from _harness.usage import best
+from _harness.usage import best_time
 from scipy.ndimage import binary_erosion, gaussian_filter
 
 from rfmedsam2.metrics.boundary import boundary_iou, boundary_width, mask_to_boundary
@@ -39,9 +39,9 @@ def main() -> None:
     for ours_mask, peer_mask in ((ground_truth, pair[0]), (predicted, pair[1])):
         if not np.array_equal(mask_to_boundary(ours_mask), published_boundary(peer_mask, erode).astype(bool)):
             raise SystemExit("boundaries differ")
-    ours, ours_s = best(lambda: boundary_iou(ground_truth, predicted), args.repeats)
-    peer, peer_s = best(lambda: published_iou(pair[0], pair[1], erode), args.repeats)
-    slow, slow_s = best(lambda: published_iou(pair[0], pair[1], one_by_one), 1)
+    ours, ours_s = best_time(lambda: boundary_iou(ground_truth, predicted), args.repeats)
+    peer, peer_s = best_time(lambda: published_iou(pair[0], pair[1], erode), args.repeats)
+    slow, slow_s = best_time(lambda: published_iou(pair[0], pair[1], one_by_one), 1)
     if not ours == peer == slow:
         raise SystemExit(f"results differ: {ours}, {peer}, {slow}")
     print(

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Evaluation of label maps in files: rfmed_evaluate against nnunetv2's command, and against surface-distance.
 
-usage: evaluate.py [--raw DATASET_FOLDER] [--volumes 20] [--peer-volumes 2] [--repeats 1] [--quick]
+usage: python scripts/benchmarks/evaluate.py [--raw DATASET_FOLDER] [--volumes 20] [--peer-volumes 2] [--repeats 1]
+           [--quick]
 
 References are the label maps of a raw dataset (else of phantoms of 512x512x100), in turn; predictions are the same
 moved by some voxels, with islands of wrong labels. Ours: DSC, IoU, NSD, HD95 and volume errors; nnunetv2
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 import surface_distance.metrics as deepmind
-from _harness.usage import Usage, program, tree
+from _harness.usage import Usage, installed_program, run_measured
 
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM
 from rfmedsam2.pipeline.datasets.phantom import make_phantom
@@ -102,14 +103,14 @@ def with_islands(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def ours(folder: Path, labels: Path) -> Usage:
     """Run rfmed_evaluate."""
     where = ("-p", folder / "predictions", "-g", folder / "references", "-o", folder / "ours")
-    return tree([program("rfmed_evaluate"), *where, "--labels", labels, "--workers", WORKERS])
+    return run_measured([installed_program("rfmed_evaluate"), *where, "--labels", labels, "--workers", WORKERS])
 
 
 def nnunet(folder: Path, classes: dict[str, int]) -> Usage:
     """Run nnunetv2's command."""
     where = (folder / "references", folder / "predictions", "-o", folder / "nnunet.json")
     values = ("-l", *classes.values(), "-np", WORKERS)
-    return tree([program("nnUNetv2_evaluate_simple"), *where, *values])
+    return run_measured([installed_program("nnUNetv2_evaluate_simple"), *where, *values])
 
 
 def compare(folder: Path, classes: dict[str, int], checked: int, volumes: int) -> None:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """From logits to a label map: nnunetv2's resample + arg-max against ours by slab, same arrays, one run.
 
-usage: export.py [--quick] [--seed N]
+usage: python scripts/benchmarks/export.py [--quick] [--seed N]
 
 Two cases in the manner of BTCV (14 classes, planned 3 x 0.76 x 0.76 mm): the distance of slices kept, and changed.
 Logits are made from the labels of a real CT (RFMED_TEST_DATA): blurred, with noise, as sure of an organ as a trained
-U-Net is; where the data sets are not at hand, smooth random fields of all classes. Prints seconds, growth of memory
+U-Net is; if the data sets are not available, smooth random fields of all classes. Prints seconds, growth of memory
 beyond the logits, and voxels that differ (nnunetv2 in float32, and rounded to half precision as it predicts); the last
 line is JSON. Needs the extra `nnunet`.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from _harness.data import labels_with_most_organs
-from _harness.usage import measured
+from _harness.usage import time_and_memory
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from scipy.ndimage import gaussian_filter, zoom
 
@@ -69,8 +69,8 @@ def main() -> None:
         logits = logits_of(setting.planned, args.seed)
         how = restore(setting.planned, setting.source, setting)
         memory = torch.zeros(CLASSES * PLANES_A_SLAB * setting.planned[1] * setting.planned[2])
-        mine, mine_s, mine_mib = measured(lambda: ours(logits, how, memory))  # noqa: B023 - called at once
-        peer, peer_s, peer_mib = measured(lambda: nnunet(logits, how))  # noqa: B023
+        mine, mine_s, mine_mib = time_and_memory(lambda: ours(logits, how, memory))  # noqa: B023 - called at once
+        peer, peer_s, peer_mib = time_and_memory(lambda: nnunet(logits, how))  # noqa: B023
         half = nnunet(logits.astype(np.float16), how)
         voxels = mine.size
         print(

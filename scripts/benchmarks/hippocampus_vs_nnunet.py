@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train nnU-Net's own trainer and ours on Hippocampus with the same small plan, then compare DSC on the fold.
 
-usage: hippocampus_vs_nnunet.py DATASET004_FOLDER WORK_FOLDER [--side both|nnunet|ours] [--optimizer adamw|sgd]
-                                [--lr 0.003] [--epochs 20] [--iterations 50] [--fold 0]
+usage: python scripts/benchmarks/hippocampus_vs_nnunet.py DATASET004_FOLDER WORK_FOLDER [--side both|nnunet|ours]
+           [--optimizer adamw|sgd] [--lr 0.003] [--epochs 20] [--iterations 50] [--fold 0]
 
 Same network (features 16-128), patch, batch, optimizer, learning rate, poly schedule per epoch, number of iterations,
 split, mirroring and step size; each side uses its own preprocessing, loading, augmentation, engine, prediction and

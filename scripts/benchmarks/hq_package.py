@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Automatic masks and single prompts: the published segment_anything_hq 0.3 against ours, equal weights, one run.
 
-usage: hq_package.py [--points-per-side 16] [--backbone vit_tiny] [--published FOLDER] [--rounds 2] [--device cpu]
+usage: python scripts/benchmarks/hq_package.py [--points-per-side 16] [--backbone vit_tiny] [--published FOLDER]
+           [--rounds 2] [--device cpu]
 
 Both sides run in turn, the best of `--rounds` counts, in processes of their own (their name is the same), on one image
-and the same weights: MobileSAM's real ones and a picture of ECSSD (RFMED_TEST_DATA), else random ones; what HQ-SAM adds
+and the same weights: MobileSAM's real ones and an image of ECSSD (RFMED_TEST_DATA), else random ones; what HQ-SAM adds
 is random. The figure is `set_image` and all points of the grid, through to the masks of the image's size, nothing
 filtered, so that every point costs its all. Beside it: `set_image` alone, one box, and the same grid with the published
 thresholds (where ours makes no masks that would be dropped). The published package is installed into a folder of its

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Predict one volume of 1000 slices and 16 classes: peak memory of rfmed_predict and of nnUNetv2_predict, one run.
 
-usage: long_volume.py [--raw DATASET_FOLDER] [--work DIR] [--slices 1000] [--classes 16] [--limit-mib 20000] [--quick]
+usage: python scripts/benchmarks/long_volume.py [--raw DATASET_FOLDER] [--work DIR] [--slices 1000] [--classes 16]
+           [--limit-mib 20000] [--quick]
 
 The volume repeats the slices of a test volume to and fro. Both run the same small random U-Net on the CPU, tiles side
 by side, no mirroring, nnU-Net with one process that prepares and one that exports; it is killed where all its processes
@@ -16,7 +17,7 @@ import argparse
 import json
 import shutil
 
-from _harness.peers import STAGE, Sides, add_arguments, both_sides, write_models, write_volume
+from _harness.peers import STAGE, Sides, add_side_arguments, set_up_sides, write_models, write_volume
 from _harness.usage import Usage
 
 from rfmedsam2.store.images import read_header
@@ -25,12 +26,12 @@ from rfmedsam2.store.images import read_header
 def main() -> None:
     """Run both sides and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_side_arguments(parser)
     parser.add_argument("--slices", type=int, default=1000)
     parser.add_argument("--classes", type=int, default=16, help="with background")
     parser.add_argument("--limit-mib", type=int, default=20_000, help="of the peer")
     args = parser.parse_args()
-    with both_sides(args) as sides:
+    with set_up_sides(args) as sides:
         write_models(sides, classes=args.classes)
         volume = sides.work / "long" / "long_0000.nii.gz"
         write_volume(volume, min((sides.raw / "imagesTs").glob("*.nii.gz")), args.slices)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Step 2 of RFMedSAM 2: the official video predictor's loop over frames and objects against ours, one run.
 
-usage: memory_step.py [--frames 32] [--classes 13] [--device auto] [--repeats 2]
+usage: python scripts/benchmarks/memory_step.py [--frames 32] [--classes 13] [--device auto] [--repeats 2]
 
 SAM 2.1 tiny at 256 pixels with random weights, equal on both sides, which are given the same frame features, memories
 and boxes. Peer: `SAM2Base.track_step` per frame and object as `SAM2VideoPredictor` calls it: memory attention over the
@@ -11,9 +11,9 @@ the image encoder, the memory encoder.
 
 Two rows. All: every class on every frame. Realistic: classes where they are in a real abdominal CT at 3 mm, in the
 first 32 slices that show most organs (needs the real data sets, RFMED_TEST_DATA); the official predictor knows no
-absent objects and tracks every one through every frame, ours leaves them out. What its loop takes for the present cells
-alone is printed beside it. The better of `--repeats` runs counts; the last line is JSON, ratio is ours over peer. On a
-busy CPU look at `cpu_ratio`, of processor seconds.
+absent objects and tracks every one through every frame, ours leaves them out. What its loop takes for the present
+objects alone is printed beside it. The better of `--repeats` runs counts; the last line is JSON, ratio is ours over
+peer. On a busy CPU look at `cpu_ratio`, of processor seconds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=13)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--chunk", type=int, help="cells at once; left out: 8 on the CPU, 128 on a GPU")
+    parser.add_argument("--chunk", type=int, help="objects per chunk; default: 8 on the CPU, 128 on a GPU")
     args = parser.parse_args()
     device = choose_device(args.device)
     case = Case(args.frames, args.classes, device)
@@ -59,7 +59,7 @@ def main() -> None:
     result = {"name": "memory_step"}
     for row, present in (("all", everywhere), ("realistic", real_presence(args.frames, args.classes))):
         if present is None:
-            print("realistic: not run, the real data sets are not here (RFMED_TEST_DATA)")
+            print("realistic: not run, the real data sets are not available (RFMED_TEST_DATA)")
             continue
         present = present.to(device)
         mine, mine_s, mine_cpu = best(lambda p=present: case.ours(p, chunk), args.repeats, device)
@@ -68,8 +68,8 @@ def main() -> None:
         objects = int(present.sum())
         difference = (mine - other).abs().max().item()
         print(
-            f"{row}: {objects} cells, official loop {full:.2f} s (these cells alone {other_s:.2f} s), "
-            f"ours {mine_s:.2f} s; ratio {mine_s / full:.2f} (these cells {mine_s / other_s:.2f}); "
+            f"{row}: {objects} objects, official loop {full:.2f} s (these objects alone {other_s:.2f} s), "
+            f"ours {mine_s:.2f} s; ratio {mine_s / full:.2f} (these objects {mine_s / other_s:.2f}); "
             f"largest difference of mask logits {difference:.1e}, they span {other.std().item():.1e}"
         )
         end = "" if row == "all" else f"_{row}"
@@ -101,7 +101,7 @@ class Case:
 
     @torch.inference_mode()
     def ours(self, present: Tensor, chunk: int) -> Tensor:
-        """Masks (q, SIZE, SIZE) of the cells present."""
+        """Masks (q, SIZE, SIZE) of the objects present."""
         objects = present.nonzero()
         rows = torch.where(present, torch.arange(present.numel(), device=present.device).view(present.shape), -1)
         masks = torch.empty(len(objects), SIZE, SIZE, device=present.device)

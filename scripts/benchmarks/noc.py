@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Evaluation by clicks: RITM's loop against ours, 50 pictures x 20 clicks, one model that costs next to nothing.
+"""Evaluation by clicks: RITM's loop against ours, 50 images x 20 clicks, one model that costs next to nothing.
 
-usage: noc.py [--images 50] [--clicks 20] [--repeats 3]
+usage: python scripts/benchmarks/noc.py [--images 50] [--clicks 20] [--repeats 3]
 
-Real pictures' masks with ignored pixels (RFMED_TEST_DATA: vgg-iseg-151), blobs where the data sets are not at hand.
-Peer: RITM's evaluate_sample, Clicker and get_iou, re-stated; distances by OpenCV as there, if it is installed, else by
+Real images' masks with ignored pixels (RFMED_TEST_DATA: vgg-iseg-151), blobs if the data sets are not available. Peer:
+RITM's evaluate_sample, Clicker and get_iou, reimplemented; distances by OpenCV as there, if it is installed, else by
 SciPy. Clicks and IoUs must be equal to that loop's with exact distances. OpenCV's differ from those in the last bit, by
-version and even by where an array lies in memory, and so choose among equally deep pixels: how many pictures that
-changes is printed. The best of `--repeats` runs counts; the last line is JSON, ratio is peer over ours.
+version and even by where an array lies in memory, and so choose among equally deep pixels: how many images that changes
+is printed. The best of `--repeats` runs counts; the last line is JSON, ratio is peer over ours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from _harness.usage import best
+from _harness.usage import best_time
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from segment_anything_hq.data.datasets import open_folders
@@ -47,13 +47,13 @@ class Painter:
 
 
 class Shaped:
-    """The painter for pictures of one shape, as our evaluation calls a model."""
+    """The painter for images of one shape, as our evaluation calls a model."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
 
     def set_image(self, image: np.ndarray) -> None:
-        """Take a picture; the painter does not look at it."""
+        """Take an image; the painter does not look at it."""
 
     def predict(self, clicks: Sequence[Click], previous: np.ndarray | None) -> np.ndarray:
         """Probabilities (H, W) float32."""
@@ -76,8 +76,8 @@ def main() -> None:
 
     distances, name = chosen_distances()
     ours()  # compiles
-    found, ours_s = best(ours, args.repeats)
-    published, peer_s = best(
+    found, ours_s = best_time(ours, args.repeats)
+    published, peer_s = best_time(
         lambda: [ritm(ground_truth, args.clicks, distances) for ground_truth in ground_truths], args.repeats
     )
     exact = published
@@ -90,10 +90,10 @@ def main() -> None:
         if clicks != tuple(peer_clicks) or not np.array_equal(ious, peer_ious):
             raise SystemExit("clicks or IoUs differ")
     others = sum(a[0] != b[0] for a, b in zip(exact, published, strict=True))
-    _, model_s = best(lambda: [replay(t, clicks) for t, (clicks, _) in zip(ground_truths, found, strict=True)], 1)
+    _, model_s = best_time(lambda: [replay(t, clicks) for t, (clicks, _) in zip(ground_truths, found, strict=True)], 1)
     count = sum(len(clicks) for clicks, _ in found)
     print(
-        f"{len(ground_truths)} masks ({source}), {count} clicks, all equal (rounding changes {others} pictures); "
+        f"{len(ground_truths)} masks ({source}), {count} clicks, all equal (rounding changes {others} images); "
         f"ours {ours_s:.2f} s, RITM's loop with {name} {peer_s:.2f} s, the model itself {model_s:.2f} s of both"
     )
     result = {"name": "noc", "ours": round(ours_s, 4), "peer": round(peer_s, 4), "ratio": round(peer_s / ours_s, 1)}
@@ -124,7 +124,7 @@ def chosen_distances() -> tuple[Distances, str]:
 
 
 def ritm(ground_truth: np.ndarray, max_clicks: int, distances: Distances) -> tuple[list[Click], np.ndarray]:
-    """Clicks and IoUs of one picture: evaluate_sample without an early end."""
+    """Clicks and IoUs of one image: evaluate_sample without an early end."""
     is_object, counts = ground_truth == 1, ground_truth != -1
     not_clicked = np.full(ground_truth.shape, True)
     clicks: list[Click] = []

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Predict the test volumes end to end: nnUNetv2_predict against rfmed_predict with the same small network, one run.
 
-usage: predict.py [--raw DATASET_FOLDER] [--work DIR] [--processes 2] [--mirror] [--quick]
+usage: python scripts/benchmarks/predict.py [--raw DATASET_FOLDER] [--work DIR] [--processes 2] [--mirror] [--quick]
 
 Both run a U-Net of some hundred random weights on the CPU and write .nii.gz; nnU-Net with one process that prepares
 and one that exports. What matters is all but the network: the seconds of the network's forward passes are taken off
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from _harness import stub_network
-from _harness.peers import STAGE, Sides, add_arguments, both_sides, write_models
-from _harness.usage import Usage, tree
+from _harness.peers import STAGE, Sides, add_side_arguments, set_up_sides, write_models
+from _harness.usage import Usage, run_measured
 
 from rfmedsam2.store.images import read_label
 
@@ -36,10 +36,10 @@ OURS = ("rfmedsam2.inference.sliding_window:_Ensemble.__call__", "rfmedsam2.cli.
 def main() -> None:
     """Run both sides and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_side_arguments(parser)
     parser.add_argument("--mirror", action="store_true", help="average over flips, as both do by default")
     args = parser.parse_args()
-    with both_sides(args) as sides:
+    with set_up_sides(args) as sides:
         write_models(sides)
         volumes = len(list((sides.raw / "imagesTs").iterdir()))
         peer, peer_s = one_side(sides, NNUNET, nnunet_words(sides, mirror=args.mirror))
@@ -57,8 +57,8 @@ def main() -> None:
 def one_side(sides: Sides, side: tuple[str, str], words: list[object]) -> tuple[Usage, float]:
     """What a side took, and the seconds of its network."""
     shutil.rmtree(str(words[words.index("-o") + 1]), ignore_errors=True)
-    usage = tree([sys.executable, Path(stub_network.__file__), *side, *words], env=sides.nnunet_variables)
-    told = re.search(rf"{stub_network.TOLD} ([\d.]+)", usage.output)
+    usage = run_measured([sys.executable, Path(stub_network.__file__), *side, *words], env=sides.nnunet_variables)
+    told = re.search(rf"{stub_network.SECONDS_PREFIX} ([\d.]+)", usage.output)
     assert told is not None, usage.output
     return usage, float(told[1])
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fingerprint, plan and preprocess a dataset: nnunetv2's commands against ours, as a user types them, one run.
 
-usage: preprocess.py [--raw DATASET_FOLDER] [--work DIR] [--processes 2] [--quick]
+usage: python scripts/benchmarks/preprocess.py [--raw DATASET_FOLDER] [--work DIR] [--processes 2] [--quick]
 
 Both plan by nnU-Net's rules and preprocess 3d_fullres. Ours runs three times: with nothing compiled before (cold), then
 twice with compiled kernels on disk; the better counts. Each time all is read and made anew. Prints wall and processor
@@ -19,7 +19,7 @@ from typing import Any
 
 import blosc2
 import numpy as np
-from _harness.peers import STAGE, Sides, add_arguments, both_sides
+from _harness.peers import STAGE, Sides, add_side_arguments, set_up_sides
 from _harness.usage import Usage
 
 from rfmedsam2.store.preprocessed import CaseStore
@@ -30,8 +30,8 @@ PLAN = "benchmark"
 def main() -> None:
     """Run both sides and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    with both_sides(parser.parse_args()) as sides:
+    add_side_arguments(parser)
+    with set_up_sides(parser.parse_args()) as sides:
         peer = nnunet(sides)
         cold = ours(sides, cold=True)
         warm = min((ours(sides, cold=False) for _ in range(2)), key=lambda usage: usage.wall_s)

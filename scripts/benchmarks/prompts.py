@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Prompts from masks: a Python loop over cells against ours, 32 x 13 cells of 256 x 256 pixels, one run.
+"""Prompts from masks: a Python loop over (slice, class) pairs against ours, 32 x 13 masks of 256 x 256, one run.
 
-usage: prompts.py [--device auto] [--repeats 15]
+usage: python scripts/benchmarks/prompts.py [--device auto] [--repeats 15]
 
-Label maps of a real abdominal CT (RFMED_TEST_DATA), random blocks where the data sets are not at hand. Peer: for each
+Label maps of a real abdominal CT (RFMED_TEST_DATA), random blocks if the data sets are not available. Peer: for each
 frame and class the mask `labels == k`, its box by SAM 2's own `mask_to_box`, and whether it is there. Beside it a loop
 that looks only for the ends of the mask's pixels. Boxes must be equal. The best of `--repeats` runs counts; the last
 line is JSON, ratio is peer over ours.

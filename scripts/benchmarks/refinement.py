@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Prediction of an abdominal CT with RFMedSAM 2: Steps 1 and 2 beside the U-Net alone, and what is spent outside SAM 2.
 
-usage: refinement.py [--slices 100] [--backbone sam2_tiny] [--mirror] [--device auto] [--unet-tiles 1]
+usage: python scripts/benchmarks/refinement.py [--slices 100] [--backbone sam2_tiny] [--mirror] [--device auto]
+           [--unet-tiles 1]
 
 A volume of 512 x 512 x `--slices` with the plan plans/btcv.json, 256-pixel tiles at half a tile's distance, random
-weights. What Step 0 finds is made from labels, so that as many cells are decoded as in a real abdomen: those of a real
-CT (RFMED_TEST_DATA), or of the phantom where the data sets are not at hand. The U-Net is timed on `--unet-tiles` of its
-tiles (0: on all) and reckoned for the volume.
+weights. What Step 0 finds is made from labels, so that as many objects are decoded as in a real abdomen: those of a
+real CT (RFMED_TEST_DATA), or of the phantom if the data sets are not available. The U-Net is timed on `--unet-tiles` of
+its tiles (0: on all) and reckoned for the volume.
 
 Inside SAM 2: image encoder, decoder with prompt encoder, memory encoder, memory attention. Everything else that Steps 1
 and 2 take is overhead: tiles, prompts, mask prompts, class maps, averaging. Its share is of the time that this process
@@ -182,7 +183,7 @@ def label_maps(slices: int) -> Tensor:
     """(slices, SIDE, SIDE) int64, values 0..CLASSES."""
     found = labels_with_most_organs(min(slices, REAL_SLICES))
     if found is None:
-        print("The real data sets are not here (RFMED_TEST_DATA): organs of the phantom")
+        print("The real data sets are not available (RFMED_TEST_DATA): organs of the phantom")
         found = phantom_case((min(slices, REAL_SLICES), 128, 128)).labels
     planes, rows, columns = (np.arange(n) * own // n for n, own in zip((slices, SIDE, SIDE), found.shape, strict=True))
     cut = np.minimum(found, CLASSES)[planes][:, rows][:, :, columns]

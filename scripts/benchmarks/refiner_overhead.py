@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What refiners cost beside their base: HQ-SAM, SAM-REF, SAM2-REF and SAM2Refiner against SAM and SAM 2, one run.
 
-usage: refiner_overhead.py [--backbone vit_tiny] [--backbone2 hiera_t] [--size 1024] [--rounds 5] [--device auto]
-       refiner_overhead.py --quick     (256 pixels, 3 rounds)
+usage: python scripts/benchmarks/refiner_overhead.py [--backbone vit_tiny] [--backbone2 hiera_t] [--size 1024] [--rounds
+           5] [--device auto]
+       python scripts/benchmarks/refiner_overhead.py --quick (256 pixels, 3 rounds)
 
 Random weights, one frame of noise. Counted as the papers count it: a frame is encoded and one click masked, through to
 a mask of the frame's size; beside it one more click on the same frame, of refiners with the answer before. Method and

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What training a refiner brings: real pictures, real weights, one run; masks by box prompts on pictures held out.
+"""What training a refiner brings: real images, real weights, one run; masks by box prompts on images held out.
 
-usage: refiner_training.py --data FOLDER --weights mobile_sam.pt [--methods hq_sam sam_ref] [--iterations 300]
+usage: python scripts/benchmarks/refiner_training.py --data FOLDER --weights mobile_sam.pt [--methods hq_sam sam_ref]
+           [--iterations 300]
 
-HQ-SAM and SAM-REF are trained on MobileSAM (TinyViT), which stays as it is, by `samhq_train`'s own recipes but for
-their length; all three then segment the held-out pictures by the boxes of their masks, and by boxes with noise. Peer:
+HQ-SAM and SAM-REF are trained on MobileSAM (TinyViT), which stays as it is, with `samhq_train`'s default plans,
+shortened; all three then segment the held-out images by the boxes of their masks, and by boxes with noise. Peer:
 MobileSAM alone. The last line is JSON: ours is the better method's mean boundary IoU, ratio is ours over peer's.
-EmbeddingCache are kept in --out, so that a second run is quicker.
+Embeddings are cached in --out, which makes a second run faster.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.data.open_data import open_data, split_held_out
 from segment_anything_hq.evaluation.protocols import BoxRule, evaluate_prompted
 from segment_anything_hq.evaluation.report import write_page
-from segment_anything_hq.evaluation.scores import Evaluation
+from segment_anything_hq.evaluation.scores import ProtocolResult
 from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.records import RefinerPlan
 from segment_anything_hq.tasks.defaults import default_plan
@@ -48,7 +49,7 @@ SHORTENED: dict[Method, tuple[str, ...]] = {
         "train.learning_rate=0.0005",
     ),
 }
-"""Recipes for a few hundred iterations: one view of each picture, fewer clicks, a rate that falls earlier."""
+"""Recipes for a few hundred iterations: one view of each image, fewer clicks, a rate that falls earlier."""
 NOISE = (0.0, 0.2)
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--frame-size", type=int, default=1024)
     args = parser.parse_args()
     training, held = split_held_out(open_data([args.data]), args.held_out)
-    print(f"{sum(len(s.samples) for s in training)} pictures to train on, {sum(len(s.samples) for s in held)} held out")
+    print(f"{sum(len(s.samples) for s in training)} images to train on, {sum(len(s.samples) for s in held)} held out")
 
     found = {
         "MobileSAM": evaluated(models.build("sam", "vit_tiny", frame_size=args.frame_size, weights=args.weights), held)
@@ -105,13 +106,13 @@ def planned(method: Method, args: argparse.Namespace, samples: int) -> RefinerPl
 
 
 @torch.inference_mode()
-def evaluated(network: models.Network, held: tuple[ImageSet, ...]) -> dict[float, Evaluation]:
+def evaluated(network: models.Network, held: tuple[ImageSet, ...]) -> dict[float, ProtocolResult]:
     """Scores by the noise of the boxes."""
     predictor = InteractivePredictor(network.eval())
     return {noise: evaluate_prompted(predictor, held, BoxRule(noise=noise)) for noise in NOISE}
 
 
-def table(found: dict[str, dict[float, Evaluation]]) -> None:
+def table(found: dict[str, dict[float, ProtocolResult]]) -> None:
     """One row a model."""
     print(f"{'':12}" + "".join(f"  mIoU   mBIoU  (box noise {noise:g})" for noise in NOISE))
     for name, evaluations in found.items():

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """How time and memory of predicting grow with the number of slices: rfmed_predict beside nnUNetv2_predict, one run.
 
-usage: scaling.py [--raw DATASET_FOLDER] [--work DIR] [--slices 100 200 400 800] [--peer-slices 100 200] [--quick]
+usage: python scripts/benchmarks/scaling.py [--raw DATASET_FOLDER] [--work DIR] [--slices 100 200 400 800]
+           [--peer-slices 100 200] [--quick]
 
 Volumes repeat the slices of a test volume to and fro; a small random U-Net on the CPU, tiles side by side, no
 mirroring. Prints wall seconds and peak memory by number of slices and, from the last two rows, what one slice more
@@ -16,7 +17,7 @@ import json
 import shutil
 from collections.abc import Sequence
 
-from _harness.peers import STAGE, Sides, add_arguments, both_sides, write_models, write_volume
+from _harness.peers import STAGE, Sides, add_side_arguments, set_up_sides, write_models, write_volume
 from _harness.usage import Usage
 
 from rfmedsam2.store.images import read_header
@@ -28,11 +29,11 @@ Row = tuple[int, Usage]
 def main() -> None:
     """Run both sides and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_side_arguments(parser)
     parser.add_argument("--slices", type=int, nargs="+", default=[100, 200, 400, 800])
     parser.add_argument("--peer-slices", type=int, nargs="*", default=[100, 200])
     args = parser.parse_args()
-    with both_sides(args) as sides:
+    with set_up_sides(args) as sides:
         write_models(sides)
         source = min((sides.raw / "imagesTs").glob("*.nii.gz"))
         _, rows, columns = read_header(source).grid.shape_zyx

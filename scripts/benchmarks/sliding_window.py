@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sliding-window prediction: nnunetv2 against ours with the same tiny network on the same image, one run.
 
-usage: sliding_window.py [--quick] [--mirror] [--device cpu]
+usage: python scripts/benchmarks/sliding_window.py [--quick] [--mirror] [--device cpu]
 
 The network is so small that the cost of cutting, weighting and summing tiles shows. Each side runs twice, the better
 time counts. Prints seconds, growth of memory and the largest difference of logits (nnunetv2 sums in half precision);
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _harness.usage import measured
+from _harness.usage import time_and_memory
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor, nn
 
@@ -67,9 +67,9 @@ def main() -> None:
         predictor.label_manager = SimpleNamespace(num_segmentation_heads=CLASSES)
         return predictor.predict_sliding_window_return_logits(image)[:, :, ::4, ::4].float()
 
-    first = (measured(ours), measured(peer))
-    mine, mine_s, mine_mib = min(first[0], measured(ours), key=lambda run: run[1])
-    other, other_s, other_mib = min(first[1], measured(peer), key=lambda run: run[1])
+    first = (time_and_memory(ours), time_and_memory(peer))
+    mine, mine_s, mine_mib = min(first[0], time_and_memory(ours), key=lambda run: run[1])
+    other, other_s, other_mib = min(first[1], time_and_memory(peer), key=lambda run: run[1])
     # memory once grown is used again by the second run
     mine_mib, other_mib = max(mine_mib, first[0][2]), max(other_mib, first[1][2])
     inside = (slice(None), *(slice(p // 4, -p // 4) for p in (patch[0], patch[1] // 4, patch[2] // 4)))

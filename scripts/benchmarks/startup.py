@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long a user waits: `--help` of every command, and from the start to the first useful output, beside nnU-Net's.
 
-usage: startup.py [--raw DATASET_FOLDER] [--work DIR] [--repeats 3] [--quick]
+usage: python scripts/benchmarks/startup.py [--raw DATASET_FOLDER] [--work DIR] [--repeats 3] [--quick]
 
 Commands run as in a terminal (a pseudo-terminal, so that progress bars show). The first useful output is the first
 line, or bar, that tells of the work: not which folder was chosen, not a note on what to cite. Each figure is the least
@@ -22,8 +22,8 @@ import sys
 import time
 from importlib.metadata import entry_points
 
-from _harness.peers import STAGE, Sides, add_arguments, both_sides
-from _harness.usage import best, program
+from _harness.peers import STAGE, Sides, add_side_arguments, set_up_sides
+from _harness.usage import best_time, installed_program
 
 PEERS = ("nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict", "nnUNetv2_evaluate_simple")
 NOT_YET = re.compile(r"^\s*$|^Data: |^Training \S+, plan")
@@ -34,7 +34,7 @@ PLAN = "startup"
 def main() -> None:
     """Run both sides and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_side_arguments(parser)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     commands = sorted(
@@ -44,7 +44,7 @@ def main() -> None:
     peer_s = {name: helped(name, 1) for name in PEERS}
     for name, seconds in {**help_s, **peer_s}.items():
         print(f"{name} --help: {seconds:.2f} s")
-    with both_sides(args) as sides:
+    with set_up_sides(args) as sides:
         first_s = first_outputs(sides, args.repeats)
     for name, seconds in first_s.items():
         print(f"{name}, first useful output: {seconds:.2f} s")
@@ -57,10 +57,10 @@ def helped(name: str, repeats: int) -> float:
     """Seconds of `--help`."""
 
     def once() -> None:
-        subprocess.run([program(name), "--help"], check=True, capture_output=True)
+        subprocess.run([installed_program(name), "--help"], check=True, capture_output=True)
 
     once()
-    return best(once, repeats)[1]
+    return best_time(once, repeats)[1]
 
 
 def first_outputs(sides: Sides, repeats: int) -> dict[str, float]:
@@ -93,7 +93,7 @@ def first_output(name: str, words: tuple[str, ...]) -> float:
     """Seconds until the command tells of its work; it then runs to its end."""
     ours, theirs = pty.openpty()
     started = time.perf_counter()
-    process = subprocess.Popen([program(name), *words], stdout=theirs, stderr=theirs, stdin=theirs)
+    process = subprocess.Popen([installed_program(name), *words], stdout=theirs, stderr=theirs, stdin=theirs)
     os.close(theirs)
     told, seconds = "", None
     while True:

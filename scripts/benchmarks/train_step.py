@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A training step with loading and augmentation: nnU-Net's trainer against ours, same plan and data, in turns.
 
-usage: train_step.py [--raw DATASET_FOLDER] [--work FOLDER] [--size small|large] [--steps 40] [--rounds 3]
-                     [--workers 1] [--device cpu|cuda] [--quick]
+usage: python scripts/benchmarks/train_step.py [--raw DATASET_FOLDER] [--work FOLDER] [--size small|large] [--steps 40]
+           [--rounds 3] [--workers 1] [--device cpu|cuda] [--quick]
 
 nnU-Net plans the dataset (else phantoms); patch, batch and U-Net of its plan are replaced by those of --size, and both
 sides preprocess by that plan. Each side then trains in a process of its own (nnU-Net, ours, nnU-Net, ours ...): its own
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from _harness.plans import shrink
-from _harness.usage import program
+from _harness.usage import installed_program
 
 STAGE = "3d_fullres"
 PLAN = "nnUNetPlans"
@@ -199,7 +199,7 @@ def prepare(raw: Path | None, work: Path, size: Size) -> None:
 
 
 def _run(work: Path, name: str, *words: object) -> None:
-    command = [program(name), *map(str, words)]
+    command = [installed_program(name), *map(str, words)]
     done = subprocess.run(command, env=_environment(work), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{(done.stdout + done.stderr)[-4000:]}")

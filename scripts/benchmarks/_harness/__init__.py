@@ -1,1 +1,1 @@
-"""What the benchmarks share: peers side by side, measured resources, plans and data."""
+"""Shared by the benchmarks: both sides' folders, measurement, small plans and real labels."""

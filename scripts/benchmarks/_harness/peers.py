@@ -1,4 +1,4 @@
-"""One dataset for both sides: nnU-Net's folders and ours over the same raw files, and one model that both can run."""
+"""Folders of nnU-Net and of this package over the same raw data set, and one model that both can run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from _harness.plans import shrink
-from _harness.usage import Usage, program, tree
+from _harness.usage import Usage, installed_program, run_measured
 from rfmedsam2 import models
 from rfmedsam2.nn.unet import load_nnunet_weights
 from rfmedsam2.pipeline.datasets.phantom import make_phantom
@@ -33,12 +33,12 @@ TRAINED = f"nnUNetTrainer__nnUNetPlans__{STAGE}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sides:
-    """Folders of both sides over one raw dataset.
+    """Folders of both sides over one raw data set.
 
     Attributes:
         raw: the dataset's folder, DatasetXXX_Name.
-        work: everything that is written lies here.
-        processes: that each side may work with.
+        work: folder for all output.
+        processes: number of worker processes per side.
     """
 
     raw: Path
@@ -68,15 +68,17 @@ class Sides:
 
     def nnunet(self, *words: object, limit_mib: int | None = None) -> Usage:
         """Run one of nnU-Net's commands."""
-        return tree([program(str(words[0])), *words[1:]], env=self.nnunet_variables, limit_mib=limit_mib)
+        return run_measured(
+            [installed_program(str(words[0])), *words[1:]], env=self.nnunet_variables, limit_mib=limit_mib
+        )
 
     def ours(self, *words: object, env: dict[str, str] | None = None) -> Usage:
         """Run one of our commands."""
-        return tree([program(str(words[0])), *words[1:], "--root", self.root], env=env)
+        return run_measured([installed_program(str(words[0])), *words[1:], "--root", self.root], env=env)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Take --raw, --work, --processes and --quick."""
+def add_side_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --raw, --work, --processes and --quick to a parser."""
     parser.add_argument("--raw", type=Path, help="dataset folder in nnU-Net's layout; else a phantom is made")
     parser.add_argument("--work", type=Path, help="folder for everything that is made, and kept; else a temporary one")
     parser.add_argument("--processes", type=int, default=2, help="of each side")
@@ -84,8 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def both_sides(args: argparse.Namespace) -> Iterator[Sides]:
-    """Set up the folders that `add_arguments` asked for."""
+def set_up_sides(args: argparse.Namespace) -> Iterator[Sides]:
+    """Create the folders described by the arguments of `add_side_arguments`."""
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(args.work or temporary).resolve()
         raw = args.raw.resolve() if args.raw else _phantom(work, quick=args.quick)
@@ -109,7 +111,7 @@ def _phantom(work: Path, *, quick: bool) -> Path:
 
 
 def write_volume(path: Path, source: Path, slices: int) -> None:
-    """Write a volume of so many slices: those of `source` to and fro, so that nothing jumps."""
+    """Write a volume of `slices` slices that repeats those of `source` back and forth, so that it has no jumps."""
     image = sitk.ReadImage(str(source))
     array = sitk.GetArrayViewFromImage(image)
     period = 2 * len(array) - 2

@@ -1,6 +1,6 @@
 """Run a command in this process with one method timed: how predict.py learns the seconds of either side's network.
 
-usage: stub_network.py MODULE:CLASS.METHOD MODULE:COMMAND ARGUMENTS...
+usage: python scripts/benchmarks/stub_network.py MODULE:CLASS.METHOD MODULE:COMMAND ARGUMENTS...
 
 Nothing heavy is imported here, since processes that the command spawns read this file again.
 """
@@ -9,11 +9,11 @@ import importlib
 import sys
 import time
 
-TOLD = "seconds in the method:"
+SECONDS_PREFIX = "seconds in the method:"
 
 
 def main() -> None:
-    """Patch, run, tell."""
+    """Patch the method, run the command, print the seconds."""
     (method_module, method), (command_module, command) = (word.split(":") for word in sys.argv[1:3])
     del sys.argv[1:3]
     owner, name = method.split(".")
@@ -31,7 +31,7 @@ def main() -> None:
     try:
         getattr(importlib.import_module(command_module), command)()
     finally:
-        print(TOLD, round(spent[0], 3))
+        print(SECONDS_PREFIX, round(spent[0], 3))
 
 
 if __name__ == "__main__":

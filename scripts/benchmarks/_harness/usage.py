@@ -1,4 +1,4 @@
-"""What the benchmarks share: seconds and memory of a call, or of a command with all its processes."""
+"""Measure time and memory of a call, or of a command with all its processes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SAMPLING_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What a command took.
+    """Resources that a command used.
 
     Attributes:
         wall_s: from its start to its end.
         cpu_s: processor seconds of the command and of all its children.
-        peak_mib: the most memory that all its processes held at once; pages that several share count once (PSS).
-        written_mib: that it handed to file systems on disk (not tmpfs).
+        peak_mib: peak memory of all its processes together; shared pages count once (PSS).
+        written_mib: data written to file systems on disk (not tmpfs).
         output: what it wrote to standard output and standard error.
-        stopped: it was killed because it passed the limit of memory.
+        stopped: whether it was killed for exceeding the memory limit.
     """
 
     wall_s: float
@@ -42,12 +42,12 @@ class Usage:
     stopped: bool = False
 
     def __str__(self) -> str:
-        """Give the figures on one line."""
+        """Format the measurements on one line."""
         return f"{self.wall_s:.1f} s, {self.cpu_s:.1f} CPU-s, {self.peak_mib} MiB"
 
 
-def best(function: Callable[[], T], repeats: int) -> tuple[T, float]:
-    """Give the last result, and the least of the seconds that `repeats` calls took."""
+def best_time(function: Callable[[], T], repeats: int) -> tuple[T, float]:
+    """Call a function `repeats` times; return the last result and the shortest time in seconds."""
     timed = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -56,8 +56,8 @@ def best(function: Callable[[], T], repeats: int) -> tuple[T, float]:
     return timed[-1][0], min(seconds for _, seconds in timed)
 
 
-def measured(function: Callable[[], T]) -> tuple[T, float, int]:
-    """Give result, seconds, and by how many MiB the process grew at most while it ran."""
+def time_and_memory(function: Callable[[], T]) -> tuple[T, float, int]:
+    """Call a function; return its result, the seconds, and the peak growth of the process in MiB."""
     process = psutil.Process()
     before = process.memory_info().rss
     peak, done = [before], threading.Event()
@@ -78,19 +78,19 @@ def measured(function: Callable[[], T]) -> tuple[T, float, int]:
     return result, seconds, (max(peak) - before) >> 20
 
 
-def program(name: str) -> str:
-    """Path of a command that was installed beside this Python."""
+def installed_program(name: str) -> str:
+    """Path of a command installed beside this Python interpreter."""
     return str(Path(sys.executable).parent / name)
 
 
-def tree(
+def run_measured(
     command: Sequence[object],
     *,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     limit_mib: int | None = None,
 ) -> Usage:
-    """Run a command and watch all its processes.
+    """Run a command and measure all its processes.
 
     Args:
         command: program and arguments.
