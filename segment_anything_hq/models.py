@@ -121,7 +121,7 @@ def load_model(
 
 
 def fit_of(network: object) -> Literal["pad", "stretch"]:
-    """How pictures are fitted to the frame: SAM's are padded, SAM 2's stretched, and SAM-REF's in use (supplement)."""
+    """How images are fitted to the frame: SAM's are padded, SAM 2's stretched, and SAM-REF's in use (supplement)."""
     return "stretch" if isinstance(network, SamRef | HqSam2 | SAM2Refiner | Sam2Segmenter) else "pad"
 
 

@@ -1,4 +1,4 @@
-"""Files of prompts, JSON or CSV: which objects of which pictures are to be masked; all faults at once."""
+"""Files of prompts, JSON or CSV: which objects of which images are to be masked; all faults at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PromptedObject:
     """One object to be masked.
 
     Attributes:
-        image: the picture's file.
+        image: the image's file.
         file: name of the mask's file.
         prompt: what is said of it.
     """
@@ -52,7 +52,7 @@ class _Asked:
     name: str | None = None
     """Of the mask's file."""
     part: str | None = None
-    """What tells objects of one picture apart."""
+    """What tells objects of one image apart."""
 
 
 class _Faults(list[str]):
@@ -63,10 +63,10 @@ class _Faults(list[str]):
 
 
 def images_in(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """Picture files, and those directly in folders.
+    """Image files, and those directly in folders.
 
     Raises:
-        UsageError: nothing was named, a path that is not there, or no picture at all.
+        UsageError: nothing was named, a path that is not there, or no image at all.
     """
     found: list[Path] = []
     for path in paths:
@@ -75,19 +75,19 @@ def images_in(paths: Sequence[Path]) -> tuple[Path, ...]:
         elif path.is_file():
             found.append(path)
         else:
-            raise UsageError("There is no such picture or folder", where=path)
+            raise UsageError("There is no such image or folder", where=path)
     if not found:
         where = ", ".join(map(str, paths)) or None
-        raise UsageError("There are no pictures", where=where, expected=f"files that end in {', '.join(ENDINGS)}")
+        raise UsageError("There are no images", where=where, expected=f"files that end in {', '.join(ENDINGS)}")
     return tuple(dict.fromkeys(found))
 
 
 def read_prompts(path: Path, images: Sequence[Path]) -> tuple[PromptedObject, ...]:
-    """Read a file of prompts and hold it against the pictures.
+    """Read a file of prompts and hold it against the images.
 
     JSON: a list (or {"prompts": list}) of {"image", "box": [x0, y0, x1, y1], "points": [[x, y] ...], "labels": [1, 0
     ...], "name"}; box or points or both. CSV: the columns image, x0, y0, x1, y1 (a box a row) or image, object, x, y,
-    label (a point a row), or all of them; rows of one picture and object belong together, a box of no object is one by
+    label (a point a row), or all of them; rows of one image and object belong together, a box of no object is one by
     itself.
 
     Args:
@@ -95,7 +95,7 @@ def read_prompts(path: Path, images: Sequence[Path]) -> tuple[PromptedObject, ..
         images: files that prompts may name, by name with or without ending.
 
     Returns:
-        at least one object; those of one picture follow one another. A mask is named by `name`, else by its picture,
+        at least one object; those of one image follow one another. A mask is named by `name`, else by its image,
         with `object` or a number behind where it has several.
 
     Raises:
@@ -141,7 +141,7 @@ def _from_json(text: str, path: Path, faults: _Faults) -> list[_Asked]:
     for number, entry in enumerate(content, 1):
         where = f"prompt {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            faults.add(where, 'it names no picture ("image")')
+            faults.add(where, 'it names no image ("image")')
             continue
         where += f" ({entry['image']})"
         unknown = sorted(set(entry) - set(FIELDS))
@@ -216,7 +216,7 @@ def _read_number(text: str) -> float | str:
 
 
 def _checked(asked: Iterable[_Asked], images: Sequence[Path], faults: _Faults) -> tuple[PromptedObject, ...]:
-    """What is asked, held against the pictures, with names for the masks."""
+    """What is asked, held against the images, with names for the masks."""
     by_name = {path.name: path for path in images}
     stems = Counter(path.stem for path in images)
     by_name |= {path.stem: path for path in images if stems[path.stem] == 1 and path.stem not in by_name}
@@ -225,7 +225,7 @@ def _checked(asked: Iterable[_Asked], images: Sequence[Path], faults: _Faults) -
     for one in asked:
         image = by_name.get(one.image)
         if image is None:
-            faults.add(one.where, "there is no such picture")
+            faults.add(one.where, "there is no such image")
             continue
         if image not in sizes:
             try:
@@ -240,7 +240,7 @@ def _checked(asked: Iterable[_Asked], images: Sequence[Path], faults: _Faults) -
 
 
 def _object(one: _Asked, image: Path, size: tuple[int, int], faults: _Faults) -> PromptedObject:
-    """An object of a picture of (H, W) pixels; what is wrong with it goes to the faults."""
+    """An object of an image of (H, W) pixels; what is wrong with it goes to the faults."""
     if one.box is None and not one.points:
         faults.add(one.where, "it has neither a box nor points")
     box = None if one.box is None else _box(one, faults)

@@ -1,4 +1,4 @@
-"""One picture, one object, guided by clicks and a box: any segmenter, with undo.
+"""One image, one object, guided by clicks and a box: any segmenter, with undo.
 
 Refiners that look at the mask before are given it; a click costs no encoding.
 """
@@ -28,7 +28,7 @@ class _Answered:
 
 
 class InteractivePredictor:
-    """A segmenter that keeps a picture and what was said of an object in it.
+    """A segmenter that keeps an image and what was said of an object in it.
 
     Args:
         segmenter: a `Segmenter` in evaluation mode, on its device.
@@ -51,14 +51,14 @@ class InteractivePredictor:
 
     @torch.inference_mode()
     def set_image(self, image: np.ndarray) -> None:
-        """Take a picture (H, W, 3) uint8, RGB, and forget all clicks; the same picture again is not encoded again.
+        """Take an image (H, W, 3) uint8, RGB, and forget all clicks; the same image again is not encoded again.
 
         Raises:
             UsageError: an array of another kind.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise UsageError(
-                "This is no picture", expected="(H, W, 3) uint8, RGB", found=f"{image.shape} {image.dtype}"
+                "Expected an RGB image", expected="(H, W, 3) uint8, RGB", found=f"{image.shape} {image.dtype}"
             )
         self._said = []
         if self._image is not None and np.array_equal(image, self._image):
@@ -76,7 +76,7 @@ class InteractivePredictor:
             positive: on the object.
 
         Raises:
-            UsageError: outside the picture, or no picture was set.
+            UsageError: outside the image, or no image was set.
         """
         click = Click(x=x, y=y, positive=positive)
         return self._say(replace(self.prompt, clicks=(*self.prompt.clicks, click)))
@@ -88,7 +88,7 @@ class InteractivePredictor:
             box_xyxy: x0, y0, x1, y1 as in `Prompt`: its first and last column and row.
 
         Raises:
-            UsageError: no box, outside the picture, or no picture was set.
+            UsageError: no box, outside the image, or no image was set.
         """
         corners = np.asarray(box_xyxy, dtype=float)
         if corners.shape != (4,):
@@ -108,7 +108,7 @@ class InteractivePredictor:
         return self._probabilities(self._said[-1].answer) if self._said else None
 
     def reset(self) -> None:
-        """Begin another object of the same picture."""
+        """Begin another object of the same image."""
         self._said = []
 
     def segment(self, prompt: Prompt) -> np.ndarray:
@@ -119,10 +119,10 @@ class InteractivePredictor:
     @torch.inference_mode()
     def _say(self, prompt: Prompt) -> np.ndarray:
         if self._embedded is None or self._framing is None:
-            raise UsageError("There is no picture yet", expected="set_image before clicks and boxes")
+            raise UsageError("No image has been set", expected="set_image before clicks and boxes")
         faults = prompt.faults(self._framing.size)
         if faults:
-            raise UsageError("The prompt does not fit the picture", found="; ".join(faults))
+            raise UsageError("The prompt does not fit the image", found="; ".join(faults))
         before = self._said[-1].answer if self._said else None
         masks = None if before is None else before.logits
         prompted = self._framing.prompts([prompt], device_of(self.segmenter), masks=masks)

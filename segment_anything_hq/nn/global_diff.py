@@ -33,7 +33,7 @@ class ImageMaps:
     """What GlobalDiff makes of B images, for all of their prompts.
 
     Attributes:
-        picture: (B, 64, 4s, 4s), the image's own part of the first fused features.
+        image: (B, 64, 4s, 4s), the image's own part of the first fused features.
         semantics: N times (B, 64, 4s, 4s), SAM's embeddings, upscaled for each block.
     """
 
@@ -167,7 +167,7 @@ def mended(coarse: Tensor, *, error: Tensor, detail: Tensor) -> Tensor:
 
 
 def dense_prompt_map(prompted: PromptBatch, coarse: Tensor, *, radius: float = RADIUS) -> Tensor:
-    """The prompts as a picture (P, 3, 4s, 4s): disks of clicks on and off the object, coarse logits (P, 4s, 4s).
+    """The prompts as an image (P, 3, 4s, 4s): disks of clicks on and off the object, coarse logits (P, 4s, 4s).
 
     A box, which the paper leaves to others, is drawn as a line in both of the first channels.
     """

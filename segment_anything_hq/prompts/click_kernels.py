@@ -69,7 +69,7 @@ def error_box(ground_truth: np.ndarray, predicted: np.ndarray, kind: int) -> tup
 def heights(ground_truth: np.ndarray, predicted: np.ndarray, kind: int, box: tuple[int, int, int, int]) -> np.ndarray:
     """(rows, columns) int32 of the box: pixels to the nearest one in the column that is no such error, 0 on those.
 
-    What lies outside the box, and outside the picture, is none.
+    What lies outside the box, and outside the image, is none.
     """
     top, bottom, left, right = box
     rows, columns = bottom - top, right - left
@@ -111,9 +111,9 @@ def deepest(up: np.ndarray, top: int, left: int, clicked: np.ndarray) -> tuple[i
 
     Args:
         up: (rows, columns) of `heights`.
-        top: row of the picture at which `up` begins.
-        left: column of the picture at which `up` begins.
-        clicked: (n, 2) int64 rows and columns of the picture.
+        top: row of the image at which `up` begins.
+        left: column of the image at which `up` begins.
+        clicked: (n, 2) int64 rows and columns of the image.
     """
     rows, columns = up.shape
     # a few pixels give a depth to start from, so that the others are hardly looked at

@@ -34,9 +34,9 @@ def next_click(ground_truth: np.ndarray, predicted: np.ndarray, clicks: Sequence
     """The click in the middle of the largest error, by RITM's rule (its `Clicker`), pixel for pixel.
 
     Of missed object and of wrong prediction, each without ignored pixels, the pixel farthest from all others is looked
-    for (Euclidean and exact; what lies outside the picture is no error). Pixels that were clicked are left out. The
+    for (Euclidean and exact; what lies outside the image is no error). Pixels that were clicked are left out. The
     deeper one of both wins, the negative one where they are equally deep; of equally deep pixels the first by rows.
-    Where nothing is wrong but clicked pixels, that is a negative click at the first pixel of the picture, as there.
+    Where nothing is wrong but clicked pixels, that is a negative click at the first pixel of the image, as there.
     Distances are exact here; OpenCV's, which RITM takes, are so but for the last bit, which depends on its version and
     then chooses among equally deep pixels.
 
@@ -106,7 +106,7 @@ def training_clicks(
     """
     if ground_truths.shape != predicted.shape or ground_truths.ndim != 3:
         found = f"{tuple(ground_truths.shape)} and {tuple(predicted.shape)}"
-        raise UsageError("Truths and predictions do not fit together", expected="both (P, H, W)", found=found)
+        raise UsageError("Ground truths and predictions have different shapes", expected="both (P, H, W)", found=found)
     references = ground_truths.to("cpu", torch.int8).numpy()
     masks = predicted.to("cpu", torch.bool).numpy()
     clicks = [training_click(t, p, rng, inner=inner) for t, p in zip(references, masks, strict=True)]
@@ -130,7 +130,7 @@ def click_count_probabilities(gamma: float, max_clicks: int = MOST_CLICKS) -> np
         UsageError: figures outside these ranges.
     """
     if not 0 < gamma < 1:
-        raise UsageError("Clicks cannot decay so", where="gamma", expected="above 0 and below 1", found=gamma)
+        raise UsageError("gamma must be in (0, 1)", found=gamma)
     if max_clicks < 1:
         raise UsageError("There must be room for a click", where="max_clicks", expected="1 or more", found=max_clicks)
     weights = gamma ** np.arange(max_clicks, dtype=np.float64)
@@ -160,17 +160,18 @@ def _checked(ground_truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarra
     """Arrays as the kernels need them."""
     if ground_truth.ndim != 2 or ground_truth.shape != predicted.shape:
         found = f"{ground_truth.shape} and {predicted.shape}"
-        raise UsageError("Truth and prediction do not fit together", expected="both (H, W)", found=found)
+        raise UsageError("Ground truth and prediction have different shapes", expected="both (H, W)", found=found)
     if predicted.dtype != np.bool_:
         raise UsageError(
-            "A prediction is no mask",
-            expected="bool",
+            "Predicted mask must be bool",
             found=predicted.dtype,
             remedy="Compare probabilities with a threshold first",
         )
     if ground_truth.dtype not in (np.int8, np.bool_):
         raise UsageError(
-            "A truth is no mask", expected="int8 (1 object, 0 background, -1 ignored) or bool", found=ground_truth.dtype
+            "Ground-truth mask has the wrong type",
+            expected="int8 (1 object, 0 background, -1 ignored) or bool",
+            found=ground_truth.dtype,
         )
     return np.ascontiguousarray(ground_truth, np.int8), np.ascontiguousarray(predicted)
 

@@ -57,7 +57,7 @@ class Prompt:
     def faults(self, size: tuple[int, int]) -> list[str]:
         """What is wrong with it in an image of (H, W) pixels, in words."""
         height, width = size
-        extent = f"the picture is {width} wide and {height} high"
+        extent = f"the image is {width} wide and {height} high"
         outside = [click for click in self.clicks if not (0 <= click.x < width and 0 <= click.y < height)]
         found = [f"a point lies outside: {click.x:g}, {click.y:g}, {extent}" for click in outside]
         if self.box is not None:

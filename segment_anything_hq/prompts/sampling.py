@@ -55,7 +55,11 @@ class PromptMix:
         shares = [getattr(self, kind) for kind in KINDS]
         if min(shares) < 0 or sum(shares) <= 0 or self.count < 1:
             found = f"shares {shares} and {self.count} points"
-            raise UsageError("Prompts cannot be drawn so", expected="shares of 0 or more, 1 point or more", found=found)
+            raise UsageError(
+                "Invalid prompt mix",
+                expected="shares of 0 or more with a positive sum, count of at least 1",
+                found=found,
+            )
 
 
 SAM2_REFINER = PromptMix(box=0.3, points=0.2, box_and_points=0.2, box_and_negatives=0.2, mask=0.1)

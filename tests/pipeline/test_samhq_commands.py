@@ -137,7 +137,7 @@ def test_masks_are_not_replaced_unasked(data, tmp_path):
 
 
 FAULTY = {
-    "no such picture": [{"image": "z.png", "box": [1, 1, 2, 2]}],
+    "no such image": [{"image": "z.png", "box": [1, 1, 2, 2]}],
     "the box lies outside": [{"image": "a.png", "box": [1, 1, 100, 2]}],
     "the box ends before it begins": [{"image": "a.png", "box": [3, 1, 1, 2]}],
     "1 point and 0 labels": [{"image": "a.png", "points": [[1, 1]]}],

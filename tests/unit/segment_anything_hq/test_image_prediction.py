@@ -103,9 +103,9 @@ def test_csv_gives_boxes_a_row_and_points_by_object(tmp_path, images):
 
 
 BAD = {
-    "no_such_image": ({"image": "z.jpg", "box": [1, 1, 2, 2]}, r"prompt 1 \(z\.jpg\): there is no such picture"),
-    "no_image": ({"box": [1, 1, 2, 2]}, "prompt 1: it names no picture"),
-    "box_outside": ({"image": "a.png", "box": [1, 1, 61, 9]}, "box lies outside: 1, 1, 61, 9, the picture is 60 wide"),
+    "no_such_image": ({"image": "z.jpg", "box": [1, 1, 2, 2]}, r"prompt 1 \(z\.jpg\): there is no such image"),
+    "no_image": ({"box": [1, 1, 2, 2]}, "prompt 1: it names no image"),
+    "box_outside": ({"image": "a.png", "box": [1, 1, 61, 9]}, "box lies outside: 1, 1, 61, 9, the image is 60 wide"),
     "box_backwards": ({"image": "a.png", "box": [9, 9, 5, 5]}, "box ends before it begins: 9, 9, 5, 5"),
     "box_of_three": ({"image": "a.png", "box": [1, 1, 2]}, "box is not four numbers x0, y0, x1, y1, but 1, 1, 2"),
     "box_of_words": ({"image": "a.png", "box": [1, "two", 3, 4]}, "box is not four numbers.*two"),
@@ -179,15 +179,15 @@ def test_files_that_are_no_prompts_are_sentences(tmp_path, images):
         read_prompts(tmp_path / "latin.json", images)
     with pytest.raises(UsageError, match="no such file of prompts"):
         read_prompts(tmp_path / "nowhere.json", images)
-    with pytest.raises(UsageError, match="no such picture or folder"):
+    with pytest.raises(UsageError, match="no such image or folder"):
         images_in([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"There are no pictures.*\.jpg"):
+    with pytest.raises(UsageError, match=r"There are no images.*\.jpg"):
         images_in([tmp_path / "empty"])
 
 
 def test_a_damaged_picture_is_among_the_faults(tmp_path, images):
-    images[0].write_bytes(b"no picture")
+    images[0].write_bytes(b"no image")
     told = faults(tmp_path, images, [{"image": "a.png", "box": [1, 1, 2, 2]}, {"image": "b.png"}])
     assert "2 faults" in told
     assert "cannot be read as an image" in told

@@ -108,13 +108,13 @@ def test_the_same_picture_is_encoded_once(sam, picture, monkeypatch) -> None:
 
 def test_bad_input_is_a_sentence(sam, picture) -> None:
     predictor = InteractivePredictor(sam)
-    with pytest.raises(UsageError, match="no picture yet"):
+    with pytest.raises(UsageError, match="No image has been set"):
         predictor.click(1, 1)
     for image in (picture[..., 0], picture.astype(float), picture[:0]):
-        with pytest.raises(UsageError, match="no picture"):
+        with pytest.raises(UsageError, match="Expected an RGB image"):
             predictor.set_image(image)
     predictor.set_image(picture)
-    with pytest.raises(UsageError, match="a point lies outside: 61, 3, the picture is 60 wide and 40 high"):
+    with pytest.raises(UsageError, match="a point lies outside: 61, 3, the image is 60 wide and 40 high"):
         predictor.click(61, 3)
     with pytest.raises(UsageError, match="box ends before it begins: 10, 10, 5, 20"):
         predictor.box([10, 10, 5, 20])

@@ -199,7 +199,7 @@ def test_reset_and_a_new_video_forget_the_prompts() -> None:
         ({"frame": 5, "box": BOX}, "The video has no such frame.*0 to 4.*Found 5"),
         ({"frame": -1, "box": BOX}, "The video has no such frame"),
         ({}, "No prompt was given"),
-        ({"box": [10, 8, 81, 40]}, "the box lies outside: 10, 8, 81, 40, the picture is 80 wide and 48 high"),
+        ({"box": [10, 8, 81, 40]}, "the box lies outside: 10, 8, 81, 40, the image is 80 wide and 48 high"),
         ({"points": [[5, -1]], "labels": [1]}, "a point lies outside: 5, -1"),
         ({"points": [[float("nan"), 1]], "labels": [1]}, "a point lies outside"),
         ({"box": [50, 8, 10, 40]}, "box ends before it begins: 50, 8, 10, 40"),
