@@ -12,7 +12,7 @@ from support.fresh_interpreters import run_each
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 # tomllib came with Python 3.11
 COMMANDS = dict(re.findall(r'^((?:rfmed|samhq)_\w+) = "([\w.]+:\w+)"', PROJECT.read_text(encoding="utf-8"), re.M))
-HEAVY = {"torch", "numba", "pandas", "scipy", "nibabel", "SimpleITK", "matplotlib", "numpy"}
+HEAVY = {"torch", "numba", "pandas", "scipy", "nibabel", "SimpleITK", "matplotlib", "numpy", "typeguard"}
 MOST_MODULES = 900
 """Time depends on the machine, how much is loaded does not."""
 CODE = """
