@@ -25,7 +25,7 @@ from PIL import Image
 
 from rfmedsam2.pipeline.evaluation.overlays import Scene, read_scene
 from rfmedsam2.records.dataset import DatasetJson
-from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.atomic import read_record
 
 DATASET = Path("raw/Dataset900_PhantomCT")
 LARGEST_BYTES = 200_000

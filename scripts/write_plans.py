@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rfmedsam2.pipeline.planning.published_plans import PUBLISHED, published_plan
-from rfmedsam2.store.atomic import write_record
+from rfmedsam2.system.atomic import write_record
 
 FOLDER = Path(__file__).resolve().parents[1] / "plans"
 

@@ -33,7 +33,7 @@ COUNTING = """
 from pathlib import Path
 from rfmedsam2.pipeline.training.model_summary import summary
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.atomic import read_record
 for name in ("btcv", "btcv_unet"):
     summary(read_record(Path("plans") / f"{name}.json", Plan), "3d_fullres")
 """

@@ -267,7 +267,7 @@ def report(
     """
     from rfmedsam2.pipeline.evaluation.report import write_report
     from rfmedsam2.records.report import Evaluation
-    from rfmedsam2.store.atomic import read_record
+    from rfmedsam2.system.atomic import read_record
 
     if images is not None and not images.is_dir():
         raise UsageError("The folder of images does not exist", where=images, remedy="Check the path given with -i")

@@ -30,7 +30,7 @@ def summary(
     from rfmedsam2.cli.console import show_summary
     from rfmedsam2.pipeline.training import model_summary
     from rfmedsam2.records.plan import Plan
-    from rfmedsam2.store.atomic import read_record
+    from rfmedsam2.system.atomic import read_record
 
     if plan.endswith(".json"):
         found = read_record(Path(plan), Plan)

@@ -13,8 +13,8 @@ from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_models
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
-from rfmedsam2.store.atomic import PARTIAL, read_record
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.system.atomic import PARTIAL, read_record
 
 if TYPE_CHECKING:
     from rfmedsam2.store.raw import RawDataset

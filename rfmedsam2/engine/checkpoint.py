@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rfmedsam2 import __version__
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.records.checkpoint import TrainedRecord
 from rfmedsam2.records.plan import TrainConfig
 from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import read_all, write_checkpoint
+from rfmedsam2.version import __version__
 
 CHANGEABLE = {"epochs", "compile", "checkpoint_minutes", "validate_every_epochs", "workers", "worker_timeout_seconds"}
 """Fields of TrainConfig that may change on resume; only `epochs` affects results (through the schedule)."""

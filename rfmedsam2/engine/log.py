@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rfmedsam2.errors import MissingPackageError
-from rfmedsam2.store.atomic import write_text, writing_to
+from rfmedsam2.system.atomic import write_text, writing_to
 
 EVENTS = "metrics.jsonl"
 TABLE = "metrics.csv"

@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rfmedsam2.engine.runtime import Runtime
-from rfmedsam2.store.atomic import backup_folder
 from rfmedsam2.store.lock import exclusive_lock
+from rfmedsam2.system.atomic import backup_folder
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from typing_extensions import Self
 
 from rfmedsam2.errors import StoreError
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.store.atomic import atomic, writing_to
 from rfmedsam2.store.orientation import Orientation
+from rfmedsam2.system.atomic import atomic, writing_to
 from rfmedsam2.transforms.prepare import Restore
 
 CHUNK_PLANES = 8

@@ -17,12 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import rfmedsam2
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.entry_points import KINDS, find, installed
 from rfmedsam2.system.memory import free_bytes, total_bytes
 from rfmedsam2.system.private_apis import missing as missing_private_apis
+from rfmedsam2.version import __version__
 
 try:
     import resource
@@ -149,7 +149,7 @@ def doctor(layout: Layout | None = None, *, folders_from: str = "the default") -
         "folders": tuple(_folder(name, getattr(chosen, name)) for name in ("raw", "preprocessed", "results")),
     }
     return DoctorReport(
-        package=rfmedsam2.__version__,
+        package=__version__,
         python=platform.python_version(),
         executable=sys.executable,
         system=f"{platform.platform()} {platform.machine()}",

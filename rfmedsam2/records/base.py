@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from rfmedsam2.errors import RecordError
-from rfmedsam2.store.atomic import read_record, write_record
+from rfmedsam2.system.atomic import read_record, write_record
 
 _LATER_FORMAT = "later_format"
 """pydantic's type of the error of a record that a later version has written."""

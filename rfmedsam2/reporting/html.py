@@ -10,8 +10,8 @@ from typing import Any
 
 import jinja2
 
-import rfmedsam2
-from rfmedsam2.store.atomic import write_text
+from rfmedsam2.system.atomic import write_text
+from rfmedsam2.version import __version__
 
 
 def write_html(path: Path, template: Path, context: Mapping[str, Any], *, figure: Callable[..., str]) -> None:
@@ -36,7 +36,7 @@ def write_html(path: Path, template: Path, context: Mapping[str, Any], *, figure
     environment.filters["figure"] = figure
     made = {
         "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "version": rfmedsam2.__version__,
+        "version": __version__,
     }
     write_text(path, environment.get_template(template.name).render({**made, **context}))
 

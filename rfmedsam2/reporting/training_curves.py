@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from rfmedsam2.engine.log import EVENTS, Epochs, read_events
 from rfmedsam2.errors import RecordError
-from rfmedsam2.store.atomic import atomic
+from rfmedsam2.system.atomic import atomic
 
 Theme = Literal["light", "dark"]
 

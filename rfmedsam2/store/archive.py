@@ -18,7 +18,7 @@ from typing import IO
 
 from rfmedsam2.errors import CheckpointError, RecordError, RfMedSamError
 from rfmedsam2.records.archive import ArchivedFile, Manifest
-from rfmedsam2.store.atomic import atomic, writing_to
+from rfmedsam2.system.atomic import atomic, writing_to
 
 MANIFEST = "manifest.json"
 MEMBER = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9_.-]{0,99}/){0,2}[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.(?:safetensors|json)")

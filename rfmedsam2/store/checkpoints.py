@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
-from rfmedsam2.store.atomic import atomic, writing_to
 from rfmedsam2.store.checkpoint_header import CheckpointHeader, RecordT, read_header, record_sha256
+from rfmedsam2.system.atomic import atomic, writing_to
 
 MODEL = "model/"
 DTYPES = {

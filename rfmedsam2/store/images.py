@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import GeometryError, ImageError, UsageError
-from rfmedsam2.store.atomic import atomic, writing_to
 from rfmedsam2.store.formats.dicom import dicom_files, is_dicom_file, read_dicom, read_dicom_header
 from rfmedsam2.store.formats.image_header import (
     ImageHeader,
@@ -24,6 +23,7 @@ from rfmedsam2.store.formats.image_header import (
 from rfmedsam2.store.formats.itk import RASTER_ENDINGS, read_itk, read_itk_header, write_itk_label, write_mhd_label
 from rfmedsam2.store.formats.mgz import read_mgz, read_mgz_header, write_mgz_label
 from rfmedsam2.store.formats.nifti import read_nifti, read_nifti_header, write_nifti_label
+from rfmedsam2.system.atomic import atomic, writing_to
 from rfmedsam2.volume import Volume
 
 _NIFTI = (".nii.gz", ".nii")

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.store.atomic import PARTIAL, writing_to
+from rfmedsam2.system.atomic import PARTIAL, writing_to
 
 try:
     import fcntl

@@ -21,7 +21,7 @@ import numpy as np
 from rfmedsam2.errors import RecordError, StoreError
 from rfmedsam2.geometry import Shape
 from rfmedsam2.records.case import CaseGeometry, CaseRecord, ForegroundClass, StoredFile
-from rfmedsam2.store.atomic import PARTIAL, atomic, read_record, write_record, writing_to
+from rfmedsam2.system.atomic import PARTIAL, atomic, read_record, write_record, writing_to
 
 REBUILT = "Run rfmed_plan_and_preprocess again: it rebuilds damaged cases"
 IMAGE, LABEL, FOREGROUND, RECORD = ".b2nd", "_label.b2nd", "_foreground.npy", ".json"

@@ -15,7 +15,6 @@ from typing import Any, Literal
 from rfmedsam2.errors import DatasetError, ImageError
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.verify import Fault
-from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.case_files import (
     Case,
     case_insensitive_duplicates,
@@ -29,6 +28,7 @@ from rfmedsam2.store.case_files import (
 from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import IMAGE_ENDINGS, read_channels, read_label
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.system.atomic import read_record
 from rfmedsam2.volume import Volume
 
 

@@ -39,7 +39,7 @@ from rfmedsam2.nn import refiner
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.pipeline.datasets.phantom import phantom_case
 from rfmedsam2.records.plan import Plan, Stage
-from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.devices import choose_device
 
 SIDE = 512

@@ -39,7 +39,7 @@ from rfmedsam2.models import build_stage
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.atomic import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMES, SIZE = 32, 256

@@ -237,9 +237,9 @@ def ours(args: argparse.Namespace) -> Timing:
     from rfmedsam2.engine.task import Run
     from rfmedsam2.pipeline.training.train import describe
     from rfmedsam2.records.plan import Plan, Split
-    from rfmedsam2.store.atomic import read_record
     from rfmedsam2.store.layout import Layout
     from rfmedsam2.store.preprocessed import CaseStore
+    from rfmedsam2.system.atomic import read_record
     from rfmedsam2.tasks.unet import UNetTask
 
     torch.set_num_threads(args.threads)

@@ -30,7 +30,7 @@ def evaluate_coco(
     """
     from rfmedsam2.cli.console import table
     from rfmedsam2.cli.progress import bars
-    from rfmedsam2.store.atomic import write_record
+    from rfmedsam2.system.atomic import write_record
     from segment_anything_hq.evaluation.average_precision import average_precision
     from segment_anything_hq.records import PrecisionRecord
 

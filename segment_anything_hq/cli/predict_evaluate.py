@@ -130,7 +130,7 @@ def _record(
 ) -> EvaluationRecord:
     from datetime import datetime, timezone
 
-    import rfmedsam2
+    from rfmedsam2.version import __version__
     from segment_anything_hq.evaluation.run import result_records
     from segment_anything_hq.inference.image_transform import device_of
     from segment_anything_hq.records import EvaluationRecord
@@ -146,7 +146,7 @@ def _record(
         held_out=held_out,
         protocols=protocols,
         latency=latency,
-        code_version=rfmedsam2.__version__,
+        code_version=__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 

@@ -56,7 +56,7 @@ def _split_data(images: TrainingData) -> tuple[tuple[ImageSet, ...], tuple[Image
 def _plan(network: TrainedNetwork, wanted: RefinerPlanChoice, *, samples: int) -> RefinerPlan:
     """The method's default plan, or the given one, with overrides applied."""
     from rfmedsam2.records.overrides import with_overrides
-    from rfmedsam2.store.atomic import read_record
+    from rfmedsam2.system.atomic import read_record
     from segment_anything_hq.records import RefinerPlan
     from segment_anything_hq.tasks.defaults import default_plan
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.store.atomic import write_record
+from rfmedsam2.system.atomic import write_record
 from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.evaluation.interactive import ClickProtocol, Interactive, evaluate_clicks

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2.store.atomic import write_text
+from rfmedsam2.system.atomic import write_text
 from segment_anything_hq.data.datasets import Fault, Sample
 from segment_anything_hq.prompts.prompt import Prompt
 

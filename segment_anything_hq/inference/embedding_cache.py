@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.nn.segmenter import Embedded
-from rfmedsam2.store.atomic import atomic, writing_to
 from rfmedsam2.store.checkpoints import weights_sha256
+from rfmedsam2.system.atomic import atomic, writing_to
 from segment_anything_hq.models import Network, base_sha256
 from segment_anything_hq.nn.hq_sam import HqSam
 from segment_anything_hq.nn.mask_refinement import Views

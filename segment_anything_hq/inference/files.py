@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import rfmedsam2
 from rfmedsam2.errors import UsageError
 from rfmedsam2.nn.segmenter import Embedded
-from rfmedsam2.store.atomic import atomic, write_record
+from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.progress import Track, silent
+from rfmedsam2.version import __version__
 from segment_anything_hq.data.image_io import read_image
 from segment_anything_hq.data.prompt_files import PromptedObject
 from segment_anything_hq.inference.image_transform import ImageTransform, device_of, embed, make_transform
@@ -103,7 +103,7 @@ def predict_files(
         network=loaded.facts(),
         weights_sha256=loaded.weights_sha256,
         device=str(device_of(loaded.network)),
-        code_version=rfmedsam2.__version__,
+        code_version=__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         embedding_seconds=embedding_seconds,
         objects=tuple(predicted),

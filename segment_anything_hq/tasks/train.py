@@ -16,8 +16,8 @@ from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.engine.task import Progress, Run
 from rfmedsam2.errors import UsageError
 from rfmedsam2.reporting.training_curves import progress_png
-from rfmedsam2.store.atomic import write_text
 from rfmedsam2.store.checkpoint_header import FINAL, LATEST
+from rfmedsam2.system.atomic import write_text
 from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq import models
 from segment_anything_hq.data.datasets import ImageSet

@@ -25,11 +25,11 @@ from support.commands import PLANNING, run_error, run_ok
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.archive import unpack_archive
-from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.checkpoints import read_all
 from rfmedsam2.store.images import read_image
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import open_dataset
+from rfmedsam2.system.atomic import read_record
 
 pytestmark = pytest.mark.timeout(120)
 PLACES, PLACES_OF_THE_SHORT_FORM = 200, 60

@@ -16,7 +16,7 @@ import pytest
 from support.commands import OURS, PLANNING
 
 from rfmedsam2.records.report import Evaluation
-from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.atomic import read_record
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -23,8 +23,8 @@ from rfmedsam2.records.report import Evaluation
 from rfmedsam2.records.study import PromptStudy
 from rfmedsam2.records.verify import VerifyReport
 from rfmedsam2.store.archive import read_manifest
-from rfmedsam2.store.atomic import read_record, write_record
 from rfmedsam2.store.checkpoint_header import read_header, record_sha256
+from rfmedsam2.system.atomic import read_record, write_record
 from segment_anything_hq.records import (
     METHODS,
     EvaluationRecord,

@@ -16,11 +16,11 @@ from support.commands import run_ok
 from rfmedsam2.pipeline.preprocessing.preprocess import preprocess
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.records.prediction import PredictionsRecord
-from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.images import read_label
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import open_dataset
+from rfmedsam2.system.atomic import read_record
 
 PHANTOM = "Dataset900_PhantomCT"
 CASE = "phantom_006"

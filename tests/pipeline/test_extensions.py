@@ -14,7 +14,7 @@ import pytest
 from support.commands import run_error, run_ok
 
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.atomic import read_record
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "support" / "example_extension"
 NAME = "example-extension"

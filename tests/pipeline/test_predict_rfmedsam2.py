@@ -34,10 +34,10 @@ from rfmedsam2.records.plan import (
     TrainConfig,
     Validation,
 )
-from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.checkpoints import write_checkpoint
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.system.atomic import read_record
 from rfmedsam2.volume import Volume
 
 UNET = UNetConfig(

@@ -235,7 +235,7 @@ def test_an_unwritable_folder_is_a_sentence(toy, monkeypatch):
     def refuse(**where):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("rfmedsam2.store.atomic.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("rfmedsam2.system.atomic.tempfile.mkstemp", refuse)
     with pytest.raises(StoreError, match=r"folder cannot be written: .*plan_3d_fullres"):
         preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
 

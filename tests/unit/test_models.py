@@ -11,7 +11,7 @@ from rfmedsam2.nn.meta_device import skip_init
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.atomic import read_record
 
 PLANS = Path(__file__).resolve().parents[2] / "plans"
 STAGE = "3d_fullres"

@@ -22,9 +22,9 @@ from rfmedsam2.errors import RfMedSamError, SubmissionError, UsageError
 from rfmedsam2.pipeline.datasets.amos22 import modality_of, number_of
 from rfmedsam2.pipeline.datasets.conversion import ENDING, listed
 from rfmedsam2.pipeline.datasets.label_tables import AMOS22_LABELS
-from rfmedsam2.store.atomic import atomic
 from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import read_header, read_image, write_label
+from rfmedsam2.system.atomic import atomic
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 

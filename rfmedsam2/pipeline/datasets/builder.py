@@ -11,8 +11,8 @@ from pathlib import Path
 from rfmedsam2.errors import StoreError, UsageError
 from rfmedsam2.records.base import dump_json
 from rfmedsam2.records.dataset import DatasetJson
-from rfmedsam2.store.atomic import write_text, writing_to
 from rfmedsam2.store.layout import DATASET_FOLDER
+from rfmedsam2.system.atomic import write_text, writing_to
 
 
 @contextmanager

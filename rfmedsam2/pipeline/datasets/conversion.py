@@ -19,8 +19,8 @@ import numpy as np
 
 from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError
 from rfmedsam2.pipeline.datasets.builder import new_dataset, write_dataset_json
-from rfmedsam2.store.atomic import atomic
 from rfmedsam2.store.images import read_header, read_label
+from rfmedsam2.system.atomic import atomic
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 

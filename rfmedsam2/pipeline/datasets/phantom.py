@@ -19,7 +19,7 @@ from rfmedsam2.geometry import Grid, Shape
 from rfmedsam2.pipeline.datasets.builder import new_dataset, write_dataset_json
 from rfmedsam2.pipeline.datasets.label_tables import BTCV_LABELS
 from rfmedsam2.pipeline.datasets.phantom_anatomy import FIELD_MM, Part, spine, upper_abdomen
-from rfmedsam2.store.atomic import atomic
+from rfmedsam2.system.atomic import atomic
 from rfmedsam2.system.progress import Track, silent
 
 Modality = Literal["ct", "mr"]

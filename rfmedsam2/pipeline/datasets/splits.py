@@ -20,8 +20,8 @@ from rfmedsam2.pipeline.datasets.published_splits import PUBLISHED, published_sp
 from rfmedsam2.records.base import dump_json
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.plan import Split
-from rfmedsam2.store.atomic import write_text
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.system.atomic import write_text
 
 FOLDS = 5
 SEED = 12345

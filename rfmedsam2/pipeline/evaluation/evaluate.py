@@ -18,8 +18,8 @@ from rfmedsam2.errors import DatasetError, RfMedSamError, UsageError
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, case_metrics, empty_policy
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation, Interval
-from rfmedsam2.store.atomic import atomic, write_record
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending, read_label
+from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.volume import Volume

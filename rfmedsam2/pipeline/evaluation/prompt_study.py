@@ -34,10 +34,10 @@ from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics
 from rfmedsam2.records.study import Prompted, PromptKind, PromptStudy, Step2, StudyRow
-from rfmedsam2.store.atomic import atomic, write_record
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.published_weights import read_published
 from rfmedsam2.store.raw import RawDataset
+from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.progress import Track, silent
 

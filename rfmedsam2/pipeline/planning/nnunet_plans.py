@@ -17,7 +17,7 @@ from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import Augmentation, Plan, SegmentationLoss, Stage
-from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.atomic import read_record
 
 LOGGER = logging.getLogger(__name__)
 NORMALIZATIONS = {

@@ -13,10 +13,10 @@ from rfmedsam2.errors import ImageError, UsageError
 from rfmedsam2.inference.box_prompts import BoxPrompts, classes_of
 from rfmedsam2.records.box_prompts import BoxPrompt, BoxPromptFile
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.case_files import Case, describe_contents, file_stem, list_images
 from rfmedsam2.store.formats.image_header import ImageHeader, disagreement
 from rfmedsam2.store.images import image_ending, read_label
+from rfmedsam2.system.atomic import read_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,17 +7,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rfmedsam2 import __version__
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, TrainedModel, Which, checkpoints_of
 from rfmedsam2.records.archive import Manifest
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.prediction import PredictingModel
 from rfmedsam2.store.archive import describe, unpack_archive, write_archive
-from rfmedsam2.store.atomic import writing_to
 from rfmedsam2.store.checkpoint_header import FINAL, read_record_of
 from rfmedsam2.store.checkpoints import read_all, read_weights, write_checkpoint
 from rfmedsam2.store.layout import DATASET_FOLDER
+from rfmedsam2.system.atomic import writing_to
+from rfmedsam2.version import __version__
 
 EXTRAS = ("metrics.json", "summary.json")
 """Files of a fold that are exported with its checkpoint if they exist."""

@@ -14,20 +14,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rfmedsam2 import __version__
 from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.volume import PreparedCase
 from rfmedsam2.pipeline.prediction.box_prompts import BoxSource
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
-from rfmedsam2.store.atomic import read_record, write_record
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import image_ending, read_header, read_label, write_label
 from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.store.raw import read_case
+from rfmedsam2.system.atomic import read_record, write_record
 from rfmedsam2.system.progress import Track, silent
+from rfmedsam2.version import __version__
 
 UNWRITABLE = (".dcm", ".nhdr")
 

@@ -20,10 +20,10 @@ from rfmedsam2.errors import DatasetError, RecordError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, FaultyCaseError, files_digest
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from rfmedsam2.records.verify import Fault, require_no_errors
-from rfmedsam2.store.atomic import read_record, write_record
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import RawDataset
+from rfmedsam2.system.atomic import read_record, write_record
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.crop import nonzero_box

@@ -31,11 +31,11 @@ from rfmedsam2.records.extension import Extension
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import PLAN_NAMES, Plan, Split, is_plan_name
-from rfmedsam2.store.atomic import atomic, read_record, write_record
 from rfmedsam2.store.images import read_header
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.store.raw import RawDataset
+from rfmedsam2.system.atomic import atomic, read_record, write_record
 from rfmedsam2.system.memory import free_bytes
 from rfmedsam2.system.progress import Track, silent
 

@@ -24,8 +24,8 @@ from rfmedsam2.pipeline.datasets.phantom import make_phantom
 from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import DatasetJson
-from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.checkpoints import write_checkpoint
+from rfmedsam2.system.atomic import read_record
 
 STAGE = "3d_fullres"
 TRAINED = f"nnUNetTrainer__nnUNetPlans__{STAGE}"

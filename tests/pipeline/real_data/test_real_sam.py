@@ -22,9 +22,9 @@ from rfmedsam2.nn.sam_weights import build_sam
 from rfmedsam2.nn.segmenter import PromptBatch, at_image_size, normalized
 from rfmedsam2.pipeline.evaluation.prompt_study import Look, as_images
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
-from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.images import read_image, read_label
 from rfmedsam2.store.published_weights import read_published
+from rfmedsam2.system.atomic import read_record
 
 pytestmark = pytest.mark.data
 PICTURES = ("llama", "person7", "cross", "tennis")

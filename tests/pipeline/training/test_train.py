@@ -16,9 +16,9 @@ from rfmedsam2.engine.log import read_events
 from rfmedsam2.errors import RfMedSamError, UsageError
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.progress import OnStep
 
 PHANTOM = "Dataset900_PhantomCT"

@@ -14,9 +14,9 @@ from rfmedsam2.pipeline.training.pretrained import load_pretrained
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Compute, Plan, Stage, TrainConfig, Validation
-from rfmedsam2.store.atomic import read_record
 from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.system.atomic import read_record
 
 PHANTOM = "Dataset900_PhantomCT"
 QUIET = TrainOptions(device="cpu", validate=False)

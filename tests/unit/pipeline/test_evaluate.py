@@ -14,7 +14,7 @@ from rfmedsam2.errors import DatasetError, StoreError, UsageError
 from rfmedsam2.pipeline.evaluation.evaluate import bootstrap, evaluate, find_pairs, summarize
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
-from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.atomic import read_record
 
 LABELS = LabelSet(names={"background": 0, "a": 1, "b": 2})
 SPACING = (3.0, 1.0, 0.5)

@@ -9,7 +9,7 @@ import pytest
 from rfmedsam2.geometry import Grid
 from rfmedsam2.pipeline.planning.mirroring import note_on_mirroring, paired_names
 from rfmedsam2.records.plan import Augmentation, Plan
-from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.atomic import read_record
 
 PAIRS = {"background": 0, "left_caudate": 1, "right_caudate": 2}
 AXIAL = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))

@@ -16,7 +16,7 @@ from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.atomic import read_record
+from rfmedsam2.system.atomic import read_record
 
 FOLDER = Path(__file__).resolve().parents[3] / "plans"
 

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from rfmedsam2.errors import StoreError, UsageError
-from rfmedsam2.store.atomic import PARTIAL
 from rfmedsam2.store.lock import LOCK, exclusive_lock
+from rfmedsam2.system.atomic import PARTIAL
 
 HOLD = """
 import sys, time
