@@ -175,7 +175,7 @@ def _required_packages() -> tuple[list[str], list[str]]:
 
 def _requirements() -> list[str]:
     try:
-        return metadata.requires(rfmedsam2.__name__) or []
+        return metadata.requires("rfmedsam2") or []
     except metadata.PackageNotFoundError:
         return []
 
