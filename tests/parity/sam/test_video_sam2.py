@@ -20,7 +20,7 @@ from segment_anything_hq.nn.hq_sam2 import HqSam2
 from segment_anything_hq.nn.sam2_base import Sam2Backbone, Sam2Segmenter
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 from segment_anything_hq.video.frames import Video
-from segment_anything_hq.video.memory import Answer, VideoSteps
+from segment_anything_hq.video.memory import FrameMasks, VideoSteps
 from segment_anything_hq.video.predictor import VideoPredictor
 
 SIZE = 64
@@ -117,7 +117,7 @@ class Official:
 class Logits(VideoPredictor):
     """Gives logits of what is tracked, not masks; what was prompted stays a mask."""
 
-    def _shown(self, answer: Answer, size: tuple[int, int]) -> np.ndarray:
+    def _masks(self, answer: FrameMasks, size: tuple[int, int]) -> np.ndarray:
         masks = super()._shown(answer, size)
         logits = F.interpolate(answer.final[:, None], size, mode="bilinear", align_corners=False)[:, 0].numpy()
         assert np.array_equal(masks, logits > 0)
