@@ -123,9 +123,10 @@ class Launcher:
 def _serve() -> None:
     """Answer requests until there are no more."""
     sys.path.insert(0, sys.argv[1])
-    for name in ("cli.choices", "cli.console", "cli.data_and_models", "cli.pipeline", "pipeline.plan_and_preprocess"):
+    for name in ("cli.resolve", "cli.console", "cli.data_and_models", "cli.pipeline"):
         importlib.import_module(f"rfmedsam2.{name}")
-    importlib.import_module("rfmedsam2.pipeline.training.train")  # and with it, predicting
+    for name in ("preprocessing.plan_and_preprocess", "training.train"):  # and with it, predicting
+        importlib.import_module(f"rfmedsam2.pipeline.{name}")
 
     running: set[int] = set()
     for line in sys.stdin:
