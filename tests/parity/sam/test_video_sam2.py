@@ -118,7 +118,7 @@ class Logits(VideoPredictor):
     """Gives logits of what is tracked, not masks; what was prompted stays a mask."""
 
     def _masks(self, answer: FrameMasks, size: tuple[int, int]) -> np.ndarray:
-        masks = super()._shown(answer, size)
+        masks = super()._masks(answer, size)
         logits = F.interpolate(answer.final[:, None], size, mode="bilinear", align_corners=False)[:, 0].numpy()
         assert np.array_equal(masks, logits > 0)
         return logits
