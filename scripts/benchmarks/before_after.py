@@ -62,7 +62,7 @@ def compare(before: Path, work: Path, *, rounds: int, slices: int) -> None:
     shape = ("--shape", slices, 512, 512)
     rfmed(before, "data_and_models", "make_phantom", "-o", root / "raw", "--cases", 2, "--test-cases", 1, *shape)
     preset = ("--preset", "cpu", "-c", "3d_fullres", "--spacing", 3, 1.2, 1.2)
-    planning = ("--set", *SETTINGS, *preset, "--folds", 2, "--root", root)
+    planning = ("--set", *SETTINGS, *preset, "--root", root)
     rfmed(before, "pipeline", "plan_and_preprocess", *planning)
     training = ("--epochs", 1, "--iterations", 2, "--no-validate", "--root", root)
     rfmed(before, "pipeline", "train", "3d_fullres", "fold", 0, *training)
