@@ -14,7 +14,7 @@ from rfmedsam2.records.archive import Manifest
 from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.box_prompts import BoxPromptFile
 from rfmedsam2.records.case import CaseRecord
-from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
+from rfmedsam2.records.checkpoint import CheckpointRecord, TaskRecord, TrainedRecord
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.plan import Plan
@@ -62,6 +62,8 @@ CHECKPOINTS: dict[str, type[TrainedRecord]] = {
     "medical/broken_fold_0/checkpoint_latest.safetensors": CheckpointRecord,
     "natural/training/checkpoint_final.safetensors": RefinerRecord,
 }
+INTRODUCED: dict[type[VersionedRecord], str] = {TaskRecord: "0.2.0"}
+"""Kinds of record that version 0.1 did not have, with the version whose format 1 is their first."""
 
 
 def newest(record: Record) -> object:
@@ -105,10 +107,15 @@ def test_splits_are_read(format_1) -> None:
     assert [len(split.val) for split in splits] == [1] * 5
 
 
-def test_a_file_of_every_kind_is_kept() -> None:
+def test_a_file_of_every_kind_of_version_0_1_is_kept() -> None:
     kept = {kind for kind in (*KEPT.values(), *CHECKPOINTS.values()) if issubclass(kind, VersionedRecord)}
     ours = {kind for kind in all_kinds() if not kind.__module__.startswith("test")}
-    assert ours == kept | {Manifest}
+    assert ours - set(INTRODUCED) == kept | {Manifest}
+
+
+@pytest.mark.parametrize("kind", INTRODUCED)
+def test_a_newer_kind_has_had_one_format_only(kind) -> None:
+    assert kind.upgrades == (), "keep a file of its format 1 and list it in KEPT or CHECKPOINTS, not in INTRODUCED"
 
 
 def test_renamed_fields_keep_their_values(format_1) -> None:
