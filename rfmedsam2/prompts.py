@@ -19,11 +19,12 @@ CLASSES_PER_WORD = 29
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
-    """Boxes of N x K (slice, class) pairs.
+    """Boxes of N frames and K classes, on the grid that a network sees.
 
     Attributes:
-        boxes: (N, K, 4) float32, xyxy: columns and rows of the first and the last pixel (inclusive); 0 if absent.
-        present: (N, K) bool: the class has a pixel on the slice. Absent classes have no box and are not prompted.
+        boxes: (N, K, 4) float32, x0, y0, x1, y1 by the convention of `records.box_prompts.BoxPrompt`: pixel indices of
+            the first and the last pixel that belong to the box; 0 where absent. A point is the box of one pixel.
+        present: (N, K) bool: the class has a pixel on the frame. What is absent has no box and is never prompted for.
     """
 
     boxes: Tensor

@@ -7,7 +7,7 @@ each object with its own memory, but without compressing frames to JPEG.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
-from rfmedsam2.inference.zero_shot import Painter, SlicePrompts
+from rfmedsam2.inference.zero_shot import Painter, sam_points
 from rfmedsam2.nn.segmenter import normalized
+from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.study import Step2
+from rfmedsam2.records.study import Prompted, PromptKind, Step2
 from rfmedsam2.system.progress import Track, silent
 
-Prompted = Literal["all", "two", "one"]
 Output = dict[str, Any]
 """Output of track_step: mask, memory and pointer of an object on a frame."""
 Memories = dict[int, dict[str, Any]]
@@ -58,18 +58,26 @@ class VideoSegmenter:
         frames: (Z, 3, H, W), 0 to 255.
         prompts: one prompt for every class on every frame that contains it.
         labels: labels of the dataset.
+        kind: whether the prompts are boxes or points (`zero_shot.reference_prompts`).
         track: progress display over slices, in both steps.
     """
 
     def __init__(
-        self, base: SAM2Base, frames: Tensor, prompts: SlicePrompts, labels: LabelSet, *, track: Track = silent
+        self,
+        base: SAM2Base,
+        frames: Tensor,
+        prompts: Prompts,
+        labels: LabelSet,
+        *,
+        kind: PromptKind = "box",
+        track: Track = silent,
     ) -> None:
         self._track = track
         self.base, self.frames, self.labels = base, frames, labels
         self.size = (frames.shape[2], frames.shape[3])
         self.present = prompts.present
-        self.points = prompts.within(self.size, (base.image_size, base.image_size)).to(base.device)
-        self.point_labels = torch.tensor(LABELS_OF_POINTS[prompts.kind], dtype=torch.int32, device=base.device)
+        self.points = sam_points(prompts, kind, self.size, (base.image_size, base.image_size)).to(base.device)
+        self.point_labels = torch.tensor(LABELS_OF_POINTS[kind], dtype=torch.int32, device=base.device)
 
     def run(self, prompted: tuple[Prompted, ...]) -> dict[tuple[Prompted, Step2], np.ndarray]:
         """Label maps (Z, H, W) of every setting.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rfmedsam2.nn.sam import SamSegmenter
 from rfmedsam2.nn.segmenter import PromptBatch, at_image_size, fitted_size
-from rfmedsam2.prompts import center_points, prompts_from_labels
+from rfmedsam2.prompts import Prompts, center_points, prompts_from_labels
+from rfmedsam2.prompts import resized as resized_prompts
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.study import PromptKind
 from rfmedsam2.system.progress import Track, silent
@@ -20,44 +21,32 @@ AT_ONCE = 16
 """Number of prompts decoded per batch."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlicePrompts:
-    """One prompt for every class on every slice that contains it.
+def reference_prompts(labels_zyx: np.ndarray, labels: LabelSet, kind: PromptKind) -> Prompts:
+    """Prompts of (Z, K) slices and classes from a reference label map (Z, Y, X).
 
-    Attributes:
-        kind: box or point.
-        points: (Z, K, P, 2) of (x, y) in edge coordinates, from 0 to the slice's width and height: a box's near and far
-            corner (P = 2), or the center of one pixel (P = 1).
-        present: (Z, K) bool: the class has a pixel on the slice.
+    A box is tight about the class; a point is the box of one pixel, the one nearest to the center of gravity.
     """
-
-    kind: PromptKind
-    points: Tensor
-    present: Tensor
-
-    def within(self, size: tuple[int, int], resized: tuple[int, int]) -> Tensor:
-        """Points in pixel indices of slices that were resized from `size` to `resized`, both (H, W)."""
-        scale = self.points.new_tensor([resized[1] / size[1], resized[0] / size[0]])
-        # SAM's coordinate x is the center of pixel x: a box's far corner is in its last pixel
-        back = self.points.new_tensor([[0.0], [1.0]] if self.kind == "box" else [[0.5]])
-        return self.points * scale - back
-
-
-def reference_prompts(labels_zyx: np.ndarray, labels: LabelSet, kind: PromptKind) -> SlicePrompts:
-    """Prompts from a reference label map (Z, Y, X): tight boxes, or the pixel nearest to the center of mass."""
-    points, present = [], []
+    found = []
     for values in labels.foreground.values():
         mask = torch.from_numpy(np.isin(labels_zyx, values).view(np.uint8))
         if kind == "box":
-            found = prompts_from_labels(mask, 1)
-            corners = found.boxes.view(-1, 1, 2, 2) + torch.tensor([[0.0], [1.0]])
-            points.append(corners)
-            present.append(found.present)
+            found.append(prompts_from_labels(mask, 1))
         else:
-            centers, there = center_points(mask, 1)
-            points.append(centers[:, :, None] + 0.5)
-            present.append(there)
-    return SlicePrompts(kind=kind, points=torch.cat(points, 1), present=torch.cat(present, 1))
+            points, present = center_points(mask, 1)
+            found.append(Prompts(boxes=torch.cat([points, points], -1), present=present))
+    return Prompts(boxes=torch.cat([f.boxes for f in found], 1), present=torch.cat([f.present for f in found], 1))
+
+
+def sam_points(prompts: Prompts, kind: PromptKind, size: tuple[int, int], resized: tuple[int, int]) -> Tensor:
+    """Coordinates that SAM takes, (Z, K, P, 2) of (x, y), in pixel indices of frames resized from (H, W) to (H, W).
+
+    A box gives its first and last pixel (P = 2), a point the middle of its pixel (P = 1): SAM's coordinate x is the
+    middle of pixel x.
+    """
+    if kind == "box":
+        return resized_prompts(prompts, size, resized).boxes.unflatten(-1, (2, 2))
+    scale = prompts.boxes.new_tensor([resized[1] / size[1], resized[0] / size[0]])
+    return (prompts.boxes[..., None, :2] + 0.5) * scale - 0.5
 
 
 class Painter:
@@ -93,14 +82,14 @@ class Painter:
 
 
 def segment_slices(
-    sam: SamSegmenter, frames: Tensor, prompts: tuple[SlicePrompts, ...], labels: LabelSet, *, track: Track = silent
+    sam: SamSegmenter, frames: Tensor, prompts: Mapping[PromptKind, Prompts], labels: LabelSet, *, track: Track = silent
 ) -> dict[PromptKind, np.ndarray]:
     """Run SAM on every slice with a prompt.
 
     Args:
         sam: the model, on its device; with `best_of_three`, as SAM's authors recommend for points.
         frames: RGB slices (Z, 3, H, W), 0 to 255, on any device.
-        prompts: prompts of the slices; all kinds share each slice's embedding.
+        prompts: prompts of the slices, by kind; all kinds share each slice's embedding.
         labels: labels of the dataset.
         track: progress display over slices.
 
@@ -111,10 +100,10 @@ def segment_slices(
     device = next(sam.parameters()).device
     size = (frames.shape[2], frames.shape[3])
     resized = fitted_size(size, sam.frame_size)
-    out: dict[PromptKind, np.ndarray] = {each.kind: np.zeros((len(frames), *size), painter.dtype) for each in prompts}
-    points = {each.kind: each.within(size, resized) for each in prompts}
+    out: dict[PromptKind, np.ndarray] = {kind: np.zeros((len(frames), *size), painter.dtype) for kind in prompts}
+    points = {kind: sam_points(each, kind, size, resized) for kind, each in prompts.items()}
     for z in track(range(len(frames)), "slices", len(frames)):
-        present: dict[PromptKind, Tensor] = {each.kind: each.present[z].nonzero()[:, 0] for each in prompts}
+        present: dict[PromptKind, Tensor] = {kind: each.present[z].nonzero()[:, 0] for kind, each in prompts.items()}
         if not any(len(classes) for classes in present.values()):
             continue
         frame = frames[z : z + 1].to(device)

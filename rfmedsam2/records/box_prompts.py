@@ -13,7 +13,12 @@ Place = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class BoxPrompt(Record):
-    """A rectangle around one object on one slice, in voxel indices of the image file, from 0."""
+    """A rectangle around one object on one slice, as a user gives it, in voxels of the image file.
+
+    The convention of all boxes of volumes: x0, y0, x1, y1 are indices from 0, and both corners are voxels that belong
+    to the box. A box of one voxel has x0 = x1; a whole slice is 0, 0, width - 1, height - 1; in millimeters or after
+    resampling a box extends from the near edge of its first voxel to the far edge of its last.
+    """
 
     label: str | int
     """Name or value of the class, as in the dataset's labels."""

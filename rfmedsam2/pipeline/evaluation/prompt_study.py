@@ -31,6 +31,7 @@ from rfmedsam2.nn.sam2.weights import BLOCKS, STEM, load_sam2
 from rfmedsam2.nn.sam_weights import build_sam, sam_backbone
 from rfmedsam2.pipeline.evaluation.evaluate import summarize
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
+from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics
 from rfmedsam2.records.study import Prompted, PromptKind, PromptStudy, Step2, StudyRow
@@ -271,14 +272,16 @@ def _segmented(
     model: SamModel, frames: Tensor, reference: np.ndarray, labels: LabelSet, options: StudyOptions, track: Track
 ) -> dict[Setting, np.ndarray]:
     """Label maps of one case by setting."""
-    prompts = tuple(reference_prompts(reference, labels, kind) for kind in options.prompts)
+    prompts: dict[PromptKind, Prompts] = {kind: reference_prompts(reference, labels, kind) for kind in options.prompts}
     if isinstance(model, SamSegmenter):
         by_kind = segment_slices(model, frames, prompts, labels, track=track)
         return {(kind, "all", "none"): found for kind, found in by_kind.items()}
     return {
-        (each.kind, *setting): found
-        for each in prompts
-        for setting, found in VideoSegmenter(model, frames, each, labels, track=track).run(options.prompted).items()
+        (kind, *setting): found
+        for kind, each in prompts.items()
+        for setting, found in VideoSegmenter(model, frames, each, labels, kind=kind, track=track)
+        .run(options.prompted)
+        .items()
     }
 
 

@@ -11,7 +11,7 @@ from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch import Tensor
 
 from rfmedsam2.inference.video_tracking import VideoSegmenter, as_published
-from rfmedsam2.inference.zero_shot import reference_prompts
+from rfmedsam2.inference.zero_shot import reference_prompts, sam_points
 from rfmedsam2.nn.sam2.build import Base, build_base
 from rfmedsam2.nn.segmenter import IMAGENET_MEAN, IMAGENET_STD
 from rfmedsam2.records.dataset import LabelSet
@@ -80,7 +80,7 @@ def test_masks_equal_the_official_predictors(base: Base, setting, prompted: list
     prompts = reference_prompts(label, LABELS, "box")
     with torch.inference_mode():
         got = VideoSegmenter(base, frames, prompts, LABELS).run((setting,))[setting, "unprompted"]
-    points = prompts.within((SIZE, SIZE), (SIZE, SIZE))
+    points = sam_points(prompts, "box", (SIZE, SIZE), (SIZE, SIZE))
     expected = official_masks(base, frames, {z: points[z, 0].flatten().tolist() for z in prompted}).numpy()
     assert (got[: min(prompted)] == 0).all()
     differing = (got != expected).mean()

@@ -62,7 +62,7 @@ def slices(root: Path) -> tuple[Tensor, np.ndarray, LabelSet]:
 def segmented(sam: SamSegmenter, frames: Tensor, label: np.ndarray, labels: LabelSet) -> dict[str, float | None]:
     """DSC of every class with boxes."""
     with torch.inference_mode():
-        found = segment_slices(sam, frames, (reference_prompts(label, labels, "box"),), labels)["box"]
+        found = segment_slices(sam, frames, {"box": reference_prompts(label, labels, "box")}, labels)["box"]
     return {name: scores.dsc for name, scores in case_metrics(label, found, labels, (1.0, 1.0, 1.0)).items()}
 
 

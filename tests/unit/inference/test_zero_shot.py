@@ -9,7 +9,7 @@ from segment_anything import sam_model_registry
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.inference.video_tracking import prompted_slices
-from rfmedsam2.inference.zero_shot import Painter, reference_prompts
+from rfmedsam2.inference.zero_shot import Painter, reference_prompts, sam_points
 from rfmedsam2.nn.sam import NAMES, SamSegmenter
 from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam_weights import TINY_STEM, VIT_STEM, build_sam, sam_backbone
@@ -30,18 +30,18 @@ def label() -> np.ndarray:
 def test_boxes_and_points_in_declared_order_scaled_with_the_frame() -> None:
     boxes = reference_prompts(label(), LABELS, "box")
     assert boxes.present.tolist() == [[True, False], [False, True]]
-    assert boxes.within((8, 16), (8, 16))[0, 0].tolist() == [[4, 2], [7, 3]]
-    assert boxes.within((8, 16), (32, 64))[0, 0].tolist() == [[16, 8], [31, 15]]
+    assert sam_points(boxes, "box", (8, 16), (8, 16))[0, 0].tolist() == [[4, 2], [7, 3]]
+    assert sam_points(boxes, "box", (8, 16), (32, 64))[0, 0].tolist() == [[16, 8], [31, 15]]
     points = reference_prompts(label(), LABELS, "point")
-    assert points.within((8, 16), (8, 16))[1, 1].tolist() == [[0, 0]]
-    assert points.within((8, 16), (32, 64))[1, 1].tolist() == [[1.5, 1.5]]
+    assert sam_points(points, "point", (8, 16), (8, 16))[1, 1].tolist() == [[0, 0]]
+    assert sam_points(points, "point", (8, 16), (32, 64))[1, 1].tolist() == [[1.5, 1.5]]
 
 
 def test_regions_are_prompted_whole() -> None:
     frames = np.zeros((1, 8, 8), np.uint8)
     frames[0, 1:6, 1:6], frames[0, 2:4, 2:4] = 1, 2
-    boxes = reference_prompts(frames, REGIONS, "box").within((8, 8), (8, 8))
-    assert boxes[0].flatten(1).tolist() == [[1, 1, 5, 5], [2, 2, 3, 3]]
+    boxes = reference_prompts(frames, REGIONS, "box").boxes
+    assert boxes[0].tolist() == [[1, 1, 5, 5], [2, 2, 3, 3]]
 
 
 def test_the_highest_logit_above_zero_is_painted() -> None:
