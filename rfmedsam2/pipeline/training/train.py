@@ -91,7 +91,8 @@ def train(
     """Train a stage of a plan on one fold; resumes an interrupted training of the same plan.
 
     Writes to results/DATASET/PLAN__STAGE/fold_FOLD: checkpoints, metrics.jsonl, metrics.csv, progress.png,
-    validation/ (label maps, metrics.json, metrics.csv) and report.html.
+    validation/ (label maps, metrics.json, metrics.csv) and report.html. A script must call it under
+    `if __name__ == "__main__":`, because worker processes import the script again (`train.workers` 0 needs none).
 
     Args:
         layout: the folder layout.
