@@ -18,20 +18,20 @@ began=$(date +%s)
 
 say rfmed_make_phantom -o "$folder/raw" --cases 8 --test-cases 2 --force
 say rfmed_verify -d PhantomCT
-# Figures of this data set, for few minutes on two cores: coarser voxels than the scans', and small patches around a class
-# drawn at random, so that adrenal glands are seen as often as the liver. Every scan is a CT in the same units, so intensities are
-# left as they are; kidneys have sides, so left and right are not mirrored.
-figures=(
+# Settings for this data set and a few minutes on two cores: coarser voxels than the scans', and small patches around a class
+# drawn at random, so that adrenal glands are seen as often as the liver. Every scan is a CT of an upright body in the same
+# units: intensities are left as they are, and nothing is mirrored.
+settings=(
     patch_size=[24,32,32]
     sampling.oversample_foreground=1
     train.optimizer.betas=[0.9,0.95]
     validation.patches_while_training=10
-    augmentation.mirror_axes=[0,1]
+    augmentation.mirror_axes=[]
 )
 for change in rotation blur low_resolution brightness contrast gamma gamma_inverted; do
-    figures+=("augmentation.${change}_probability=0")
+    settings+=("augmentation.${change}_probability=0")
 done
-say rfmed_plan_and_preprocess -d PhantomCT --preset cpu -c 3d_fullres --spacing 2.8 2.1 2.1 --set "${figures[@]/#/3d_fullres.}"
+say rfmed_plan_and_preprocess -d PhantomCT --preset cpu -c 3d_fullres --spacing 3 2.2 2.2 --set "${settings[@]/#/3d_fullres.}"
 say rfmed_train PhantomCT 3d_fullres 0 --epochs 12 --iterations 100
 say rfmed_predict -i "$folder/raw/Dataset900_PhantomCT/imagesTs" -o "$folder/predictions"
 say rfmed_evaluate -p "$folder/predictions" -g "$folder/raw/Dataset900_PhantomCT/labelsTs" -o "$folder/evaluation"
