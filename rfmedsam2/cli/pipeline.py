@@ -139,7 +139,7 @@ def train(
             tensorboard=run.tensorboard,
             sam=start.sam2,
             unet=start.unet,
-            track=bars,
+            progress=bars,
         )
         result = verb.train(layout, chosen, stage, fold=fold, options=options)
     progress = result.progress
@@ -239,7 +239,7 @@ def evaluate(
         nsd_tolerance_mm=scoring.tolerance,
         both_empty=scoring.both_empty,
         workers=scoring.workers,
-        track=bars,
+        progress=bars,
     )
     if as_json:
         tell_json(result.to_json())

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from rfmedsam2.store.checkpoint_header import read_record_of
+
 PHANTOM = "from rfmedsam2.cli.data_and_models import make_phantom_command as run"
+TRAIN = "from rfmedsam2.cli.pipeline import train_command as run"
 SLOW = """
 import os, time
 from pathlib import Path
@@ -43,6 +46,18 @@ def test_a_reader_that_leaves_early_ends_nothing(tmp_path: Path) -> None:
     process.stderr.close()
     assert process.wait(timeout=120) == 0
     assert len(list(tmp_path.rglob("*.nii.gz"))) == 4
+
+
+def test_a_training_goes_on_when_its_reader_leaves_after_the_first_line(root_of, planned_root) -> None:
+    root = root_of(planned_root)
+    words = ("3d_fullres", "fold", 0, "--epochs", 1, "--iterations", 3, "--no-validate", "--root", root)
+    process = start(TRAIN, *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(b"Data: ")
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0
+    (checkpoint,) = root.glob("results/*/*/fold_0/checkpoint_final.safetensors")
+    assert read_record_of(checkpoint).step == 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="descriptors are closed by a POSIX shell")

@@ -7,11 +7,14 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from rfmedsam2 import Layout, Predictor, TrainOptions, evaluate, open_dataset, train
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rfmedsam2", "segment_anything_hq")
@@ -76,6 +79,32 @@ def test_type_checkers_see_the_public_names(tmp_path: Path) -> None:
     assert len(types) == len(lines) - 3
     unknown = [name for name, kind in types if kind in ("Unknown", "Any")]
     assert not unknown
+
+
+def test_progress_is_shown_where_it_is_asked_for(root_of, trained_root, tmp_path: Path, capsys) -> None:
+    root = root_of(trained_root)
+    layout, dataset = Layout.under(root), open_dataset("PhantomCT", root=root)
+    image, labels = dataset.training[0].images[0], dataset.training[0].label
+    assert labels is not None
+    predictor = Predictor.load(layout.model_folder(dataset.name, "rfmed_cpu", "3d_fullres"), device="cpu")
+    plan = predictor.plan.with_overrides("3d_fullres.train.epochs=1", "3d_fullres.train.iterations_per_epoch=2")
+    calls: dict[str, Callable[[bool], object]] = {
+        "tiles": lambda progress: predictor(image, progress=progress),
+        "tiles (file)": lambda progress: predictor.predict_file(image, tmp_path / "labels.nii.gz", progress=progress),
+        "Evaluating": lambda progress: evaluate(labels, labels, plan.labels, progress=progress),
+        "training": lambda progress: train(
+            layout,
+            plan,
+            "3d_fullres",
+            fold=1,
+            options=TrainOptions(device="cpu", validate=False, restart=True, progress=progress),
+        ),
+    }
+    for shown, call in calls.items():
+        call(False)
+        assert capsys.readouterr().err == ""
+        call(True)
+        assert f"{shown.split()[0]}: " in capsys.readouterr().err
 
 
 def test_the_examples_of_volumes_run(root_of, trained_root, monkeypatch: pytest.MonkeyPatch) -> None:

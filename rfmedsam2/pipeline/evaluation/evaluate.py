@@ -21,7 +21,8 @@ from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation, Inte
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending, read_label
 from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.parallel import map_cases
-from rfmedsam2.system.progress import Track, silent
+from rfmedsam2.system.progress import Track
+from rfmedsam2.system.progress_bars import progress_bars
 from rfmedsam2.volume import Volume
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def evaluate(
     nsd_tolerance_mm: float = NSD_TOLERANCE_MM,
     both_empty: BothEmpty = "skip",
     workers: int = 2,
-    track: Track = silent,
+    progress: bool | Track = False,
 ) -> Evaluation:
     """Score label maps against references with the same file names (endings may differ).
 
@@ -65,7 +66,7 @@ def evaluate(
         nsd_tolerance_mm: tolerance of the normalized surface Dice, mm.
         both_empty: score of a class that is absent from both masks, see `metrics.empty_policy`.
         workers: number of cases scored in parallel.
-        track: progress display.
+        progress: True: a bar of cases, in the terminal or notebook; a `Track`: shown by it.
 
     Returns:
         All scores, with bootstrap confidence intervals (percentile method over cases, seeded).
@@ -79,6 +80,7 @@ def evaluate(
     pairs, faults, warnings = find_pairs(predictions, references, cases=cases)
     score = partial(_score, labels=labels, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
     scored: list[CaseMetrics] = []
+    track = progress_bars(progress)
     results = map_cases(score, pairs, workers=workers, name=lambda p: p.id, track=track, description="Evaluating")
     for result in results:
         if isinstance(result, CaseMetrics):

@@ -30,6 +30,7 @@ from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PredictingModel
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.progress import Track, silent
+from rfmedsam2.system.progress_bars import progress_bars
 from rfmedsam2.volume import Volume
 
 
@@ -161,7 +162,7 @@ class Predictor:
         spacing_zyx_mm: Sequence[float] | np.ndarray | None = None,
         boxes: BoxInput | None = None,
         probabilities: bool = False,
-        track: Track = silent,
+        progress: bool | Track = False,
     ) -> Prediction:
         """Predict one volume.
 
@@ -174,7 +175,7 @@ class Predictor:
             boxes: box prompts for RFMedSAM 2, in voxels of the image: a label map (Z, Y, X) whose boxes are taken
                 slice by slice, a `Volume` of one, or a list of `BoxPrompt` (or of its JSON form).
             probabilities: whether to return them: all classes at full resolution, 2 bytes per value.
-            track: progress display over tiles.
+            progress: True: a bar of tiles, in the terminal or notebook; a `Track`: shown by it.
 
         Raises:
             UsageError: an unsupported type of image or boxes, no spacing for an array, boxes that are missing or that
@@ -186,7 +187,7 @@ class Predictor:
         self.require_possible(boxes=boxes is not None)
         volume, header = as_volume(image, spacing_zyx_mm)
         prepared_case = self.prepare(straightened(volume), boxes=boxes)
-        prediction = self.predict_prepared(prepared_case, probabilities=probabilities, track=track)
+        prediction = self.predict_prepared(prepared_case, probabilities=probabilities, track=progress_bars(progress))
         return replace(prediction, grid=volume.grid if header is None else header.source_grid, header=header)
 
     def prepare(self, volume: Volume, *, boxes: BoxInput | None = None) -> PreparedCase:
@@ -209,22 +210,31 @@ class Predictor:
         )
 
     def predict_array(
-        self, array: np.ndarray, *, spacing_zyx_mm: Sequence[float] | np.ndarray, boxes: BoxInput | None = None
+        self,
+        array: np.ndarray,
+        *,
+        spacing_zyx_mm: Sequence[float] | np.ndarray,
+        boxes: BoxInput | None = None,
+        progress: bool | Track = False,
     ) -> np.ndarray:
         """Labels (Z, Y, X), uint8 or uint16, of an array (Z, Y, X) or (C, Z, Y, X)."""
-        return self(array, spacing_zyx_mm=spacing_zyx_mm, boxes=boxes).labels
+        return self(array, spacing_zyx_mm=spacing_zyx_mm, boxes=boxes, progress=progress).labels
 
-    def predict_nibabel(self, image: SpatialImage, *, boxes: BoxInput | None = None) -> nib.Nifti1Image:
+    def predict_nibabel(
+        self, image: SpatialImage, *, boxes: BoxInput | None = None, progress: bool | Track = False
+    ) -> nib.Nifti1Image:
         """Labels of a nibabel image, with its affine and, of a NIfTI image, its header."""
-        labels = self(image, boxes=boxes).labels
+        labels = self(image, boxes=boxes, progress=progress).labels
         header = image.header.copy() if isinstance(image, nib.Nifti1Image) else None
         result = nib.Nifti1Image(np.ascontiguousarray(labels.T), image.affine, header, dtype=labels.dtype)
         result.header.set_slope_inter(1, 0)
         return result
 
-    def predict_sitk(self, image: sitk.Image, *, boxes: BoxInput | None = None) -> sitk.Image:
+    def predict_sitk(
+        self, image: sitk.Image, *, boxes: BoxInput | None = None, progress: bool | Track = False
+    ) -> sitk.Image:
         """Labels of a SimpleITK image, with its geometry."""
-        return self(image, boxes=boxes).to_sitk()
+        return self(image, boxes=boxes, progress=progress).to_sitk()
 
     def predict_file(
         self,
@@ -232,9 +242,10 @@ class Predictor:
         out: str | Path | None = None,
         *,
         boxes: BoxInput | None = None,
+        progress: bool | Track = False,
     ) -> np.ndarray:
         """Labels of one case from its files (one per channel, or a DICOM folder); written to `out` if given."""
-        prediction = self(paths, boxes=boxes)
+        prediction = self(paths, boxes=boxes, progress=progress)
         if out is not None:
             prediction.save(out)
         return prediction.labels

@@ -36,6 +36,7 @@ from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import open_dataset
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
+from rfmedsam2.system.progress_bars import progress_bars
 from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
 from rfmedsam2.tasks.unet import UNetTask
 
@@ -56,7 +57,7 @@ class TrainOptions:
         tensorboard: whether to write TensorBoard events.
         sam: published weights of the backbone (RFMedSAM 2).
         unet: a trained U-Net that Step 0 starts from (RFMedSAM 2).
-        track: shows steps, validation patches and cases.
+        progress: True: bars of steps, validation patches and cases, in terminal or notebook; a `Track`: shown by it.
     """
 
     device: str = "auto"
@@ -65,7 +66,7 @@ class TrainOptions:
     tensorboard: bool = False
     sam: Path | None = None
     unet: Path | None = None
-    track: Track = silent
+    progress: bool | Track = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,23 +110,24 @@ def train(
         RfMedSamError: errors of the engine, prediction and evaluation.
     """
     options, fold = options or TrainOptions(), str(fold)
+    track = progress_bars(options.progress)
     began = time.monotonic()
     config = plan.stage(stage)
     extensions.check(config)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.name, stage), config.patch_size)
     split = get_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
-    _require_preprocessed(split, store, plan, stage, track=options.track)
+    _require_preprocessed(split, store, plan, stage, track=track)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
     with (
         start_runtime(options.device, precision=config.train.precision) as runtime,
         training_folder(folder, runtime, restart=options.restart),
     ):
-        task = _task(layout, plan, stage, fold, store=store, split=split, runtime=runtime, options=options)
+        task = _task(layout, plan, stage, fold, store=store, split=split, runtime=runtime, options=options, track=track)
         run = Run(
             folder=folder,
             record=lambda step, scores: describe(plan, stage, fold, step=step, scores=scores),
             runtime=runtime,
-            track=options.track,
+            track=track,
             tensorboard=options.tensorboard,
         )
         progress = fit(task, config.train, run, resume=True)
@@ -134,7 +136,7 @@ def train(
         if runtime.is_main:
             progress_png(folder)
             if progress.status == "finished":
-                evaluation = _finish(layout, plan, folder, split, runtime, options)
+                evaluation = _finish(layout, plan, folder, split, runtime, options, track)
     return TrainResult(folder=folder, progress=progress, evaluation=evaluation, seconds=time.monotonic() - began)
 
 
@@ -148,6 +150,7 @@ def _task(
     split: Split,
     runtime: Runtime,
     options: TrainOptions,
+    track: Track,
 ) -> Task[Any]:
     """Make the task of a stage; loads initial weights unless a checkpoint of this training exists."""
     config, folder = plan.stages[stage], layout.fold_folder(plan.dataset, plan.name, stage, fold)
@@ -163,9 +166,9 @@ def _task(
         given: dict[str, Any] = {"store": store, "split": split, "runtime": runtime}
         if custom is not None:
             return extensions.make("task", custom, plan=plan, stage_name=stage, **given)
-        return UNetTask(plan, stage, track=options.track, **given)
+        return UNetTask(plan, stage, track=track, **given)
     check_memory(plan, stage, runtime.free_bytes(), half=runtime.precision != torch.float32)
-    task = RFMedSam2Task(plan, stage, store=store, split=split, runtime=runtime, track=options.track)
+    task = RFMedSam2Task(plan, stage, store=store, split=split, runtime=runtime, track=track)
     if not began:
         unet = options.unet
         if unet is None and config.starts_from is not None:
@@ -215,16 +218,16 @@ def validate_fold(
     if len(references) != 1:
         logger.warning("Labels are in several folders: score the predictions in %s with rfmed_evaluate", out)
         return None
-    return evaluate(out, references.pop(), plan.labels, out=out, cases=sorted(wanted), track=track)
+    return evaluate(out, references.pop(), plan.labels, out=out, cases=sorted(wanted), progress=track)
 
 
 def _finish(
-    layout: Layout, plan: Plan, folder: Path, split: Split, runtime: Runtime, options: TrainOptions
+    layout: Layout, plan: Plan, folder: Path, split: Split, runtime: Runtime, options: TrainOptions, track: Track
 ) -> Evaluation | None:
     evaluation = None
     if options.validate:
         device = str(runtime.device)
-        evaluation = validate_fold(layout, plan, folder, split.val, device=device, track=options.track)
+        evaluation = validate_fold(layout, plan, folder, split.val, device=device, track=track)
     raw = layout.raw / plan.dataset / "imagesTr"
     write_report(
         folder / "report.html",

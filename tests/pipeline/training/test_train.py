@@ -101,7 +101,7 @@ def test_a_training_that_was_stopped_goes_on_exactly(layout, plan, unbroken, at)
         if report.step == at and report.scores is None:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    stopping = TrainOptions(device="cpu", validate=False, track=OnStep(show))
+    stopping = TrainOptions(device="cpu", validate=False, progress=OnStep(show))
     first = train(layout, plan, "3d_fullres", fold="0", options=stopping)
     assert first.progress.status == "stopped"
     assert first.progress.step < 4
