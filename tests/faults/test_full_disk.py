@@ -69,7 +69,7 @@ def test_preprocessing(raw_root, planned_root, root_of, disk: Disk, free):
     assert all(store.looks_complete(name) for name in finished)
     disk.free()
     said = run_ok(*words).out
-    assert f"{len(finished)} already finished" in said
+    assert f"{len(finished)} finished before" in said
     assert checksums(root) == checksums(planned_root)
 
 
