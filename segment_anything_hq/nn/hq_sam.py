@@ -1,4 +1,4 @@
-"""HQ-SAM as a `Segmenter` of the trainer, and published weights of HQ-SAM and SAM into it.
+"""HQ-SAM as a `Segmenter` for the trainer, and loading of published HQ-SAM and SAM weights.
 
 Source: HQ-SAM paper, section 3.
 """
@@ -22,7 +22,7 @@ from segment_anything_hq.modeling.mask_decoder_hq import HQ_PARTS, Decoded, hq_p
 from segment_anything_hq.modeling.tiny_vit_sam import CLASSIFIER
 
 FRAME_SIZE = 1024
-"""Of the published weights."""
+"""Frame size of the published weights, in pixels."""
 logger = logging.getLogger(__name__)
 
 
@@ -30,9 +30,9 @@ class HqSam(Sam):
     """HQ-SAM as a `Segmenter`: only what HQ-SAM adds to SAM is trained (HQ-SAM paper, section 3.4).
 
     Attributes:
-        frame_size: S.
-        channels: of the embedding.
-        hq_token_only: give the HQ token's mask alone and not the sum with SAM's.
+        frame_size: S, side of the square frame in pixels.
+        channels: channels of the embedding.
+        hq_token_only: return the HQ token's mask alone, not its sum with SAM's mask.
     """
 
     mask_decoder: MaskDecoderHQ  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -40,12 +40,12 @@ class HqSam(Sam):
 
     @property
     def frame_size(self) -> int:
-        """S, pixels a side."""
+        """S, side of the square frame in pixels."""
         return self.image_encoder.img_size
 
     @property
     def channels(self) -> int:
-        """Of the embedding."""
+        """Channels of the embedding."""
         return self.mask_decoder.transformer_dim
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class HqSam(Sam):
         return normalized(images, self.frame_size)
 
     def encode(self, frames: Tensor) -> Embedded:
-        """Embed frames (B, 3, S, S), without gradients: `early` is (B, C, s, s), for TinyViT too."""
+        """Embed frames (B, 3, S, S) without gradients; `early` is (B, C, s, s), for TinyViT too."""
         with torch.no_grad():
             embedding, early = self.image_encoder(frames)
         return Embedded(embedding=embedding, early=early[0].permute(0, 3, 1, 2), frames=frames)
@@ -65,7 +65,7 @@ class HqSam(Sam):
         *,
         previous: Segmented | None = None,  # noqa: ARG002
     ) -> Segmented:
-        """Mask prompted objects; "sam" and "hq" of `extra` are the two tokens' logits (P, 4s, 4s)."""
+        """Segment prompted objects; `extra` holds both tokens' logits (P, 4s, 4s) as "sam" and "hq"."""
         parts = [(rows, self._decoded(embedded, group)) for rows, group in prompted.by_click_count()]
         order = torch.cat([rows for rows, _ in parts]).argsort()
         sam, hq, scores = (
@@ -75,7 +75,7 @@ class HqSam(Sam):
         return Segmented(logits=logits, scores=scores, extra={"sam": sam, "hq": hq})
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What HQ-SAM adds to SAM."""
+        """Names and parameters that HQ-SAM adds to SAM."""
         return ((f"mask_decoder.{name}", parameter) for name, parameter in hq_parameters(self.mask_decoder))
 
     def _decoded(self, embedded: Embedded, prompted: PromptBatch) -> Decoded:
@@ -98,12 +98,12 @@ class HqSam(Sam):
 
 
 def no_mask(encoder: PromptEncoder) -> Tensor:
-    """What stands for a mask prompt where there is none, (1, d, s, s)."""
+    """Dense embedding that stands for "no mask prompt", (1, d, s, s)."""
     return encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(-1, -1, *encoder.image_embedding_size)
 
 
 def build_hq_sam(backbone: SamBackbone, *, frame_size: int = FRAME_SIZE) -> HqSam:
-    """HQ-SAM, new, in evaluation mode; what is SAM's of it has no gradient."""
+    """Build HQ-SAM with random weights, in evaluation mode; SAM's parameters do not require gradients."""
     encoder, early = _image_encoder(backbone, frame_size)
     decoder = MaskDecoderHQ(transformer_dim=CHANNELS, transformer=build_transformer(), vit_dim=early)
     sam = HqSam(encoder, build_prompt_encoder(frame_size), decoder).eval()
@@ -113,36 +113,37 @@ def build_hq_sam(backbone: SamBackbone, *, frame_size: int = FRAME_SIZE) -> HqSa
 
 
 def build_plain_sam(backbone: SamBackbone, *, frame_size: int = FRAME_SIZE) -> Sam:
-    """SAM itself as the published package has it, new, in evaluation mode."""
+    """Build the published package's plain SAM with random weights, in evaluation mode."""
     decoder = MaskDecoder(transformer_dim=CHANNELS, transformer=build_transformer())
     return Sam(_image_encoder(backbone, frame_size)[0], build_prompt_encoder(frame_size), decoder).eval()
 
 
 def load_hq_sam(sam: Sam, weights: Mapping[str, Tensor], *, where: object) -> LoadReport:
-    """Copy published weights of HQ-SAM, SAM or MobileSAM; of the latter two what HQ-SAM adds stays new.
+    """Load published weights of HQ-SAM, SAM or MobileSAM; of the latter two, what HQ-SAM adds stays untrained.
 
     Args:
-        sam: of the weights' backbone.
-        weights: by the published names (`store.published_weights.read_published`).
-        where: what error messages name.
+        sam: model with the same backbone as the weights.
+        weights: tensors by their published names (`store.published_weights.read_published`).
+        where: source of the weights, for error messages.
 
     Returns:
-        what was loaded; `missing` names what is new.
+        a report of what was loaded; `missing` lists the tensors that keep their initial values.
 
     Raises:
-        CheckpointError: weights of another backbone, or that lack something of SAM or a part of what HQ-SAM adds.
+        CheckpointError: the weights are of another backbone, incomplete for SAM, or hold only some of HQ-SAM's
+            additions.
     """
     added = [name for name in sam.state_dict() if _is_added(name)]
     report = load_sam(sam, weights, where=where, model="HQ-SAM" if added else None, added=added)
     sam.load_report = report
     strange = [name for name in report.unexpected if not name.removeprefix("image_encoder.").startswith(CLASSIFIER)]
     if strange:
-        logger.warning("%s has %d tensors that HQ-SAM has no place for: %s", where, len(strange), strange[:5])
+        logger.warning("%s has %d tensors that are not part of HQ-SAM: %s", where, len(strange), strange[:5])
     return report
 
 
 def _image_encoder(backbone: SamBackbone, frame_size: int) -> tuple[ImageEncoderViT | TinyViT, int]:
-    """An image encoder with early features, and their channels."""
+    """Build an image encoder with early features; return it and the channels of those features."""
     if backbone != "vit_tiny":
         return build_vit(backbone, frame_size=frame_size, kind=ImageEncoderViT), VITS[backbone].channels
     sizes = {"embed_dims": WIDTHS, "depths": DEPTHS, "num_heads": HEADS, "window_sizes": WINDOWS}
@@ -150,5 +151,5 @@ def _image_encoder(backbone: SamBackbone, frame_size: int) -> tuple[ImageEncoder
 
 
 def _is_added(name: str) -> bool:
-    """Whether a parameter of HQ-SAM is what it adds to SAM."""
+    """Whether a parameter is one that HQ-SAM adds to SAM."""
     return name.removeprefix("mask_decoder.").split(".")[0] in HQ_PARTS

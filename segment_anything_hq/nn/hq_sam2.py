@@ -1,7 +1,7 @@
-"""HQ-SAM 2: SAM 2 whose mask decoder has one more output token, for masks of high quality.
+"""HQ-SAM 2: SAM 2 with an extra output token in its mask decoder, for high-quality masks.
 
-Modules and parameters have the names of the published sam2.1_hq_hiera_* files. Unlike HQ-SAM's, its features are the
-decoder's upscaled embedding alone: SAM 2 has put the encoder's finer levels into that already. Source: HQ-SAM paper,
+Modules and parameters have the names of the published sam2.1_hq_hiera_* files. Unlike in HQ-SAM, the HQ features are
+the decoder's upscaled embedding alone, since SAM 2 already adds the encoder's finer levels to it. Source: HQ-SAM paper,
 section 3; HQ-SAM 2's published model (November 2024).
 """
 
@@ -31,20 +31,20 @@ from segment_anything_hq.nn.sam2_base import (
 )
 
 HQ_PARTS = ("hf_token", "hf_mlp", "embedding_maskfeature")
-"""What HQ-SAM 2 adds to SAM 2's mask decoder, and what is trained of it."""
+"""Modules that HQ-SAM 2 adds to SAM 2's mask decoder; only these are trained."""
 SAM_MASKS = 4
-"""Output tokens of SAM 2: the single mask and three of an ambiguous prompt."""
+"""Mask tokens of SAM 2: the single mask, and three for an ambiguous prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """What the decoder makes of p prompts.
+    """The decoder's output for p prompts.
 
     Attributes:
         sam: (p, m, 4s, 4s) logits of SAM 2's tokens, one or three.
         hq: (p, 1, 4s, 4s) logits of the HQ-Output token.
         quality: (p, m) predicted IoU of SAM 2's masks.
-        tokens: (p, m, C) of SAM 2's masks, for object pointers.
+        tokens: (p, m, C) output tokens of SAM 2's masks, for object pointers.
         scores: (p, 1) object scores.
     """
 
@@ -56,13 +56,13 @@ class Decoded:
 
 
 class HqMaskDecoder(MaskDecoder):
-    """SAM 2's mask decoder with the HQ-Output token; `forward` is the official one's, so that videos work as well.
+    """SAM 2's mask decoder with the HQ-Output token; `forward` has the official signature, as videos need it.
 
     Args:
-        decoder: whose sizes it has, and whose transformer it takes over.
+        decoder: SAM 2's decoder, which defines the sizes and whose transformer is reused.
 
     Attributes:
-        hq_token_only: give the HQ token's logits alone, else their sum with SAM 2's.
+        hq_token_only: return the HQ token's logits alone, not their sum with SAM 2's.
     """
 
     def __init__(self, decoder: MaskDecoder) -> None:
@@ -93,7 +93,7 @@ class HqMaskDecoder(MaskDecoder):
         repeat_image: bool,
         high_res_features: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See `sam2.modeling.sam.mask_decoder.MaskDecoder`; the HQ token's logits are in every mask."""
+        """See `sam2.modeling.sam.mask_decoder.MaskDecoder`; the HQ token's logits are added to every mask."""
         assert high_res_features is not None
         count = len(sparse_prompt_embeddings)
         embedding = image_embeddings.expand(count, -1, -1, -1) if repeat_image else image_embeddings
@@ -110,14 +110,14 @@ class HqMaskDecoder(MaskDecoder):
     def decode(
         self, source: Tensor, *, positions: Tensor, sparse: Tensor, finer: list[Tensor], multimask: bool
     ) -> Decoded:
-        """Masks of p prompts, SAM 2's and the HQ token's apart.
+        """Decode p prompts; SAM 2's masks and the HQ token's are returned separately.
 
         Args:
-            source: (p, C, s, s) image embeddings, the dense prompts' added.
-            positions: (1, C, s, s).
-            sparse: (p, n, C).
-            finer: (p or 1, C/8, 4s, 4s) and (p or 1, C/4, 2s, 2s).
-            multimask: SAM 2's three masks of an ambiguous prompt, not the single one.
+            source: (p, C, s, s) image embeddings plus dense prompt embeddings.
+            positions: (1, C, s, s) positional encoding.
+            sparse: (p, n, C) sparse prompt embeddings.
+            finer: feature maps (p or 1, C/8, 4s, 4s) and (p or 1, C/4, 2s, 2s).
+            multimask: return SAM 2's three masks for an ambiguous prompt instead of the single one.
         """
         own = [self.obj_score_token.weight, self.iou_token.weight, self.mask_tokens.weight, self.hf_token.weight]
         tokens = torch.cat([torch.cat(own).to(sparse.dtype).expand(len(source), -1, -1), sparse], 1)
@@ -140,7 +140,7 @@ class HqMaskDecoder(MaskDecoder):
         return Decoded(sam=sam, hq=hq, quality=quality, tokens=pointer, scores=scores)
 
     def _upscaled(self, keys: Tensor, finer: list[Tensor]) -> Tensor:
-        """SAM 2's upscaled embedding (p, C/8, 4s, 4s), its finer levels added on the way."""
+        """SAM 2's upscaled embedding (p, C/8, 4s, 4s), with its finer levels added."""
         to_stride_8, norm, first, to_stride_4, second = self.output_upscaling
         fine, middle = finer
         return second(to_stride_4(first(norm(to_stride_8(keys) + middle))) + fine)
@@ -148,8 +148,8 @@ class HqMaskDecoder(MaskDecoder):
     def _hq_mask(self, upscaled: Tensor, weights: Tensor) -> Tensor:
         """Logits (p, 1, 4s, 4s): weights (p, C/8) x the upscaled embedding, convolved.
 
-        The last convolution and the product are both linear: the weights go through its kernel, which then has one
-        output a prompt and not C/8.
+        The last convolution and the product are both linear, so the weights are folded into its kernel, which then has
+        one output per prompt instead of C/8.
         """
         first, norm, activation, last = self.embedding_maskfeature
         assert isinstance(last, nn.Conv2d)
@@ -164,13 +164,13 @@ class HqSam2(Sam2Segmenter):
     """HQ-SAM 2 as a segmenter: only what it adds to SAM 2 is trained.
 
     Args:
-        backbone: SAM 2's size.
+        backbone: size of SAM 2.
         frame_size: S, a multiple of 32.
-        hq_token_only: give the HQ token's mask alone and not the sum with SAM 2's.
+        hq_token_only: return the HQ token's mask alone, not its sum with SAM 2's mask.
 
     Attributes:
-        base: SAM 2 with the HQ decoder, which the official video code takes as any other SAM 2.
-        load_report: which parameters the last weights had; None before there are any.
+        base: SAM 2 with the HQ decoder; the official video code accepts it like any other SAM 2.
+        load_report: which parameters the last loaded weights contained; None before any are loaded.
     """
 
     load_report: LoadReport | None = None
@@ -194,13 +194,13 @@ class HqSam2(Sam2Segmenter):
         return decoder
 
     def train(self, mode: bool = True) -> HqSam2:
-        """Nothing here changes its mode: SAM 2 stays as it is used, and the HQ parts have none."""
+        """Keep all modules in evaluation mode: SAM 2 is frozen, and the HQ modules behave alike in both modes."""
         super().train(False)
         self.training = mode
         return self
 
     def segment(self, embedded: Embedded, prompted: PromptBatch, *, previous: Segmented | None = None) -> Segmented:  # noqa: ARG002
-        """Mask prompted objects; "sam" and "hq" of `extra` are the two tokens' logits (P, 4s, 4s)."""
+        """Segment prompted objects; `extra` holds both tokens' logits (P, 4s, 4s) as "sam" and "hq"."""
         groups = prompted.by_click_count()
         parts = [self._decoded_apart(embedded, group) for _, group in groups]
         order = torch.cat([rows for rows, _ in groups]).argsort()
@@ -209,7 +209,7 @@ class HqSam2(Sam2Segmenter):
         return Segmented(logits=logits, scores=scores, extra={"sam": sam, "hq": hq})
 
     def _decoded_apart(self, embedded: Embedded, prompted: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """SAM 2's and the HQ token's logits (p, 4s, 4s), predicted IoU (p,), of equally many points."""
+        """SAM 2's and the HQ token's logits (p, 4s, 4s), predicted IoU (p,), for prompts with equally many points."""
         sparse, dense, positions = prompt_embeddings(self.base, prompted)
         decoded = self.decoder.decode(
             embedded.embedding[prompted.images] + dense,
@@ -224,18 +224,19 @@ class HqSam2(Sam2Segmenter):
 
 
 def load_hq_sam2(model: HqSam2, weights: Mapping[str, Tensor], *, where: object) -> LoadReport:
-    """Copy published weights of HQ-SAM 2 or of SAM 2 of the same size; of the latter what HQ-SAM 2 adds stays new.
+    """Load published weights of HQ-SAM 2 or of SAM 2; of SAM 2, what HQ-SAM 2 adds stays untrained.
 
     Args:
-        model: of the weights' size.
-        weights: by the published names (`rfmedsam2.store.published_weights.read_published`).
-        where: what error messages name.
+        model: model of the same size as the weights.
+        weights: tensors by their published names (`rfmedsam2.store.published_weights.read_published`).
+        where: source of the weights, for error messages.
 
     Returns:
-        what was loaded; `missing` names what is new.
+        a report of what was loaded; `missing` lists the tensors that keep their initial values.
 
     Raises:
-        CheckpointError: weights of another model or size, or that lack something of SAM 2 or a part of what is added.
+        CheckpointError: the weights are of another model or size, incomplete for SAM 2, or hold only some of HQ-SAM
+            2's additions.
     """
     own = {f"sam_mask_decoder.{name}": t for name, t in model.decoder.state_dict().items() if name.startswith(HQ_PARTS)}
     new = {} if own.keys() & weights.keys() else own

@@ -1,8 +1,8 @@
-"""Mask Refinement: from the mask decoder's features to a mask of the frame's size, coarse to fine.
+"""Mask Refinement: a coarse-to-fine cascade from the mask decoder's features to a mask at frame resolution.
 
 SAM2Refiner paper (section "Mask Refinement"): a multi-scale cascade fuses mask features with hierarchical features of
-the encoder. Here the encoder has seen the image twice, whole and in quarters (`localization_augment`), so that its
-features reach down to stride 2.
+the encoder. Here the encoder runs on the whole image and on its quarters (`localization_augment`), so that features
+down to stride 2 are available.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Levels = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views:
-    """What the frozen encoder makes of B frames and of their quarters; of a frame it is always the same.
+    """Features of the frozen encoder for B frames and their quarters; they can be cached.
 
     Attributes:
         frames: (B, 3, S, S).
         embedding: (B, C, s, s) of the whole frames, stride 16.
         middle: (B, C/4, 2s, 2s), stride 8.
         fine: (B, C/8, 4s, 4s), stride 4.
-        local_embedding: (B, C, 2s, 2s) of the quarters, stitched: stride 8 of the frame.
+        local_embedding: (B, C, 2s, 2s) of the quarters, stitched: stride 8 in the frame.
         local_middle: (B, C/4, 4s, 4s), stride 4.
         local_fine: (B, C/8, 8s, 8s), stride 2.
     """
@@ -46,12 +46,12 @@ class Views:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskFeatures:
-    """What the mask decoder makes of p prompts.
+    """The mask decoder's features for p prompts.
 
     Attributes:
-        image: (p, C, s, s) the image after it looked at the prompts.
-        upscaled: (p, C/8, 4s, 4s) what masks are read from.
-        logits: (p, 4s, 4s) of the mask.
+        image: (p, C, s, s) image embedding after attention to the prompts.
+        upscaled: (p, C/8, 4s, 4s) upscaled embedding from which masks are computed.
+        logits: (p, 4s, 4s) logits of the mask.
     """
 
     image: Tensor
@@ -60,14 +60,14 @@ class MaskFeatures:
 
 
 class MaskRefinement(nn.Module):
-    """Adds detail to the mask decoder's logits at the frame's own size.
+    """Add detail to the mask decoder's logits at frame resolution.
 
-    What depends on the image alone is made once an image (`hierarchy`); a prompt costs the thin cascade only. The last
-    convolution starts at zero: untrained, the mask is the decoder's, interpolated.
+    What depends on the image alone is computed once per image (`hierarchy`); each prompt runs only the narrow cascade.
+    The last convolution is zero-initialized: untrained, the result is the decoder's mask, interpolated.
 
     Args:
-        channels: C of the embedding, a multiple of 16.
-        depth: residual blocks that the embedding goes through first.
+        channels: C, channels of the embedding, a multiple of 16.
+        depth: number of residual blocks applied to the embedding.
     """
 
     def __init__(self, channels: int, *, depth: int) -> None:
@@ -88,11 +88,11 @@ class MaskRefinement(nn.Module):
         self.head = zeroed(nn.Conv2d(widths[-1], 4, kernel_size=3, padding=1))
 
     def hierarchy(self, views: Views, embedding: Tensor) -> Levels:
-        """Features of the encoder for the cascade, once an image.
+        """Features of the encoder for the cascade, computed once per image.
 
         Args:
-            views: of the images.
-            embedding: (B, C, s, s) as Localization Augment renewed it.
+            views: encoder features of the images.
+            embedding: (B, C, s, s) as updated by Localization Augment.
         """
         given = (
             self.deep(embedding),
@@ -104,11 +104,11 @@ class MaskRefinement(nn.Module):
         return one, two, four, eight
 
     def forward(self, mask: MaskFeatures, levels: Levels) -> Tensor:
-        """Logits (p, S, S) of p prompts; `levels` have one row a prompt."""
+        """Logits (p, S, S) of p prompts; `levels` have one row per prompt."""
         logits = mask.logits[:, None]
         x = self.blocks[0](levels[0] + self.from_image(mask.image))
         x = self.blocks[1](levels[1] + self.ups[0](x))
-        # logits of 20 are as sure as those of 30
+        # saturates: logits of 20 and of 30 both mean certainty
         read = torch.cat([mask.upscaled, torch.tanh(logits / 10).to(mask.upscaled.dtype)], 1)
         x = self.blocks[2](levels[2] + self.ups[1](x) + self.from_mask(read))
         x = self.blocks[3](levels[3] + self.ups[2](x))
@@ -117,7 +117,7 @@ class MaskRefinement(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a skip, each after a norm over channels and GELU."""
+    """Residual block of two 3x3 convolutions, each preceded by LayerNorm over channels and GELU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

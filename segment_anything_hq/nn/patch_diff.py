@@ -1,6 +1,6 @@
-"""PatchDiff: what the last click changed, mended again within a window (SAM-REF paper, section 3.4).
+"""PatchDiff: refine again what the last click changed, within a window (SAM-REF paper, section 3.4).
 
-Windows are (x0, y0, x1, y1) edges of pixels of the maps: whole numbers, the pixels x0 to x1 - 1.
+Windows are (x0, y0, x1, y1), whole-numbered pixel edges of the maps: a window covers the pixels x0 to x1 - 1.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from rfmedsam2.nn.segmenter import PromptBatch
 from segment_anything_hq.nn.global_diff import WIDTH, ErrorDetailHeads, Refined, in_map
 
 EXPANSION = 1.4
-"""Of the box of the change (FocalClick's factor; the paper names none)."""
+"""Factor by which the box of the change is enlarged (FocalClick's; the paper does not specify one)."""
 LEAST_SHARE = 1 / 8
 """Side of the smallest window, as a share of the map's."""
 WITHIN_PLANES = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])
-"""Pixels of one mask touch, at corners too; masks of a stack do not."""
+"""Connectivity for labeling a stack of masks: 8-connected within a mask, not connected across masks."""
 
 
 class PatchDiff(nn.Module):
-    """Two heads on what is cut out by RoIAlign: the fused features, both masks so far and the disks of the clicks."""
+    """Error and detail heads on RoIAlign crops of the fused features, both masks so far and the disks of the clicks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.heads = ErrorDetailHeads(WIDTH + 4)
 
     def forward(self, features: Tensor, prompt_map: Tensor, refined: Tensor, windows: Tensor) -> tuple[Refined, Tensor]:
-        """Mend SAM's masks within windows.
+        """Refine SAM's masks within windows.
 
         Args:
             features: (P, 64, h, w) GlobalDiff's fused features.
@@ -40,7 +40,7 @@ class PatchDiff(nn.Module):
             windows: (P, 4).
 
         Returns:
-            Error and mask (P, h, w), the window's pixels scaled to the whole map; SAM's logits within the window, the
+            Error and mask (P, h, w), with the window scaled to the whole map, and SAM's logits within the window in the
             same shape.
         """
         maps = torch.cat([features.float(), prompt_map, refined[:, None]], 1)
@@ -50,12 +50,12 @@ class PatchDiff(nn.Module):
 
 
 def cropped(maps: Tensor, windows: Tensor, *, side: int | None = None) -> Tensor:
-    """Windows (P, 4) of maps (P, C, h, w), scaled by RoIAlign to (P, C, h, w).
+    """Crop windows (P, 4) from maps (P, C, h, w) and scale them to (P, C, h, w) by RoIAlign.
 
     Args:
         maps: (P, C, h, w).
-        windows: on these maps, or on maps of `side` positions a side.
-        side: of the maps that the windows are on, and of the result.
+        windows: in pixels of these maps, or of maps of side `side`.
+        side: side of the maps that the windows refer to, and of the result; None: that of `maps`.
     """
     index = torch.arange(len(maps), device=maps.device, dtype=maps.dtype)[:, None]
     rois = torch.cat([index, windows.to(maps.dtype)], 1)
@@ -66,7 +66,7 @@ def cropped(maps: Tensor, windows: Tensor, *, side: int | None = None) -> Tensor
 
 
 def pasted(patches: Tensor, into: Tensor, windows: Tensor) -> Tensor:
-    """Masks (P, h, w) `into` with `patches` (P, h, w) scaled into their windows (P, 4); outside nothing changes."""
+    """Paste `patches` (P, h, w), scaled to their windows (P, 4), into masks `into` (P, h, w)."""
     height, width = into.shape[1:]
     x0, y0, x1, y1 = windows.to(patches.dtype)[..., None].unbind(1)
     across = (torch.arange(width, device=into.device) + 0.5 - x0) / (x1 - x0)
@@ -80,13 +80,14 @@ def pasted(patches: Tensor, into: Tensor, windows: Tensor) -> Tensor:
 def change_windows(masks: Tensor, before: Tensor, prompted: PromptBatch) -> Tensor:
     """Windows (P, 4) of what changed around the last click.
 
-    The box of the connected component of the change that holds the click, made larger in proportion. Where the
-    click is in no change, a small window around it; without clicks the box of all changes; without those the whole.
+    A window is the box of the changed connected component that contains the click, enlarged by `EXPANSION`. If the
+    click lies outside all changes, it is a small window around the click; without clicks, the box of all changes;
+    without changes, the whole map.
 
     Args:
         masks: (P, h, w) logits.
-        before: (P, h, w) logits of the click before.
-        prompted: the clicks, the last one of each row being the newest.
+        before: (P, h, w) logits of the previous click.
+        prompted: the clicks; the last one of each row is the newest.
     """
     change = ((masks > 0) ^ (before > 0)).detach()
     height, width = change.shape[1:]
@@ -107,7 +108,7 @@ def change_windows(masks: Tensor, before: Tensor, prompted: PromptBatch) -> Tens
 
 
 def last_clicks(prompted: PromptBatch, *, width: int, height: int) -> tuple[Tensor, Tensor]:
-    """The newest click of each row in whole pixels of the map, (P, 2) float, and whether there is one (P,) bool."""
+    """The newest click of each row in whole pixels of the map, (P, 2) float, and whether one exists, (P,) bool."""
     if prompted.points is None or prompted.point_labels is None or not prompted.points.shape[1]:
         none = torch.zeros(len(prompted), 2, device=prompted.images.device)
         return none, torch.zeros(len(prompted), dtype=torch.bool, device=none.device)
@@ -120,7 +121,7 @@ def last_clicks(prompted: PromptBatch, *, width: int, height: int) -> tuple[Tens
 
 
 def _component_at(change: Tensor, clicks: Tensor) -> Tensor:
-    """Of masks (P, h, w) bool the connected component that holds the click (P, 2), one row's empty where none does."""
+    """The connected component of masks (P, h, w) bool that contains the click (P, 2); empty where no component does."""
     components = np.empty(change.shape, np.int32)
     ndimage.label(change.cpu().numpy(), structure=WITHIN_PLANES, output=components)
     labels = torch.from_numpy(components).to(change.device)
@@ -130,11 +131,11 @@ def _component_at(change: Tensor, clicks: Tensor) -> Tensor:
 
 
 def _boxes(masks: Tensor) -> Tensor:
-    """Edges (P, 4) float of what masks (P, h, w) bool hold; of empty ones the whole."""
+    """Edges (P, 4) float of the boxes of masks (P, h, w) bool; the whole map for empty masks."""
     (x0, x1), (y0, y1) = (_ends(masks.any(axis)) for axis in (1, 2))
     return torch.stack([x0, y0, x1, y1], 1).float()
 
 
 def _ends(held: Tensor) -> tuple[Tensor, Tensor]:
-    """First place (P,) of each row (P, n) bool that is held, and the one after the last."""
+    """Index (P,) of the first True of each row (P, n), and one past the last."""
     return held.int().argmax(1), held.shape[1] - held.flip(1).int().argmax(1)

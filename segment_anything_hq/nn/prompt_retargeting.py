@@ -1,8 +1,8 @@
-"""Prompt Retargeting: an embedding that was renewed is made to answer to the prompts again.
+"""Prompt Retargeting: align the updated embedding with the prompts again.
 
-SAM2Refiner paper (section "Prompt Retargeting"; supplement, section 1.2): features are taken from the embedding in
-small patches where the prompts are, RFB blocks make them and the embedding itself thin, and cross-attention from the
-embedding to the patches, both with their places in the frame, renews the embedding.
+SAM2Refiner paper (section "Prompt Retargeting"; supplement, section 1.2): features are sampled from the embedding in
+small patches at the prompts, RFB blocks reduce the channels of patches and embedding, and cross-attention from the
+embedding to the patches, both with positional encoding, updates the embedding.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from rfmedsam2.prompts import prompts_from_members
 from segment_anything_hq.nn.localization_augment import attend, zeroed
 
 Encode = Callable[[Tensor], Tensor]
-"""Places (..., 2) XY in pixels of the frame -> (..., C) encoded."""
+"""Positions (..., 2), XY in pixels of the frame -> positional encoding (..., C)."""
 BOX, MASK = 2, 3
-"""Kinds of prompts beside 0 and 1, the labels of points."""
+"""Kinds of prompts besides 0 and 1, the labels of points."""
 
 
 class RFB(nn.Module):
-    """Receptive field block: three branches that see ever more of the surroundings (supplement, Figure 1).
+    """Receptive field block: three branches with increasing receptive fields (supplement, Figure 1).
 
-    Each branch: 1x1, 1xn and nx1, 3x3 at padding and dilation n. They are concatenated and encoded by a 1x1
-    convolution, and the input through another 1x1 convolution is added.
+    Each branch applies 1x1, 1xn, nx1 and dilated 3x3 convolutions (dilation n). The branches are concatenated and
+    merged by a 1x1 convolution; the input, through another 1x1 convolution, is added.
 
     Args:
-        channels_in: of the input.
-        channels: of the branches and the output.
-        sizes: n of each branch, odd. The supplement names none; these are the block's usual ones.
+        channels_in: channels of the input.
+        channels: channels of the branches and the output.
+        sizes: n of each branch, odd. The supplement does not specify them; these are the block's usual ones.
     """
 
     def __init__(self, channels_in: int, channels: int, *, sizes: tuple[int, ...] = (3, 5, 7)) -> None:
@@ -57,15 +57,15 @@ class RFB(nn.Module):
 
 
 class PromptRetargeting(nn.Module):
-    """Renews an embedding by cross-attention to features of patches at the prompts.
+    """Update an embedding by cross-attention to features of patches at the prompts.
 
-    It ends in zeros: untrained, it gives back the embedding as it is.
+    The last layer is zero-initialized: untrained, it returns the embedding unchanged.
 
     Args:
-        channels: C of the embedding.
-        reduction: C over the channels that are attended with.
-        patch: positions a side of the patches.
-        frame_size: S.
+        channels: C, channels of the embedding.
+        reduction: C divided by the channels of the attention.
+        patch: side of the patches, in positions.
+        frame_size: S, side of the frame in pixels.
     """
 
     def __init__(self, channels: int, *, reduction: int, patch: int, frame_size: int) -> None:
@@ -87,20 +87,20 @@ class PromptRetargeting(nn.Module):
         self.up = zeroed(nn.Linear(width, channels))
 
     def thinned(self, embedding: Tensor) -> Tensor:
-        """The embedding (B, C, s, s) with few channels (B, width, s, s): once an image, whatever the prompts."""
+        """Reduce the embedding (B, C, s, s) to (B, width, s, s), once per image: prompts do not matter here."""
         return self.thin_embedding(embedding)
 
     def forward(
         self, embedding: Tensor, thin: Tensor, prompted: PromptBatch, *, places: Tensor, encode: Encode
     ) -> Tensor:
-        """Renewed embedding (p, C, s, s).
+        """Return the updated embedding (p, C, s, s).
 
         Args:
-            embedding: (p, C, s, s), one row a prompt.
-            thin: (p, width, s, s), of `thinned`.
-            prompted: with equally many points each, none of them padding.
-            places: (s * s, C) encoded positions of the embedding, row by row.
-            encode: places to their encoding.
+            embedding: (p, C, s, s), one row per prompt.
+            thin: (p, width, s, s), from `thinned`.
+            prompted: p prompts with the same number of points each, without padding.
+            places: (s * s, C) encoded positions of the embedding in row-major order.
+            encode: computes the positional encoding of positions.
         """
         seen, seen_places = self._patch_features(embedding, prompted, encode)
         x = thin.flatten(2).transpose(1, 2)
@@ -110,9 +110,9 @@ class PromptRetargeting(nn.Module):
         return embedding + self.up(x).transpose(1, 2).unflatten(2, embedding.shape[2:])
 
     def _patch_features(self, embedding: Tensor, prompted: PromptBatch, encode: Encode) -> tuple[Tensor, Tensor]:
-        """Features (p, m, width) of all patches' positions, and their places encoded (p, m, width).
+        """Features (p, m, width) of all patches, and their encoded positions (p, m, width).
 
-        The last of them is nothing at all, for prompts that say nothing.
+        The last one is a learned "nothing" token, so that empty prompts have something to attend to.
         """
         rows = len(prompted)
         nothing = self.nothing.expand(rows, -1, -1)
@@ -120,7 +120,7 @@ class PromptRetargeting(nn.Module):
         if boxes.shape[1] == 0:
             return nothing, torch.zeros_like(nothing)
         at = window_positions(boxes, self.patch)
-        # grid_sample has the frame from -1 to 1
+        # grid_sample expects coordinates from -1 to 1
         grid = (at / self.frame_size * 2 - 1).to(embedding.dtype).flatten(1, 2)
         taken = F.grid_sample(embedding, grid, align_corners=False).unflatten(2, (-1, self.patch)).transpose(1, 2)
         thin = self.thin_patches(taken.flatten(0, 1)).unflatten(0, (rows, -1))
@@ -131,12 +131,12 @@ class PromptRetargeting(nn.Module):
 
 
 def prompt_windows(prompted: PromptBatch, side: float, frame_size: int) -> tuple[Tensor, Tensor]:
-    """Windows (p, R, 4) XYXY of the frame that the prompts speak of, edges in pixels, and kinds (p, R).
+    """Windows (p, R, 4) of the prompts in the frame, XYXY edges in pixels, and their kinds (p, R).
 
     Args:
-        prompted: p prompts; a point's window is around it, a box and a mask have their own.
-        side: of the points' windows, in pixels.
-        frame_size: S; a mask without a pixel has the whole frame.
+        prompted: p prompts; a point's window is centered on it, a box or mask has its own extent.
+        side: side of the points' windows, in pixels.
+        frame_size: S; an empty mask gets the whole frame.
     """
     device = prompted.images.device
     windows, kinds = [], []
@@ -159,7 +159,7 @@ def prompt_windows(prompted: PromptBatch, side: float, frame_size: int) -> tuple
 
 
 def window_positions(windows: Tensor, patch: int) -> Tensor:
-    """Centers (p, R, patch, patch, 2) XY of the parts of windows (p, R, 4), cut into patch x patch."""
+    """Cut windows (p, R, 4) into patch x patch parts; return their centers (p, R, patch, patch, 2), XY."""
     parts = (torch.arange(patch, device=windows.device) + 0.5) / patch
     low, extent = windows[..., :2], windows[..., 2:] - windows[..., :2]
     x, y = (low[..., axis, None] + extent[..., axis, None] * parts for axis in (0, 1))
@@ -168,5 +168,5 @@ def window_positions(windows: Tensor, patch: int) -> Tensor:
 
 
 def _edges(boxes: Tensor) -> Tensor:
-    """Boxes of first and last pixels (..., 4) -> edges: the last pixel ends one further on than its index says."""
+    """Convert boxes of first and last pixels (..., 4) to pixel edges: the far edge is the last index plus 1."""
     return boxes + boxes.new_tensor([0, 0, 1, 1])

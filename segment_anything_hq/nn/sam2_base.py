@@ -1,4 +1,4 @@
-"""SAM 2 on images as a segmenter: tiny, small, base+ and large, prompts of several images as one batch.
+"""SAM 2 on images as a segmenter: tiny, small, base+ and large, with prompts of several images in one batch.
 
 The modules are the `sam2` package's (`rfmedsam2.nn.sam2.build.build_base`), run as its image predictor runs them.
 """
@@ -26,27 +26,27 @@ SIZES: dict[Sam2Backbone, Backbone] = {
     "hiera_l": "sam2_large",
     "hiera_nano": "nano",
 }
-"""Names as in published files; nano is for tests."""
+"""Backbone names as in the published files; nano is for tests."""
 PUBLISHED_SIZE = 1024
 BOX_LABELS = (2, 3)
-"""Of the corners of a box, which SAM 2 takes for points."""
+"""Point labels of a box's corners, which SAM 2 encodes as points."""
 
 
 class Sam2Segmenter(nn.Module):
-    """SAM 2 on frames and prompts as batches.
+    """SAM 2 on batches of frames and prompts.
 
     Args:
-        backbone: its size.
+        backbone: size of SAM 2.
         frame_size: S, a multiple of 32.
         best_of_three: see `rfmedsam2.nn.sam.SamSegmenter`.
-        trained: "decoder": the mask decoder is trained but for the convolutions that `encode` uses, so that embeddings
-            stay valid in training; "none": nothing.
+        trained: "decoder": train the mask decoder except for the convolutions that `encode` uses, so that cached
+            embeddings stay valid; "none": train nothing.
 
     Attributes:
-        base: the official modules, parameters by their published names; memory modules too, for videos.
+        base: the official modules with published parameter names, including the memory modules for videos.
 
     Raises:
-        PlanError: a frame size that SAM 2 cannot take.
+        PlanError: the frame size is not a multiple of 32.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class Sam2Segmenter(nn.Module):
         self.requires_grad_(False)
         decoder = self.base.sam_mask_decoder
         decoder.requires_grad_(trained == "decoder")
-        for convolution in (decoder.conv_s0, decoder.conv_s1):  # part of `encode`, which can thus be kept
+        for convolution in (decoder.conv_s0, decoder.conv_s1):  # part of `encode`: cached embeddings stay valid
             convolution.requires_grad_(False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255."""
+        """Frames (B, 3, S, S) of images (B, 3, h, w) with values 0 to 255."""
         return normalized(images, self.frame_size)
 
     def encode(self, frames: Tensor) -> Embedded:
-        """Embed frames (B, 3, S, S); `early` is the level of stride 4 before the decoder's own convolution."""
+        """Embed frames (B, 3, S, S); `early` is the stride-4 level before the decoder's convolution."""
         fine, middle, embedding = self.base.image_encoder(frames)["backbone_fpn"]
         decoder = self.base.sam_mask_decoder
         return Embedded(
@@ -88,7 +88,7 @@ class Sam2Segmenter(nn.Module):
         )
 
     def segment(self, embedded: Embedded, prompted: PromptBatch, *, previous: Segmented | None = None) -> Segmented:  # noqa: ARG002
-        """Mask the prompted objects; the mask before takes part only as `prompted.masks`."""
+        """Segment the prompted objects; a previous mask is used only if given as `prompted.masks`."""
         masks = embedded.embedding.new_empty(len(prompted), *(2 * [self.frame_size // 4]), dtype=torch.float32)
         scores = masks.new_empty(len(prompted))
         for rows, group in prompted.by_click_count():
@@ -98,11 +98,11 @@ class Sam2Segmenter(nn.Module):
         return Segmented(logits=masks, scores=scores)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of the mask decoder, or none."""
+        """Parameters that require gradients, with their names: those of the mask decoder, or none."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def _decoded(self, embedded: Embedded, prompted: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Masks (p, 4s, 4s) and their scores (p,) of prompts with equally many points."""
+        """Masks (p, 4s, 4s) and scores (p,) for prompts with the same number of points."""
         sparse, dense, positions = prompt_embeddings(self.base, prompted)
         masks, quality, _, _ = self.base.sam_mask_decoder(
             image_embeddings=embedded.embedding[prompted.images],
@@ -119,7 +119,7 @@ class Sam2Segmenter(nn.Module):
 
 
 def finer_levels(embedded: Embedded, images: Tensor) -> list[Tensor]:
-    """Levels of strides 4 and 8 for the decoder, one row a prompt; of a single image one row for all."""
+    """Levels of strides 4 and 8 for the decoder, one row per prompt, or a single row if there is one image."""
     assert embedded.fine is not None
     assert embedded.middle is not None
     levels = [embedded.fine, embedded.middle]
@@ -127,10 +127,10 @@ def finer_levels(embedded: Embedded, images: Tensor) -> list[Tensor]:
 
 
 def prompt_embeddings(base: Base, prompted: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Sparse (p, n, C) and dense (p, C, s, s) embeddings of equally many points, dense positions (1, C, s, s).
+    """Sparse (p, n, C) and dense (p, C, s, s) prompt embeddings, and dense positions (1, C, s, s).
 
-    A box goes in as two points before the others, as the official predictor has it. At full precision: half of it
-    misplaces a point by as much as two pixels of 1024.
+    All prompts have the same number of points. A box is encoded as two points before the others, as in the official
+    predictor. Computed in float32: half precision displaces points by up to two pixels of 1024.
     """
     points, labels = prompted.points, prompted.point_labels
     if prompted.boxes is not None:
@@ -157,10 +157,10 @@ def build_sam2(
     frame_size: int = PUBLISHED_SIZE,
     trained: Trained = "none",
 ) -> Sam2Segmenter:
-    """SAM 2 of these published weights (sam2.1_hiera_*, sam2_hiera_*), in evaluation mode.
+    """Build SAM 2 with published weights (sam2.1_hiera_*, sam2_hiera_*), in evaluation mode.
 
     Raises:
-        CheckpointError: weights of another model or size, or that lack something.
+        CheckpointError: the weights are of another model or size, or incomplete.
     """
     sam = Sam2Segmenter(backbone, frame_size=frame_size, trained=trained)
     load_weights(sam, weights, where=where)
@@ -168,12 +168,12 @@ def build_sam2(
 
 
 def load_weights(sam: Sam2Segmenter, weights: Mapping[str, Tensor], *, where: object) -> LoadReport:
-    """Copy published weights into a SAM 2 of their size; see `rfmedsam2.nn.sam2.weights.load_sam2`."""
+    """Load published weights into a SAM 2 of the same size; see `rfmedsam2.nn.sam2.weights.load_sam2`."""
     return load_sam2(sam.base, weights, where=where)
 
 
 def fall_back_when_unstable(base: Base) -> None:
-    """A single mask that changes much with its threshold gives way to the best of three, as published for images."""
+    """Use the best of three masks when the single one is unstable, as the published image predictor does."""
     decoder = base.sam_mask_decoder
     decoder.dynamic_multimask_via_stability = True
     decoder.dynamic_multimask_stability_delta = 0.05

@@ -1,8 +1,8 @@
-"""SAM2Refiner: SAM 2, frozen, with three learned modules around its mask decoder.
+"""SAM2Refiner: a frozen SAM 2 with three learned modules around its mask decoder.
 
-Localization Augment renews the image's embedding, Prompt Retargeting renews it again for every prompt, SAM 2's mask
-decoder reads a mask from it, Mask Refinement makes that a mask of the frame's size ("Toward Fine-grained Interactive
-Segmentation in Images and Videos", Yao et al. 2025). About 12 M parameters are learned on Hiera-L.
+Localization Augment updates the image's embedding, Prompt Retargeting updates it again for every prompt, SAM 2's mask
+decoder predicts a mask from it, and Mask Refinement brings the mask to frame resolution ("Toward Fine-grained
+Interactive Segmentation in Images and Videos", Yao et al. 2025). With Hiera-L, about 12 M parameters are learned.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ QUARTERS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefinerConfig:
-    """Sizes of the learned modules; the paper gives their sum alone.
+    """Sizes of the learned modules; the paper reports only their total parameter count.
 
     Attributes:
-        layers: of Localization Augment.
-        reduction: of the embedding's channels, where there is attention.
-        widening: hidden features over channels, of Localization Augment's MLPs.
-        patch: positions a side of the patches of Prompt Retargeting.
-        depth: residual blocks that Mask Refinement passes the embedding through.
+        layers: number of layers of Localization Augment.
+        reduction: factor by which attention reduces the embedding's channels.
+        widening: hidden features of Localization Augment's MLPs, divided by the channels.
+        patch: side of Prompt Retargeting's patches, in positions.
+        depth: number of residual blocks of Mask Refinement on the embedding.
     """
 
     layers: int = 4
@@ -45,18 +45,18 @@ class RefinerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefinedEmbedded(Embedded):
-    """Embedded images as the refiner has them: `embedding` is renewed, `frames` and `early` are left out.
+    """The refiner's embedded images: `embedding` is updated; `frames` and `early` are None.
 
     Attributes:
-        thin: (B, C/2, s, s) the embedding for Prompt Retargeting.
-        levels: features of the encoder for Mask Refinement.
+        thin: (B, C/2, s, s) reduced embedding for Prompt Retargeting.
+        levels: encoder features for Mask Refinement.
     """
 
     thin: Tensor
     levels: Levels
 
     def at(self, index: Tensor) -> RefinedEmbedded:
-        """Rows of the images (P,) named, repeated where an image is named twice."""
+        """Select images by index (P,), with repetition."""
         assert self.fine is not None
         assert self.middle is not None
         one, two, four, eight = (level[index] for level in self.levels)
@@ -72,14 +72,14 @@ class RefinedEmbedded(Embedded):
 class SAM2Refiner(nn.Module):
     """SAM 2 with Localization Augment, Prompt Retargeting and Mask Refinement.
 
-    Untrained it gives SAM 2's masks, interpolated to the frame's size. SAM 2 is frozen and stays in evaluation mode.
+    Untrained, it returns SAM 2's masks interpolated to frame resolution. SAM 2 is frozen and stays in evaluation mode.
 
     Args:
-        sam: the base, which is used and not copied.
+        sam: the base model; not copied.
         config: sizes of the learned modules.
 
     Attributes:
-        prompts_at_once: more are masked one group after the other: a prompt takes some 100 MB at 1024 pixels.
+        prompts_at_once: prompts per chunk, which limits memory: a prompt takes about 100 MB at 1024 pixels.
     """
 
     prompts_at_once: int = 16
@@ -100,22 +100,22 @@ class SAM2Refiner(nn.Module):
         self.refinement = MaskRefinement(sam.channels, depth=config.depth)
 
     def train(self, mode: bool = True) -> SAM2Refiner:
-        """Switch what is trained alone: SAM 2 never drops paths."""
+        """Set the mode of the learned modules; SAM 2 stays in evaluation mode."""
         super().train(mode)
         self.sam.eval()
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255."""
+        """Frames (B, 3, S, S) of images (B, 3, h, w) with values 0 to 255."""
         return self.sam.normalize(images)
 
     def encode(self, frames: Tensor) -> RefinedEmbedded:
-        """Embed frames (B, 3, S, S): SAM 2's encoder sees 5 B of them."""
+        """Embed frames (B, 3, S, S); SAM 2's encoder runs on 5 B images, the frames and their quarters."""
         return self.renewed(self.look(frames))
 
     @torch.no_grad()
     def look(self, frames: Tensor) -> Views:
-        """The frozen part of `encode`, which may be kept: whole frames and quarters in one batch."""
+        """Run the frozen part of `encode` on frames and quarters in one batch; its result may be cached."""
         count = len(frames)
         seen = self.sam.encode(torch.cat([frames, sub_images(frames)]))
         assert seen.fine is not None
@@ -135,7 +135,7 @@ class SAM2Refiner(nn.Module):
         )
 
     def renewed(self, views: Views) -> RefinedEmbedded:
-        """The learned part of `encode`."""
+        """Run the learned part of `encode`."""
         places, local_places = (self._places(t.shape[-1]) for t in (views.embedding, views.local_embedding))
         embedding = self.localization(views.embedding, views.local_embedding, places=places, local_places=local_places)
         return RefinedEmbedded(
@@ -159,9 +159,9 @@ class SAM2Refiner(nn.Module):
         Args:
             embedded: of `encode`.
             prompted: of P objects.
-            previous: not used; give its logits as `prompted.masks`.
-            conditioned: (P, C, s, s) in a video: what memory attention made of `embedded.embedding` (less SAM 2's
-                no-memory embedding) for each object.
+            previous: not used; pass its logits as `prompted.masks`.
+            conditioned: in a video, (P, C, s, s): output of memory attention for each object, computed from
+                `embedded.embedding` without SAM 2's no-memory embedding.
 
         Returns:
             `refined` (P, S, S), the decoder's own `logits`, and for SAM 2's memory in `extra`: `pointers` (P, C) and
@@ -177,11 +177,11 @@ class SAM2Refiner(nn.Module):
         return _in_order(made, torch.cat(rows).argsort())
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of the three modules."""
+        """Parameters of the three learned modules, with their names."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def _segment(self, embedded: RefinedEmbedded, prompted: PromptBatch, conditioned: Tensor | None) -> Segmented:
-        """Mask prompts with equally many points."""
+        """Segment prompts with the same number of points."""
         of = embedded.at(prompted.images)
         thin = of.thin if conditioned is None else self.retargeting.thinned(conditioned)
         embedding = self.retargeting(
@@ -200,12 +200,12 @@ class SAM2Refiner(nn.Module):
         )
 
     def _decode(self, embedding: Tensor, of: RefinedEmbedded, prompted: PromptBatch) -> tuple[MaskFeatures, Segmented]:
-        """SAM 2's `MaskDecoder.predict_masks` and `forward`, which keep the features that masks are read from."""
+        """SAM 2's `MaskDecoder.predict_masks` and `forward`, returning the features of the masks as well."""
         decoder = self.sam.base.sam_mask_decoder
         sparse, dense, positions = prompt_embeddings(self.sam.base, prompted)
         unprompted = sparse.shape[1] == 0 and prompted.masks is None
         if unprompted:
-            # a frame of a video without a prompt: two empty points, as the official video predictor has it
+            # a video frame without a prompt: two padding points, as in the official video predictor
             sparse = self.sam.base.sam_prompt_encoder.not_a_point_embed.weight.expand(len(prompted), 2, -1)
         own = [decoder.iou_token.weight, decoder.mask_tokens.weight]
         if decoder.pred_obj_scores:
@@ -240,13 +240,13 @@ class SAM2Refiner(nn.Module):
         return MaskFeatures(image=image, upscaled=upscaled, logits=logits), segmented
 
     def _places(self, side: int) -> Tensor:
-        """(side * side, C) positions of a map over the frame, encoded as the prompt encoder does."""
+        """(side * side, C) positions of a map over the frame, encoded as by the prompt encoder."""
         device = self.sam.base.no_mem_embed.device
         return self._encoded(grid_positions(side, self.frame_size, device))
 
     @torch.no_grad()
     def _encoded(self, places: Tensor) -> Tensor:
-        """(..., 2) XY in pixels -> (..., C), at full precision: half of it misplaces a point by pixels."""
+        """(..., 2) XY in pixels -> (..., C), in float32: half precision displaces points by pixels."""
         layer = self.sam.base.sam_prompt_encoder.pe_layer
         with torch.autocast(places.device.type, enabled=False):
             flat = layer.forward_with_coords(places.reshape(1, -1, 2), (self.frame_size, self.frame_size))
@@ -254,7 +254,7 @@ class SAM2Refiner(nn.Module):
 
 
 def _in_order(parts: list[Segmented], order: Tensor) -> Segmented:
-    """Rows of all parts, one after the other, in this order."""
+    """Concatenate the rows of all parts and reorder them."""
 
     def joined(tensors: list[Tensor]) -> Tensor:
         return torch.cat(tensors)[order]

@@ -1,4 +1,4 @@
-"""SAM-REF and SAM2-REF: SAM's mask, mended by image and prompts together (SAM-REF paper, sections 3.2 - 3.4)."""
+"""SAM-REF and SAM2-REF: SAM's mask, refined with image and prompts (SAM-REF paper, sections 3.2 - 3.4)."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from segment_anything_hq.nn.patch_diff import PatchDiff, change_windows, pasted
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter
 
 THETA = 1.1
-"""Growth of the error map from which on a click changes its surroundings alone (supplement, Table 1)."""
+"""Growth of the error map above which a click changes only its surroundings (supplement, Table 1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared(Embedded):
-    """Embedded images and what GlobalDiff makes of them; see `SamRef.prepare`."""
+    """Embedded images with GlobalDiff's features of them; see `SamRef.prepare`."""
 
     maps: ImageMaps
 
 
 class SamRef(nn.Module):
-    """A frozen SAM or SAM 2 with the GlobalDiff and PatchDiff refiners, of which alone parameters are trained.
+    """A frozen SAM or SAM 2 with the GlobalDiff and PatchDiff refiners, which alone are trained.
 
-    While the error map stays, GlobalDiff's mask is the result. Where a click makes it grow by more than theta, the
-    result is the mask before, in which PatchDiff mends the window of the click (Dynamic Patch Selector).
+    The result is GlobalDiff's mask unless a click makes the error map grow by a factor of more than theta. Then it is
+    the previous mask, in which PatchDiff refines the window of the click (Dynamic Patch Selector).
 
     Args:
         base: SAM or SAM 2.
-        blocks: N of GlobalDiff.
-        theta: of the selector; 0: always PatchDiff, None: never.
-        radius: of the disks of clicks, pixels of the dense prompt map.
+        blocks: N, number of GlobalDiff's residual blocks.
+        theta: threshold of the selector; 0: always PatchDiff, None: never.
+        radius: radius of the clicks' disks, in pixels of the dense prompt map.
     """
 
     def __init__(
@@ -57,42 +57,42 @@ class SamRef(nn.Module):
         self.patch_diff = PatchDiff()
 
     def train(self, mode: bool = True) -> SamRef:
-        """The refiners alone change their mode: SAM stays as it is used."""
+        """Set the mode of the refiners; SAM stays in evaluation mode."""
         super().train(mode)
         self.base.eval()
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
-        """The base's: frames (B, 3, S, S) of images (B, 3, h, w) of 0 to 255."""
+        """The base's frames (B, 3, S, S) of images (B, 3, h, w) with values 0 to 255."""
         return self.base.normalize(images)
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Embedded:
-        """The base's embedding of frames (B, 3, S, S), and the frames."""
+        """The base's embedding of frames (B, 3, S, S), together with the frames."""
         return self.base.encode(frames)
 
     @torch.no_grad()
     def prepare(self, embedded: Embedded) -> Prepared:
-        """What the refiners need of the images alone, for many clicks on the same ones by the weights as they are."""
+        """Compute the refiners' image features once, for many clicks on the same images with the current weights."""
         given = {field.name: getattr(embedded, field.name) for field in fields(Embedded)}
         return Prepared(**given, maps=self._image_maps(embedded))
 
     def segment(self, embedded: Embedded, prompted: PromptBatch, *, previous: Segmented | None = None) -> Segmented:
-        """Mask the prompted objects.
+        """Segment the prompted objects.
 
         Args:
-            embedded: with its frames; of `prepare` where many clicks on the same images follow.
-            prompted: their clicks; boxes and masks go to the base (a box is drawn for the refiners).
-            previous: what this method gave for the same objects at the click before; None: the first click.
+            embedded: embedding with its frames; use `prepare` if many clicks on the same images follow.
+            prompted: clicks; boxes and masks are passed to the base (the refiners also see a box, as an outline).
+            previous: result of this method for the same objects at the previous click; None: the first click.
 
         Returns:
             `logits`: the refined masks. `extra`, for the losses: `coarse`, `global_error`, `global_mask` (P, 4s, 4s),
             `error_area` (P,) pixels. Where PatchDiff ran, in training everywhere: `rows` (p,) of the prompts,
-            `windows` (p, 4) as in `patch_diff`, whose `cropped` gives a truth like `patch_coarse`, `patch_error`,
-            `patch_mask` (p, 4s, 4s).
+            `windows` (p, 4) as in `patch_diff`, whose `cropped` cuts a ground truth to match `patch_coarse`,
+            `patch_error`, `patch_mask` (p, 4s, 4s).
 
         Raises:
-            UsageError: the embedding has come without its frames.
+            UsageError: the embedding does not include its frames.
         """
         with torch.no_grad():
             base = self.base.segment(embedded, prompted)
@@ -123,16 +123,16 @@ class SamRef(nn.Module):
         return Segmented(logits=overall.mask.index_copy(0, rows, chosen), scores=base.scores, extra=extra)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of the two refiners."""
+        """Parameters of the two refiners, with their names."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def _image_maps(self, embedded: Embedded) -> ImageMaps:
         if embedded.frames is None:
-            raise UsageError("SAM-REF looks at the image again", expected="embeddings with their frames", found="none")
+            raise UsageError("SAM-REF needs the image", expected="embeddings with their frames", found="no frames")
         return self.global_diff.images(embedded)
 
     def _grown(self, area: Tensor, previous: Segmented | None) -> Tensor:
-        """(P,) bool: the error map, of `area` pixels, is larger by more than theta than at the click before."""
+        """(P,) bool: the error map's area (pixels) is more than theta times that of the previous click."""
         if previous is None or self.theta is None:
             return torch.zeros_like(area, dtype=torch.bool)
         if not self.theta:

@@ -1,4 +1,4 @@
-"""What is trained of a segmenter, apart from its frozen base: the module that a training optimizes and saves."""
+"""The trained part of a segmenter, without its frozen base: the module that a training optimizes and saves."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from torch import nn
 
 
 class TrainedPart(nn.Module):
-    """The trained modules of a segmenter, not copies of them, under the names that they have in it.
+    """The trained modules of a segmenter (the same objects, not copies), under their names in the segmenter.
 
-    Its `state_dict` holds them alone, so that checkpoints do not repeat the base. Moving it to a device moves the whole
-    segmenter. What is frozen stays in evaluation mode: no running mean moves, no path is dropped.
+    Its `state_dict` contains only them, so that checkpoints do not repeat the base. Moving it to a device moves the
+    whole segmenter. Frozen modules stay in evaluation mode: running statistics stay fixed and no path is dropped.
 
     Args:
-        segmenter: whose parameters with gradients are meant, and the buffers of modules that have no others.
+        segmenter: its parameters that require gradients are the trained part, with the buffers of modules that are
+            trained entirely.
     """
 
     def __init__(self, segmenter: nn.Module) -> None:
         super().__init__()
-        self._whole = (segmenter,)  # in a tuple it is no module of this one
+        self._whole = (segmenter,)  # in a tuple, so that it is not registered as a submodule
         _collect(segmenter, self)
         self._frozen = tuple(_frozen(segmenter))
 
     @property
     def segmenter(self) -> nn.Module:
-        """The whole of which this is a part."""
+        """The whole segmenter."""
         return self._whole[0]
 
     def train(self, mode: bool = True) -> TrainedPart:
-        """Switch what is trained."""
+        """Set the mode of the trained modules; frozen ones stay in evaluation mode."""
         self.training = mode
         self.segmenter.train(mode)
         for module in self._frozen:
@@ -42,7 +43,7 @@ class TrainedPart(nn.Module):
 
 
 def _collect(source: nn.Module, target: nn.Module) -> None:
-    """Give the target the parts of the source that are trained, branches of both kinds as new modules."""
+    """Register the trained parts of the source in the target; partly trained branches become new modules."""
     for name, child in source.named_children():
         trained = [parameter.requires_grad for parameter in child.parameters()]
         if trained and all(trained):
@@ -57,7 +58,7 @@ def _collect(source: nn.Module, target: nn.Module) -> None:
 
 
 def _frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest parts of a module of which nothing is trained."""
+    """The largest submodules without trained parameters."""
     for child in module.children():
         if any(parameter.requires_grad for parameter in child.parameters()):
             yield from _frozen(child)

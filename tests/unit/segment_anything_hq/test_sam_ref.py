@@ -8,7 +8,7 @@ import torch
 from rfmedsam2.errors import UsageError
 from rfmedsam2.nn.sam import SamSegmenter
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, Segmenter
-from segment_anything_hq.nn.global_diff import dense_prompt_map, mended
+from segment_anything_hq.nn.global_diff import blend_detail, dense_prompt_map
 from segment_anything_hq.nn.patch_diff import change_windows, cropped, pasted
 from segment_anything_hq.nn.sam2_base import Sam2Segmenter
 from segment_anything_hq.nn.sam_ref import SamRef
@@ -54,7 +54,7 @@ def before(model: SamRef, prompted: PromptBatch, *, area: int) -> Segmented:
 
 def test_error_map_shares_out_detail_and_coarse() -> None:
     coarse, detail = torch.tensor([-4.0, -4.0, -4.0]), torch.tensor([6.0, 6.0, 6.0])
-    mask = mended(coarse, error=torch.tensor([-100.0, 0.0, 100.0]), detail=detail)
+    mask = blend_detail(coarse, error=torch.tensor([-100.0, 0.0, 100.0]), detail=detail)
     torch.testing.assert_close(mask, torch.tensor([-4.0, 1.0, 6.0]))
 
 
