@@ -1,4 +1,4 @@
-"""SAM's and HQ-SAM's network parts, by the published package's names."""
+"""Network parts of SAM and HQ-SAM, under the published package's names."""
 
 from __future__ import annotations
 

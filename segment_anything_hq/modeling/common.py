@@ -1,4 +1,4 @@
-"""Layers that SAM's parts share: `segment_anything`'s, unchanged."""
+"""Layers shared by SAM's parts, re-exported unchanged from `segment_anything`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""SAM's ViT with the early features that HQ-SAM reads, and attention that never holds a map of all places to all.
+"""SAM's ViT with early features for HQ-SAM, and attention that never holds the full N x N score matrix.
 
-It gives (embedding (B, 256, s, s), early features, a list of (B, s, s, C)): what each block of global attention gives,
-of which HQ-SAM reads the first (HQ-SAM paper, section 3.3).
+It returns the embedding (B, 256, s, s) and the early features, a list of (B, s, s, C): the outputs of the blocks with
+global attention, of which HQ-SAM uses the first (HQ-SAM paper, section 3.3).
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = [
 ]
 
 SCORES_AT_ONCE = 1 << 21
-"""Attention scores that are held at a time on a CPU."""
+"""Number of attention scores held at a time on a CPU."""
 
 
 class ImageEncoderViT(SamVit):
-    """SAM's ViT, of the same arguments, with early features: frames (B, 3, S, S) -> see the module."""
+    """SAM's ViT with early features, with the same arguments: frames (B, 3, S, S) -> see the module."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See the class."""
@@ -61,7 +61,7 @@ class ImageEncoderViT(SamVit):
 
 
 def _through(block: Block, x: Tensor) -> Tensor:
-    """SAM's block, (B, h, w, C) -> the same, without ever holding a map of all places to all places."""
+    """SAM's block, (B, h, w, C) -> the same shape, without the full score matrix."""
     shortcut, height, width = x, x.shape[1], x.shape[2]
     x = block.norm1(x)
     if block.window_size:
@@ -74,7 +74,7 @@ def _through(block: Block, x: Tensor) -> Tensor:
 
 
 def _attended(attention: Attention, x: Tensor) -> Tensor:
-    """SAM's attention with its decomposed relative positions, (B, h, w, C) -> the same."""
+    """SAM's attention with decomposed relative positions, (B, h, w, C) -> the same shape."""
     batch, height, width, _ = x.shape
     qkv = attention.qkv(x).view(batch, height * width, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv
@@ -94,14 +94,14 @@ def _attended(attention: Attention, x: Tensor) -> Tensor:
 
 
 def by_rows(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
-    """Attention with relative positions, a few queries at a time: what is large stays in a CPU's caches.
+    """Attention with relative positions in chunks of queries, so that the scores fit into a CPU's caches.
 
     Args:
-        q: (B, H, N, c), scaled.
-        k: (B, H, N, c).
-        v: (B, H, N, c).
+        q: (B, H, N, c), scaled queries.
+        k: (B, H, N, c), keys.
+        v: (B, H, N, c), values.
         to_rows: (B, H, N, h) bias of each query for the keys of each row.
-        to_columns: (B, H, N, w) likewise of each column.
+        to_columns: (B, H, N, w) bias of each query for the keys of each column.
 
     Returns:
         (B, H, N, c).
@@ -116,10 +116,10 @@ def by_rows(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor
 
 
 def by_products(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
-    """The same as `by_rows` for a kernel that never holds the scores.
+    """The same result as `by_rows` through a fused attention kernel, which never stores the scores.
 
-    A bias by row and column is a product of further channels: the query's are its biases, the key's a one at its row
-    and a one at its column.
+    A bias per row and column equals a dot product over additional channels: the query's are its biases, the key's are
+    one-hot encodings of its row and column.
     """
     places = _places(to_rows.shape[3], to_columns.shape[3], k).expand(*k.shape[:2], -1, -1)
     q = torch.cat([q, to_rows, to_columns], dim=-1)
@@ -127,7 +127,7 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Te
 
 
 def _places(height: int, width: int, like: Tensor) -> Tensor:
-    """(height * width, height + width): a one at each place's row, and one at its column."""
+    """(height * width, height + width) one-hot encoding of each position's row and column."""
     rows, columns = (torch.eye(side, dtype=like.dtype, device=like.device) for side in (height, width))
     by_row = rows[:, None].expand(height, width, height)
     return torch.cat([by_row, columns[None].expand(height, width, width)], dim=-1).flatten(0, 1)

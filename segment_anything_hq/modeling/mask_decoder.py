@@ -1,4 +1,4 @@
-"""SAM's mask decoder: `segment_anything`'s, called as HQ-SAM's is."""
+"""SAM's mask decoder from `segment_anything`, with the call signature of HQ-SAM's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["MLP", "LayerNorm2d", "MaskDecoder"]
 
 
 class MaskDecoder(SamMaskDecoder):
-    """SAM's own mask decoder; it takes HQ-SAM's two further arguments and ignores them."""
+    """SAM's own mask decoder; it accepts and ignores HQ-SAM's two additional arguments."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

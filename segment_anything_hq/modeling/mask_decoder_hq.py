@@ -1,4 +1,4 @@
-"""HQ-SAM's mask decoder: SAM's, and one more output token that reads high-quality features.
+"""HQ-SAM's mask decoder: SAM's with an extra output token that is applied to high-quality features.
 
 Modules and parameters have the published names. Source: HQ-SAM paper, sections 3.2 and 3.3 (HQ-Output Token;
 global-local feature fusion), supplement section 2 (sizes).
@@ -22,21 +22,21 @@ from segment_anything_hq.modeling.transformer import FirstLayer, attend, first_l
 __all__ = ["HQ_PARTS", "MLP", "Decoded", "ImageSide", "LayerNorm2d", "MaskDecoderHQ", "hq_parameters", "mask_features"]
 
 HQ_PARTS = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
-"""What HQ-SAM adds to SAM, and what is trained of it."""
+"""Modules that HQ-SAM adds to SAM; only these are trained."""
 PLACES_AT_ONCE = {"cpu": 64 * 64}
-"""Places of the embedding, of all prompts together, whose masks are made at a time: on a CPU one prompt of a frame of
-1024 pixels, which is faster than more of them (their maps fit into its caches), elsewhere `OTHERWISE_AT_ONCE`."""
+"""Embedding positions, summed over prompts, decoded per chunk. On a CPU that is one prompt of a 1024-pixel frame, whose
+maps fit into the caches, which makes it faster than larger chunks; other devices use `OTHERWISE_AT_ONCE`."""
 OTHERWISE_AT_ONCE = 64 * 64 * 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSide:
-    """All of the decoder that depends on B images alone, computed once for all of their prompts.
+    """Everything in the decoder that depends on B images alone, computed once for all of their prompts.
 
     Attributes:
-        embedding: (B, N, d), N = s * s places.
-        position: (N, d) their positional encoding.
-        first: what the transformer's first layer sees of images without a mask prompt.
+        embedding: (B, N, d), N = s * s positions.
+        position: (N, d) positional encoding.
+        first: projections of the images in the transformer's first layer, without a mask prompt.
         hq_features: (B, d/8, 4s, 4s) from the encoder's last and early features.
     """
 
@@ -54,10 +54,10 @@ class Decoded:
     """Masks of P prompts.
 
     Attributes:
-        sam: (K, 4s, 4s) logits of SAM's own token; None where they were not asked for.
+        sam: (K, 4s, 4s) logits of SAM's own token; None if they were not requested.
         hq: (K, 4s, 4s) logits of the HQ-Output token.
         scores: (P,) SAM's predicted IoU.
-        kept: (K,) which prompts the masks are of: all, or those whose score passed.
+        kept: (K,) prompt index of each mask: all prompts, or those whose score is high enough.
     """
 
     sam: Tensor | None
@@ -67,7 +67,7 @@ class Decoded:
 
     @property
     def logits(self) -> Tensor:
-        """What HQ-SAM predicts (K, 4s, 4s): the sum of both tokens' logits, or the HQ token's where only it ran."""
+        """HQ-SAM's logits (K, 4s, 4s): the sum of both tokens' logits, or the HQ token's if only that was computed."""
         return self.hq if self.sam is None else self.sam + self.hq
 
 
@@ -76,11 +76,11 @@ class MaskDecoderHQ(SamMaskDecoder):
 
     Args:
         transformer_dim: d, channels of the embedding.
-        transformer: `segment_anything`'s TwoWayTransformer.
-        num_multimask_outputs: masks of an ambiguous prompt.
-        activation: of the upscaling.
+        transformer: TwoWayTransformer of `segment_anything`.
+        num_multimask_outputs: number of masks for an ambiguous prompt.
+        activation: activation of the upscaling.
         iou_head_depth: layers of the head that predicts the IoU.
-        iou_head_hidden_dim: its channels.
+        iou_head_hidden_dim: hidden channels of that head.
         vit_dim: channels of the encoder's early features.
     """
 
@@ -121,16 +121,16 @@ class MaskDecoderHQ(SamMaskDecoder):
         hq_token_only: bool,
         interm_embeddings: list[Tensor] | Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Masks of P prompts of one image.
+        """Predict masks for P prompts of one image.
 
         Args:
             image_embeddings: (1, d, s, s).
-            image_pe: (1, d, s, s).
+            image_pe: (1, d, s, s) positional encoding.
             sparse_prompt_embeddings: (P, k, d).
-            dense_prompt_embeddings: (P, d, s, s), or one for all of them (1, d, s, s).
-            multimask_output: take the best by predicted IoU of the masks for ambiguous prompts, not the single one.
-            hq_token_only: give the HQ token's logits alone, else their sum with SAM's.
-            interm_embeddings: the encoder's early features, the first of them (1, s, s, C).
+            dense_prompt_embeddings: (P, d, s, s), or (1, d, s, s) shared by all prompts.
+            multimask_output: use the best by predicted IoU of the masks for ambiguous prompts, not the single one.
+            hq_token_only: return the HQ token's logits alone, not their sum with SAM's.
+            interm_embeddings: the encoder's early features; the first is (1, s, s, C).
 
         Returns:
             logits (P, 1, 4s, 4s) and predicted IoU (P, 1).
@@ -148,18 +148,18 @@ class MaskDecoderHQ(SamMaskDecoder):
         return decoded.logits[:, None], decoded.scores[:, None]
 
     def hq_features(self, image_embeddings: Tensor, interm_embeddings: list[Tensor] | Tensor) -> Tensor:
-        """Features (B, d/8, 4s, 4s) of images: last features (B, d, s, s) and early ones, first of all (B, s, s, C)."""
+        """HQ features (B, d/8, 4s, 4s) from the last features (B, d, s, s) and the first early ones (B, s, s, C)."""
         early = interm_embeddings[0].permute(0, 3, 1, 2)
         return self.embedding_encoder(image_embeddings) + self.compress_vit_feat(early)
 
     def prepare(self, embedding: Tensor, position: Tensor, early: list[Tensor] | Tensor, no_mask: Tensor) -> ImageSide:
-        """What can be computed of B images before any prompt is known.
+        """Compute what depends on B images alone, before any prompt is known.
 
         Args:
             embedding: (B, d, s, s).
-            position: (1, d, s, s).
-            early: the encoder's early features, the first of them (B, s, s, C).
-            no_mask: (1, d, s, s) what the prompt encoder gives where there is no mask prompt.
+            position: (1, d, s, s) positional encoding.
+            early: the encoder's early features; the first is (B, s, s, C).
+            no_mask: (1, d, s, s) the prompt encoder's embedding for "no mask prompt".
         """
         places, positions = _places(embedding), _places(position)[0]
         return ImageSide(
@@ -180,16 +180,16 @@ class MaskDecoderHQ(SamMaskDecoder):
         hq_token_only: bool = False,
         least_score: float | None = None,
     ) -> Decoded:
-        """Masks of P prompts of B images.
+        """Predict masks for P prompts of B images.
 
         Args:
-            image: of `prepare`.
-            sparse: (P, k, d) points and boxes.
-            images: (P,) which image each prompt is of; None: all of the first.
+            image: result of `prepare`.
+            sparse: (P, k, d) embeddings of points and boxes.
+            images: (P,) index of each prompt's image; None: all belong to the first.
             dense: (P, d, s, s) mask prompts; None: no prompt has a mask.
-            multimask: take the best by predicted IoU of the masks for ambiguous prompts, not the single one.
-            hq_token_only: leave SAM's own mask out.
-            least_score: make masks only of prompts whose predicted IoU is above this.
+            multimask: use the best by predicted IoU of the masks for ambiguous prompts, not the single one.
+            hq_token_only: skip SAM's own mask.
+            least_score: compute masks only for prompts whose predicted IoU is above this.
         """
         images = sparse.new_zeros(len(sparse), dtype=torch.long) if images is None else images
         size = max(1, PLACES_AT_ONCE.get(sparse.device.type, OTHERWISE_AT_ONCE) // image.embedding.shape[1])
@@ -225,9 +225,9 @@ class MaskDecoderHQ(SamMaskDecoder):
         dense_prompt_embeddings: Tensor,
         hq_features: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """All masks of P prompts of one image, SAM's first, the HQ token's last, step by step as the paper has them.
+        """Predict all masks of P prompts of one image, SAM's first, the HQ token's last, step by step as in the paper.
 
-        For export and comparison: every prompt is computed whole. Shapes as in `forward`; hq_features
+        For export and comparison, without sharing work between prompts. Shapes as in `forward`; hq_features is
         (1, d/8, 4s, 4s).
 
         Returns:
@@ -251,7 +251,7 @@ class MaskDecoderHQ(SamMaskDecoder):
         return self.transformer
 
     def _own_tokens(self) -> Tensor:
-        """(1, tokens, d): predicted IoU, SAM's masks, the HQ mask."""
+        """Output tokens (1, tokens, d): predicted IoU, SAM's masks, the HQ mask."""
         return torch.cat([self.iou_token.weight, self.mask_tokens.weight, self.hf_token.weight])[None]
 
     def _attended(self, image: ImageSide, sparse: Tensor, images: Tensor, dense: Tensor | None) -> tuple[Tensor, ...]:
@@ -260,7 +260,7 @@ class MaskDecoderHQ(SamMaskDecoder):
         return attend(self._transformer, keys, tokens, image.position)
 
     def _chosen(self, tokens: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
-        """Predicted IoU (P,) of SAM's mask that is taken, and its weights (P, d/8) of the features."""
+        """Predicted IoU (P,) of SAM's selected mask, and that mask's feature weights (P, d/8)."""
         scores = self.iou_prediction_head(tokens[:, 0])
         mlps = self.output_hypernetworks_mlps
         if not multimask:
@@ -275,14 +275,14 @@ class MaskDecoderHQ(SamMaskDecoder):
         rows, columns = size[0] // 4, size[1] // 4
         x = activation(_normalized(_spread(first, keys.unflatten(1, (rows, columns))), norm))
         x = last(_spread(second, x))
-        # (P, row, column, dy, dx, ddy, ddx, channel): the pixels of a place lie side by side until here
+        # (P, row, column, dy, dx, ddy, ddx, channel): up to here the pixels of a position are contiguous
         return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(len(keys), *size, -1)
 
     def _hq_mask(self, fine: Tensor, weights: Tensor, features: Tensor, images: Tensor) -> Tensor:
         """Logits (P, 4s, 4s): weights (P, d/8) x (SAM's upscaled embedding, convolved, + the images' HQ features).
 
-        The last convolution and the product are both linear: the weights go through the convolution's kernel, which
-        then has one output and not d/8.
+        The last convolution and the product are both linear, so the weights are folded into the convolution's kernel,
+        which then has one output instead of d/8.
         """
         first, norm, activation, last = self.embedding_maskfeature
         assert isinstance(first, nn.Conv2d)
@@ -301,12 +301,12 @@ class MaskDecoderHQ(SamMaskDecoder):
 
 
 def hq_parameters(decoder: MaskDecoderHQ) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that HQ-SAM adds to SAM."""
+    """Names and parameters that HQ-SAM adds to SAM."""
     return ((name, p) for name, p in decoder.named_parameters() if name.split(".")[0] in HQ_PARTS)
 
 
 def mask_features(channels: int) -> nn.Sequential:
-    """What the HQ-Output token reads of SAM's, or SAM 2's, upscaled embedding, (B, channels, h, w) -> the same."""
+    """Convolutions from SAM's or SAM 2's upscaled embedding to HQ features, (B, channels, h, w) -> the same shape."""
     return nn.Sequential(
         nn.Conv2d(channels, 2 * channels, 3, padding=1),
         LayerNorm2d(2 * channels),
@@ -331,12 +331,12 @@ def _places(maps: Tensor) -> Tensor:
 
 
 def _parts(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size`; one, empty, where there is nothing."""
+    """Slices of at most `size` rows; a single empty one if `count` is 0."""
     return (slice(start, start + size) for start in range(0, max(count, 1), size))
 
 
 def _spread(convolution: nn.Module, x: Tensor) -> Tensor:
-    """A transposed convolution of 2 x 2 pixels by stride 2 as a product: (..., c) -> (..., 2, 2, outputs)."""
+    """A 2 x 2 transposed convolution of stride 2 as a matrix product: (..., c) -> (..., 2, 2, outputs)."""
     assert isinstance(convolution, nn.ConvTranspose2d)
     assert convolution.bias is not None
     weight = convolution.weight.permute(2, 3, 1, 0)
@@ -344,7 +344,7 @@ def _spread(convolution: nn.Module, x: Tensor) -> Tensor:
 
 
 def _normalized(x: Tensor, norm: nn.Module) -> Tensor:
-    """SAM's LayerNorm2d where the channels lie last."""
+    """SAM's LayerNorm2d for channels-last tensors."""
     assert isinstance(norm, LayerNorm2d)
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 

@@ -1,4 +1,4 @@
-"""SAM's prompt encoder: `segment_anything`'s, unchanged."""
+"""SAM's prompt encoder, re-exported unchanged from `segment_anything`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAM and HQ-SAM as the published package has them: batched images with their prompts in, masks out."""
+"""SAM and HQ-SAM with the published package's interface: batches of images and prompts to masks."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ PIXEL_STD = [255 * value for value in IMAGENET_STD]
 
 
 class Sam(SamBase):
-    """SAM whose encoder gives early features too, and whose decoder may be HQ-SAM's.
+    """SAM whose encoder also returns early features, and whose decoder may be HQ-SAM's.
 
     Args:
         image_encoder: `ImageEncoderViT` or `TinyViT`.
-        prompt_encoder: `segment_anything`'s.
+        prompt_encoder: the prompt encoder of `segment_anything`.
         mask_decoder: `MaskDecoderHQ`, or `MaskDecoder`, which is SAM's own.
-        pixel_mean: of the channels, of 0 to 255; `pixel_std` likewise.
+        pixel_mean: mean per channel, for values 0 to 255.
+        pixel_std: standard deviation per channel, for values 0 to 255.
 
     Attributes:
-        load_report: which parameters the last checkpoint had; None before one is loaded.
+        load_report: which parameters the last checkpoint contained; None before one is loaded.
     """
 
     image_encoder: ImageEncoderViT | TinyViT
@@ -46,7 +47,7 @@ class Sam(SamBase):
         pixel_mean: list[float] = PIXEL_MEAN,
         pixel_std: list[float] = PIXEL_STD,
     ) -> None:
-        # typed for its own encoder and decoder
+        # the base class is typed for its own encoder and decoder
         super().__init__(image_encoder, prompt_encoder, mask_decoder, pixel_mean, pixel_std)  # pyright: ignore[reportArgumentType]
         self.load_report: LoadReport | None = None
 
@@ -54,17 +55,17 @@ class Sam(SamBase):
     def forward(
         self, batched_input: list[dict[str, Any]], multimask_output: bool, hq_token_only: bool = False
     ) -> list[dict[str, Tensor]]:
-        """Masks of every image's prompts.
+        """Predict masks for the prompts of every image.
 
         Args:
-            batched_input: for each image a dict of "image" (3, h, w), of 0 to 255 with its longer side S;
-                "original_size", its (H, W); and of its P prompts any of "point_coords" (P, k, 2) with "point_labels"
-                (P, k), "boxes" (P, 4) XYXY, all in the frame's pixels, "mask_inputs" (P, 1, 4s, 4s).
-            multimask_output: take the best of the masks for ambiguous prompts.
-            hq_token_only: the HQ token's mask alone, else the sum with SAM's.
+            batched_input: one dict per image with "image" (3, h, w), values 0 to 255, longer side S; "original_size",
+                its (H, W); and for its P prompts any of "point_coords" (P, k, 2) with "point_labels" (P, k), "boxes"
+                (P, 4) XYXY, both in frame pixels, and "mask_inputs" (P, 1, 4s, 4s).
+            multimask_output: use the best of the masks for ambiguous prompts.
+            hq_token_only: use the HQ token's mask alone, not its sum with SAM's mask.
 
         Returns:
-            for each image "masks" (P, 1, H, W) bool, "iou_predictions" (P, 1), "low_res_logits" (P, 1, 4s, 4s).
+            one dict per image: "masks" (P, 1, H, W) bool, "iou_predictions" (P, 1), "low_res_logits" (P, 1, 4s, 4s).
         """
         frames = torch.stack([self.preprocess(record["image"]) for record in batched_input])
         embeddings, early = self.image_encoder(frames)

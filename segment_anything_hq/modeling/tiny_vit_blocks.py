@@ -1,6 +1,6 @@
-"""TinyViT's blocks and stages, by the published package's names and arguments.
+"""TinyViT's blocks and stages, with the published package's names and arguments.
 
-Tensors lie channels last in memory throughout, so that going from maps (B, C, h, w) to sequences (B, h * w, C) and back
+Tensors are channels-last in memory throughout, so that converting between maps (B, C, h, w) and sequences (B, h * w, C)
 copies nothing. Source: Wu et al. 2022 (TinyViT).
 """
 
@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 UNSTRIDED = (320, 448, 576)
-"""Widths of the last stage, which is not downsampled to: SAM wants stride 16 (MobileSAM)."""
+"""Widths of the last stage, before which there is no downsampling, as SAM needs stride 16 (MobileSAM)."""
 
 
 class Conv2d_BN(nn.Sequential):  # noqa: N801
-    """A convolution without bias from a to b channels, and batch normalization."""
+    """Convolution without bias from a to b channels, followed by batch normalization."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Conv2d_BN(nn.Sequential):  # noqa: N801
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        """One convolution that gives the same in evaluation mode."""
+        """Fold the normalization into a single convolution, equivalent in evaluation mode."""
         return nn.utils.fuse_conv_bn_eval(self.c.eval(), self.bn.eval())
 
 
@@ -110,10 +110,10 @@ class MBConv(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """To the next stage's width at half the resolution; to the last stage's at the same.
+    """Downsample to the next stage's width and half the resolution; before the last stage, keep the resolution.
 
     Shapes:
-        (B, h * w, dim) or (B, dim, h, w) -> (B, places, out_dim).
+        (B, h * w, dim) or (B, dim, h, w) -> (B, positions, out_dim).
     """
 
     def __init__(self, input_resolution: tuple[int, int], dim: int, out_dim: int, activation: type[nn.Module]) -> None:
@@ -135,7 +135,7 @@ class PatchMerging(nn.Module):
 
 
 class ConvLayer(nn.Module):
-    """The first stage, of MBConv blocks: (B, dim, h, w) -> what `downsample` gives, or the same shape without one."""
+    """The first stage, of MBConv blocks: (B, dim, h, w) -> the output of `downsample`, or the same shape without it."""
 
     def __init__(
         self,
@@ -167,18 +167,18 @@ class ConvLayer(nn.Module):
 
 
 class TinyViTBlock(nn.Module):
-    """Attention in windows, a depth-wise convolution and an MLP, (B, h * w, dim) -> the same.
+    """Window attention, a depth-wise convolution and an MLP, (B, h * w, dim) -> the same shape.
 
     Args:
         dim: channels.
         input_resolution: (h, w).
-        num_heads: heads.
-        window_size: places a side of a window; maps are padded with zeros to whole windows.
-        mlp_ratio: hidden channels of the MLP by `dim`.
-        drop: dropout of the MLP.
+        num_heads: number of attention heads.
+        window_size: side of a window in positions; maps are zero-padded to whole windows.
+        mlp_ratio: hidden channels of the MLP divided by `dim`.
+        drop: dropout probability of the MLP.
         drop_path: see `DropPath`.
-        local_conv_size: kernel of the convolution.
-        activation: of the MLP.
+        local_conv_size: kernel size of the depth-wise convolution.
+        activation: activation of the MLP.
     """
 
     def __init__(
@@ -196,8 +196,8 @@ class TinyViTBlock(nn.Module):
         super().__init__()
         if window_size < 1 or dim % num_heads:
             raise UsageError(
-                "TinyViT cannot have such a block",
-                expected="windows of at least one place, and channels that the heads divide",
+                "Invalid TinyViT block",
+                expected="window_size of at least 1, and dim divisible by num_heads",
                 found=f"window_size={window_size}, dim={dim}, num_heads={num_heads}",
             )
         self.dim = dim
@@ -218,7 +218,7 @@ class TinyViTBlock(nn.Module):
         return x + self.drop_path(self.mlp(x))
 
     def extra_repr(self) -> str:
-        """Sizes, as `print` shows them."""
+        """The block's sizes for `print`."""
         sizes = (f"{name}={getattr(self, name)}" for name in ("dim", "input_resolution", "num_heads", "window_size"))
         return ", ".join([*sizes, f"mlp_ratio={self.mlp_ratio}"])
 
@@ -233,7 +233,7 @@ class TinyViTBlock(nn.Module):
 
 
 class BasicLayer(nn.Module):
-    """A stage of TinyViT blocks: (B, h * w, dim) -> what `downsample` gives, or the same shape without one."""
+    """A stage of TinyViT blocks: (B, h * w, dim) -> the output of `downsample`, or the same shape without it."""
 
     def __init__(
         self,
@@ -279,7 +279,7 @@ class BasicLayer(nn.Module):
         return _through(self.blocks, self.downsample, x, checkpointed=self.use_checkpoint)
 
     def extra_repr(self) -> str:
-        """Sizes, as `print` shows them."""
+        """The block's sizes for `print`."""
         return f"dim={self.dim}, input_resolution={self.input_resolution}, depth={self.depth}"
 
 
@@ -288,7 +288,7 @@ def _drop_path(probability: float) -> nn.Module:
 
 
 def _at(drop_path: float | list[float], index: int) -> float:
-    """The probability of one block of a stage."""
+    """The drop probability of one block of a stage."""
     return drop_path[index] if isinstance(drop_path, list) else drop_path
 
 

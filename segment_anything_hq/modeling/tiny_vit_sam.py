@@ -51,34 +51,34 @@ __all__ = [
 
 NECK_CHANNELS = 256
 CLASSIFIER = ("norm_head.", "head.")
-"""TinyViT's classifier, which lies in the published files and has no part in segmenting."""
+"""TinyViT's classifier, which the published files contain but segmentation does not use."""
 
 
 class TinyViT(nn.Module):
     """MobileSAM's image encoder with early features.
 
     Args:
-        img_size: S, a multiple of 32 from 64 on; SAM's is 1024.
+        img_size: S, a multiple of 32, at least 64; 1024 for SAM.
         in_chans: channels of a frame.
-        num_classes: of the classifier, which is not built: the published package holds one and never runs it.
+        num_classes: accepted and stored, but no classifier is built: the published package has one and never runs it.
         embed_dims: channels of the four stages.
-        depths: their blocks.
-        num_heads: their heads (of the first, which is of convolutions, without effect).
-        window_sizes: their windows' sides, likewise.
-        mlp_ratio: hidden channels of MLPs by a stage's channels.
-        drop_rate: dropout of MLPs.
-        drop_path_rate: probability of dropping the last block in training, growing linearly from 0.
-        use_checkpoint: compute blocks again in the backward pass to save memory.
-        mbconv_expand_ratio: hidden channels of the first stage's blocks by its channels.
-        local_conv_size: kernel of the convolutions between attention and MLP.
+        depths: number of blocks per stage.
+        num_heads: attention heads per stage; the first value has no effect, as the first stage is convolutional.
+        window_sizes: window side per stage; again the first value has no effect.
+        mlp_ratio: hidden channels of the MLPs divided by a stage's channels.
+        drop_rate: dropout probability of the MLPs.
+        drop_path_rate: probability of dropping the last block in training; it grows linearly from 0 at the first.
+        use_checkpoint: recompute blocks in the backward pass to save memory.
+        mbconv_expand_ratio: hidden channels of the first stage's blocks divided by its channels.
+        local_conv_size: kernel size of the convolutions between attention and MLP.
         layer_lr_decay: see `set_layer_lr_decay`.
 
     Shapes:
-        frames (B, 3, S, S) -> the embedding (B, 256, S/16, S/16), and a list of one early feature map, what the
-        second stage gives, downsampled, (B, S/16, S/16, C).
+        frames (B, 3, S, S) -> the embedding (B, 256, S/16, S/16), and a list of one early feature map
+        (B, S/16, S/16, C), the downsampled output of the second stage.
 
     Raises:
-        PlanError: a size that four stages cannot divide.
+        PlanError: `img_size` is not a multiple of 32, or less than 64.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class TinyViT(nn.Module):
     ) -> None:
         if img_size < 64 or img_size % 32:
             raise PlanError(
-                "A frame size that TinyViT cannot take", expected="a multiple of 32 from 64 on", found=img_size
+                "Invalid frame size for TinyViT", expected="a multiple of 32, at least 64", found=img_size
             )
         super().__init__()
         self.img_size = img_size
@@ -151,7 +151,7 @@ class TinyViT(nn.Module):
         self.register_load_state_dict_pre_hook(_without_classifier)
 
     def set_layer_lr_decay(self, layer_lr_decay: float) -> None:
-        """Mark parameters with `lr_scale` for optimizers: 1 in the last block, times `layer_lr_decay` a block below."""
+        """Set `lr_scale` on parameters: 1 in the last block, multiplied by `layer_lr_decay` per earlier block."""
         scales = [layer_lr_decay ** (sum(self.depths) - 1 - index) for index in range(sum(self.depths))]
         marked: list[tuple[nn.Module, float]] = [(self.patch_embed, scales[0])]
         index = 0
@@ -167,12 +167,12 @@ class TinyViT(nn.Module):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay_keywords(self) -> set[str]:
-        """Names within parameters' names that weight decay leaves out."""
+        """Substrings of the names of parameters that are excluded from weight decay."""
         return {"attention_biases"}
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """See the class."""
-        # attention wants the channels last, convolutions do not mind: nothing is copied to and fro
+        # channels-last suits both attention and convolutions, so that nothing is copied in between
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         early, side = [], self.img_size // 16
         for index, layer in enumerate(self.layers):
@@ -187,63 +187,62 @@ class TinyViT(nn.Module):
 
 
 def register_tiny_vit_model(fn: Callable[[], TinyViT]) -> Callable[..., TinyViT]:
-    """A builder that takes `pretrained` as timm's builders do; timm's own registry is left as it is.
+    """Give a builder timm's `pretrained` argument, without registering it in timm.
 
-    The published classifiers' weights have no neck and fit no model of these builders, there or here: `pretrained`
-    is refused.
+    `pretrained=True` raises an error: the published classifiers' weights have no neck and do not fit these models.
     """
 
     @wraps(fn)
     def build(pretrained: bool = False, **kwargs: Any) -> TinyViT:  # noqa: ARG001
         if pretrained:
             raise UsageError(
-                f"There are no published weights of {fn.__name__} with SAM's neck",
+                f"No published weights exist for {fn.__name__} with SAM's neck",
                 remedy='Build Light HQ-SAM with sam_model_registry["vit_tiny"] and its checkpoint',
             )
         return fn()
 
-    del build.__wrapped__  # its own signature is the published one
+    del build.__wrapped__  # `build` has the published signature
     return build
 
 
 @register_tiny_vit_model
 def tiny_vit_5m_224() -> TinyViT:
-    """TinyViT-5M, as in MobileSAM, for frames of 224."""
+    """TinyViT-5M, as in MobileSAM, for frames of 224 pixels."""
     return TinyViT(embed_dims=[64, 128, 160, 320], num_heads=[2, 4, 5, 10], drop_path_rate=0.0)
 
 
 @register_tiny_vit_model
 def tiny_vit_11m_224() -> TinyViT:
-    """TinyViT-11M."""
+    """TinyViT-11M for frames of 224 pixels."""
     return TinyViT(embed_dims=[64, 128, 256, 448], num_heads=[2, 4, 8, 14], drop_path_rate=0.1)
 
 
 @register_tiny_vit_model
 def tiny_vit_21m_224() -> TinyViT:
-    """TinyViT-21M."""
+    """TinyViT-21M for frames of 224 pixels."""
     return TinyViT(embed_dims=[96, 192, 384, 576], num_heads=[3, 6, 12, 18], drop_path_rate=0.2)
 
 
 @register_tiny_vit_model
 def tiny_vit_21m_384() -> TinyViT:
-    """TinyViT-21M for frames of 384."""
+    """TinyViT-21M for frames of 384 pixels."""
     return TinyViT(384, embed_dims=[96, 192, 384, 576], num_heads=[3, 6, 12, 18], window_sizes=[12, 12, 24, 12])
 
 
 @register_tiny_vit_model
 def tiny_vit_21m_512() -> TinyViT:
-    """TinyViT-21M for frames of 512."""
+    """TinyViT-21M for frames of 512 pixels."""
     return TinyViT(512, embed_dims=[96, 192, 384, 576], num_heads=[3, 6, 12, 18], window_sizes=[16, 16, 32, 16])
 
 
 def _initialize(module: nn.Module) -> None:
-    """TinyViT's start of linear layers: small weights, no bias."""
+    """TinyViT's initialization of linear layers: small weights, zero bias."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
 def _without_classifier(_module: nn.Module, weights: dict[str, Any], prefix: str, *_: object) -> None:
-    """Take TinyViT's classifier out of weights that are being loaded."""
+    """Remove TinyViT's classifier from weights that are being loaded."""
     for name in [name for name in weights if name.startswith(tuple(prefix + part for part in CLASSIFIER))]:
         del weights[name]

@@ -1,9 +1,9 @@
-"""SAM's two-way attention between a few prompt tokens and a whole image, without repeating what prompts share.
+"""SAM's two-way transformer between a few prompt tokens and a whole image, without repeating work that prompts share.
 
-The weights are those of `segment_anything`'s TwoWayTransformer, and so is the result. Two things save work. Until its
-first layer has answered, the image is the same for all prompts: what that layer projects of it is projected once. And
-with fewer tokens than channels the tokens are taken through the projections instead of the image:
-q (K x)' = (q K) x', so that nothing as large as the image is ever projected.
+Weights and results are those of `segment_anything`'s TwoWayTransformer. Two things save work. The input image of the
+first layer is the same for all prompts, so its projections are computed once. And with few tokens, the tokens are
+multiplied by the projection weights instead of the image: q (K x)' = (q K) x', so that the much larger image is never
+projected.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstLayer:
-    """What the first layer sees of B images, N places each: H heads of c channels.
+    """The first layer's projections of B images with N positions each; H heads of c channels.
 
     Attributes:
-        keys: (B, N, d) the embedding with what stands for "no mask".
-        asked: (B, H, N, c) its projection for the tokens' questions; `answers`: (B, H, N, c) likewise the values.
-        asking: (B, H, N, c) its own questions to the tokens.
+        keys: (B, N, d) the embedding plus the "no mask" embedding.
+        asked: (B, H, N, c) keys of the token-to-image attention.
+        answers: (B, H, N, c) values of the token-to-image attention.
+        asking: (B, H, N, c) queries of the image-to-token attention.
     """
 
     keys: Tensor
@@ -44,7 +45,7 @@ class FirstLayer:
 
 
 def first_layer(transformer: TwoWayTransformer, keys: Tensor, position: Tensor) -> FirstLayer:
-    """Project keys (B, N, d) at positions (N, d), once for all prompts of these images."""
+    """Project keys (B, N, d) with positions (N, d), once for all prompts of these images."""
     block = _blocks(transformer)[0]
     asking, answering = block.cross_attn_image_to_token, block.cross_attn_token_to_image
     keyed = keys + position
@@ -59,16 +60,17 @@ def first_layer(transformer: TwoWayTransformer, keys: Tensor, position: Tensor) 
 def attend(
     transformer: TwoWayTransformer, image: FirstLayer | Tensor, tokens: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Let P prompts' tokens and their images attend to each other, as the transformer's `forward` does.
+    """Run the transformer's `forward` on the tokens and images of P prompts.
 
     Args:
-        transformer: whose weights.
-        image: of every prompt (`first_layer`, rows picked by `rows_of`), or its keys (P, N, d) where no two share any.
+        transformer: transformer whose weights are used.
+        image: every prompt's image: projections (`first_layer`, selected by `rows_of`), or keys (P, N, d) if no two
+            prompts share an image.
         tokens: (P, T, d).
-        position: (N, d).
+        position: (N, d) positional encoding.
 
     Returns:
-        tokens (P, T, d) and keys (P, N, d).
+        updated tokens (P, T, d) and keys (P, N, d).
     """
     queries = tokens
     keys = image.keys if isinstance(image, FirstLayer) else image
@@ -90,7 +92,7 @@ def attend(
 
 
 def rows_of(image: FirstLayer, images: Tensor) -> FirstLayer:
-    """The images (P,) that prompts are of; a single image is not copied."""
+    """Select each prompt's image by index (P,); a single image is expanded without copying."""
 
     def rows(x: Tensor) -> Tensor:
         return x.expand(len(images), *x.shape[1:]) if len(x) == 1 else x[images]
@@ -105,7 +107,7 @@ def _blocks(transformer: TwoWayTransformer) -> list[TwoWayAttentionBlock]:
 
 
 def _among_tokens(block: TwoWayAttentionBlock, queries: Tensor, tokens: Tensor) -> Tensor:
-    """Attention of the tokens to one another, normalized."""
+    """Self-attention of the tokens and layer normalization."""
     if block.skip_first_layer_pe:
         return block.norm1(block.self_attn(q=queries, k=queries, v=queries))
     asking = queries + tokens
@@ -122,24 +124,24 @@ def _by_head(x: Tensor, attention: Attention) -> Tensor:
 
 
 def _few(attention: Attention, tokens: int) -> bool:
-    """Whether taking the tokens through the projections is less work than projecting the image."""
+    """Whether multiplying the tokens by the projection weights is less work than projecting the image."""
     return tokens * attention.num_heads < attention.internal_dim
 
 
 def _ask_projected(attention: Attention, queries: Tensor, image: FirstLayer) -> Tensor:
-    """Tokens (P, T, d) ask the image, whose keys and values are projected already."""
+    """Token-to-image attention of tokens (P, T, d), with already projected keys and values."""
     q = _by_head(attention.q_proj(queries), attention)
     answer = F.scaled_dot_product_attention(q, image.asked, image.answers)
     return attention.out_proj(answer.transpose(1, 2).flatten(2))
 
 
 def _ask(attention: Attention, queries: Tensor, keyed: Tensor, keys: Tensor) -> Tensor:
-    """Tokens (P, T, d) ask the image (P, N, d); `keyed` is it with its positions."""
+    """Token-to-image attention of tokens (P, T, d) to an image (P, N, d); `keyed` includes its positions."""
     if not _few(attention, queries.shape[1]):
         return attention(q=queries, k=keyed, v=keys)
     q = _by_head(attention.q_proj(queries), attention)
     _, heads, tokens, channels = q.shape
-    # the keys' bias adds the same to all places: softmax does not see it
+    # the keys' bias adds a constant to the scores of all positions, which softmax cancels
     through = q @ _per_head(attention.k_proj.weight, heads) * channels**-0.5
     weights = (through.flatten(1, 2) @ keyed.transpose(1, 2)).softmax(-1)
     seen = (weights @ keys).unflatten(1, (heads, tokens))
@@ -148,14 +150,14 @@ def _ask(attention: Attention, queries: Tensor, keyed: Tensor, keys: Tensor) -> 
 
 
 def _answer_projected(attention: Attention, image: FirstLayer, keyed: Tensor, values: Tensor) -> Tensor:
-    """The image's keys with what the tokens (P, T, d) answer to its questions, which are projected already."""
+    """Image-to-token attention to tokens (P, T, d), with already projected queries; returns the updated keys."""
     k = _by_head(attention.k_proj(keyed), attention)
     scores = (k * k.shape[-1] ** -0.5) @ image.asking.transpose(2, 3)
     return _with_answers(attention, image.keys, scores, values)
 
 
 def _answered(attention: Attention, image: tuple[Tensor, Tensor], keyed: Tensor, values: Tensor) -> Tensor:
-    """The image's keys (P, N, d), the first of `image`, with what the tokens answer; the second has its positions."""
+    """Image-to-token attention; `image` holds keys (P, N, d) without and with positions. Returns the updated keys."""
     if not _few(attention, keyed.shape[1]):
         return image[0] + attention(q=image[1], k=keyed, v=values)
     k = _by_head(attention.k_proj(keyed), attention)
@@ -168,9 +170,9 @@ def _answered(attention: Attention, image: tuple[Tensor, Tensor], keyed: Tensor,
 
 
 def _with_answers(attention: Attention, keys: Tensor, scores: Tensor, values: Tensor) -> Tensor:
-    """Keys (P, N, d) + the answers of tokens (P, T, d) by the scores (P, H, T, N) of every head."""
+    """Keys (P, N, d) plus the attention output for tokens (P, T, d) and scores (P, H, T, N)."""
     v = _by_head(attention.v_proj(values), attention)
-    # each head's weights add up to one, so its share of the bias can travel with its values
+    # each head's weights sum to one, so its share of the output bias can be added to its values
     out = attention.out_proj.weight.unflatten(1, (v.shape[1], -1)).permute(1, 2, 0)
     through = v @ out + attention.out_proj.bias / v.shape[1]
     weights = scores.softmax(2)
@@ -178,5 +180,5 @@ def _with_answers(attention: Attention, keys: Tensor, scores: Tensor, values: Te
 
 
 def _per_head(weight: Tensor, heads: int) -> Tensor:
-    """A projection's weight (H c, d) -> (H, c, d)."""
+    """Split a projection's weight by head, (H c, d) -> (H, c, d)."""
     return weight.unflatten(0, (heads, -1))
