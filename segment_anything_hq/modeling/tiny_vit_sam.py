@@ -99,9 +99,7 @@ class TinyViT(nn.Module):
         layer_lr_decay: float = 1.0,
     ) -> None:
         if img_size < 64 or img_size % 32:
-            raise PlanError(
-                "Invalid frame size for TinyViT", expected="a multiple of 32, at least 64", found=img_size
-            )
+            raise PlanError("Invalid frame size for TinyViT", expected="a multiple of 32, at least 64", found=img_size)
         super().__init__()
         self.img_size = img_size
         self.num_classes = num_classes
