@@ -1,6 +1,6 @@
-"""Models by name, as the published package builds them: HQ-SAM on SAM's ViT-B, L, H and on TinyViT.
+"""Builders with the published package's names: HQ-SAM on SAM's ViT-B, ViT-L and ViT-H, and on TinyViT.
 
-All take a checkpoint's path or none. What is not HQ-SAM's own has no gradient.
+Each takes an optional checkpoint path. Only HQ-SAM's own parameters require gradients.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ sam_model_registry: dict[str, Callable[..., HqSam]] = {
 
 
 def loaded(sam: SamT, checkpoint: Checkpoint) -> SamT:
-    """Load a checkpoint into a model, if there is one."""
+    """Load a checkpoint into a model, if one is given."""
     if checkpoint is not None:
         new = load_hq_sam(sam, read_published(Path(checkpoint)), where=checkpoint).missing
         if new:
-            logger.warning("%s has no weights of what HQ-SAM adds to SAM: %d tensors are new", checkpoint, len(new))
+            logger.warning("%s has no weights for what HQ-SAM adds to SAM: %d tensors are random", checkpoint, len(new))
     return sam
 
 
 class _Builder(ModuleType):
-    """The type of this module: as the published package has a function of its name, it can be called."""
+    """A callable module type, because the published package exports a function of this module's name."""
 
     def __call__(self, checkpoint: Checkpoint = None) -> HqSam:
         return build_sam_vit_h(checkpoint)

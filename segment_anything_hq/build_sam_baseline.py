@@ -1,6 +1,6 @@
-"""SAM itself by name, as the published package builds it: on SAM's ViT-B, L, H and on TinyViT (MobileSAM).
+"""Builders with the published package's names: plain SAM on ViT-B, ViT-L and ViT-H, and on TinyViT (MobileSAM).
 
-All take a checkpoint's path or none.
+Each takes an optional checkpoint path.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Methods by name: the network of each on its backbone, its base's published weights, its trained part."""
+"""Build and load networks by method and backbone: published weights of the base, and the trained part."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from segment_anything_hq.nn.trainable_subset import TrainedPart
 from segment_anything_hq.records import ON_SAM2, RefinerRecord, supports_backbone
 
 Network = HqSam | HqSam2 | SamRef | SAM2Refiner | SamSegmenter | Sam2Segmenter
-"""Every one is a `Segmenter` and an `nn.Module`."""
+"""Every network is a `Segmenter` and an `nn.Module`."""
 STRIDE = 32
-"""Sides of frames are multiples of this, whatever the network."""
+"""Frame sizes must be multiples of this for every network."""
 
 
 def build(
@@ -37,27 +37,27 @@ def build(
     weights: Path | None = None,
     decoder: Path | None = None,
 ) -> Network:
-    """The network of a method, in evaluation mode; what is not trained of it has no gradient.
+    """Build the network of a method, in evaluation mode; parameters that are not trained do not require gradients.
 
     Args:
-        method: which.
-        backbone: one that the method is built on.
-        frame_size: S.
-        weights: published weights of the base; of HQ-SAM, its own too. None: all is new.
+        method: name of the method.
+        backbone: a backbone that the method supports.
+        frame_size: S, side of the square frame in pixels.
+        weights: published weights of the base, or of HQ-SAM itself. None: random weights.
         decoder: for SAM-REF, SAM2-REF and SAM2Refiner: a checkpoint of `sam_decoder` or `sam2_decoder`, the fine-tuned
             mask decoder of the base (SAM-REF paper, section 4.1.3).
 
     Raises:
-        PlanError: a method that is not built on this backbone, or a frame size that it cannot take.
-        CheckpointError: weights that cannot be read, or are of another model or size.
-        UsageError: a decoder for a method that has its own.
+        PlanError: the method does not support this backbone or frame size.
+        CheckpointError: the weights cannot be read, or are of another model or size.
+        UsageError: a decoder is given for a method that has its own.
     """
     if not supports_backbone(method, backbone):
         family = "SAM 2's hiera_*" if method in ON_SAM2 else "SAM's vit_*"
         raise PlanError(f"{method} is not built on {backbone}", expected=family)
     if frame_size < 2 * STRIDE or frame_size % STRIDE:
-        expected = f"a multiple of {STRIDE} from {2 * STRIDE}"
-        raise PlanError("Frames cannot have this size", expected=expected, found=frame_size)
+        expected = f"a multiple of {STRIDE}, at least {2 * STRIDE}"
+        raise PlanError("Invalid frame size", expected=expected, found=frame_size)
     if method in ("sam_ref", "sam2_ref", "sam2_refiner"):
         base = _base(backbone, frame_size, weights, trained=True)
         if decoder is not None:
@@ -67,7 +67,7 @@ def build(
             return SAM2Refiner(base).eval()
         return SamRef(base).eval()
     if decoder is not None:
-        raise UsageError(f"{method} has a mask decoder of its own", where=decoder, remedy="Leave --decoder out")
+        raise UsageError(f"{method} has its own mask decoder", where=decoder, remedy="Omit the decoder (--decoder)")
     if method == "hq_sam":
         hq_sam = build_hq_sam(cast(SamBackbone, backbone), frame_size=frame_size)
         if weights is not None:
@@ -91,27 +91,27 @@ def load_model(
     frame_size: int = FRAME_SIZE,
     device: str = "auto",
 ) -> Network:
-    """A network ready for use: built, with its weights, in evaluation mode on a device.
+    """Build a network, load its weights and move it to a device, in evaluation mode.
 
     Args:
         method: hq_sam, hq_sam2, sam_ref, sam2_ref, sam2_refiner, sam_decoder, sam2_decoder, sam or sam2.
         backbone: vit_b, vit_l, vit_h, vit_tiny (SAM), hiera_t, hiera_s, hiera_b+ or hiera_l (SAM 2).
-        weights: published weights of the base; of HQ-SAM, its own too. None: all is new, to be trained.
-        checkpoint: what was trained on these weights (samhq_train).
-        decoder: for SAM-REF, SAM2-REF and SAM2Refiner: the fine-tuned mask decoder that was trained on.
-        frame_size: pixels of the square frame.
+        weights: published weights of the base, or of HQ-SAM itself. None: random weights.
+        checkpoint: a checkpoint of samhq_train, trained on these weights.
+        decoder: for SAM-REF, SAM2-REF and SAM2Refiner: the fine-tuned mask decoder used in their training.
+        frame_size: side of the square frame in pixels.
         device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
 
     Raises:
-        UsageError: no such method, backbone or device, a decoder for a method that has its own.
-        PlanError: a method that is not built on this backbone, or a frame size that it cannot take.
-        CheckpointError: weights or a checkpoint that cannot be read, or are of another model.
+        UsageError: unknown method, backbone or device, or a decoder for a method that has its own.
+        PlanError: the method does not support this backbone or frame size.
+        CheckpointError: the weights or the checkpoint cannot be read, or are of another model.
     """
     for name, known in ((method, (*get_args(Method), *get_args(ZeroShot))), (backbone, get_args(Backbone))):
         if name not in known:
             close = get_close_matches(str(name), known, n=1)
             remedy = f"Did you mean {close[0]}" if close else None
-            raise UsageError(f"There is no {name!r}", expected=f"one of {', '.join(known)}", remedy=remedy)
+            raise UsageError(f"Unknown name {name!r}", expected=f"one of {', '.join(known)}", remedy=remedy)
     place = choose_device(device)
     paths = [None if path is None else Path(path) for path in (weights, decoder)]
     network = build(method, backbone, frame_size=frame_size, weights=paths[0], decoder=paths[1])
@@ -121,31 +121,31 @@ def load_model(
 
 
 def fit_of(network: object) -> Literal["pad", "stretch"]:
-    """How images are fitted to the frame: SAM's are padded, SAM 2's stretched, and SAM-REF's in use (supplement)."""
+    """How images are fitted to the frame: padded for SAM, stretched for SAM 2 and for SAM-REF (supplement)."""
     return "stretch" if isinstance(network, SamRef | HqSam2 | SAM2Refiner | Sam2Segmenter) else "pad"
 
 
 def base_sha256(network: Network) -> str:
-    """Digest of everything that is not trained: trained weights fit this base alone."""
+    """SHA-256 of all frozen weights, which identifies the base that trained weights belong to."""
     trained = TrainedPart(network).state_dict()
     return weights_sha256({name: tensor for name, tensor in network.state_dict().items() if name not in trained})
 
 
 def load_trained(network: Network, path: Path) -> RefinerRecord:
-    """Copy what was trained into a network with the base that it was trained on.
+    """Load the trained part from a checkpoint into a network with the same base.
 
     Args:
-        network: with its base's weights.
-        path: a checkpoint of a training of this wing.
+        network: network with the weights of its base.
+        path: a checkpoint of samhq_train.
 
     Raises:
-        CheckpointError: damaged, of another method or size, or trained on another base.
+        CheckpointError: the checkpoint is damaged, of another method or size, or was trained on another base.
     """
     record, part = read_header(path, RefinerRecord).record, TrainedPart(network)
     weights, wanted = read_weights(path, RefinerRecord), part.state_dict()
     if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in wanted.items()}:
         raise CheckpointError(
-            "This checkpoint is of another network",
+            "This checkpoint belongs to another network",
             where=path,
             expected=f"the trained part of {type(network).__name__}: {len(wanted)} tensors",
             found=f"{record.plan.method} on {record.plan.backbone}, {len(weights)} tensors",

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("rfmedsam2",)
+PACKAGES = ("rfmedsam2", "segment_anything_hq")
 AVOIDED = {
     r"\banew\b": "again, new",
-    r"(?<!ground )(?<!ground_)\btruths?\b": "ground truth, reference",
+    r"(?<![Gg]round[ _-])\btruths?\b": "ground truth, reference",
     r"\bpictures?\b": "image",
     r"(?<!there )(?<!There )\bis no\b(?! longer)": "is not a",
     r"\btold\b": "given, reported",
@@ -27,6 +27,9 @@ EXCEPTIONS = {
     "rfmedsam2/records/plan.py": {"normalis"},
     "rfmedsam2/pipeline/preprocessing/preprocess.py": {"normalis"},
     "rfmedsam2/pipeline/prediction/predictor.py": {"normalis"},
+    "segment_anything_hq/records.py": {"pictures"},
+    # a spelling that commands accept
+    "segment_anything_hq/evaluation/run.py": {"centre"},
     # an HTML element
     "rfmedsam2/pipeline/evaluation/report.html.j2": {"picture"},
 }

@@ -20,11 +20,11 @@ class TimeLeft:
         self._steps.add(1, seconds)
 
     def add_validation(self, seconds: float) -> None:
-        """Take in that a validation took so long."""
+        """Record the duration of a validation in seconds."""
         self._validations.add(1, seconds)
 
     def seconds(self, step: int, validated: int) -> float:
-        """Seconds left after so many steps, the last validated one of which is `validated`."""
+        """Seconds left after `step` steps; `validated` is the last step that was validated."""
         config, every = self._config, self._config.validate_every_epochs
         validations = math.ceil(config.epochs / every) - math.ceil(validated / config.iterations_per_epoch / every)
         steps = (config.iterations - step) * (self._steps.seconds_per_unit or 0.0)

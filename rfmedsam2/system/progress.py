@@ -81,7 +81,7 @@ class Speed:
         self._units = self._seconds = 0.0
 
     def add(self, units: float, seconds: float) -> None:
-        """Take in that so many units took so many seconds."""
+        """Record `units` of work that took `seconds`."""
         kept = math.exp(-min(max(seconds, 0.0) / self.MEMORY_SECONDS, self.MOST_FORGOTTEN))
         self._units, self._seconds = self._units * kept + units, self._seconds * kept + seconds
 

@@ -1,4 +1,4 @@
-"""Files of prompts, JSON or CSV: which objects of which images are to be masked; all faults at once."""
+"""Prompt files, JSON or CSV: which objects of which images to segment; all faults are reported at once."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ POINT = ("x", "y", "label")
 FIELDS = ("image", "box", "points", "labels", "name")
 COLUMNS = ("image", "object", *BOX, *POINT)
 MOST_FAULTS = 50
-"""That many are told."""
+"""Maximum number of faults listed in an error message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptedObject:
-    """One object to be masked.
+    """One object to segment.
 
     Attributes:
-        image: the image's file.
-        file: name of the mask's file.
-        prompt: what is said of it.
+        image: path of the image.
+        file: file name of the mask.
+        prompt: clicks and box.
     """
 
     image: Path
@@ -42,7 +42,7 @@ class PromptedObject:
 
 @dataclass(slots=True, kw_only=True)
 class _Asked:
-    """What a file says of an object; `where` names the place."""
+    """An object as read from a file, not yet validated; `where` is its place in the file, for error messages."""
 
     where: str
     image: str
@@ -50,23 +50,23 @@ class _Asked:
     points: list[Any] = field(default_factory=list)
     labels: list[Any] | None = None
     name: str | None = None
-    """Of the mask's file."""
+    """File name of the mask, without ending."""
     part: str | None = None
-    """What tells objects of one image apart."""
+    """Identifies an object among those of one image."""
 
 
 class _Faults(list[str]):
-    """Sentences, all of them to be told at once."""
+    """Fault descriptions, collected to be reported together."""
 
     def add(self, where: str, what: str) -> None:
         self.append(f"{where}: {what}")
 
 
 def images_in(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """Image files, and those directly in folders.
+    """List image files, given directly or contained in given folders (not in their subfolders).
 
     Raises:
-        UsageError: nothing was named, a path that is not there, or no image at all.
+        UsageError: no path is given, a path does not exist, or there are no images.
     """
     found: list[Path] = []
     for path in paths:
@@ -75,40 +75,40 @@ def images_in(paths: Sequence[Path]) -> tuple[Path, ...]:
         elif path.is_file():
             found.append(path)
         else:
-            raise UsageError("There is no such image or folder", where=path)
+            raise UsageError("Image or folder not found", where=path)
     if not found:
         where = ", ".join(map(str, paths)) or None
-        raise UsageError("There are no images", where=where, expected=f"files that end in {', '.join(ENDINGS)}")
+        raise UsageError("No images found", where=where, expected=f"files that end in {', '.join(ENDINGS)}")
     return tuple(dict.fromkeys(found))
 
 
 def read_prompts(path: Path, images: Sequence[Path]) -> tuple[PromptedObject, ...]:
-    """Read a file of prompts and hold it against the images.
+    """Read a prompt file and validate it against the images.
 
     JSON: a list (or {"prompts": list}) of {"image", "box": [x0, y0, x1, y1], "points": [[x, y] ...], "labels": [1, 0
-    ...], "name"}; box or points or both. CSV: the columns image, x0, y0, x1, y1 (a box a row) or image, object, x, y,
-    label (a point a row), or all of them; rows of one image and object belong together, a box of no object is one by
-    itself.
+    ...], "name"} with a box, points or both. CSV: columns image, x0, y0, x1, y1 (one box per row), or image, object, x,
+    y, label (one point per row), or all of them; rows with the same image and object belong together, and a box without
+    an object is a separate object.
 
     Args:
         path: the file, .json or .csv.
-        images: files that prompts may name, by name with or without ending.
+        images: image files that prompts may refer to, by name with or without ending.
 
     Returns:
-        at least one object; those of one image follow one another. A mask is named by `name`, else by its image,
-        with `object` or a number behind where it has several.
+        at least one object, grouped by image. A mask is named after `name`, else after its image, followed by `object`
+        or a number if the image has several objects.
 
     Raises:
-        UsageError: the file cannot be read, or has faults: all of them are told.
+        UsageError: the file cannot be read, or has faults, all of which are reported.
     """
     faults = _Faults()
     reader = {".json": _from_json, ".csv": _from_csv}.get(path.suffix.lower())
     if reader is None:
-        raise UsageError("Prompts are read from JSON or CSV", where=path, expected="a name that ends in .json or .csv")
+        raise UsageError("Prompts must be JSON or CSV", where=path, expected="a name that ends in .json or .csv")
     asked = reader(_text(path), path, faults)
     objects = _checked(asked, images, faults)
     if not faults and not objects:
-        raise UsageError("The file holds no prompt", where=path)
+        raise UsageError("The file contains no prompts", where=path)
     if faults:
         more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
@@ -120,28 +120,30 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UsageError("There is no such file of prompts", where=path) from None
+        raise UsageError("Prompt file not found", where=path) from None
     except UnicodeDecodeError as error:
-        raise UsageError("The prompts are no text", where=path, expected="UTF-8", found=error.reason) from None
+        raise UsageError("The prompt file is not text", where=path, expected="UTF-8", found=error.reason) from None
     except OSError as error:
-        raise UsageError(f"The file of prompts cannot be read ({error.strerror})", where=path) from error
+        raise UsageError(f"The prompt file cannot be read ({error.strerror})", where=path) from error
 
 
 def _from_json(text: str, path: Path, faults: _Faults) -> list[_Asked]:
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise UsageError("The prompts are not valid JSON", where=path, found=str(error)) from None
     if isinstance(content, dict) and set(content) == {"prompts"}:
         content = content["prompts"]
     if not isinstance(content, list):
         expected = 'a list, or {"prompts": [...]}, of {"image": "name.jpg", "box": [x0, y0, x1, y1]}'
-        raise UsageError("These are no prompts", where=path, expected=expected, found=f"a {type(content).__name__}")
+        raise UsageError(
+            "This is not a list of prompts", where=path, expected=expected, found=f"a {type(content).__name__}"
+        )
     asked = []
     for number, entry in enumerate(content, 1):
         where = f"prompt {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            faults.add(where, 'it names no image ("image")')
+            faults.add(where, '"image" is missing, or not text')
             continue
         where += f" ({entry['image']})"
         unknown = sorted(set(entry) - set(FIELDS))
@@ -150,7 +152,7 @@ def _from_json(text: str, path: Path, faults: _Faults) -> list[_Asked]:
         given = {key: entry[key] for key in FIELDS if entry.get(key) is not None}
         lists = [key for key in ("points", "labels") if not isinstance(given.get(key, []), list)]
         if lists or not isinstance(given.get("name", ""), str):
-            faults.add(where, f"{lists[0]} is no list" if lists else "name is no text")
+            faults.add(where, f"{lists[0]} is not a list" if lists else "name is not text")
             continue
         asked.append(_Asked(where=where, **given))
     return asked
@@ -169,7 +171,7 @@ def _from_rows(rows: csv.DictReader, path: Path, faults: _Faults) -> list[_Asked
     unknown = [name or "(no name)" for name in names if name not in COLUMNS]
     if "image" not in names or unknown or len(set(names)) < len(names):
         raise UsageError(
-            "These columns are not those of prompts",
+            "Wrong columns in the prompt file",
             where=path,
             expected=f"image, {', '.join(BOX)} or image, object, {', '.join(POINT)}",
             found=", ".join(names) or "an empty file",
@@ -178,29 +180,29 @@ def _from_rows(rows: csv.DictReader, path: Path, faults: _Faults) -> list[_Asked
     for row in rows:
         where = f"line {rows.line_num}"
         if "" in row:
-            faults.add(where, "it has more values than there are columns")
+            faults.add(where, "more values than columns")
             continue
         _read_row({key: (value or "").strip() for key, value in row.items()}, where, asked, faults)
     return list(asked.values())
 
 
 def _read_row(row: dict[str, str], where: str, asked: dict[object, _Asked], faults: _Faults) -> None:
-    """Take one row of a CSV: a box, a point, or both, of a new object or one that is known."""
+    """Read one row of a CSV file: a box, a point or both, for a new or an existing object."""
     where += f" ({row['image']})"
     part = row.get("object") or None
     given = [[row.get(name, "") for name in kind] for kind in (BOX, POINT)]
     for values, kind, what in zip(given, (BOX, POINT), ("box", "point"), strict=True):
         if any(values) and not all(values):
             lacking = [name for name, value in zip(kind, values, strict=True) if not value]
-            faults.add(where, f"the {what} has no {', '.join(lacking)}")
+            faults.add(where, f"the {what} lacks {', '.join(lacking)}")
             return
     box, point = ([_read_number(value) for value in values] if all(values) else None for values in given)
-    # a box of no object is an object; points of no object are of one
+    # a box without an object is a separate object; points without one belong to a single object
     key = (row["image"], part) if part or not box else where
     known = asked.setdefault(key, _Asked(where=where, image=row["image"], part=part))
     if box:
         if known.box is not None:
-            faults.add(where, f"object {part} has a box already")
+            faults.add(where, f"object {part} already has a box")
         known.box = box
     if point:
         known.points.append(point[:2])
@@ -208,7 +210,7 @@ def _read_row(row: dict[str, str], where: str, asked: dict[object, _Asked], faul
 
 
 def _read_number(text: str) -> float | str:
-    """The number, or what stands there instead."""
+    """Parse a number; return other text unchanged."""
     try:
         return float(text)
     except ValueError:
@@ -216,7 +218,7 @@ def _read_number(text: str) -> float | str:
 
 
 def _checked(asked: Iterable[_Asked], images: Sequence[Path], faults: _Faults) -> tuple[PromptedObject, ...]:
-    """What is asked, held against the images, with names for the masks."""
+    """Validate objects against the images and name their masks."""
     by_name = {path.name: path for path in images}
     stems = Counter(path.stem for path in images)
     by_name |= {path.stem: path for path in images if stems[path.stem] == 1 and path.stem not in by_name}
@@ -225,7 +227,7 @@ def _checked(asked: Iterable[_Asked], images: Sequence[Path], faults: _Faults) -
     for one in asked:
         image = by_name.get(one.image)
         if image is None:
-            faults.add(one.where, "there is no such image")
+            faults.add(one.where, "image not found")
             continue
         if image not in sizes:
             try:
@@ -240,7 +242,7 @@ def _checked(asked: Iterable[_Asked], images: Sequence[Path], faults: _Faults) -
 
 
 def _object(one: _Asked, image: Path, size: tuple[int, int], faults: _Faults) -> PromptedObject:
-    """An object of an image of (H, W) pixels; what is wrong with it goes to the faults."""
+    """Convert an object of an image of (H, W) pixels; problems are added to the faults."""
     if one.box is None and not one.points:
         faults.add(one.where, "it has neither a box nor points")
     box = None if one.box is None else _box(one, faults)
@@ -286,16 +288,16 @@ def _with_names(of: dict[Path, list[tuple[_Asked, PromptedObject]]], faults: _Fa
         for number, (one, prompted) in enumerate(found, 1):
             name = one.name or (f"{image.stem}_{one.part or number}" if len(found) > 1 else image.stem)
             if not re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,199}", name):
-                faults.add(one.where, f"no file can be named {name!r}")
+                faults.add(one.where, f"{name!r} is not a valid file name")
             elif name in taken:
-                faults.add(one.where, f"its mask would be {name}.png, which is that of {taken[name]}")
+                faults.add(one.where, f"its mask {name}.png has the same name as that of {taken[name]}")
             taken[name] = one.where
             objects.append(replace(prompted, file=f"{name}.png"))
     return tuple(objects)
 
 
 def _numbers(values: object, count: int) -> list[float] | None:
-    """So many finite numbers, or None where that is something else."""
+    """The values as `count` finite numbers; None if they are anything else."""
     if not isinstance(values, list) or len(values) != count:
         return None
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):

@@ -58,7 +58,7 @@ class ClickedPredictor:
     """An `InteractivePredictor` as evaluations ask a model: with all clicks of an object at every call.
 
     Args:
-        predictor: which is told only what is new of them.
+        predictor: the wrapped predictor; it receives only the new clicks.
     """
 
     def __init__(self, predictor: InteractivePredictor) -> None:

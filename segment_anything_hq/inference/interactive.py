@@ -1,6 +1,6 @@
-"""One image, one object, guided by clicks and a box: any segmenter, with undo.
+"""Interactive segmentation of one object in an image by clicks and a box, with undo, for any segmenter.
 
-Refiners that look at the mask before are given it; a click costs no encoding.
+The image is encoded once, not per click; the previous result is passed to refiners that use it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from segment_anything_hq.prompts.prompt import Click, Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Answered:
-    """What was said of the object, and the answer."""
+    """A prompt and its result."""
 
     prompt: Prompt
     answer: Segmented
 
 
 class InteractivePredictor:
-    """A segmenter that keeps an image and what was said of an object in it.
+    """A segmenter that remembers an image and the prompts for an object in it.
 
     Args:
         segmenter: a `Segmenter` in evaluation mode, on its device.
-        fit: pad: the longest side is resized to the frame, as SAM does; stretch: both sides are, as SAM 2 and SAM-REF
-            do. None: as the segmenter's method is used.
+        fit: "pad" resizes the longest side to the frame and pads the other, as SAM does; "stretch" resizes both sides,
+            as SAM 2 and SAM-REF do. None: the default of the segmenter's method.
     """
 
     def __init__(self, segmenter: Any, *, fit: Fit | None = None) -> None:
@@ -46,15 +46,15 @@ class InteractivePredictor:
 
     @property
     def prompt(self) -> Prompt:
-        """What was said of the object so far."""
+        """The clicks and the box so far."""
         return self._said[-1].prompt if self._said else Prompt()
 
     @torch.inference_mode()
     def set_image(self, image: np.ndarray) -> None:
-        """Take an image (H, W, 3) uint8, RGB, and forget all clicks; the same image again is not encoded again.
+        """Set an image (H, W, 3) uint8, RGB, and discard all clicks; an unchanged image is not encoded again.
 
         Raises:
-            UsageError: an array of another kind.
+            UsageError: the array has another shape or type.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise UsageError(
@@ -68,51 +68,51 @@ class InteractivePredictor:
         self._image, self._framing = image.copy(), framing
 
     def click(self, x: float, y: float, *, positive: bool = True) -> np.ndarray:
-        """Say that a point is on the object, or not; gives probabilities (H, W).
+        """Add a click; return probabilities (H, W).
 
         Args:
-            x: column, a whole number or between two, 0 <= x < W.
-            y: row, likewise, 0 <= y < H.
-            positive: on the object.
+            x: column, 0 <= x < W, may be fractional.
+            y: row, 0 <= y < H, may be fractional.
+            positive: on the object (True) or off it (False).
 
         Raises:
-            UsageError: outside the image, or no image was set.
+            UsageError: the click is outside the image, or no image has been set.
         """
         click = Click(x=x, y=y, positive=positive)
         return self._say(replace(self.prompt, clicks=(*self.prompt.clicks, click)))
 
     def box(self, box_xyxy: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Draw a box around the object, in the place of an earlier one; gives probabilities (H, W).
+        """Set the box around the object, replacing an earlier one; return probabilities (H, W).
 
         Args:
-            box_xyxy: x0, y0, x1, y1 as in `Prompt`: its first and last column and row.
+            box_xyxy: x0, y0, x1, y1, the first and last column and row as in `Prompt`.
 
         Raises:
-            UsageError: no box, outside the image, or no image was set.
+            UsageError: the box is invalid or outside the image, or no image has been set.
         """
         corners = np.asarray(box_xyxy, dtype=float)
         if corners.shape != (4,):
-            raise UsageError("This is no box", expected="x0, y0, x1, y1", found=corners.tolist())
+            raise UsageError("Invalid box", expected="four numbers x0, y0, x1, y1", found=corners.tolist())
         x0, y0, x1, y1 = corners.tolist()
         return self._say(replace(self.prompt, box=(x0, y0, x1, y1)))
 
     def undo(self) -> np.ndarray | None:
-        """Take the last click or box back; gives the answer before it, None where nothing is left.
+        """Undo the last click or box; return the previous probabilities (H, W), or None if no prompt is left.
 
         Raises:
-            UsageError: nothing was said yet.
+            UsageError: there is nothing to undo.
         """
         if not self._said:
-            raise UsageError("There is no click to take back", expected="a click or a box before")
+            raise UsageError("There is nothing to undo", expected="an earlier click or box")
         self._said.pop()
         return self._probabilities(self._said[-1].answer) if self._said else None
 
     def reset(self) -> None:
-        """Begin another object of the same image."""
+        """Discard all clicks and the box, to begin another object in the same image."""
         self._said = []
 
     def segment(self, prompt: Prompt) -> np.ndarray:
-        """Probabilities (H, W) of what one prompt shows, without regard to what was said before."""
+        """Probabilities (H, W) for one prompt; earlier clicks and boxes are discarded."""
         self.reset()
         return self._say(prompt)
 

@@ -1,6 +1,6 @@
-"""Compiled loops of click simulation: where a prediction is wrong, and the pixels deepest inside what is wrong.
+"""Compiled loops of click simulation: find errors of a prediction, and the pixels farthest inside them.
 
-Distances are squared whole numbers, so that ties are ties on every machine.
+Distances are squared integers, so that ties are the same on every machine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 from rfmedsam2.system.numba_cache import compiled
 
 MISSED, WRONG = 0, 1
-"""Kinds of error: object that was not predicted (false negative), prediction that is no object (false positive)."""
+"""Kinds of error: false negative (object that was not predicted), false positive (prediction off the object)."""
 
 
 _kernel = compiled(error_model="numpy")
@@ -18,7 +18,7 @@ _kernel = compiled(error_model="numpy")
 
 @_kernel
 def overlap(ground_truth: np.ndarray, predicted: np.ndarray) -> tuple[int, int]:
-    """Pixels of intersection and union; truth (H, W) int8 (1 object, -1 left out), predicted (H, W) bool."""
+    """Pixels of intersection and union; ground truth (H, W) int8 (1 object, -1 ignored), predicted (H, W) bool."""
     height, width = ground_truth.shape
     both, either = 0, 0
     for y in range(height):
@@ -34,7 +34,7 @@ def overlap(ground_truth: np.ndarray, predicted: np.ndarray) -> tuple[int, int]:
 
 @_kernel
 def is_error(ground_truth: int, predicted: bool, kind: int) -> bool:
-    """Whether a pixel is wrong in the way that `kind` says."""
+    """Whether a pixel is an error of this kind."""
     if kind == 0:
         return (ground_truth == 1) & (not predicted)
     return (ground_truth != 1) & (ground_truth != -1) & predicted
@@ -42,7 +42,7 @@ def is_error(ground_truth: int, predicted: bool, kind: int) -> bool:
 
 @_kernel
 def error_box(ground_truth: np.ndarray, predicted: np.ndarray, kind: int) -> tuple[int, int, int, int]:
-    """First row, end of rows, first column, end of columns of all errors of one kind; all 0 where there is none."""
+    """Bounding box of all errors of a kind: first row, end row, first column, end column; all 0 without errors."""
     height, width = ground_truth.shape
     top, bottom, left, right = height, 0, width, 0
     for y in range(height):
@@ -67,9 +67,9 @@ def error_box(ground_truth: np.ndarray, predicted: np.ndarray, kind: int) -> tup
 
 @_kernel
 def heights(ground_truth: np.ndarray, predicted: np.ndarray, kind: int, box: tuple[int, int, int, int]) -> np.ndarray:
-    """(rows, columns) int32 of the box: pixels to the nearest one in the column that is no such error, 0 on those.
+    """(rows, columns) int32 in the box: distance in pixels to the nearest non-error in the same column, 0 on those.
 
-    What lies outside the box, and outside the image, is none.
+    Pixels outside the box, and outside the image, count as non-errors.
     """
     top, bottom, left, right = box
     rows, columns = bottom - top, right - left
@@ -89,9 +89,9 @@ def heights(ground_truth: np.ndarray, predicted: np.ndarray, kind: int, box: tup
 
 @_kernel
 def depth_above(up: np.ndarray, y: int, x: int, floor: int) -> int:
-    """Squared distance from a pixel to the nearest one that is no error, as far as it is above `floor`.
+    """Squared distance from a pixel to the nearest non-error; exact only if it is above `floor`.
 
-    The search goes outwards along the row and stops as soon as the distance cannot be above `floor` any more.
+    The search goes outwards along the row and stops as soon as the distance cannot exceed `floor`.
     """
     columns = up.shape[1]
     found = np.int64(up[y, x]) * up[y, x]
@@ -107,16 +107,16 @@ def depth_above(up: np.ndarray, y: int, x: int, floor: int) -> int:
 
 @_kernel
 def deepest(up: np.ndarray, top: int, left: int, clicked: np.ndarray) -> tuple[int, int, int]:
-    """Largest squared depth of a pixel that was not clicked, and the first such pixel (row, column) in reading order.
+    """Largest squared depth of a pixel that was not clicked, and the first such pixel (row, column) in row-major order.
 
     Args:
-        up: (rows, columns) of `heights`.
-        top: row of the image at which `up` begins.
-        left: column of the image at which `up` begins.
-        clicked: (n, 2) int64 rows and columns of the image.
+        up: (rows, columns) from `heights`.
+        top: first row of `up` in the image.
+        left: first column of `up` in the image.
+        clicked: (n, 2) int64 rows and columns of clicked pixels in the image.
     """
     rows, columns = up.shape
-    # a few pixels give a depth to start from, so that the others are hardly looked at
+    # a coarse grid gives an initial depth, so that most other pixels can be skipped
     start = 0
     for y in range(0, rows, 4):
         for x in range(0, columns, 4):
@@ -140,7 +140,7 @@ def deepest(up: np.ndarray, top: int, left: int, clicked: np.ndarray) -> tuple[i
 
 @_kernel
 def is_free(y: int, x: int, clicked: np.ndarray) -> bool:
-    """Whether a pixel was not clicked; clicked (n, 2) rows and columns."""
+    """Whether a pixel has not been clicked; `clicked` is (n, 2), rows and columns."""
     free = True
     for click in clicked:
         free &= not ((click[0] == y) & (click[1] == x))

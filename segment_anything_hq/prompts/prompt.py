@@ -1,10 +1,11 @@
-"""What is said of one object in an image: clicks and a box, by files, users and evaluations alike.
+"""The prompt for one object in an image: clicks and a box, from files, users and evaluations alike.
 
-Coordinates are those of SAM: floating-point pixel indices of the image, x of columns and y of rows; x = 0 is the middle
-of the first column, W - 1 that of the last. A point lies in the image where 0 <= x < W and 0 <= y < H. A box names its
-first and its last column and row, both inside it: of a mask those of its outermost pixels, so that one pixel's box has
-x0 = x1. 0 <= x0 <= x1 <= W, and y likewise: a far corner at W or H, as boxes have that count to the edge behind their
-last pixel (COCO's), is taken as it is. `ImageTransform.prompts` takes them to a network's frame (`PromptBatch`).
+Coordinates are those of SAM: floating-point pixel indices, x for columns and y for rows; x = 0 is the center of the
+first column, W - 1 that of the last. A point is inside the image if 0 <= x < W and 0 <= y < H. A box is given by its
+first and last column and row, both included: for a mask those of its outermost pixels, so that the box of one pixel has
+x0 = x1. It must satisfy 0 <= x0 <= x1 <= W, and the same for y and H: a far corner at W or H, as in boxes that end at
+the edge behind their last pixel (COCO's), is accepted unchanged. `ImageTransform.prompts` converts prompts to a
+network's frame (`PromptBatch`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Click:
-    """A point of an image.
+    """A click at a point of an image.
 
     Attributes:
         x: column, 0 <= x < W.
         y: row, 0 <= y < H.
-        positive: on the object (True), or on what is none.
+        positive: on the object (True) or off it (False).
     """
 
     x: float
@@ -34,11 +35,11 @@ class Click:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """All that is said of one object.
+    """The clicks and the box of one object.
 
     Attributes:
-        clicks: in their order.
-        box: around the object; None: there is none.
+        clicks: in the order in which they were made.
+        box: box around the object, or None.
     """
 
     clicks: tuple[Click, ...] = ()
@@ -46,16 +47,16 @@ class Prompt:
 
     @property
     def points(self) -> np.ndarray:
-        """(k, 2) XY of the clicks."""
+        """Positions (k, 2) of the clicks, XY."""
         return np.array([(click.x, click.y) for click in self.clicks], float).reshape(-1, 2)
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Of the points: 1 on the object, 0 off it."""
+        """Labels of the points: 1 on the object, 0 off it."""
         return tuple(int(click.positive) for click in self.clicks)
 
     def faults(self, size: tuple[int, int]) -> list[str]:
-        """What is wrong with it in an image of (H, W) pixels, in words."""
+        """Describe what is invalid for an image of (H, W) pixels, one text per fault."""
         height, width = size
         extent = f"the image is {width} wide and {height} high"
         outside = [click for click in self.clicks if not (0 <= click.x < width and 0 <= click.y < height)]

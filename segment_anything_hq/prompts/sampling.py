@@ -1,7 +1,7 @@
-"""Training prompts from the masks of objects: boxes, random points on and around them, coarse masks.
+"""Training prompts sampled from the masks of objects: boxes, random points on and around them, coarse masks.
 
-All objects of a batch are drawn from at once, and everything comes from a generator that is given: with the one of
-`generator_of(seed, number)`, batch `number` of a training is a function of (seed, number).
+All objects of a batch are processed together, and all randomness comes from the given generator: with
+`generator_of(seed, number)`, batch `number` of a training depends only on (seed, number).
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from rfmedsam2.prompts import prompts_from_members
 Kind = Literal["box", "points", "box_and_points", "box_and_negatives", "mask"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MASK_LOGIT = 10.0
-"""Of a pixel of a mask that is given as a prompt, negative outside: what SAM 2 makes of masks that users give it."""
+"""Logit of a mask prompt's pixels, negative outside the mask: SAM 2 converts users' masks to the same value."""
 COARSENESS = 8
-"""A mask is noised where it changes when it is made this many times smaller and larger again (HQ-SAM's training)."""
+"""Noise is added where a mask changes when it is reduced by this factor and enlarged again (HQ-SAM's training)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptMix:
-    """How often which kind of prompt is drawn, and how.
+    """How often each kind of prompt is sampled, and its parameters.
 
     Attributes:
         box: share of boxes alone; shares need not sum to 1.
-        points: of points on the object alone.
-        box_and_points: of boxes with points on the object.
-        box_and_negatives: of boxes with points off the object, near it.
-        mask: of degraded masks.
-        count: points of a prompt.
-        margin: how far off the object negative points may lie, as a share of its box's sides, to each side.
+        points: share of points on the object alone.
+        box_and_points: share of boxes with points on the object.
+        box_and_negatives: share of boxes with points off the object, near it.
+        mask: share of degraded masks.
+        count: number of points per prompt.
+        margin: how far outside the object's box negative points may lie, as a fraction of the box's sides.
         noise: standard deviation of the noise that degrades masks, which are 0 and 1.
     """
 
@@ -65,38 +65,38 @@ class PromptMix:
 SAM2_REFINER = PromptMix(box=0.3, points=0.2, box_and_points=0.2, box_and_negatives=0.2, mask=0.1)
 """SAM2Refiner supplement, section 1.1."""
 HQ_SAM = PromptMix(box=1 / 3, points=1 / 3, mask=1 / 3)
-"""HQ-SAM's published training: a box, ten points, or a coarse mask, equally often."""
+"""HQ-SAM's published training: a box, ten points or a coarse mask, equally often."""
 
 
 def generator_of(seed: int, number: int) -> Generator:
-    """Random numbers of batch `number` of the training with this seed, on the CPU."""
+    """The random generator, on the CPU, of batch `number` of the training with this seed."""
     words = np.random.SeedSequence([seed % 2**64, number]).generate_state(2)
     return Generator().manual_seed((int(words[0]) << 31) | (int(words[1]) >> 1))
 
 
 def draw_kind(mix: PromptMix, rng: Generator) -> Kind:
-    """One kind of prompt; all objects of a batch get the same (SAM2Refiner supplement, section 1.1)."""
+    """Draw a kind of prompt; all objects of a batch get the same (SAM2Refiner supplement, section 1.1)."""
     shares = torch.tensor([getattr(mix, kind) for kind in KINDS], dtype=torch.float64)
     return KINDS[int(torch.multinomial(shares, 1, generator=rng))]
 
 
 def training_prompts(masks: Tensor, images: Tensor, *, mix: PromptMix, rng: Generator) -> PromptBatch:
-    """Prompts of one kind, drawn, for the objects of a batch.
+    """Sample prompts of one randomly drawn kind for the objects of a batch.
 
     Args:
-        masks: (P, S, S) bool, the objects on their frames, none of them empty.
-        images: (P,) long, which frame each object is on.
-        mix: of which kinds.
-        rng: on the CPU.
+        masks: (P, S, S) bool, the objects' masks in their frames, none of them empty.
+        images: (P,) long, index of each object's frame.
+        mix: shares and parameters of the kinds.
+        rng: source of randomness, on the CPU.
 
     Raises:
-        UsageError: an object without a pixel.
+        UsageError: a mask is empty.
     """
     return prompts_of_kind(draw_kind(mix, rng), masks, images, mix=mix, rng=rng)
 
 
 def prompts_of_kind(kind: Kind, masks: Tensor, images: Tensor, *, mix: PromptMix, rng: Generator) -> PromptBatch:
-    """Like `training_prompts`, of this kind."""
+    """Like `training_prompts`, for a given kind."""
     boxes = boxes_of(masks)
     match kind:
         case "box":
@@ -116,10 +116,10 @@ def prompts_of_kind(kind: Kind, masks: Tensor, images: Tensor, *, mix: PromptMix
 
 
 def boxes_of(masks: Tensor) -> Tensor:
-    """Tight boxes (P, 4) XYXY, first and last pixel, of masks (P, H, W) of bool.
+    """Tight boxes (P, 4) XYXY, first and last pixel, of masks (P, H, W) bool.
 
     Raises:
-        UsageError: an empty mask has no box.
+        UsageError: a mask is empty.
     """
     prompts = prompts_from_members(masks[:, None])
     if not prompts.present.all():
@@ -133,23 +133,23 @@ def boxes_of(masks: Tensor) -> Tensor:
 
 
 def random_points(regions: Tensor, count: int, rng: Generator) -> tuple[Tensor, Tensor]:
-    """Pixels of regions, all equally likely.
+    """Draw pixels uniformly from regions.
 
-    No pixel is drawn twice where the region has `count` of them; smaller regions give their pixels repeatedly.
+    Pixels are drawn without replacement if the region has at least `count` of them, else with replacement.
 
     Args:
         regions: (P, H, W) bool.
-        count: k.
-        rng: on the CPU.
+        count: k, points per region.
+        rng: source of randomness, on the CPU.
 
     Returns:
-        Points (P, k, 2) float32 XY, and whether there was a pixel to draw (P, k) bool; 0 where not.
+        Points (P, k, 2) float32 XY, and (P, k) bool: whether the region has pixels; points are 0 if not.
     """
-    # float32 holds counts of a row exactly, and adds bytes seven times as fast as the default
+    # float32 represents a row's counts exactly and sums bytes seven times as fast as the default dtype
     held = regions.view(torch.uint8).sum(2, dtype=torch.float32).long()
     ends = held.cumsum(1)
     ranks = _random_ranks(ends[:, -1].cpu(), count, rng).to(regions.device)
-    # the pixel of rank r, counted row by row, lies in the first row that ends beyond r
+    # the pixel of rank r in row-major order lies in the first row whose cumulative count exceeds r
     rows = torch.searchsorted(ends, ranks, right=True).clamp_max(regions.shape[1] - 1)
     left = ranks - (ends - held).gather(1, rows)
     lines = regions[torch.arange(len(regions), device=regions.device)[:, None], rows]
@@ -159,7 +159,7 @@ def random_points(regions: Tensor, count: int, rng: Generator) -> tuple[Tensor, 
 
 
 def _random_ranks(totals: Tensor, count: int, rng: Generator) -> Tensor:
-    """(P, count) numbers below totals (P,): subsets, all equally likely, where the total is large enough (R. Floyd)."""
+    """(P, count) integers below totals (P,): uniform random subsets if the total is large enough (R. Floyd)."""
     draws = torch.rand(len(totals), count, dtype=torch.float64, generator=rng)
     last = (totals[:, None] - count + torch.arange(count)).clamp_min(0)
     candidates = (draws * (last + 1)).long()
@@ -171,11 +171,11 @@ def _random_ranks(totals: Tensor, count: int, rng: Generator) -> Tensor:
 
 
 def surroundings(masks: Tensor, margin: float) -> Tensor:
-    """(P, H, W) bool: off the object, and inside its box when that is made larger by a share of its sides.
+    """(P, H, W) bool: pixels off the object but inside its enlarged box.
 
     Args:
         masks: (P, H, W) bool, none of them empty.
-        margin: of the box's width and height, to each side; one pixel at least.
+        margin: fraction of the box's width and height added on each side, at least one pixel.
     """
     boxes = boxes_of(masks)
     reach = ((boxes[:, 2:] - boxes[:, :2] + 1) * margin).clamp_min(1)
@@ -192,16 +192,16 @@ def _indices(masks: Tensor, axis: int) -> Tensor:
 
 
 def degraded(masks: Tensor, side: int, rng: Generator, *, noise: float = 1.0) -> Tensor:
-    """Coarse masks: noise is added to 0 and 1 along the boundary, and the sum is cut at a half (HQ-SAM's training).
+    """Coarse masks: add noise along the boundary of 0/1 masks and threshold at 0.5 (HQ-SAM's training).
 
     Args:
         masks: (P, H, W) bool.
-        side: of the coarse masks, 256 for frames of 1024 pixels.
-        rng: on the CPU.
-        noise: its standard deviation.
+        side: side of the coarse masks, 256 for frames of 1024 pixels.
+        rng: source of randomness, on the CPU.
+        noise: standard deviation of the noise.
 
     Returns:
-        (P, side, side) logits of `MASK_LOGIT` and minus that.
+        (P, side, side) logits, `MASK_LOGIT` inside and -`MASK_LOGIT` outside.
     """
     small = F.interpolate(masks[:, None].float(), (side, side), mode="bilinear", align_corners=False)
     coarse = F.interpolate(small, max(1, side // COARSENESS), mode="bilinear", align_corners=False)

@@ -1,1 +1,1 @@
-"""The published package's helpers by its module names: resizing, masks of everything, ONNX."""
+"""The published package's helper modules, under its names: resizing, automatic mask generation, ONNX."""

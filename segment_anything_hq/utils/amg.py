@@ -1,4 +1,4 @@
-"""Helpers of automatic mask generation: `segment_anything`'s, unchanged."""
+"""Helpers of automatic mask generation, re-exported unchanged from `segment_anything`."""
 
 from __future__ import annotations
 

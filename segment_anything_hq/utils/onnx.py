@@ -1,4 +1,4 @@
-"""HQ-SAM's prompt encoder and mask decoder as one module for ONNX: prompts and an image's features in, masks out."""
+"""HQ-SAM's prompt encoder and mask decoder as one module for ONNX export: image features and prompts to masks."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ OUTPUTS = ("masks", "iou_predictions", "low_res_masks")
 
 
 class SamOnnxModel(PlainOnnxModel):
-    """What is exported; points and boxes come as points (a box's corners have the labels 2 and 3).
+    """The module to export; boxes are passed as points (their corners have the labels 2 and 3).
 
     Args:
         model: HQ-SAM.
-        hq_token_only: the HQ token's mask alone, else the sum with SAM's.
-        multimask_output: take the best by predicted IoU of the masks for ambiguous prompts.
-        use_stability_score: give the masks' stability in the place of their predicted IoU.
-        return_extra_metrics: give stability and area besides.
+        hq_token_only: return the HQ token's mask alone, not its sum with SAM's mask.
+        multimask_output: use the best by predicted IoU of the masks for ambiguous prompts.
+        use_stability_score: return the masks' stability instead of their predicted IoU.
+        return_extra_metrics: also return stability and area.
 
     Raises:
-        UsageError: a model that is no HQ-SAM.
+        UsageError: the model is a plain SAM.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class SamOnnxModel(PlainOnnxModel):
         has_mask_input: Tensor,
         orig_im_size: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Masks of one image's prompts.
+        """Predict masks for the prompts of one image.
 
         Args:
             image_embeddings: (1, 256, s, s).
             interm_embeddings: (1, 1, s, s, C) the early features.
             point_coords: (P, k, 2) XY in pixels of the frame.
-            point_labels: (P, k) 1, 0, corners 2 and 3, -1 none.
+            point_labels: (P, k) 1 positive, 0 negative, 2 and 3 box corners, -1 padding.
             mask_input: (1, 1, 4s, 4s) logits.
-            has_mask_input: (1,) 1 where that counts, else 0.
+            has_mask_input: (1,) 1 if `mask_input` is used, else 0.
             orig_im_size: (2,) the image's height and width.
 
         Returns:
@@ -106,7 +106,7 @@ class SamOnnxModel(PlainOnnxModel):
         return upscaled, scores, self._stability(upscaled), areas, logits
 
     def mask_postprocessing(self, masks: Tensor, orig_im_size: Tensor) -> Tensor:
-        """Logits (P, 1, 4s, 4s) at the image's size, which stays an input of the exported graph."""
+        """Resize logits (P, 1, 4s, 4s) to the image's size, which remains an input of the exported graph."""
         masks = F.interpolate(masks, (self.img_size, self.img_size), mode="bilinear", align_corners=False)
         inside = self.resize_longest_image_size(orig_im_size, self.img_size)
         masks = masks[..., : inside[0], : inside[1]]

@@ -90,7 +90,7 @@ def test_a_summary_counts_parts_beside_the_papers_figure():
 
 def test_a_summary_of_what_cannot_be_is_a_sentence():
     assert "hq_sam is not built on hiera_t" in run_error("summary", "hq_sam", "-b", "hiera_t")
-    assert "Frames cannot have this size" in run_error("summary", "hq_sam", "-b", "vit_b", "--frame-size", 100)
+    assert "Invalid frame size" in run_error("summary", "hq_sam", "-b", "vit_b", "--frame-size", 100)
 
 
 # samhq_predict
@@ -137,7 +137,7 @@ def test_masks_are_not_replaced_unasked(data, tmp_path):
 
 
 FAULTY = {
-    "no such image": [{"image": "z.png", "box": [1, 1, 2, 2]}],
+    "image not found": [{"image": "z.png", "box": [1, 1, 2, 2]}],
     "the box lies outside": [{"image": "a.png", "box": [1, 1, 100, 2]}],
     "the box ends before it begins": [{"image": "a.png", "box": [3, 1, 1, 2]}],
     "1 point and 0 labels": [{"image": "a.png", "points": [[1, 1]]}],
@@ -147,7 +147,7 @@ FAULTY = {
     "unknown fields boxes": [{"image": "a.png", "boxes": [1, 1, 2, 2]}],
     "not four numbers": [{"image": "a.png", "box": [1, 1, 2, "x"]}],
     "not valid JSON": "{",
-    "These columns are not those of prompts": "image,left,top\na.png,1,1\n",
+    "Wrong columns in the prompt file": "image,left,top\na.png,1,1\n",
     "a point is not two numbers": "image,x,y,label\na.png,one,1,1\n",
 }
 
@@ -174,10 +174,10 @@ CHOICES = {
     "needs the weights of vit_b": ("sam", "-b", "vit_b"),
     "sam is not built on hiera_t": ("sam", "-b", "hiera_t", "-w", "none.pt"),
     "file of weights does not exist": ("sam", "-b", "vit_b", "-w", "none.pt"),
-    "has a mask decoder of its own": ("sam", *NANO, "--decoder", "none.pt"),
+    "has its own mask decoder": ("sam", *NANO, "--decoder", "none.pt"),
     "does not exist": ("--model", "none.pt"),
     "Unknown device": ("sam", "-b", "vit_nano", "--device", "tpu"),
-    "Frames cannot have this size": ("sam", "-b", "vit_nano", "--frame-size", 0),
+    "Invalid frame size": ("sam", "-b", "vit_nano", "--frame-size", 0),
 }
 
 

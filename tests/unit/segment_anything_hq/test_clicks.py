@@ -208,5 +208,5 @@ def test_what_does_not_fit_gets_a_sentence() -> None:
         next_click(ground_truth, np.zeros((1, 2), np.float32))
     with pytest.raises(UsageError, match="int8"):
         iou(ground_truth.astype(np.float32), np.zeros((1, 2), bool))
-    with pytest.raises(UsageError, match="room to vary"):
+    with pytest.raises(UsageError, match="inner must be above 1"):
         training_click(ground_truth, np.zeros((1, 2), bool), np.random.default_rng(0), inner=1.0)

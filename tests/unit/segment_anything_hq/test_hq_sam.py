@@ -139,7 +139,7 @@ def test_a_plain_sam_loads_and_what_is_added_is_reported_new(
     assert not caplog.text  # who trains or predicts says it in other words
     torch.save(weights, tmp_path / "mobile_sam.pt")
     build_sam_vit_t(tmp_path / "mobile_sam.pt")
-    assert "mobile_sam.pt has no weights of what HQ-SAM adds to SAM: 25 tensors are new" in caplog.text
+    assert "mobile_sam.pt has no weights for what HQ-SAM adds to SAM: 25 tensors are random" in caplog.text
 
 
 def test_a_published_state_loads_strictly_too(sam: HqSam) -> None:

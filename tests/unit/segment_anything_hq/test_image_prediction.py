@@ -103,8 +103,8 @@ def test_csv_gives_boxes_a_row_and_points_by_object(tmp_path, images):
 
 
 BAD = {
-    "no_such_image": ({"image": "z.jpg", "box": [1, 1, 2, 2]}, r"prompt 1 \(z\.jpg\): there is no such image"),
-    "no_image": ({"box": [1, 1, 2, 2]}, "prompt 1: it names no image"),
+    "no_such_image": ({"image": "z.jpg", "box": [1, 1, 2, 2]}, r"prompt 1 \(z\.jpg\): image not found"),
+    "no_image": ({"box": [1, 1, 2, 2]}, 'prompt 1: "image" is missing'),
     "box_outside": ({"image": "a.png", "box": [1, 1, 61, 9]}, "box lies outside: 1, 1, 61, 9, the image is 60 wide"),
     "box_backwards": ({"image": "a.png", "box": [9, 9, 5, 5]}, "box ends before it begins: 9, 9, 5, 5"),
     "box_of_three": ({"image": "a.png", "box": [1, 1, 2]}, "box is not four numbers x0, y0, x1, y1, but 1, 1, 2"),
@@ -118,11 +118,11 @@ BAD = {
     "label_of_two": ({"image": "a.png", "points": [[1, 1]], "labels": [2]}, "a label is not 1 .* but 2"),
     "point_outside": ({"image": "a.png", "points": [[60, 1]], "labels": [1]}, "a point lies outside: 60, 1"),
     "point_of_one": ({"image": "a.png", "points": [[1]], "labels": [1]}, "a point is not two numbers x, y, but 1"),
-    "points_no_list": ({"image": "a.png", "points": 3, "labels": [1]}, "points is no list"),
+    "points_no_list": ({"image": "a.png", "points": 3, "labels": [1]}, "points is not a list"),
     "neither": ({"image": "a.png"}, "neither a box nor points"),
     "empty_points": ({"image": "a.png", "points": [], "labels": []}, "neither a box nor points"),
     "unknown_field": ({"image": "a.png", "bbox": [1, 1, 2, 2]}, "unknown fields bbox; known are image, box"),
-    "bad_name": ({"image": "a.png", "box": [1, 1, 2, 2], "name": "../a"}, r"no file can be named '\.\./a'"),
+    "bad_name": ({"image": "a.png", "box": [1, 1, 2, 2], "name": "../a"}, r"'\.\./a' is not a valid file name"),
 }
 
 
@@ -140,7 +140,7 @@ def test_all_faults_are_told_at_once(tmp_path, images):
 
 def test_masks_of_one_name_are_a_fault(tmp_path, images):
     entry = {"image": "a.png", "box": [1, 1, 2, 2]}
-    assert "its mask would be a.png, which is that of prompt 1" in faults(
+    assert "its mask a.png has the same name as that of prompt 1" in faults(
         tmp_path, images, [entry, {**entry, "image": "b.png", "name": "a"}]
     )
 
@@ -150,18 +150,18 @@ def test_masks_of_one_name_are_a_fault(tmp_path, images):
     [
         ("image,x0,y0,x1,y1\na.png,1,2,thirty,20\n", r"line 2 \(a\.png\): the box is not four numbers.*thirty"),
         ("image,x0,y0,x1,y1\na.png,1,2,nan,20\n", "the box is not four numbers"),
-        ("image,x0,y0,x1,y1\na.png,1,2,30\n", "the box has no y1"),
-        ("image,x0,y0,x1,y1\na.png,1,2,30,20,8\n", "line 2: it has more values than there are columns"),
+        ("image,x0,y0,x1,y1\na.png,1,2,30\n", "the box lacks y1"),
+        ("image,x0,y0,x1,y1\na.png,1,2,30,20,8\n", "line 2: more values than columns"),
         ("image,x0,y0,x1,y1\na.png,,,,\n", "neither a box nor points"),
-        ("image,object,x,y,label\na.png,1,3,4,\n", "the point has no label"),
+        ("image,object,x,y,label\na.png,1,3,4,\n", "the point lacks label"),
         ("image,object,x,y,label\na.png,1,3,4,maybe\n", "a label is not 1 .* but 'maybe'"),
-        ("image,object,x0,y0,x1,y1\na.png,1,1,1,2,2\na.png,1,1,1,3,3\n", "object 1 has a box already"),
+        ("image,object,x0,y0,x1,y1\na.png,1,1,1,2,2\na.png,1,1,1,3,3\n", "object 1 already has a box"),
         (
             "image,x,y,label,width\na.png,1,1,1,5\n",
-            r"columns are not those of prompts.*Found image, x, y, label, width",
+            r"Wrong columns.*Found image, x, y, label, width",
         ),
-        ("x0,y0,x1,y1\n1,1,2,2\n", "columns are not those of prompts"),
-        ("image,x0,y0,x1,y1\n", "holds no prompt"),
+        ("x0,y0,x1,y1\n1,1,2,2\n", "Wrong columns"),
+        ("image,x0,y0,x1,y1\n", "contains no prompts"),
         ("", "Found an empty file"),
     ],
 )
@@ -171,18 +171,18 @@ def test_a_faulty_csv_is_a_sentence(text, sentence, tmp_path, images):
 
 def test_files_that_are_no_prompts_are_sentences(tmp_path, images):
     assert "not valid JSON" in faults(tmp_path, images, "[{")
-    assert "holds no prompt" in faults(tmp_path, images, [])
-    assert "These are no prompts" in faults(tmp_path, images, {"image": "a.png"})
+    assert "contains no prompts" in faults(tmp_path, images, [])
+    assert "not a list of prompts" in faults(tmp_path, images, {"image": "a.png"})
     assert "ends in .json or .csv" in faults(tmp_path, images, "", "p.txt")
     (tmp_path / "latin.json").write_bytes(b'[{"image": "\xe4.png"}]')
-    with pytest.raises(UsageError, match="no text"):
+    with pytest.raises(UsageError, match="not text"):
         read_prompts(tmp_path / "latin.json", images)
-    with pytest.raises(UsageError, match="no such file of prompts"):
+    with pytest.raises(UsageError, match="Prompt file not found"):
         read_prompts(tmp_path / "nowhere.json", images)
-    with pytest.raises(UsageError, match="no such image or folder"):
+    with pytest.raises(UsageError, match="Image or folder not found"):
         images_in([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"There are no images.*\.jpg"):
+    with pytest.raises(UsageError, match=r"No images found.*\.jpg"):
         images_in([tmp_path / "empty"])
 
 
@@ -364,7 +364,7 @@ def test_choices_that_do_not_fit_are_sentences(tmp_path):
         r"another method than given.*Expected hq_sam\. Found sam_ref": {"model": "model.pt", "method": "hq_sam"},
         r"another backbone than given.*Expected vit_b\. Found vit_nano": {"model": "model.pt", "backbone": "vit_b"},
         r"another frame size than given.*Expected 128\. Found 64": {"model": "model.pt", "frame_size": 128},
-        r"Frames cannot have this size.*Found 100": {"method": "hq_sam", "backbone": "vit_nano", "frame_size": 100},
+        r"Invalid frame size.*Found 100": {"method": "hq_sam", "backbone": "vit_nano", "frame_size": 100},
         r"hq_sam2 is not built on vit_nano": {"method": "hq_sam2", "backbone": "vit_nano"},
         r"trained on other frozen weights": {"model": "model.pt", "weights": "other.pt"},
         r"file of weights does not exist": {"method": "sam", "backbone": "vit_nano", "weights": "none.pt"},
@@ -373,7 +373,7 @@ def test_choices_that_do_not_fit_are_sentences(tmp_path):
             "backbone": "vit_b",
             "weights": "other.pt",
         },
-        r"has a mask decoder of its own": {"method": "hq_sam", "backbone": "vit_nano", "decoder": "model.pt"},
+        r"has its own mask decoder": {"method": "hq_sam", "backbone": "vit_nano", "decoder": "model.pt"},
     }
     for sentence, words in said.items():
         files = {k: tmp_path / v if k in ("model", "weights", "decoder") else v for k, v in words.items()}
