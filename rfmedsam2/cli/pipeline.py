@@ -12,25 +12,21 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from rfmedsam2.cli.command import command, end_if_stopped, layout_of, say, say_memory, tell, tell_json
-from rfmedsam2.cli.flags import (
-    AsJson,
-    DatasetName,
+from rfmedsam2.cli.flag_groups import (
     GivenDecisions,
     InitialWeights,
     LabelNames,
-    ModelChoice,
     PlanChoice,
     Planning,
     PredictOutput,
     Preprocessing,
     Refinement,
-    Root,
     Schedule,
     Scoring,
     Tiles,
     TrainRun,
-    Workers,
 )
+from rfmedsam2.cli.flags import AsJson, DatasetName, ModelChoice, Root, Workers
 from rfmedsam2.errors import UsageError
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from rfmedsam2.cli.command import command, layout_of, say, tell, tell_json
-from rfmedsam2.cli.flags import AsJson, StudiedData, StudiedModels, StudiedPrompts
+from rfmedsam2.cli.flag_groups import StudiedData, StudiedModels, StudiedPrompts
+from rfmedsam2.cli.flags import AsJson
 
 if TYPE_CHECKING:
     from rfmedsam2.records.study import PromptStudy

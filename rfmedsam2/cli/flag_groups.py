@@ -1,0 +1,262 @@
+"""Groups of flags of the commands from data to report: each is a box of its own in --help, one argument of a command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from rfmedsam2.choices import Backbone, Preset
+from rfmedsam2.cli.flags import AsJson, DatasetName, Device, PlanName, Root, Set, Workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOutput:
+    """What is written."""
+
+    output: Annotated[
+        Path, arg(aliases=("-o",), metavar="DIR", help="Output folder of the label maps and predictions.json.")
+    ]
+    probabilities: Annotated[
+        bool, arg(help="Also write each case's class probabilities to a chunked file (blosc2).")
+    ] = False
+    continue_: Annotated[
+        bool, arg(name="continue", help="Keep label maps already made by the same model with the same options.")
+    ] = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How the network runs over a volume."""
+
+    checkpoint: Annotated[
+        Literal["final", "best", "latest"],
+        arg(help="Checkpoint of each fold; the latest if training has not ended."),
+    ] = "final"
+    step_size: Annotated[
+        float | None, arg(metavar="SHARE", help="Distance of tiles as a fraction of the patch, instead of the plan's.")
+    ] = None
+    mirror: Annotated[
+        Literal["on", "off"] | None, arg(help="Average over flips (on) or not (off), instead of the plan's setting.")
+    ] = None
+    tile_batch: Annotated[
+        int | None, arg(metavar="N", help="Number of tiles per forward pass, instead of the plan's.")
+    ] = None
+    skip_empty: Annotated[bool, arg(help="Skip tiles without body: faster on scans with much surrounding air.")] = False
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """For RFMedSAM 2 models only."""
+
+    step: Annotated[
+        int | None, arg(metavar="N", help="Return the result of Step 0 (the U-Net), 1 or 2, instead of the last step.")
+    ] = None
+    boxes: Annotated[
+        Path | None,
+        arg(
+            metavar="PATH",
+            help="Prompt with these boxes instead of the model's own: a folder of label maps (CASE + ending), or a "
+            'JSON {case: [{"label": name, "slice": z, "box": [x0, y0, x1, y1]}]} in voxels of the image.',
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanChoice:
+    """Which plan of which dataset."""
+
+    dataset: DatasetName = None
+    plan: PlanName = None
+    set_: Set = ()
+    root: Root = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Instead of the plan's figures."""
+
+    epochs: Annotated[int | None, arg(metavar="N", help="Number of epochs.")] = None
+    iterations: Annotated[int | None, arg(metavar="N", help="Iterations per epoch.")] = None
+    lr: Annotated[float | None, arg(metavar="RATE", help="Initial learning rate.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """What a training of RFMedSAM 2 starts from."""
+
+    sam2: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            help="Published weights of the plan's backbone (sam2.1_hiera_large.pt, mobile_sam.pt ...).",
+        ),
+    ] = None
+    unet: Annotated[
+        Path | None,
+        arg(metavar="PATH", help="A trained U-Net (checkpoint or model folder) that Step 0 starts from."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    """How the training runs; nothing here changes what is learned."""
+
+    restart: Annotated[bool, arg(help="Start over; existing results are moved to a folder beside it.")] = False
+    validate: Annotated[
+        bool, arg(help="Do not predict and score the validation cases as whole volumes at the end.")
+    ] = True
+    tensorboard: Annotated[bool, arg(help="Also write TensorBoard events (needs the extra `tensorboard`).")] = False
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """The data, and how far to go."""
+
+    dataset: DatasetName = None
+    configurations: Annotated[
+        tuple[str, ...],
+        arg(aliases=("-c",), metavar="NAME", help="Configurations to preprocess; default: all of the plan except 2d."),
+    ] = ()
+    group_regex: Annotated[
+        str | None,
+        arg(
+            metavar="REGEX",
+            help="Cases whose ids have the same first capture group of this regular expression are one patient.",
+        ),
+    ] = None
+    clean: Annotated[bool, arg(help="Compute a new fingerprint even if no file has changed.")] = False
+    preprocess: Annotated[bool, arg(help="Only verify and plan.")] = True
+    root: Root = None
+    workers: Workers = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """What the plan is made for."""
+
+    preset: Annotated[
+        Preset,
+        arg(
+            help="Sizes by hardware: cpu (a laptop), 8gb, 24gb, 80gb (GPU memory), nnunet (nnU-Net's own "
+            "decisions), default (RFMedSAM 2's patch of 32x256x256)."
+        ),
+    ] = "default"
+    model: Annotated[
+        Literal["unet", "rfmedsam2"],
+        arg(metavar="unet|rfmedsam2", help="A U-Net (unet), or a U-Net refined by SAM 2 (rfmedsam2)."),
+    ] = "unet"
+    backbone: Annotated[
+        Backbone | None,
+        arg(
+            metavar="NAME",
+            help="Image encoder of rfmedsam2: sam2_tiny, sam2_small, sam2_base_plus, sam2_large, nano (small, "
+            "trained from scratch), mobile_sam or lite_medsam; default: by the preset.",
+        ),
+    ] = None
+    plan: Annotated[
+        str | None, arg(aliases=("-p",), metavar="NAME", help="Name of the plan; default: by its preset.")
+    ] = None
+    set_: Set = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenDecisions:
+    """Decisions that are taken from elsewhere."""
+
+    nnunet_plans: Annotated[
+        Path | None, arg(metavar="FILE", help="Import nnU-Net's plans.json instead of planning.")
+    ] = None
+    published: Annotated[
+        Path | None,
+        arg(metavar="FILE", help="Adapt one of our plans, as in the folder plans/, to this dataset's intensities."),
+    ] = None
+    planner: Annotated[
+        str | None,
+        arg(metavar="NAME", help="Use the planner of an installed package; rfmed_doctor lists them."),
+    ] = None
+    spacing: Annotated[
+        tuple[float, float, float] | None,
+        arg(metavar="MM", help="Target spacing z y x in mm of 3d_fullres instead of nnU-Net's rule."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelNames:
+    """What the label values mean; else what lies beside the label maps says it."""
+
+    dataset: DatasetName = None
+    labels: Annotated[Path | None, arg(metavar="FILE", help="A dataset.json with the labels.")] = None
+    root: Root = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How label maps are scored."""
+
+    tolerance: Annotated[float, arg(metavar="MM", help="Tolerance of the normalized surface Dice.")] = 2.0
+    both_empty: Annotated[
+        Literal["skip", "perfect"], arg(help="Score of a class that is absent from both label maps.")
+    ] = "skip"
+    workers: Workers = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudiedModels:
+    """Published models, by their files."""
+
+    sam: Annotated[
+        tuple[Path, ...],
+        arg(metavar="FILE", help="MobileSAM, LiteMedSAM, sam_vit_b, sam_vit_l or sam_vit_h; prompted on all slices."),
+    ] = ()
+    sam2: Annotated[tuple[Path, ...], arg(metavar="FILE", help="sam2.1_hiera_* or sam2_hiera_*.")] = ()
+    frame_size: Annotated[int, arg(help="Side length in pixels of SAM 2's input, a multiple of 32.")] = 1024
+    max_conditioning: Annotated[
+        int | None,
+        arg(metavar="N", help="Number of nearest prompted slices that SAM 2 attends to; default: all, as published."),
+    ] = None
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudiedPrompts:
+    """Prompts, made from the labels."""
+
+    prompts: Annotated[
+        tuple[Literal["box", "point"], ...],
+        arg(help="A tight box, the pixel nearest to the center of mass, or both, per class and slice."),
+    ] = ("box", "point")
+    prompted: Annotated[
+        tuple[Literal["all", "two", "one"], ...],
+        arg(help="Which of the slices that contain a class SAM 2 is prompted on."),
+    ] = ("all", "two", "one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudiedData:
+    """Data, and their display."""
+
+    dataset: DatasetName = None
+    cases: Annotated[int | None, arg(metavar="N", help="Number of training cases, the first ones; default: all.")] = (
+        None
+    )
+    channel: Annotated[
+        str | None,
+        arg(
+            metavar="NAME",
+            help="Name or number of the channel to use; default: three channels as colors, else the first.",
+        ),
+    ] = None
+    window: Annotated[
+        tuple[float, float] | None,
+        arg(
+            metavar="LOW HIGH",
+            help="Intensities shown as black and white; default: -160 to 240 HU for CT, percentiles for others.",
+        ),
+    ] = None
+    root: Root = None
