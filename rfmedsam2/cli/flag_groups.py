@@ -1,4 +1,4 @@
-"""Groups of flags of the commands from data to report: each is a box of its own in --help, one argument of a command."""
+"""Groups of flags of the commands from data to report: each is a box in --help, and one argument of a command."""
 
 from __future__ import annotations
 
