@@ -16,7 +16,7 @@ class TimeLeft:
         self._steps, self._validations = Speed(), Speed()
 
     def add_step(self, seconds: float) -> None:
-        """Take in that a step took so long."""
+        """Record the duration of a step in seconds."""
         self._steps.add(1, seconds)
 
     def add_validation(self, seconds: float) -> None:

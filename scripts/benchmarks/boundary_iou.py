@@ -4,9 +4,9 @@
 usage: python scripts/benchmarks/boundary_iou.py [--size 2048] [--repeats 7]
 
 Peer: boundary-iou-api's mask_to_boundary (pad, 3 x 3 erosion in 2 % of the diagonal's iterations) and sam-hq's
-boundary_iou, reimplemented; with OpenCV if it is installed, else with SciPy. Beside it, for knowledge, the erosion one
-iteration after another, which OpenCV joins into one large one by itself. Boundaries and results must be equal. The best
-of `--repeats` runs counts; the last line is JSON, ratio is peer over ours.
+boundary_iou, reimplemented; with OpenCV if it is installed, else with SciPy. For comparison also the erosion one
+iteration at a time, which OpenCV otherwise merges into a single large erosion. Boundaries and results must be equal.
+The best of `--repeats` runs counts; the last line is JSON, ratio is peer over ours.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def masks(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two masks (size, size) of bool with ragged outlines that reach the edge, alike but not equal."""
+    """Two similar masks (size, size) bool with ragged outlines that reach the edge."""
     rng = np.random.default_rng(0)
     coarse = gaussian_filter(rng.standard_normal((256, 256)), 12)
     finer = coarse + 0.15 * gaussian_filter(rng.standard_normal((256, 256)), 4)
@@ -64,7 +64,7 @@ def masks(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def erosions() -> tuple[Erosion, Erosion, str]:
-    """Erosion in many iterations, the same one iteration at a time, and by which library."""
+    """Erosion in many iterations, the same one iteration at a time, and the name of the library."""
     square = np.ones((3, 3), np.uint8)
     if not HAS_CV2:
 
@@ -93,7 +93,7 @@ def published_boundary(mask: np.ndarray, erode: Erosion) -> np.ndarray:
 
 
 def published_iou(ground_truth: np.ndarray, predicted: np.ndarray, erode: Erosion) -> float:
-    """As sam-hq computes it of two masks."""
+    """Boundary IoU of two masks as computed by sam-hq."""
     first, second = (published_boundary(mask, erode) for mask in (ground_truth, predicted))
     return float(((first * second) > 0).sum() / ((first + second) > 0).sum())
 

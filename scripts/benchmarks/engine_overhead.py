@@ -1,7 +1,7 @@
-"""What the engine's loop costs against a bare torch loop: same model, same batches, same machine, in turns.
+"""Overhead of the engine's loop compared to a bare torch loop: same model, same batches, same machine, in turns.
 
 The model is small, so that the cost of the loop itself shows; a real step takes a hundred times as long. Prints one
-JSON object as its last line: seconds a step of both and their ratio (1: no cost).
+JSON object as its last line: seconds per step of both and their ratio (1: no overhead).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Task:
         return build_optimizer(self.model.parameters(), self._config)
 
     def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the same batch again and again."""
+        """Yield the same batch repeatedly."""
         for _ in range(start, self._config.iterations):
             yield self._batch
 
@@ -65,7 +65,7 @@ class Task:
 
 
 def ours(config: TrainConfig, device: torch.device) -> float:
-    """Give seconds a step of fit, with metrics."""
+    """Seconds per step of fit, with metrics."""
     task, marks = Task(config, device), []
     with tempfile.TemporaryDirectory() as folder:
         fit(
@@ -82,7 +82,7 @@ def ours(config: TrainConfig, device: torch.device) -> float:
 
 
 def bare(config: TrainConfig, device: torch.device) -> float:
-    """Give seconds a step of the loop that one would write by hand, with clipping and the loss read each step."""
+    """Seconds per step of a hand-written loop that clips gradients and reads the loss in each step."""
     task = Task(config, device)
     optimizer, marks = task.optimizer(), []
     for batch in task.batches(0):
@@ -97,12 +97,12 @@ def bare(config: TrainConfig, device: torch.device) -> float:
 
 
 def median_step(marks: list[float]) -> float:
-    """Seconds of the median step between the times at which steps ended."""
+    """Median step in seconds, from the times at which steps ended."""
     return statistics.median(later - sooner for sooner, later in itertools.pairwise(marks))
 
 
 def main() -> None:
-    """Run both in turns and compare the median step of each one's calmest round."""
+    """Run both in turns and compare the median steps of their fastest rounds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)

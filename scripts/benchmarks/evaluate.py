@@ -7,7 +7,7 @@ usage: python scripts/benchmarks/evaluate.py [--raw DATASET_FOLDER] [--volumes 2
 References are the label maps of a raw dataset (else of phantoms of 512x512x100), in turn; predictions are the same
 moved by some voxels, with islands of wrong labels. Ours: DSC, IoU, NSD, HD95 and volume errors; nnunetv2
 (nnUNetv2_evaluate_simple): Dice and IoU; two workers each, a process of its own, imports and reading included.
-surface-distance's NSD and HD95 of each class are computed here on some volumes, one thread, and reckoned for all.
+surface-distance's NSD and HD95 of each class are computed here on some volumes in one thread and extrapolated to all.
 Prints seconds, memory of all processes and the largest differences of results, which must not exceed 1e-6. The last
 line is JSON; ratio is nnunetv2's wall time over ours: larger is better for us. Needs the extra `nnunet`.
 """
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def write_pairs(labels: Path, folder: Path, volumes: int) -> int:
-    """Write `volumes` pairs into references/ and predictions/; gives how many voxels the references hold."""
+    """Write `volumes` pairs into references/ and predictions/; return the references' labeled voxels."""
     random = np.random.default_rng(0)
     sources = sorted(labels.glob("*.nii.gz"))
     voxels = 0
@@ -91,7 +91,7 @@ def moved(labels: np.ndarray, random: np.random.Generator, reach: int) -> np.nda
 
 
 def with_islands(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Labels with small blocks of wrong values within the body's box, as networks leave behind."""
+    """Labels with small blocks of wrong values within the body's box, as networks produce."""
     values = np.unique(labels)
     box = [(int(found.min()), int(found.max())) for found in np.nonzero(labels)]
     for _ in range(20):
@@ -114,7 +114,7 @@ def nnunet(folder: Path, classes: dict[str, int]) -> Usage:
 
 
 def compare(folder: Path, classes: dict[str, int], checked: int, volumes: int) -> None:
-    """Print the largest differences of the scores, and what surface-distance takes.
+    """Print the largest differences of the scores, and the time of surface-distance.
 
     Raises:
         SystemExit: a score differs by more than LARGEST_DIFFERENCE.
@@ -142,7 +142,7 @@ def compare(folder: Path, classes: dict[str, int], checked: int, volumes: int) -
 
 
 def by_surface(folder: Path, name: str, classes: dict[str, int]) -> dict[str, dict[str, float | None]]:
-    """NSD and HD95 of every class of a case by surface-distance; None where a mask is empty and it gives no number."""
+    """NSD and HD95 of every class of a case by surface-distance; None if a mask is empty."""
     files = [folder / side / f"{name}.nii.gz" for side in ("references", "predictions")]
     reference, prediction = (SimpleITK.ReadImage(str(file)) for file in files)
     spacing = reference.GetSpacing()[::-1]
@@ -163,7 +163,7 @@ def by_surface(folder: Path, name: str, classes: dict[str, int]) -> dict[str, di
 
 
 def largest_difference(ours_by_case: Scores, theirs: Scores, metric: str) -> float:
-    """Over all cases and classes that the peer scored; infinite where only one side gives a number."""
+    """Over all cases and classes that the peer scored; infinite if only one side has a score."""
     differences = [0.0]
     for case, classes in theirs.items():
         for name, scores in classes.items():

@@ -4,8 +4,8 @@
 usage: python scripts/benchmarks/export.py [--quick] [--seed N]
 
 Two cases in the manner of BTCV (14 classes, planned 3 x 0.76 x 0.76 mm): the distance of slices kept, and changed.
-Logits are made from the labels of a real CT (RFMED_TEST_DATA): blurred, with noise, as sure of an organ as a trained
-U-Net is; if the data sets are not available, smooth random fields of all classes. Prints seconds, growth of memory
+Logits are made from the labels of a real CT (RFMED_TEST_DATA): blurred, with noise, with the confidence of a trained
+U-Net; if the data sets are not available, smooth random fields of all classes. Prints seconds, growth of memory
 beyond the logits, and voxels that differ (nnunetv2 in float32, and rounded to half precision as it predicts); the last
 line is JSON. Needs the extra `nnunet`.
 """
@@ -103,7 +103,7 @@ def logits_of(shape: tuple[int, int, int], seed: int) -> np.ndarray:
 
 
 def restore(planned: tuple[int, int, int], source: tuple[int, int, int], setting: Setting) -> Restore:
-    """Describe the way back of an uncropped case."""
+    """The restoration of an uncropped case to its source grid."""
     return Restore(
         source_grid=Grid(shape_zyx=source, spacing_zyx_mm=setting.spacing_source),
         box=((0, source[0]), (0, source[1]), (0, source[2])),
@@ -116,7 +116,7 @@ def restore(planned: tuple[int, int, int], source: tuple[int, int, int], setting
 
 
 def ours(logits: np.ndarray, how: Restore, memory: torch.Tensor) -> np.ndarray:
-    """Export slab by slab; each lies in `memory`, as those of the sliding window share theirs."""
+    """Export slab by slab; all slabs share `memory`, as in the sliding window."""
     tensor = torch.from_numpy(logits)
 
     def slabs() -> Iterator[Slab]:

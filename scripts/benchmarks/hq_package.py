@@ -4,12 +4,12 @@
 usage: python scripts/benchmarks/hq_package.py [--points-per-side 16] [--backbone vit_tiny] [--published FOLDER]
            [--rounds 2] [--device cpu]
 
-Both sides run in turn, the best of `--rounds` counts, in processes of their own (their name is the same), on one image
-and the same weights: MobileSAM's real ones and an image of ECSSD (RFMED_TEST_DATA), else random ones; what HQ-SAM adds
-is random. The figure is `set_image` and all points of the grid, through to the masks of the image's size, nothing
-filtered, so that every point costs its all. Beside it: `set_image` alone, one box, and the same grid with the published
-thresholds (where ours makes no masks that would be dropped). The published package is installed into a folder of its
-own unless --published names one. The last line is JSON, ratio is peer over ours.
+Both sides run in turn in separate processes (both packages have the same name), on one image with the same weights:
+MobileSAM's real ones and an image of ECSSD (RFMED_TEST_DATA), else random ones; what HQ-SAM adds is random. The best of
+`--rounds` counts. The figure is `set_image` and all points of the grid, through to masks of the image's size, nothing
+filtered, so that every point is computed in full. Also printed: `set_image` alone, one box, and the same grid with the
+published thresholds (where ours makes no masks that would be dropped). The published package is installed into a folder
+of its own unless --published names one. The last line is JSON, ratio is peer over ours.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ def asked(work: Path, package: Path, device: str) -> dict[str, Any]:
 
 
 def best(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The least seconds of each kind."""
+    """The shortest time of each kind, in seconds."""
     seconds = {what: min(answer["seconds"][what] for answer in answers) for what in answers[0]["seconds"]}
     return {**answers[0], "seconds": seconds}
 
 
 def one_side(work: Path, device: str) -> None:
-    """Run whatever package `segment_anything_hq` is here."""
+    """Run the `segment_anything_hq` package that is importable here."""
     from segment_anything_hq import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 
     given = torch.load(work / "task.pt", weights_only=True)
@@ -134,7 +134,7 @@ def timed(function: Any, *image: Any) -> tuple[Any, float]:
 
 
 def differing_share(ours: torch.Tensor, peer: torch.Tensor) -> float:
-    """Share of pixels that differ in the mask that differs most."""
+    """Share of differing pixels in the mask that differs most."""
     if ours.shape != peer.shape:
         raise SystemExit(f"not the same masks: {tuple(ours.shape)} and {tuple(peer.shape)}")
     return float((ours != peer).float().mean((1, 2)).max())

@@ -4,11 +4,11 @@
 usage: python scripts/benchmarks/long_volume.py [--raw DATASET_FOLDER] [--work DIR] [--slices 1000] [--classes 16]
            [--limit-mib 20000] [--quick]
 
-The volume repeats the slices of a test volume to and fro. Both run the same small random U-Net on the CPU, tiles side
-by side, no mirroring, nnU-Net with one process that prepares and one that exports; it is killed where all its processes
-together pass the limit (0: it does not run). Prints wall seconds, peak memory, and what was written to disk beside the
-output; the last line is JSON: figures are MiB, the ratio is theirs over ours (a lower bound where it was killed). Needs
-the extra `nnunet`.
+The volume repeats the slices of a test volume back and forth. Both run the same small random U-Net on the CPU, tiles
+side by side, no mirroring, nnU-Net with one process that prepares and one that exports; it is killed if all its
+processes together exceed the limit (0: it does not run). Prints wall seconds, peak memory, and what was written to disk
+besides the output; the last line is JSON: figures are MiB, the ratio is theirs over ours (a lower bound if it was
+killed). Needs the extra `nnunet`.
 """
 
 from __future__ import annotations

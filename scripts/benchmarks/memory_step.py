@@ -10,10 +10,10 @@ current frame and six before with their pointers, decoding of the box, masks at 
 the image encoder, the memory encoder.
 
 Two rows. All: every class on every frame. Realistic: classes where they are in a real abdominal CT at 3 mm, in the
-first 32 slices that show most organs (needs the real data sets, RFMED_TEST_DATA); the official predictor knows no
-absent objects and tracks every one through every frame, ours leaves them out. What its loop takes for the present
-objects alone is printed beside it. The better of `--repeats` runs counts; the last line is JSON, ratio is ours over
-peer. On a busy CPU look at `cpu_ratio`, of processor seconds.
+first 32 slices that show most organs (needs the real data sets, RFMED_TEST_DATA); the official predictor has no notion
+of absent objects and tracks every one through every frame, ours leaves them out. The time of its loop for the present
+objects alone is printed as well. The better of `--repeats` runs counts; the last line is JSON, ratio is ours over peer.
+On a busy CPU look at `cpu_ratio`, of processor seconds.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Case:
 
     @torch.inference_mode()
     def peer(self, present: Tensor) -> Tensor:
-        """The same by the official code, one frame and object at a time."""
+        """The same with the official code, one frame and object at a time."""
         there = present.tolist()
         masks = []
         for frame in range(self.frames):
@@ -165,7 +165,7 @@ class Case:
 
 
 def best(function: Callable[[], Tensor], repeats: int, device: torch.device) -> tuple[Tensor, float, float]:
-    """Result, the least of the seconds taken, and of the processor seconds."""
+    """The result, and the shortest wall and processor times in seconds."""
     seconds, processor, result = [], [], torch.empty(0)
     for _ in range(repeats):
         started, busy = time.perf_counter(), time.process_time()

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Evaluation by clicks: RITM's loop against ours, 50 images x 20 clicks, one model that costs next to nothing.
+"""Evaluation by clicks: RITM's loop against ours, 50 images x 20 clicks, one model of negligible cost.
 
 usage: python scripts/benchmarks/noc.py [--images 50] [--clicks 20] [--repeats 3]
 
 Real images' masks with ignored pixels (RFMED_TEST_DATA: vgg-iseg-151), blobs if the data sets are not available. Peer:
 RITM's evaluate_sample, Clicker and get_iou, reimplemented; distances by OpenCV as there, if it is installed, else by
 SciPy. Clicks and IoUs must be equal to that loop's with exact distances. OpenCV's differ from those in the last bit, by
-version and even by where an array lies in memory, and so choose among equally deep pixels: how many images that changes
-is printed. The best of `--repeats` runs counts; the last line is JSON, ratio is peer over ours.
+version and even by where an array lies in memory, and so may select another of equally deep pixels; the number of
+images that this changes is printed. The best of `--repeats` runs counts; the last line is JSON, ratio is peer over
+ours.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Distances = Callable[[np.ndarray], np.ndarray]
 
 
 class Painter:
-    """A model: each click repaints a disk of a size that depends on how many there were."""
+    """A model: each click paints a disk whose size depends on the number of clicks."""
 
     def predict(self, clicks: Sequence[Click], previous: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
         """Probabilities (H, W) float32."""
@@ -101,7 +102,7 @@ def main() -> None:
 
 
 def masks(count: int) -> tuple[list[np.ndarray], str]:
-    """Truths (H, W) int8 with ignored pixels, and where they are from."""
+    """Ground truths (H, W) int8 with ignored pixels, and their source."""
     root = os.environ.get("RFMED_TEST_DATA")
     folder = Path(root) / "vgg-iseg-151" if root else None
     if folder is not None and folder.is_dir():
@@ -114,7 +115,7 @@ def masks(count: int) -> tuple[list[np.ndarray], str]:
 
 
 def chosen_distances() -> tuple[Distances, str]:
-    """Exact distances as RITM takes them, and by which library."""
+    """Exact distances as RITM computes them, and the name of the library."""
     if not HAS_CV2:
         return lambda mask: np.asarray(distance_transform_edt(mask)).astype(np.float32), "SciPy"
     cv2 = importlib.import_module("cv2")
@@ -124,7 +125,7 @@ def chosen_distances() -> tuple[Distances, str]:
 
 
 def ritm(ground_truth: np.ndarray, max_clicks: int, distances: Distances) -> tuple[list[Click], np.ndarray]:
-    """Clicks and IoUs of one image: evaluate_sample without an early end."""
+    """Clicks and IoUs of one image: evaluate_sample without early stopping."""
     is_object, counts = ground_truth == 1, ground_truth != -1
     not_clicked = np.full(ground_truth.shape, True)
     clicks: list[Click] = []

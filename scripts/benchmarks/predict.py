@@ -4,8 +4,8 @@
 usage: python scripts/benchmarks/predict.py [--raw DATASET_FOLDER] [--work DIR] [--processes 2] [--mirror] [--quick]
 
 Both run a U-Net of some hundred random weights on the CPU and write .nii.gz; nnU-Net with one process that prepares
-and one that exports. What matters is all but the network: the seconds of the network's forward passes are taken off
-both. Prints wall seconds, those of the network, the most memory that all processes held at once, and how many voxels
+and one that exports. What is compared is everything but the network: the time of its forward passes is subtracted from
+both. Prints wall seconds, those of the network, peak memory of all processes together, and how many voxels
 differ; the last line is JSON: ratios are theirs over ours. Needs the extra `nnunet`.
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def one_side(sides: Sides, side: tuple[str, str], words: list[object]) -> tuple[Usage, float]:
-    """What a side took, and the seconds of its network."""
+    """Resources that a side used, and the seconds of its network."""
     shutil.rmtree(str(words[words.index("-o") + 1]), ignore_errors=True)
     usage = run_measured([sys.executable, Path(stub_network.__file__), *side, *words], env=sides.nnunet_variables)
     told = re.search(rf"{stub_network.SECONDS_PREFIX} ([\d.]+)", usage.output)
@@ -77,7 +77,7 @@ def our_words(sides: Sides, *, mirror: bool) -> list[object]:
 
 
 def differences(theirs: Path, ours: Path) -> tuple[int, int]:
-    """Voxels that differ, of how many."""
+    """Number of differing voxels, and of all voxels."""
     different, voxels = 0, 0
     for path in sorted(theirs.glob("*.nii.gz")):
         expected, found = (read_label(folder / path.name)[0].array for folder in (theirs, ours))

@@ -3,11 +3,11 @@
 
 usage: python scripts/benchmarks/preprocess.py [--raw DATASET_FOLDER] [--work DIR] [--processes 2] [--quick]
 
-Both plan by nnU-Net's rules and preprocess 3d_fullres. Ours runs three times: with nothing compiled before (cold), then
-twice with compiled kernels on disk; the better counts. Each time all is read and made anew. Prints wall and processor
-seconds, the most memory that all processes held at once, and by how much the arrays differ where both took the same
-plans (ours counts all voxels of the foreground, nnU-Net a sample, so that intensities differ in the fourth digit). The
-last line is JSON: ratios are theirs over ours. Needs the extra `nnunet`.
+Both plan by nnU-Net's rules and preprocess 3d_fullres. Ours runs three times: without compiled kernels (cold), then
+twice with compiled kernels on disk; the better counts. Each run reads all data and writes all results again. Prints
+wall and processor seconds, peak memory of all processes together, and by how much the arrays differ where both used the
+same plans (ours counts all voxels of the foreground, nnU-Net a sample, so that intensities differ in the fourth digit).
+The last line is JSON: ratios are theirs over ours. Needs the extra `nnunet`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def ours(sides: Sides, *, cold: bool) -> Usage:
 
 
 def differences(sides: Sides) -> tuple[float, int, int]:
-    """Largest difference of images; labels that differ, of how many; both by nnU-Net's plans."""
+    """Largest difference of images; number of differing labels, and of all; both with nnU-Net's plans."""
     words = ("-d", sides.number, "-c", STAGE, "--nnunet-plans", sides.nnunet_folder / "nnUNetPlans.json", "-p", PLAN)
     sides.ours("rfmed_plan_and_preprocess", *words)
     folder = sides.root / "preprocessed" / sides.raw.name / f"{PLAN}_{STAGE}"

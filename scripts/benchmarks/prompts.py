@@ -4,8 +4,8 @@
 usage: python scripts/benchmarks/prompts.py [--device auto] [--repeats 15]
 
 Label maps of a real abdominal CT (RFMED_TEST_DATA), random blocks if the data sets are not available. Peer: for each
-frame and class the mask `labels == k`, its box by SAM 2's own `mask_to_box`, and whether it is there. Beside it a loop
-that looks only for the ends of the mask's pixels. Boxes must be equal. The best of `--repeats` runs counts; the last
+frame and class the mask `labels == k`, its box by SAM 2's own `mask_to_box`, and its presence. Also timed: a loop
+that looks only for the extent of the mask's pixels. Boxes must be equal. The best of `--repeats` runs counts; the last
 line is JSON, ratio is peer over ours.
 """
 
@@ -66,7 +66,7 @@ def label_maps() -> Tensor:
 
 
 def loop(labels: Tensor, box_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Boxes and presence of every cell, one after another."""
+    """Boxes and presence of every (slice, class), one after another."""
     boxes = torch.zeros(len(labels), CLASSES, 4, device=labels.device)
     present = torch.zeros(len(labels), CLASSES, dtype=torch.bool, device=labels.device)
     for frame in range(len(labels)):
@@ -79,18 +79,18 @@ def loop(labels: Tensor, box_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Te
 
 
 def box_by_grid(mask: Tensor) -> Tensor:
-    """As SAM 2 makes prompts of reference masks."""
+    """As SAM 2 derives prompts from reference masks."""
     return mask_to_box(mask[None, None]).flatten().float()
 
 
 def box_by_ends(mask: Tensor) -> Tensor:
-    """From the places of the mask's pixels."""
+    """From the extent of the mask's pixels."""
     ys, xs = torch.where(mask)
     return torch.stack([xs.min(), ys.min(), xs.max(), ys.max()]).float()
 
 
 def best(function: Callable, repeats: int, device: torch.device) -> tuple:
-    """Result and the least of the seconds taken."""
+    """The result, and the shortest time in seconds."""
     seconds, result = [], None
     for _ in range(repeats):
         started = time.perf_counter()

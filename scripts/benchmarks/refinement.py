@@ -5,9 +5,9 @@ usage: python scripts/benchmarks/refinement.py [--slices 100] [--backbone sam2_t
            [--unet-tiles 1]
 
 A volume of 512 x 512 x `--slices` with the plan plans/btcv.json, 256-pixel tiles at half a tile's distance, random
-weights. What Step 0 finds is made from labels, so that as many objects are decoded as in a real abdomen: those of a
-real CT (RFMED_TEST_DATA), or of the phantom if the data sets are not available. The U-Net is timed on `--unet-tiles` of
-its tiles (0: on all) and reckoned for the volume.
+weights. The output of Step 0 is derived from labels, so that as many objects are decoded as in a real abdomen: those of
+a real CT (RFMED_TEST_DATA), or of the phantom if the data sets are not available. The U-Net is timed on `--unet-tiles`
+of its tiles (0: on all) and extrapolated to the volume.
 
 Inside SAM 2: image encoder, decoder with prompt encoder, memory encoder, memory attention. Everything else that Steps 1
 and 2 take is overhead: tiles, prompts, mask prompts, class maps, averaging. Its share is of the time that this process
@@ -45,7 +45,7 @@ from rfmedsam2.system.devices import choose_device
 SIDE = 512
 CLASSES = 13
 REAL_SLICES = 96
-"""More than these are stretched from so many; organs fill an upper abdomen of 29 cm."""
+"""Larger volumes are stretched from this number of slices; organs fill an upper abdomen of 29 cm."""
 PLAN = Path(__file__).resolve().parents[2] / "plans" / "btcv.json"
 
 
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 class Clock:
-    """(seconds, processor seconds) now, with the device at rest."""
+    """(seconds, processor seconds) now, after the device is idle."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -106,7 +106,7 @@ class Clock:
 
 
 class Stopwatch:
-    """Sums what calls take."""
+    """Sums the time of calls."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -170,7 +170,7 @@ def unet_seconds(network: RFMedSam2, stage: Stage, slices: int, *, count: int, f
 
 
 def slabs_of(labels: Tensor, device: torch.device, planes: int = 16) -> Iterator[Slab]:
-    """Logits as a trained U-Net gives them: sure of its labels, with noise."""
+    """Logits like those of a trained U-Net: confident, with noise."""
     noise = torch.Generator().manual_seed(1)
     for start in range(0, len(labels), planes):
         part = labels[start : start + planes]

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What refiners cost beside their base: HQ-SAM, SAM-REF, SAM2-REF and SAM2Refiner against SAM and SAM 2, one run.
+"""Cost of refiners compared to their base: HQ-SAM, SAM-REF, SAM2-REF and SAM2Refiner against SAM and SAM 2, one run.
 
 usage: python scripts/benchmarks/refiner_overhead.py [--backbone vit_tiny] [--backbone2 hiera_t] [--size 1024] [--rounds
            5] [--device auto]
        python scripts/benchmarks/refiner_overhead.py --quick (256 pixels, 3 rounds)
 
-Random weights, one frame of noise. Counted as the papers count it: a frame is encoded and one click masked, through to
-a mask of the frame's size; beside it one more click on the same frame, of refiners with the answer before. Method and
+Random weights, one frame of noise. Measured as in the papers: a frame is encoded and one click is decoded to a mask of
+the frame's size; also one more click on the same frame, for refiners with the previous result. Method and
 base run in turn, the median counts. The papers' figures are of a GPU (HQ-SAM's of ViT-L, SAM2Refiner's of Hiera-L); a
-CPU pays in full for what a GPU does at once, above all for SAM2Refiner's five frames in the place of one. The last line
+CPU pays in full for what a GPU does at once, above all for SAM2Refiner's five frames instead of one. The last line
 is JSON, unsuffixed HQ-SAM's: seconds, and ratio is peer over ours, the share of the base's frames per second.
 """
 
@@ -42,7 +42,7 @@ METHODS: dict[Method, tuple[ZeroShot, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Of one side: the frame with its first click, and the second click."""
+    """Seconds of one side: the frame with its first click, and the second click."""
 
     frame: float
     click: float

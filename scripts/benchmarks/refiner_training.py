@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What training a refiner brings: real images, real weights, one run; masks by box prompts on images held out.
+"""Benefit of training a refiner: real images, real weights, one run; masks from box prompts on held-out images.
 
 usage: python scripts/benchmarks/refiner_training.py --data FOLDER --weights mobile_sam.pt [--methods hq_sam sam_ref]
            [--iterations 300]
 
-HQ-SAM and SAM-REF are trained on MobileSAM (TinyViT), which stays as it is, with `samhq_train`'s default plans,
+HQ-SAM and SAM-REF are trained on MobileSAM (TinyViT), which is frozen, with `samhq_train`'s default plans,
 shortened; all three then segment the held-out images by the boxes of their masks, and by boxes with noise. Peer:
 MobileSAM alone. The last line is JSON: ours is the better method's mean boundary IoU, ratio is ours over peer's.
 Embeddings are cached in --out, which makes a second run faster.
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def planned(method: Method, args: argparse.Namespace, samples: int) -> RefinerPlan:
-    """The method's recipe, shortened."""
+    """The method's default plan, shortened."""
     changes = [
         f"frame_size={args.frame_size}",
         "batch_size=4",
@@ -107,13 +107,13 @@ def planned(method: Method, args: argparse.Namespace, samples: int) -> RefinerPl
 
 @torch.inference_mode()
 def evaluated(network: models.Network, held: tuple[ImageSet, ...]) -> dict[float, ProtocolResult]:
-    """Scores by the noise of the boxes."""
+    """Scores per noise level of the boxes."""
     predictor = InteractivePredictor(network.eval())
     return {noise: evaluate_prompted(predictor, held, BoxRule(noise=noise)) for noise in NOISE}
 
 
 def table(found: dict[str, dict[float, ProtocolResult]]) -> None:
-    """One row a model."""
+    """One row per model."""
     print(f"{'':12}" + "".join(f"  mIoU   mBIoU  (box noise {noise:g})" for noise in NOISE))
     for name, evaluations in found.items():
         row = "".join(f"  {e.overall['iou']:.4f} {e.overall['boundary_iou']:.4f}{'':16}" for e in evaluations.values())

@@ -1,6 +1,6 @@
 """Resampling of one CT-sized case: this package against nnU-Net's function, on the same arrays.
 
-Both resample an image (order 3) and a 13-class label map (order 1), slices kept apart; with --quick also in 3D. Prints
+Both resample an image (order 3) and a 13-class label map (order 1), slice by slice; with --quick also in 3D. Prints
 wall and processor seconds; the last line is JSON: ratios are theirs over ours, of processor seconds for images and for
 labels each. Needs the extra `nnunet`.
 """
@@ -27,7 +27,7 @@ Seconds = tuple[float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One comparison: wall and processor seconds of both, and by how much the results differ."""
+    """One comparison: wall and processor seconds of both, and the difference of the results."""
 
     what: str
     ours: Seconds
@@ -36,7 +36,7 @@ class Row:
 
 
 def arrays(shape: Shape, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Make a smooth volume with noise in normalized units, and a map of as many blobs as classes."""
+    """Make a smooth volume with noise in normalized units, and a label map with one blob per class."""
     rng = np.random.default_rng(0)
     coarse = tuple(max(2, n // 8) for n in shape)
     fields = gaussian_filter(rng.normal(size=(classes, *coarse)), (0, 1.5, 1.5, 1.5))
@@ -47,7 +47,7 @@ def arrays(shape: Shape, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def timed(function: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, Seconds]:
-    """Give the result and the least that a call took."""
+    """The result, and the shortest times of a call."""
     found = []
     while True:
         wall, cpu = time.perf_counter(), time.process_time()

@@ -4,10 +4,10 @@
 usage: python scripts/benchmarks/scaling.py [--raw DATASET_FOLDER] [--work DIR] [--slices 100 200 400 800]
            [--peer-slices 100 200] [--quick]
 
-Volumes repeat the slices of a test volume to and fro; a small random U-Net on the CPU, tiles side by side, no
-mirroring. Prints wall seconds and peak memory by number of slices and, from the last two rows, what one slice more
-costs, beside what its voxels take in the input (int16), as the network sees them (float32) and in the output (uint8).
-The last line is JSON: figures are seconds a slice, the ratio is theirs over ours. Needs the extra `nnunet`.
+Volumes repeat the slices of a test volume back and forth; a small random U-Net on the CPU, tiles side by side, no
+mirroring. Prints wall seconds and peak memory by number of slices and, from the last two rows, the cost of one more
+slice, next to the size of its voxels in the input (int16), as the network sees them (float32) and in the output
+(uint8). The last line is JSON: figures are seconds per slice, the ratio is theirs over ours. Needs the extra `nnunet`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def growth(table: Sequence[Row]) -> tuple[float, float]:
-    """Seconds and MiB of one slice more, from the last two rows."""
+    """Seconds and MiB of one more slice, from the last two rows."""
     (few, small), (many, large) = table[-2:]
     return (large.wall_s - small.wall_s) / (many - few), (large.peak_mib - small.peak_mib) / (many - few)
 

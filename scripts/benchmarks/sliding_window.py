@@ -6,7 +6,7 @@ usage: python scripts/benchmarks/sliding_window.py [--quick] [--mirror] [--devic
 The network is so small that the cost of cutting, weighting and summing tiles shows. Each side runs twice, the better
 time counts. Prints seconds, growth of memory and the largest difference of logits (nnunetv2 sums in half precision);
 the last line is JSON. Needs the extra `nnunet`. On a busy machine set OMP_NUM_THREADS=1: threads that wait for one
-another measure the neighbors.
+another would measure other programs.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 usage: python scripts/benchmarks/startup.py [--raw DATASET_FOLDER] [--work DIR] [--repeats 3] [--quick]
 
 Commands run as in a terminal (a pseudo-terminal, so that progress bars show). The first useful output is the first
-line, or bar, that tells of the work: not which folder was chosen, not a note on what to cite. Each figure is the least
-of the repeats, after one more that nobody timed. The last line is JSON: the slowest of our `--help` against nnU-Net's
+line, or bar, that reports on the work: not the chosen folder, not a note on citation. Each figure is the minimum of
+the repeats, after an untimed one. The last line is JSON: the slowest of our `--help` against nnU-Net's
 fastest, and the slowest first output. Needs the extra `nnunet`. `--quick` is enough: data are small here.
 
 With `--before`, another clone of this repository at an earlier commit is the other side, run by the same Python: in
@@ -162,7 +162,7 @@ class FirstOutput:
 def first_output(
     command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> FirstOutput:
-    """Wait until the command tells of its work; it then runs to its end."""
+    """Wait until the command reports on its work; it then runs to its end."""
     ours, theirs = pty.openpty()
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, env=env, cwd=cwd)

@@ -1,15 +1,17 @@
-"""Activations of one training step of RFMedSAM 2 (the BTCV plan: 32x256x256, 13 classes) against sam2 as it comes.
+"""Activations of one training step of RFMedSAM 2 (the BTCV plan: 32x256x256, 13 classes) against unmodified sam2.
 
 Ours is a whole step, float32 on the CPU, every class prompted on every frame in both steps: bytes of all tensors that
 are alive at once and were made since the step began, counted at every operation. That is what autograd keeps after the
-forward pass, what the backward pass computes again of one chunk, and all gradients; the U-Net is in it, and told apart.
+forward pass, what the backward pass computes again of one chunk, and all gradients; the U-Net is included, and also
+reported separately.
 
 The peer's figure counts less: distinct storages that autograd keeps of one frame of the official SAM 2.1 (image
 encoder, memory attention over six memories with their pointers, decoder, memory encoder; training mode), times the
 frames. Neither counts weights.
 
 With --device cuda a step in bfloat16 is run, torch.cuda.max_memory_allocated is ours (weights and gradients with it),
-and a limit takes the peer's place. Fewer --frames than 32 are scaled up in what grows with frames, and said so. Prints
+and is compared to a limit instead of the peer. With fewer --frames than 32, what grows with frames is scaled up, and
+the output says so. Prints
 one JSON object as its last line, in GiB.
 """
 
@@ -59,7 +61,7 @@ def everywhere(class_map: Tensor, *, regions: bool) -> Prompts:  # noqa: ARG001
 
 @contextmanager
 def all_prompted() -> Iterator[None]:
-    """Both steps decode every cell, whatever untrained networks predict."""
+    """Both steps decode every (slice, class), whatever untrained networks predict."""
     with patch("rfmedsam2.nn.refiner.prompts_of", everywhere), patch("rfmedsam2.nn.rfmedsam2.prompts_of", everywhere):
         yield
 
@@ -69,8 +71,8 @@ class Step:
 
     Args:
         backbone: tiny, small, base_plus or large.
-        frames: of the patch.
-        device: where.
+        frames: number of frames of the patch.
+        device: device to run on.
     """
 
     def __init__(self, backbone: str, *, frames: int, device: torch.device) -> None:
@@ -99,7 +101,7 @@ class Step:
 
 
 def ours(backbone: str, frames: int) -> dict[str, float]:
-    """GiB of a step on the CPU, by part."""
+    """GiB of a step on the CPU, per part."""
     step = Step(backbone, frames=frames, device=torch.device("cpu"))
     marks: dict[str, int] = {}
     live, network = LiveStorage(), step.network
@@ -126,7 +128,7 @@ def ours(backbone: str, frames: int) -> dict[str, float]:
 
 
 def ours_on_gpu(backbone: str, frames: int) -> float:
-    """GiB that torch held at most in a step in bfloat16, weights and all."""
+    """GiB that torch held at most in a step in bfloat16, including weights."""
     device = torch.device("cuda")
     step = Step(backbone, frames=frames, device=device)
     for _ in range(2):  # the first also holds what libraries set up

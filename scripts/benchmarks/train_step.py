@@ -5,12 +5,12 @@ usage: python scripts/benchmarks/train_step.py [--raw DATASET_FOLDER] [--work FO
            [--rounds 3] [--workers 1] [--device cpu|cuda] [--quick]
 
 nnU-Net plans the dataset (else phantoms); patch, batch and U-Net of its plan are replaced by those of --size, and both
-sides preprocess by that plan. Each side then trains in a process of its own (nnU-Net, ours, nnU-Net, ours ...): its own
+sides preprocess by that plan. Each side then trains in a separate process (nnU-Net, ours, nnU-Net, ours ...): its own
 trainer, with its own loader of --workers processes, fp32 on a CPU and fp16 autocast on a GPU, not compiled. A step is
-the time from one demand for a batch to the next. Then the loader runs alone. Prints the median step of each side's
-calmest round, processor seconds a step of the training process (other programs disturb them less), steps a second, how
-much of the time the loop waits for data (on a GPU: the device is busy for the rest), and batches a second of the
-loader. The last line is JSON; ratios are nnU-Net's time over ours (of the loader: our rate over nnU-Net's): larger is
+the time between two requests for a batch. Then the loader runs alone. Prints the median step of each side's
+fastest round, processor seconds per step of the training process (less disturbed by other programs), steps per second,
+the share of time the loop waits for data (on a GPU: the device is busy for the rest), and the loader's batches per
+second. The last line is JSON; ratios are nnU-Net's time over ours (of the loader: our rate over nnU-Net's): larger is
 better for us. Needs the extra `nnunet`.
 """
 
@@ -37,12 +37,12 @@ from _harness.usage import installed_program
 STAGE = "3d_fullres"
 PLAN = "nnUNetPlans"
 DRAINED = 30
-"""Batches that a loader may have ready, at most: so many are taken before its rate is measured."""
+"""Largest number of batches that a loader may have prefetched; these are taken before its rate is measured."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained."""
+    """Size of the training."""
 
     features: tuple[int, ...]
     patch: tuple[int, int, int]
@@ -57,7 +57,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Timing:
-    """What one side took in one round: seconds, shares, batches a second."""
+    """Measurements of one side in one round: seconds, shares, batches per second."""
 
     step: float
     processor: float
@@ -68,7 +68,7 @@ class Timing:
 
 
 class Watch:
-    """Passes batches on and notes when each was asked for and when it came."""
+    """Passes batches on and records when each was requested and when it arrived."""
 
     def __init__(self) -> None:
         self.asked: list[float] = []
@@ -88,7 +88,7 @@ class Watch:
             yield batch
 
     def timing(self, warm_up: int, loader: float, parameters: int) -> Timing:
-        """Figures of all steps after the first `warm_up` but the last, whose end is not seen."""
+        """Measurements of all steps after the first `warm_up`, except the last, whose end is not observed."""
         asked, waited = self.asked[warm_up:], self.waited[warm_up:-1]
         whole = asked[-1] - asked[0]
         step, processor = (_median_gap(times) for times in (asked, self.processor[warm_up:]))
@@ -154,7 +154,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _turn(side: str, work: Path, args: argparse.Namespace) -> Timing:
-    """Run one side in a process of its own."""
+    """Run one side in a separate process."""
     numbers = ("steps", "warm_up", "workers", "threads", "device", "size")
     words = [word for name in numbers for word in ("--" + name.replace("_", "-"), str(getattr(args, name)))]
     command = [sys.executable, __file__, "--side", side, "--work", str(work), *words]
@@ -173,7 +173,7 @@ def _environment(work: Path, workers: str = "1") -> dict[str, str]:
 
 
 def prepare(raw: Path | None, work: Path, size: Size) -> None:
-    """Plan with nnU-Net, change the plan to `size`, preprocess on both sides; what is there is kept."""
+    """Plan with nnU-Net, change the plan to `size`, preprocess on both sides; existing results are kept."""
     if (work / "ready").exists():
         return
     for side in ("nnunet", "ours"):
@@ -278,7 +278,7 @@ def ours(args: argparse.Namespace) -> Timing:
 
 
 def rate(take: Callable[[], object], count: int) -> float:
-    """Batches a second, after those are gone that were made ahead."""
+    """Batches per second, after the prefetched ones are consumed."""
     for _ in range(DRAINED):
         take()
     began = time.perf_counter()

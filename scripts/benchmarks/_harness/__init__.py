@@ -1,1 +1,1 @@
-"""Shared by the benchmarks: both sides' folders, measurement, small plans and real labels."""
+"""Shared by the benchmarks: folders of both sides, measurement, small plans and real labels."""

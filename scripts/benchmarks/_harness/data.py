@@ -13,9 +13,9 @@ ORGANS = 13
 
 
 def labels_with_most_organs(frames: int) -> np.ndarray | None:
-    """Labels (frames, 122, 101) of 0..13 at 3 mm: the first slices that show most different organs.
+    """Labels (frames, 122, 101) of 0..13 at 3 mm: the first slices that show the most different organs.
 
-    The data sets lie in RFMED_TEST_DATA; None where they are not.
+    Reads the data sets in RFMED_TEST_DATA; None if they are not available.
     """
     named = os.environ.get("RFMED_TEST_DATA")
     if not named or not (Path(named) / CASE).is_file():

@@ -123,12 +123,12 @@ def write_volume(path: Path, source: Path, slices: int) -> None:
 
 
 def write_models(sides: Sides, *, classes: int | None = None, features: Sequence[int] = (2, 4)) -> Path:
-    """Plan by nnU-Net, then write one small random U-Net as a model of both sides; gives our model folder.
+    """Plan with nnU-Net, then write one small random U-Net as a model for both sides; return our model folder.
 
     Args:
         sides: folders.
-        classes: labels with background; None: the dataset's.
-        features: channels by stage of the U-Net: few, so that what is around it shows.
+        classes: number of labels including background; None: those of the dataset.
+        features: channels per stage of the U-Net; few, so that the cost of everything else shows.
     """
     plans_file = sides.nnunet_folder / "nnUNetPlans.json"
     if not plans_file.is_file():
@@ -176,7 +176,7 @@ def write_models(sides: Sides, *, classes: int | None = None, features: Sequence
 
 
 def _small(plans: dict[str, Any], features: Sequence[int]) -> dict[str, Any]:
-    """The plans with a shallow, narrow U-Net in their full resolution; patch and spacing stay."""
+    """The plans with a shallow, narrow U-Net at full resolution; patch and spacing are unchanged."""
     stage = plans["configurations"][STAGE]
     shrink(stage, features, stride=(1, 2, 2), layers=1)
     plans["configurations"] = {STAGE: stage}

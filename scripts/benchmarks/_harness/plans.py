@@ -1,4 +1,4 @@
-"""nnU-Net's plans with a small network. Imports nothing, for nnunetv2 reads its folders when it is imported."""
+"""nnU-Net's plans with a small network. Imports nothing, because nnunetv2 reads its folders on import."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def shrink(
     """Change a configuration of nnU-Net's plans in place.
 
     Args:
-        stage: one of its `configurations`; patch, batch and spacing stay.
-        features: channels by stage of the U-Net.
-        stride: between two stages.
-        layers: convolutions a stage.
+        stage: one of its `configurations`; patch, batch and spacing are unchanged.
+        features: channels per stage of the U-Net.
+        stride: stride between two stages.
+        layers: convolutions per stage.
     """
     count = len(features)
     stage["architecture"]["arch_kwargs"].update(

@@ -1,8 +1,8 @@
-"""Run a command in this process with one method timed: how predict.py learns the seconds of either side's network.
+"""Run a command in this process with one method timed; predict.py measures the network of either side with it.
 
 usage: python scripts/benchmarks/stub_network.py MODULE:CLASS.METHOD MODULE:COMMAND ARGUMENTS...
 
-Nothing heavy is imported here, since processes that the command spawns read this file again.
+Nothing heavy is imported here, since processes spawned by the command import this file again.
 """
 
 import importlib

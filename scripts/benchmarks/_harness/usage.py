@@ -26,7 +26,7 @@ class Usage:
     """Resources that a command used.
 
     Attributes:
-        wall_s: from its start to its end.
+        wall_s: seconds from its start to its end.
         cpu_s: processor seconds of the command and of all its children.
         peak_mib: peak memory of all its processes together; shared pages count once (PSS).
         written_mib: data written to file systems on disk (not tmpfs).
@@ -94,9 +94,9 @@ def run_measured(
 
     Args:
         command: program and arguments.
-        env: variables beside those of this process.
-        cwd: where it runs.
-        limit_mib: kill all of it when it holds more memory than this.
+        env: environment variables in addition to those of this process.
+        cwd: working directory.
+        limit_mib: kill all its processes when their memory exceeds this.
 
     Raises:
         SystemExit: the command failed; its output is shown.
@@ -143,7 +143,7 @@ class _Watcher(threading.Thread):
         self._done = threading.Event()
 
     def run(self) -> None:
-        """Look until `finish`."""
+        """Sample until `finish` is called."""
         while not self._done.wait(SAMPLING_S):
             self.peak = max(self.peak, self._held())
             if self._limit is not None and self.peak >> 20 > self._limit:
@@ -153,7 +153,7 @@ class _Watcher(threading.Thread):
                 return
 
     def finish(self) -> None:
-        """Stop looking."""
+        """Stop sampling."""
         self._done.set()
         self.join()
 
