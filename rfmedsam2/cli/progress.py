@@ -91,7 +91,7 @@ class Display:
         self._writer: threading.Thread | None = None
         self._training: _Stage | None = None
         self.steps = 0
-        """Training steps seen."""
+        """Steps of the last training shown."""
 
     def __call__(self, items: Iterable[T], description: str, total: int, /) -> Iterator[T]:
         """Count items as they go by."""
@@ -137,6 +137,7 @@ class Display:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Show a training, whose steps come by `step`."""
+        self.steps = 0
         with self.working("Preparing to train") as self._training:
             yield
         self._training = None

@@ -84,7 +84,7 @@ def test_it_predicts_where_the_package_is_installed_and_says_what_is_missing_whe
     images = next((trained / "raw").glob("*/imagesTs"))
     words = ("-i", images, "-o", tmp_path / "out", "--root", trained)
     sentence = run_error("predict", *words)
-    assert "This extension is not installed: network tiny of example-extension" in sentence
+    assert "The extension is not installed: network tiny of example-extension" in sentence
     assert f"pip install {NAME}" in sentence
     assert not list((tmp_path / "out").glob("*.nii.gz"))
     with at_hand(installed):

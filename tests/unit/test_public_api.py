@@ -127,7 +127,7 @@ def test_networks_of_images_load_by_name() -> None:
     network = load_model("hq_sam", "vit_nano", frame_size=64, device="cpu")
     assert not network.training
     assert next(network.parameters()).device == torch.device("cpu")
-    with pytest.raises(UsageError, match=r"no 'hqsam'.*hq_sam"):
+    with pytest.raises(UsageError, match=r"Unknown name 'hqsam'.*hq_sam"):
         load_model("hqsam", "vit_nano")
     with pytest.raises(UsageError, match=r"no 'vit_x'"):
         load_model("hq_sam", "vit_x")

@@ -150,7 +150,7 @@ def test_a_plain_unet_takes_no_weights_of_sam2(layout, tmp_path):
     plan = planned(layout)
     alone = plan.stages["3d_fullres"].model_copy(update={"model": unet()})
     options = TrainOptions(device="cpu", validate=False, sam=tmp_path / "sam2.pt")
-    with pytest.raises(UsageError, match="this plan is a U-Net"):
+    with pytest.raises(UsageError, match="trained as RFMedSAM 2"):
         train(layout, plan.model_copy(update={"stages": {"3d_fullres": alone}}), "3d_fullres", options=options)
 
 

@@ -97,7 +97,7 @@ def test_a_package_that_does_not_import_or_fails_is_named(packages) -> None:
 def test_what_is_no_network_is_refused(packages) -> None:
     packages("pack-h", networks="net = pack_h:network")
     plan = custom_plan("net")
-    with pytest.raises(ExtensionError, match=r"no network(.|\n)*Found str"):
+    with pytest.raises(ExtensionError, match=r"not a network(.|\n)*Found str"):
         build_stage(plan, plan.stages["3d_fullres"])
 
 
