@@ -31,6 +31,7 @@ BROUGHT_ALONG = {
     "support": "",
     "test_plan": "",
     "write_maps": "",
+    "before_after": "",
     "_harness": "",
 }
 """What is imported of a dependency's own dependencies, by the one that brings it; and what scripts share."""

@@ -129,7 +129,7 @@ def test_networks_of_images_load_by_name() -> None:
     assert next(network.parameters()).device == torch.device("cpu")
     with pytest.raises(UsageError, match=r"Unknown name 'hqsam'.*hq_sam"):
         load_model("hqsam", "vit_nano")
-    with pytest.raises(UsageError, match=r"no 'vit_x'"):
+    with pytest.raises(UsageError, match=r"Unknown name 'vit_x'"):
         load_model("hq_sam", "vit_x")
     with pytest.raises(PlanError, match="not built on"):
         load_model("hq_sam", "hiera_t")
