@@ -33,6 +33,7 @@ BROUGHT_ALONG = {
     "write_maps": "",
     "before_after": "",
     "_harness": "",
+    "tomli": "pytest",  # on Python 3.10, which has no tomllib
 }
 """What is imported of a dependency's own dependencies, by the one that brings it; and what scripts share."""
 BY_NAME = {"tensorboard": "torch.utils.tensorboard", "onnxruntime": "onnxruntime", "cv2": ""}
