@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def workers_of(process: Process) -> list[psutil.Process]:
 
 
 def told(process: Process) -> int:
-    return process.text().count("min left")
+    return len(re.findall(r"step \d+/", process.text()))
 
 
 def too_much(number: int) -> np.ndarray:
