@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_a_sentence(sets, tmp_path: Path) -> None:
         models.load_trained(other, tmp_path / "hq" / FINAL)
     with pytest.raises(CheckpointError, match="another network"):
         models.load_trained(models.build("sam_ref", "vit_nano", frame_size=SIDE), tmp_path / "hq" / FINAL)
-    with pytest.raises(UsageError, match="decoder of its own"):
+    with pytest.raises(UsageError, match="has its own mask decoder"):
         models.build("hq_sam", "vit_nano", frame_size=SIDE, decoder=tmp_path / "hq" / FINAL)
     with pytest.raises(CheckpointError):  # another seed is another base: this is not that training
         train_refiner(plan_of("hq_sam", "train.seed=5"), sets, (), tmp_path / "hq", CPU)
