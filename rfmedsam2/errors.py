@@ -7,6 +7,8 @@ builtin exception, so that callers can catch either.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class RfMedSamError(Exception):
     """Base of all errors of this package.
@@ -106,3 +108,10 @@ class MissingPackageError(RfMedSamError, ImportError):
 def type_name(thing: object) -> str:
     """Name of a thing's type with its module, for messages."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def shortlist(items: Iterable[object], *, limit: int = 5, separator: str = ", ") -> str:
+    """The first items of a list for a message, with the number of those left out: "a, b and 3 more"."""
+    shown = [str(item) for item in items]
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return separator.join(shown[:limit]) + more

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rfmedsam2.errors import CheckpointError
+from rfmedsam2.errors import CheckpointError, shortlist
 from rfmedsam2.records.checkpoint import TrainedRecord
 from rfmedsam2.records.plan import TrainConfig
 from rfmedsam2.store.checkpoint_header import read_header
@@ -146,7 +146,7 @@ def load_weights(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) ->
         raise CheckpointError(
             f"The weights do not match this model ({len(faults)} differences)",
             where=path,
-            found="; ".join(sorted(faults)[:5]),
+            found=shortlist(sorted(faults), separator="; "),
             remedy="Use the plan that the checkpoint was trained with",
         )
     model.load_state_dict(dict(weights))
@@ -165,11 +165,10 @@ def differences(saved: object, now: object, place: str = "") -> list[str]:
 def _check_same_training(path: Path, saved: TrainedRecord, now: TrainedRecord, config_changes: list[str]) -> None:
     faults = differences(saved.identity(), now.identity()) + config_changes
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise CheckpointError(
             "The checkpoint is of another training",
             where=path,
-            found="; ".join(faults[:5]) + more,
+            found=shortlist(faults, separator="; "),
             remedy="Use the same plan and flags as before, or start over with rfmed_train --restart",
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rfmedsam2.errors import GeometryError, ImageError, UsageError
+from rfmedsam2.errors import GeometryError, ImageError, UsageError, shortlist
 from rfmedsam2.geometry import Shape
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.box_prompts import BoxPrompt
@@ -129,7 +129,7 @@ def _edges(given: Sequence[BoxPrompt], shape: Shape) -> tuple[np.ndarray, np.nda
         raise UsageError(
             f"{len(outside)} box(es) are outside the image",
             expected=f"slices 0 to {z}, x from 0 to {x}, y from 0 to {y}",
-            found="; ".join(outside[:5]) + (" ..." if len(outside) > 5 else ""),
+            found=shortlist(outside, separator="; "),
         )
     return lows, highs
 

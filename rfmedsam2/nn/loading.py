@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from rfmedsam2.errors import CheckpointError
+from rfmedsam2.errors import CheckpointError, shortlist
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ def load_weights(
             f"The weights do not match {model}",
             where=where,
             expected="the names and shapes of a published file",
-            found="; ".join(f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names),
+            found="; ".join(f"{len(names)} {fault} ({shortlist(names)})" for fault, names in faults.items() if names),
             remedy="Use a published file, or the one that this model was fine-tuned from",
         )
     module.load_state_dict({name: weights[name] for name in wanted if name in weights}, strict=False)
@@ -76,8 +76,4 @@ def load_weights(
 
 def described(weights: Mapping[str, Tensor]) -> str:
     """Text with the number of tensors and the first names."""
-    return f"{len(weights)} tensors: {', '.join(list(weights)[:3])} ..."
-
-
-def _some(names: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+    return f"{len(weights)} tensors: {shortlist(weights, limit=3)}"

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from rfmedsam2.errors import CheckpointError, RecordError, RfMedSamError
+from rfmedsam2.errors import CheckpointError, RecordError, RfMedSamError, shortlist
 from rfmedsam2.records.archive import ArchivedFile, Manifest
 from rfmedsam2.system.atomic import atomic, writing_to
 
@@ -140,7 +140,7 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
             "This zip file is not a model archive",
             where=path,
             expected=f"a member {MANIFEST}",
-            found=", ".join(names[:5]) or "an empty zip",
+            found=shortlist(names) or "an empty zip",
             remedy="Archives are made with rfmed_export_model",
         )
     if len(members) > MAX_MEMBERS or sum(m.file_size for m in members) > MAX_BYTES:

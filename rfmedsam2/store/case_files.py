@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rfmedsam2.errors import shortlist
 from rfmedsam2.records.verify import Fault
 from rfmedsam2.store.formats.dicom import is_dicom_folder
 from rfmedsam2.store.images import image_ending
@@ -104,6 +105,7 @@ def case_of(
     """Image files of one case in channel order, and problems that can be seen from their names."""
     faults = []
     every = [path for paths in files.values() for path in paths]
+    found = shortlist((path.name for path in every), limit=6)
     if (None in files and len(every) > 1) or any(len(paths) > 1 for paths in files.values()):
         faults.append(
             Fault(
@@ -111,7 +113,7 @@ def case_of(
                 file=str(every[1]),
                 kind="duplicate-id",
                 severity="error",
-                message=f"Several files are the same image: {_names(every)}",
+                message=f"Several files are the same image: {found}",
                 remedy="Keep one of them",
             )
         )
@@ -127,7 +129,7 @@ def case_of(
                 file=str(every[0]),
                 kind="missing-channel",
                 severity="error",
-                message=f"{len(lacking)} of {len(channels)} channels missing: {names}; found {_names(every)}",
+                message=f"{len(lacking)} of {len(channels)} channels missing: {names}; found {found}",
                 remedy="Add the missing files or remove the case",
             )
         )
@@ -185,8 +187,3 @@ def closest_name(name: str, folder: Path) -> str | None:
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.6)
     return next((n for n in names if close and n.lower() == close[0]), None)
-
-
-def _names(paths: Sequence[Path]) -> str:
-    shown = ", ".join(p.name for p in paths[:6])
-    return shown if len(paths) <= 6 else f"{shown} and {len(paths) - 6} more"

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rfmedsam2.errors import DatasetError, UsageError
+from rfmedsam2.errors import DatasetError, UsageError, shortlist
 from rfmedsam2.store.case_files import (
     Case,
     case_insensitive_duplicates,
@@ -87,7 +87,7 @@ def _cases(paths: Sequence[Path], channels: int, ending: str | None, *, where: o
         raise DatasetError(
             f"{len(lost)} input file(s) do not exist" if lost else "There are 0 cases to predict",
             where=where,
-            found=", ".join(lost[:10]) if lost else "an empty list",
+            found=shortlist(lost, limit=10) if lost else "an empty list",
             remedy="Correct the paths" if lost else "Name at least one image",
         )
     names = [f"channel {i}" for i in range(channels)]
@@ -102,11 +102,10 @@ def _cases(paths: Sequence[Path], channels: int, ending: str | None, *, where: o
 
 def _require_usable(faults: Sequence, where: object) -> None:
     if faults:
-        shown = "; ".join(f"{f.case}: {f.message}" for f in faults[:20])
         raise DatasetError(
             f"{len(faults)} input case(s) cannot be used",
             where=where,
-            found=shown + (f"; and {len(faults) - 20} more" if len(faults) > 20 else ""),
+            found=shortlist((f"{f.case}: {f.message}" for f in faults), limit=20, separator="; "),
             remedy="Give every channel of a case exactly once",
         )
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from rfmedsam2.errors import CheckpointError
+from rfmedsam2.errors import CheckpointError, shortlist
 
 ENVELOPES = ("model", "state_dict", "model_state_dict")
 """Keys under which training programs store the weights beside other entries."""
@@ -42,7 +42,7 @@ def read_published(path: Path) -> dict[str, torch.Tensor]:
     weights = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not weights or len(weights) < len(content):
         others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
-        raise _foreign(path, f"entries that are not tensors: {', '.join(others[:5])}" if others else "no tensors")
+        raise _foreign(path, f"entries that are not tensors: {shortlist(others)}" if others else "no tensors")
     return weights
 
 

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from rfmedsam2.errors import DatasetError, ImageError
+from rfmedsam2.errors import DatasetError, ImageError, shortlist
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.verify import Fault
 from rfmedsam2.store.case_files import (
@@ -66,7 +66,7 @@ class RawDataset:
         cases = {case.id: case for case in (*self.test, *self.training)}
         if name not in cases:
             close = get_close_matches(name, cases, n=1)
-            remedy = f"Did you mean {close[0]}" if close else f"There are {', '.join(list(cases)[:5])} ..."
+            remedy = f"Did you mean {close[0]}" if close else f"There are {shortlist(cases)}"
             raise DatasetError("The dataset has no such case", where=self.folder, found=name, remedy=remedy)
         return cases[name]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rfmedsam2.engine.rng import preserved, seed_all
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import UsageError, shortlist
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.tasks.patches import PatchSource
@@ -67,7 +67,7 @@ class PatchDataset(Dataset[Patch]):
             raise UsageError(
                 "There are no preprocessed cases here" if not self.cases else "Cases are not preprocessed",
                 where=folder,
-                found=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "") if missing else None,
+                found=shortlist(missing) if missing else None,
                 remedy="Run rfmed_plan_and_preprocess, and give the folder of its stage (Layout.cases_folder)",
             )
         train = config.train

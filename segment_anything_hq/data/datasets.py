@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from scipy.io import loadmat
 
-from rfmedsam2.errors import DatasetError, ImageError
+from rfmedsam2.errors import DatasetError, ImageError, shortlist
 from segment_anything_hq.choices import MaskRule
 from segment_anything_hq.data.image_io import ENDINGS, read_ground_truth, read_image
 
@@ -148,7 +148,9 @@ class ImageSet:
         samples = tuple(s for s in self.samples if s.id in chosen)
         unknown = sorted(chosen - {s.id for s in samples})
         if unknown:
-            raise DatasetError("The set does not contain these samples", where=self.name, found=", ".join(unknown[:10]))
+            raise DatasetError(
+                "The set does not contain these samples", where=self.name, found=shortlist(unknown, limit=10)
+            )
         return replace(self, samples=samples, expected=None)
 
     def require_samples(self) -> ImageSet:
@@ -159,7 +161,7 @@ class ImageSet:
         """
         if self.samples:
             return self
-        reasons = "; ".join(str(fault) for fault in self.faults[:3])
+        reasons = shortlist(self.faults, limit=3, separator="; ")
         raise DatasetError("The set has no samples", where=self.name, found=reasons or None)
 
 

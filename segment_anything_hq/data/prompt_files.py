@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rfmedsam2.errors import ImageError, UsageError
+from rfmedsam2.errors import ImageError, UsageError, shortlist
 from segment_anything_hq.data.image_io import ENDINGS, image_size
 from segment_anything_hq.prompts.prompt import Box, Click, Prompt
 
@@ -110,9 +110,10 @@ def read_prompts(path: Path, images: Sequence[Path]) -> tuple[PromptedObject, ..
     if not faults and not objects:
         raise UsageError("The file contains no prompts", where=path)
     if faults:
-        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
-        raise UsageError(f"The prompts have {count}", where=path, found="; ".join([*faults[:MOST_FAULTS], *more]))
+        raise UsageError(
+            f"The prompts have {count}", where=path, found=shortlist(faults, limit=MOST_FAULTS, separator="; ")
+        )
     return objects
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rfmedsam2.errors import DatasetError, UsageError
+from rfmedsam2.errors import DatasetError, UsageError, shortlist
 from rfmedsam2.nn.segmenter import PromptBatch
 from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.image_io import read_image
@@ -181,7 +181,7 @@ def _detected(path: Path, ground_truth: Any) -> list[Box]:
         )
     unknown = sorted({d["image_id"] for d in content} - ground_truth.imgs.keys())
     if unknown:
-        found = f"image_id {', '.join(map(str, unknown[:5]))}"
+        found = f"image_id {shortlist(unknown)}"
         raise DatasetError("Detections refer to images that are not in the annotations", where=path, found=found)
     return [
         Box(image=d["image_id"], category=d["category_id"], xyxy=_corners(d["bbox"]), score=float(d["score"]))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import UsageError, shortlist
 from rfmedsam2.nn.segmenter import Embedded
 from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.progress import Track, silent
@@ -56,12 +56,12 @@ def require_free_outputs(out: Path, objects: Sequence[PromptedObject], *, overwr
     taken = [path.name for path in targets if path.resolve() in images]
     if taken:
         raise UsageError(
-            "Masks would overwrite their images", where=out, found=_abbreviated(taken), remedy="Choose another folder"
+            "Masks would overwrite their images", where=out, found=shortlist(taken), remedy="Choose another folder"
         )
     existing = [] if overwrite else [path.name for path in targets if path.exists()]
     if existing:
         remedy = "Choose another folder, or add --overwrite"
-        raise UsageError("These files already exist", where=out, found=_abbreviated(existing), remedy=remedy)
+        raise UsageError("These files already exist", where=out, found=shortlist(existing), remedy=remedy)
 
 
 def predict_files(
@@ -163,7 +163,3 @@ def _wait(tensor: Tensor) -> None:
     """Wait until the device has computed a tensor, so that its time is attributed correctly."""
     if tensor.device.type == "cuda":
         torch.cuda.synchronize(tensor.device)
-
-
-def _abbreviated(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rfmedsam2.errors import DatasetError, UsageError
+from rfmedsam2.errors import DatasetError, UsageError, shortlist
 from rfmedsam2.pipeline.datasets.conversion import (
     ENDING,
     Conversion,
@@ -117,7 +117,7 @@ def _dataset_name(home: Path, content: dict[str, Any], dataset_id: int | None) -
 
 def _compare_with_declared(found: Download, content: dict[str, Any], unnamed: set[str]) -> None:
     if unnamed:
-        names = ", ".join(sorted(unnamed)[:10]) + (" ..." if len(unnamed) > 10 else "")
+        names = shortlist(sorted(unnamed), limit=10)
         found.warnings.append(f"dataset.json does not list {len(unnamed)} training case(s): {names}; included anyway")
     tests = sum(source.label is None for source in found.sources)
     for key, count in (("numTraining", len(found.sources) - tests), ("numTest", tests)):

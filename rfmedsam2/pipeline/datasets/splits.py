@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rfmedsam2.errors import DatasetError, RecordError, UsageError
+from rfmedsam2.errors import DatasetError, RecordError, UsageError, shortlist
 from rfmedsam2.pipeline.datasets.published_splits import PUBLISHED, published_split
 from rfmedsam2.records.base import dump_json
 from rfmedsam2.records.dataset import DatasetJson
@@ -89,7 +89,7 @@ def groups_of(dataset: SplittableDataset, pattern: str | None = None) -> dict[st
         raise UsageError(
             "--group-regex matches no case id",
             where=pattern,
-            found=", ".join(list(matches)[:3]),
+            found=shortlist(matches, limit=3),
             remedy="Let its first capture group match the patient, for instance '(sub\\d+)_'",
         )
     return {i: (m.group(1) if m.re.groups else m.group()) or i if m else i for i, m in matches.items()}
@@ -170,7 +170,7 @@ def leaks(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[str]:
         train = {groups.get(case, case) for case in split.train}
         both = sorted(train & {groups.get(case, case) for case in split.val})
         if both and set(split.train) != set(split.val):
-            shown = ", ".join(both[:5]) + (" ..." if len(both) > 5 else "")
+            shown = shortlist(both)
             found.append(f"Split {name} has {len(both)} patient(s) in training and validation: {shown}.")
     return found
 
@@ -189,7 +189,7 @@ def warnings_of(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[
     used = {case for split in splits.values() for case in (*split.train, *split.val)}
     unused = sorted(set(groups) - used)
     if splits and unused:
-        found.append(f"{len(unused)} case(s) are in no split: {', '.join(unused[:5])}.")
+        found.append(f"{len(unused)} case(s) are in no split: {shortlist(unused)}.")
     return found
 
 
@@ -314,11 +314,11 @@ def _check(splits: Mapping[str, Split], ids: Sequence[str] | None, where: Path) 
         both = sorted(set(split.train) & set(split.val))
         twice = sorted(c for side in (split.train, split.val) for c, n in Counter(side).items() if n > 1)
         if unknown:
-            faults.append(f"{name} lists {len(unknown)} unknown case(s): {', '.join(unknown[:5])}")
+            faults.append(f"{name} lists {len(unknown)} unknown case(s): {shortlist(unknown)}")
         if both and set(split.train) != set(split.val):
-            faults.append(f"{name} trains and validates on {len(both)} case(s): {', '.join(both[:5])}")
+            faults.append(f"{name} trains and validates on {len(both)} case(s): {shortlist(both)}")
         if twice:
-            faults.append(f"{name} lists {', '.join(twice[:5])} twice")
+            faults.append(f"{name} lists {shortlist(twice)} twice")
         if not split.train or not split.val:
             faults.append(f"{name} has {len(split.train)} training and {len(split.val)} validation cases")
     if faults:

@@ -20,7 +20,7 @@ from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
 from rfmedsam2.choices import Backbone
-from rfmedsam2.errors import CheckpointError, DatasetError, UsageError
+from rfmedsam2.errors import CheckpointError, DatasetError, UsageError, shortlist
 from rfmedsam2.inference.video_tracking import VideoSegmenter, as_published
 from rfmedsam2.inference.zero_shot import reference_prompts, segment_slices
 from rfmedsam2.metrics.volumes import case_metrics, empty_policy
@@ -228,7 +228,7 @@ def _load(path: Path, *, sam2: bool, options: StudyOptions) -> tuple[str, SamMod
             "The file does not hold weights of a known SAM 2",
             where=path,
             expected="sam2.1_hiera_*.pt or sam2_hiera_*.pt of tiny, small, base_plus or large",
-            found=f"{len(weights)} tensors ({', '.join(list(weights)[:3])} ...)",
+            found=f"{len(weights)} tensors ({shortlist(weights, limit=3)})",
             remedy="Give files of SAM with --sam" if sam_backbone(weights) is not None else None,
         )
     base = build_base(backbone, frame_size=options.frame_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from typing_extensions import Self
 
-from rfmedsam2.errors import ImageError, UsageError
+from rfmedsam2.errors import ImageError, UsageError, shortlist
 from rfmedsam2.inference.box_prompts import BoxPrompts, classes_of
 from rfmedsam2.records.box_prompts import BoxPrompt, BoxPromptFile
 from rfmedsam2.records.dataset import LabelSet
@@ -61,11 +61,11 @@ class BoxSource:
             raise UsageError(
                 f"{len(unknown)} case(s) with boxes are not among the cases to predict",
                 where=path,
-                expected=f"cases of {_some(ids)}",
-                found=_some(unknown),
+                expected=f"cases of {shortlist(ids)}",
+                found=shortlist(unknown),
                 remedy="Name cases like their files, without channel number and ending",
             )
-        _require_all(ids, boxes, where=path, found=_some(sorted(boxes)) or "none", kind="entry")
+        _require_all(ids, boxes, where=path, found=shortlist(sorted(boxes)) or "none", kind="entry")
         classes_of([box for own in boxes.values() for box in own], labels)
         return cls(labels={}, boxes=boxes)
 
@@ -113,11 +113,7 @@ def _require_all(ids: Sequence[str], given: Collection[str], *, where: Path, fou
         raise UsageError(
             f"{len(lacking)} of {len(ids)} cases have no boxes",
             where=where,
-            expected=f"a {kind} for {_some(lacking)}",
+            expected=f"a {kind} for {shortlist(lacking)}",
             found=found,
             remedy="Give boxes for every case (an empty list in the JSON file for none), or predict fewer cases",
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -17,7 +17,7 @@ from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run, Task
-from rfmedsam2.errors import RfMedSamError, StoreError, UsageError
+from rfmedsam2.errors import RfMedSamError, StoreError, UsageError, shortlist
 from rfmedsam2.pipeline.datasets.splits import get_split
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
 from rfmedsam2.pipeline.evaluation.report import write_report
@@ -255,7 +255,7 @@ def _require_preprocessed(split: Split, store: CaseStore, plan: Plan, stage: str
         raise UsageError(
             f"{len(missing)} of {len(wanted)} cases are not preprocessed",
             where=store.folder,
-            found=f"none of {', '.join(missing[:5])}" + (" ..." if len(missing) > 5 else ""),
+            found=f"none of {shortlist(missing)}",
             remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {stage} with the options that made {plan.name}",
         )
     # a copied dataset has new modification times: then all files are read once
@@ -267,6 +267,6 @@ def _require_preprocessed(split: Split, store: CaseStore, plan: Plan, stage: str
         raise StoreError(
             f"{len(damaged)} of {len(wanted)} preprocessed cases are damaged or were modified",
             where=store.folder,
-            found=", ".join(damaged[:5]) + (" ..." if len(damaged) > 5 else ""),
+            found=shortlist(damaged),
             remedy="Run rfmed_plan_and_preprocess again with the same options: it rebuilds damaged cases",
         )
