@@ -22,7 +22,7 @@ from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.checkpoints import read_weights
 
 
-def build_stage(plan: Plan, stage: Stage, *, cache_features: bool = False) -> nn.Module:
+def build_stage(plan: Plan, stage: Stage | str, *, cache_features: bool = False) -> nn.Module:
     """Build the complete network of a plan's stage, randomly initialized from torch's global RNG.
 
     Includes the plan's `stage.compute`, `stage.sampling.max_prompted_objects` and `stage.loss.deep_supervision`. Deep
@@ -30,14 +30,18 @@ def build_stage(plan: Plan, stage: Stage, *, cache_features: bool = False) -> nn
 
     Args:
         plan: plan with the channels and labels.
-        stage: one of its stages.
+        stage: one of its stages, or its name.
         cache_features: cache features of a frozen image encoder, up to `stage.compute.cache_features_mb`. For training;
             in prediction few frames repeat.
 
     Returns:
         A module whose `forward` returns logits (B, outputs, *patch) for (B, channels, *patch), or in training mode with
         deep supervision a list of them, highest resolution first.
+
+    Raises:
+        PlanError: the plan has no stage of this name.
     """
+    stage = plan.stage(stage) if isinstance(stage, str) else stage
     channels, labels, deep = len(plan.channels), plan.labels, stage.loss.deep_supervision
     match stage.model:
         case UNetConfig() as config:

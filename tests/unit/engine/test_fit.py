@@ -232,7 +232,8 @@ def test_devices_and_precisions_that_are_not_here_are_told(monkeypatch):
     for wanted in ("cuda", "cuda:3", "toaster"):
         with pytest.raises(UsageError):
             choose_device(wanted)
-    for units, expected in (({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
+    bf16 = torch.bfloat16
+    for units, expected in (({}, torch.float32), ({"amx_bf16": True}, bf16), ({"avx512_bf16": True}, bf16)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=units: found, raising=False)
         assert choose_precision("auto", torch.device("cpu")) == expected
     with pytest.raises(PlanError):
