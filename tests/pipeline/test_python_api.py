@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rfmedsam2 import Layout, Predictor, TrainOptions, evaluate, open_dataset, train
+from rfmedsam2 import Layout, Plan, Predictor, TrainOptions, evaluate, open_dataset, train
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rfmedsam2", "segment_anything_hq")
@@ -109,7 +109,10 @@ def test_progress_is_shown_where_it_is_asked_for(root_of, trained_root, tmp_path
 
 def test_the_examples_of_volumes_run(root_of, trained_root, monkeypatch: pytest.MonkeyPatch) -> None:
     root = root_of(trained_root)
-    root.rename(root.with_name("rfmed_data"))
+    root = root.rename(root.with_name("rfmed_data"))
+    plan_file = Layout.under(root).plan_file("Dataset900_PhantomCT", "rfmed_cpu")
+    short = ("3d_fullres.train.epochs=2", "3d_fullres.train.iterations_per_epoch=5")
+    Plan.load(plan_file).with_overrides(*short, name="rfmed_cpu").save(plan_file)
     monkeypatch.chdir(root.parent)
     run_examples("rfmedsam2")
 
