@@ -105,20 +105,34 @@ class Grid:
         return replace(self, shape_zyx=shape, origin_xyz_mm=_triple(origin))
 
     def mismatch(self, other: Grid, *, tolerance_mm: float = 1e-2, tolerance_degrees: float = 0.1) -> str | None:
-        """None if the grids are equal within tolerance, else a phrase describing the difference."""
+        """None if the grids are equal within tolerance, else a phrase describing the difference.
+
+        `tolerance_mm` holds for ordinary voxels; for smaller ones it is a twentieth of this grid's smallest spacing, so
+        that grids in micrometers are told apart as well.
+        """
         if self.shape_zyx != other.shape_zyx:
             return f"shape {self.shape_zyx} against {other.shape_zyx} (z, y, x)"
-        spacing = np.abs(np.subtract(self.spacing_zyx_mm, other.spacing_zyx_mm)) * np.asarray(self.shape_zyx)
-        if spacing.max() > max(tolerance_mm, 1e-3 * max(self.spacing_zyx_mm)) * 10:
+        tolerance = min(tolerance_mm, 0.05 * min(self.spacing_zyx_mm))
+        drift = np.abs(np.subtract(self.spacing_zyx_mm, other.spacing_zyx_mm)) * np.asarray(self.shape_zyx)
+        if (drift > 10 * np.maximum(tolerance, 1e-3 * np.asarray(self.spacing_zyx_mm))).any():
             return f"spacing {_short(self.spacing_zyx_mm)} against {_short(other.spacing_zyx_mm)} mm (z, y, x)"
         cosines = np.einsum("ij,ij->j", np.asarray(self.direction), np.asarray(other.direction))
         angle = float(np.degrees(np.arccos(np.clip(cosines.min(), -1, 1))))
         if angle > tolerance_degrees:
             return f"directions differ by {angle:.2f} degrees"
         shift = float(np.linalg.norm(np.subtract(self.origin_xyz_mm, other.origin_xyz_mm)))
-        if shift > max(tolerance_mm, 1e-2 * min(self.spacing_zyx_mm)):
-            return f"origins differ by {shift:.3f} mm"
+        if shift > max(tolerance, 1e-2 * min(self.spacing_zyx_mm)):
+            return f"origins differ by {shift:.3g} mm"
         return None
+
+
+def scaled(grid: Grid, unit_mm: float) -> Grid:
+    """A grid whose lengths are in another unit, in mm."""
+    return replace(
+        grid,
+        spacing_zyx_mm=_triple(np.multiply(grid.spacing_zyx_mm, unit_mm)),
+        origin_xyz_mm=_triple(np.multiply(grid.origin_xyz_mm, unit_mm)),
+    )
 
 
 def triple_of(values: object, name: str) -> Triple:

@@ -44,7 +44,7 @@ def make_phantom(
 
 
 def convert(
-    source: Positional[Literal["btcv", "amos22", "msd"]],
+    source: Positional[Literal["btcv", "amos22", "msd", "nnunetv1"]],
     *,
     input_: Annotated[Path, arg(name="input", aliases=("-i",), metavar="DIR")],
     task: Literal[1, 2] = 1,
@@ -53,13 +53,13 @@ def convert(
     force: bool = False,
     root: Root = None,
 ) -> None:
-    """Convert an official download into a raw dataset, checking every file.
+    """Convert an official download, or a dataset of nnU-Net v1, into a raw dataset, checking every file.
 
     Args:
         source: The dataset.
-        input_: The unpacked download.
+        input_: The unpacked download, or nnU-Net v1's folder TaskXXX_Name.
         task: AMOS22 task: 1 CT only, 2 CT and MR.
-        dataset_id: Number of the dataset, instead of the MSD task's.
+        dataset_id: Number of the dataset, instead of the task's (msd, nnunetv1).
         place: Copy the files or link them.
         force: Replace a dataset of the same name.
     """
@@ -67,13 +67,15 @@ def convert(
     from rfmedsam2.pipeline.datasets.amos22 import convert_amos22
     from rfmedsam2.pipeline.datasets.btcv import convert_btcv
     from rfmedsam2.pipeline.datasets.conversion import ConvertOptions
-    from rfmedsam2.pipeline.datasets.msd import convert_msd
+    from rfmedsam2.pipeline.datasets.msd import convert_msd, convert_nnunet_v1
 
     raw, options = layout_of(root).raw, ConvertOptions(how=place, force=force)
     if source == "btcv":
         done = convert_btcv(input_, raw, options=options, track=bars)
     elif source == "amos22":
         done = convert_amos22(input_, raw, task=task, options=options, track=bars)
+    elif source == "nnunetv1":
+        done = convert_nnunet_v1(input_, raw, dataset_id=dataset_id, options=options, track=bars)
     else:
         done = convert_msd(input_, raw, dataset_id=dataset_id, options=options, track=bars)
     for warning in done.warnings:

@@ -1,7 +1,7 @@
 """Grouping image files into cases: nnU-Net's channel suffixes, files without them, DICOM folders; layout faults.
 
 CASE_0000.nii.gz, CASE_0001.nii.gz ... are the channels of CASE. A file without a suffix is a case on its own, with one
-channel or with all of them inside.
+channel or with all of them inside; so is CASE_0000 alone, if it has all channels inside (a color image).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rfmedsam2.errors import shortlist
+from rfmedsam2.errors import RfMedSamError, shortlist
 from rfmedsam2.records.verify import Fault
 from rfmedsam2.store.formats.dicom import is_dicom_folder
-from rfmedsam2.store.images import image_ending
+from rfmedsam2.store.images import image_ending, read_header
 
 _SUFFIXED = re.compile(r"(.+)_(\d{4})")
 
@@ -56,7 +56,8 @@ def file_stem(path: Path, ending: str | None) -> str:
     """File name without its ending; the whole name of a folder."""
     if path.is_dir():
         return path.name
-    written = ending if ending and path.name.endswith(ending) else image_ending(path)
+    # the longer of the two: Slicer's CASE.seg.nrrd also ends in .nrrd
+    written = max((ending if ending and path.name.endswith(ending) else "", image_ending(path) or ""), key=len)
     return path.name[: -len(written)] if written else path.stem
 
 
@@ -121,6 +122,8 @@ def case_of(
         return (files[None][0],), faults
     numbers = sorted(n for n in files if n is not None)
     lacking = [n for n in range(len(channels)) if n not in files]
+    if lacking and numbers == [0] and _holds_all(files[0][0], len(channels)):
+        return (files[0][0],), faults
     if lacking:
         names = ", ".join(f"_{n:04d} ({channels[n]})" for n in lacking)
         faults.append(
@@ -146,6 +149,14 @@ def case_of(
             )
         )
     return tuple(files[n][0] for n in numbers if n < len(channels)), faults
+
+
+def _holds_all(path: Path, channels: int) -> bool:
+    """Whether the only file of a case, CASE_0000, holds all channels: nnU-Net's color images and 4D volumes."""
+    try:
+        return read_header(path).channels == channels
+    except RfMedSamError:
+        return False  # reported when the file is read
 
 
 def case_insensitive_duplicates(ids: Iterable[str]) -> list[Fault]:

@@ -6,33 +6,42 @@ integer types stay as they are, everything else is float32. Spacings and arrays 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rfmedsam2.errors import GeometryError, ImageError, UsageError
+from rfmedsam2.store.formats.detached import data_files
 from rfmedsam2.store.formats.dicom import dicom_files, is_dicom_file, read_dicom, read_dicom_header
 from rfmedsam2.store.formats.image_header import (
     ImageHeader,
-    NotLabelsError,
-    disagreement,
+    grids_differ,
     parsing,
+    require_ordinary_file,
     unchanged,
 )
-from rfmedsam2.store.formats.itk import RASTER_ENDINGS, read_itk, read_itk_header, write_itk_label, write_mhd_label
+from rfmedsam2.store.formats.itk import read_itk, read_itk_header, write_itk_label, write_mhd_label
+from rfmedsam2.store.formats.label_values import SLICER_ENDING, as_labels, merged_layers
 from rfmedsam2.store.formats.mgz import read_mgz, read_mgz_header, write_mgz_label
 from rfmedsam2.store.formats.nifti import read_nifti, read_nifti_header, write_nifti_label
+from rfmedsam2.store.formats.raster import (
+    RASTER_ENDINGS,
+    read_bmp,
+    read_bmp_header,
+    spacing_file,
+    stored_indices,
+    write_stack_spacing,
+)
 from rfmedsam2.system.atomic import atomic, writing_to
 from rfmedsam2.volume import Volume
 
 _NIFTI = (".nii.gz", ".nii")
-_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+_ITK = (SLICER_ENDING, ".nrrd", ".nhdr", ".mha", ".mhd")
 _MGZ = (".mgz", ".mgh")
 IMAGE_ENDINGS = (*_NIFTI, *_ITK, *_MGZ, *RASTER_ENDINGS, ".dcm")
 """Endings of files that can be read; folders of DICOM files are read whatever the files are called."""
-
-_INTEGER_TOLERANCE = 1e-3  # for labels that were stored as scaled floats
 
 
 def image_ending(path: Path) -> str | None:
@@ -54,6 +63,8 @@ def read_header(path: Path) -> ImageHeader:
             return read_dicom_header(path)
         if ending in _NIFTI:
             return read_nifti_header(path)
+        if ending == ".bmp":
+            return read_bmp_header(path)
         return read_mgz_header(path) if ending in _MGZ else read_itk_header(path)
 
 
@@ -67,16 +78,50 @@ def read_image(path: Path) -> tuple[Volume, ImageHeader]:
         GeometryError: impossible spacing or direction, missing slices, tilted gantry.
     """
     ending = _known_ending(path)
-    with parsing(path), unchanged(dicom_files(path) if path.is_dir() else [path]):
+    with parsing(path), unchanged(dicom_files(path) if path.is_dir() else image_files(path)):
         if ending == ".dcm":
             array, header = read_dicom(path)
         elif ending in _NIFTI:
             array, header = read_nifti(path)
         elif ending in _MGZ:
             array, header = read_mgz(path)
+        elif ending == ".bmp":
+            array, header = read_bmp(path)
         else:
             array, header = read_itk(path)
     return Volume(array=array, grid=header.grid), header
+
+
+def image_files(path: Path) -> list[Path]:
+    """All files that an image consists of, in a fixed order.
+
+    A DICOM series has one per slice, a detached header (.mhd, .nhdr) names its data files, and a TIFF stack can have
+    its spacing in a JSON file. Files that do not exist are listed too, but for the JSON.
+    """
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    beside = spacing_file(path)
+    if beside is not None:
+        return [path, *([beside] if beside.is_file() else [])]
+    return [path, *data_files(path)]
+
+
+def digest_of(images: Sequence[Path], *, also: bytes = b"") -> bytes:
+    """SHA-256 of `also` and the bytes of all files that images consist of, in order.
+
+    Raises:
+        ImageError: a file cannot be read.
+    """
+    digest = hashlib.sha256(also)
+    for path in (file for image in images for file in image_files(image)):
+        require_ordinary_file(path)
+        try:
+            with path.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from None
+    return digest.digest()
 
 
 def read_channels(paths: Sequence[Path]) -> tuple[Volume, ImageHeader]:
@@ -93,12 +138,11 @@ def read_channels(paths: Sequence[Path]) -> tuple[Volume, ImageHeader]:
     first, header = read_image(paths[0])
     if len(paths) == 1:
         return first, header
-    grid = first.grid
     stack = with_channel(None, first.array, index=0, count=len(paths), where=paths[0])
     del first
     for index, path in enumerate(paths[1:], start=1):
-        volume, _ = read_image(path)
-        differ = disagreement(grid, volume.grid)
+        volume, other = read_image(path)
+        differ = grids_differ(header, other)
         if differ is not None and not differ[1]:
             raise GeometryError(
                 "The channels of a case are not on the same grid",
@@ -142,41 +186,17 @@ def read_label(path: Path) -> tuple[Volume, ImageHeader]:
         ImageError: several channels, or values that are fractional, negative or above 65535.
     """
     volume, header = read_image(path)
-    if volume.array.shape[0] != 1:
-        raise ImageError("A label file has several channels", where=path, expected=1, found=volume.array.shape[0])
-    return Volume(array=as_labels(volume.array, where=path), grid=volume.grid), header
-
-
-def as_labels(array: np.ndarray, *, where: object) -> np.ndarray:
-    """Convert an array to uint8, or to uint16 if its values need it.
-
-    Raises:
-        NotLabelsError: values that are not whole numbers from 0 to 65535.
-    """
-    with np.errstate(invalid="ignore"):
-        low, high = array.min(), array.max()
-    if not (np.isfinite(low) and np.isfinite(high) and low > -0.5 and high <= np.iinfo(np.uint16).max):
-        raise NotLabelsError(
-            "A label map holds values outside the range of labels",
-            where=where,
-            expected="whole numbers from 0 to 65535",
-            found=f"values from {low} to {high}",
-            remedy="Store the label map as unsigned integers",
-        )
-    kind = np.uint8 if high < np.iinfo(np.uint8).max + 0.5 else np.uint16
-    if array.dtype.kind in "iu":
-        return array.astype(kind, copy=False)
-    labels = np.rint(array).astype(kind)
-    away = np.abs(array - labels)
-    if away.max() > _INTEGER_TOLERANCE:
-        raise NotLabelsError(
-            "A label map holds fractional values",
-            where=where,
-            expected="integers",
-            found=f"{int((away > _INTEGER_TOLERANCE).sum())} such voxels, for instance {array.flat[away.argmax()]:.6g}",
-            remedy="Resample label maps with nearest neighbor, and store them as integers",
-        )
-    return labels
+    array = volume.array
+    with parsing(path):
+        if header.format == "raster" and (indices := stored_indices(path)) is not None:
+            array = indices
+        elif array.shape[0] != 1 and path.name.lower().endswith(".nrrd"):
+            merged = merged_layers(array, path)
+            array = array if merged is None else merged
+    if array.shape[0] != 1:
+        raise ImageError("A label file has several channels", where=path, expected=1, found=array.shape[0])
+    scaling = None if header.nifti is None else header.nifti.scaling
+    return Volume(array=as_labels(array, where=path, scaling=scaling), grid=volume.grid), header
 
 
 def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
@@ -206,7 +226,7 @@ def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None
         return
     write = {
         **dict.fromkeys(_NIFTI, write_nifti_label),
-        **dict.fromkeys((".nrrd", ".mha", *RASTER_ENDINGS), write_itk_label),
+        **dict.fromkeys((".nrrd", SLICER_ENDING, ".mha", *RASTER_ENDINGS), write_itk_label),
         **dict.fromkeys(_MGZ, write_mgz_label),
     }.get(ending)
     if write is None:
@@ -217,12 +237,16 @@ def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None
         )
     with atomic(path) as temporary:
         write(temporary, labels, header)
+        if spacing_file(path) is not None and not header.flat:
+            write_stack_spacing(path, header.grid.spacing_zyx_mm)
 
 
 def _known_ending(path: Path) -> str:
     """The ending that selects the format, in lower case; ".dcm" for all DICOM."""
     if not path.exists():
         raise ImageError("The image file does not exist", where=path)
+    if not path.is_dir():
+        require_ordinary_file(path)
     ending = image_ending(path) if path.is_file() else None
     if path.is_dir() or ending == ".dcm" or (ending is None and is_dicom_file(path)):
         return ".dcm"

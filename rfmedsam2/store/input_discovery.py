@@ -19,6 +19,7 @@ from rfmedsam2.store.case_files import (
     list_images,
 )
 from rfmedsam2.store.formats.dicom import is_dicom_file, is_dicom_folder
+from rfmedsam2.store.formats.image_header import require_ordinary_file
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending
 
 _LISTS = (".csv", ".json", ".txt")
@@ -36,6 +37,7 @@ def find_cases(source: Path | Sequence[Path], *, channels: int, file_ending: str
     Raises:
         DatasetError: no case was found (says what was expected and found), channels are missing, or ids collide.
         UsageError: the source does not exist or its format is unknown.
+        ImageError: the source is a pipe or a device.
     """
     if not isinstance(source, Path):
         return _cases([Path(p) for p in source], channels, None, where="the list of paths")
@@ -45,6 +47,7 @@ def find_cases(source: Path | Sequence[Path], *, channels: int, file_ending: str
         )
     if source.is_dir():
         return _in_folder(source, channels, file_ending)
+    require_ordinary_file(source)
     if source.suffix.lower() in _LISTS:
         return _in_list(source, channels)
     if image_ending(source) is None and not is_dicom_file(source):

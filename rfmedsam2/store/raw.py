@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from json import loads
 from pathlib import Path
 from typing import Any, Literal
 
-from rfmedsam2.errors import DatasetError, ImageError, shortlist
+from rfmedsam2.errors import DatasetError, ImageError, RecordError, shortlist
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.verify import Fault
 from rfmedsam2.store.case_files import (
@@ -26,6 +27,7 @@ from rfmedsam2.store.case_files import (
     list_images,
 )
 from rfmedsam2.store.formats.image_header import ImageHeader
+from rfmedsam2.store.formats.label_values import SLICER_ENDING
 from rfmedsam2.store.images import IMAGE_ENDINGS, read_channels, read_label
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import read_record
@@ -164,7 +166,28 @@ def _dataset_json(folder: Path) -> DatasetJson:
             found=describe_contents(folder),
             remedy=f"Rename {close} to dataset.json" if close else "Write one as described by nnU-Net v2",
         )
-    return read_record(path, DatasetJson)
+    try:
+        return read_record(path, DatasetJson)
+    except RecordError:
+        if _is_version_1(path):
+            raise DatasetError(
+                "This dataset.json is in the format of nnU-Net v1 and the Decathlon",
+                where=path,
+                expected='"channel_names", "file_ending", and values by name: "labels": {"background": 0, "liver": 1}',
+                found='"modality", and names by value, the other way round: "labels": {"1": "liver"}',
+                remedy="Convert the dataset: rfmed_convert nnunetv1, or rfmed_convert msd for the Decathlon's download",
+            ) from None
+        raise
+
+
+def _is_version_1(path: Path) -> bool:
+    """Whether a dataset.json is nnU-Net v1's: "modality" for the channels, and names by value."""
+    try:
+        content = loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    labels = content.get("labels") if isinstance(content, dict) else None
+    return isinstance(labels, dict) and "modality" in content and all(str(key).isdigit() for key in labels)
 
 
 def _discovered(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault]]:
@@ -172,6 +195,8 @@ def _discovered(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault
     # labels of a DICOM dataset cannot be .dcm themselves
     label_ending = None if ending == ".dcm" else ending
     label_files = [p for p in list_images(folder / "labelsTr", label_ending) if not p.is_dir()]
+    if label_ending is not None:
+        label_files += [p for p in list_images(folder / "labelsTr", SLICER_ENDING) if p not in label_files]
     labels: dict[str, list[Path]] = {}
     for path in label_files:
         labels.setdefault(file_stem(path, label_ending), []).append(path)
@@ -233,7 +258,7 @@ def _wrong_endings(folder: Path, json: DatasetJson, ids: set[str]) -> list[Fault
         for path in list_images(folder / name, None):
             if path.is_dir() or path.name.endswith(json.file_ending):
                 continue
-            if json.file_ending == ".dcm" and name == "labelsTr":
+            if name == "labelsTr" and (json.file_ending == ".dcm" or path.name.lower().endswith(SLICER_ENDING)):
                 continue
             stem = file_stem(path, None)
             case = next((i for i in (stem, stem[:-5]) if i in ids), None)

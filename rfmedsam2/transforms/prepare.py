@@ -5,19 +5,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rfmedsam2.errors import ImageError, PlanError
+from rfmedsam2.errors import GeometryError, ImageError, PlanError
 from rfmedsam2.geometry import Box, Grid, Shape, Triple
 from rfmedsam2.records.case import CaseGeometry
 from rfmedsam2.records.plan import Plan, Stage
+from rfmedsam2.system.memory import free_bytes
 from rfmedsam2.transforms.crop import OUTSIDE_LABEL, nonzero_box, outside_mask
 from rfmedsam2.transforms.normalize import normalize
 from rfmedsam2.transforms.resample import planned_shape, resample_image, resample_label, separate_axis
 from rfmedsam2.volume import Volume
+
+MOST_ENLARGED = 1000
+"""Resampling to more than this multiple of an image's voxels comes from a wrong spacing (5 mm to 0.5 mm gives 1000)."""
+_SURELY_FITS = 1 << 30  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +125,7 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
         raise ImageError("Label values are too large", expected="at most 32767", found=int(label.max()))
     box = nonzero_box(volume.array)
     restore = _restore(volume.grid, box, plan, config)
+    _require_reasonable_size(restore, channels=volume.array.shape[0])
     # crop and transpose are views and commute; the only copy is the conversion to float32
     cropped = _planned_view(volume.array, restore)
     marks = None if label is None else _planned_view(label.reshape((1, *volume.grid.shape_zyx)), restore)[0]
@@ -171,6 +178,32 @@ def _restore(grid: Grid, box: Box, plan: Plan, stage: Stage) -> Restore:
         spacing_source=spacing,
         spacing_planned=target,
     )
+
+
+def _require_reasonable_size(restore: Restore, *, channels: int) -> None:
+    """Raise before an image is resampled to a size that does not fit into memory, or that no real spacing gives."""
+    before, after = math.prod(restore.shape_cropped), math.prod(restore.shape_planned)
+    need = 4 * channels * after
+    if need <= _SURELY_FITS:
+        return
+    limit = None
+    if after > MOST_ENLARGED * before:
+        limit = f"at most {MOST_ENLARGED} times the voxels"
+    elif need > (free := free_bytes()):
+        limit = f"at most the {free / 2**30:.1f} GiB of memory that are free"
+    if limit is None:
+        return
+    raise GeometryError(
+        "The image would become too large when it is resampled to the spacing of the plan",
+        expected=limit,
+        found=f"{_sizes(restore.shape_cropped)} voxels of {_sizes(restore.spacing_source)} mm that become "
+        f"{_sizes(restore.shape_planned)} of {_sizes(restore.spacing_planned)} mm, {need / 2**30:.1f} GiB",
+        remedy="Check the spacing in the image's header (its unit, pixdim, ElementSpacing), or plan a coarser one",
+    )
+
+
+def _sizes(values: Sequence[float]) -> str:
+    return " x ".join(f"{value:g}" for value in values)
 
 
 def _planned_view(array: np.ndarray, restore: Restore) -> np.ndarray:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +17,22 @@ from torch import Tensor
 from rfmedsam2.errors import UsageError
 from segment_anything_hq.data.image_io import ENDINGS, read_image
 
+_NUMBER = re.compile(r"\d+")
+
 
 class Video:
     """A sequence of frames of the same size.
 
     Args:
-        frames: (H, W, 3) uint8 RGB arrays, or a folder of images, sorted numerically if all names are numbers and
-            alphabetically otherwise.
+        frames: (H, W, 3) uint8 RGB arrays, or a folder of images in the order of the numbers in their names
+            (`frame_2` before `frame_10`), alphabetically without numbers. Hidden files are left out.
 
     Attributes:
         size: (H, W) of the frames, pixels.
 
     Raises:
-        UsageError: there are no frames, or the first is not an RGB image.
+        UsageError: there are no frames, the first is not an RGB image, or the folder holds other images beside
+            numbered frames.
         ImageError: the first frame cannot be read.
     """
 
@@ -76,10 +83,40 @@ class Video:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """Image files of a folder, sorted numerically if all names are numbers, else alphabetically."""
+    """Frames in a folder, in the order of the numbers in their names; in alphabetical order if no name has a number.
+
+    Hidden files are not frames. With numbers, all names must be alike but for these, and no number may occur twice.
+    """
     if not folder.is_dir():
         raise UsageError("The folder of frames does not exist", where=folder)
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file()]
-    if all(path.stem.isdecimal() for path in paths):
-        return sorted(paths, key=lambda path: (int(path.stem), path.name))
-    return sorted(paths)
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in ENDINGS and path.is_file() and not path.name.startswith(".")
+    )
+    patterns = Counter(_NUMBER.sub("#", path.stem) for path in paths)
+    pattern, count = max(patterns.items(), key=lambda item: ("#" in item[0], item[1]), default=("", 0))
+    if "#" not in pattern or (count == 1 and len(paths) > 1):
+        return paths
+    others = [path.name for path in paths if _NUMBER.sub("#", path.stem) != pattern]
+    if others:
+        raise UsageError(
+            "The folder holds other images beside the numbered frames",
+            where=folder,
+            expected=f"names like {pattern.replace('#', '0')}{paths[0].suffix}",
+            found=", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else ""),
+            remedy="Move these images elsewhere, or number them like the frames",
+        )
+    ordered = sorted(paths, key=_numbers)
+    for one, other in pairwise(ordered):
+        if _numbers(one) == _numbers(other):
+            names = f"{one.name} and {other.name}"
+            raise UsageError("Two images have the same frame number", where=folder, found=names, remedy="Remove one")
+    return ordered
+
+
+def _numbers(path: Path) -> tuple[Decimal, ...]:
+    """The numbers in a file name; a name like 0.25 is one number."""
+    if re.fullmatch(r"\d+\.\d+", path.stem):
+        return (Decimal(path.stem),)
+    return tuple(Decimal(number) for number in _NUMBER.findall(path.stem))

@@ -19,6 +19,7 @@ import numpy as np
 
 from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError
 from rfmedsam2.pipeline.datasets.builder import new_dataset, write_dataset_json
+from rfmedsam2.store.formats.image_header import grids_differ
 from rfmedsam2.store.images import read_header, read_label
 from rfmedsam2.system.atomic import atomic
 from rfmedsam2.system.parallel import map_cases
@@ -47,11 +48,24 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One case of a download; a test case if it has no label."""
+    """One case of a download; a test case if it has no label.
+
+    Attributes:
+        id: the case id.
+        image: image with all channels, or with the first one if there are others.
+        label: label map.
+        others: images of the channels after the first, if every channel has its own file.
+    """
 
     id: str
     image: Path
     label: Path | None = None
+    others: tuple[Path, ...] = ()
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """All image files, in channel order."""
+        return (self.image, *self.others)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -196,12 +210,15 @@ def _check_all(download: Download, options: ConvertOptions, track: Track) -> lis
 def _check(source: Source, download: Download) -> list[str]:
     """All faults of one case: unreadable files, number of channels, mismatched geometry, label values."""
     faults: list[str] = []
-    grid = None
+    header = None
     try:
-        header = read_header(source.image)
-        grid = header.grid
-        if header.channels != len(download.channels):
-            faults.append(f"{source.id}: the image has {header.channels} channels, expected {len(download.channels)}")
+        headers = [read_header(path) for path in source.images]
+        header, channels = headers[0], sum(each.channels for each in headers)
+        if channels != len(download.channels):
+            faults.append(f"{source.id}: the image has {channels} channels, expected {len(download.channels)}")
+        for path, other in zip(source.others, headers[1:], strict=True):
+            if (differ := grids_differ(header, other)) is not None and not differ[1]:
+                faults.append(f"{source.id}: {path.name} is not on the grid of {source.image.name}: {differ[0]}")
     except RfMedSamError as error:
         faults.append(f"{source.id}: {error}")
     if source.label is None:
@@ -210,9 +227,9 @@ def _check(source: Source, download: Download) -> list[str]:
         volume, label_header = read_label(source.label)
     except RfMedSamError as error:
         return [*faults, f"{source.id}: {error}"]
-    mismatch = None if grid is None else grid.mismatch(label_header.grid)
+    mismatch = None if header is None else grids_differ(header, label_header)
     if mismatch:
-        faults.append(f"{source.id}: image and label differ in geometry: {mismatch}")
+        faults.append(f"{source.id}: image and label differ in geometry: {mismatch[0]}")
     present = np.flatnonzero(np.bincount(volume.array.ravel()))
     undeclared = sorted(set(present.tolist()) - set(download.labels.values()))
     if undeclared:
@@ -237,8 +254,9 @@ def _place(source: Source, download: Download, building: Path, how: Placement) -
     part = "Ts" if source.label is None else "Tr"
     if source.label is not None:
         _transfer(source.label, building / "labelsTr" / f"{source.id}{ENDING}", how)
-    if len(download.channels) == 1:
-        _transfer(source.image, building / f"images{part}" / f"{source.id}_0000{ENDING}", how)
+    if len(source.images) == len(download.channels):
+        for number, image in enumerate(source.images):
+            _transfer(image, building / f"images{part}" / f"{source.id}_{number:04d}{ENDING}", how)
     else:
         _split_channels(source, building / f"images{part}")
 

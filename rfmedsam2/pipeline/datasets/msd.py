@@ -1,9 +1,10 @@
-"""Medical Segmentation Decathlon: TaskXX_Name -> DatasetXXX_Name; 4D images become one file per channel."""
+"""Medical Segmentation Decathlon and nnU-Net v1: TaskXX_Name -> DatasetXXX_Name, one file per channel."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rfmedsam2.pipeline.datasets.conversion import (
 )
 from rfmedsam2.system.progress import Track, silent
 
-_KEPT = ("description", "reference", "license", "license", "release")
+_KEPT = ("description", "reference", "license", "release")
 
 
 def convert_msd(
@@ -46,29 +47,86 @@ def convert_msd(
         UsageError: the dataset has no number, or it exists and `options.force` is not set.
         StoreError: the raw folder cannot be written, or files cannot be linked.
     """
-    home = folder_of(download, ("imagesTr",), what="MSD", expected="dataset.json, imagesTr and labelsTr").parent
-    content = _content(home / "dataset.json")
+    found, content = _task(download, "MSD", dataset_id)
+    home = found.folder
+    _pair_with_declared(found, content, images=listed(home / "imagesTr"), tests=listed(home / "imagesTs"))
+    return convert(found, raw, options=options or ConvertOptions(), track=track)
+
+
+def convert_nnunet_v1(
+    download: Path,
+    raw: Path,
+    *,
+    dataset_id: int | None = None,
+    options: ConvertOptions | None = None,
+    track: Track = silent,
+) -> Conversion:
+    """Build DatasetXXX_Name from a dataset of nnU-Net v1: as the Decathlon's, with a file CASE_0000 per channel.
+
+    Args:
+        download: the folder TaskXXX_Name below nnUNet_raw_data.
+        raw: the raw folder in which the dataset appears.
+        dataset_id: number of the dataset; None: the task's.
+        options: copy or link, replace, workers.
+        track: progress display.
+
+    Raises:
+        DatasetError: the folder is not a dataset of nnU-Net v1, or cases have faults; lists all of them.
+        UsageError: the dataset has no number, or it exists and `options.force` is not set.
+        StoreError: the raw folder cannot be written, or files cannot be linked.
+    """
+    found, content = _task(download, "nnU-Net v1", dataset_id)
+    training, tests = (_channel_files(found, part) for part in ("imagesTr", "imagesTs"))
+    first = [{case: files[0] for case, files in cases.items()} for cases in (training, tests)]
+    _pair_with_declared(found, content, images=first[0], tests=first[1])
+    others = {files[0]: files[1:] for cases in (training, tests) for files in cases.values()}
+    found.sources = [replace(source, others=others[source.image]) for source in found.sources]
+    return convert(found, raw, options=options or ConvertOptions(), track=track)
+
+
+def _channel_files(found: Download, part: str) -> dict[str, tuple[Path, ...]]:
+    """Case -> files of its channels, all of which must exist."""
+    suffixed = listed(found.folder / part, r"(.+_\d{4})")
+    files: dict[str, tuple[Path, ...]] = {}
+    for case in sorted({name[:-5] for name in suffixed}):
+        wanted = [f"{case}_{number:04d}" for number in range(len(found.channels))]
+        lacking = [name for name in wanted if name not in suffixed]
+        if lacking:
+            found.faults.append(f"{case}: missing {', '.join(f'{part}/{name}{ENDING}' for name in lacking)}")
+        else:
+            files[case] = tuple(suffixed[name] for name in wanted)
+    return files
+
+
+def _task(download: Path, what: str, dataset_id: int | None) -> tuple[Download, dict[str, Any]]:
+    home = folder_of(download, ("imagesTr",), what=what, expected="dataset.json, imagesTr and labelsTr").parent
+    content = _content(home / "dataset.json", what)
     found = Download(
-        what="MSD",
+        what=what,
         folder=home,
         name=_dataset_name(home, content, dataset_id),
         channels=tuple(content["modality"][str(i)] for i in range(len(content["modality"]))),
-        labels={str(name): int(value) for value, name in content["labels"].items()},
+        labels={"background" if int(value) == 0 else str(n): int(value) for value, n in content["labels"].items()},
         further={key: content[key] for key in _KEPT if key in content},
     )
-    images, labels, tests = (listed(home / part) for part in ("imagesTr", "labelsTr", "imagesTs"))
+    return found, content
+
+
+def _pair_with_declared(
+    found: Download, content: dict[str, Any], *, images: dict[str, Path], tests: dict[str, Path]
+) -> None:
+    """Add all cases, training and test, of the folders and of dataset.json."""
     named = [_id_of(entry) for entry in content["training"]]
-    pair(found, images, labels, declared=named)
+    pair(found, images, listed(found.folder / "labelsTr"), declared=named)
     for case in sorted({*tests, *(_id_of(entry) for entry in content.get("test", []))}):
         if case in tests:
             found.sources.append(Source(id=case, image=tests[case]))
         else:
             found.faults.append(f"{case}: dataset.json lists this test case, but it has no image")
     _compare_with_declared(found, content, set(images) - set(named))
-    return convert(found, raw, options=options or ConvertOptions(), track=track)
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _content(path: Path, what: str) -> dict[str, Any]:
     """Read the download's dataset.json with the fields that a conversion needs.
 
     Raises:
@@ -76,7 +134,7 @@ def _content(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise DatasetError(
-            "The MSD download has no dataset.json", where=path.parent, remedy="Extract the archive again"
+            f"The {what} download has no dataset.json", where=path.parent, remedy="Extract the archive again"
         )
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -85,15 +143,15 @@ def _content(path: Path) -> dict[str, Any]:
         _ = [_id_of(entry) for entry in [*content["training"], *content.get("test", [])]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(
-            "The MSD download's dataset.json is invalid",
+            f"The {what} download's dataset.json is invalid",
             where=path,
             expected="modality, labels and training as the Decathlon writes them",
             found=f"{type(error).__name__}: {error}",
-            remedy="Extract the archive again; datasets in nnU-Net's own layout need no conversion",
+            remedy="Extract the archive again; datasets in the layout of nnU-Net v2 need no conversion",
         ) from error
     if not sound:
         raise DatasetError(
-            "The MSD download's dataset.json has invalid channel or label numbers",
+            f"The {what} download's dataset.json has invalid channel or label numbers",
             where=path,
             expected="channels 0, 1, ... and no negative labels",
             found=f"channels {list(content['modality'])}, labels {list(content['labels'])}",

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import GeometryError, RfMedSamError
-from rfmedsam2.geometry import Grid
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.plan import Split
 from rfmedsam2.records.verify import Fault, FaultKind, VerifyReport
@@ -23,7 +22,8 @@ from rfmedsam2.store.formats.image_header import (
     ImageHeader,
     NotLabelsError,
     TruncatedImageError,
-    disagreement,
+    grids_differ,
+    readers_differ,
 )
 from rfmedsam2.store.images import read_image, read_label, with_channel
 from rfmedsam2.store.raw import RawDataset
@@ -92,12 +92,12 @@ def examine_case(case: Case, json: DatasetJson) -> CaseExamination:
     volume, header = _examine_image(case, json, faults)
     label, counts = None, {}
     if case.label is not None:
-        label, grid = _examine_label(case, case.label, faults)
+        label, label_header = _examine_label(case, case.label, faults)
         if label is not None:
             counts = label_counts(label)
             faults += _value_faults(case, case.label, counts, json)
-        if label is not None and grid is not None and header is not None:
-            faults += _grid_faults(case, case.label, header.grid, grid, "the image")
+        if label is not None and label_header is not None and header is not None:
+            faults += _grid_faults(case, case.label, header, label_header, "the image")
             if label.shape != header.grid.shape_zyx:
                 label = None
     return CaseExamination(
@@ -147,7 +147,7 @@ def _examine_image(case: Case, json: DatasetJson, faults: list[Fault]) -> tuple[
         try:
             volume, found = read_image(path)
             stack_header = header or found
-            differ = _grid_faults(case, path, stack_header.grid, volume.grid, case.images[0].name)
+            differ = _grid_faults(case, path, stack_header, found, case.images[0].name)
             faults += differ + _header_faults(case, path, found) + _intensity_faults(case, path, volume.array)
             header = stack_header
             if len(case.images) == 1:
@@ -170,14 +170,14 @@ def _examine_image(case: Case, json: DatasetJson, faults: list[Fault]) -> tuple[
     return Volume(array=stack, grid=header.grid), header
 
 
-def _examine_label(case: Case, path: Path, faults: list[Fault]) -> tuple[np.ndarray | None, Grid | None]:
+def _examine_label(case: Case, path: Path, faults: list[Fault]) -> tuple[np.ndarray | None, ImageHeader | None]:
     try:
         volume, header = read_label(path)
     except RfMedSamError as error:
         faults.append(_fault_of(case, path, error))
         return None, None
     faults += _header_faults(case, path, header)
-    return volume.array[0], volume.grid
+    return volume.array[0], header
 
 
 def _intensity_faults(case: Case, path: Path, array: np.ndarray) -> list[Fault]:
@@ -214,19 +214,18 @@ def _header_faults(case: Case, path: Path, header: ImageHeader) -> list[Fault]:
     if header.skew_degrees > 0.01:  # less is rounding
         message = f"Axes are {header.skew_degrees:.3f} degrees from perpendicular (corrected)"
         faults.append(_warning(case, path, "skewed-axes", message, "No action needed: labels keep the file's axes"))
-    nifti = header.nifti
-    if nifti is not None and nifti.forms_differ_mm > 0.5 * min(header.grid.spacing_zyx_mm):
-        message = f"qform and sform disagree by {nifti.forms_differ_mm:.2f} mm"
-        faults.append(_warning(case, path, "forms-differ", message, "Check which one is correct; the sform is used"))
+    ambiguity = readers_differ(header)
+    if ambiguity is not None:
+        faults.append(_warning(case, path, "forms-differ", ambiguity, "Check that image and label agree in a viewer"))
     return faults
 
 
-def _grid_faults(case: Case, path: Path, one: Grid, other: Grid, whose: str) -> list[Fault]:
-    differ = disagreement(one, other)
+def _grid_faults(case: Case, path: Path, one: ImageHeader, other: ImageHeader, whose: str) -> list[Fault]:
+    differ = grids_differ(one, other)
     if differ is None:
         return []
     phrase, harmless = differ
-    if one.shape_zyx != other.shape_zyx:
+    if one.grid.shape_zyx != other.grid.shape_zyx:
         message = f"Grid differs from {whose}: {phrase}"
         return [_fault(case, path, "shape-mismatch", message, "Resample one to the other")]
     if harmless:

@@ -18,6 +18,7 @@ from rfmedsam2.errors import DatasetError, RfMedSamError, UsageError
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, case_metrics, empty_policy
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation, Interval
+from rfmedsam2.store.formats.image_header import ImageHeader, grids_differ
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending, read_label
 from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.parallel import map_cases
@@ -232,19 +233,23 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
 def _score(pair: Pair, *, labels: LabelSet, nsd_tolerance_mm: float, both_empty: BothEmpty) -> CaseMetrics | str:
     """Scores of one case, or a message with its faults."""
     volumes: list[Volume] = []
+    headers: list[ImageHeader] = []
     faults: list[str] = []
     for side, path in (("reference", pair.reference), ("prediction", pair.prediction)):
         try:
-            volumes.append(read_label(path)[0])
+            volume, header = read_label(path)
+            volumes.append(volume)
+            headers.append(header)
         except RfMedSamError as error:
             faults.append(f"{side}: {error}")
     if faults:
         return f"{pair.id}: " + " ".join(faults)
     reference, prediction = volumes
-    difference = reference.grid.mismatch(prediction.grid)
+    difference = grids_differ(*headers)
     if difference is not None:
         return (
-            f"{pair.id}: reference and prediction are on different grids: {difference} (reference against prediction)"
+            f"{pair.id}: reference and prediction are on different grids: {difference[0]} "
+            "(reference against prediction)"
         )
     try:
         classes = case_metrics(

@@ -7,7 +7,7 @@ up; voxels keep their proportions in mm.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from rfmedsam2.errors import GeometryError
 from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.store.formats.image_header import grids_differ
 from rfmedsam2.store.images import read_image, read_label
 from rfmedsam2.store.orientation import reoriented
 from rfmedsam2.volume import Volume
@@ -60,12 +61,15 @@ def case_png(reference: Path, prediction: Path, image: Path | None, labels: Labe
 
 def read_scene(reference: Path, prediction: Path, image: Path | None, labels: LabelSet | None = None) -> Scene:
     """Read the files of one case, reorient them for display and crop them to the structures."""
-    ground_truth, guess = (read_label(path)[0] for path in (reference, prediction))
-    shown = None if image is None else read_image(image)[0]
-    for other, path in ((guess, prediction), *(((shown, image),) if shown is not None else ())):
-        difference = ground_truth.grid.mismatch(other.grid)
+    (ground_truth, header), (guess, guess_header) = (read_label(path) for path in (reference, prediction))
+    shown, image_header = (None, None) if image is None else read_image(image)
+    for other, path in ((guess_header, prediction), *(((image_header, image),) if image_header is not None else ())):
+        difference = grids_differ(header, other)
         if difference is not None:
-            raise GeometryError("The files of a case are on different grids", where=path, found=difference)
+            raise GeometryError("The files of a case are on different grids", where=path, found=difference[0])
+    # on one grid, although a file alone may be placed otherwise (see `grids_differ`)
+    guess = replace(guess, grid=ground_truth.grid)
+    shown = None if shown is None else replace(shown, grid=ground_truth.grid)
     ignore = labels.ignore if labels is not None else None
     arrays = [_display(v) for v in (ground_truth, guess)]
     if ignore is not None:

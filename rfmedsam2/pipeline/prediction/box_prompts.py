@@ -14,8 +14,8 @@ from rfmedsam2.inference.box_prompts import BoxPrompts, classes_of
 from rfmedsam2.records.box_prompts import BoxPrompt, BoxPromptFile
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.case_files import Case, describe_contents, file_stem, list_images
-from rfmedsam2.store.formats.image_header import ImageHeader, disagreement
-from rfmedsam2.store.images import image_ending, read_label
+from rfmedsam2.store.formats.image_header import ImageHeader, grids_differ
+from rfmedsam2.store.images import digest_of, image_ending, read_label
 from rfmedsam2.system.atomic import read_record
 
 
@@ -78,8 +78,8 @@ class BoxSource:
         if case.id not in self.labels:
             return self.boxes[case.id]
         path = self.labels[case.id]
-        label, _ = read_label(path)
-        differ = disagreement(header.grid, label.grid)
+        label, label_header = read_label(path)
+        differ = grids_differ(header, label_header)
         if differ is not None and not differ[1]:
             raise ImageError("A label map is not on the grid of its image", where=path, found=differ[0])
         return label.array[0]
@@ -87,11 +87,7 @@ class BoxSource:
     def digest(self, case: Case) -> bytes:
         """SHA-256 of the boxes of a case."""
         if case.id in self.labels:
-            path = self.labels[case.id]
-            try:
-                return hashlib.sha256(path.read_bytes()).digest()
-            except OSError as error:
-                raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from None
+            return digest_of([self.labels[case.id]])
         text = "\n".join(box.model_dump_json() for box in self.boxes[case.id])
         return hashlib.sha256(text.encode()).digest()
 

@@ -16,7 +16,8 @@ from rfmedsam2.geometry import Grid
 from rfmedsam2.inference.box_prompts import BoxPrompts
 from rfmedsam2.records.box_prompts import BoxPrompt
 from rfmedsam2.store.formats.image_header import ImageHeader, disagreement, repaired
-from rfmedsam2.store.images import as_labels, read_channels
+from rfmedsam2.store.formats.label_values import as_labels
+from rfmedsam2.store.images import read_channels
 from rfmedsam2.volume import Volume
 
 ImageInput = str | Path | Sequence[str | Path] | np.ndarray | Volume | SpatialImage | sitk.Image

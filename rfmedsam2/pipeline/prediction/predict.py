@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rfmedsam2.errors import ImageError, RecordError, RfMedSamError, UsageError
+from rfmedsam2.errors import RecordError, RfMedSamError, UsageError
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.volume import PreparedCase
 from rfmedsam2.pipeline.prediction.box_prompts import BoxSource
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case
-from rfmedsam2.store.formats.image_header import ImageHeader
-from rfmedsam2.store.images import image_ending, read_header, read_label, write_label
+from rfmedsam2.store.formats.image_header import ImageHeader, readers_differ, require_memory
+from rfmedsam2.store.images import digest_of, image_ending, read_header, read_label, write_label
 from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.store.raw import read_case
 from rfmedsam2.system.atomic import read_record, write_record
@@ -30,6 +30,7 @@ from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.version import __version__
 
 UNWRITABLE = (".dcm", ".nhdr")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +170,9 @@ class _Run:
     def load(self, case: Case) -> _Ready | None:
         """Read and preprocess a case; None if its label map is kept."""
         started = time.perf_counter()
-        digest = _digest(case.images, also=b"" if self.boxes is None else self.boxes.digest(case))
+        for image in case.images:
+            _check_header(image)  # hashing and reading a large file take minutes
+        digest = digest_of(case.images, also=b"" if self.boxes is None else self.boxes.digest(case)).hex()
         if self.continue_ and self._is_reusable(case, digest):
             return None
         volume, header = read_case(case, channels=len(self.predictor.plan.channels))
@@ -262,19 +265,14 @@ def _check(cases: Sequence[Case], run: _Run) -> None:
             )
 
 
-def _digest(images: Sequence[Path], *, also: bytes) -> str:
-    """SHA-256 of the bytes of all files of a case, in order; files of a DICOM folder are ordered by name."""
-    digest = hashlib.sha256(also)
-    for image in images:
-        files = sorted(p for p in image.iterdir() if p.is_file()) if image.is_dir() else [image]
-        for path in files:
-            try:
-                with path.open("rb") as stream:
-                    while block := stream.read(1 << 20):
-                        digest.update(block)
-            except OSError as error:
-                raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from None
-    return digest.hexdigest()
+def _check_header(image: Path) -> None:
+    """Raise if a file cannot be read for reasons that its header shows; warn if its placement is ambiguous."""
+    if image.is_dir():
+        return
+    header = read_header(image)
+    require_memory(image, header)
+    if (ambiguity := readers_differ(header)) is not None:
+        logger.warning("%s: %s", image, ambiguity)
 
 
 def _sentence(error: BaseException) -> str:

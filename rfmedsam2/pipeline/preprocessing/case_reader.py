@@ -16,7 +16,7 @@ from rfmedsam2.geometry import Shape, Triple
 from rfmedsam2.pipeline.datasets.verify import examine_case
 from rfmedsam2.records.verify import Fault, require_no_errors
 from rfmedsam2.store.case_files import Case
-from rfmedsam2.store.images import read_header
+from rfmedsam2.store.images import image_files, read_header
 from rfmedsam2.store.orientation import reoriented
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.volume import Volume
@@ -205,4 +205,4 @@ def files_digest(case: Case) -> str:
 
 def _files(case: Case) -> list[Path]:
     listed = [*case.images, *([] if case.label is None else [case.label])]
-    return [file for path in listed for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return [file for path in listed for file in image_files(path)]

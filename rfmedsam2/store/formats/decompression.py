@@ -38,6 +38,12 @@ def chunks_of(path: Path) -> Generator[bytes, None, None]:
         raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from error
 
 
+def is_gzip(path: Path) -> bool:
+    """Whether a file starts with gzip's magic bytes, whatever it is called."""
+    with path.open("rb") as stream:
+        return stream.read(2) == _GZIP_MAGIC
+
+
 def inflated(stream: BinaryIO, path: Path) -> Generator[bytes, None, None]:
     """Decompress gzip (also several members in a row) or zlib data to the end of the stream, verifying the checksum.
 

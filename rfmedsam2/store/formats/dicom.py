@@ -43,8 +43,10 @@ class _Slice:
 def is_dicom_file(path: Path) -> bool:
     """Whether a file has DICOM's magic bytes."""
     try:
+        if not path.is_file():  # opening a pipe would wait forever
+            return False
         with path.open("rb") as stream:
-            return path.is_file() and stream.read(132)[128:] == b"DICM"
+            return stream.read(132)[128:] == b"DICM"
     except OSError:
         return False
 

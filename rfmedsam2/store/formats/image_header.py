@@ -6,12 +6,14 @@ perpendicular are corrected here if the deviation is small, and rejected otherwi
 
 from __future__ import annotations
 
+import math
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +25,7 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from rfmedsam2.errors import GeometryError, ImageError, RfMedSamError
 from rfmedsam2.geometry import Grid
+from rfmedsam2.system.memory import free_bytes
 
 MAX_SKEW_DEGREES = 1.0
 """Axes further than this from 90 degrees are rejected.
@@ -33,7 +36,9 @@ training patches. Written labels keep the source's own axes, so that they fit th
 """
 
 FLAT_SPACING_MM = 999.0
-"""Spacing of the missing axis of a 2D image file without spacing (nnU-Net's convention for 2D)."""
+"""Spacing of the missing axis of a 2D image, in multiples of the larger of its two (nnU-Net's convention for 2D)."""
+
+_SURELY_FREE = 256 << 20  # bytes; looking up the free memory would take longer than reading less
 
 Format = Literal["nifti", "itk", "mgz", "dicom", "raster"]
 
@@ -58,13 +63,30 @@ class NiftiGeometry:
         block: the 348 (NIfTI-1) or 540 (NIfTI-2) header bytes, little endian.
         sform_code: 0 when the file has no sform.
         qform_code: 0 when the file has no qform.
-        forms_differ_mm: largest distance between a corner voxel's positions by sform and by qform; 0 unless both exist.
+        nibabel: the grid that nibabel reads, in the file's unit, if it differs from ITK's, which is ours.
+        unit_mm: the file's unit of length, mm.
+        scaling: slope and intercept; None if voxels are not scaled.
     """
 
     block: bytes
     sform_code: int
     qform_code: int
-    forms_differ_mm: float = 0.0
+    nibabel: Grid | None = None
+    unit_mm: float = 1.0
+    scaling: tuple[float, float] | None = None
+
+    @property
+    def ambiguity(self) -> str | None:
+        """Why ITK and nibabel place the voxels differently; None if they agree."""
+        if self.nibabel is None:
+            return None
+        if self.unit_mm != 1:
+            return f"the header's unit of length is the {'meter' if self.unit_mm > 1 else 'micrometer'}, not the mm"
+        if self.sform_code <= 0 and self.qform_code <= 0:
+            return "the header has neither a sform nor a qform"
+        if self.sform_code > 0 and self.qform_code > 0:
+            return f"the header's sform (code {self.sform_code}) and qform (code {self.qform_code}) disagree"
+        return "the header's sform and pixdim disagree"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +112,11 @@ class ImageHeader:
     skew_degrees: float = 0.0
     flat: bool = False
     nifti: NiftiGeometry | None = None
+
+    @property
+    def nibabel_grid(self) -> Grid:
+        """The grid that nibabel reads, which for some NIfTI files is not `grid`."""
+        return self.source_grid if self.nifti is None or self.nifti.nibabel is None else self.nifti.nibabel
 
 
 def repaired(grid: Grid, *, where: object) -> tuple[Grid, float]:
@@ -137,6 +164,31 @@ def checked_spacing(spacing: Sequence[float], *, where: object) -> tuple[float, 
     return (a, b, c)
 
 
+def require_memory(path: Path, header: ImageHeader, *, extra: int = 0) -> None:
+    """Raise before voxels are read that do not fit into memory; a system may promise memory that it does not have.
+
+    Args:
+        path: the image file.
+        header: its header.
+        extra: bytes that reading takes beside the array.
+
+    Raises:
+        ImageError: says how much is missing.
+    """
+    need = header.channels * math.prod(header.grid.shape_zyx) * np.dtype(header.dtype).itemsize + extra
+    if need > _SURELY_FREE and need > (free := free_bytes()):
+        raise _memory_error(path, found=f"{need / 2**30:.1f} GiB of voxels and {free / 2**30:.1f} GiB free")
+
+
+def _memory_error(path: Path, *, found: str) -> ImageError:
+    return ImageError(
+        "There is not enough memory to read the image, or its header is damaged",
+        where=path,
+        found=found,
+        remedy="Run again with fewer workers; if the file is small, copy or convert it again",
+    )
+
+
 def displacement_mm(one: Grid, other: Grid) -> float:
     """Largest distance in mm between the positions of a corner voxel in the two grids. The shape is that of `one`."""
     sizes = np.asarray(one.shape_zyx[::-1]) - 1
@@ -152,6 +204,50 @@ def disagreement(one: Grid, other: Grid) -> tuple[str, bool] | None:
         return None
     harmless = one.shape_zyx == other.shape_zyx and displacement_mm(one, other) < 0.5 * min(one.spacing_zyx_mm)
     return phrase, harmless
+
+
+def grids_differ(one: ImageHeader, other: ImageHeader) -> tuple[str, bool] | None:
+    """None if two files are on one grid as ITK reads both, or as nibabel reads both; else as from `disagreement`.
+
+    Either reading will do: labels of an image are written by programs that read it in one way or the other.
+    """
+    readings = [(one.grid, other.grid), (one.nibabel_grid, other.nibabel_grid)]
+    if one.flat != other.flat:  # two axes, and three of which one has a single plane
+        readings = [(flattened(a), flattened(b)) for a, b in readings]
+    found = [disagreement(a, b) for a, b in readings]
+    if None in found:
+        return None
+    return next((each for each in found if each is not None and each[1]), found[0])
+
+
+def readers_differ(header: ImageHeader) -> str | None:
+    """A sentence if ITK and nibabel place an image differently by more than a tenth of a voxel, else None."""
+    nifti = header.nifti
+    if nifti is None or nifti.nibabel is None:
+        return None
+    away = displacement_mm(header.grid, nifti.nibabel)
+    if away <= 0.1 * min(header.grid.spacing_zyx_mm):
+        return None
+    return f"ITK and nibabel place this image differently, by up to {away:.4g} mm: {nifti.ambiguity}; read as by ITK"
+
+
+def flattened(grid: Grid) -> Grid:
+    """The grid of a single plane in the plane's own two axes, as ITK reads images with two axes.
+
+    z gets a spacing far above the others, so that it counts as the coarse axis (as in nnU-Net); the plane's position
+    and tilt are dropped, unless it does not run along x and y. A grid of several planes stays as it is.
+    """
+    if grid.shape_zyx[0] != 1:
+        return grid
+    _, y, x = grid.spacing_zyx_mm
+    coarse = replace(grid, spacing_zyx_mm=(FLAT_SPACING_MM * max(y, x), y, x))
+    axes = np.asarray(grid.direction)[:2, :2]
+    lengths = np.linalg.norm(axes, axis=0)
+    if not lengths.min() > np.cos(np.radians(MAX_SKEW_DEGREES)):
+        return coarse
+    (a, b), (c, d) = (axes / lengths).tolist()
+    left, back, _ = grid.origin_xyz_mm
+    return replace(coarse, origin_xyz_mm=(left, back, 0.0), direction=((a, b, 0.0), (c, d, 0.0), (0.0, 0.0, 1.0)))
 
 
 @contextmanager
@@ -205,12 +301,7 @@ def parsing(path: Path) -> Iterator[None]:
     except RfMedSamError:
         raise
     except MemoryError as error:
-        raise ImageError(
-            "There is not enough memory to read the image, or its header is damaged",
-            where=path,
-            found=f"{psutil.virtual_memory().available / 2**30:.1f} GiB free",
-            remedy="Run again with fewer workers; if the file is small, copy or convert it again",
-        ) from error
+        raise _memory_error(path, found=f"{psutil.virtual_memory().available / 2**30:.1f} GiB free") from error
     except _PARSER_ERRORS as error:
         raise ImageError(
             "The image cannot be read",
@@ -220,6 +311,15 @@ def parsing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def require_ordinary_file(path: Path) -> None:
+    """Raise unless a path is a file with content: opening a pipe waits forever, reading a device never ends.
+
+    Raises:
+        ImageError: missing, not accessible, a pipe, a socket or a device (also at the end of a link).
+    """
+    _ = _state(path)
+
+
 def _state(path: Path) -> tuple[int, int]:
     try:
         status = os.stat(path)  # noqa: PTH116 - one call per file, measured on folders of slices
@@ -227,4 +327,11 @@ def _state(path: Path) -> tuple[int, int]:
         raise ImageError("The file does not exist", where=path) from None
     except OSError as error:
         raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(
+            "This is a pipe, a socket, a device or a folder",
+            where=path,
+            expected="an ordinary file",
+            remedy="Copy its content to a file first",
+        )
     return status.st_size, status.st_mtime_ns

@@ -1,4 +1,4 @@
-"""NRRD, MHA, MHD, PNG, BMP and TIFF through SimpleITK; compressed NRRD and MetaImage through `itk_compressed`."""
+"""NRRD, MHA, MHD, PNG and TIFF through SimpleITK; compressed NRRD and MetaImage through `itk_compressed`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ import SimpleITK as sitk  # noqa: N813
 from rfmedsam2.errors import GeometryError, ImageError, StoreError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.store.formats.decompression import damaged
-from rfmedsam2.store.formats.image_header import FLAT_SPACING_MM, ImageHeader, checked_spacing, repaired
+from rfmedsam2.store.formats.image_header import (
+    FLAT_SPACING_MM,
+    ImageHeader,
+    checked_spacing,
+    repaired,
+    require_memory,
+)
 from rfmedsam2.store.formats.itk_compressed import METAIMAGE_ENDINGS, compressed_voxels, metaimage_spacing
-
-RASTER_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
+from rfmedsam2.store.formats.raster import RASTER_ENDINGS, stack_spacing
 
 
 def read_itk_header(path: Path) -> ImageHeader:
-    """Read the header of an NRRD, MHA, MHD, PNG, BMP or TIFF file."""
+    """Read the header of an NRRD, MHA, MHD, PNG or TIFF file."""
     return _header(path, _information(path))
 
 
@@ -32,6 +37,7 @@ def read_itk(path: Path) -> tuple[np.ndarray, ImageHeader]:
     """
     reader = _information(path)
     header = _header(path, reader)
+    require_memory(path, header)
     array = compressed_voxels(path, header, components=reader.GetNumberOfComponents())
     if array is None:
         array = _itk_voxels(path, reader, header)
@@ -112,11 +118,11 @@ def _grid(path: Path, reader: sitk.ImageFileReader, *, raster: bool) -> Grid:
     space = min(axes, 3)
     spacing, origin, direction = np.ones(3), np.zeros(3), np.eye(3)
     if raster:
-        spacing[2] = FLAT_SPACING_MM
+        spacing[:] = (1, 1, FLAT_SPACING_MM) if axes == 2 else stack_spacing(path)[::-1]
     else:
         spacing[:space] = reader.GetSpacing()[:space]
         if axes == 2:
-            spacing[2] = 999 * spacing[:2].max()
+            spacing[2] = FLAT_SPACING_MM * spacing[:2].max()
         origin[:space] = reader.GetOrigin()[:space]
         direction[:space, :space] = np.reshape(reader.GetDirection(), (axes, axes))[:space, :space]
     size = (*reader.GetSize(), 1)[:3] if axes == 2 else reader.GetSize()[:3]

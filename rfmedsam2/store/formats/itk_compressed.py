@@ -16,6 +16,8 @@ from rfmedsam2.store.formats.image_header import ImageHeader
 
 METAIMAGE_ENDINGS = (".mha", ".mhd")
 _HEADER_LIMIT = 1 << 16
+_NRRD_HEADER_LIMIT = 1 << 20  # 3D Slicer describes every segment in the header
+_NRRD_MAGIC = b"NRRD"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +106,9 @@ def _metaimage(path: Path, header: ImageHeader, components: int) -> _Compressed 
 
 
 def _nrrd(path: Path, header: ImageHeader) -> _Compressed | None:
-    head = _head(path)
-    text, blank, _ = head.partition(b"\n\n")
-    if not blank:
-        text, blank, _ = head.partition(b"\r\n\r\n")
-    lines = text.decode("latin-1").splitlines()[1:]
-    fields = dict(line.split(": ", 1) for line in lines if ": " in line and not line.startswith("#"))
+    fields, length = _nrrd_fields(path)
     attached = not {"data file", "datafile", "line skip", "byte skip", "lineskip", "byteskip"} & fields.keys()
-    if not head.startswith(b"NRRD") or not blank or not attached or fields.get("encoding", "") not in ("gzip", "gz"):
+    if not length or not attached or fields.get("encoding", "") not in ("gzip", "gz"):
         return None
     sizes = tuple(int(n) for n in fields["sizes"].split())
     kinds = fields.get("kinds", "").split() or ["domain"] * len(sizes)
@@ -122,7 +119,7 @@ def _nrrd(path: Path, header: ImageHeader) -> _Compressed | None:
     last = len(sizes) - 1
     return _Compressed(
         file=path,
-        offset=len(text) + len(blank),
+        offset=length,
         dtype=stored.newbyteorder(">" if fields.get("endian", "").strip() == "big" else "<"),
         shape=sizes[::-1],
         channel_axis=last - channels[0] if channels else None,
@@ -141,9 +138,20 @@ def _metaimage_fields(path: Path) -> tuple[dict[str, str], int]:
     return fields, position
 
 
-def _head(path: Path) -> bytes:
+def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
+    """Header fields of an NRRD file, and the length of its header with the blank line; 0 if there is no such line."""
+    head = _head(path, _NRRD_HEADER_LIMIT)
+    text, blank, _ = head.partition(b"\n\n")
+    if not blank:
+        text, blank, _ = head.partition(b"\r\n\r\n")
+    lines = text.decode("latin-1").splitlines()[1:]
+    fields = dict(line.split(": ", 1) for line in lines if ": " in line and not line.startswith("#"))
+    return fields, len(text) + len(blank) if blank and head.startswith(_NRRD_MAGIC) else 0
+
+
+def _head(path: Path, limit: int = _HEADER_LIMIT) -> bytes:
     try:
         with path.open("rb") as stream:
-            return stream.read(_HEADER_LIMIT)
+            return stream.read(limit)
     except OSError as error:
         raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from error

@@ -7,9 +7,9 @@ a gzip checksum is only verified by reading to the end of the file.
 from __future__ import annotations
 
 import gzip
+import math
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,26 +17,27 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
-from rfmedsam2.errors import GeometryError, ImageError
-from rfmedsam2.geometry import Grid
-from rfmedsam2.store.formats.decompression import chunks_of, damaged, fill
-from rfmedsam2.store.formats.image_header import (
-    MAX_SKEW_DEGREES,
-    ImageHeader,
-    NiftiGeometry,
-    checked_spacing,
-    displacement_mm,
-    repaired,
-)
+from rfmedsam2.errors import ImageError
+from rfmedsam2.store.formats.decompression import chunks_of, damaged, fill, is_gzip
+from rfmedsam2.store.formats.image_header import ImageHeader, NiftiGeometry, repaired, require_memory
+from rfmedsam2.store.formats.nifti_placement import placement
 
 _LARGEST_RATIO = 1100  # deflate's largest compression ratio is 1032
 
 
 def read_nifti_header(path: Path) -> ImageHeader:
-    """Read the header of a NIfTI file; at most one chunk of the file is decompressed."""
+    """Read the header of a NIfTI file; at most one chunk of the file is decompressed.
+
+    Raises:
+        TruncatedImageError: the file is too small for the voxels that its header promises.
+        ImageError: not NIfTI, or a data type other than integers and floats.
+        GeometryError: invalid spacing or direction.
+    """
     with closing(chunks_of(path)) as chunks:
         raw, _ = _raw_header(path, chunks)
-    return _image_header(path, raw)
+    header = _image_header(path, raw)
+    _ = _data_size(path, raw, header)
+    return header
 
 
 def read_nifti(path: Path) -> tuple[np.ndarray, ImageHeader]:
@@ -52,10 +53,8 @@ def read_nifti(path: Path) -> tuple[np.ndarray, ImageHeader]:
         header = _image_header(path, raw)
         dtype = raw.get_data_dtype()
         shape = (header.channels, *header.grid.shape_zyx)
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        offset = max(int(raw.get_data_offset()), int(raw.sizeof_hdr))
-        if size > path.stat().st_size * _LARGEST_RATIO:
-            raise damaged(path, f"{path.stat().st_size} bytes for {size} bytes of voxels")
+        offset, size = _data_size(path, raw, header)
+        require_memory(path, header, extra=size if header.dtype != dtype.name else 0)
         while len(first) < offset and (more := next(chunks, None)) is not None:
             first += more
         data, found = fill(chunks, first[offset:], size)
@@ -108,14 +107,28 @@ def _raw_header(path: Path, chunks: Iterator[bytes]) -> tuple[Nifti1Header, byte
     )
 
 
+def _data_size(path: Path, raw: Nifti1Header, header: ImageHeader) -> tuple[int, int]:
+    """Offset and size of the voxels in bytes.
+
+    Raises:
+        TruncatedImageError: the file is too small for them, also if it is compressed.
+    """
+    size = header.channels * math.prod(header.grid.shape_zyx) * raw.get_data_dtype().itemsize
+    offset = max(int(raw.get_data_offset()), int(raw.sizeof_hdr))
+    stored = path.stat().st_size
+    if offset + size > stored * (_LARGEST_RATIO if is_gzip(path) else 1):
+        raise damaged(path, f"{stored} bytes, and a header that promises {size} bytes of voxels")
+    return offset, size
+
+
 def _image_header(path: Path, raw: Nifti1Header) -> ImageHeader:
     shape_xyz, channels = _shape(path, raw)
-    grid, forms_differ = _source_grid(path, raw, shape_xyz)
-    straight, skew = repaired(grid, where=path)
+    placed = placement(path, raw, shape_xyz)
+    straight, skew = repaired(placed.grid, where=path)
     native = raw.as_byteswapped("<")
     return ImageHeader(
         grid=straight,
-        source_grid=grid,
+        source_grid=placed.grid,
         channels=channels,
         dtype=_dtype(path, raw),
         format="nifti",
@@ -125,7 +138,9 @@ def _image_header(path: Path, raw: Nifti1Header) -> ImageHeader:
             block=native.binaryblock,
             sform_code=int(raw["sform_code"]),
             qform_code=int(raw["qform_code"]),
-            forms_differ_mm=forms_differ,
+            nibabel=placed.nibabel,
+            unit_mm=placed.unit_mm,
+            scaling=_scaling(raw),
         ),
     )
 
@@ -135,7 +150,7 @@ def _shape(path: Path, raw: Nifti1Header) -> tuple[tuple[int, int, int], int]:
     dims = [int(n) for n in raw.get_data_shape()]
     while len(dims) < 3:
         dims.append(1)
-    rest = [n for n in dims[3:] if n != 1]
+    rest = [n for n in dims[3:] if n not in (0, 1)]  # 0: "not used", as every reader takes it
     if min(dims) < 1 or len(rest) > 1:
         raise ImageError(
             "The shape of the image is not supported",
@@ -183,62 +198,13 @@ def _scaled(array: np.ndarray, raw: Nifti1Header, dtype: str) -> np.ndarray:
     return result
 
 
-def _source_grid(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int]) -> tuple[Grid, float]:
-    """The grid by sform, or by qform if there is no sform or if it is not rigid (a 12-parameter alignment).
-
-    Spacing is pixdim, as in every reader of the field.
-    """
-    spacing_xyz = checked_spacing(_zooms(raw), where=path)
-    shape_zyx = (shape_xyz[2], shape_xyz[1], shape_xyz[0])
-    affines = []
-    if int(raw["sform_code"]) > 0:
-        affines.append(raw.get_sform())
-    try:
-        if int(raw["qform_code"]) > 0:
-            affines.append(raw.get_qform())
-        if not affines:
-            affines.append(raw.get_base_affine())
-    except (ValueError, HeaderDataError) as error:
-        raise GeometryError("The NIfTI qform is invalid", where=path, found=error) from None
-    usable = [a for a in affines if np.all(np.isfinite(a)) and np.all(np.linalg.norm(a[:3, :3], axis=0) > 0)]
-    grids = [Grid.from_affine_ras(affine, shape_zyx) for affine in usable]
-    if not grids:
-        raise GeometryError(
-            "The NIfTI affine is not finite or has a zero column", where=path, remedy="Convert the file again"
-        )
-    chosen = next((g for g in grids if g.skew_degrees <= MAX_SKEW_DEGREES and _scales_agree(g, spacing_xyz)), None)
-    if chosen is None:
-        _ = repaired(grids[0], where=path)  # skew raises its own error
-        raise GeometryError(
-            "The NIfTI header gives two different spacings",
-            where=path,
-            expected=f"the affine's spacing to be pixdim's, {spacing_xyz} mm (x, y, z)",
-            found=tuple(round(s, 4) for s in grids[0].spacing_zyx_mm[::-1]),
-            remedy="Correct pixdim or the affine",
-        )
-    differ = displacement_mm(grids[0], grids[1]) if len(grids) == 2 else 0.0
-    return replace(chosen, spacing_zyx_mm=(spacing_xyz[2], spacing_xyz[1], spacing_xyz[0])), differ
-
-
-def _zooms(raw: Nifti1Header) -> list[float]:
-    """Spacing in pixdim along x, y, z, mm."""
-    zooms = [float(s) for s in raw["pixdim"][1:4]]
-    if len(raw.get_data_shape()) == 2:
-        # a 2D image: the missing axis gets a spacing far above the others, so that it counts as the coarse one
-        zooms[2] = max(zooms[:2]) * 999
-    return zooms
-
-
-def _scales_agree(grid: Grid, spacing_xyz: tuple[float, float, float]) -> bool:
-    return bool(np.allclose(grid.spacing_zyx_mm[::-1], spacing_xyz, rtol=1e-2))
-
-
 def label_header(header: ImageHeader, labels_zyx: np.ndarray) -> Nifti1Header:
     """NIfTI header of labels (Z,Y,X) for an image: of a NIfTI source the affines with their codes, pixdim and units."""
     shape_xyz = labels_zyx.shape[::-1]
+    stored_shape = shape_xyz[:2] if header.flat else shape_xyz
     if header.nifti is None:
         raw = Nifti1Header(endianness="<")
-        raw.set_data_shape(shape_xyz)
+        raw.set_data_shape(stored_shape)
         # a quaternion can only represent perpendicular axes; the sform keeps the source's
         raw.set_qform(header.grid.affine_ras, code=1)
         raw.set_sform(header.source_grid.affine_ras, code=1)
@@ -247,8 +213,9 @@ def label_header(header: ImageHeader, labels_zyx: np.ndarray) -> Nifti1Header:
         kind = Nifti1Header if len(header.nifti.block) == 348 else Nifti2Header
         raw = kind(binaryblock=header.nifti.block, endianness="<", check=False)
         pixdim = np.array(raw["pixdim"])
-        raw.set_data_shape(shape_xyz[:2] if header.flat else shape_xyz)
+        raw.set_data_shape(stored_shape)
         raw["pixdim"] = pixdim
+        _make_qform_valid(raw)
         for text in ("descrip", "aux_file", "intent_name"):
             raw[text] = b""
         for number in ("intent_code", "cal_min", "cal_max", "slice_code", "slice_start", "slice_end", "dim_info"):
@@ -258,3 +225,18 @@ def label_header(header: ImageHeader, labels_zyx: np.ndarray) -> Nifti1Header:
     raw["vox_offset"] = len(raw.binaryblock) + 4
     raw["scl_slope"], raw["scl_inter"] = 1, 0
     return raw
+
+
+def _make_qform_valid(raw: Nifti1Header) -> None:
+    """Keep a qform's meaning in a form that every program accepts: a qfac of 1 or -1, a quaternion of length 1."""
+    if int(raw["qform_code"]) <= 0:
+        return
+    pixdim = np.array(raw["pixdim"])
+    if abs(float(pixdim[0])) != 1:
+        pixdim[0] = -1 if pixdim[0] < 0 else 1
+        raw["pixdim"] = pixdim
+    bcd = np.array([float(raw[f"quatern_{letter}"]) for letter in "bcd"])
+    squared, rounding = float(bcd @ bcd), float(np.finfo(np.float32).eps)
+    if squared > 1 + 3 * rounding:  # nibabel's tolerance
+        for letter, value in zip("bcd", bcd / (np.sqrt(squared) * (1 + rounding)), strict=True):
+            raw[f"quatern_{letter}"] = value

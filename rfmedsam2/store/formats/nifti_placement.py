@@ -1,0 +1,171 @@
+"""Where the voxels of a NIfTI file lie: read as ITK reads it, beside nibabel's reading where that differs.
+
+ITK takes the sform if its axes are perpendicular and it has code 1, equals the qform, or stands alone; else the qform.
+Without either the axes run to the left, to the back and up from the origin. Spacing is pixdim, lengths are converted to
+mm. nibabel takes the sform whenever there is one, and converts no units. (itkNiftiImageIO.cxx of ITK 5.4, checked
+against SimpleITK 2.5.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from nibabel.spatialimages import HeaderDataError
+
+from rfmedsam2.errors import GeometryError
+from rfmedsam2.geometry import Grid, Shape, scaled
+from rfmedsam2.store.formats.image_header import checked_spacing, flattened, repaired
+
+_UNITS_MM = {1: 1000.0, 2: 1.0, 3: 0.001}
+"""Lower three bits of xyzt_units (meter, mm, micrometer) -> mm. 0 is unknown, which ITK takes for mm."""
+_LONGEST_QUATERNION = 1.001
+"""Squared length of (b, c, d) up to which it is rounding; beyond it the quaternion is damaged."""
+_PERPENDICULAR = 1e-4  # ITK's tolerance for the products of the axes of a sform
+_SAME_FORM = 1e-4  # ITK's tolerance for a sform that merely repeats the qform, mm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """The two readings of a NIfTI header.
+
+    Attributes:
+        grid: as ITK reads it, mm; its axes need not be perpendicular if there is no qform.
+        nibabel: as nibabel reads it, in the unit of the file; None if that is the same, or no grid at all.
+        unit_mm: the file's unit of length, mm.
+    """
+
+    grid: Grid
+    nibabel: Grid | None
+    unit_mm: float
+
+
+def placement(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int]) -> Placement:
+    """Read the placement of a volume of `shape_xyz` voxels.
+
+    Raises:
+        GeometryError: no usable form, an invalid spacing, or a sform whose scale contradicts pixdim.
+    """
+    flat = len(raw.get_data_shape()) == 2
+    shape = (shape_xyz[2], shape_xyz[1], shape_xyz[0])
+    sform = _sform(raw)
+    zooms = checked_spacing(_zooms(raw, sform), where=path)
+    qform = _qform(raw, zooms) if int(raw["qform_code"]) > 0 else None
+    if sform is not None and (qform is None or _itk_prefers(sform, qform, int(raw["sform_code"]))):
+        affine = sform
+    elif qform is not None:
+        affine = qform
+    elif _has_form(raw):
+        raise _unusable(path, raw)
+    else:
+        affine = np.diag([-zooms[0], -zooms[1], zooms[2], 1.0])
+    found = Grid.from_affine_ras(affine, shape)
+    if qform is None and not _scales_agree(found, zooms, flat=flat):
+        _ = repaired(found, where=path)  # skew raises its own error
+        raise GeometryError(
+            "The NIfTI header gives two different spacings",
+            where=path,
+            expected=f"the affine's spacing to be pixdim's, {tuple(round(z, 4) for z in zooms)} mm (x, y, z)",
+            found=tuple(round(s, 4) for s in found.spacing_zyx_mm[::-1]),
+            remedy="Correct pixdim or the affine",
+        )
+    unit = _UNITS_MM.get(int(raw["xyzt_units"]) & 7, 1.0)
+    grid = scaled(replace(found, spacing_zyx_mm=zooms[::-1]), unit)
+    grid = flattened(grid) if flat else grid
+    other = _as_nibabel(raw, shape, qform)
+    other = flattened(other) if flat and other is not None else other
+    same = other is not None and grid.mismatch(other) is None
+    return Placement(grid=grid, nibabel=None if same else other, unit_mm=unit)
+
+
+def _has_form(raw: Nifti1Header) -> bool:
+    return int(raw["sform_code"]) > 0 or int(raw["qform_code"]) > 0
+
+
+def _unusable(path: Path, raw: Nifti1Header) -> GeometryError:
+    if int(raw["qform_code"]) > 0 and int(raw["sform_code"]) <= 0:
+        b, c, d = (float(raw[f"quatern_{letter}"]) for letter in "bcd")
+        return GeometryError(
+            "The NIfTI qform is invalid",
+            where=path,
+            expected="a quaternion of length 1 and a finite offset",
+            found=f"b, c, d = {b:g}, {c:g}, {d:g}",
+            remedy="Convert the file again",
+        )
+    return GeometryError(
+        "The NIfTI affine is not finite or has a zero column", where=path, remedy="Convert the file again"
+    )
+
+
+def _sform(raw: Nifti1Header) -> np.ndarray | None:
+    """The sform if it has a code, is finite, and has three axes."""
+    if int(raw["sform_code"]) <= 0:
+        return None
+    affine = np.asarray(raw.get_sform(), dtype=float)
+    usable = np.isfinite(affine).all() and (np.linalg.norm(affine[:3, :3], axis=0) > 0).all()
+    return affine if usable else None
+
+
+def _zooms(raw: Nifti1Header, sform: np.ndarray | None) -> list[float]:
+    """Spacing in pixdim along x, y, z, in the file's unit; where pixdim is empty (0 or NaN), that of the sform."""
+    zooms = np.array(raw["pixdim"][1:4], dtype=float)
+    if sform is not None:
+        empty = ~np.isfinite(zooms) | (zooms == 0)
+        zooms[empty] = np.linalg.norm(sform[:3, :3], axis=0)[empty]
+    if len(raw.get_data_shape()) == 2 and not zooms[2] > 0:
+        zooms[2] = 1.0  # a file with two axes need not say anything about a third
+    return zooms.tolist()
+
+
+def _qform(raw: Nifti1Header, zooms: tuple[float, float, float]) -> np.ndarray | None:
+    """The qform as ITK's niftilib computes it: a quaternion that is too long by rounding is shortened, qfac is a sign.
+
+    None if the quaternion or its offset is damaged.
+    """
+    bcd = np.array([float(raw[f"quatern_{letter}"]) for letter in "bcd"])
+    offset = np.array([float(raw[f"qoffset_{axis}"]) for axis in "xyz"])
+    squared = float(bcd @ bcd)
+    if not (squared <= _LONGEST_QUATERNION and np.isfinite(offset).all()):
+        return None
+    rest = 1.0 - squared
+    a = 0.0 if rest < 1e-7 else float(np.sqrt(rest))
+    b, c, d = bcd / np.sqrt(squared) if rest < 1e-7 else bcd
+    rotation = np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - c * c - b * b],
+        ]
+    )
+    affine = np.eye(4)
+    affine[:3, :3] = rotation * [zooms[0], zooms[1], -zooms[2] if float(raw["pixdim"][0]) < 0 else zooms[2]]
+    affine[:3, 3] = offset
+    return affine
+
+
+def _itk_prefers(sform: np.ndarray, qform: np.ndarray, code: int) -> bool:
+    """Whether ITK takes the sform where there are both."""
+    axes = sform[:3, :3] / np.linalg.norm(sform[:3, :3], axis=0)
+    perpendicular = np.abs(axes @ axes.T - np.eye(3)).max() <= _PERPENDICULAR
+    return bool(perpendicular) and (code == 1 or np.abs(sform - qform).max() <= _SAME_FORM)
+
+
+def _scales_agree(grid: Grid, zooms: tuple[float, float, float], *, flat: bool) -> bool:
+    """Whether the sform's scale is pixdim's. A sform of scale 1 has none: some programs write only directions."""
+    axes = 2 if flat else 3
+    scales = grid.spacing_zyx_mm[::-1][:axes]
+    return bool(np.allclose(scales, zooms[:axes], rtol=1e-2) or np.allclose(scales, 1.0, rtol=1e-6))
+
+
+def _as_nibabel(raw: Nifti1Header, shape_zyx: Shape, qform: np.ndarray | None) -> Grid | None:
+    """The affine of nibabel, without conversion of units; None if it cannot be used."""
+    try:
+        if int(raw["sform_code"]) > 0:
+            affine = _sform(raw)
+        else:
+            affine = qform if int(raw["qform_code"]) > 0 else np.asarray(raw.get_base_affine(), dtype=float)
+        return None if affine is None else Grid.from_affine_ras(affine, shape_zyx)
+    except (HeaderDataError, ValueError):
+        return None

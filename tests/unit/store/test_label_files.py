@@ -1,0 +1,164 @@
+"""Label maps whose format disguises their values: palettes, Slicer's segmentations, scaled integers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from PIL import Image
+
+from rfmedsam2.errors import ImageError
+from rfmedsam2.store.case_files import file_stem
+from rfmedsam2.store.formats.image_header import NotLabelsError
+from rfmedsam2.store.images import read_image, read_label, write_label
+
+PLANE = np.array([[0, 1, 2], [3, 4, 200]], dtype=np.uint8)
+
+
+@pytest.mark.parametrize("ending", [".png", ".bmp", ".tif"])
+def test_labels_of_a_palette_image_are_its_indices(tmp_path: Path, ending: str) -> None:
+    image = Image.fromarray(PLANE, "P")
+    rng = np.random.default_rng(7)
+    image.putpalette(rng.integers(0, 256, 768).tolist())
+    image.save(tmp_path / f"a{ending}")
+    label, header = read_label(tmp_path / f"a{ending}")
+    np.testing.assert_array_equal(label.array[0, 0], PLANE)
+    write_label(tmp_path / f"b{ending}", label.array[0], header)
+    np.testing.assert_array_equal(read_label(tmp_path / f"b{ending}")[0].array, label.array)
+
+
+def test_a_palette_image_that_is_not_a_label_is_in_color(tmp_path: Path) -> None:
+    image = Image.fromarray(PLANE, "P")
+    image.putpalette([10, 20, 30] * 256)
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[0].array[:, 0, 0, 0], [10, 20, 30])
+
+
+@pytest.mark.parametrize("ending", [".png", ".bmp", ".tif"])
+def test_labels_of_one_bit_are_0_and_1(tmp_path: Path, ending: str) -> None:
+    Image.fromarray(PLANE > 2).save(tmp_path / f"a{ending}")
+    np.testing.assert_array_equal(read_label(tmp_path / f"a{ending}")[0].array[0, 0], PLANE > 2)
+
+
+@pytest.mark.parametrize("ending", [".png", ".bmp", ".tif"])
+def test_gray_labels_stay_as_they_are(tmp_path: Path, ending: str) -> None:
+    Image.fromarray(PLANE).save(tmp_path / f"a{ending}")
+    np.testing.assert_array_equal(read_label(tmp_path / f"a{ending}")[0].array[0, 0], PLANE)
+
+
+def test_palette_stacks_keep_all_planes(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.roll(PLANE, n, 1), "P") for n in range(4)]
+    for frame in frames:
+        frame.putpalette(list(range(255, -1, -1)) * 3)
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    expected = np.stack([np.roll(PLANE, n, 1) for n in range(4)])
+    np.testing.assert_array_equal(read_label(tmp_path / "a.tif")[0].array[0], expected)
+
+
+# --- Slicer -----------------------------------------------------------------------------------------------------------
+
+
+def slicer(path: Path, layers: np.ndarray, *segments: tuple[str, int | None, int | None]) -> Path:
+    """A .seg.nrrd as 3D Slicer writes it; layers (L,Z,Y,X), segments (name, value, layer)."""
+    several = len(layers) > 1
+    image = sitk.GetImageFromArray(np.moveaxis(layers, 0, -1) if several else layers[0], isVector=several)
+    image.SetSpacing((0.5, 0.75, 2))
+    for number, (name, value, layer) in enumerate(segments):
+        image.SetMetaData(f"Segment{number}_ID", f"Segment_{number}")
+        image.SetMetaData(f"Segment{number}_Name", name)
+        if value is not None:
+            image.SetMetaData(f"Segment{number}_LabelValue", str(value))
+        if layer is not None:
+            image.SetMetaData(f"Segment{number}_Layer", str(layer))
+    sitk.WriteImage(image, str(path), useCompression=True)
+    return path
+
+
+LAYERS = np.zeros((2, 4, 5, 6), np.uint8)
+LAYERS[0, 1:3, 1:3] = 1
+LAYERS[0, 3, 3] = 2
+LAYERS[1, 0, 4] = 3
+
+
+def test_a_slicer_segmentation_of_one_layer_is_a_label_map(tmp_path: Path) -> None:
+    path = slicer(tmp_path / "a.seg.nrrd", LAYERS[:1], ("liver", 1, 0), ("spleen", 2, 0))
+    label, header = read_label(path)
+    np.testing.assert_array_equal(label.array[0], LAYERS[0])
+    assert header.grid.spacing_zyx_mm == (2, 0.75, 0.5)
+
+
+def test_layers_that_do_not_overlap_are_merged(tmp_path: Path) -> None:
+    path = slicer(tmp_path / "a.seg.nrrd", LAYERS, ("liver", 1, 0), ("spleen", 2, 0), ("lesion", 3, 1))
+    label, _ = read_label(path)
+    np.testing.assert_array_equal(label.array[0], LAYERS.max(0))
+
+
+def test_segments_that_overlap_are_named(tmp_path: Path) -> None:
+    layers = LAYERS.copy()
+    layers[1, 1, 1, :2] = 3
+    path = slicer(tmp_path / "a.seg.nrrd", layers, ("liver", 1, 0), ("spleen", 2, 0), ("lesion", 3, 1))
+    with pytest.raises(
+        NotLabelsError, match=r"3D Slicer is not one label map.*liver and lesion that overlap in 2 voxels"
+    ):
+        read_label(path)
+
+
+def test_segments_of_one_value_are_named(tmp_path: Path) -> None:
+    path = slicer(tmp_path / "a.seg.nrrd", np.minimum(LAYERS, 1), ("liver", 1, 0), ("lesion", 1, 1))
+    with pytest.raises(NotLabelsError, match=r"liver and lesion, which both have the value 1"):
+        read_label(path)
+    path = slicer(tmp_path / "b.seg.nrrd", np.minimum(LAYERS, 1), ("liver", None, None), ("lesion", None, None))
+    with pytest.raises(NotLabelsError, match=r"liver and lesion"):  # as Slicer wrote them before 4.11
+        read_label(path)
+
+
+def test_channels_that_are_not_segments_are_not_a_label_map(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="several channels"):
+        read_label(slicer(tmp_path / "a.nrrd", LAYERS))
+
+
+def test_the_id_of_a_slicer_segmentation_lacks_seg() -> None:
+    assert file_stem(Path("case1.seg.nrrd"), ".nrrd") == "case1"
+    assert file_stem(Path("case1.seg.nrrd"), None) == "case1"
+    assert file_stem(Path("case1.nrrd"), ".nrrd") == "case1"
+    assert file_stem(Path("a.seg.nii.gz"), ".nii.gz") == "a.seg"
+
+
+# --- scaled integers --------------------------------------------------------------------------------------------------
+
+
+def scaled_by_nibabel(path: Path, labels: np.ndarray, dtype: str) -> Path:
+    """What nibabel makes of labels as floats, saved with the header of integers: multiples of a slope."""
+    image = nib.Nifti1Image(labels.astype(np.float64), np.eye(4))
+    image.set_data_dtype(dtype)
+    nib.save(image, path)
+    assert nib.load(path).dataobj.slope != 1
+    return path
+
+
+@pytest.mark.parametrize(
+    ("highest", "dtype"), [(1, "uint8"), (5, "uint8"), (117, "uint8"), (2035, "int16"), (60000, "uint16")]
+)
+def test_labels_that_nibabel_scaled_are_restored(tmp_path: Path, highest: int, dtype: str) -> None:
+    labels = np.random.default_rng(7).integers(0, highest + 1, (6, 7, 8))
+    labels[0, 0, 0] = highest
+    labels[0, 0, 1] = 0
+    path = scaled_by_nibabel(tmp_path / "a.nii.gz", labels, dtype)
+    np.testing.assert_array_equal(read_label(path)[0].array[0], labels.T)
+
+
+def test_labels_that_scaling_has_mixed_up_are_refused_with_the_slope(tmp_path: Path) -> None:
+    labels = np.arange(400).reshape(4, 10, 10)
+    path = scaled_by_nibabel(tmp_path / "a.nii.gz", labels, "uint8")
+    with pytest.raises(NotLabelsError, match=r"multiplies stored values by 1\.56471 \(scl_slope\)"):
+        read_label(path)
+
+
+def test_scaled_probabilities_are_not_labels(tmp_path: Path) -> None:
+    values = np.random.default_rng(7).uniform(0, 1, (6, 7, 8))
+    path = scaled_by_nibabel(tmp_path / "a.nii.gz", values, "uint8")
+    with pytest.raises(NotLabelsError, match="scl_slope"):
+        read_label(path)
