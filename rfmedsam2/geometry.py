@@ -108,7 +108,7 @@ class Grid:
         """None if the grids are equal within tolerance, else a phrase describing the difference.
 
         `tolerance_mm` holds for ordinary voxels; for smaller ones it is a twentieth of this grid's smallest spacing, so
-        that grids in micrometers are told apart as well.
+        that grids in micrometers are compared by their own scale.
         """
         if self.shape_zyx != other.shape_zyx:
             return f"shape {self.shape_zyx} against {other.shape_zyx} (z, y, x)"

@@ -122,8 +122,9 @@ def case_of(
         return (files[None][0],), faults
     numbers = sorted(n for n in files if n is not None)
     lacking = [n for n in range(len(channels)) if n not in files]
-    if lacking and numbers == [0] and _holds_all(files[0][0], len(channels)):
-        return (files[0][0],), faults
+    inside = _channels_inside(files[0][0]) if lacking and numbers == [0] else 1
+    if inside > 1:
+        return (files[0][0],), faults + _channel_count_faults(case, files[0][0], inside, len(channels))
     if lacking:
         names = ", ".join(f"_{n:04d} ({channels[n]})" for n in lacking)
         faults.append(
@@ -151,12 +152,27 @@ def case_of(
     return tuple(files[n][0] for n in numbers if n < len(channels)), faults
 
 
-def _holds_all(path: Path, channels: int) -> bool:
-    """Whether the only file of a case, CASE_0000, holds all channels: nnU-Net's color images and 4D volumes."""
+def _channels_inside(path: Path) -> int:
+    """Channels in the only file of a case, CASE_0000: nnU-Net's color images and 4D volumes have all of them."""
     try:
-        return read_header(path).channels == channels
+        return read_header(path).channels
     except RfMedSamError:
-        return False  # reported when the file is read
+        return 1  # reported when the file is read
+
+
+def _channel_count_faults(case: str, path: Path, found: int, expected: int) -> list[Fault]:
+    if found == expected:
+        return []
+    return [
+        Fault(
+            case=case,
+            file=str(path),
+            kind="missing-channel" if found < expected else "extra-channel",
+            severity="error",
+            message=f"{path.name} has {found} channels inside, expected {expected}",
+            remedy="Save the image with the declared channels only (without transparency), or declare all of them",
+        )
+    ]
 
 
 def case_insensitive_duplicates(ids: Iterable[str]) -> list[Fault]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rfmedsam2.errors import ImageError
+from rfmedsam2.store.formats.image_header import require_ordinary_file
 
 _METAIMAGE = (".mhd", ".mha")
 _NRRD = (".nhdr", ".nrrd")
@@ -23,6 +24,7 @@ def data_files(path: Path) -> list[Path]:
     ending = path.suffix.lower()
     if ending not in (*_METAIMAGE, *_NRRD):
         return []
+    require_ordinary_file(path)
     try:
         with path.open("rb") as stream:
             head = stream.read(_LONGEST_HEADER)

@@ -14,7 +14,8 @@ from rfmedsam2.errors import DatasetError, UsageError
 from rfmedsam2.pipeline.datasets.amos22 import convert_amos22
 from rfmedsam2.pipeline.datasets.btcv import convert_btcv
 from rfmedsam2.pipeline.datasets.conversion import ConvertOptions
-from rfmedsam2.pipeline.datasets.msd import convert_msd
+from rfmedsam2.pipeline.datasets.msd import convert_msd, convert_nnunet_v1
+from rfmedsam2.store.raw import open_dataset
 
 AFFINE = np.array([[-1.5, 0, 0, 90], [0, -1.5, 0, 80], [0, 0, 3.0, -40], [0, 0, 0, 1]])
 
@@ -178,7 +179,7 @@ def test_a_failed_forced_conversion_keeps_the_old_dataset(btcv: Path, tmp_path: 
     assert names_in(tmp_path / "raw") == [folder.name]
 
 
-@pytest.mark.parametrize("converter", [convert_btcv, convert_amos22, convert_msd])
+@pytest.mark.parametrize("converter", [convert_btcv, convert_amos22, convert_msd, convert_nnunet_v1])
 def test_a_folder_that_is_no_download_is_named_with_what_is_in_it(converter, tmp_path: Path) -> None:
     (tmp_path / "download").mkdir()
     (tmp_path / "download/readme.txt").write_text("")
@@ -322,3 +323,43 @@ def test_real_decathlon_files_convert_unchanged(data_root: Path, tmp_path: Path)
     for case in ids:
         for name in (f"imagesTr/{case}_0000.nii.gz", f"labelsTr/{case}.nii.gz"):
             assert (result.folder / name).read_bytes() == (real / name).read_bytes()
+
+
+# --- nnU-Net v1 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def version_1(tmp_path: Path) -> Path:
+    """Two channels in two files each; dataset.json names cases without a channel number."""
+    home = tmp_path / "nnUNet_raw_data" / "Task005_Prostate"
+    for case in ("00", "01", "02"):
+        part = "imagesTs" if case == "02" else "imagesTr"
+        for channel in (0, 1):
+            write(home / part / f"prostate_{case}_{channel:04d}.nii.gz", np.full((6, 5, 4), channel, np.int16))
+        if case != "02":
+            write(home / f"labelsTr/prostate_{case}.nii.gz", np.arange(120).reshape(6, 5, 4).astype(np.uint8) % 3)
+    write_msd_json(home)
+    return home
+
+
+def test_nnunet_v1_becomes_a_raw_dataset_with_labels_by_name(version_1: Path, tmp_path: Path) -> None:
+    result = convert_nnunet_v1(version_1, tmp_path / "raw")
+    assert (result.folder.name, result.training, result.test) == ("Dataset005_Prostate", 2, 1)
+    record = json.loads((result.folder / "dataset.json").read_text())
+    assert record["labels"] == {"background": 0, "PZ": 1, "TZ": 2}
+    assert record["channel_names"] == {"0": "T2", "1": "ADC"}
+    found = open_dataset(result.folder)
+    assert found.faults == ()
+    assert [case.id for case in found.training] == ["prostate_00", "prostate_01"]
+    for name in ("imagesTr/prostate_01_0001.nii.gz", "imagesTs/prostate_02_0000.nii.gz", "labelsTr/prostate_00.nii.gz"):
+        assert (result.folder / name).read_bytes() == (version_1 / name).read_bytes()
+
+
+def test_nnunet_v1_names_channels_that_are_missing_or_elsewhere(version_1: Path, tmp_path: Path) -> None:
+    (version_1 / "imagesTr/prostate_00_0001.nii.gz").unlink()
+    write(version_1 / "imagesTr/prostate_01_0001.nii.gz", np.zeros((6, 5, 4), np.int16), np.diag([3.0, 1, 1, 1]))
+    with pytest.raises(DatasetError) as caught:
+        convert_nnunet_v1(version_1, tmp_path / "raw")
+    assert "missing imagesTr/prostate_00_0001.nii.gz" in str(caught.value)
+    assert "prostate_01_0001.nii.gz is not on the grid of prostate_01_0000.nii.gz" in str(caught.value)
+    assert names_in(tmp_path / "raw") == []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rfmedsam2.errors import DatasetError, ImageError, RecordError, UsageError
 from rfmedsam2.store.input_discovery import find_cases
@@ -279,3 +281,77 @@ def test_real_datasets_open_without_faults(data_root: Path) -> None:
         found = open_dataset(folder)
         assert found.faults == ()
         assert len(found.training) == found.json.numTraining
+
+
+# --- layouts of other programs ----------------------------------------------------------------------------------------
+
+COLORS = {"channel_names": {"0": "red", "1": "green", "2": "blue"}, "file_ending": ".png"}
+
+
+def color_dataset(folder: Path, channels: int) -> Path:
+    """Two color images c0_0000.png, as nnU-Net's NaturalImage2DIO wants them, and one to predict."""
+    dataset(folder, ["c0_0000.png", "c1_0000.png"], ["c0.png", "c1.png"], **COLORS)
+    (folder / "imagesTs").mkdir()
+    shape = (8, 9, channels) if channels > 1 else (8, 9)
+    pixels = np.random.default_rng(7).integers(0, 255, shape).astype(np.uint8)
+    for name in ("imagesTr/c0_0000", "imagesTr/c1_0000", "imagesTs/c2_0000"):
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    for name in ("c0", "c1"):
+        Image.fromarray(np.ones((8, 9), np.uint8)).save(folder / "labelsTr" / f"{name}.png")
+    return folder
+
+
+def test_a_color_image_is_all_channels_of_its_case(tmp_path: Path) -> None:
+    folder = color_dataset(tmp_path / "d", 3)
+    found = open_dataset(folder)
+    assert found.faults == ()
+    assert names(found.training) == {"c0": ["c0_0000.png"], "c1": ["c1_0000.png"]}
+    assert names(found.test) == {"c2": ["c2_0000.png"]}
+    image, label = found.read("c0")
+    assert image.array.shape == (3, 1, 8, 9)
+    assert label is not None
+    pixels = np.asarray(Image.open(folder / "imagesTr" / "c0_0000.png"))
+    np.testing.assert_array_equal(image.array[:, 0], np.moveaxis(pixels, -1, 0))
+    assert names(find_cases(folder / "imagesTs", channels=3, file_ending=".png")) == {"c2": ["c2_0000.png"]}
+    assert names(find_cases(folder / "imagesTs" / "c2_0000.png", channels=3, file_ending=".png"))
+
+
+@pytest.mark.parametrize(
+    ("channels", "kind", "message"),
+    [(1, "missing-channel", "2 of 3 channels missing"), (4, "extra-channel", "has 4 channels inside, expected 3")],
+)
+def test_a_color_image_with_another_number_of_channels_is_a_fault(
+    tmp_path: Path, channels: int, kind: str, message: str
+) -> None:
+    faults = open_dataset(color_dataset(tmp_path / "d", channels)).faults
+    assert {(fault.case, fault.kind) for fault in faults} == {(case, kind) for case in ("c0", "c1", "c2")}
+    assert message in faults[0].message
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".nii.gz", ".dcm"])
+def test_labels_may_be_slicers_segmentations(tmp_path: Path, ending: str) -> None:
+    images = ["a", "b"] if ending == ".dcm" else [f"a_0000{ending}", f"b_0000{ending}"]
+    folder = dataset(tmp_path / "d", [], ["a.seg.nrrd", "b.seg.nrrd"], file_ending=ending)
+    for name in images:
+        if ending == ".dcm":
+            (folder / "imagesTr" / name).mkdir()
+            (folder / "imagesTr" / name / "1.dcm").write_bytes(bytes(128) + b"DICM")
+        else:
+            (folder / "imagesTr" / name).touch()
+    found = open_dataset(folder)
+    assert found.faults == ()
+    assert {case.id: case.label.name for case in found.training if case.label} == {
+        "a": "a.seg.nrrd",
+        "b": "b.seg.nrrd",
+    }
+
+
+def test_a_dataset_json_of_nnunet_v1_is_named_with_what_is_swapped(tmp_path: Path) -> None:
+    folder = dataset(tmp_path / "d", ["a_0000.nii.gz"], ["a.nii.gz"])
+    content = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver"}, "numTraining": 1, "training": []}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match=r"format of nnU-Net v1.*other way round.*rfmed_convert nnunetv1"):
+        open_dataset(folder)
+    (folder / "dataset.json").write_text(json.dumps({**content, "labels": {"liver": 1}}))
+    with pytest.raises(RecordError, match="channel_names"):
+        open_dataset(folder)

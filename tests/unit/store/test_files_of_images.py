@@ -1,0 +1,231 @@
+"""Which files an image consists of, what may be opened at all, and what is found out before anything is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from PIL import Image
+
+from rfmedsam2.errors import GeometryError, ImageError, RecordError
+from rfmedsam2.records.dataset import DatasetJson
+from rfmedsam2.store.case_files import Case, list_images
+from rfmedsam2.store.formats.image_header import TruncatedImageError, grids_differ
+from rfmedsam2.store.images import digest_of, image_files, read_header, read_image, read_label, write_label
+from rfmedsam2.store.input_discovery import find_cases
+from rfmedsam2.system.atomic import read_record
+
+ARRAY = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)  # z, y, x
+
+
+def image_of(array: np.ndarray = ARRAY) -> sitk.Image:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((0.5, 0.75, 2.0))
+    return image
+
+
+# --- detached headers -------------------------------------------------------------------------------------------------
+
+
+def detached(folder: Path, kind: str) -> list[Path]:
+    """An image whose voxels are in other files: header first, then the data files."""
+    planes = [folder / f"slice{n:03d}.raw" for n in (1, 2, 3)]
+    if kind in ("mhd", "nhdr", "nhdr gzip"):
+        path = folder / f"a.{kind.split()[0]}"
+        sitk.WriteImage(image_of(), str(path), useCompression="gzip" in kind)
+        (data,) = (file for file in folder.iterdir() if file != path)
+        return [path, data]
+    for plane, values in zip(planes, ARRAY, strict=True):
+        plane.write_bytes(values.tobytes())
+    names = "\n".join(plane.name for plane in planes)
+    meta = "ObjectType = Image\nNDims = 3\nDimSize = 5 4 3\nElementSpacing = 0.5 0.75 2\nElementType = MET_UCHAR\n"
+    nrrd = (
+        "NRRD0005\ntype: uint8\ndimension: 3\nspace: left-posterior-superior\nsizes: 5 4 3\nencoding: raw\n"
+        "space directions: (0.5,0,0) (0,0.75,0) (0,0,2)\nkinds: domain domain domain\n"
+    )
+    text = {
+        "mhd list": meta + f"ElementDataFile = LIST\n{names}\n",
+        "mhd pattern": meta + "ElementDataFile = slice%03d.raw 1 3 1\n",
+        "nhdr list": nrrd + f"data file: LIST\n{names}\n",
+        "nhdr pattern": nrrd + "data file: slice%03d.raw 1 3 1\n",
+    }[kind]
+    path = folder / f"a.{kind.split()[0]}"
+    path.write_text(text)
+    return [path, *planes]
+
+
+KINDS = ["mhd", "nhdr", "nhdr gzip", "mhd list", "mhd pattern", "nhdr list", "nhdr pattern"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_files_belong_to_the_image_and_its_digest(tmp_path: Path, kind: str) -> None:
+    files = detached(tmp_path, kind)
+    assert image_files(files[0]) == files
+    volume, header = read_image(files[0])
+    np.testing.assert_array_equal(volume.array[0], ARRAY)
+    assert header.grid.spacing_zyx_mm == (2, 0.75, 0.5)
+    before = digest_of([files[0]])
+    for file in files[1:]:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        assert digest_of([files[0]]) != before
+        content[-1] ^= 1
+        file.write_bytes(content)
+    assert digest_of([files[0]]) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_data_file_is_named(tmp_path: Path, kind: str) -> None:
+    files = detached(tmp_path, kind)
+    files[-1].unlink()
+    for read in (read_image, lambda path: digest_of([path])):
+        with pytest.raises(ImageError, match=files[-1].name):
+            read(files[0])
+
+
+def test_files_of_an_image_with_voxels_inside(tmp_path: Path) -> None:
+    for name in ("a.mha", "a.nrrd", "a.nii.gz", "a.png"):
+        sitk.WriteImage(image_of(ARRAY[0]) if name == "a.png" else image_of(), str(tmp_path / name))
+        assert image_files(tmp_path / name) == [tmp_path / name]
+    assert digest_of([tmp_path / "a.mha"]) == hashlib.sha256((tmp_path / "a.mha").read_bytes()).digest()
+
+
+def test_a_pattern_without_end_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.mhd").write_text("NDims = 3\nElementDataFile = s%d.raw 1 999999999 1\n")
+    with pytest.raises(ImageError, match="too many data files"):
+        image_files(tmp_path / "a.mhd")
+
+
+# --- TIFF stacks ------------------------------------------------------------------------------------------------------
+
+
+def stack(path: Path, array: np.ndarray = ARRAY) -> Path:
+    planes = [Image.fromarray(plane) for plane in array]
+    path.parent.mkdir(exist_ok=True, parents=True)
+    planes[0].save(path, save_all=True, append_images=planes[1:])
+    return path
+
+
+def spacing(path: Path, values: object = (2.5, 0.8, 0.7)) -> Path:
+    path.write_text(json.dumps({"spacing": values, "note": "other fields do not matter"}))
+    return path
+
+
+def test_the_spacing_of_a_stack_is_in_nnunets_json(tmp_path: Path) -> None:
+    image, label = stack(tmp_path / "images" / "c_0000.tif"), stack(tmp_path / "labels" / "c.tif")
+    assert read_header(image).grid.spacing_zyx_mm == (1, 1, 1)  # as nnU-Net without the file
+    beside = spacing(tmp_path / "images" / "c.json")
+    spacing(tmp_path / "labels" / "c.json")
+    volume, header = read_image(image)
+    np.testing.assert_array_equal(volume.array[0], ARRAY)
+    assert header.grid.spacing_zyx_mm == (2.5, 0.8, 0.7)
+    assert grids_differ(header, read_label(label)[1]) is None
+    assert image_files(image) == [image, beside]
+    before = digest_of([image])
+    spacing(beside, (3, 1, 1))
+    assert digest_of([image]) != before
+    assert read_header(image).grid.spacing_zyx_mm == (3, 1, 1)
+
+
+def test_labels_of_a_stack_are_written_with_their_spacing(tmp_path: Path) -> None:
+    spacing(tmp_path / "c_0000.json")
+    header = read_header(stack(tmp_path / "c_0000.tif"))
+    write_label(tmp_path / "out" / "c.tif", ARRAY % 3, header)
+    assert json.loads((tmp_path / "out" / "c.json").read_text())["spacing"] == [2.5, 0.8, 0.7]
+    label, found = read_label(tmp_path / "out" / "c.tif")
+    np.testing.assert_array_equal(label.array[0], ARRAY % 3)
+    assert found.grid == header.grid
+
+
+@pytest.mark.parametrize("values", [(1, 2), (1, 0, 1), (1, -1, 1), "1 1 1", None, (1, float("nan"), 1)])
+def test_a_json_without_three_spacings_is_a_sentence(tmp_path: Path, values: object) -> None:
+    spacing(tmp_path / "c.json", values)
+    with pytest.raises((RecordError, GeometryError), match=r"c\.json"):
+        read_header(stack(tmp_path / "c_0000.tif"))
+
+
+def test_a_single_plane_needs_no_spacing(tmp_path: Path) -> None:
+    Image.fromarray(ARRAY[0]).save(tmp_path / "c_0000.tif")
+    header = read_header(tmp_path / "c_0000.tif")
+    assert header.grid.spacing_zyx_mm == (999, 1, 1)
+    write_label(tmp_path / "out" / "c.tif", ARRAY[:1] % 3, header)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["c.tif"]
+
+
+# --- what cannot be read, before it is read ---------------------------------------------------------------------------
+
+
+def special(folder: Path, kind: str, name: str) -> Path:
+    """A path that is neither a file nor a folder."""
+    path = folder / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha", "a.mgz", "a.png", "a.tif", "a.dcm", "a"])
+def test_what_is_not_a_file_is_not_opened(
+    tmp_path: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    path = special(Path(), kind, name)
+    for read in (read_header, read_image, read_label, lambda p: digest_of([p])):
+        with pytest.raises(ImageError, match="pipe, a socket, a device"):
+            read(path)
+    with pytest.raises(ImageError, match="pipe, a socket, a device"):
+        find_cases(path, channels=1, file_ending=None)
+
+
+def test_a_pipe_among_slices_or_beside_a_header_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "series").mkdir()
+    special(tmp_path / "series", "pipe", "1.dcm")
+    assert list_images(tmp_path, None) == []
+    files = detached(tmp_path, "mhd list")
+    files[1].unlink()
+    special(tmp_path, "pipe", files[1].name)
+    with pytest.raises(ImageError, match=f"a device or a folder: .*{files[1].name}"):
+        read_image(files[0])
+    special(tmp_path, "pipe", "dataset.json")
+    with pytest.raises(RecordError, match="not an ordinary file"):
+        read_record(tmp_path / "dataset.json", DatasetJson)
+    special(tmp_path, "pipe", "list.txt")
+    with pytest.raises(ImageError, match="pipe"):
+        find_cases(tmp_path / "list.txt", channels=1, file_ending=None)
+
+
+def test_a_header_that_promises_more_than_its_file_holds_is_refused_by_the_header_alone(tmp_path: Path) -> None:
+    for name in ("a.nii", "a.nii.gz"):
+        nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / name)
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[42:48] = np.array([3000, 3000, 3], "<i2").tobytes()
+    (tmp_path / "a.nii").write_bytes(raw)
+    with pytest.raises(TruncatedImageError, match="a header that promises 27000000 bytes"):
+        read_header(tmp_path / "a.nii")
+    assert read_header(tmp_path / "a.nii.gz").grid.shape_zyx == (4, 4, 4)
+
+
+def test_voxels_that_do_not_fit_into_memory_are_refused_before_the_file_is_read(tmp_path: Path) -> None:
+    """A sparse file of 8 TB: reading or hashing its first hundredth would take longer than any test may."""
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "a.nii")
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[42:48] = np.array([20000, 20000, 20000], "<i2").tobytes()
+    (tmp_path / "a.nii").write_bytes(raw)
+    os.truncate(tmp_path / "a.nii", 352 + 20000**3)
+    with pytest.raises(ImageError, match=r"not enough memory.*7450\.6 GiB of voxels"):
+        read_image(tmp_path / "a.nii")
+    case = find_cases(tmp_path / "a.nii", channels=1, file_ending=None)[0]
+    assert case == Case(id="a", images=(tmp_path / "a.nii",))
