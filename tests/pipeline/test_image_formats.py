@@ -70,7 +70,7 @@ def test_a_dataset_of_tiff_stacks_goes_from_the_plan_to_scores(tmp_path: Path) -
         if part == "Tr":
             write_stack(folder / "labelsTr" / f"c{number}.tif", labels, spacing)
     root = ("--root", tmp_path)
-    assert "0 errors" in run_ok("verify", "-d", 60, *root).out.replace("no errors", "0 errors")
+    assert "0 error(s), 0 warning(s)" in run_ok("verify", "-d", 60, *root).out
     run_ok("plan_and_preprocess", "-d", 60, *PLANNING, *root)
     plan = Plan.load(next((tmp_path / "preprocessed").rglob("rfmed_cpu.json")))
     assert plan.stages["3d_fullres"].spacing_mm == pytest.approx(spacing)
@@ -176,7 +176,7 @@ def test_a_sparse_file_is_refused_by_its_header(predictor, tmp_path: Path) -> No
 def test_a_training_case_with_a_spacing_beyond_reason_is_named(tmp_path: Path) -> None:
     folder = raw_dataset(tmp_path, ".nii.gz")
     for number in range(5):
-        image, labels = disc(number, (16, 24, 24))
+        image, labels = disc(number)
         affine = np.diag([500.0, 500, 500, 1]) if number == 4 else np.eye(4)
         nib.save(nib.Nifti1Image(image.T, affine), folder / "imagesTr" / f"c{number}_0000.nii.gz")
         nib.save(nib.Nifti1Image(labels.T, affine), folder / "labelsTr" / f"c{number}.nii.gz")

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+from PIL import Image
 
 from rfmedsam2.store.images import read_channels, read_image, read_label, write_label
 from rfmedsam2.store.orientation import reoriented
@@ -87,3 +91,55 @@ def test_two_files_of_one_case_equal_simpleitkio(data_root: Path) -> None:
     volume, header = read_channels(paths)
     np.testing.assert_array_equal(volume.array, expected)
     assert header.channels == 1
+
+
+def test_tiff_stacks_equal_tiff3dio_both_ways(tmp_path: Path) -> None:
+    array = np.random.default_rng(7).integers(0, 4, (5, 12, 16)).astype(np.uint8)
+    properties = {"spacing": [2.5, 0.8, 0.7]}
+    Tiff3DIO().write_seg(array, str(tmp_path / "c.tif"), properties)
+    label, header = read_label(tmp_path / "c.tif")
+    np.testing.assert_array_equal(label.array[0], array)
+    assert list(header.grid.spacing_zyx_mm) == properties["spacing"]
+    (tmp_path / "c.tif").rename(tmp_path / "c_0000.tif")
+    expected, found = Tiff3DIO().read_images([str(tmp_path / "c_0000.tif")])
+    volume, header = read_image(tmp_path / "c_0000.tif")
+    np.testing.assert_array_equal(volume.array, expected)
+    assert list(header.grid.spacing_zyx_mm) == list(found["spacing"])
+    (tmp_path / "out").mkdir()
+    write_label(tmp_path / "out" / "c.tif", array, header)
+    theirs, found = Tiff3DIO().read_seg(str(tmp_path / "out" / "c.tif"))
+    np.testing.assert_array_equal(theirs[0], array)
+    assert list(found["spacing"]) == properties["spacing"]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16"])
+@pytest.mark.parametrize("ending", [".png", ".bmp", ".tif"])
+def test_flat_images_equal_naturalimage2dio(tmp_path: Path, mode: str, ending: str) -> None:
+    if (ending, mode) in ((".bmp", "RGBA"), (".bmp", "I;16"), (".tif", "P"), (".tif", "1"), (".png", "1")):
+        pytest.skip("not written by Pillow, or read as indices by nnU-Net's reader of this format only")
+    pixels = np.random.default_rng(7).integers(0, 256, (12, 16, 4)).astype(np.uint8)
+    image = {
+        "L": lambda: Image.fromarray(pixels[..., 0]),
+        "RGB": lambda: Image.fromarray(pixels[..., :3]),
+        "RGBA": lambda: Image.fromarray(pixels),
+        "P": lambda: Image.fromarray(pixels[..., :3]).quantize(16),
+        "1": lambda: Image.fromarray(pixels[..., 0] > 99),
+        "I;16": lambda: Image.fromarray(pixels[..., 0].astype(np.uint16) * 200),
+    }[mode]()
+    path = tmp_path / f"c_0000{ending}"
+    image.save(path)
+    expected, properties = NaturalImage2DIO().read_images([str(path)])
+    volume, header = read_image(path)
+    np.testing.assert_array_equal(volume.array, expected)
+    assert header.grid.spacing_zyx_mm == properties["spacing"]
+
+
+def test_two_axes_equal_simpleitkio(tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(np.random.default_rng(7).random((12, 16), dtype=np.float32))
+    image.SetSpacing((0.5, 0.7))
+    for name in ("a.nii.gz", "a.nrrd", "a.mha"):
+        sitk.WriteImage(image, str(tmp_path / name))
+        expected, properties = SimpleITKIO().read_images([str(tmp_path / name)])
+        volume, header = read_image(tmp_path / name)
+        np.testing.assert_array_equal(volume.array, expected)
+        np.testing.assert_allclose(header.grid.spacing_zyx_mm, properties["spacing"], rtol=1e-6)
