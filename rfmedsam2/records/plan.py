@@ -178,7 +178,7 @@ class TrainConfig(Record):
     """Micro-batches per optimizer step."""
     clip_norm: Positive | None = 12.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 if the hardware supports it (GPUs, CPUs with AMX or AVX512-BF16), else fp16 on a GPU, fp32 elsewhere."""
+    """auto: bf16 if the hardware supports it (GPUs, CPUs with AMX, AVX512-BF16), else fp16 on GPUs, fp32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, if a trial step succeeds."""
     seed: Whole = 0
