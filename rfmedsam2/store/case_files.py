@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rfmedsam2.errors import RfMedSamError, shortlist
 from rfmedsam2.records.verify import Fault
-from rfmedsam2.store.formats.dicom import is_dicom_folder
+from rfmedsam2.store.formats.dicom_files import is_dicom_folder
 from rfmedsam2.store.images import image_ending, read_header
 
 _SUFFIXED = re.compile(r"(.+)_(\d{4})")

@@ -14,7 +14,8 @@ import numpy as np
 
 from rfmedsam2.errors import GeometryError, ImageError, UsageError
 from rfmedsam2.store.formats.detached import data_files
-from rfmedsam2.store.formats.dicom import dicom_files, is_dicom_file, read_dicom, read_dicom_header
+from rfmedsam2.store.formats.dicom import read_dicom, read_dicom_header
+from rfmedsam2.store.formats.dicom_files import dicom_files, is_dicom_file
 from rfmedsam2.store.formats.image_header import (
     ImageHeader,
     grids_differ,

@@ -18,7 +18,7 @@ from rfmedsam2.store.case_files import (
     grouped,
     list_images,
 )
-from rfmedsam2.store.formats.dicom import is_dicom_file, is_dicom_folder
+from rfmedsam2.store.formats.dicom_files import is_dicom_file, is_dicom_folder
 from rfmedsam2.store.formats.image_header import require_ordinary_file
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending
 
