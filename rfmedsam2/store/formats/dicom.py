@@ -16,7 +16,7 @@ import numpy as np
 
 from rfmedsam2.errors import GeometryError, ImageError
 from rfmedsam2.geometry import Grid
-from rfmedsam2.store.formats.dicom_files import dicom_files, text
+from rfmedsam2.store.formats.dicom_files import dicom_files, is_dicom_file, text
 from rfmedsam2.store.formats.dicom_pixels import stored_values
 from rfmedsam2.store.formats.dicom_rescale import result_type
 from rfmedsam2.store.formats.dicom_slices import NoSlicesError, Slice, slices_of
@@ -102,7 +102,7 @@ def _sorted_slices(path: Path) -> list[Slice]:
 def _image_slices(path: Path) -> list[Slice]:
     """The slices of all files of a folder, or of one file; doses beside their CT are left out."""
     files = dicom_files(path)
-    _check_names(path, files)
+    _check_are_dicom(path, files)
     slices: list[Slice] = []
     others: list[NoSlicesError] = []
     for file in files:
@@ -128,19 +128,21 @@ def _image_slices(path: Path) -> list[Slice]:
     return images
 
 
-def _check_names(path: Path, files: Sequence[Path]) -> None:
-    """Refuse a folder with a .dcm file that is not DICOM: a damaged first or last slice would not be missed."""
-    if not path.is_dir():
-        return
-    known = set(files)
-    for file in sorted(path.iterdir()):
-        if file.suffix.lower() == ".dcm" and not file.name.startswith(".") and file not in known and file.is_file():
-            raise ImageError(
-                "A file of the DICOM series is not a DICOM file",
-                where=file,
-                found=f"{file.stat().st_size} bytes of something else",
-                remedy="Copy or export it again, or move it out of the folder",
-            )
+def _check_are_dicom(path: Path, files: Sequence[Path]) -> None:
+    """Refuse what is not DICOM: a damaged .dcm file at an end of the series would not be missed."""
+    if path.is_dir():
+        named = {f for f in path.iterdir() if f.suffix.lower() == ".dcm" and not f.name.startswith(".") and f.is_file()}
+        wrong = sorted(named - set(files))
+    else:
+        wrong = [file for file in files if not is_dicom_file(file)]
+    if wrong:
+        raise ImageError(
+            "The file is not a DICOM file",
+            where=wrong[0],
+            expected='"DICM" after 128 bytes, or the elements of a DICOM file without preamble',
+            found=f"{wrong[0].stat().st_size} bytes of something else",
+            remedy="Copy or export it again" + (", or move it out of the folder" if path.is_dir() else ""),
+        )
 
 
 def _without_copies(slices: Sequence[Slice]) -> list[Slice]:
@@ -165,12 +167,12 @@ def _check_alike(path: Path, slices: Sequence[Slice]) -> None:
     for other in slices[1:]:
         for what, one, two, near in (
             ("size in pixels (y, x)", first.layout.size_yx, other.layout.size_yx, 0.0),
-            ("number of channels", first.rescale.channels, other.rescale.channels, 0.0),
+            ("number of channels", (first.rescale.channels,), (other.rescale.channels,), 0.0),
             ("orientation", first.orientation, other.orientation, 1e-3),
             # rounded spacings: the far corner moves by less than half a pixel
             ("pixel spacing", first.spacing_yx, other.spacing_yx, max(1e-3, 0.5 * min(first.spacing_yx) / across)),
         ):
-            if not np.allclose(one, two, rtol=0, atol=near):
+            if any(abs(a - b) > near for a, b in zip(one, two, strict=True)):
                 raise ImageError(
                     f"The slices of the series differ in {what}",
                     where=path,

@@ -108,29 +108,20 @@ def dicom_files(path: Path) -> list[Path]:
 
 
 def read_dicom_file(path: Path) -> DicomFile:
-    """Read the elements of one file, and where its pixels are.
+    """Read the elements of a DICOM file, and where its pixels are.
 
     Raises:
-        ImageError: not a DICOM file, or damaged.
+        ImageError: the file is damaged.
     """
-    with parsing(path):
-        if not is_dicom_file(path):
-            raise ImageError(
-                "The file is not a DICOM file",
-                where=path,
-                expected='"DICM" after 128 bytes, or the elements of a DICOM file without preamble',
-                found=f"{path.stat().st_size} bytes of something else",
-                remedy="Copy or export the file again",
-            )
-        with path.open("rb") as stream:
-            data = pydicom.dcmread(stream, force=True, stop_before_pixels=True, specific_tags=_TAGS)
-            deflated = syntax_of(data) == DeflatedExplicitVRLittleEndian
-            return DicomFile(
-                path=path,
-                data=data,
-                native=None if deflated else _native_pixels(stream, data),
-                has_pixels=deflated or len(stream.read(1)) > 0,
-            )
+    with parsing(path), path.open("rb") as stream:
+        data = pydicom.dcmread(stream, force=True, stop_before_pixels=True, specific_tags=_TAGS)
+        deflated = syntax_of(data) == DeflatedExplicitVRLittleEndian
+        return DicomFile(
+            path=path,
+            data=data,
+            native=None if deflated else _native_pixels(stream, data),
+            has_pixels=deflated or len(stream.read(1)) > 0,
+        )
 
 
 def syntax_of(data: FileDataset) -> str:

@@ -6,6 +6,7 @@ of nuclear medicine, frame offsets of doses, or one position and the spacing bet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,18 +188,18 @@ def _plain_frames(layout: PixelFormat) -> list[Slice]:
         raise _placeless(layout.file, f"{layout.frames} frames, {lacks}" if layout.frames > 1 else lacks)
     start = np.array(_triple(place, "ImagePositionPatient", path))
     orientation = _orientation(place, "ImageOrientationPatient", path)
-    normal = np.cross(orientation[:3], orientation[3:])
     return [
         _slice(layout, index, position=_floats(point), orientation=orientation, measure=data, scale=data)
-        for index, point in enumerate(_frame_positions(layout, start, normal))
+        for index, point in enumerate(_frame_positions(layout, start, orientation))
     ]
 
 
-def _frame_positions(layout: PixelFormat, start: np.ndarray, normal: np.ndarray) -> list[np.ndarray]:
+def _frame_positions(layout: PixelFormat, start: np.ndarray, orientation: Sequence[float]) -> list[np.ndarray]:
     """Positions (3,) of all frames of a file without functional groups."""
     data, path = layout.file.data, layout.file.path
     if layout.frames == 1:
         return [start]
+    normal = np.cross(orientation[:3], orientation[3:])
     offsets = numbers(data, "GridFrameOffsetVector", where=path)
     if len(offsets) == layout.frames:
         if offsets[0] == 0:
@@ -275,7 +276,7 @@ def _floats(point: np.ndarray) -> tuple[float, float, float]:
 
 def _orientation(data: Any, keyword: str, path: Path) -> tuple[float, ...]:
     values = numbers(data, keyword, where=path)
-    lengths = [float(np.linalg.norm(values[at : at + 3])) for at in (0, 3)]
+    lengths = [math.hypot(*values[at : at + 3]) for at in (0, 3)]
     if len(values) != 6 or not all(0.9 < length < 1.1 for length in lengths):
         raise _without(keyword, "two unit vectors of three numbers each", values, path)
     return tuple(value / lengths[at // 3] for at, value in enumerate(values))
