@@ -207,7 +207,7 @@ def _frame_positions(layout: PixelFormat, start: np.ndarray, orientation: Sequen
         # then the offsets are the z of transverse planes (PS3.3 C.8.8.3.2)
         return [np.array([start[0], start[1], offset]) for offset in offsets]
     spacing = number(data, "SpacingBetweenSlices", 0.0, where=path)
-    pointer = data.get("FrameIncrementPointer") or []
+    pointer: Any = data.get("FrameIncrementPointer") or []
     running = {int(tag) for tag in (pointer if hasattr(pointer, "__iter__") else [pointer])}
     if running & _IN_TIME:
         raise _placeless(layout.file, f"{layout.frames} frames that follow each other in time (FrameIncrementPointer)")

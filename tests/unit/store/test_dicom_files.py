@@ -1,0 +1,308 @@
+"""DICOM files as scanners and other programs write them: encodings, places of slices, and what is not an image."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence as Items
+from pydicom.tag import Tag
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, UltrasoundImageStorage
+
+from rfmedsam2.errors import GeometryError, ImageError
+from rfmedsam2.store.formats.dicom_files import is_dicom_file
+from rfmedsam2.store.images import read_header, read_image, read_label
+from rfmedsam2.store.input_discovery import find_cases
+from tests.support.dicom_series import STORED, ct_slice, enhanced, frames, item, save, save_series
+
+HU = STORED.astype(np.int64) - 1024
+
+
+def read(path: Path) -> np.ndarray:
+    """Voxels (Z,Y,X) of a series that lies where `ct_slice` says."""
+    volume, header = read_image(path)
+    assert volume.grid.spacing_zyx_mm == pytest.approx((2.5, 0.8, 0.7))
+    assert volume.grid.origin_xyz_mm == pytest.approx((-10, -20, 30))
+    assert np.allclose(volume.grid.direction, np.eye(3))
+    assert read_header(path) == header
+    return volume.array[0]
+
+
+# --- without preamble -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["implicit", "explicit", "big endian", "group length", "meta"])
+def test_files_without_preamble(tmp_path: Path, form: str) -> None:
+    for z in range(4):
+        data = ct_slice(z)
+        path = tmp_path / "s" / f"IM{z}"
+        path.parent.mkdir(exist_ok=True)
+        if form == "meta":
+            whole = save(tmp_path / "whole.dcm", data).read_bytes()
+            path.write_bytes(whole[132:])
+            continue
+        del data.file_meta
+        implicit, little = form in ("implicit", "group length"), form != "big endian"
+        if not little:
+            data.PixelData = STORED[z].byteswap().tobytes()
+        if form == "group length":
+            data.add_new(0x00080000, "UL", 300)
+        pydicom.dcmwrite(path, data, implicit_vr=implicit, little_endian=little, enforce_file_format=False)
+        assert path.read_bytes()[128:132] != b"DICM"
+        assert is_dicom_file(path)
+    np.testing.assert_array_equal(read(tmp_path / "s"), HU)
+    (case,) = find_cases(tmp_path / "s", channels=1, file_ending=".nii.gz")
+    assert case.images == (tmp_path / "s",)
+
+
+def test_other_files_are_not_taken_for_dicom(tmp_path: Path) -> None:
+    contents = [
+        b"",
+        b"\x08\x00",
+        np.arange(8, 200, dtype="<i4").tobytes(),
+        np.array([8, 4, 1, 7, 7, 7], "<i4").tobytes(),
+        b"\x89PNG\r\n\x1a\n" + bytes(40),
+        b"II*\x00\x08\x00\x00\x00" + bytes(40),
+        b"\x00\x05\x16\x07\x00\x02\x00\x00" + bytes(120),
+        b"{}" * 100,
+    ]
+    for number, content in enumerate(contents):
+        path = tmp_path / str(number)
+        path.write_bytes(content)
+        assert not is_dicom_file(path)
+
+
+# --- files that do not belong to the volume ---------------------------------------------------------------------------
+
+
+def test_other_objects_in_the_folder_are_left_out(tmp_path: Path) -> None:
+    folder = save_series(tmp_path / "s", ct_slice)
+    others: dict[str, dict[str, Any]] = {
+        "screen": {"Modality": "OT", "ImagePositionPatient": None, "ImageOrientationPatient": None},
+        "report": {"Modality": "SR", "Rows": None, "PixelData": None},
+        "segments": {"Modality": "SEG"},
+    }
+    for name, changes in others.items():
+        save(folder / f"{name}.dcm", ct_slice(SeriesInstanceUID="1.9", **changes))
+    dose = {"Modality": "RTDOSE", "SeriesInstanceUID": "1.8", "GridFrameOffsetVector": [0, 1, 2, 3]}
+    save(folder / "dose.dcm", frames(DoseGridScaling=0.1, **dose))
+    (folder / "._99.dcm").write_bytes(b"\x00\x05\x16\x07")
+    (folder / "Thumbs.db").write_bytes(b"junk")
+    np.testing.assert_array_equal(read(folder), HU)
+
+
+def test_copies_of_slices_are_read_once(tmp_path: Path) -> None:
+    folder = save_series(tmp_path / "s", ct_slice)
+    for path in list(folder.iterdir()):
+        shutil.copy(path, folder / f"{path.stem} (1).dcm")
+    np.testing.assert_array_equal(read(folder), HU)
+    other = ct_slice(1, stored=STORED[2])
+    other.SOPInstanceUID = pydicom.dcmread(folder / "98.dcm").SOPInstanceUID
+    save(folder / "98 (1).dcm", other)
+    with pytest.raises(ImageError, match="same position"):
+        read_image(folder)
+
+
+def test_slices_that_all_have_one_sop_instance_uid_are_kept(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(read(save_series(tmp_path, lambda z: ct_slice(z, SOPInstanceUID="1.2.3.4"))), HU)
+
+
+def test_a_dcm_file_that_is_not_dicom_is_named(tmp_path: Path) -> None:
+    folder = save_series(tmp_path / "s", ct_slice)
+    (folder / "96.dcm").write_bytes(b"")  # the last slice: its place would not be missed
+    with pytest.raises(ImageError, match=r"not a DICOM file.*96\.dcm.*0 bytes"):
+        read_image(folder)
+    with pytest.raises(ImageError, match=r"not a DICOM file.*96\.dcm.*0 bytes"):
+        read_header(folder / "96.dcm")
+
+
+def test_a_slice_of_the_series_without_position_is_named(tmp_path: Path) -> None:
+    folder = save_series(tmp_path / "s", lambda z: ct_slice(z, **({"ImagePositionPatient": None} if z == 3 else {})))
+    with pytest.raises(ImageError, match=r"does not say where.*96\.dcm"):
+        read_image(folder)
+
+
+def test_dicom_segmentation_is_named_for_what_it_is(tmp_path: Path) -> None:
+    segments = Items([item(SegmentLabel="liver"), item(SegmentLabel="left kidney ")])
+    path = save(tmp_path / "case.dcm", ct_slice(Modality="SEG", SegmentSequence=segments))
+    with pytest.raises(
+        ImageError, match=r"segmentation \(DICOM-SEG\).*2 segment\(s\): liver, left kidney\. Convert it"
+    ):
+        read_label(path)
+
+
+NOT_IMAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "contours": ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.481.3", "Modality": "RTSTRUCT"}, "RT Structure Set Storage"),
+    "report": ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11", "Modality": "SR"}, "Basic Text SR Storage"),
+    "DICOMDIR": ({"SOPClassUID": "1.2.840.10008.1.3.10", "Modality": None}, "Media Storage Directory"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_IMAGES)
+def test_other_objects_are_named_for_what_they_are(tmp_path: Path, name: str) -> None:
+    changes, kind = NOT_IMAGES[name]
+    path = save(tmp_path / "x.dcm", ct_slice(Rows=None, PixelData=None, **changes))
+    with pytest.raises(ImageError, match=f"holds no image.*{kind}"):
+        read_image(path)
+
+
+# --- multi-frame files without functional groups ----------------------------------------------------------------------
+
+
+def test_frames_with_one_position_and_a_spacing(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(read(save(tmp_path / "a.dcm", frames(SpacingBetweenSlices=2.5))), HU)
+
+
+def nuclear(**changes: Any) -> Dataset:
+    detector = item(ImagePositionPatient=[-10, -20, 30], ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
+    return frames(
+        **{
+            "Modality": "NM",
+            "ImagePositionPatient": None,
+            "ImageOrientationPatient": None,
+            "DetectorInformationSequence": Items([detector]),
+            "SpacingBetweenSlices": 2.5,
+            "FrameIncrementPointer": 0x00540080,
+            "SliceVector": [1, 2, 3, 4],
+            **changes,
+        }
+    )
+
+
+def test_frames_of_nuclear_medicine(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(read(save(tmp_path / "a.dcm", nuclear())), HU)
+    order = [2, 0, 3, 1]
+    shuffled = nuclear(SliceVector=[n + 1 for n in order], stored=STORED[order])
+    np.testing.assert_array_equal(read(save(tmp_path / "b.dcm", shuffled)), HU)
+    down = nuclear(SpacingBetweenSlices=-2.5)
+    volume, _ = read_image(save(tmp_path / "c.dcm", down))
+    np.testing.assert_array_equal(volume.array[0], HU[::-1])
+    assert volume.grid.origin_xyz_mm == (-10, -20, 22.5)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2.5, 5, 7.5], [30, 32.5, 35, 37.5]])
+def test_frames_of_a_dose(tmp_path: Path, offsets: list[float]) -> None:
+    dose = frames(Modality="RTDOSE", DoseGridScaling=1, GridFrameOffsetVector=offsets)
+    np.testing.assert_array_equal(read(save(tmp_path / "a.dcm", dose)), HU)
+
+
+WITHOUT_PLACE = {
+    "no spacing": (frames(), "without SpacingBetweenSlices"),
+    "film": (
+        frames(SpacingBetweenSlices=2.5, FrameIncrementPointer=0x00181063, FrameTime=40),
+        "follow each other in time",
+    ),
+    "projections": (nuclear(FrameIncrementPointer=[0x00540010, 0x00540020]), "frames that are not slices"),
+    "no position": (
+        frames(SOPClassUID=UltrasoundImageStorage, ImagePositionPatient=None, ImageOrientationPatient=None),
+        "4 frames, no ImagePositionPatient.*Ultrasound Image Storage",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_PLACE)
+def test_frames_without_a_place_end_in_a_sentence(tmp_path: Path, name: str) -> None:
+    data, found = WITHOUT_PLACE[name]
+    path = save(tmp_path / "a.dcm", data)
+    for call in (read_image, read_header):
+        with pytest.raises(ImageError, match=f"does not say where its slices lie.*{found}"):
+            call(path)
+
+
+def test_number_of_functional_groups_must_be_the_number_of_frames(tmp_path: Path) -> None:
+    data = enhanced([(1, 0)] * 4)
+    del data.PerFrameFunctionalGroupsSequence[3]
+    with pytest.raises(ImageError, match="another number of frames"):
+        read_header(save(tmp_path / "a.dcm", data))
+
+
+# --- elements as they come --------------------------------------------------------------------------------------------
+
+
+def raw(data: Dataset, keyword: str, value: bytes, vr: str = "DS") -> Dataset:
+    """Put bytes into an element as they are."""
+    tag = Tag(keyword)
+    data[tag] = RawDataElement(tag, vr, len(value), value, 0, False, True)
+    return data
+
+
+NUMBERS = {
+    "spaces": ("RescaleIntercept", b"  -1024   "),
+    "NUL": ("RescaleIntercept", b"-1024\0"),
+    "exponent": ("RescaleIntercept", b"-1.024E+003 "),
+    "Fortran": ("RescaleIntercept", b"-1.024D+03"),
+    "comma": ("PixelSpacing", b"0,8\\0,7 "),
+    "long": ("PixelSpacing", b"0.80000000000000004\\0.69999999999999996"),
+    "plus": ("RescaleSlope", b"+1.0"),
+    "twice": ("RescaleSlope", b"1\\1 "),
+    "spaces between": ("ImagePositionPatient", None),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of pydicom, when writing
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_decimal_strings_as_scanners_write_them(tmp_path: Path, name: str, syntax: str) -> None:
+    keyword, value = NUMBERS[name]
+
+    def make(z: int) -> Dataset:
+        return raw(ct_slice(z, syntax=syntax), keyword, value or f"-10 \\ -20\\ {30 + 2.5 * z} ".encode())
+
+    np.testing.assert_array_equal(read(save_series(tmp_path, make)), HU)
+
+
+def test_numbers_of_another_vr(tmp_path: Path) -> None:
+    def make(z: int) -> Dataset:
+        data = raw(ct_slice(z), "RescaleIntercept", np.float64(-1024).tobytes(), "FD")
+        raw(data, "PixelSpacing", np.array([0.8, 0.7], "<f4").tobytes(), "FL")
+        return raw(data, "ImagePositionPatient", f"-10\\-20\\{30 + 2.5 * z}".encode(), "UN")
+
+    np.testing.assert_array_equal(read(save_series(tmp_path, make)), HU)
+
+
+BAD_NUMBERS = {
+    "word": ("RescaleSlope", b"one", "RescaleSlope .* not a number.*'one'"),
+    "nan": ("RescaleIntercept", b"nan", "RescaleIntercept .* not a number"),
+    "two": ("RescaleSlope", b"1\\2", "RescaleSlope .* several values"),
+    "infinite place": ("ImagePositionPatient", b"0\\0\\inf", "ImagePositionPatient .* not a number"),
+    "no spacing": ("PixelSpacing", b"", "PixelSpacing with two numbers.*no value"),
+    "one spacing": ("PixelSpacing", b"0.8", "PixelSpacing with two numbers"),
+    "zero orientation": ("ImageOrientationPatient", b"0\\0\\0\\0\\0\\0", "ImageOrientationPatient with two unit"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", BAD_NUMBERS)
+def test_what_is_no_number_is_named(tmp_path: Path, name: str) -> None:
+    keyword, value, sentence = BAD_NUMBERS[name]
+    folder = save_series(tmp_path / "s", lambda z: raw(ct_slice(z), keyword, value) if z == 2 else ct_slice(z))
+    for call in (read_image, read_header):
+        with pytest.raises((ImageError, GeometryError), match=sentence):
+            call(folder)
+
+
+def test_pixel_spacings_rounded_differently_are_one_volume(tmp_path: Path) -> None:
+    folder = save_series(tmp_path / "s", lambda z: ct_slice(z, PixelSpacing=[0.8 + 2e-4 * z, 0.7]))
+    np.testing.assert_array_equal(read_image(folder)[0].array[0], HU)
+    folder = save_series(tmp_path / "t", lambda z: ct_slice(z, PixelSpacing=[0.8 + 0.1 * z, 0.7]))
+    with pytest.raises(ImageError, match="differ in pixel spacing"):
+        read_image(folder)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRBigEndian, ExplicitVRLittleEndian])
+def test_cut_pixels_are_refused(tmp_path: Path, syntax: str) -> None:
+    folder = save_series(tmp_path / "s", lambda z: ct_slice(z, syntax=syntax))
+    whole = (folder / "98.dcm").read_bytes()
+    for length in (len(whole) - 2, len(whole) - 126):
+        (folder / "98.dcm").write_bytes(whole[:length])
+        with pytest.raises(ImageError, match=r"98\.dcm"):
+            read_image(folder)
+    save(folder / "98.dcm", ct_slice(1, PixelData=STORED[1].tobytes()[:-2]))
+    with pytest.raises(ImageError, match=r"pixel data are too short.*98\.dcm.*126 bytes.*124"):
+        read_image(folder)
