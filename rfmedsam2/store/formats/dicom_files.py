@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pydicom
-from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileDataset
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from rfmedsam2.errors import ImageError
@@ -36,7 +38,7 @@ _KEYWORDS = (
     "SegmentedBluePaletteColorLookupTableData DetectorInformationSequence SliceVector GridFrameOffsetVector "
     "DoseGridScaling SegmentSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
 )
-_TAGS: list[Any] = [tag_for_keyword(keyword) for keyword in _KEYWORDS.split()]
+_TAGS: list[Any] = [Tag(keyword) for keyword in _KEYWORDS.split()]
 
 
 class NativePixels(NamedTuple):
@@ -147,7 +149,7 @@ def _native_pixels(stream: BinaryIO, data: FileDataset) -> NativePixels | None:
 
 def text(data: Any, keyword: str) -> str:
     """Value of a text element without padding; empty if it is missing or empty."""
-    element = data.get_item(tag_for_keyword(keyword))
+    element = data.get_item(_tag(keyword))
     value = None if element is None else element.value
     return value.decode("utf-8", "replace").strip(" \0\t\r\n") if isinstance(value, bytes) else str(value or "")
 
@@ -158,11 +160,11 @@ def numbers(data: Any, keyword: str, *, where: object) -> tuple[float, ...]:
     Raises:
         ImageError: text that is not a number, or is not finite.
     """
-    tag = tag_for_keyword(keyword)
+    tag = _tag(keyword)
     element = data.get_item(tag)
     if element is None:
         return ()
-    strings = dictionary_VR(tag) in ("DS", "IS") and element.VR in (None, "DS", "IS", "UN", "LO", "SH", "CS")
+    strings = _is_string(tag) and element.VR in (None, "DS", "IS", "UN", "LO", "SH", "CS")
     if strings and isinstance(element, RawDataElement):
         written = text(data, keyword)
         values = [part.strip(" \0\t\r\n") for part in written.split("\\")] if written else []
@@ -181,6 +183,17 @@ def numbers(data: Any, keyword: str, *, where: object) -> tuple[float, ...]:
             remedy="Correct this element, or export the file again",
         )
     return found
+
+
+@cache
+def _tag(keyword: str) -> BaseTag:
+    return Tag(keyword)
+
+
+@cache
+def _is_string(tag: BaseTag) -> bool:
+    """Whether numbers of this element are written as text."""
+    return dictionary_VR(tag) in ("DS", "IS")
 
 
 def _several(value: object) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydicom.uid import UID
 
-from rfmedsam2.errors import GeometryError, ImageError
+from rfmedsam2.errors import GeometryError, ImageError, shortlist
 from rfmedsam2.store.formats.dicom_files import DicomFile, number, numbers, read_dicom_file, text
 from rfmedsam2.store.formats.dicom_pixels import PixelFormat, pixel_format
 from rfmedsam2.store.formats.dicom_rescale import Rescale, rescale_of
@@ -114,12 +114,12 @@ def _require_image(file: DicomFile) -> None:
     modality, series = text(data, "Modality"), text(data, "SeriesInstanceUID")
     if modality == "SEG":
         segments = data.get("SegmentSequence") or []
-        names = ", ".join(text(segment, "SegmentLabel") or "without name" for segment in segments[:8])
+        names = shortlist(text(segment, "SegmentLabel") or "without name" for segment in segments)
         raise NoSlicesError(
             "The DICOM file is a segmentation (DICOM-SEG), which is not read",
             series=series,
             where=file.path,
-            found=f"{len(segments)} segment(s): {names}{' ...' if len(segments) > 8 else ''}",
+            found=f"{len(segments)} segment(s): {names}",
             remedy=_CONVERT,
         )
     if "Rows" not in data:

@@ -123,7 +123,8 @@ def test_a_dcm_file_that_is_not_dicom_is_named(tmp_path: Path) -> None:
 
 
 def test_a_slice_of_the_series_without_position_is_named(tmp_path: Path) -> None:
-    folder = save_series(tmp_path / "s", lambda z: ct_slice(z, **({"ImagePositionPatient": None} if z == 3 else {})))
+    folder = save_series(tmp_path / "s", ct_slice)
+    save(folder / "96.dcm", ct_slice(3, ImagePositionPatient=None))
     with pytest.raises(ImageError, match=r"does not say where.*96\.dcm"):
         read_image(folder)
 
