@@ -7,6 +7,7 @@ exponents and more than 16 characters, each with one possible meaning.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pydicom
 from pydicom.datadict import dictionary_VR
-from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileDataset
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian
@@ -26,6 +26,13 @@ _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
 _FIRST_VRS = {b"UL", b"CS", b"UI", b"DA", b"TM", b"LO", b"SH", b"OB", b"DT"}
 _LONG_VRS = {b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"UN"}
 _UNDEFINED = 0xFFFFFFFF
+_PADDING = " \0\t\r\n"
+
+_BINARY = {"US": ("H", 2), "SS": ("h", 2), "UL": ("I", 4), "SL": ("i", 4), "FL": ("f", 4), "FD": ("d", 8)}
+"""Format letter of `struct` and bytes per value of each binary VR."""
+
+_TEXT = {"DS", "IS", "LO", "SH", "CS", "ST", "LT", "UT", "UC"}
+"""VRs of text that may hold numbers."""
 
 _KEYWORDS = (
     "SpecificCharacterSet SOPClassUID SOPInstanceUID Modality SeriesDescription SliceThickness SpacingBetweenSlices "
@@ -151,35 +158,27 @@ def text(data: Any, keyword: str) -> str:
     """Value of a text element without padding; empty if it is missing or empty."""
     element = data.get_item(_tag(keyword))
     value = None if element is None else element.value
-    return value.decode("utf-8", "replace").strip(" \0\t\r\n") if isinstance(value, bytes) else str(value or "")
+    return value.decode("utf-8", "replace").strip(_PADDING) if isinstance(value, bytes) else str(value or "")
 
 
 def numbers(data: Any, keyword: str, *, where: object) -> tuple[float, ...]:
-    """Values of a number element of any VR; () if it is missing or empty.
+    """Values of a number element, whatever its VR; () if it is missing or empty.
 
     Raises:
         ImageError: text that is not a number, or is not finite.
     """
-    tag = _tag(keyword)
-    element = data.get_item(tag)
-    if element is None:
+    element = data.get_item(_tag(keyword))
+    if element is None or element.value in (None, "", b""):
         return ()
-    strings = _is_string(tag) and element.VR in (None, "DS", "IS", "UN", "LO", "SH", "CS")
-    if strings and isinstance(element, RawDataElement):
-        written = text(data, keyword)
-        values = [part.strip(" \0\t\r\n") for part in written.split("\\")] if written else []
-    else:
-        value = data[tag].value
-        written, values = str(value), ([] if value in (None, "") else value if _several(value) else [value])
     try:
-        found = tuple(_number(value) for value in values)
-    except (TypeError, ValueError):
+        found = _raw_numbers(element) if isinstance(element.value, bytes) else _listed(element.value)
+    except (struct.error, TypeError, ValueError):
         found = (math.nan,)
-    if not all(math.isfinite(value) for value in found):
+    if not all(map(math.isfinite, found)):
         raise ImageError(
             f"{keyword} of the DICOM file is not a number",
             where=where,
-            found=repr(written[:80]),
+            found=repr(text(data, keyword)[:80]),
             remedy="Correct this element, or export the file again",
         )
     return found
@@ -190,22 +189,33 @@ def _tag(keyword: str) -> BaseTag:
     return Tag(keyword)
 
 
-@cache
-def _is_string(tag: BaseTag) -> bool:
-    """Whether numbers of this element are written as text."""
-    return dictionary_VR(tag) in ("DS", "IS")
+_known_vr = cache(dictionary_VR)
 
 
-def _several(value: object) -> bool:
-    return hasattr(value, "__iter__") and not isinstance(value, str | bytes)
+def _raw_numbers(element: Any) -> tuple[float, ...]:
+    """Values of an element whose bytes pydicom has not converted."""
+    # no VR, or UN: what the dictionary says
+    vr = element.VR if element.VR in _BINARY or element.VR in _TEXT else _known_vr(element.tag)
+    if vr in _BINARY:
+        kind, size = _BINARY[vr]
+        order = "<" if element.is_little_endian else ">"
+        return struct.unpack(f"{order}{len(element.value) // size}{kind}", element.value)
+    written = element.value.decode("ascii").strip(_PADDING)
+    return tuple(_number(part) for part in written.split("\\")) if written else ()
 
 
-def _number(value: Any) -> float:
+def _listed(value: Any) -> tuple[float, ...]:
+    several = hasattr(value, "__iter__") and not isinstance(value, str)
+    return tuple(float(part) for part in value) if several else (float(value),)
+
+
+def _number(written: str) -> float:
     """A number; a decimal comma and Fortran's exponent D have one possible meaning only."""
-    if not isinstance(value, str):
-        return float(value)
-    plain = value.replace(" ", "").lower().replace("d", "e")
-    return float(plain if "." in plain else plain.replace(",", ".", 1))
+    try:
+        return float(written.strip(_PADDING))
+    except ValueError:
+        plain = written.strip(_PADDING).replace(" ", "").lower().replace("d", "e")
+        return float(plain if "." in plain else plain.replace(",", ".", 1))
 
 
 def number(data: Any, keyword: str, default: float, *, where: object) -> float:

@@ -150,7 +150,7 @@ def stored_values(layout: PixelFormat, frames: Sequence[int]) -> Iterator[np.nda
             expected=f"{shape} (frames, y, x, values)",
             found=values.shape,
         )
-    values = values.reshape(shape).astype(layout.dtype, copy=False)
+    values = values.reshape(shape).astype(layout.dtype, copy=not values.flags.writeable)
     yield from (_significant(values[frame], layout) for frame in frames)
 
 
@@ -184,12 +184,17 @@ def _plain_frame(layout: PixelFormat, frame: int) -> np.ndarray:
 
 
 def _significant(values: np.ndarray, layout: PixelFormat) -> np.ndarray:
-    """The values without bits that do not belong to them (overlays of old files), with their sign."""
+    """The values without bits that do not belong to them (overlays of old files), with their sign; changes `values`."""
     unused = 8 * layout.dtype.itemsize - layout.bits_stored
     if layout.dtype.kind == "f" or not unused:
         return values
-    # the shift to the right repeats the sign
-    return (values << (8 * layout.dtype.itemsize - 1 - layout.high_bit)) >> unused
+    above = 8 * layout.dtype.itemsize - 1 - layout.high_bit
+    if layout.dtype.kind == "u" and above == unused:
+        values &= 2**layout.bits_stored - 1
+    else:
+        values <<= above
+        values >>= unused  # repeats the sign
+    return values
 
 
 def _decoded(layout: PixelFormat) -> np.ndarray:

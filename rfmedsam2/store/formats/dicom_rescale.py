@@ -53,7 +53,7 @@ class Rescale:
 
     @property
     def fractional(self) -> bool:
-        """Whether results may be no whole numbers."""
+        """Whether results may have a fractional part."""
         return self.layout.dtype.kind == "f" or not (self.slope.is_integer() and self.intercept.is_integer())
 
     @property
@@ -98,7 +98,7 @@ def rescale_of(group: Any, layout: PixelFormat) -> Rescale:
     """The transform that a dataset, or a frame's functional group, states.
 
     Raises:
-        ImageError: a slope or intercept that is no number, or a damaged table.
+        ImageError: a slope or intercept is not a number, or a table is damaged.
     """
     data, path = layout.file.data, layout.file.path
     if layout.samples > 1:

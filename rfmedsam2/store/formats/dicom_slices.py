@@ -33,7 +33,7 @@ _REMEDIES = {
 
 
 class NoSlicesError(ImageError):
-    """A DICOM file without slices of a volume: a segmentation, contours, a report, a film, a picture.
+    """A DICOM file without slices of a volume: a segmentation, contours, a report, frames in time, a screenshot.
 
     Args:
         what: what the file is.
