@@ -7,6 +7,7 @@ exponents and more than 16 characters, each with one possible meaning.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from dataclasses import dataclass
 from functools import cache
@@ -64,12 +65,14 @@ class DicomFile:
         path: the file.
         data: the elements; pixels are not among them.
         native: where uncompressed pixel values lie; None for other pixels.
+        size: bytes of the file.
         has_pixels: whether there are pixels of any kind.
     """
 
     path: Path
     data: FileDataset
     native: NativePixels | None
+    size: int
     has_pixels: bool
 
     @property
@@ -129,6 +132,7 @@ def read_dicom_file(path: Path) -> DicomFile:
             path=path,
             data=data,
             native=None if deflated else _native_pixels(stream, data),
+            size=os.fstat(stream.fileno()).st_size,
             has_pixels=deflated or len(stream.read(1)) > 0,
         )
 

@@ -134,16 +134,24 @@ def result_type(rescales: Sequence[Rescale]) -> np.dtype:
 
 def _palette(layout: PixelFormat) -> Rescale:
     data, columns, first = layout.file.data, [], 0
+    if "RedPaletteColorLookupTableDescriptor" not in data:
+        raise ImageError("The DICOM file is in PALETTE COLOR, but has no color table", where=layout.file.path)
     if "RedPaletteColorLookupTableData" not in data:
         count, first, bits = _descriptor(layout, data.RedPaletteColorLookupTableDescriptor)
         if count > 2**bits:  # pydicom counts entries in their own type
             raise ImageError("The color table of the DICOM file is not supported", where=layout.file.path)
-        return Rescale(layout=layout, table=apply_color_lut(np.arange(first, first + count), data)[:, :3], first=first)
+        colors = apply_color_lut(np.arange(first, first + count), data)[:, :3]
+        return Rescale(layout=layout, table=_as_displayed(layout, colors), first=first)
     for color in ("Red", "Green", "Blue"):
         descriptor = data[f"{color}PaletteColorLookupTableDescriptor"].value
         column, first = _table(layout, descriptor, data[f"{color}PaletteColorLookupTableData"].value)
         columns.append(column)
-    return Rescale(layout=layout, table=np.stack(columns, axis=1), first=first)
+    return Rescale(layout=layout, table=_as_displayed(layout, np.stack(columns, axis=1)), first=first)
+
+
+def _as_displayed(layout: PixelFormat, colors: np.ndarray) -> np.ndarray:
+    """Colors of 8 bits for indices of 8 bits, as ITK gives them, also where the table has 16."""
+    return colors >> 8 if layout.dtype.itemsize == 1 and colors.max() > 255 else colors
 
 
 def _descriptor(layout: PixelFormat, descriptor: Any) -> tuple[int, int, int]:

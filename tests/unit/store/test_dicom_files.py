@@ -13,7 +13,13 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
 from pydicom.tag import Tag
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, UltrasoundImageStorage
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+    UltrasoundImageStorage,
+)
 
 from rfmedsam2.errors import GeometryError, ImageError
 from rfmedsam2.store.formats.dicom_files import is_dicom_file
@@ -214,6 +220,38 @@ def test_frames_without_a_place_end_in_a_sentence(tmp_path: Path, name: str) -> 
     for call in (read_image, read_header):
         with pytest.raises(ImageError, match=f"does not say where its slices lie.*{found}"):
             call(path)
+
+
+@pytest.mark.parametrize(("keyword", "value"), [("NumberOfFrames", 10**9), ("Rows", 65535)])
+def test_a_header_that_states_more_pixels_than_there_are_is_refused_at_once(
+    tmp_path: Path, keyword: str, value: int
+) -> None:
+    compressed = frames(SpacingBetweenSlices=2.5)
+    compressed.compress(RLELossless)
+    for name, data in (("plain", frames(SpacingBetweenSlices=2.5)), ("packed", compressed)):
+        setattr(data, keyword, value)
+        path = save(tmp_path / f"{name}.dcm", data)
+        with pytest.raises(ImageError, match=name):
+            read_image(path)
+
+
+def test_compressed_pixels_under_an_uncompressed_syntax_are_refused(tmp_path: Path) -> None:
+    data = ct_slice()
+    data.compress(RLELossless)
+    path = save(tmp_path / "a.dcm", data)
+    wrong = path.read_bytes().replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0", 1)
+    path.write_bytes(wrong)
+    with pytest.raises(ImageError, match="are compressed, but its transfer syntax is not"):
+        read_image(path)
+
+
+def test_cut_compressed_pixels_are_refused(tmp_path: Path) -> None:
+    data = frames(SpacingBetweenSlices=2.5)
+    data.compress(RLELossless)
+    path = save(tmp_path / "a.dcm", data)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.warns(UserWarning, match="End of file"), pytest.raises(ImageError, match="ends within its pixels"):
+        read_image(path)
 
 
 def test_number_of_functional_groups_must_be_the_number_of_frames(tmp_path: Path) -> None:
