@@ -9,7 +9,7 @@ from __future__ import annotations
 import filecmp
 import logging
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 _EVEN_TOLERANCE = 0.05
 """Tolerance of slice distances, as a fraction of the usual one (positions are stored with few digits)."""
+
+_MOST_LOOKED_AT = 10_000
+"""Files and folders that are looked at to find a series below a folder without DICOM files."""
 
 
 def read_dicom_header(path: Path) -> ImageHeader:
@@ -120,12 +123,20 @@ def _image_slices(path: Path) -> list[Slice]:
             where=path,
             expected="DICOM slices with positions",
             found=f"{len(files)} DICOM file(s). {kinds}" if others else "no DICOM file",
+            remedy=None if files else _deeper(path),
         )
     series = {s.series for s in images}
     for error in others:
         if error.image and error.series in series:
             raise error
     return images
+
+
+def _deeper(folder: Path) -> str | None:
+    """A remedy that names the first folder of DICOM files below one that has none."""
+    below = (p for p in islice(folder.rglob("*"), _MOST_LOOKED_AT) if is_dicom_file(p))
+    found = next(below, None)
+    return None if found is None else f"Give the folder of the series: {found.parent}"
 
 
 def _check_are_dicom(path: Path, files: Sequence[Path]) -> None:

@@ -277,7 +277,7 @@ def _decoded(layout: PixelFormat) -> np.ndarray:
 
 
 def _is_hard_rle(layout: PixelFormat) -> bool:
-    """Whether GDCM refuses (odd number of pixels) or mixes up (colors of more than 8 bits) run-length encoded pixels."""
+    """Whether GDCM refuses run lengths (odd number of pixels) or mixes them up (colors of more than 8 bits)."""
     return layout.size_yx[0] * layout.size_yx[1] % 2 == 1 or (layout.samples > 1 and layout.dtype.itemsize > 1)
 
 

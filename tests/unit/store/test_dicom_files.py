@@ -128,6 +128,12 @@ def test_a_dcm_file_that_is_not_dicom_is_named(tmp_path: Path) -> None:
         read_header(folder / "96.dcm")
 
 
+def test_a_series_in_a_deeper_folder_is_named(tmp_path: Path) -> None:
+    save_series(tmp_path / "patient" / "study" / "series", ct_slice)
+    with pytest.raises(ImageError, match=r"no DICOM file\. Give the folder of the series: .*patient/study/series\."):
+        read_image(tmp_path / "patient")
+
+
 def test_a_slice_of_the_series_without_position_is_named(tmp_path: Path) -> None:
     folder = save_series(tmp_path / "s", ct_slice)
     save(folder / "96.dcm", ct_slice(3, ImagePositionPatient=None))
