@@ -109,11 +109,16 @@ def rescale_of(group: Any, layout: PixelFormat) -> Rescale:
         item = data.ModalityLUTSequence[0]
         table, first = _table(layout, item.LUTDescriptor, item.LUTData)
         return Rescale(layout=layout, table=table, first=first)
-    return Rescale(
-        layout=layout,
-        slope=number(group, "RescaleSlope", number(data, "DoseGridScaling", 1.0, where=path), where=path),
-        intercept=number(group, "RescaleIntercept", 0.0, where=path),
-    )
+    slope = number(group, "RescaleSlope", number(data, "DoseGridScaling", 1.0, where=path), where=path)
+    intercept = number(group, "RescaleIntercept", 0.0, where=path)
+    if max(abs(slope * value + intercept) for value in layout.value_range) > float(np.finfo(np.float32).max):
+        raise ImageError(
+            "RescaleSlope and RescaleIntercept of the DICOM file give values beyond every range",
+            where=path,
+            found=f"{slope:g} and {intercept:g}",
+            remedy="Correct these elements, or export the file again",
+        )
+    return Rescale(layout=layout, slope=slope, intercept=intercept)
 
 
 def result_type(rescales: Sequence[Rescale]) -> np.dtype:

@@ -315,6 +315,7 @@ BAD_NUMBERS = {
     "word": ("RescaleSlope", b"one", "RescaleSlope .* not a number.*'one'"),
     "nan": ("RescaleIntercept", b"nan", "RescaleIntercept .* not a number"),
     "two": ("RescaleSlope", b"1\\2", "RescaleSlope .* several values"),
+    "beyond float32": ("RescaleIntercept", b"1e300", "beyond every range.*1e\\+300"),
     "infinite place": ("ImagePositionPatient", b"0\\0\\inf", "ImagePositionPatient .* not a number"),
     "no spacing": ("PixelSpacing", b"", "PixelSpacing with two numbers.*no value"),
     "one spacing": ("PixelSpacing", b"0.8", "PixelSpacing with two numbers"),
