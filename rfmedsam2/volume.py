@@ -13,7 +13,7 @@ from nibabel.spatialimages import SpatialImage
 from typing_extensions import Self
 
 from rfmedsam2.errors import GeometryError, ImageError, UsageError, type_name
-from rfmedsam2.geometry import IDENTITY, Grid, spacing_of, triple_of
+from rfmedsam2.geometry import IDENTITY, Grid, scaled, spacing_of, triple_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +72,8 @@ class Volume:
     def from_nibabel(cls, image: SpatialImage) -> Self:
         """Make a volume from a nibabel image (x, y, z), (x, y, z, C) or (x, y, z, 1, C), scaled by its header.
 
+        The affine is nibabel's; lengths in the meters or micrometers of a NIfTI header become mm.
+
         Raises:
             UsageError: not a nibabel image.
             ImageError: the number of axes is wrong, or voxels are colors or complex numbers.
@@ -84,7 +86,10 @@ class Volume:
             voxels = voxels[:, :, :, 0]
         channels = _channels(voxels.T)
         _, z, y, x = channels.shape
-        return cls(array=channels, grid=Grid.from_affine_ras(np.asarray(image.affine), (z, y, x)))
+        grid = Grid.from_affine_ras(np.asarray(image.affine), (z, y, x))
+        header = image.header
+        unit = unit_mm(int(header["xyzt_units"])) if isinstance(header, nib.Nifti1Header) else 1.0
+        return cls(array=channels, grid=scaled(grid, unit))
 
     def to_nibabel(self) -> nib.Nifti1Image:
         """Convert to a NIfTI image (x, y, z), or (x, y, z, C) for several channels, with this volume's affine."""
@@ -122,6 +127,11 @@ class Volume:
         image.SetOrigin(self.grid.origin_xyz_mm)
         image.SetDirection([cosine for row in self.grid.direction for cosine in row])
         return image
+
+
+def unit_mm(xyzt_units: int) -> float:
+    """The unit of length of a NIfTI header, mm: meters, mm, micrometers; unknown counts as mm, as for ITK."""
+    return {1: 1000.0, 2: 1.0, 3: 0.001}.get(xyzt_units & 7, 1.0)
 
 
 def _channels(array: Any) -> np.ndarray:

@@ -15,6 +15,7 @@ FaultKind = Literal[
     "bad-geometry",
     "skewed-axes",
     "forms-differ",
+    "no-spacing",
     "shape-mismatch",
     "affine-mismatch",
     "not-finite",

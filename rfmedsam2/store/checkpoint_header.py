@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from rfmedsam2.errors import CheckpointError, RecordError
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
+from rfmedsam2.system.ordinary_files import require_ordinary
 
 RecordT = TypeVar("RecordT", bound=TrainedRecord)
 
@@ -109,7 +110,7 @@ def read_record_of(path: Path) -> CheckpointRecord:
 def _json_header(path: Path) -> dict[str, Any]:
     """Read the JSON header; checks the prefix, the JSON and the file's length."""
     try:
-        size = path.stat().st_size
+        size = require_ordinary(path).st_size
         with path.open("rb") as stream:
             start = stream.read(32)
             length = struct.unpack("<Q", start[:8])[0] if len(start) >= 9 else -1

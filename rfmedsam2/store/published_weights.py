@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rfmedsam2.errors import CheckpointError, shortlist
+from rfmedsam2.system.ordinary_files import require_ordinary
 
 ENVELOPES = ("model", "state_dict", "model_state_dict")
 """Keys under which training programs store the weights beside other entries."""
@@ -55,6 +56,7 @@ def _unwrapped(content: object) -> object:
 
 def _first_bytes(path: Path) -> bytes:
     try:
+        require_ordinary(path)
         with path.open("rb") as stream:
             return stream.read(64)
     except FileNotFoundError:

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 from typing_extensions import Self
 
 from rfmedsam2.errors import RecordError, StoreError
+from rfmedsam2.system.ordinary_files import require_ordinary
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R", bound="JsonRecord")
@@ -111,8 +112,7 @@ def read_record(path: Path, kind: type[R]) -> R:
         RecordError: the file is missing, is not JSON, or does not hold a record of this kind.
     """
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait forever
-            raise RecordError(f"The {kind.__name__.lstrip('_')} file is not an ordinary file", where=path)
+        require_ordinary(path)
         text = path.read_bytes()
     except FileNotFoundError:
         raise RecordError(f"The {kind.__name__.lstrip('_')} file does not exist", where=path) from None

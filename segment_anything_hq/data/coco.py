@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rfmedsam2.errors import DatasetError
+from rfmedsam2.system.ordinary_files import require_ordinary
 from segment_anything_hq.data.coco_masks import counts_mask, polygons_mask
 from segment_anything_hq.data.datasets import Fault, ImageSet, Sample
 
@@ -106,6 +107,7 @@ def coco_lvis(root: Path, split: str = "train", *, min_area: float = 0.0) -> tup
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        require_ordinary(path)
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DatasetError("The annotation file is missing", where=path) from None

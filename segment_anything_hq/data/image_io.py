@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from rfmedsam2.errors import ImageError
+from rfmedsam2.system.ordinary_files import require_ordinary
 from segment_anything_hq.choices import MaskRule
 from segment_anything_hq.prompts.clicks import IGNORE
 
@@ -86,6 +87,7 @@ class _opened:  # noqa: N801  used as a function
 
     def __enter__(self) -> Image.Image:
         try:
+            require_ordinary(self.path)
             self.image = Image.open(self.path, formats=_FORMATS)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise _image_error(self.path, error) from error

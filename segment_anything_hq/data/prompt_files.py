@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rfmedsam2.errors import ImageError, UsageError, shortlist
+from rfmedsam2.system.ordinary_files import require_ordinary
 from segment_anything_hq.data.image_io import ENDINGS, image_size
 from segment_anything_hq.prompts.prompt import Box, Click, Prompt
 
@@ -119,6 +120,7 @@ def read_prompts(path: Path, images: Sequence[Path]) -> tuple[PromptedObject, ..
 
 def _text(path: Path) -> str:
     try:
+        require_ordinary(path)
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UsageError("Prompt file not found", where=path) from None

@@ -73,6 +73,19 @@ def test_sitk_images_come_back_as_they_were(channels: int) -> None:
     np.testing.assert_array_equal(sitk.GetArrayFromImage(back), sitk.GetArrayFromImage(image))
 
 
+@pytest.mark.parametrize(("unit", "factor"), [("micron", 1000.0), ("meter", 0.001), ("mm", 1.0), ("unknown", 1.0)])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_lengths_of_nibabel_images_become_mm(kind, unit: str, factor: float) -> None:
+    affine = np.diag([0.5, 0.75, 2.0, 1.0])
+    affine[:3, 3] = 10, 20, 30
+    affine[:3] *= factor
+    image = kind(np.zeros((3, 4, 5), np.uint8), affine)
+    image.header.set_xyzt_units(unit)
+    grid = Volume.from_nibabel(image).grid
+    np.testing.assert_allclose(grid.spacing_zyx_mm, (2.0, 0.75, 0.5))
+    np.testing.assert_allclose(grid.origin_xyz_mm, (-10, -20, 30))
+
+
 def test_nibabel_and_sitk_read_one_file_to_the_same_grid(tmp_path) -> None:
     nib.save(nib.Nifti1Image(np.zeros((5, 6, 7), np.int16), oblique_affine()), tmp_path / "x.nii")
     one, two = (

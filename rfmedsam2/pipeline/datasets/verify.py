@@ -25,6 +25,7 @@ from rfmedsam2.store.formats.image_header import (
     grids_differ,
     readers_differ,
 )
+from rfmedsam2.store.formats.raster import spacing_file
 from rfmedsam2.store.images import read_image, read_label, with_channel
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import map_cases
@@ -217,6 +218,11 @@ def _header_faults(case: Case, path: Path, header: ImageHeader) -> list[Fault]:
     ambiguity = readers_differ(header)
     if ambiguity is not None:
         faults.append(_warning(case, path, "forms-differ", ambiguity, "Check that image and label agree in a viewer"))
+    if not header.spacing_known:
+        beside = spacing_file(path)
+        message = f"The stack has no spacing (there is no {beside.name if beside else 'file with it'}); 1 mm is assumed"
+        remedy = 'Write {"spacing": [z, y, x]} in mm to that file'
+        faults.append(_warning(case, path, "no-spacing", message, remedy))
     return faults
 
 

@@ -273,6 +273,8 @@ def _check_header(image: Path) -> None:
     require_memory(image, header)
     if (ambiguity := readers_differ(header)) is not None:
         logger.warning("%s: %s", image, ambiguity)
+    if not header.spacing_known:
+        logger.warning("%s: the stack has no JSON with its spacing; 1 mm is assumed", image)
 
 
 def _sentence(error: BaseException) -> str:

@@ -7,7 +7,6 @@ perpendicular are corrected here if the deviation is small, and rejected otherwi
 from __future__ import annotations
 
 import math
-import os
 import stat
 import struct
 import zlib
@@ -26,6 +25,7 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 from rfmedsam2.errors import GeometryError, ImageError, RfMedSamError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.system.memory import free_bytes
+from rfmedsam2.system.ordinary_files import require_ordinary
 
 MAX_SKEW_DEGREES = 1.0
 """Axes further than this from 90 degrees are rejected.
@@ -101,6 +101,7 @@ class ImageHeader:
         format: file format family; determines how the geometry is written back.
         skew_degrees: how far the file's axes were from perpendicular.
         flat: the file has only two axes; z was added.
+        spacing_known: False: a stack whose file says nothing of its spacing; 1 mm is assumed.
         nifti: header of a NIfTI source.
     """
 
@@ -111,6 +112,7 @@ class ImageHeader:
     format: Format
     skew_degrees: float = 0.0
     flat: bool = False
+    spacing_known: bool = True
     nifti: NiftiGeometry | None = None
 
     @property
@@ -209,8 +211,11 @@ def disagreement(one: Grid, other: Grid) -> tuple[str, bool] | None:
 def grids_differ(one: ImageHeader, other: ImageHeader) -> tuple[str, bool] | None:
     """None if two files are on one grid as ITK reads both, or as nibabel reads both; else as from `disagreement`.
 
-    Either reading will do: labels of an image are written by programs that read it in one way or the other.
+    Either reading will do: labels of an image are written by programs that read it in one way or the other. If a file
+    says nothing of its spacing, only the shapes are compared.
     """
+    if not (one.spacing_known and other.spacing_known) and one.grid.shape_zyx == other.grid.shape_zyx:
+        return None
     readings = [(one.grid, other.grid), (one.nibabel_grid, other.nibabel_grid)]
     if one.flat != other.flat:  # two axes, and three of which one has a single plane
         readings = [(flattened(a), flattened(b)) for a, b in readings]
@@ -312,26 +317,21 @@ def parsing(path: Path) -> Iterator[None]:
 
 
 def require_ordinary_file(path: Path) -> None:
-    """Raise unless a path is a file with content: opening a pipe waits forever, reading a device never ends.
+    """Raise unless a path is an ordinary file.
 
     Raises:
-        ImageError: missing, not accessible, a pipe, a socket or a device (also at the end of a link).
+        ImageError: missing, not accessible, a folder, a pipe, a socket or a device (also at the end of a link).
     """
     _ = _state(path)
 
 
 def _state(path: Path) -> tuple[int, int]:
     try:
-        status = os.stat(path)  # noqa: PTH116 - one call per file, measured on folders of slices
+        status = require_ordinary(path)
     except FileNotFoundError:
         raise ImageError("The file does not exist", where=path) from None
     except OSError as error:
         raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError(
-            "This is a pipe, a socket, a device or a folder",
-            where=path,
-            expected="an ordinary file",
-            remedy="Copy its content to a file first",
-        )
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("The file cannot be read (it is a folder)", where=path)
     return status.st_size, status.st_mtime_ns

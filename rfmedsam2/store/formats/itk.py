@@ -110,6 +110,7 @@ def _header(path: Path, reader: sitk.ImageFileReader) -> ImageHeader:
         format="raster" if raster else "itk",
         skew_degrees=skew,
         flat=axes == 2,
+        spacing_known=not raster or axes == 2 or stack_spacing(path) is not None,
     )
 
 
@@ -118,7 +119,8 @@ def _grid(path: Path, reader: sitk.ImageFileReader, *, raster: bool) -> Grid:
     space = min(axes, 3)
     spacing, origin, direction = np.ones(3), np.zeros(3), np.eye(3)
     if raster:
-        spacing[:] = (1, 1, FLAT_SPACING_MM) if axes == 2 else stack_spacing(path)[::-1]
+        # a stack without a spacing gets 1 mm, as in nnU-Net
+        spacing[:] = (1, 1, FLAT_SPACING_MM) if axes == 2 else (stack_spacing(path) or (1.0, 1.0, 1.0))[::-1]
     else:
         spacing[:space] = reader.GetSpacing()[:space]
         if axes == 2:

@@ -18,9 +18,8 @@ from nibabel.spatialimages import HeaderDataError
 from rfmedsam2.errors import GeometryError
 from rfmedsam2.geometry import Grid, Shape, scaled
 from rfmedsam2.store.formats.image_header import checked_spacing, flattened, repaired
+from rfmedsam2.volume import unit_mm
 
-_UNITS_MM = {1: 1000.0, 2: 1.0, 3: 0.001}
-"""Lower three bits of xyzt_units (meter, mm, micrometer) -> mm. 0 is unknown, which ITK takes for mm."""
 _LONGEST_QUATERNION = 1.001
 """Squared length of (b, c, d) up to which it is rounding; beyond it the quaternion is damaged."""
 _PERPENDICULAR = 1e-4  # ITK's tolerance for the products of the axes of a sform
@@ -71,7 +70,7 @@ def placement(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int]) ->
             found=tuple(round(s, 4) for s in found.spacing_zyx_mm[::-1]),
             remedy="Correct pixdim or the affine",
         )
-    unit = _UNITS_MM.get(int(raw["xyzt_units"]) & 7, 1.0)
+    unit = unit_mm(int(raw["xyzt_units"]))
     grid = scaled(replace(found, spacing_zyx_mm=zooms[::-1]), unit)
     grid = flattened(grid) if flat else grid
     other = _as_nibabel(raw, shape, qform)

@@ -41,11 +41,11 @@ def spacing_file(path: Path) -> Path | None:
         return None
     own = path.with_suffix(".json")
     without_channel = path.with_name(re.sub(r"_\d{4}$", "", path.stem) + ".json")
-    return without_channel if without_channel.is_file() and not own.is_file() else own
+    return own if own.is_file() else without_channel
 
 
-def stack_spacing(path: Path) -> Triple:
-    """Spacing z, y, x of a TIFF stack, mm: its JSON's, or 1 mm without one (as in nnU-Net).
+def stack_spacing(path: Path) -> Triple | None:
+    """Spacing z, y, x of a TIFF stack, mm, from its JSON; None without one.
 
     Raises:
         RecordError: the JSON has no three numbers as "spacing".
@@ -53,7 +53,7 @@ def stack_spacing(path: Path) -> Triple:
     """
     file = spacing_file(path)
     if file is None or not file.exists():
-        return (1.0, 1.0, 1.0)
+        return None
     return checked_spacing(read_record(file, StackSpacing).spacing, where=file)
 
 

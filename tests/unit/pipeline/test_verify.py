@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from rfmedsam2.errors import DatasetError
 from rfmedsam2.pipeline.datasets.verify import examine_case, verify
@@ -279,3 +280,29 @@ def test_raw_dicom_folders_are_verified_against_their_labels(data_root: Path, tm
     report = verify(open_dataset(folder))
     assert report.errors == ()
     assert report.files == 2
+
+
+def test_an_image_that_programs_place_differently_is_a_warning_and_labels_of_either_fit(maker: Maker) -> None:
+    """Without forms ITK and nibabel disagree on the place of every voxel."""
+    for name in ("by_itk", "by_nibabel"):
+        maker.add(name)
+        nib.save(nib.Nifti1Image(np.asarray(nib.load(maker.image(name)).dataobj), None), maker.image(name))
+    labels = np.asarray(nib.load(maker.label("good")).dataobj)
+    nib.save(nib.Nifti1Image(labels, np.diag([-1.0, -1, 1, 1])), maker.label("by_itk"))
+    nib.save(nib.Nifti1Image(labels, nib.load(maker.image("by_nibabel")).affine), maker.label("by_nibabel"))
+    report = maker.report()
+    assert kinds(report) == [("by_itk", "forms-differ", "warning"), ("by_nibabel", "forms-differ", "warning")]
+    assert "neither a sform nor a qform; read as by ITK" in report.faults[0].message
+
+
+def test_a_stack_without_spacing_is_a_warning(tmp_path: Path) -> None:
+    maker = Maker(tmp_path / "Dataset001_A", file_ending=".tif")
+    for part, name in (("imagesTr", "a_0000.tif"), ("labelsTr", "a.tif")):
+        (maker.folder / part).mkdir(parents=True)
+        planes = [Image.fromarray(np.arange(20, dtype=np.uint8).reshape(4, 5) % (9 if part == "imagesTr" else 2))] * 3
+        planes[0].save(maker.folder / part / name, save_all=True, append_images=planes[1:])
+    (maker.folder / "labelsTr" / "a.json").write_text('{"spacing": [2, 1, 1]}')
+    maker.ids = ["a"]
+    report = maker.report()
+    assert kinds(report) == [("a", "no-spacing", "warning")]
+    assert "there is no a.json" in report.faults[0].message

@@ -122,7 +122,11 @@ def spacing(path: Path, values: object = (2.5, 0.8, 0.7)) -> Path:
 def test_the_spacing_of_a_stack_is_in_nnunets_json(tmp_path: Path) -> None:
     image, label = stack(tmp_path / "images" / "c_0000.tif"), stack(tmp_path / "labels" / "c.tif")
     assert read_header(image).grid.spacing_zyx_mm == (1, 1, 1)  # as nnU-Net without the file
+    assert not read_header(image).spacing_known
     beside = spacing(tmp_path / "images" / "c.json")
+    assert grids_differ(read_header(image), read_header(label)) is None  # the label does not say
+    spacing(tmp_path / "labels" / "c.json", (5, 0.8, 0.7))
+    assert "spacing" in str(grids_differ(read_header(image), read_header(label)))
     spacing(tmp_path / "labels" / "c.json")
     volume, header = read_image(image)
     np.testing.assert_array_equal(volume.array[0], ARRAY)
@@ -184,9 +188,9 @@ def test_what_is_not_a_file_is_not_opened(
     monkeypatch.chdir(tmp_path)  # names of sockets are short
     path = special(Path(), kind, name)
     for read in (read_header, read_image, read_label, lambda p: digest_of([p])):
-        with pytest.raises(ImageError, match="pipe, a socket, a device"):
+        with pytest.raises(ImageError, match="a pipe, a socket or a device"):
             read(path)
-    with pytest.raises(ImageError, match="pipe, a socket, a device"):
+    with pytest.raises(ImageError, match="a pipe, a socket or a device"):
         find_cases(path, channels=1, file_ending=None)
 
 
@@ -197,10 +201,10 @@ def test_a_pipe_among_slices_or_beside_a_header_is_not_opened(tmp_path: Path) ->
     files = detached(tmp_path, "mhd list")
     files[1].unlink()
     special(tmp_path, "pipe", files[1].name)
-    with pytest.raises(ImageError, match=f"a device or a folder: .*{files[1].name}"):
+    with pytest.raises(ImageError, match=rf"a device, not an ordinary file\): .*{files[1].name}"):
         read_image(files[0])
     special(tmp_path, "pipe", "dataset.json")
-    with pytest.raises(RecordError, match="not an ordinary file"):
+    with pytest.raises(RecordError, match="a pipe, a socket or a device"):
         read_record(tmp_path / "dataset.json", DatasetJson)
     special(tmp_path, "pipe", "list.txt")
     with pytest.raises(ImageError, match="pipe"):

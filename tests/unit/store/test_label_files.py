@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import nibabel as nib
@@ -94,6 +95,32 @@ def test_layers_that_do_not_overlap_are_merged(tmp_path: Path) -> None:
     path = slicer(tmp_path / "a.seg.nrrd", LAYERS, ("liver", 1, 0), ("spleen", 2, 0), ("lesion", 3, 1))
     label, _ = read_label(path)
     np.testing.assert_array_equal(label.array[0], LAYERS.max(0))
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gzip"])
+def test_the_header_that_slicer_itself_writes(tmp_path: Path, encoding: str) -> None:
+    """Layers as the first axis of kind list; a header far longer than 64 kB, with colons in it."""
+    segments = "".join(
+        f"Segment{number}_Color:=0.5 0.7 0.4\nSegment{number}_ID:=Segment_{number}\n"
+        f"Segment{number}_LabelValue:={number + 1}\nSegment{number}_Layer:={0 if number < 2 else 1}\n"
+        f"Segment{number}_Name:=organ {number}\n"
+        f"Segment{number}_Tags:=Segmentation.Status:inprogress|TerminologyEntry: Tissue{'^' * 700}|\n"
+        for number in range(120)
+    )
+    header = (
+        "NRRD0004\n# Complete NRRD file format specification at:\n# http://teem.sourceforge.net/nrrd/format.html\n"
+        "type: unsigned char\ndimension: 4\nspace: left-posterior-superior\nsizes: 2 6 5 4\n"
+        "space directions: none (0.5,0,0) (0,0.75,0) (0,0,2)\nkinds: list domain domain domain\n"
+        f"encoding: {encoding}\nspace origin: (1,2,3)\nmeasurement frame: (1,0,0) (0,1,0) (0,0,1)\n{segments}"
+        "Segmentation_MasterRepresentation:=Binary labelmap\nSegmentation_ReferenceImageExtentOffset:=0 0 0\n\n"
+    )
+    voxels = np.ascontiguousarray(np.moveaxis(LAYERS, 0, -1)).tobytes()
+    path = tmp_path / "a.seg.nrrd"
+    path.write_bytes(header.encode() + (gzip.compress(voxels) if encoding == "gzip" else voxels))
+    label, found = read_label(path)
+    np.testing.assert_array_equal(label.array[0], LAYERS.max(0))
+    assert found.grid.spacing_zyx_mm == (2, 0.75, 0.5)
+    assert found.grid.origin_xyz_mm == (1, 2, 3)
 
 
 def test_segments_that_overlap_are_named(tmp_path: Path) -> None:
