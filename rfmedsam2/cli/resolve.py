@@ -103,7 +103,7 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
     plan.stage(stage)
     if not changes:
         return plan
-    from rfmedsam2.pipeline.preprocessing.preprocess import preprocessing_settings
+    from rfmedsam2.pipeline.preprocessing.case_source import preprocessing_settings
 
     new = plan.with_overrides(*changes)
     if preprocessing_settings(new, stage) != preprocessing_settings(plan, stage):

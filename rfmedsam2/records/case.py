@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from typing import Literal
 
@@ -28,7 +29,7 @@ class CaseGeometry(Record):
 
 
 class StoredFile(Record):
-    """Size and checksum of one file of a case when it was written."""
+    """Size and checksum of a file when it was written, or, for a source, when it was read."""
 
     size: int
     crc32: int
@@ -53,6 +54,9 @@ class CaseRecord(VersionedRecord):
     id: str
     source: str
     """Digest of the source files and of everything in the plan that shapes the arrays."""
+    sources: dict[str, StoredFile] | None = None
+    """Name -> source file that the case was made from; None in files written before it was introduced, whose `source`
+    covers modification times instead of contents."""
     channels: int
     shape: ThreeInts
     geometry: CaseGeometry
@@ -70,5 +74,13 @@ class CaseRecord(VersionedRecord):
         """Whether the fields match the checksum."""
         return self.crc32 is None or self.crc32 == self._checksum()
 
+    @property
+    def contents(self) -> str:
+        """Identity of the stored arrays, whenever and by whomever they were written."""
+        files = [(file.size, file.crc32) for file in self.files.values()]
+        return hashlib.sha256(repr((self.shape, files)).encode()).hexdigest()[:16]
+
     def _checksum(self) -> int:
-        return zlib.crc32(self.model_copy(update={"crc32": None}).model_dump_json().encode())
+        # fields that came later count where they are filled in, so that earlier records keep their checksum
+        absent = {"sources"} if self.sources is None else set()
+        return zlib.crc32(self.model_copy(update={"crc32": None}).model_dump_json(exclude=absent).encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from rfmedsam2.records.base import Record, VersionedRecord
+from rfmedsam2.records.case import StoredFile
 
 
 class CaseFingerprint(Record):
@@ -16,6 +17,8 @@ class CaseFingerprint(Record):
     spacing_zyx_mm: tuple[float, float, float]
     voxels_by_label: dict[int, int]
     """Label value -> number of voxels, without background and absent labels."""
+    files: dict[str, StoredFile] | None = None
+    """Name -> file that was read; None in fingerprints of version 0.1."""
 
     @property
     def relative_size_after_crop(self) -> float:
@@ -44,7 +47,10 @@ class Fingerprint(VersionedRecord):
     dataset: str
     """Folder name, for instance Dataset004_Hippocampus."""
     digest: str
-    """SHA-256 of dataset.json and of all files' names, sizes and modification times, to detect stale fingerprints."""
+    """SHA-256 of dataset.json and of all files' names and contents, to detect stale fingerprints.
+
+    In version 0.1 of names, sizes and modification times.
+    """
     cases: tuple[CaseFingerprint, ...]
     intensities: tuple[IntensityStatistics, ...]
     """One per channel."""

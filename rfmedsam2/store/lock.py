@@ -1,16 +1,17 @@
-"""Exclusive lock on a folder of results (flock): one run at a time, released by the kernel when the process dies."""
+"""Locks on folders (flock), released by the kernel when the process dies: one run that writes, or several that read."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import StoreError, UsageError
 from rfmedsam2.system.atomic import PARTIAL, writing_to
 
 try:
@@ -20,27 +21,37 @@ except ImportError:  # pragma: no cover - Windows
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
+POLL_SECONDS = 0.05
+
+
+class InUseError(UsageError):
+    """Another run works in the folder."""
 
 
 @contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
     """Lock `folder` against other runs inside the `with` block, and remove partial files that a killed run left there.
 
     The folder is created if it does not exist, and removed again if nothing was put into it. On file systems without
     locks a warning is logged and nothing is locked.
 
+    Args:
+        folder: the folder.
+        wait_seconds: how long to wait for a run that holds the lock.
+
     Raises:
-        UsageError: another run holds the lock; names its process and host.
+        InUseError: another run holds the lock; names its process and host.
         StoreError: the folder cannot be written.
     """
     created = _create(folder)
     path = folder / LOCK
     try:
-        handle = _acquire(path)
+        handle, locked = _acquire(path, shared=False, wait_seconds=wait_seconds)
         try:
-            for partial in folder.glob(PARTIAL + "*"):
-                with suppress(OSError):
-                    partial.unlink()
+            if locked:  # else they may be another run's
+                for partial in folder.glob(PARTIAL + "*"):
+                    with suppress(OSError):
+                        partial.unlink()
             yield
         finally:
             # removed while still locked: a process that opened it meanwhile finds it gone and tries again
@@ -51,6 +62,33 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             for empty in created:
                 empty.rmdir()
+
+
+@contextmanager
+def shared_lock(folder: Path) -> Iterator[None]:
+    """Let other runs read `folder` inside the `with` block, but none hold its `exclusive_lock`.
+
+    Nothing is locked where this cannot be: in a folder that does not exist or may not be written, and on file systems
+    without locks.
+
+    Raises:
+        InUseError: another run holds the exclusive lock; names its process and host.
+    """
+    path = folder / LOCK
+    try:
+        handle, locked = _acquire(path, shared=True) if folder.is_dir() else (None, False)
+    except StoreError:
+        handle, locked = None, False
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                if locked and fcntl is not None:  # fails while others read
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_same_file(handle, path):
+                    path.unlink()
+            os.close(handle)
 
 
 def _create(folder: Path) -> list[Path]:
@@ -65,37 +103,57 @@ def _create(folder: Path) -> list[Path]:
     return missing
 
 
-def _acquire(path: Path) -> int:
-    """Open and lock the file; returns its descriptor."""
+def _acquire(path: Path, *, shared: bool, wait_seconds: float = 0.0) -> tuple[int, bool]:
+    """Open and lock the file; returns its descriptor, and whether the file system has locks."""
+    until = time.monotonic() + wait_seconds
     while True:
-        with writing_to(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = _opened(path, shared=shared)
         try:
-            _lock(handle, path)
+            locked = _lock(handle, path, shared=shared)
             if _is_same_file(handle, path):
-                _write_owner(handle)
-                return handle
+                _write_owner(handle, alone=not shared)
+                return handle, locked
+        except InUseError:
+            os.close(handle)
+            if time.monotonic() >= until:
+                raise
+            time.sleep(POLL_SECONDS)
+            continue
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
 
 
-def _lock(handle: int, path: Path) -> None:
+def _opened(path: Path, *, shared: bool) -> int:
+    with writing_to(path):
+        try:
+            # a run that ends removes the folder if it is empty
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError:
+            if shared and path.is_file():
+                return os.open(path, os.O_RDONLY)  # who may only read can still see that it is locked
+            raise
+
+
+def _lock(handle: int, path: Path, *, shared: bool) -> bool:
+    """Lock the open file; returns whether that is possible here."""
     if fcntl is None:  # pragma: no cover - Windows
-        return
+        return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
-        raise UsageError(
+        raise InUseError(
             "Another run is working in this folder",
             where=path.parent,
-            found=owner or None,
+            found=_owners(handle) or None,
             remedy="Wait until it has ended, or choose another place",
         ) from None
     except OSError as error:
         logger.warning("%s cannot be locked (%s): do not start a second run in it", path.parent, error.strerror)
+        return False
+    return True
 
 
 def _is_same_file(handle: int, path: Path) -> bool:
@@ -106,9 +164,29 @@ def _is_same_file(handle: int, path: Path) -> bool:
         return False
 
 
-def _write_owner(handle: int) -> None:
-    """Write process and host into the lock file; skipped on a full disk."""
+def _write_owner(handle: int, *, alone: bool) -> None:
+    """Write process and host into the lock file; skipped on a full disk, and where it may only be read."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with suppress(OSError):
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {now}".encode(), 0)
+        if alone:
+            os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode())
+
+
+def _owners(handle: int) -> str:
+    """The runs that a lock file names, without those of this machine that have ended."""
+    lines = os.pread(handle, 10_000, 0).decode("utf-8", "replace").splitlines()
+    return "; ".join(line for line in lines if not _has_ended(line))
+
+
+def _has_ended(owner: str) -> bool:
+    words = owner.split()
+    if len(words) < 4 or words[3].rstrip(",") != socket.gethostname() or not words[1].isdigit():
+        return False
+    try:
+        os.kill(int(words[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,7 +1,8 @@
 """Preprocessed cases: compressed arrays in patch-sized chunks, sampled foreground locations, and a record.
 
 CASE.b2nd (image, float32), CASE_label.b2nd (int8 or int16), CASE_foreground.npy (flat indices) and CASE.json, which is
-written last: a case is finished when its record matches its files. Arrays are blosc2, LZ4 level 1 with bit shuffling:
+written last: a case is finished when its record matches its files. The record names them, because the image of a case
+whose id ends like another's file has another name (`_image_suffix`). Arrays are blosc2, LZ4 level 1 with bit shuffling:
 on CT this writes seven times as fast as LZ4HC level 5, and files are a sixth larger.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from rfmedsam2.system.atomic import PARTIAL, atomic, read_record, write_record, 
 
 REBUILT = "Run rfmed_plan_and_preprocess again: it rebuilds damaged cases"
 IMAGE, LABEL, FOREGROUND, RECORD = ".b2nd", "_label.b2nd", "_foreground.npy", ".json"
+OTHER_IMAGE = ".image.b2nd"
 BLOCK_BYTES = 128 * 1024
 CHUNK_BYTES = 4 * 1024**2
 
@@ -38,7 +40,9 @@ class StoredCase:
     """A finished case; arrays are read on demand, one patch at a time.
 
     No file stays open between reads, so an instance may be pickled or inherited by a forked process. Before the first
-    read from a file, the whole file is compared with its checksum; an unpickled instance does this again.
+    read from a file, and whenever its size or modification time has changed, the whole file is compared with its
+    checksum; an unpickled instance does this again. So a case that is rebuilt while it is read is an error, and never
+    a patch of the wrong place.
     """
 
     folder: Path
@@ -76,7 +80,8 @@ class StoredCase:
 
     def image_patch(self, box: Ranges) -> np.ndarray:
         """Read a patch of the image, (C, ...) float32, given by half-open ranges inside the volume."""
-        return self._read(IMAGE, (slice(None), *(slice(*limits) for limits in box)))
+        suffix = OTHER_IMAGE if OTHER_IMAGE in self.record.files else IMAGE
+        return self._read(suffix, (slice(None), *(slice(*limits) for limits in box)))
 
     def label_patch(self, box: Ranges) -> np.ndarray:
         """Read a patch of the label map, (...) int16, given by half-open ranges inside the volume."""
@@ -95,34 +100,51 @@ class StoredCase:
         try:
             # blosc2's own annotations are wrong here (mmap_mode) or incomplete
             array: Any = cast(Any, blosc2).open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-            return array[ranges]
+            patch = array[ranges]
         except (OSError, RuntimeError, ValueError) as error:
             raise StoreError(
                 f"A preprocessed case cannot be read ({error})",
                 where=path,
                 remedy=REBUILT,
             ) from error
+        self._verified(suffix)  # once more: the file may have been replaced meanwhile
+        return patch
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "record": self.record}
 
     @cached_property
-    def _checked(self) -> set[str]:
-        """Suffixes of the files already compared with their checksums."""
-        return set()
+    def _checked(self) -> dict[str, tuple[int, int] | None]:
+        """Suffix -> size and modification time of the files already compared with their checksums."""
+        return {}
 
     def _verified(self, suffix: str) -> Path:
-        """Path of a file of this case; its checksum is compared once, to notice bits that changed on disk.
+        """Path of a file of this case, compared with its checksum unless it looks as it did then.
 
         Raises:
             StoreError: the file is missing or differs from what was written.
         """
         path = self.folder / (self.id + suffix)
-        if suffix not in self._checked:
+        now = _look(path)
+        if now is None or self._checked.get(suffix) != now:
             if not _as_written(path, self.record.files.get(suffix)):
-                raise StoreError("A file of a preprocessed case is damaged or missing", where=path, remedy=REBUILT)
-            self._checked.add(suffix)
+                raise self._unusable(path)
+            self._checked[suffix] = now
         return path
+
+    def _unusable(self, path: Path) -> StoreError:
+        """The error about a file that is not what the record says."""
+        try:
+            rebuilt = read_record(self.folder / (self.id + RECORD), CaseRecord).files != self.record.files
+        except RecordError:
+            rebuilt = False
+        if rebuilt:
+            return StoreError(
+                "A preprocessed case was rebuilt while it was being read",
+                where=path,
+                remedy="Run the same command again, but not while rfmed_plan_and_preprocess works on these cases",
+            )
+        return StoreError("A file of a preprocessed case is damaged or missing", where=path, remedy=REBUILT)
 
 
 class CaseStore:
@@ -142,6 +164,14 @@ class CaseStore:
         # partial files of a killed run have the same ending
         names = (path.name for path in self.folder.glob("*" + RECORD) if not path.name.startswith(PARTIAL))
         return tuple(sorted(name.removesuffix(RECORD) for name in names))
+
+    def record(self, name: str) -> CaseRecord | None:
+        """The record of a case; None if it is missing or damaged. Its files may be missing (`looks_complete`)."""
+        try:
+            record = self._record(name)
+        except RecordError:
+            return None
+        return record if record.id == name else None
 
     def open(self, name: str) -> StoredCase:
         """Open a finished case.
@@ -165,27 +195,34 @@ class CaseStore:
         Sizes are always compared, contents only where a modification time has changed. Bits that changed on disk are
         noticed by `is_complete`, and when the case is read.
         """
-        try:
-            record = self._record(name)
-        except RecordError:
-            return False
-        return record.id == name and all(
+        record = self.record(name)
+        return record is not None and all(
             _unchanged(self.folder / (name + suffix), file) for suffix, file in record.files.items()
         )
 
     def has_any_file(self, name: str) -> bool:
         """Whether any file of this case exists."""
-        return any((self.folder / (name + suffix)).exists() for suffix in (IMAGE, LABEL, FOREGROUND, RECORD))
+        return any((self.folder / (name + suffix)).exists() for suffix in _suffixes(name))
 
     def is_complete(self, name: str, source: str) -> bool:
         """Whether the case was made from this source; reads and compares all of its files (1 to 4 GB/s)."""
-        try:
-            record = self._record(name)
-        except RecordError:
-            return False
-        return (record.id, record.source) == (name, source) and all(
-            _as_written(self.folder / (name + suffix), file) for suffix, file in record.files.items()
+        record = self.record(name)
+        return (
+            record is not None
+            and record.source == source
+            and all(_as_written(self.folder / (name + suffix), file) for suffix, file in record.files.items())
         )
+
+    def note_sources(self, name: str, source: str, sources: Mapping[str, StoredFile]) -> None:
+        """Keep new modification times of source files whose contents are the same, so that they are not read again.
+
+        Raises:
+            StoreError: the case does not exist, or its folder cannot be written.
+        """
+        record = self.open(name).record
+        noted = record.model_copy(update={"source": source, "sources": dict(sources)}).sealed()
+        if noted != record:
+            write_record(self.folder / (name + RECORD), noted)
 
     def _record(self, name: str) -> CaseRecord:
         path = self.folder / (name + RECORD)
@@ -197,7 +234,7 @@ class CaseStore:
     def remove(self, name: str) -> None:
         """Remove a case, its record first."""
         with writing_to(self.folder):
-            for suffix in (RECORD, FOREGROUND, LABEL, IMAGE):
+            for suffix in _suffixes(name):
                 (self.folder / (name + suffix)).unlink(missing_ok=True)
 
     def write(
@@ -209,6 +246,7 @@ class CaseStore:
         geometry: CaseGeometry,
         foreground: Iterable[Location],
         source: str,
+        sources: Mapping[str, StoredFile] | None = None,
     ) -> int:
         """Write a case; returns bytes written.
 
@@ -219,25 +257,27 @@ class CaseStore:
             geometry: crop, transposition and spacing, to map predictions back to the source grid.
             foreground: sampled locations of each class.
             source: digest of the source, which `is_complete` compares.
+            sources: the source files by name.
 
         Raises:
             StoreError: full disk or unwritable folder. An earlier version of the case is then gone, and no partial
                 file is left.
         """
-        entries = tuple(foreground)
+        entries, image_suffix = tuple(foreground), _image_suffix(name)
         # the case counts as unfinished while its arrays change
         with writing_to(self.folder):
             (self.folder / (name + RECORD)).unlink(missing_ok=True)
         narrow = label.astype(np.int8) if label.max(initial=0) <= 127 else label
         places = np.concatenate([index for _, _, index in entries]) if entries else np.empty(0, np.int32)
         files = {
-            IMAGE: self._put(name + IMAGE, self._pack(image)),
+            image_suffix: self._put(name + image_suffix, self._pack(image)),
             LABEL: self._put(name + LABEL, self._pack(narrow)),
             FOREGROUND: self._put(name + FOREGROUND, _npy(places)),
         }
         record = CaseRecord(
             id=name,
             source=source,
+            sources=None if sources is None else dict(sources),
             channels=image.shape[0],
             shape=(image.shape[1], image.shape[2], image.shape[3]),
             geometry=geometry,
@@ -294,20 +334,40 @@ def cut(shape: Sequence[int], patch: Sequence[int], itemsize: int) -> tuple[Shap
     return (block[0], block[1], block[2]), (chunk[0], chunk[1], chunk[2])
 
 
+def _image_suffix(name: str) -> str:
+    """Suffix of a new case's image: never one that makes it the label or image of another case.
+
+    NAME + LABEL would else also be the image of a case NAME_label.
+    """
+    return OTHER_IMAGE if (name + IMAGE).endswith((LABEL, OTHER_IMAGE)) else IMAGE
+
+
+def _suffixes(name: str) -> tuple[str, ...]:
+    """Suffixes of a case's own files, its record first."""
+    return RECORD, FOREGROUND, LABEL, _image_suffix(name)
+
+
 def _npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
 
 
-def _unchanged(path: Path, file: StoredFile) -> bool:
-    """Whether a file looks unchanged; it is read only if its modification time differs."""
+def _look(path: Path) -> tuple[int, int] | None:
+    """Size and modification time of a file, None if there is none."""
     try:
         status = path.stat()
     except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _unchanged(path: Path, file: StoredFile) -> bool:
+    """Whether a file looks unchanged; it is read only if its modification time differs."""
+    now = _look(path)
+    if now is None or now[0] != file.size:
         return False
-    same_time = status.st_mtime_ns == file.modified_ns
-    return status.st_size == file.size and (same_time or _as_written(path, file))
+    return now[1] == file.modified_ns or _as_written(path, file)
 
 
 def _as_written(path: Path, file: StoredFile | None) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -14,6 +16,7 @@ import numpy as np
 from rfmedsam2.errors import DatasetError, ImageError, RfMedSamError
 from rfmedsam2.geometry import Shape, Triple
 from rfmedsam2.pipeline.datasets.verify import examine_case
+from rfmedsam2.records.case import StoredFile
 from rfmedsam2.records.verify import Fault, require_no_errors
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.images import image_files, read_header
@@ -107,7 +110,29 @@ class CaseReader:
         self._full = budget_bytes <= 0
         self._kept: dict[str, _Kept] = {}
         self._extents: dict[str, Extent] = {}
+        self._files: dict[str, dict[str, StoredFile]] = {}
+        self._read: dict[str, str] = {}
         self._lock = Lock()
+
+    def files(self, case: Case, known: Mapping[str, StoredFile] | None = None) -> dict[str, StoredFile]:
+        """Size and checksum of every file of a case, which are those that `read` has read, if it was called before.
+
+        Args:
+            case: one of `dataset.training`.
+            known: files as they were when they were last looked at; what looks the same is not read again.
+
+        Raises:
+            ImageError: a file is missing, cannot be read, or has changed since `read`.
+        """
+        found = source_files(case, self._files.get(case.id, known))
+        self._files[case.id] = found
+        if self._read.get(case.id) not in (None, files_digest(case)):
+            raise ImageError(
+                f"A file of case {case.id} changed while it was read",
+                where=", ".join(str(path) for path in _files(case)),
+                remedy="Run the same command again when nothing else writes to these files",
+            )
+        return found
 
     def read(self, case: Case, *, last: bool = True) -> DecodedCase:
         """Image and label of a case, from the cache if they are in it and their files have not changed.
@@ -130,6 +155,7 @@ class CaseReader:
             kept, decoded = None, self._decode(case)
         else:
             decoded = kept.unpacked()
+        self._read[case.id] = digest
         if not last and not self._full:
             kept = kept or _Kept(decoded, digest)
             with self._lock:
@@ -185,6 +211,39 @@ def _extent(case: Case) -> Extent:
         itemsize=image.itemsize,
         reading=max(image.itemsize if image.kind in "iu" else 8 + image.itemsize, whole),
     )
+
+
+def source_files(case: Case, known: Mapping[str, StoredFile] | None = None) -> dict[str, StoredFile]:
+    """Name -> size, checksum and modification time of every file of a case, images first.
+
+    Args:
+        case: the case.
+        known: files as they were before; one of the same size and modification time is not read again.
+
+    Raises:
+        ImageError: a file is missing or cannot be read.
+    """
+    found: dict[str, StoredFile] = {}
+    for path in _files(case):
+        # an image and its label may have the same name
+        name = path.name if path.name not in found else f"{path.name} ({len(found) + 1})"
+        try:
+            status, before = path.stat(), (known or {}).get(name)
+            same = before is not None and (before.size, before.modified_ns) == (status.st_size, status.st_mtime_ns)
+            # the time is taken before the contents: a later change is noticed
+            crc32 = before.crc32 if before is not None and same else _checksum(path)
+        except OSError as error:
+            raise ImageError(f"A file of case {case.id} cannot be accessed ({error.strerror})", where=path) from error
+        found[name] = StoredFile(size=status.st_size, crc32=crc32, modified_ns=status.st_mtime_ns)
+    return found
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            value = zlib.crc32(piece, value)
+    return value
 
 
 def files_digest(case: Case) -> str:

@@ -11,17 +11,19 @@ histograms, memory is bounded by `POINTS` values over all cases.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rfmedsam2.errors import DatasetError, RecordError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, FaultyCaseError, files_digest
+from rfmedsam2.records.case import StoredFile
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from rfmedsam2.records.verify import Fault, require_no_errors
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.atomic import read_record, write_record
 from rfmedsam2.system.parallel import map_cases
@@ -31,6 +33,8 @@ from rfmedsam2.transforms.crop import nonzero_box
 POINTS = 1 << 23
 MIN_POINTS = 1 << 12
 MAX_POINTS = 1 << 16
+WRITING_SECONDS = 60.0
+"""How long to wait for another run that writes what belongs to the whole dataset, which takes it no second."""
 
 
 def fingerprint(
@@ -61,28 +65,51 @@ def fingerprint(
         raise DatasetError("The dataset has no training cases", where=raw.folder)
     source.check_file_layout()
     path = layout.fingerprint_file(raw.name)
-    digest = dataset_digest(raw)
     if not clean:
         try:
             found = read_record(path, Fingerprint)
         except RecordError:
             found = None
-        if found is not None and found.digest == digest and found.dataset == raw.name:
+        if found is not None and found.dataset == raw.name and _is_current(found, source):
             return found
     sizes, intensities = _fingerprint_cases(source, workers, track)
     result = Fingerprint(
         dataset=raw.name,
-        digest=digest,
+        digest=dataset_digest(raw, {case.id: case.files or {} for case in sizes}),
         cases=sizes,
         intensities=tuple(mixture_statistics(channel, where=raw.name) for channel in zip(*intensities, strict=True)),
         median_relative_size_after_crop=float(np.median([case.relative_size_after_crop for case in sizes])),
     )
-    write_record(path, result)
+    with exclusive_lock(path.parent, wait_seconds=WRITING_SECONDS):
+        write_record(path, result)
     return result
 
 
-def dataset_digest(dataset: RawDataset) -> str:
-    """SHA-256 of dataset.json and of name, size and modification time of every training file."""
+def dataset_digest(dataset: RawDataset, files: Mapping[str, Mapping[str, StoredFile]]) -> str:
+    """SHA-256 of dataset.json and of name and contents of every training file.
+
+    Args:
+        dataset: the dataset.
+        files: case id -> name -> file (`CaseReader.files`).
+    """
+    digest = hashlib.sha256(dataset.json.to_json().encode())
+    for case in dataset.training:
+        contents = [(name, file.size, file.crc32) for name, file in files[case.id].items()]
+        digest.update(f"{case.id}\0{contents}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_current(found: Fingerprint, source: CaseReader) -> bool:
+    """Whether dataset.json and all files are those of the fingerprint; only files with a new time are read."""
+    raw = source.dataset
+    known = {case.id: case.files for case in found.cases if case.files is not None}
+    if known.keys() != {case.id for case in raw.training}:
+        return found.digest == _digest_by_times(raw)
+    return found.digest == dataset_digest(raw, {case.id: source.files(case, known[case.id]) for case in raw.training})
+
+
+def _digest_by_times(dataset: RawDataset) -> str:
+    """The digest of version 0.1."""
     digest = hashlib.sha256(dataset.json.to_json().encode())
     for case in dataset.training:
         digest.update(f"{case.id}\0{files_digest(case)}\n".encode())
@@ -101,7 +128,8 @@ def _fingerprint_cases(
             decoded = source.read(case, last=False)
         except FaultyCaseError as error:
             return error.faults
-        return case_fingerprint(case.id, decoded), foreground_distributions(decoded, points)
+        found = case_fingerprint(case.id, decoded).model_copy(update={"files": source.files(case)})
+        return found, foreground_distributions(decoded, points)
 
     sizes, intensities, faults = [], [], []
     for found in map_cases(

@@ -24,9 +24,9 @@ from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset
 from rfmedsam2.pipeline.planning.plan import plan as make_plan
 from rfmedsam2.pipeline.planning.rfmedsam2 import plan_rfmedsam2
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
-from rfmedsam2.pipeline.preprocessing.fingerprint import fingerprint
+from rfmedsam2.pipeline.preprocessing.fingerprint import WRITING_SECONDS, fingerprint
 from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed, memory_need
-from rfmedsam2.pipeline.preprocessing.preprocess import PreprocessSummary, preprocess
+from rfmedsam2.pipeline.preprocessing.preprocess import PreprocessSummary, preprocess_locked, writable_cases
 from rfmedsam2.records.extension import Extension
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import RFMedSam2Config
@@ -116,22 +116,9 @@ def plan_and_preprocess(
 
     Raises:
         RfMedSamError: faults of the data (lists all of them), an invalid plan, a folder that cannot be written, or
-            another run for this dataset.
+            another run that uses the cases of this plan.
     """
     _check(options)
-    with exclusive_lock(layout.splits_file(dataset.name).parent):
-        return _set_up(dataset, layout, options, stages=stages, workers=workers, track=track)
-
-
-def _set_up(
-    dataset: RawDataset,
-    layout: Layout,
-    options: PlanOptions,
-    *,
-    stages: Sequence[str] | None,
-    workers: int,
-    track: Track,
-) -> SetUp:
     budget = int(MEMORY_SHARE * free_bytes()) if stages != () else 0
     source = CaseReader(dataset, budget_bytes=budget)
     found = fingerprint(source, layout, workers=workers, clean=options.clean, track=track)
@@ -139,17 +126,19 @@ def _set_up(
     wanted = tuple(stages) if stages is not None else tuple(s for s in plan.stages if s != "2d") or tuple(plan.stages)
     for stage in wanted:
         plan.stage(stage)  # before anything is written
-    splits = load_or_make_splits(dataset, layout, group_regex=options.group_regex)
-    notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
-    notes += _write(dataset, layout, plan) + _notes_on(plan)
-    notes += note_on_mirroring(plan, read_header(dataset.training[0].images[0]).grid)
-    done = None
-    if wanted:
-        need = memory_need(source, plan, wanted, workers)
-        if options.tell is not None:
-            options.tell(need)
-        # at most as many workers as were reported, even if more memory is free by now
-        done = preprocess(source, plan, wanted, layout, workers=need.workers, track=track)
+    with writable_cases(source, plan, wanted, layout, track=track) as writable:
+        with exclusive_lock(layout.splits_file(dataset.name).parent, wait_seconds=WRITING_SECONDS):
+            splits = load_or_make_splits(dataset, layout, group_regex=options.group_regex)
+            notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
+            notes += _write(dataset, layout, plan) + _notes_on(plan)
+        notes += note_on_mirroring(plan, read_header(dataset.training[0].images[0]).grid)
+        done = None
+        if wanted:
+            need = memory_need(source, plan, wanted, workers)
+            if options.tell is not None:
+                options.tell(need)
+            # at most as many workers as were reported, even if more memory is free by now
+            done = preprocess_locked(source, plan, wanted, layout, writable=writable, workers=need.workers, track=track)
     return SetUp(fingerprint=found, plan=plan, splits=tuple(splits), notes=tuple(notes), preprocessed=done)
 
 
@@ -246,7 +235,8 @@ def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
 
 def _is_the_same(path: Path, plan: Plan) -> bool:
     try:
-        return read_record(path, Plan) == plan
+        # the digest of the fingerprint is no decision: version 0.1 made another one for the same files
+        return read_record(path, Plan).model_copy(update={"fingerprint": plan.fingerprint}) == plan
     except RecordError:
         return False
 

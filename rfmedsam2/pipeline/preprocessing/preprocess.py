@@ -1,30 +1,33 @@
 """Preprocessing: reads every training case once, preprocesses it for every stage and stores the results.
 
-Finished cases are skipped; cases whose files are damaged, or whose source files or plan have changed, are rebuilt.
+Finished cases are skipped; cases whose files are damaged, or whose source files' contents or plan have changed, are
+rebuilt, unless a training is reading them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError
-from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, files_digest
+from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase
+from rfmedsam2.pipeline.preprocessing.case_source import Files, case_digest, is_from, preprocessing_settings
 from rfmedsam2.pipeline.preprocessing.memory_estimate import memory_need
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.lock import exclusive_lock
+from rfmedsam2.store.lock import InUseError, exclusive_lock
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.foreground import sample_foreground
 from rfmedsam2.transforms.prepare import Prepared, prepare
+
+CHECKS_AT_ONCE = 4
+"""Number of stored cases checked in parallel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +87,22 @@ def preprocess(
         PlanError: a stage does not exist in the plan.
         DatasetError: cases cannot be preprocessed; lists all of them, the others are finished.
         StoreError: the disk is full or a folder cannot be written; finished cases are kept.
-        UsageError: another run writes to the same folder.
+        InUseError: another run writes to the same folder, or reads cases that must be made again.
         WorkerError: memory ran out also with fewer workers, or a case failed; finished cases are kept.
     """
-    begun = time.monotonic()
     source = dataset if isinstance(dataset, CaseReader) else CaseReader(dataset)
+    with writable_cases(source, plan, stages, layout, track=track) as writable:
+        return preprocess_locked(source, plan, stages, layout, writable=writable, workers=workers, track=track)
+
+
+def preprocess_locked(
+    source: CaseReader, plan: Plan, stages: Sequence[str], layout: Layout, *, writable: bool, workers: int, track: Track
+) -> PreprocessSummary:
+    """`preprocess` inside the caller's `writable_cases`, which has told whether cases may be written."""
+    begun = time.monotonic()
+    if not writable:
+        skipped = len(stages) * len(source.dataset.training)
+        return PreprocessSummary(done=0, skipped=skipped, rebuilt=0, seconds=time.monotonic() - begun, bytes=0)
     stores = _stores(plan, stages, layout, source.dataset.name)
     cases = source.dataset.training
     workers = memory_need(source, plan, stages, workers).workers
@@ -102,12 +116,9 @@ def preprocess(
         except RfMedSamError as error:
             return _Outcome(fault=f"{case.id}: {error}")
 
-    with ExitStack() as held:
-        for folder in dict.fromkeys(store.folder for store in stores.values()):
-            held.enter_context(exclusive_lock(folder))
-        outcomes = list(
-            map_cases(work, cases, workers=workers, name=lambda case: case.id, track=track, description="Preprocessing")
-        )
+    outcomes = list(
+        map_cases(work, cases, workers=workers, name=lambda case: case.id, track=track, description="Preprocessing")
+    )
     _raise_faults(outcomes, len(cases))
     return PreprocessSummary(
         done=sum(o.done for o in outcomes),
@@ -118,27 +129,6 @@ def preprocess(
     )
 
 
-def case_digest(case: Case, plan: Plan, stage: str) -> str:
-    """SHA-256 of the case's files (name, size, time) and preprocessing settings: identity of the stored case."""
-    return hashlib.sha256(f"{files_digest(case)}\n{preprocessing_settings(plan, stage)}".encode()).hexdigest()
-
-
-def preprocessing_settings(plan: Plan, stage: str) -> str:
-    """Text of all settings that affect a stage's arrays; stages with equal settings share the work."""
-    config = plan.stages[stage]
-    parts = {  # the keys are those of format 1: cases that were preprocessed by it stay valid
-        "spacing": config.spacing_mm,
-        "slices": config.is_2d,
-        "normalisation": [n.model_dump(mode="json") for n in config.normalization],
-        "resampling": config.resampling.model_dump(mode="json"),
-        "transpose": plan.transpose_forward,
-        "reorient": plan.reorient,
-        "intensities": [i.model_dump(mode="json") for i in plan.intensities],
-        "labels": plan.labels.model_dump(mode="json"),
-    }
-    return json.dumps(parts, sort_keys=True)
-
-
 def _stores(plan: Plan, stages: Sequence[str], layout: Layout, dataset: str) -> dict[str, CaseStore]:
     return {
         stage: CaseStore(layout.cases_folder(dataset, plan.name, stage), plan.stage(stage).patch_size)
@@ -146,16 +136,71 @@ def _stores(plan: Plan, stages: Sequence[str], layout: Layout, dataset: str) -> 
     }
 
 
+@contextmanager
+def writable_cases(
+    source: CaseReader, plan: Plan, stages: Sequence[str], layout: Layout, *, track: Track = silent
+) -> Iterator[bool]:
+    """Lock the folders of the cases against all who read or write them, inside the `with` block.
+
+    Yields:
+        Whether they are locked; False: another run uses them, such as a training, but all cases are finished.
+
+    Raises:
+        InUseError: another run uses them, and cases are missing, damaged, or to be made again.
+    """
+    stores = _stores(plan, stages, layout, source.dataset.name)
+    with ExitStack() as held:
+        locked = True
+        try:
+            for folder in dict.fromkeys(store.folder for store in stores.values()):
+                held.enter_context(exclusive_lock(folder))
+        except InUseError as error:
+            locked = False
+            held.close()
+            due = map_cases(
+                lambda case: bool(_due(case, source.files(case, _known(case, stores)), plan, stores)),
+                source.dataset.training,
+                workers=CHECKS_AT_ONCE,
+                name=lambda case: case.id,
+                track=track,
+                description="Checking cases",
+            )
+            names = [case.id for case, needed in zip(source.dataset.training, due, strict=True) if needed]
+            if names:
+                shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+                raise InUseError(
+                    error.what,
+                    where=error.where,
+                    found=f"{error.found or 'its lock'}, and {len(names)} case(s) here that must be made: {shown}",
+                    remedy="Wait until it has ended, then run the same command again; or choose another plan name",
+                ) from None
+        yield locked
+
+
+def _due(case: Case, files: Files, plan: Plan, stores: Mapping[str, CaseStore]) -> list[str]:
+    """Stages for which the case is missing, damaged, or was made from other files or by another plan."""
+    due = []
+    for stage, store in stores.items():
+        record = store.record(case.id)
+        current = record is not None and is_from(record, case, files, plan, stage)
+        if record is None or not (current and store.is_complete(case.id, record.source)):
+            due.append(stage)
+    return due
+
+
 def _preprocess_case(
     case: Case, source: CaseReader, plan: Plan, stores: Mapping[str, CaseStore], *, threads: int
 ) -> _Outcome:
-    digests = {stage: case_digest(case, plan, stage) for stage in stores}
-    due = [stage for stage, store in stores.items() if not store.is_complete(case.id, digests[stage])]
+    files = source.files(case, _known(case, stores))
+    due = _due(case, files, plan, stores)
     rebuilt = sum(stores[stage].has_any_file(case.id) for stage in due)
     outcome = _Outcome(done=len(due) - rebuilt, skipped=len(stores) - len(due), rebuilt=rebuilt)
+    for stage in stores.keys() - set(due):  # the same contents, perhaps with new modification times
+        stores[stage].note_sources(case.id, case_digest(files, plan, stage), files)
     if not due:
         return outcome
     decoded: DecodedCase | None = source.read(case)
+    files = source.files(case)  # those that were read
     written = 0
     by_recipe: dict[str, list[str]] = {}
     for stage in due:
@@ -167,12 +212,18 @@ def _preprocess_case(
         if not alike:
             decoded = None  # release before storing, which needs memory for the compressed arrays
         for stage in same:
-            written += _store(stores[stage], case.id, prepared, plan, digests[stage])
+            written += _store(stores[stage], case.id, prepared, plan, stage, files)
         del prepared  # release before the next stage is preprocessed
     return replace(outcome, bytes=written)
 
 
-def _store(store: CaseStore, name: str, prepared: Prepared, plan: Plan, digest: str) -> int:
+def _known(case: Case, stores: Mapping[str, CaseStore]) -> Files | None:
+    """The source files that a stored case was made from, if any stage has it."""
+    records = (store.record(case.id) for store in stores.values())
+    return next((record.sources for record in records if record is not None and record.sources is not None), None)
+
+
+def _store(store: CaseStore, name: str, prepared: Prepared, plan: Plan, stage: str, files: Files) -> int:
     assert prepared.label is not None
     places = sample_foreground(prepared.label, plan.labels)
     return store.write(
@@ -181,7 +232,8 @@ def _store(store: CaseStore, name: str, prepared: Prepared, plan: Plan, digest: 
         prepared.label,
         geometry=prepared.restore.to_record(),
         foreground=[(f.key, f.voxels, f.index) for f in places],
-        source=digest,
+        source=case_digest(files, plan, stage),
+        sources=files,
     )
 
 
