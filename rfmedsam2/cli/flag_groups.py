@@ -131,6 +131,7 @@ class Preprocessing:
         ),
     ] = None
     clean: Annotated[bool, arg(help="Compute a new fingerprint even if no file has changed.")] = False
+    skip_faulty: Annotated[bool, arg(help="Go on without cases with errors, which are named.")] = False
     preprocess: Annotated[bool, arg(help="Only verify and plan.")] = True
     root: Root = None
     workers: Workers = 2

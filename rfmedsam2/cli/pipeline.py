@@ -86,6 +86,7 @@ def plan_and_preprocess(
         spacing_zyx_mm=given.spacing,
         group_regex=data.group_regex,
         clean=data.clean,
+        skip_faulty=data.skip_faulty,
         tell=say_memory,
     )
     stages = (data.configurations or None) if data.preprocess else ()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import CheckpointError, shortlist
 from rfmedsam2.records.checkpoint import TrainedRecord
 from rfmedsam2.records.plan import TrainConfig
@@ -51,6 +52,33 @@ class Position:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedTraining:
+    """What a checkpoint says about the training that wrote it."""
+
+    position: Position
+    config: TrainConfig
+    rng_states: list[dict[str, Tensor]]
+    """One per rank."""
+    threads: int | None = None
+    """Threads of torch on the CPU; None in checkpoints of version 0.1."""
+
+    def notes(self, config: TrainConfig, runtime: Runtime) -> list[str]:
+        """Sentences on what is different in the run that goes on with it."""
+        notes = []
+        if self.config.epochs != config.epochs:
+            epochs = f"{self.config.epochs} to {config.epochs}"
+            notes.append(f"Epochs changed from {epochs}: the learning rate now follows the new schedule")
+        differs = "training continues, but not bit-identical to an uninterrupted one"
+        if len(self.rng_states) != runtime.world_size:
+            notes.append(f"Ranks changed from {len(self.rng_states)} to {runtime.world_size}: {differs}")
+        threads = torch.get_num_threads()
+        if runtime.device.type == "cpu" and self.threads not in (None, threads):
+            # sums over several threads round differently
+            notes.append(f"CPU threads (OMP_NUM_THREADS) changed from {self.threads} to {threads}: {differs}")
+        return notes
+
+
 def provenance() -> dict[str, Any]:
     """Record fields on versions, host and time; the digest is filled in when the checkpoint is written."""
     return {
@@ -79,6 +107,7 @@ def save_training(
         "scaler": trained.scaler.state_dict(),
         "optimizer": plain,
         "ranks": len(rng_states),
+        "threads": torch.get_num_threads(),
     }
     write_checkpoint(path, record, _weights(trained.model) | optimizer | random, state)
 
@@ -90,7 +119,7 @@ def save_model(path: Path, record: TrainedRecord, model: nn.Module) -> None:
 
 def load_training(
     path: Path, expected: Callable[[int, dict[str, float]], TrainedRecord], trained: TrainingState, config: TrainConfig
-) -> tuple[Position, TrainConfig, list[dict[str, Tensor]]]:
+) -> SavedTraining:
     """Restore a saved training into `trained`.
 
     Args:
@@ -98,9 +127,6 @@ def load_training(
         expected: makes the record of this training from (step, scores), for comparison.
         trained: the same kind of model and optimizer; modified in place.
         config: training configuration of this run.
-
-    Returns:
-        Its progress, the configuration that it was saved with, and the RNG state of each rank.
 
     Raises:
         CheckpointError: damaged, of another plan, stage, fold or configuration, or without training state.
@@ -117,7 +143,12 @@ def load_training(
     _load_optimizer(path, trained.optimizer, _group(tensors, "optimizer/"), state["optimizer"])
     if state["scaler"] and trained.scaler.is_enabled():
         trained.scaler.load_state_dict(state["scaler"])
-    return position, saved_config, [_group(tensors, f"random/{rank}/") for rank in range(state["ranks"])]
+    return SavedTraining(
+        position=position,
+        config=saved_config,
+        rng_states=[_group(tensors, f"random/{rank}/") for rank in range(state["ranks"])],
+        threads=state.get("threads"),
+    )
 
 
 def is_of_step(path: Path, kind: type[TrainedRecord], step: int) -> bool:

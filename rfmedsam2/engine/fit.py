@@ -112,23 +112,15 @@ class _Loop(Generic[Batch]):
                     (self._run.folder / name).unlink(missing_ok=True)
             return
         trained = TrainingState(model=self._model, optimizer=self._optimizer, scaler=self._scaler)
-        self._position, before, rng_states = load_training(path, self._run.record, trained, config)
+        saved = load_training(path, self._run.record, trained, config)
+        self._position = saved.position
         step, total = self._position.step, config.iterations
         logger.info("Resuming at step %d of %d (epoch %d)", step, total, step // config.iterations_per_epoch)
-        if before.epochs != config.epochs:
-            logger.warning(
-                "Epochs changed from %d to %d: the learning rate now follows the new schedule",
-                before.epochs,
-                config.epochs,
-            )
-        if len(rng_states) == runtime.world_size:
-            restore(rng_states[runtime.rank], runtime.device)
+        for note in saved.notes(config, runtime):
+            logger.warning(note)
+        if len(saved.rng_states) == runtime.world_size:
+            restore(saved.rng_states[runtime.rank], runtime.device)
         else:
-            logger.warning(
-                "Ranks changed from %d to %d: training continues, but not bit-identical to an uninterrupted one",
-                len(rng_states),
-                runtime.world_size,
-            )
             seed_all(config.seed, runtime.rank, step, device=runtime.device)
 
     def train(self) -> Progress:

@@ -185,8 +185,9 @@ class _WorkerPool:
 
     def take(self, number: int) -> Any:
         """Wait for the next batch, `number`; raises WorkerError if it cannot arrive."""
-        began = time.monotonic()
+        waited = 0.0
         while True:
+            began = time.monotonic()
             try:
                 return next(self._iterator)
             except (RuntimeError, OSError, EOFError) as error:
@@ -199,7 +200,9 @@ class _WorkerPool:
                 if not late:
                     where = f"batch {number} ({self._describe(number)})"
                     raise WorkerError("Batches cannot be transferred", where=where, found=error) from error
-                if time.monotonic() - began >= self._timeout:
+                # not the clock's time: a scheduler may have stopped this process for hours, and its workers with it
+                waited += min(time.monotonic() - began, 2 * POLL_SECONDS)
+                if waited >= self._timeout:
                     raise self._stalled(number) from None
 
     def end(self) -> None:

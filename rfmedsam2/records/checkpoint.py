@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rfmedsam2.records.base import VersionedRecord
+from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.plan import Plan
 
 STAGE_CHANGEABLE = {"train", "validation", "inference", "compute"}
@@ -41,16 +41,31 @@ class TaskRecord(TrainedRecord):
         return {}
 
 
+class TrainedCases(Record):
+    """The cases of a training: id -> identity of the preprocessed arrays (`CaseRecord.contents`)."""
+
+    train: dict[str, str]
+    val: dict[str, str]
+
+    def part_of(self, name: str) -> str:
+        """What a case is in this training, in words."""
+        parts = [part for part, cases in (("training", self.train), ("validation", self.val)) if name in cases]
+        return f"in {' and '.join(parts)}" if parts else "in neither part"
+
+
 class CheckpointRecord(TrainedRecord):
     """Record of a volume model's checkpoint, whose tensors are weights and, to resume, optimizer state."""
 
     plan: Plan
     stage: str
     fold: str
+    cases: TrainedCases | None = None
+    """None in checkpoints of version 0.1, and in exported models, which name nobody's cases."""
 
     def identity(self) -> dict[str, Any]:
-        """Plan, stage and fold."""
+        """Plan, stage and fold; the cases are compared before training begins."""
         plan = self.plan.model_dump(mode="json")
+        plan.pop("fingerprint")  # versions make different digests of the same files
         stages = plan.pop("stages")
         stage = {k: v for k, v in stages[self.stage].items() if k not in STAGE_CHANGEABLE}
         return {"stage": self.stage, "fold": self.fold, "plan": plan, f"plan.stages.{self.stage}": stage}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.case import StoredFile
 
@@ -55,3 +57,5 @@ class Fingerprint(VersionedRecord):
     intensities: tuple[IntensityStatistics, ...]
     """One per channel."""
     median_relative_size_after_crop: float
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Training case -> errors for which it was left out (`--skip-faulty`)."""

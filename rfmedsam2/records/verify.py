@@ -83,7 +83,10 @@ class VerifyReport(Record):
         require_no_errors(self.faults, where=self.dataset)
 
 
-def require_no_errors(faults: Sequence[Fault], *, where: object) -> None:
+REMEDY = "Correct or remove these cases, then run the same command again"
+
+
+def require_no_errors(faults: Sequence[Fault], *, where: object, remedy: str = REMEDY) -> None:
     """Raise when any fault is an error.
 
     Raises:
@@ -96,5 +99,5 @@ def require_no_errors(faults: Sequence[Fault], *, where: object) -> None:
             f"The dataset has {len(errors)} fault(s)",
             where=where,
             found=f"\n{lines}\n",
-            remedy="Correct or remove these cases, then run the same command again",
+            remedy=remedy,
         )

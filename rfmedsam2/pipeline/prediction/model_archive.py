@@ -26,7 +26,7 @@ EXTRAS = ("metrics.json", "summary.json")
 def export_model(
     model_folder: Path, out: Path, *, folds: Sequence[str] | None = None, checkpoint: Which = "final"
 ) -> Manifest:
-    """Pack the weights of a model into a zip file, without optimizer and RNG state.
+    """Pack the weights of a model into a zip file, without optimizer and RNG state and without ids of cases.
 
     Args:
         model_folder: results/DATASET/PLAN__STAGE.
@@ -56,7 +56,8 @@ def export_model(
             name = f"{fold}/{FINAL}"
             files[name] = work / name
             weights = {f"model/{key}": tensor for key, tensor in read_weights(path).items()}
-            write_checkpoint(files[name], record, weights, {})
+            # ids of cases may tell whose they are
+            write_checkpoint(files[name], record.model_copy(update={"cases": None}), weights, {})
             extras = [path.parent / extra for extra in EXTRAS]
             files |= {f"{fold}/{extra.name}": extra for extra in extras if extra.is_file()}
         manifest = _manifest(records, files)

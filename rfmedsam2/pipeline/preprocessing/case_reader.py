@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -175,14 +175,27 @@ class CaseReader:
                     continue  # reported when the case is read
         return [self._extents[case.id] for case in self.dataset.training if case.id in self._extents]
 
+    def layout_faults(self) -> tuple[Fault, ...]:
+        """Errors of training cases that can be seen from file names: missing files, wrong endings, duplicate ids."""
+        test = self.dataset.folder / "imagesTs"
+        return tuple(
+            fault
+            for fault in self.dataset.faults
+            if fault.severity == "error" and not Path(fault.file).is_relative_to(test)
+        )
+
     def check_file_layout(self) -> None:
-        """Raise if file names show that training cases cannot be used (missing files, duplicate ids ...).
+        """Raise if file names show that training cases cannot be used.
 
         Raises:
             DatasetError: lists all faults.
         """
-        concerned = {"", *(case.id for case in self.dataset.training)}
-        require_no_errors([f for f in self.dataset.faults if f.case in concerned], where=self.dataset.folder)
+        require_no_errors(self.layout_faults(), where=self.dataset.folder)
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Go on with a dataset without these training cases."""
+        kept = tuple(case for case in self.dataset.training if case.id not in names)
+        self.dataset = replace(self.dataset, training=kept)
 
     def _decode(self, case: Case) -> DecodedCase:
         found = examine_case(case, self.dataset.json)

@@ -43,6 +43,7 @@ def fingerprint(
     *,
     workers: int = 2,
     clean: bool = False,
+    skip_faulty: bool = False,
     track: Track = silent,
 ) -> Fingerprint:
     """Compute the fingerprint of a dataset's training cases, or load the one on disk if no file has changed since.
@@ -54,6 +55,7 @@ def fingerprint(
         layout: the folder layout, which determines where the fingerprint is written.
         workers: number of cases processed in parallel.
         clean: always compute a new fingerprint.
+        skip_faulty: go on without cases with errors, which the fingerprint then names; a reader leaves them out, too.
         track: progress display.
 
     Raises:
@@ -63,7 +65,7 @@ def fingerprint(
     raw = source.dataset
     if not raw.training:
         raise DatasetError("The dataset has no training cases", where=raw.folder)
-    source.check_file_layout()
+    left_out = _left_out(source, source.layout_faults(), skip=skip_faulty)
     path = layout.fingerprint_file(raw.name)
     if not clean:
         try:
@@ -72,17 +74,41 @@ def fingerprint(
             found = None
         if found is not None and found.dataset == raw.name and _is_current(found, source):
             return found
-    sizes, intensities = _fingerprint_cases(source, workers, track)
+    sizes, intensities, faults = _fingerprint_cases(source, workers, track)
+    left_out |= _left_out(source, faults, skip=skip_faulty)
+    raw = source.dataset
     result = Fingerprint(
         dataset=raw.name,
         digest=dataset_digest(raw, {case.id: case.files or {} for case in sizes}),
         cases=sizes,
         intensities=tuple(mixture_statistics(channel, where=raw.name) for channel in zip(*intensities, strict=True)),
         median_relative_size_after_crop=float(np.median([case.relative_size_after_crop for case in sizes])),
+        left_out=left_out,
     )
     with exclusive_lock(path.parent, wait_seconds=WRITING_SECONDS):
         write_record(path, result)
     return result
+
+
+def _left_out(source: CaseReader, faults: Sequence[Fault], *, skip: bool) -> dict[str, str]:
+    """Leave out cases with errors; returns id -> errors.
+
+    Raises:
+        DatasetError: there are errors that may not be skipped, or no case is left.
+    """
+    if not skip or any(not fault.case for fault in faults):
+        require_no_errors(
+            faults,
+            where=source.dataset.folder,
+            remedy="Correct or remove these cases, then run the same command again; or go on without them: --skip-faulty",
+        )
+    found: dict[str, str] = {}
+    for fault in faults:
+        found[fault.case] = f"{found[fault.case]}; {fault.message}" if fault.case in found else fault.message
+    source.leave_out(found)
+    if not source.dataset.training:
+        require_no_errors(faults, where=source.dataset.folder)
+    return found
 
 
 def dataset_digest(dataset: RawDataset, files: Mapping[str, Mapping[str, StoredFile]]) -> str:
@@ -102,6 +128,8 @@ def dataset_digest(dataset: RawDataset, files: Mapping[str, Mapping[str, StoredF
 def _is_current(found: Fingerprint, source: CaseReader) -> bool:
     """Whether dataset.json and all files are those of the fingerprint; only files with a new time are read."""
     raw = source.dataset
+    if found.left_out:
+        return False  # they may have been corrected
     known = {case.id: case.files for case in found.cases if case.files is not None}
     if known.keys() != {case.id for case in raw.training}:
         return found.digest == _digest_by_times(raw)
@@ -118,8 +146,8 @@ def _digest_by_times(dataset: RawDataset) -> str:
 
 def _fingerprint_cases(
     source: CaseReader, workers: int, track: Track
-) -> tuple[tuple[CaseFingerprint, ...], tuple[tuple[Distribution | None, ...], ...]]:
-    """Fingerprint and distribution per channel of every training case; errors of all cases are raised together."""
+) -> tuple[tuple[CaseFingerprint, ...], tuple[tuple[Distribution | None, ...], ...], list[Fault]]:
+    """Fingerprint and distribution per channel of every training case without errors, and the errors of the others."""
     training = source.dataset.training
     points = int(np.clip(POINTS // len(training), MIN_POINTS, MAX_POINTS))
 
@@ -131,7 +159,7 @@ def _fingerprint_cases(
         found = case_fingerprint(case.id, decoded).model_copy(update={"files": source.files(case)})
         return found, foreground_distributions(decoded, points)
 
-    sizes, intensities, faults = [], [], []
+    sizes, intensities, faults = [], [], list[Fault]()
     for found in map_cases(
         examine, training, workers=workers, name=lambda case: case.id, track=track, description="Fingerprint"
     ):
@@ -140,8 +168,7 @@ def _fingerprint_cases(
             intensities.append(found[1])
         else:
             faults += found
-    require_no_errors(faults, where=source.dataset.folder)
-    return tuple(sizes), tuple(intensities)
+    return tuple(sizes), tuple(intensities), faults
 
 
 def case_fingerprint(name: str, decoded: DecodedCase) -> CaseFingerprint:

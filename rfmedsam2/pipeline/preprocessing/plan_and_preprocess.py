@@ -59,6 +59,7 @@ class PlanOptions:
         spacing_zyx_mm: target spacing; None: nnU-Net's rule.
         group_regex: regular expression; ids with the same first capture group are one patient.
         clean: compute a new fingerprint even if no file has changed.
+        skip_faulty: go on without cases with errors; notes and fingerprint name them.
         tell: called with the memory estimate before preprocessing starts.
     """
 
@@ -73,6 +74,7 @@ class PlanOptions:
     spacing_zyx_mm: Triple | None = None
     group_regex: str | None = None
     clean: bool = False
+    skip_faulty: bool = False
     tell: Callable[[MemoryNeed], None] | None = None
 
 
@@ -121,7 +123,10 @@ def plan_and_preprocess(
     _check(options)
     budget = int(MEMORY_SHARE * free_bytes()) if stages != () else 0
     source = CaseReader(dataset, budget_bytes=budget)
-    found = fingerprint(source, layout, workers=workers, clean=options.clean, track=track)
+    found = fingerprint(
+        source, layout, workers=workers, clean=options.clean, skip_faulty=options.skip_faulty, track=track
+    )
+    dataset = source.dataset  # without cases that were left out
     plan = _planned(dataset, found, options)
     wanted = tuple(stages) if stages is not None else tuple(s for s in plan.stages if s != "2d") or tuple(plan.stages)
     for stage in wanted:
@@ -131,6 +136,7 @@ def plan_and_preprocess(
             splits = load_or_make_splits(dataset, layout, group_regex=options.group_regex)
             notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
             notes += _write(dataset, layout, plan) + _notes_on(plan)
+        notes += [f"Case {name} was left out ({errors})." for name, errors in found.left_out.items()]
         notes += note_on_mirroring(plan, read_header(dataset.training[0].images[0]).grid)
         done = None
         if wanted:

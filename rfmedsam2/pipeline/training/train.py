@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,27 @@ from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run, Task
-from rfmedsam2.errors import RfMedSamError, StoreError, UsageError, shortlist
+from rfmedsam2.errors import RecordError, RfMedSamError, UsageError
 from rfmedsam2.pipeline.datasets.splits import get_split
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
 from rfmedsam2.pipeline.evaluation.report import write_report
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
+from rfmedsam2.pipeline.training.case_checks import require_preprocessed, require_same_cases
 from rfmedsam2.pipeline.training.memory_check import check_memory
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
-from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
+from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.reporting.training_curves import progress_png
 from rfmedsam2.store.checkpoint_header import FINAL, LATEST
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.lock import shared_lock
 from rfmedsam2.store.preprocessed import CaseStore
-from rfmedsam2.store.raw import open_dataset
-from rfmedsam2.system.parallel import map_cases
+from rfmedsam2.store.raw import RawDataset, open_dataset
+from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.system.progress_bars import progress_bars
 from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
@@ -42,8 +46,6 @@ from rfmedsam2.tasks.unet import UNetTask
 
 logger = logging.getLogger(__name__)
 VALIDATION = "validation"
-CHECKS_AT_ONCE = 4
-"""Number of cases whose files are checked in parallel before a training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +107,9 @@ def train(
     Raises:
         PlanError: the stage does not exist.
         ExtensionError: the plan names an extension that is not installed.
-        UsageError: the fold does not exist, cases are not preprocessed, or another run trains this fold.
+        UsageError: the fold does not exist, cases are not preprocessed, or their files or settings have changed since;
+            another run trains this fold, or makes its cases.
+        CheckpointError: the training in the folder was begun with other cases, or cannot be resumed.
         StoreError: preprocessed cases are damaged, or a folder cannot be written.
         RfMedSamError: errors of the engine, prediction and evaluation.
     """
@@ -115,17 +119,20 @@ def train(
     config = plan.stage(stage)
     extensions.check(config)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.name, stage), config.patch_size)
-    split = get_split(layout, plan.dataset, fold, ids=_case_ids(layout, plan, store))
-    _require_preprocessed(split, store, plan, stage, track=track)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
-    with (
-        start_runtime(options.device, precision=config.train.precision) as runtime,
-        training_folder(folder, runtime, restart=options.restart),
-    ):
+    with ExitStack() as held:
+        held.enter_context(shared_lock(store.folder))
+        raw = _raw_dataset(layout, plan, needed=options.validate)
+        ids = store.ids() if raw is None else [case.id for case in raw.training]
+        split = get_split(layout, plan.dataset, fold, ids=ids)
+        cases = require_preprocessed(split, store, raw, plan, stage, track=track)
+        runtime = held.enter_context(start_runtime(options.device, precision=config.train.precision))
+        held.enter_context(training_folder(folder, runtime, restart=options.restart))
+        require_same_cases(folder, cases)
         task = _task(layout, plan, stage, fold, store=store, split=split, runtime=runtime, options=options, track=track)
         run = Run(
             folder=folder,
-            record=lambda step, scores: describe(plan, stage, fold, step=step, scores=scores),
+            record=lambda step, scores: describe(plan, stage, fold, step=step, scores=scores, cases=cases),
             runtime=runtime,
             track=track,
             tensorboard=options.tensorboard,
@@ -178,12 +185,15 @@ def _task(
     return task
 
 
-def describe(plan: Plan, stage: str, fold: str, *, step: int, scores: dict[str, float]) -> CheckpointRecord:
+def describe(
+    plan: Plan, stage: str, fold: str, *, step: int, scores: dict[str, float], cases: TrainedCases | None = None
+) -> CheckpointRecord:
     """Make the record of a checkpoint; the digest is filled in when it is written."""
     return CheckpointRecord(
         plan=plan,
         stage=stage,
         fold=fold,
+        cases=cases,
         step=step,
         scores=scores,
         **provenance(),
@@ -240,33 +250,19 @@ def _finish(
     return evaluation
 
 
-def _case_ids(layout: Layout, plan: Plan, store: CaseStore) -> tuple[str, ...]:
-    """All training cases: those of the raw dataset if it exists, else the preprocessed ones."""
+def _raw_dataset(layout: Layout, plan: Plan, *, needed: bool) -> RawDataset | None:
+    """The raw dataset without the cases left out; None if it does not exist, or cannot be used and is not needed."""
+    folder = layout.raw / plan.dataset
+    if not folder.is_dir():
+        return None
+    left_out: Mapping[str, str] = {}
+    with suppress(RecordError):
+        left_out = read_record(layout.fingerprint_file(plan.dataset), Fingerprint).left_out
     try:
-        return tuple(case.id for case in open_dataset(layout.raw / plan.dataset).training)
-    except RfMedSamError:
-        return store.ids()
-
-
-def _require_preprocessed(split: Split, store: CaseStore, plan: Plan, stage: str, *, track: Track) -> None:
-    there, wanted = set(store.ids()), sorted({*split.train, *split.val})
-    missing = [name for name in wanted if name not in there]
-    if missing:
-        raise UsageError(
-            f"{len(missing)} of {len(wanted)} cases are not preprocessed",
-            where=store.folder,
-            found=f"none of {shortlist(missing)}",
-            remedy=f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {stage} with the options that made {plan.name}",
-        )
-    # a copied dataset has new modification times: then all files are read once
-    sound = map_cases(
-        store.looks_complete, wanted, workers=CHECKS_AT_ONCE, name=str, track=track, description="Checking cases"
-    )
-    damaged = [name for name, whole in zip(wanted, sound, strict=True) if not whole]
-    if damaged:
-        raise StoreError(
-            f"{len(damaged)} of {len(wanted)} preprocessed cases are damaged or were modified",
-            where=store.folder,
-            found=shortlist(damaged),
-            remedy="Run rfmed_plan_and_preprocess again with the same options: it rebuilds damaged cases",
-        )
+        raw = open_dataset(folder)
+        return replace(raw, training=tuple(case for case in raw.training if case.id not in left_out))
+    except RfMedSamError as error:
+        if needed:
+            raise
+        logger.warning("%s Whether files have changed since they were preprocessed is not known.", error)
+        return None

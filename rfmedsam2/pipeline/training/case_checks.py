@@ -1,0 +1,178 @@
+"""Checks before a training: cases are preprocessed, whole and up to date, and the same as when it was begun."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from rfmedsam2.engine.checkpoint import differences
+from rfmedsam2.errors import CheckpointError, DatasetError, StoreError, UsageError, shortlist
+from rfmedsam2.pipeline.preprocessing.case_source import Changes, changes_since
+from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
+from rfmedsam2.records.plan import Plan, Split
+from rfmedsam2.store.checkpoint_header import FINAL, LATEST, read_header
+from rfmedsam2.store.preprocessed import CaseStore
+from rfmedsam2.store.raw import RawDataset
+from rfmedsam2.system.parallel import map_cases
+from rfmedsam2.system.progress import Track
+
+logger = logging.getLogger(__name__)
+CHECKS_AT_ONCE = 4
+"""Number of cases whose files are checked in parallel before a training."""
+
+
+def require_preprocessed(
+    split: Split, store: CaseStore, raw: RawDataset | None, plan: Plan, stage: str, *, track: Track
+) -> TrainedCases:
+    """Check that all cases of a split are preprocessed, whole, and made from the raw files and the plan as they are.
+
+    Only files with a new modification time are read.
+
+    Returns:
+        The cases, by which a later run can tell that it is the same training.
+
+    Raises:
+        UsageError: cases are not preprocessed, or their preprocessing is outdated; names them and the remedy.
+        DatasetError: dataset.json does not match the plan.
+        StoreError: preprocessed cases are damaged.
+        ImageError: a raw file is missing or cannot be read.
+    """
+    again = f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {stage} with the options that made {plan.name}"
+    wanted, there = sorted({*split.train, *split.val}), set(store.ids())
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise UsageError(
+            f"{len(missing)} of {len(wanted)} cases are not preprocessed",
+            where=store.folder,
+            found=f"none of {shortlist(missing)}",
+            remedy=again,
+        )
+    # a copied dataset has new modification times: then all files are read once
+    sound = map_cases(
+        store.looks_complete, wanted, workers=CHECKS_AT_ONCE, name=str, track=track, description="Checking cases"
+    )
+    damaged = [name for name, whole in zip(wanted, sound, strict=True) if not whole]
+    if damaged:
+        raise StoreError(
+            f"{len(damaged)} of {len(wanted)} preprocessed cases are damaged or were modified",
+            where=store.folder,
+            found=shortlist(damaged),
+            remedy="Run rfmed_plan_and_preprocess again with the same options: it rebuilds damaged cases",
+        )
+    records = {name: store.open(name).record for name in wanted}
+    if raw is not None:
+        _require_same_labels(raw, plan, again)
+        changes = _changes(raw, wanted, store, plan, stage, track)
+        _require_same_sources(changes, len(wanted), store.folder, again)
+        _warn_of_new_cases(raw, wanted, there)
+    contents = {name: record.contents for name, record in records.items()}
+    return TrainedCases(
+        train={name: contents[name] for name in split.train}, val={name: contents[name] for name in split.val}
+    )
+
+
+def require_same_cases(folder: Path, cases: TrainedCases) -> None:
+    """Check that the training in a folder, if there is one, was begun with these cases.
+
+    Raises:
+        CheckpointError: it was not; names the cases.
+    """
+    path = next((path for name in (LATEST, FINAL) if (path := folder / name).is_file()), None)
+    if path is None:
+        return
+    try:
+        before = read_header(path, CheckpointRecord).record.cases
+    except CheckpointError:
+        return  # whoever reads all of it says what is wrong
+    if before is None:
+        return  # by version 0.1
+    differ = [
+        f"{name} was {before.part_of(name)}, is {cases.part_of(name)}"
+        for name in sorted({*before.train, *before.val, *cases.train, *cases.val})
+        if before.part_of(name) != cases.part_of(name)
+    ]
+    known = before.train | before.val
+    changed = [
+        f"{name} was preprocessed again from other files or by another plan"
+        for name, now in sorted((cases.train | cases.val).items())
+        if known.get(name, now) != now
+    ]
+    if differ or changed:
+        raise CheckpointError(
+            "This training was begun with other cases",
+            where=path,
+            found=shortlist([*differ, *changed], separator="; "),
+            remedy="Restore the splits and the cases as they were, or start over with rfmed_train --restart",
+        )
+
+
+def _require_same_labels(raw: RawDataset, plan: Plan, again: str) -> None:
+    """Raise if dataset.json declares other labels, channels or orientation than the plan was made with."""
+    declared = {"labels": raw.json.label_set, "channels": raw.json.channels, "reorient": raw.reorient}
+    faults = []
+    for name, now in declared.items():
+        then = getattr(plan, name)
+        if then != now:
+            pair = (each.model_dump(mode="json") if name == "labels" else each for each in (then, now))
+            faults += differences(*pair, name)
+    if faults:
+        raise DatasetError(
+            f"dataset.json was changed after plan {plan.name} was made",
+            where=raw.folder / "dataset.json",
+            found=shortlist(faults, separator="; "),
+            remedy=f"{again}, or restore dataset.json",
+        )
+
+
+def _changes(
+    raw: RawDataset, wanted: Sequence[str], store: CaseStore, plan: Plan, stage: str, track: Track
+) -> dict[str, Changes]:
+    cases = [case for case in raw.training if case.id in set(wanted)]
+    found = map_cases(
+        lambda case: changes_since(store.open(case.id).record, case, plan, stage),
+        cases,
+        workers=CHECKS_AT_ONCE,
+        name=lambda case: case.id,
+        track=track,
+        description="Checking raw files",
+    )
+    return {case.id: changes for case, changes in zip(cases, found, strict=True)}
+
+
+def _require_same_sources(changes: dict[str, Changes], total: int, where: Path, again: str) -> None:
+    changed = {name: change.files for name, change in changes.items() if change.files}
+    if changed:
+        raise UsageError(
+            f"The files of {len(changed)} of {total} cases have changed since they were preprocessed",
+            where=where,
+            found=shortlist([f"{name} ({', '.join(files)})" for name, files in changed.items()]),
+            remedy=f"{again}: it rebuilds these cases",
+        )
+    otherwise = [name for name, change in changes.items() if change.settings]
+    if otherwise:
+        raise UsageError(
+            f"{len(otherwise)} of {total} cases were preprocessed with other settings than the plan's",
+            where=where,
+            found=shortlist(otherwise),
+            remedy=f"{again}: it rebuilds these cases",
+        )
+    unknown = [name for name, change in changes.items() if change.unknown]
+    if unknown:
+        logger.warning(
+            "The files of %d cases have new modification times, and version 0.1, which preprocessed them, kept nothing "
+            "else to compare them by (%s). If they were changed, run rfmed_plan_and_preprocess again.",
+            len(unknown),
+            shortlist(unknown),
+        )
+
+
+def _warn_of_new_cases(raw: RawDataset, wanted: Sequence[str], preprocessed: set[str]) -> None:
+    new = [case.id for case in raw.training if case.id not in preprocessed and case.id not in set(wanted)]
+    if new:
+        logger.warning(
+            "%d cases were added to the raw dataset after it was planned and are in no fold (%s). To use them, delete "
+            "splits_final.json and run rfmed_plan_and_preprocess again.",
+            len(new),
+            shortlist(new),
+        )
