@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.commands import OURS, PLANNING
+from support.commands import OURS, PLANNING, run_ok
 
+from rfmedsam2.engine.log import read_events
 from rfmedsam2.records.report import Evaluation
+from rfmedsam2.store import lock
 from rfmedsam2.system.atomic import read_record
 
 pytestmark = [
@@ -129,6 +132,48 @@ def test_an_unknown_time_zone_and_files_of_the_future(raw_root, root_of):
     for path in (root / "preprocessed").rglob("*"):
         os.utime(path, (future, future))
     assert "0 rebuilt, 5 finished before" in here.run("plan_and_preprocess", *words)
+
+
+def test_a_clock_that_was_set_back(trained_root, root_of, tmp_path):
+    """All files are from the future: made before the clock was set back. Nothing is made again, and training goes on."""
+    root, out = root_of(trained_root), tmp_path / "out"
+    here = Surroundings(variables={})
+    predicting = ("predict", "-i", root / "raw" / DATASET / "imagesTs", "-o", out, "--root", root)
+    here.run(*predicting)
+    future = time.time() + YEAR_SECONDS
+    for path in (*root.rglob("*"), *out.iterdir()):
+        os.utime(path, (future, future))
+    assert "0 rebuilt, 5 finished before" in here.run("plan_and_preprocess", *PLANNING, "--root", root)
+    assert "Predicted 0 case(s)" in here.run(*predicting, "--continue")
+    longer = ["3d_fullres", 0, "--epochs", 2, "--iterations", 2, "--no-validate", "--root", root]
+    said = here.run("train", *longer)
+    assert "Trained 4 steps" in said
+    steps = [event["step"] for event in read_events(root / FOLD / "metrics.jsonl") if event["event"] == "step"]
+    assert steps == [1, 2, 3, 4]
+    label = root / "raw" / DATASET / "labelsTr"
+    shutil.copyfile(label / "phantom_002.nii.gz", label / "phantom_001.nii.gz")  # at an earlier time than before
+    assert "1 rebuilt" in here.run("plan_and_preprocess", *PLANNING, "--root", root)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks(raw_root, root_of, tmp_path, monkeypatch, number):
+    """NFS without its lock service: every command works, and says that it cannot keep another from its folder."""
+
+    def flock(handle, flags):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    root = root_of(raw_root)
+    raw = root / "raw" / DATASET
+    for words in (
+        ("plan_and_preprocess", *PLANNING, "--root", root),
+        ("train", *training(root, workers=1)),
+        ("predict", "-i", raw / "imagesTs", "-o", tmp_path / "out", "--root", root),
+    ):
+        said = run_ok(*words).err
+        assert f"cannot be locked ({os.strerror(number)}): do not start a second run in it" in said
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
+    assert not list(root.rglob(".lock"))
 
 
 @pytest.mark.whole

@@ -1,17 +1,24 @@
-"""Two runs started on the same folder: the second is told so, the first is not disturbed, and no lock outlives it."""
+"""Two runs at once: on the same folder the second is told so, elsewhere both work; no lock outlives its run."""
 
 from __future__ import annotations
 
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support.commands import PLANNING
-from support.live_process import Launcher
+from support.live_process import Launcher, Process
+
+from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.preprocessed import CaseStore
 
 pytestmark = pytest.mark.timeout(200)
 FOLD = Path("results/Dataset900_PhantomCT/rfmed_cpu__3d_fullres/fold_0")
+CASES = Path("preprocessed/Dataset900_PhantomCT/rfmed_cpu_3d_fullres")
+LABELS = Path("raw/Dataset900_PhantomCT/labelsTr")
 
 Words = tuple[object, ...]
 
@@ -22,7 +29,7 @@ def training(root: Path) -> tuple[Path, Words]:
 
 
 def preprocessing(root: Path) -> tuple[Path, Words]:
-    return root / "preprocessed" / "Dataset900_PhantomCT", ("plan_and_preprocess", *PLANNING, "--root", root)
+    return root / CASES, ("plan_and_preprocess", *PLANNING, "--root", root)
 
 
 def prediction(root: Path) -> tuple[Path, Words]:
@@ -52,3 +59,111 @@ def test_the_second_run_is_told_so(request, root_of, launcher: Launcher, tmp_pat
     assert first.wait() == 0, first.text()
     assert not lock.exists()
     launcher.finished(str(name), *rest, folder=tmp_path)
+
+
+@contextmanager
+def stopped(process: Process) -> Iterator[None]:
+    """Keep a process from going on inside the `with` block."""
+    process.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.signal(signal.SIGCONT)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    store = CaseStore(folder)
+    assert all(store.looks_complete(name) for name in store.ids())
+    return {name: store.open(name).record.contents for name in store.ids()}
+
+
+def weights(root: Path, fold: int = 0) -> str:
+    return read_record_of(root / FOLD.parent / f"fold_{fold}" / "checkpoint_final.safetensors").weights_sha256
+
+
+def planned_besides(root: Path) -> Callable[[], bool]:
+    """Tell whether the first plan is written and its cases are being made."""
+    dataset = root / CASES.parent
+    return lambda: (
+        (root / CASES / ".lock").exists() and (dataset / "rfmed_cpu.json").exists() and not (dataset / ".lock").exists()
+    )
+
+
+def test_two_plans_of_one_dataset_are_made_at_once(raw_root, planned_root, root_of, launcher: Launcher, tmp_path):
+    root = root_of(raw_root)
+    _, (name, *words) = preprocessing(root)
+    first = launcher.start(str(name), *words, folder=tmp_path)
+    first.until(planned_besides(root))
+    with stopped(first):
+        told = launcher.finished(str(name), *words, "-p", "other", folder=tmp_path)
+    assert "Preprocessed: 5 new" in told
+    assert first.wait() == 0, first.text()
+    both = [launcher.start(str(name), *words, "-p", plan, folder=tmp_path) for plan in ("third", "fourth")]
+    for process in both:
+        assert process.wait() == 0, process.text()
+        assert "Preprocessed: 5 new" in process.text()
+    expected = contents(planned_root / CASES)
+    assert len(expected) == 5
+    for plan in ("rfmed_cpu", "other", "third", "fourth"):
+        assert contents(root / CASES.with_name(f"{plan}_3d_fullres")) == expected
+    splits = CASES.with_name("splits_final.json")
+    assert (root / splits).read_bytes() == (planned_root / splits).read_bytes()
+
+
+def test_cases_are_not_rebuilt_under_a_training(planned_root, trained_root, root_of, launcher: Launcher, tmp_path):
+    """A training reads what it began with; who would change it is told so, and may when it has ended."""
+    root = root_of(planned_root)
+    _, (name, *words) = preprocessing(root)
+    before = contents(root / CASES)
+    _, (train, *fold) = training(root)
+    process = launcher.start(str(train), *fold, folder=tmp_path)
+    process.until(lambda: (root / CASES / ".lock").exists() and (root / FOLD / ".lock").exists())
+    with stopped(process):
+        assert "0 rebuilt, 5 finished before" in launcher.finished(str(name), *words, folder=tmp_path)
+        shutil.copy(root / LABELS / "phantom_002.nii.gz", root / LABELS / "phantom_001.nii.gz")
+        told = launcher.finished(str(name), *words, folder=tmp_path, code=2)
+    assert f"Another run is working in this folder: {root / CASES}. Found process {process.pid} on " in told
+    assert "that must be made: phantom_001" in told
+    assert process.wait() == 0, process.text()
+    assert contents(root / CASES) == before
+    assert weights(root) == weights(trained_root)
+    assert not list(root.rglob(".lock"))
+    launcher.finished(str(name), *words, folder=tmp_path)
+    after = contents(root / CASES)
+    assert after["phantom_001"] != before["phantom_001"]
+
+
+def test_a_training_does_not_begin_while_its_cases_are_made(planned_root, root_of, launcher: Launcher, tmp_path):
+    root = root_of(planned_root)
+    for path in (root / CASES).glob("*.b2nd"):
+        path.unlink()
+    _, (name, *words) = preprocessing(root)
+    process = launcher.start(str(name), *words, folder=tmp_path)
+    process.until(lambda: (root / CASES / ".lock").exists() and (root / CASES / ".lock").stat().st_size)
+    _, (train, *fold) = training(root)
+    with stopped(process):
+        told = launcher.finished(str(train), *fold, folder=tmp_path, code=2)
+    assert f"Another run is working in this folder: {root / CASES}. Found process {process.pid} on " in told
+    assert process.wait() == 0, process.text()
+    launcher.finished(str(train), *fold, folder=tmp_path)
+
+
+def test_two_folds_train_at_once(planned_root, trained_root, root_of, launcher: Launcher, tmp_path):
+    root = root_of(planned_root)
+    _, (name, stage, _, *short) = training(root)
+    both = [launcher.start(str(name), stage, fold, *short, folder=tmp_path) for fold in (0, 1)]
+    for process in both:
+        assert process.wait() == 0, process.text()
+    assert weights(root) == weights(trained_root) != weights(root, fold=1)
+    assert not list(root.rglob(".lock"))
+
+
+def test_two_predictions_run_at_once(trained_root, launcher: Launcher, tmp_path):
+    images = trained_root / "raw" / "Dataset900_PhantomCT" / "imagesTs"
+    words = ("-i", images, "--root", trained_root, "-o")
+    both = [launcher.start("predict", *words, tmp_path / name, folder=tmp_path) for name in ("one", "two")]
+    for process in both:
+        assert process.wait() == 0, process.text()
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).glob("*.nii.gz")} for name in ("one", "two"))
+    assert len(one) == 2
+    assert one == two

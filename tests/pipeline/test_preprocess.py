@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import rfmedsam2.pipeline.preprocessing.case_reader as source_module
-from rfmedsam2.errors import DatasetError, PlanError, StoreError
+from rfmedsam2.errors import DatasetError, PlanError, RfMedSamError, StoreError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.pipeline.preprocessing.fingerprint import Distribution, fingerprint, mixture_statistics
 from rfmedsam2.pipeline.preprocessing.memory_estimate import case_bytes, memory_need
@@ -20,6 +22,7 @@ from rfmedsam2.pipeline.preprocessing.preprocess import preprocess
 from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import Normalization, Plan, Stage
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.lock import InUseError, shared_lock
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import RawDataset, open_dataset
 
@@ -133,6 +136,112 @@ def test_a_second_run_skips_everything_and_reads_nothing(toy, reads):
     assert counts(preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)) == (0, 3, 0)
     assert reads == []
     assert toy.store().ids() == CASES
+
+
+def test_touched_files_change_nothing(toy, reads):
+    plan = toy.plan()
+    preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    before = {path.name: path.stat().st_mtime_ns for path in toy.store().folder.glob("*.b2nd")}
+    reads.clear()
+    for path in toy.folder.rglob("*.gz"):
+        os.utime(path, (5, 5))
+    assert toy.plan().fingerprint == plan.fingerprint
+    assert counts(preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)) == (0, 3, 0)
+    assert reads == []
+    assert {path.name: path.stat().st_mtime_ns for path in toy.store().folder.glob("*.b2nd")} == before
+    record = toy.store().open("toy_1").record
+    assert {file.modified_ns for file in record.sources.values()} == {5 * 10**9}  # so that they are not compared again
+
+
+def test_other_contents_of_the_same_size_and_an_earlier_time_are_noticed(toy):
+    """As after a clock that was set back, or from an archive."""
+    path = toy.label("toy_2")
+    content = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8).copy()
+
+    def write():
+        path.write_bytes(gzip.compress(content.tobytes(), compresslevel=0, mtime=0))
+        return path.stat().st_size
+
+    before = write()
+    plan = toy.plan()
+    preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    voxels = content[352:]
+    voxels[:] = np.select([voxels == 1, voxels == 2], [2, 1], voxels)
+    assert write() == before
+    os.utime(path, (9, 9))
+    assert counts(preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)) == (0, 2, 1)
+    assert np.argmax(np.bincount(toy.store().open("toy_2").label().ravel() + 1)[2:]) == 1  # the larger one is 2 now
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(toy, monkeypatch):
+    real = source_module.examine_case
+
+    def changing(case, dataset_json):
+        found = real(case, dataset_json)
+        if case.id == "toy_2":
+            toy.write("toy_2", seed=50)
+        return found
+
+    monkeypatch.setattr(source_module, "examine_case", changing)
+    with pytest.raises(RfMedSamError, match="A file of case toy_2 changed while it was read"):
+        toy.plan()
+
+
+def test_cases_are_not_rebuilt_under_whoever_reads_them(toy):
+    plan = toy.plan()
+    preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    before = toy.store().open("toy_1").image()
+    with shared_lock(toy.store().folder):
+        assert counts(preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)) == (0, 3, 0)
+        toy.write("toy_1", seed=50)
+        with pytest.raises(InUseError, match=r"Another run .* 1 case\(s\) here that must be made: toy_1\. Wait until"):
+            preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)
+    np.testing.assert_array_equal(toy.store().open("toy_1").image(), before)
+    assert counts(preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)) == (0, 2, 1)
+    assert not np.array_equal(toy.store().open("toy_1").image(), before)
+
+
+def test_ids_that_end_like_files_of_others_are_finished_once(toy):
+    for name in ("toy_1_label", "toy_1.image"):
+        toy.write(name, seed=3)
+    plan = toy.plan()
+    assert counts(preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)) == (5, 0, 0)
+    assert counts(preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)) == (0, 5, 0)
+
+
+@pytest.mark.parametrize("harm", ["image missing", "label missing", "wrong ending", "truncated", "foreign value"])
+def test_a_case_with_an_error_is_refused_by_name_and_left_out_on_request(toy, harm):
+    if harm == "image missing":
+        toy.image("toy_2").unlink()
+    elif harm == "label missing":
+        toy.label("toy_2").unlink()
+    elif harm == "wrong ending":
+        nib.save(nib.load(toy.image("toy_2")), toy.image("toy_2").with_name("toy_2_0000.nii"))
+        toy.image("toy_2").unlink()
+        toy.label("toy_2").unlink()
+    elif harm == "truncated":
+        toy.image("toy_2").write_bytes(toy.image("toy_2").read_bytes()[:300])
+    else:
+        label = nib.load(toy.label("toy_2"))
+        nib.save(nib.Nifti1Image(np.asarray(label.dataobj) * 4, label.affine), toy.label("toy_2"))
+    with pytest.raises(DatasetError, match=r"(?s)toy_2.*--skip-faulty"):
+        fingerprint(toy.dataset(), toy.layout)
+    assert not toy.layout.preprocessed.exists()
+    whole = fingerprint(toy.dataset(), toy.layout, skip_faulty=True)
+    assert list(whole.left_out) == ["toy_2" if harm != "wrong ending" else "toy_2_0000"]
+    assert [case.id for case in whole.cases] == ["toy_1", "toy_3"]
+    with pytest.raises(DatasetError, match="toy_2"):  # not even then it is left out in silence
+        fingerprint(toy.dataset(), toy.layout)
+    toy.image("toy_2").with_name("toy_2_0000.nii").unlink(missing_ok=True)
+    toy.write("toy_2", seed=1)
+    assert fingerprint(toy.dataset(), toy.layout).left_out == {}
+
+
+def test_no_case_without_errors_is_refused(toy):
+    for case in CASES:
+        toy.image(case).write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"3 fault"):
+        fingerprint(toy.dataset(), toy.layout, skip_faulty=True)
 
 
 def test_one_read_serves_fingerprint_and_all_stages(toy, reads):

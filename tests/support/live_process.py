@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -90,7 +90,14 @@ class Launcher:
     ) -> None:
         self._server.communicate()  # the end of its input ends it
 
-    def start(self, name: str, *words: object, folder: Path, file_bytes: int | None = None) -> Process:
+    def start(
+        self,
+        name: str,
+        *words: object,
+        folder: Path,
+        file_bytes: int | None = None,
+        environment: Mapping[str, object] | None = None,
+    ) -> Process:
         """Start rfmed_NAME.
 
         Args:
@@ -98,11 +105,13 @@ class Launcher:
             words: its arguments.
             folder: where its output is kept.
             file_bytes: no file may grow beyond this.
+            environment: variables that it has besides this process's.
         """
         self._number += 1
         out = folder / f"said_{self._number}.txt"
         out.touch()
-        request = {"start": [name, *map(str, words)], "out": str(out), "file_bytes": file_bytes}
+        variables = {key: str(value) for key, value in (environment or {}).items()}
+        request = {"start": [name, *map(str, words)], "out": str(out), "file_bytes": file_bytes, "variables": variables}
         return Process(pid=self.ask(request), out=out, launcher=self)
 
     def finished(self, name: str, *words: object, folder: Path, code: int = 0) -> str:
@@ -169,6 +178,7 @@ def _run(request: dict[str, Any]) -> int:
     if request["file_bytes"] is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
+    os.environ.update(request["variables"])
     name, *words = request["start"]
     sys.argv = [f"rfmed_{name}", *words]
     entry = getattr(pipeline, f"{name}_command", None) or getattr(data_and_models, f"{name}_command")

@@ -20,7 +20,7 @@ from rfmedsam2.errors import DatasetError, RecordError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, FaultyCaseError, files_digest
 from rfmedsam2.records.case import StoredFile
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
-from rfmedsam2.records.verify import Fault, require_no_errors
+from rfmedsam2.records.verify import REMEDY, Fault, require_no_errors
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import exclusive_lock
@@ -100,7 +100,7 @@ def _left_out(source: CaseReader, faults: Sequence[Fault], *, skip: bool) -> dic
         require_no_errors(
             faults,
             where=source.dataset.folder,
-            remedy="Correct or remove these cases, then run the same command again; or go on without them: --skip-faulty",
+            remedy=f"{REMEDY}; or go on without them: --skip-faulty",
         )
     found: dict[str, str] = {}
     for fault in faults:

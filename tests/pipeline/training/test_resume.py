@@ -103,6 +103,28 @@ def test_more_epochs_go_on_with_the_new_schedule_and_say_so(tmp_path, caplog):
     assert rates[5] == pytest.approx(0.05 * (1 - 5 / 15) ** 0.9)
 
 
+def test_another_number_of_threads_is_told(tmp_path, caplog):
+    """Sums over several threads round differently."""
+    config, before = make_config(epochs=2), torch.get_num_threads()
+    task = ToyTask(config)
+    task.at[7] = _crash
+    with pytest.raises(ZeroDivisionError):
+        fit(task, config, make_run(tmp_path))
+    try:
+        with caplog.at_level(logging.WARNING):
+            fit(ToyTask(config), config, make_run(tmp_path), resume=True)
+            assert "threads" not in caplog.text
+            torch.set_num_threads(before + 1)
+            longer = make_config(epochs=3)
+            fit(ToyTask(longer), longer, make_run(tmp_path), resume=True)
+    finally:
+        torch.set_num_threads(before)
+    assert (
+        f"CPU threads (OMP_NUM_THREADS) changed from {before} to {before + 1}: training continues, but not"
+        in caplog.text
+    )
+
+
 def test_without_latest_the_final_weights_stand(tmp_path):
     config = make_config(epochs=1)
     fit(ToyTask(config), config, make_run(tmp_path))

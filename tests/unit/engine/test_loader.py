@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import blosc2
 import numpy as np
@@ -51,6 +53,11 @@ def stall_at_2(number):
     if number == 2:
         time.sleep(600)
     return draw(number)
+
+
+def slow_at_2(number):
+    time.sleep(1.5 * (number == 2))
+    return number
 
 
 def with_blosc2_and_torch(number):
@@ -172,6 +179,13 @@ def test_closing_early_ends_the_workers():
     stream.close()
     assert time.monotonic() - began < 30
     assert workers_alive() == []
+
+
+def test_time_in_which_the_whole_job_was_stopped_is_no_stall(monkeypatch):
+    """A scheduler may stop this process and its workers for hours, whose clock goes on."""
+    clock = itertools.count(0.0, 3600.0)
+    monkeypatch.setattr("rfmedsam2.engine.loader.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert take(slow_at_2, workers=1, timeout_seconds=60.0) == list(range(6))
 
 
 def test_leaving_python_with_a_stalled_worker_does_not_hang():

@@ -1,16 +1,20 @@
-"""One run at a time in a folder of results."""
+"""One run that writes to a folder, or several that read it."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from rfmedsam2.errors import StoreError, UsageError
-from rfmedsam2.store.lock import LOCK, exclusive_lock
+from rfmedsam2.store import lock
+from rfmedsam2.store.lock import LOCK, InUseError, exclusive_lock, shared_lock
 from rfmedsam2.system.atomic import PARTIAL
 
 HOLD = """
@@ -62,3 +66,69 @@ def test_a_file_in_place_of_the_folder_is_a_sentence(tmp_path):
     (tmp_path / "out").write_text("I am a file")
     with pytest.raises(StoreError, match="Expected a folder, but a file exists"), exclusive_lock(tmp_path / "out"):
         pass
+
+
+def test_many_may_read_and_nobody_writes_meanwhile(tmp_path):
+    (tmp_path / "case").touch()
+    with shared_lock(tmp_path):
+        with shared_lock(tmp_path):
+            told = pytest.raises(InUseError, match=f"Another run .*process {os.getpid()} on ")
+            with told, exclusive_lock(tmp_path):
+                pass
+        with pytest.raises(InUseError), exclusive_lock(tmp_path):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["case"]
+    with exclusive_lock(tmp_path), pytest.raises(InUseError), shared_lock(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["case"]
+
+
+def test_a_reader_makes_no_folder(tmp_path):
+    with shared_lock(tmp_path / "none"):
+        assert not (tmp_path / "none").exists()
+
+
+def test_a_run_that_has_ended_is_not_named(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with shared_lock(tmp_path):
+        with (tmp_path / LOCK).open("a") as stream:
+            stream.write(f"process {ended.pid} on {socket.gethostname()}, since then\nprocess 1 on elsewhere, since\n")
+        with pytest.raises(InUseError) as told, exclusive_lock(tmp_path):
+            pass
+    assert f"process {os.getpid()} on " in str(told.value)
+    assert "process 1 on elsewhere" in str(told.value)
+    assert f"process {ended.pid} on" not in str(told.value)
+
+
+def test_whoever_waits_comes_next(tmp_path):
+    order = []
+
+    def later():
+        with exclusive_lock(tmp_path, wait_seconds=30.0):
+            order.append("second")
+
+    thread = threading.Thread(target=later)
+    with exclusive_lock(tmp_path):
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    with exclusive_lock(tmp_path), pytest.raises(InUseError), exclusive_lock(tmp_path, wait_seconds=0.1):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog, number):
+    """Another run may be at work: its partial files stay."""
+
+    def flock(handle, flags):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    (tmp_path / f"{PARTIAL}of-another").touch()
+    with exclusive_lock(tmp_path), shared_lock(tmp_path):
+        (tmp_path / "result").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{PARTIAL}of-another", "result"]
+    assert f"{tmp_path} cannot be locked ({os.strerror(number)}): do not start a second run in it" in caplog.text

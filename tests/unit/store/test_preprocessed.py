@@ -12,7 +12,7 @@ import pytest
 
 import rfmedsam2.store.preprocessed as cases
 from rfmedsam2.errors import StoreError
-from rfmedsam2.records.case import CaseGeometry
+from rfmedsam2.records.case import CaseGeometry, StoredFile
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.preprocessed import CaseStore, cut
 from rfmedsam2.transforms.foreground import sample_foreground
@@ -113,6 +113,77 @@ def test_harm_to_any_file_is_noticed(store, suffix, harm):
         content[len(content) // 2] ^= 0xFF
         path.write_bytes(content[:-7] if harm == "truncate" else content)
     assert not store.is_complete("case_1", "s1")
+
+
+def test_no_id_takes_the_files_of_another(store):
+    """The label of X was the image of X_label."""
+    names = [
+        "x",
+        "x_label",
+        "x.image",
+        "x_label_label",
+        "x_label.image",
+        "x.image_label",
+        "x_foreground",
+        "x_label.json",
+    ]
+    images = {name: np.full((1, *SHAPE), number, np.float32) for number, name in enumerate(names)}
+    _, label = arrays()
+    for name, image in images.items():
+        store.write(name, image, label, geometry=geometry(), foreground=[], source="s1")
+    assert store.ids() == tuple(sorted(names))
+    for name, image in images.items():
+        assert store.is_complete(name, "s1"), name
+        np.testing.assert_array_equal(store.open(name).image(), image)
+        np.testing.assert_array_equal(store.open(name).label(), label)
+    store.remove("x")
+    assert all(store.is_complete(name, "s1") for name in names[1:])
+
+
+def test_a_case_of_version_0_1_whose_id_ends_like_a_label_is_read_until_its_file_is_needed(store, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(cases, "_image_suffix", lambda name: ".b2nd")
+        write(store, "x_label")
+    image, _ = arrays()
+    assert store.is_complete("x_label", "s1")
+    np.testing.assert_array_equal(store.open("x_label").image(), image)
+    write(store, "x")  # its label takes the name
+    assert not store.looks_complete("x_label")
+    write(store, "x_label")
+    assert [name for name in store.ids() if store.is_complete(name, "s1")] == ["x", "x_label"]
+
+
+def test_a_case_that_is_rebuilt_while_it_is_read_gives_no_patch(store):
+    write(store)
+    case = store.open("case_1")
+    case.image_patch([(0, 4)] * 3), case.label_patch([(0, 4)] * 3)
+    other = np.ones((2, 8, 8, 8), np.float32), np.ones((8, 8, 8), np.int16)
+    store.write("case_1", *other, geometry=geometry(), foreground=[], source="s2")
+    for read in (case.image_patch, case.label_patch):
+        with pytest.raises(StoreError, match=r"rebuilt while it was being read: .*case_1.*rfmed_plan_and_preprocess"):
+            read([(0, 4)] * 3)
+    assert store.open("case_1").image_patch([(0, 4)] * 3).shape == (2, 4, 4, 4)
+
+
+def test_a_case_that_is_touched_while_it_is_read_is_read_on(store):
+    write(store)
+    case, (image, _) = store.open("case_1"), arrays()
+    for time in (1, 2):
+        np.testing.assert_array_equal(case.image(), image)
+        os.utime(store.folder / "case_1.b2nd", (time, time))
+    np.testing.assert_array_equal(case.image(), image)
+
+
+def test_sources_count_for_the_checksum_of_a_record_only_where_they_are(store):
+    write(store)
+    assert store.open("case_1").record.sources is None
+    sources = {"case_1.nii": StoredFile(size=3, crc32=5, modified_ns=7)}
+    store.note_sources("case_1", "s3", sources)
+    assert store.open("case_1").record.sources == sources
+    assert store.is_complete("case_1", "s3")
+    record = store.folder / "case_1.json"
+    record.write_text(record.read_text().replace('"modified_ns": 7', '"modified_ns": 8'))
+    assert store.record("case_1") is None
 
 
 def test_a_copied_case_is_still_complete(store):
