@@ -135,7 +135,7 @@ def test_an_unknown_time_zone_and_files_of_the_future(raw_root, root_of):
 
 
 def test_a_clock_that_was_set_back(trained_root, root_of, tmp_path):
-    """All files are from the future: made before the clock was set back. Nothing is made again, and training goes on."""
+    """All files are from the future, made before the clock was set back: none is made again, and training goes on."""
     root, out = root_of(trained_root), tmp_path / "out"
     here = Surroundings(variables={})
     predicting = ("predict", "-i", root / "raw" / DATASET / "imagesTs", "-o", out, "--root", root)
