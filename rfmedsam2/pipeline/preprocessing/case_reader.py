@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -58,19 +58,21 @@ class DecodedCase:
         label: (Z, Y, X) unsigned, on the same grid.
         voxels_by_label: label value -> number of voxels, without background.
         warnings: faults that should be checked but do not prevent training.
+        files: name -> size and checksum of the files that were read.
     """
 
     volume: Volume
     label: np.ndarray
     voxels_by_label: dict[int, int]
     warnings: tuple[Fault, ...] = ()
+    files: Mapping[str, StoredFile] = field(default_factory=dict)
 
 
 class _Kept:
     """A decoded case with compressed arrays: a CT takes a quarter of the memory and of the reading time."""
 
-    def __init__(self, decoded: DecodedCase, files: str) -> None:
-        self.files = files
+    def __init__(self, decoded: DecodedCase, digest: str) -> None:
+        self.digest, self._files = digest, decoded.files
         self._grid, self._voxels, self._warnings = decoded.volume.grid, decoded.voxels_by_label, decoded.warnings
         self._image, self._label = _packed(decoded.volume.array), _packed(decoded.label)
         self.nbytes = int(self._image.schunk.cbytes + self._label.schunk.cbytes)
@@ -78,7 +80,13 @@ class _Kept:
     def unpacked(self) -> DecodedCase:
         """Decompress the case."""
         volume = Volume(array=self._image[...], grid=self._grid)
-        return DecodedCase(volume=volume, label=self._label[...], voxels_by_label=self._voxels, warnings=self._warnings)
+        return DecodedCase(
+            volume=volume,
+            label=self._label[...],
+            voxels_by_label=self._voxels,
+            warnings=self._warnings,
+            files=self._files,
+        )
 
 
 def _packed(array: np.ndarray) -> Any:
@@ -111,28 +119,20 @@ class CaseReader:
         self._kept: dict[str, _Kept] = {}
         self._extents: dict[str, Extent] = {}
         self._files: dict[str, dict[str, StoredFile]] = {}
-        self._read: dict[str, str] = {}
         self._lock = Lock()
 
     def files(self, case: Case, known: Mapping[str, StoredFile] | None = None) -> dict[str, StoredFile]:
-        """Size and checksum of every file of a case, which are those that `read` has read, if it was called before.
+        """Size and checksum of every file of a case as it is now.
 
         Args:
             case: one of `dataset.training`.
             known: files as they were when they were last looked at; what looks the same is not read again.
 
         Raises:
-            ImageError: a file is missing, cannot be read, or has changed since `read`.
+            ImageError: a file is missing or cannot be read.
         """
-        found = source_files(case, self._files.get(case.id, known))
-        self._files[case.id] = found
-        if self._read.get(case.id) not in (None, files_digest(case)):
-            raise ImageError(
-                f"A file of case {case.id} changed while it was read",
-                where=", ".join(str(path) for path in _files(case)),
-                remedy="Run the same command again when nothing else writes to these files",
-            )
-        return found
+        self._files[case.id] = source_files(case, self._files.get(case.id, known))
+        return self._files[case.id]
 
     def read(self, case: Case, *, last: bool = True) -> DecodedCase:
         """Image and label of a case, from the cache if they are in it and their files have not changed.
@@ -144,6 +144,7 @@ class CaseReader:
         Raises:
             FaultyCaseError: a file cannot be used, or image, label and dataset.json do not match.
             DatasetError: the case has no label.
+            ImageError: a file has changed meanwhile.
         """
         digest = files_digest(case)
         with self._lock:
@@ -151,11 +152,16 @@ class CaseReader:
             if kept is not None:
                 self._budget += kept.nbytes
                 self._full = False
-        if kept is None or kept.files != digest:
-            kept, decoded = None, self._decode(case)
+        if kept is None or kept.digest != digest:
+            kept, decoded = None, replace(self._decode(case), files=self.files(case))
+            if files_digest(case) != digest:
+                raise ImageError(
+                    f"A file of case {case.id} changed while it was read",
+                    where=", ".join(str(path) for path in _files(case)),
+                    remedy="Run the same command again when nothing else writes to these files",
+                )
         else:
             decoded = kept.unpacked()
-        self._read[case.id] = digest
         if not last and not self._full:
             kept = kept or _Kept(decoded, digest)
             with self._lock:
@@ -238,6 +244,8 @@ def source_files(case: Case, known: Mapping[str, StoredFile] | None = None) -> d
     """
     found: dict[str, StoredFile] = {}
     for path in _files(case):
+        if path.is_dir():
+            continue  # beside the slices of a series
         # an image and its label may have the same name
         name = path.name if path.name not in found else f"{path.name} ({len(found) + 1})"
         try:

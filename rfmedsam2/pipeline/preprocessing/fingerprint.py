@@ -156,7 +156,7 @@ def _fingerprint_cases(
             decoded = source.read(case, last=False)
         except FaultyCaseError as error:
             return error.faults
-        found = case_fingerprint(case.id, decoded).model_copy(update={"files": source.files(case)})
+        found = case_fingerprint(case.id, decoded).model_copy(update={"files": dict(decoded.files)})
         return found, foreground_distributions(decoded, points)
 
     sizes, intensities, faults = [], [], list[Fault]()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError
+from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError, shortlist
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase
 from rfmedsam2.pipeline.preprocessing.case_source import Files, case_digest, is_from, preprocessing_settings
 from rfmedsam2.pipeline.preprocessing.memory_estimate import memory_need
@@ -96,14 +96,18 @@ def preprocess(
 
 
 def preprocess_locked(
-    source: CaseReader, plan: Plan, stages: Sequence[str], layout: Layout, *, writable: bool, workers: int, track: Track
+    source: CaseReader,
+    plan: Plan,
+    stages: Sequence[str],
+    layout: Layout,
+    *,
+    writable: Sequence[str],
+    workers: int,
+    track: Track,
 ) -> PreprocessSummary:
-    """`preprocess` inside the caller's `writable_cases`, which has told whether cases may be written."""
+    """`preprocess` inside the caller's `writable_cases`, which names the stages that may be written."""
     begun = time.monotonic()
-    if not writable:
-        skipped = len(stages) * len(source.dataset.training)
-        return PreprocessSummary(done=0, skipped=skipped, rebuilt=0, seconds=time.monotonic() - begun, bytes=0)
-    stores = _stores(plan, stages, layout, source.dataset.name)
+    stores = _stores(plan, writable, layout, source.dataset.name)
     cases = source.dataset.training
     workers = memory_need(source, plan, stages, workers).workers
     threads = max(1, workers // max(1, len(cases)))
@@ -122,7 +126,7 @@ def preprocess_locked(
     _raise_faults(outcomes, len(cases))
     return PreprocessSummary(
         done=sum(o.done for o in outcomes),
-        skipped=sum(o.skipped for o in outcomes),
+        skipped=sum(o.skipped for o in outcomes) + (len(stages) - len(writable)) * len(cases),
         rebuilt=sum(o.rebuilt for o in outcomes),
         seconds=time.monotonic() - begun,
         bytes=sum(o.bytes for o in outcomes),
@@ -139,42 +143,47 @@ def _stores(plan: Plan, stages: Sequence[str], layout: Layout, dataset: str) -> 
 @contextmanager
 def writable_cases(
     source: CaseReader, plan: Plan, stages: Sequence[str], layout: Layout, *, track: Track = silent
-) -> Iterator[bool]:
+) -> Iterator[tuple[str, ...]]:
     """Lock the folders of the cases against all who read or write them, inside the `with` block.
 
     Yields:
-        Whether they are locked; False: another run uses them, such as a training, but all cases are finished.
+        The stages that are locked. The others are used by another run, such as a training, and all finished.
 
     Raises:
-        InUseError: another run uses them, and cases are missing, damaged, or to be made again.
+        InUseError: another run uses cases that are missing, damaged, or to be made again; names them.
     """
-    stores = _stores(plan, stages, layout, source.dataset.name)
+    locked = []
     with ExitStack() as held:
-        locked = True
-        try:
-            for folder in dict.fromkeys(store.folder for store in stores.values()):
-                held.enter_context(exclusive_lock(folder))
-        except InUseError as error:
-            locked = False
-            held.close()
-            due = map_cases(
-                lambda case: bool(_due(case, source.files(case, _known(case, stores)), plan, stores)),
-                source.dataset.training,
-                workers=CHECKS_AT_ONCE,
-                name=lambda case: case.id,
-                track=track,
-                description="Checking cases",
-            )
-            names = [case.id for case, needed in zip(source.dataset.training, due, strict=True) if needed]
-            if names:
-                shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-                raise InUseError(
-                    error.what,
-                    where=error.where,
-                    found=f"{error.found or 'its lock'}, and {len(names)} case(s) here that must be made: {shown}",
-                    remedy="Wait until it has ended, then run the same command again; or choose another plan name",
-                ) from None
-        yield locked
+        for stage, store in _stores(plan, stages, layout, source.dataset.name).items():
+            try:
+                held.enter_context(exclusive_lock(store.folder))
+                locked.append(stage)
+            except InUseError as error:
+                _require_finished(source, plan, {stage: store}, error, track=track)
+        yield tuple(locked)
+
+
+def _require_finished(
+    source: CaseReader, plan: Plan, stores: Mapping[str, CaseStore], error: InUseError, *, track: Track
+) -> None:
+    """Raise the error of the lock if any case must be made."""
+    cases = source.dataset.training
+    due = map_cases(
+        lambda case: _due(case, source.files(case, _known(case, stores)), plan, stores),
+        cases,
+        workers=CHECKS_AT_ONCE,
+        name=lambda case: case.id,
+        track=track,
+        description="Checking cases",
+    )
+    names = [case.id for case, stages in zip(cases, due, strict=True) if stages]
+    if names:
+        raise InUseError(
+            error.what,
+            where=error.where,
+            found=f"{error.found or 'its lock'}, and {len(names)} case(s) here that must be made: {shortlist(names)}",
+            remedy="Wait until it has ended, then run the same command again; or choose another plan name",
+        ) from None
 
 
 def _due(case: Case, files: Files, plan: Plan, stores: Mapping[str, CaseStore]) -> list[str]:
@@ -200,8 +209,7 @@ def _preprocess_case(
     if not due:
         return outcome
     decoded: DecodedCase | None = source.read(case)
-    files = source.files(case)  # those that were read
-    written = 0
+    files, written = decoded.files, 0
     by_recipe: dict[str, list[str]] = {}
     for stage in due:
         by_recipe.setdefault(preprocessing_settings(plan, stage), []).append(stage)
