@@ -29,10 +29,21 @@ class CaseGeometry(Record):
 
 
 class StoredFile(Record):
-    """Size and checksum of a file when it was written, or, for a source, when it was read."""
+    """Size and checksum of one file of a case when it was written."""
 
     size: int
     crc32: int
+    modified_ns: int
+
+
+class SourceFile(Record):
+    """Size and digest of a source file when it was read.
+
+    Not a CRC-32: that of a PNG or of an uncompressed gzip file, which hold their own, is the same for any contents.
+    """
+
+    size: int
+    sha256: str
     modified_ns: int
 
 
@@ -54,7 +65,7 @@ class CaseRecord(VersionedRecord):
     id: str
     source: str
     """Digest of the source files and of everything in the plan that shapes the arrays."""
-    sources: dict[str, StoredFile] | None = None
+    sources: dict[str, SourceFile] | None = None
     """Name -> source file that the case was made from; None in files written before it was introduced, whose `source`
     covers modification times instead of contents."""
     channels: int

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from rfmedsam2.records.base import Record, VersionedRecord
-from rfmedsam2.records.case import StoredFile
+from rfmedsam2.records.case import SourceFile
 
 
 class CaseFingerprint(Record):
@@ -19,7 +19,7 @@ class CaseFingerprint(Record):
     spacing_zyx_mm: tuple[float, float, float]
     voxels_by_label: dict[int, int]
     """Label value -> number of voxels, without background and absent labels."""
-    files: dict[str, StoredFile] | None = None
+    files: dict[str, SourceFile] | None = None
     """Name -> file that was read; None in fingerprints of version 0.1."""
 
     @property

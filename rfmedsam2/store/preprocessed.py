@@ -21,7 +21,7 @@ import numpy as np
 
 from rfmedsam2.errors import RecordError, StoreError
 from rfmedsam2.geometry import Shape
-from rfmedsam2.records.case import CaseGeometry, CaseRecord, ForegroundClass, StoredFile
+from rfmedsam2.records.case import CaseGeometry, CaseRecord, ForegroundClass, SourceFile, StoredFile
 from rfmedsam2.system.atomic import PARTIAL, atomic, read_record, write_record, writing_to
 
 REBUILT = "Run rfmed_plan_and_preprocess again: it rebuilds damaged cases"
@@ -213,7 +213,7 @@ class CaseStore:
             and all(_as_written(self.folder / (name + suffix), file) for suffix, file in record.files.items())
         )
 
-    def note_sources(self, name: str, source: str, sources: Mapping[str, StoredFile]) -> None:
+    def note_sources(self, name: str, source: str, sources: Mapping[str, SourceFile]) -> None:
         """Keep new modification times of source files whose contents are the same, so that they are not read again.
 
         Raises:
@@ -246,7 +246,7 @@ class CaseStore:
         geometry: CaseGeometry,
         foreground: Iterable[Location],
         source: str,
-        sources: Mapping[str, StoredFile] | None = None,
+        sources: Mapping[str, SourceFile] | None = None,
     ) -> int:
         """Write a case; returns bytes written.
 

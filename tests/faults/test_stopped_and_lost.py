@@ -16,7 +16,7 @@ from rfmedsam2.store.checkpoint_header import read_record_of
 pytestmark = pytest.mark.timeout(300)
 FOLD = Path("results/Dataset900_PhantomCT/rfmed_cpu__3d_fullres/fold_0")
 OFTEN = "3d_fullres.train.checkpoint_minutes=1e-9"
-STEPS = 24
+STEPS = 12
 PATIENCE_SECONDS = 1.0
 TOLD_SECONDS = 20.0
 """From the end of a rank to the end of the other."""
@@ -43,7 +43,7 @@ def test_stopped_for_longer_than_a_worker_may_take_it_goes_on(planned_root, root
     launcher.finished("train", *training(unbroken, *changes), folder=tmp_path)
     root = root_of(planned_root)
     process = launcher.start("train", *training(root, *changes), folder=tmp_path)
-    for step in (1, 7, 13):
+    for step in (1, 6):
         process.until(lambda step=step: saved(root, step))
         os.killpg(process.pid, signal.SIGSTOP)
         time.sleep(1.5 * PATIENCE_SECONDS)
@@ -68,7 +68,7 @@ def test_ranks_killed_one_after_the_other_end_all_and_cost_nothing(planned_root,
     unbroken = root_of(planned_root).rename(tmp_path / "unbroken")
     assert [rank.wait() for rank in ranks(unbroken, launcher, tmp_path)] == [0, 0]
     root = root_of(planned_root)
-    for lost, step in ((1, 3), (0, 9)):
+    for lost, step in ((1, 2), (0, 6)):
         both = ranks(root, launcher, tmp_path)
         both[0].until(lambda step=step: saved(root, step))
         assert both[lost].kill() == -signal.SIGKILL

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.changed_labels import relabel
 from support.commands import OURS, PLANNING, run_ok
 
 from rfmedsam2.engine.log import read_events
@@ -150,9 +151,8 @@ def test_a_clock_that_was_set_back(trained_root, root_of, tmp_path):
     assert "Trained 4 steps" in said
     steps = [event["step"] for event in read_events(root / FOLD / "metrics.jsonl") if event["event"] == "step"]
     assert steps == [1, 2, 3, 4]
-    label = root / "raw" / DATASET / "labelsTr"
-    shutil.copyfile(label / "phantom_002.nii.gz", label / "phantom_001.nii.gz")  # at an earlier time than before
-    assert "1 rebuilt" in here.run("plan_and_preprocess", *PLANNING, "--root", root)
+    relabel(root / "raw" / DATASET, "phantom_001")  # at an earlier time than before
+    assert "0 new, 5 rebuilt" in here.run("plan_and_preprocess", *PLANNING, "--root", root)  # as intensities changed
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])

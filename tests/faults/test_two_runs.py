@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.changed_labels import relabel
 from support.commands import PLANNING
 from support.live_process import Launcher, Process
 
@@ -18,7 +18,7 @@ from rfmedsam2.store.preprocessed import CaseStore
 pytestmark = pytest.mark.timeout(200)
 FOLD = Path("results/Dataset900_PhantomCT/rfmed_cpu__3d_fullres/fold_0")
 CASES = Path("preprocessed/Dataset900_PhantomCT/rfmed_cpu_3d_fullres")
-LABELS = Path("raw/Dataset900_PhantomCT/labelsTr")
+RAW = Path("raw/Dataset900_PhantomCT")
 
 Words = tuple[object, ...]
 
@@ -120,7 +120,7 @@ def test_cases_are_not_rebuilt_under_a_training(planned_root, trained_root, root
     process.until(lambda: (root / CASES / ".lock").exists() and (root / FOLD / ".lock").exists())
     with stopped(process):
         assert "0 rebuilt, 5 finished before" in launcher.finished(str(name), *words, folder=tmp_path)
-        shutil.copy(root / LABELS / "phantom_002.nii.gz", root / LABELS / "phantom_001.nii.gz")
+        relabel(root / RAW, "phantom_001")
         told = launcher.finished(str(name), *words, folder=tmp_path, code=2)
     assert f"Another run is working in this folder: {root / CASES}. Found process {process.pid} on " in told
     assert "that must be made: phantom_001" in told

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from rfmedsam2.errors import DatasetError, ImageError, RfMedSamError
 from rfmedsam2.geometry import Shape, Triple
 from rfmedsam2.pipeline.datasets.verify import examine_case
-from rfmedsam2.records.case import StoredFile
+from rfmedsam2.records.case import SourceFile
 from rfmedsam2.records.verify import Fault, require_no_errors
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.images import image_files, read_header
@@ -58,14 +57,14 @@ class DecodedCase:
         label: (Z, Y, X) unsigned, on the same grid.
         voxels_by_label: label value -> number of voxels, without background.
         warnings: faults that should be checked but do not prevent training.
-        files: name -> size and checksum of the files that were read.
+        files: name -> size and digest of the files that were read.
     """
 
     volume: Volume
     label: np.ndarray
     voxels_by_label: dict[int, int]
     warnings: tuple[Fault, ...] = ()
-    files: Mapping[str, StoredFile] = field(default_factory=dict)
+    files: Mapping[str, SourceFile] = field(default_factory=dict)
 
 
 class _Kept:
@@ -118,11 +117,11 @@ class CaseReader:
         self._full = budget_bytes <= 0
         self._kept: dict[str, _Kept] = {}
         self._extents: dict[str, Extent] = {}
-        self._files: dict[str, dict[str, StoredFile]] = {}
+        self._files: dict[str, dict[str, SourceFile]] = {}
         self._lock = Lock()
 
-    def files(self, case: Case, known: Mapping[str, StoredFile] | None = None) -> dict[str, StoredFile]:
-        """Size and checksum of every file of a case as it is now.
+    def files(self, case: Case, known: Mapping[str, SourceFile] | None = None) -> dict[str, SourceFile]:
+        """Size and digest of every file of a case as it is now.
 
         Args:
             case: one of `dataset.training`.
@@ -232,8 +231,8 @@ def _extent(case: Case) -> Extent:
     )
 
 
-def source_files(case: Case, known: Mapping[str, StoredFile] | None = None) -> dict[str, StoredFile]:
-    """Name -> size, checksum and modification time of every file of a case, images first.
+def source_files(case: Case, known: Mapping[str, SourceFile] | None = None) -> dict[str, SourceFile]:
+    """Name -> size, digest and modification time of every file of a case, images first.
 
     Args:
         case: the case.
@@ -242,7 +241,7 @@ def source_files(case: Case, known: Mapping[str, StoredFile] | None = None) -> d
     Raises:
         ImageError: a file is missing or cannot be read.
     """
-    found: dict[str, StoredFile] = {}
+    found: dict[str, SourceFile] = {}
     for path in _files(case):
         if path.is_dir():
             continue  # beside the slices of a series
@@ -252,19 +251,19 @@ def source_files(case: Case, known: Mapping[str, StoredFile] | None = None) -> d
             status, before = path.stat(), (known or {}).get(name)
             same = before is not None and (before.size, before.modified_ns) == (status.st_size, status.st_mtime_ns)
             # the time is taken before the contents: a later change is noticed
-            crc32 = before.crc32 if before is not None and same else _checksum(path)
+            sha256 = before.sha256 if before is not None and same else _sha256(path)
         except OSError as error:
             raise ImageError(f"A file of case {case.id} cannot be accessed ({error.strerror})", where=path) from error
-        found[name] = StoredFile(size=status.st_size, crc32=crc32, modified_ns=status.st_mtime_ns)
+        found[name] = SourceFile(size=status.st_size, sha256=sha256, modified_ns=status.st_mtime_ns)
     return found
 
 
-def _checksum(path: Path) -> int:
-    value = 0
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(1 << 20):
-            value = zlib.crc32(piece, value)
-    return value
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def files_digest(case: Case) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rfmedsam2.pipeline.preprocessing.case_reader import files_digest, source_files
-from rfmedsam2.records.case import CaseRecord, StoredFile
+from rfmedsam2.records.case import CaseRecord, SourceFile
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.case_files import Case
 
-Files = Mapping[str, StoredFile]
+Files = Mapping[str, SourceFile]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,5 +78,5 @@ def preprocessing_settings(plan: Plan, stage: str) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-def _contents(file: StoredFile | None) -> tuple[int, int] | tuple[()]:
-    return () if file is None else (file.size, file.crc32)
+def _contents(file: SourceFile | None) -> tuple[int, str] | tuple[()]:
+    return () if file is None else (file.size, file.sha256)

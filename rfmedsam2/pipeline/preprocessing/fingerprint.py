@@ -18,7 +18,7 @@ import numpy as np
 
 from rfmedsam2.errors import DatasetError, RecordError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, FaultyCaseError, files_digest
-from rfmedsam2.records.case import StoredFile
+from rfmedsam2.records.case import SourceFile
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from rfmedsam2.records.verify import REMEDY, Fault, require_no_errors
 from rfmedsam2.store.case_files import Case
@@ -111,7 +111,7 @@ def _left_out(source: CaseReader, faults: Sequence[Fault], *, skip: bool) -> dic
     return found
 
 
-def dataset_digest(dataset: RawDataset, files: Mapping[str, Mapping[str, StoredFile]]) -> str:
+def dataset_digest(dataset: RawDataset, files: Mapping[str, Mapping[str, SourceFile]]) -> str:
     """SHA-256 of dataset.json and of name and contents of every training file.
 
     Args:
@@ -120,7 +120,7 @@ def dataset_digest(dataset: RawDataset, files: Mapping[str, Mapping[str, StoredF
     """
     digest = hashlib.sha256(dataset.json.to_json().encode())
     for case in dataset.training:
-        contents = [(name, file.size, file.crc32) for name, file in files[case.id].items()]
+        contents = [(name, file.size, file.sha256) for name, file in files[case.id].items()]
         digest.update(f"{case.id}\0{contents}\n".encode())
     return digest.hexdigest()
 

@@ -12,7 +12,7 @@ import pytest
 
 import rfmedsam2.store.preprocessed as cases
 from rfmedsam2.errors import StoreError
-from rfmedsam2.records.case import CaseGeometry, StoredFile
+from rfmedsam2.records.case import CaseGeometry, SourceFile
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.preprocessed import CaseStore, cut
 from rfmedsam2.transforms.foreground import sample_foreground
@@ -177,7 +177,7 @@ def test_a_case_that_is_touched_while_it_is_read_is_read_on(store):
 def test_sources_count_for_the_checksum_of_a_record_only_where_they_are(store):
     write(store)
     assert store.open("case_1").record.sources is None
-    sources = {"case_1.nii": StoredFile(size=3, crc32=5, modified_ns=7)}
+    sources = {"case_1.nii": SourceFile(size=3, sha256="5", modified_ns=7)}
     store.note_sources("case_1", "s3", sources)
     assert store.open("case_1").record.sources == sources
     assert store.is_complete("case_1", "s3")
