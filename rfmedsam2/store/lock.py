@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 from rfmedsam2.errors import StoreError, UsageError
@@ -151,9 +152,15 @@ def _lock(handle: int, path: Path, *, shared: bool) -> bool:
             remedy="Wait until it has ended, or choose another place",
         ) from None
     except OSError as error:
-        logger.warning("%s cannot be locked (%s): do not start a second run in it", path.parent, error.strerror)
+        _warn_unlocked(path.parent, error.strerror)
         return False
     return True
+
+
+@cache
+def _warn_unlocked(folder: Path, reason: str) -> None:
+    """Log it once."""
+    logger.warning("%s cannot be locked (%s): do not start a second run in it", folder, reason)
 
 
 def _is_same_file(handle: int, path: Path) -> bool:

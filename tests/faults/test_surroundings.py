@@ -138,25 +138,23 @@ def test_an_unknown_time_zone_and_files_of_the_future(raw_root, root_of):
 def test_a_clock_that_was_set_back(trained_root, root_of, tmp_path):
     """All files are from the future, made before the clock was set back: none is made again, and training goes on."""
     root, out = root_of(trained_root), tmp_path / "out"
-    here = Surroundings(variables={})
     predicting = ("predict", "-i", root / "raw" / DATASET / "imagesTs", "-o", out, "--root", root)
-    here.run(*predicting)
+    run_ok(*predicting)
     future = time.time() + YEAR_SECONDS
     for path in (*root.rglob("*"), *out.iterdir()):
         os.utime(path, (future, future))
-    assert "0 rebuilt, 5 finished before" in here.run("plan_and_preprocess", *PLANNING, "--root", root)
-    assert "Predicted 0 case(s)" in here.run(*predicting, "--continue")
+    assert "0 rebuilt, 5 finished before" in run_ok("plan_and_preprocess", *PLANNING, "--root", root).out
+    assert "Predicted 0 case(s)" in run_ok(*predicting, "--continue").out
     longer = ["3d_fullres", 0, "--epochs", 2, "--iterations", 2, "--no-validate", "--root", root]
-    said = here.run("train", *longer)
-    assert "Trained 4 steps" in said
+    assert "Trained 4 steps" in run_ok("train", *longer).out
     steps = [event["step"] for event in read_events(root / FOLD / "metrics.jsonl") if event["event"] == "step"]
     assert steps == [1, 2, 3, 4]
     relabel(root / "raw" / DATASET, "phantom_001")  # at an earlier time than before
-    assert "0 new, 5 rebuilt" in here.run("plan_and_preprocess", *PLANNING, "--root", root)  # as intensities changed
+    assert "0 new, 5 rebuilt" in run_ok("plan_and_preprocess", *PLANNING, "--root", root).out  # as intensities changed
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks(raw_root, root_of, tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks(raw_root, root_of, tmp_path, monkeypatch, caplog, number):
     """NFS without its lock service: every command works, and says that it cannot keep another from its folder."""
 
     def flock(handle, flags):
@@ -170,8 +168,10 @@ def test_a_file_system_without_locks(raw_root, root_of, tmp_path, monkeypatch, n
         ("train", *training(root, workers=1)),
         ("predict", "-i", raw / "imagesTs", "-o", tmp_path / "out", "--root", root),
     ):
-        said = run_ok(*words).err
-        assert f"cannot be locked ({os.strerror(number)}): do not start a second run in it" in said
+        run_ok(*words)
+    for folder in (root / "preprocessed" / DATASET, root / FOLD, tmp_path / "out"):
+        told = f"{folder} cannot be locked ({os.strerror(number)}): do not start a second run in it"
+        assert [record.message for record in caplog.records].count(told) == 1
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
     assert not list(root.rglob(".lock"))
 
