@@ -25,7 +25,7 @@ AVOIDED = {
 EXCEPTIONS = {
     # names in files of format 1, and digests that must stay valid
     "rfmedsam2/records/plan.py": {"normalis"},
-    "rfmedsam2/pipeline/preprocessing/preprocess.py": {"normalis"},
+    "rfmedsam2/pipeline/preprocessing/case_source.py": {"normalis"},
     "rfmedsam2/pipeline/prediction/predictor.py": {"normalis"},
     "segment_anything_hq/records.py": {"pictures"},
     # a spelling that commands accept

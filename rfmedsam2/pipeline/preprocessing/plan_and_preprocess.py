@@ -241,7 +241,7 @@ def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
 
 def _is_the_same(path: Path, plan: Plan) -> bool:
     try:
-        # the digest of the fingerprint is no decision: version 0.1 made another one for the same files
+        # the digest of the fingerprint decides nothing, and version 0.1 made another one for the same files
         return read_record(path, Plan).model_copy(update={"fingerprint": plan.fingerprint}) == plan
     except RecordError:
         return False

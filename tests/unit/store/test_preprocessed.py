@@ -156,7 +156,8 @@ def test_a_case_of_version_0_1_whose_id_ends_like_a_label_is_read_until_its_file
 def test_a_case_that_is_rebuilt_while_it_is_read_gives_no_patch(store):
     write(store)
     case = store.open("case_1")
-    case.image_patch([(0, 4)] * 3), case.label_patch([(0, 4)] * 3)
+    before = case.image_patch([(0, 4)] * 3), case.label_patch([(0, 4)] * 3)
+    assert [patch.shape for patch in before] == [(2, 4, 4, 4), (4, 4, 4)]
     other = np.ones((2, 8, 8, 8), np.float32), np.ones((8, 8, 8), np.int16)
     store.write("case_1", *other, geometry=geometry(), foreground=[], source="s2")
     for read in (case.image_patch, case.label_patch):
