@@ -30,14 +30,14 @@ class RfMedSamError(Exception):
         found: object = None,
         remedy: str | None = None,
     ) -> None:
-        parts = [what.rstrip(".") + (f": {where}" if where is not None else "") + "."]
+        parts = [what.rstrip(".") + (f": {where}" if where is not None else "")]
         if expected is not None:
-            parts.append(f"Expected {expected}.")
+            parts.append(f"Expected {expected}")
         if found is not None:
-            parts.append(f"Found {found}.")
+            parts.append(f"Found {found}")
         if remedy is not None:
-            parts.append(remedy if remedy.endswith("?") else remedy.rstrip(".") + ".")
-        super().__init__(" ".join(parts))
+            parts.append(remedy)
+        super().__init__(sentences(parts))
         self.what = what
         self.where = None if where is None else str(where)
         self.expected = None if expected is None else str(expected)
@@ -103,6 +103,12 @@ class PackageVersionError(RfMedSamError, ImportError):
 
 class MissingPackageError(RfMedSamError, ImportError):
     """An optional package that this command needs; names the extra that installs it."""
+
+
+def sentences(parts: Iterable[str]) -> str:
+    """Parts of a message as sentences in one text: each ends with exactly one mark, or with its own line break."""
+    ended = (part if part.endswith((".", "?", "!", "\n")) else f"{part}." for part in parts if part)
+    return "".join(part if part.endswith("\n") else f"{part} " for part in ended).rstrip(" ")
 
 
 def type_name(thing: object) -> str:

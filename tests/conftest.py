@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.commands import run_ok
+from support.sentences import faulty_messages, listen
 from support.shared import made_once
 
 # as the commands do, before torch is imported: waiting threads sleep
@@ -30,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    listen()
     config.addinivalue_line("markers", "slow: takes seconds: not with --quick")
     config.addinivalue_line("markers", "whole: takes its time: only with --whole")
 
@@ -61,6 +63,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [report for report in terminalreporter.stats.get("skipped", ()) if NO_GPU in str(report.longrepr)]
     if skipped:
         terminalreporter.write_line(f"{len(skipped)} GPU tests skipped: {NO_GPU}", yellow=True)
+
+
+@pytest.fixture(autouse=True)
+def _every_message_is_made_of_sentences() -> Iterator[None]:
+    """No error that a test raises, here or in a command, has a double full stop."""
+    yield
+    assert faulty_messages() == []
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from rfmedsam2.errors import DatasetError
+from rfmedsam2.errors import DatasetError, sentences
 from rfmedsam2.records.base import Record
 
 FaultKind = Literal[
@@ -25,6 +25,7 @@ FaultKind = Literal[
     "undeclared-label",
     "not-a-label",
     "empty-label",
+    "region-order",
     "missing-label",
     "missing-image",
     "duplicate-id",
@@ -94,7 +95,9 @@ def require_no_errors(faults: Sequence[Fault], *, where: object, remedy: str = R
     """
     errors = [fault for fault in faults if fault.severity == "error"]
     if errors:
-        lines = "\n".join(f"  {fault.case or '(dataset)'}: {fault.message}. {fault.remedy}" for fault in errors)
+        lines = "\n".join(
+            f"  {fault.case or '(dataset)'}: {sentences([fault.message, fault.remedy])}" for fault in errors
+        )
         raise DatasetError(
             f"The dataset has {len(errors)} fault(s)",
             where=where,

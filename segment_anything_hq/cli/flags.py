@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from rfmedsam2.cli.command import say
 from rfmedsam2.cli.flags import Device
+from rfmedsam2.errors import sentences
 from segment_anything_hq import choices
 
 if TYPE_CHECKING:
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 BACKBONES = "vit_b, vit_l, vit_h, vit_tiny (MobileSAM), hiera_t, hiera_s, hiera_b+ or hiera_l."
 MaskRule = Annotated[
-    choices.MaskRule,
+    choices.MaskRule | None,
     arg(
         metavar="RULE",
-        help="How mask values are interpreted: above_128, ignore_128 (128 is ignored) or any (all but 0).",
+        help="How mask values in folders are interpreted: above_128 (default), ignore_128 (128 is ignored) or any (all "
+        "but 0). Collections have their own rules.",
     ),
 ]
 
@@ -85,7 +87,7 @@ class NetworkChoice:
             chosen = load_network(named)
             chosen.network.to(place)
         for note in chosen.notes:
-            say(f"Note: {note}.")
+            say(sentences([f"Note: {note}"]))
         return chosen
 
 
@@ -109,7 +111,7 @@ class EvaluatedData:
         ),
     ] = None
     samples: Annotated[int | None, arg(metavar="N", help="Evaluate only the first N samples of each set.")] = None
-    mask_rule: MaskRule = "above_128"
+    mask_rule: MaskRule = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,10 +190,10 @@ class TrainingData:
         float,
         arg(
             metavar="SHARE",
-            help="Share of the images to hold out, chosen by name; 0: no validation.",
+            help="Share of the images to hold out, chosen by their content; 0: no validation.",
         ),
     ] = 0.1
-    mask_rule: MaskRule = "above_128"
+    mask_rule: MaskRule = None
 
 
 @dataclass(frozen=True, kw_only=True)

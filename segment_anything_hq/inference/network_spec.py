@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import UsageError, sentences
 from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import weights_sha256
 from segment_anything_hq.choices import Backbone, Method, ZeroShot
@@ -54,6 +54,7 @@ class ResolvedSpec:
         decoder: checkpoint of the base's fine-tuned mask decoder.
         model: checkpoint with the trained weights.
         seed: seed of random weights; with `model`, the seed of its training, which drew the same base.
+        training_images: digests of the images that `model` was trained on; None: unknown.
     """
 
     method: Method | ZeroShot
@@ -63,6 +64,7 @@ class ResolvedSpec:
     decoder: Path | None
     model: Path | None
     seed: int = 0
+    training_images: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ class LoadedNetwork:
             "frames": f"{spec.frame_size} x {spec.frame_size}, images {FITTED[self.fit]}",
             **{name: path.name for name, path in files.items() if path is not None},
             "SHA-256": self.weights_sha256[:16],
-            **({"note": " ".join(f"{note}." for note in self.notes)} if self.notes else {}),
+            **({"note": sentences(self.notes)} if self.notes else {}),
         }
 
 
@@ -189,6 +191,7 @@ def _with_weights(
         decoder=spec.decoder,
         model=spec.model,
         seed=record.plan.train.seed if record else 0,
+        training_images=record.training_images if record else None,
     )
 
 
