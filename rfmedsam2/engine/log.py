@@ -6,9 +6,9 @@ the file equals that of an uninterrupted run.
 
 from __future__ import annotations
 
-import csv
 import importlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -17,6 +17,7 @@ from typing import Any
 
 from rfmedsam2.errors import MissingPackageError
 from rfmedsam2.system.atomic import write_text, writing_to
+from rfmedsam2.system.csv_text import write_rows
 
 EVENTS = "metrics.jsonl"
 TABLE = "metrics.csv"
@@ -111,9 +112,8 @@ class Epochs:
         """The rows as CSV text, with a column for every name that occurred."""
         columns = list(dict.fromkeys(name for row in self.rows() for name in row))
         stream = io.StringIO()
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows())
+        rows = ([row.get(name) for name in columns] for row in self.rows())
+        write_rows(stream, itertools.chain([columns], rows), line_end="\n")
         return stream.getvalue()
 
 

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from rfmedsam2.errors import RecordError
 from rfmedsam2.system.atomic import read_record, write_record
+from rfmedsam2.system.json_text import JsonError, parse_json
 
 _LATER_FORMAT = "later_format"
 """pydantic's type of the error of a record that a later version has written."""
@@ -54,8 +55,8 @@ class Record(BaseModel):
     def from_json(cls, text: str | bytes, *, where: object = None) -> Self:
         """Parse JSON text; a syntax error is reported with its line."""
         try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            data = parse_json(text)
+        except JsonError as error:
             raise RecordError(
                 f"{cls.__name__} is not valid JSON ({error})", where=where, remedy="Correct the file or create it again"
             ) from None

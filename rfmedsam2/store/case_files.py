@@ -19,6 +19,8 @@ from rfmedsam2.store.formats.dicom_files import is_dicom_folder
 from rfmedsam2.store.images import image_ending, read_header
 
 _SUFFIXED = re.compile(r"(.+)_(\d{4})")
+MANY_CHANNELS = 16
+"""More files of one name than this are taken for numbered cases without a doubt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,19 @@ def grouped(
         case, channel = (match[1], int(match[2])) if match and is_channel else (stem, None)
         groups.setdefault(case, {}).setdefault(channel, []).extend(files)
     return dict(sorted(groups.items()))
+
+
+def numbered_like_channels(ids: Iterable[str]) -> dict[str, list[str]]:
+    """Ids that nnU-Net would read as the channels 0, 1, ... of one case: name of that case -> ids, at least two."""
+    numbered: dict[str, list[str]] = {}
+    for case in sorted(ids):
+        if match := _SUFFIXED.fullmatch(case):
+            numbered.setdefault(match[1], []).append(case)
+    return {
+        name: found
+        for name, found in numbered.items()
+        if 1 < len(found) <= MANY_CHANNELS and found == [f"{name}_{n:04d}" for n in range(len(found))]
+    }
 
 
 def _same_channels(numbers: Sequence[set[int]]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +17,15 @@ from rfmedsam2.store.case_files import (
     file_stem,
     grouped,
     list_images,
+    numbered_like_channels,
 )
 from rfmedsam2.store.formats.dicom_files import is_dicom_file, is_dicom_folder
 from rfmedsam2.store.formats.image_header import require_ordinary_file
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending
+from rfmedsam2.system.csv_text import plain_cell
+from rfmedsam2.system.json_text import parse_json
 
+logger = logging.getLogger(__name__)
 _LISTS = (".csv", ".json", ".txt")
 
 
@@ -100,6 +104,15 @@ def _cases(paths: Sequence[Path], channels: int, ending: str | None, *, where: o
         cases.append(Case(id=case, images=images))
         faults += found
     _require_usable([*faults, *case_insensitive_duplicates(c.id for c in cases)], where)
+    for name, ids in numbered_like_channels(case.id for case in cases).items():
+        logger.warning(
+            "%s are predicted as %d cases, because the model has %d input channel(s). nnU-Net reads such names as "
+            "channels of one case, %s: if that is what they are, give only the channels that the model was trained on",
+            shortlist(ids),
+            len(ids),
+            channels,
+            name,
+        )
     return tuple(cases)
 
 
@@ -128,7 +141,7 @@ def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         named, plain = _LIST_READERS[path.suffix.lower()](text)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, TypeError, ValueError, AttributeError) as error:
+    except (UnicodeDecodeError, csv.Error, TypeError, ValueError, AttributeError) as error:
         raise DatasetError(
             "The list of inputs cannot be parsed",
             where=path,
@@ -163,7 +176,7 @@ def _text_list(text: str) -> _Listed:
 
 
 def _json_list(text: str) -> _Listed:
-    data = json.loads(text)
+    data = parse_json(text)
     if isinstance(data, list) and all(isinstance(p, str) for p in data):
         return {}, data
     if isinstance(data, list):
@@ -176,7 +189,7 @@ def _json_list(text: str) -> _Listed:
 
 def _csv_list(text: str) -> _Listed:
     """Rows "id, image, image ..." with or without a header row; rows of one column are paths."""
-    rows = [[cell.strip() for cell in row if cell.strip()] for row in csv.reader(io.StringIO(text))]
+    rows = [[plain_cell(cell.strip()) for cell in row if cell.strip()] for row in csv.reader(io.StringIO(text))]
     rows = [row for row in rows if row]
     if rows and not any(image_ending(Path(cell)) or "/" in cell for cell in rows[0]):
         rows = rows[1:]

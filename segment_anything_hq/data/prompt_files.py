@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rfmedsam2.errors import ImageError, UsageError, shortlist
+from rfmedsam2.system.csv_text import plain_cell
+from rfmedsam2.system.json_text import parse_json
 from rfmedsam2.system.ordinary_files import require_ordinary
 from segment_anything_hq.data.image_io import ENDINGS, image_size
 from segment_anything_hq.prompts.prompt import Box, Click, Prompt
@@ -132,7 +133,7 @@ def _text(path: Path) -> str:
 
 def _from_json(text: str, path: Path, faults: _Faults) -> list[_Asked]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise UsageError("The prompts are not valid JSON", where=path, found=str(error)) from None
     if isinstance(content, dict) and set(content) == {"prompts"}:
@@ -185,7 +186,7 @@ def _from_rows(rows: csv.DictReader, path: Path, faults: _Faults) -> list[_Asked
         if "" in row:
             faults.add(where, "more values than columns")
             continue
-        _read_row({key: (value or "").strip() for key, value in row.items()}, where, asked, faults)
+        _read_row({key: plain_cell((value or "").strip()) for key, value in row.items()}, where, asked, faults)
     return list(asked.values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import heapq
 import io
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.system.atomic import write_text
+from rfmedsam2.system.csv_text import write_rows
 from segment_anything_hq.data.datasets import Fault, Sample
 from segment_anything_hq.prompts.prompt import Prompt
 
@@ -143,9 +143,9 @@ def write_csv(path: Path, evaluation: ProtocolResult) -> None:
     """
     names = list(dict.fromkeys(name for s in evaluation.samples for name in s.values))
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["set", "id", *names])
+    rows: list[list[str]] = [["set", "id", *names]]
     for sample in evaluation.samples:
         values = (sample.values.get(name) for name in names)
-        writer.writerow([sample.set, sample.id, *("" if v is None else f"{v:.6g}" for v in values)])
+        rows.append([sample.set, sample.id, *("" if v is None else f"{v:.6g}" for v in values)])
+    write_rows(stream, rows, line_end="\n")
     write_text(path, stream.getvalue())

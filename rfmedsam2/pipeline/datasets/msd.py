@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from rfmedsam2.pipeline.datasets.conversion import (
     listed,
     pair,
 )
+from rfmedsam2.system.json_text import parse_json
 from rfmedsam2.system.progress import Track, silent
 
 _KEPT = ("description", "reference", "license", "release")
@@ -137,9 +137,11 @@ def _content(path: Path, what: str) -> dict[str, Any]:
             f"The {what} download has no dataset.json", where=path.parent, remedy="Extract the archive again"
         )
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = parse_json(path.read_text(encoding="utf-8"))
         channels = sorted(int(number) for number in content["modality"])
+        names = [str(name) for name in content["labels"].values()]
         sound = channels == list(range(len(channels))) and all(int(value) >= 0 for value in content["labels"])
+        sound = sound and len(set(names)) == len(names)
         _ = [_id_of(entry) for entry in [*content["training"], *content.get("test", [])]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(
@@ -153,8 +155,8 @@ def _content(path: Path, what: str) -> dict[str, Any]:
         raise DatasetError(
             f"The {what} download's dataset.json has invalid channel or label numbers",
             where=path,
-            expected="channels 0, 1, ... and no negative labels",
-            found=f"channels {list(content['modality'])}, labels {list(content['labels'])}",
+            expected="channels 0, 1, ..., no negative labels, and one name for each",
+            found=f"channels {list(content['modality'])}, labels {content['labels']}",
         )
     return content
 

@@ -6,7 +6,6 @@ Synapse 18/12, AMOS22) are stored in splits_named.json and selected by name inst
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.plan import Split
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import write_text
+from rfmedsam2.system.json_text import parse_json
 
 FOLDS = 5
 SEED = 12345
@@ -287,12 +287,12 @@ def get_split(layout: Layout, dataset: str, fold: str, *, ids: Sequence[str] | N
 
 def _load(path: Path) -> object:
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise RecordError(
             "The splits file does not exist", where=path, remedy="Run rfmed_plan_and_preprocess for this dataset"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise RecordError(f"A splits file is not valid JSON ({error})", where=path) from None
 
 

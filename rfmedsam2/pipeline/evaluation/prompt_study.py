@@ -8,7 +8,6 @@ original grid.
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.sizes import sizes_of
 from rfmedsam2.nn.sam2.weights import BLOCKS, STEM, load_sam2
 from rfmedsam2.nn.sam_weights import build_sam, sam_backbone
-from rfmedsam2.pipeline.evaluation.evaluate import summarize
+from rfmedsam2.pipeline.evaluation.bootstrap import summarize
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.dataset import LabelSet
@@ -39,6 +38,7 @@ from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.published_weights import read_published
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.atomic import atomic, write_record
+from rfmedsam2.system.csv_text import write_rows
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.progress import Track, silent
 
@@ -193,11 +193,10 @@ def write_study(folder: Path, study: PromptStudy) -> None:
     classes = list(study.rows[0].classes)
     with atomic(folder / "prompt_study.csv") as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("model", "checkpoint", "prompts", "prompted", "step2", "mean", *classes))
+            write_rows(stream, [("model", "checkpoint", "prompts", "prompted", "step2", "mean", *classes)])
             for row in study.rows:
                 scores = (row.mean.mean, *(row.classes[name].mean for name in classes))
-                writer.writerow((row.model, row.checkpoint, row.prompts, row.prompted, row.step2, *scores))
+                write_rows(stream, [(row.model, row.checkpoint, row.prompts, row.prompted, row.step2, *scores)])
         write_record(folder / "prompt_study.json", study)
 
 

@@ -175,6 +175,26 @@ def test_numbered_single_channel_files_are_not_taken_for_channels(tmp_path: Path
     assert [c.id for c in find_cases(tmp_path, channels=1, file_ending=None)] == ["amos_0000", "amos_0001", "amos_0002"]
 
 
+@pytest.mark.parametrize(
+    ("names", "channels", "meant"),
+    [
+        (("a_0000", "a_0001"), 1, ["a_0000, a_0001 are predicted as 2 cases", "channels of one case, a:"]),
+        (("a_0000", "a_0001", "b"), 1, ["a_0000, a_0001 are predicted as 2 cases"]),
+        (("a_0001", "a_0002"), 1, []),  # numbered from 1: nobody's channels
+        (("a_0000", "b_0000"), 1, []),
+        (tuple(f"amos_{i:04d}" for i in range(40)), 1, []),
+    ],
+)
+def test_names_like_channels_of_one_patient_are_a_warning(tmp_path: Path, names, channels, meant, caplog) -> None:
+    touch(tmp_path, *(f"{name}.nii.gz" for name in names))
+    find_cases(tmp_path, channels=channels, file_ending=".nii.gz")
+    assert bool(caplog.messages) == bool(meant)
+    assert all(words in caplog.text for words in meant)
+    caplog.clear()
+    find_cases(sorted(tmp_path.iterdir()), channels=channels, file_ending=None)
+    assert bool(caplog.messages) == bool(meant)
+
+
 def test_images_of_more_channels_than_the_model_takes_are_no_cases_of_their_own(tmp_path: Path) -> None:
     for case in ("a", "b"):
         for channel in range(3):
