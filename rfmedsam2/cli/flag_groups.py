@@ -132,6 +132,12 @@ class Preprocessing:
     ] = None
     clean: Annotated[bool, arg(help="Compute a new fingerprint even if no file has changed.")] = False
     skip_faulty: Annotated[bool, arg(help="Go on without cases with errors, which are named.")] = False
+    skip_unlabeled: Annotated[
+        bool,
+        arg(
+            help="Leave voxels of the ignore label out of the intensity statistics; nnU-Net counts them as foreground."
+        ),
+    ] = False
     preprocess: Annotated[bool, arg(help="Only verify and plan.")] = True
     root: Root = None
     workers: Workers = 2
@@ -189,7 +195,7 @@ class GivenDecisions:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelNames:
-    """What the label values mean; else what lies beside the label maps says it."""
+    """What the label values mean; else what lies beside the label maps says it, else they are scored by number."""
 
     dataset: DatasetName = None
     labels: Annotated[Path | None, arg(metavar="FILE", help="A dataset.json with the labels.")] = None

@@ -9,6 +9,8 @@ from typing_extensions import Self
 
 from rfmedsam2.records.base import Record
 
+REGION_REMEDY = "Declare larger regions before those that they contain, each with the value of what only it contains"
+
 
 class LabelSet(Record):
     """Names of the values of a label map.
@@ -62,6 +64,21 @@ class LabelSet(Record):
         """Number of a network's output channels: regions, or classes with background."""
         return len(self.foreground) if self.has_regions else len(self.values)
 
+    @property
+    def region_warning(self) -> str | None:
+        """A sentence without its full stop if painting the regions changes values of a perfect prediction."""
+        if not self.has_regions or self.regions_class_order is None:
+            return None
+        painted: dict[int, int] = {}  # later regions are painted over earlier ones
+        for values, color in zip(self.foreground.values(), self.regions_class_order, strict=True):
+            painted.update(dict.fromkeys(values, color))
+        changed = [f"{color} in place of {value}" for value, color in sorted(painted.items()) if color != value]
+        if not changed:
+            return None
+        lost = [str(value) for value in sorted(painted) if value not in painted.values()]
+        never = f"; {', '.join(lost)} can never come out" if lost else ""
+        return f"With this regions_class_order even a perfect prediction holds {', '.join(changed)}{never}"
+
     @classmethod
     def from_dataset_json(cls, labels: dict[str, Any], regions_class_order: Any = None) -> LabelSet:
         """Split nnU-Net's `labels` into names and the ignore label."""
@@ -70,6 +87,21 @@ class LabelSet(Record):
         if isinstance(ignore, list | tuple):
             ignore = ignore[0] if len(ignore) == 1 else ignore
         return cls.model_validate({"names": names, "regions_class_order": regions_class_order, "ignore": ignore})
+
+
+def _ambiguous(labels: dict[str, int | tuple[int, ...]]) -> list[str]:
+    """Why a table does not give every value (or set of values) one name; empty if it does."""
+    names: dict[frozenset[int], list[str]] = {}
+    for name, value in ((name, value) for name, value in labels.items() if name != "ignore"):
+        names.setdefault(frozenset(value if isinstance(value, tuple) else (value,)), []).append(name)
+    faults = []
+    for values, same in names.items():
+        shown = " and ".join(map(str, sorted(values)))
+        if len(same) > 1:
+            faults.append(f"{len(same)} names for the value {shown}: {', '.join(map(repr, same))}")
+        if not all(name.strip() for name in same):
+            faults.append(f"the value {shown} has an empty name")
+    return faults
 
 
 class DatasetJson(Record):
@@ -94,6 +126,13 @@ class DatasetJson(Record):
         if not value.startswith("."):
             raise ValueError('file_ending must begin with a dot, for instance ".nii.gz"')
         return value
+
+    @field_validator("labels")
+    @classmethod
+    def _one_name_for_each_value(cls, labels: dict[str, int | tuple[int, ...]]) -> dict[str, int | tuple[int, ...]]:
+        if faults := _ambiguous(labels):
+            raise ValueError("; ".join(faults))
+        return labels
 
     @model_validator(mode="after")
     def _labels_are_valid(self) -> Self:

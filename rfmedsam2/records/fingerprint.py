@@ -59,3 +59,5 @@ class Fingerprint(VersionedRecord):
     median_relative_size_after_crop: float
     left_out: dict[str, str] = Field(default_factory=dict)
     """Training case -> errors for which it was left out (`--skip-faulty`)."""
+    skip_unlabeled: bool = False
+    """Whether voxels of the ignore label are left out of `intensities`; nnU-Net counts them as foreground."""

@@ -350,6 +350,45 @@ def special_root(tmp_path_factory) -> Path:
     return root
 
 
+def test_a_fold_of_all_cases_says_that_it_is_scored_on_them(special_root):
+    outcome = run_ok("train", 77, "3d_fullres", "all", *SHORT, "--root", special_root)
+    sentence = "The model was trained on 5 of these 5 cases: scores of training cases"
+    assert sentence in outcome.out
+    fold = special_root / "results" / "Dataset077_Regions" / "rfmed_cpu__3d_fullres" / "fold_all"
+    metrics = json.loads((fold / "validation" / "metrics.json").read_text())
+    assert metrics["trained_on"] == [f"c{number}" for number in range(5)]
+    assert (fold / "report.html").read_text().count(sentence) == 1
+
+
+def test_unlabeled_voxels_are_counted_as_nnunet_does_or_left_out(special_root, tmp_path):
+    """Image values are about 3 times the label; with value 2 ignored, only those around 3 are labeled foreground."""
+    root = tmp_path / "root"
+    shutil.copytree(special_root / "raw" / "Dataset078_Ignore", root / "raw" / "Dataset078_Ignore")
+    described = root / "raw" / "Dataset078_Ignore" / "dataset.json"
+    described.write_text(described.read_text().replace('"MR"', '"CT"'))
+    words = ("plan_and_preprocess", "--preset", "cpu", "--no-preprocess", "--root", root)
+    note = "320 voxels of 5 case(s) have the ignore label 2. As in nnU-Net, they count as foreground"
+    assert note in run_ok(*words).out
+
+    def statistics() -> dict[str, float]:
+        folder = root / "preprocessed" / "Dataset078_Ignore"
+        found = json.loads((folder / "rfmed_fingerprint.json").read_text())["intensities"][0]
+        assert json.loads((folder / "rfmed_cpu.json").read_text())["intensities"][0] == found
+        return found
+
+    counted = statistics()
+    assert counted["mean"] == pytest.approx(3 * (736 * 1 + 64 * 2) / 800, abs=0.05)
+    outcome = run_ok(*words, "--skip-unlabeled")
+    assert "ignore label" not in outcome.out
+    left_out = statistics()
+    assert left_out["mean"] == pytest.approx(3, abs=0.05)
+    assert left_out["max"] < counted["max"]
+    run_ok(*words)  # and back: the fingerprint on disk is not taken for the other kind
+    assert statistics() == counted
+    regions = (*words[:-1], special_root, "-d", 77, "--skip-unlabeled")
+    assert "declares no ignore label" in run_error(*regions)
+
+
 @pytest.mark.parametrize(
     ("dataset", "classes", "values"), [(77, ["whole", "core"], {0, 1, 2}), (78, ["organ"], {0, 1})]
 )

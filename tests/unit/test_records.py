@@ -108,12 +108,50 @@ def test_regions_are_outputs_of_their_own():
         ({"background": 0, "whole": [1, 2], "core": [2]}, None, "regions_class_order"),
         ({"background": 0, "whole": [1, 2], "core": [2]}, [1], "one value for each"),
         ({"background": 0, "a": 1, "ignore": 1}, None, "ignore label must differ"),
+        ({"background": 0, "liver": 6, "spleen": 6}, None, "labels: 2 names for the value 6: 'liver', 'spleen'"),
+        ({"background": 0, "air": 0, "a": 1}, None, "2 names for the value 0: 'background', 'air'"),
+        ({"background": 0, "a": [1, 2], "b": [2, 1]}, [1, 2], "2 names for the value 1 and 2: 'a', 'b'"),
+        ({"background": 0, "": 1}, None, "labels: the value 1 has an empty name"),
+        ({"background": 0, " ": 1}, None, "the value 1 has an empty name"),
     ],
 )
 def test_inconsistent_labels_are_refused(labels, order, message):
     plain = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz", "regions_class_order": order}
     with pytest.raises(RecordError, match=message):
         DatasetJson.parse(plain)
+
+
+def test_a_key_with_two_values_is_refused_at_every_depth():
+    text = '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 1, "a": 2}, "file_ending": ".nii.gz"}'
+    with pytest.raises(RecordError, match=r"not valid JSON \(one object has several values for 'a'\): dataset\.json"):
+        DatasetJson.from_json(text, where="dataset.json")
+    with pytest.raises(RecordError, match="several values for 'labels'"):
+        DatasetJson.from_json('{"labels": {}, "labels": {}}')
+
+
+@pytest.mark.parametrize(
+    ("names", "order", "warning"),
+    [
+        ({"whole": (1, 2, 3), "core": (2, 3), "e": 3}, (1, 2, 3), None),
+        ({"e": 3, "core": (2, 3), "whole": (1, 2, 3)}, (3, 2, 1), "1 in place of 2, 1 in place of 3; 2, 3 can never"),
+        ({"whole": (1, 2, 3), "core": (2, 3), "e": 3}, (1, 3, 2), "3 in place of 2, 2 in place of 3"),
+        ({"whole": (1, 2)}, (1,), "1 in place of 2; 2 can never come out"),
+        ({"a": 1, "b": 2}, None, None),
+    ],
+)
+def test_painting_regions_over_each_other_is_noticed(names, order, warning):
+    labels = LabelSet(names={"background": 0, **names}, regions_class_order=order)
+    assert (labels.region_warning is None) == (warning is None)
+    assert (warning or "") in (labels.region_warning or "")
+    # the warning is right: paint a perfect prediction as an export does
+    if order is not None:
+        painted = {v: next(c for r, c in reversed(list(zip(names.values(), order, strict=True))) if _holds(r, v))
+                   for v in labels.values if v}  # fmt: skip
+        assert (labels.region_warning is None) == all(value == color for value, color in painted.items())
+
+
+def _holds(region, value: int) -> bool:
+    return value in region if isinstance(region, tuple) else value == region
 
 
 @pytest.mark.parametrize(

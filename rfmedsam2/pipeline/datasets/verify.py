@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import GeometryError, RfMedSamError
-from rfmedsam2.records.dataset import DatasetJson
+from rfmedsam2.records.dataset import REGION_REMEDY, DatasetJson
 from rfmedsam2.records.plan import Split
 from rfmedsam2.records.verify import Fault, FaultKind, VerifyReport
 from rfmedsam2.store.case_files import Case
@@ -73,7 +73,7 @@ def verify(
     def faults_of(case: Case) -> tuple[Fault, ...]:
         return examine_case(case, dataset.json).faults
 
-    faults = [*dataset.faults, *split_faults(dataset, splits)]
+    faults = [*dataset.faults, *_region_faults(dataset), *split_faults(dataset, splits)]
     for found in map_cases(
         faults_of, cases, workers=workers, name=lambda case: case.id, track=track, description="Verifying"
     ):
@@ -134,6 +134,15 @@ def split_faults(dataset: RawDataset, splits: Sequence[Split]) -> list[Fault]:
                 message = f"Fold {number} validates on patient {group} and also trains on it ({trained[group]})"
                 faults.append(_fault(case, "", "split-overlap", message, "Make new splits, grouped by patient"))
     return faults
+
+
+def _region_faults(dataset: RawDataset) -> list[Fault]:
+    message = dataset.json.label_set.region_warning
+    return (
+        []
+        if message is None
+        else [_warning("", dataset.folder / "dataset.json", "region-order", message, REGION_REMEDY)]
+    )
 
 
 def _known(fault: Fault, layout: Sequence[Fault]) -> bool:

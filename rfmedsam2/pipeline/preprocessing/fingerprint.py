@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rfmedsam2.errors import DatasetError, RecordError
+from rfmedsam2.errors import DatasetError, RecordError, UsageError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, FaultyCaseError, files_digest
 from rfmedsam2.records.case import SourceFile
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
@@ -44,6 +44,7 @@ def fingerprint(
     workers: int = 2,
     clean: bool = False,
     skip_faulty: bool = False,
+    skip_unlabeled: bool = False,
     track: Track = silent,
 ) -> Fingerprint:
     """Compute the fingerprint of a dataset's training cases, or load the one on disk if no file has changed since.
@@ -56,15 +57,23 @@ def fingerprint(
         workers: number of cases processed in parallel.
         clean: always compute a new fingerprint.
         skip_faulty: go on without cases with errors, which the fingerprint then names; a reader leaves them out, too.
+        skip_unlabeled: leave voxels of the ignore label out of the intensities; nnU-Net counts them as foreground.
         track: progress display.
 
     Raises:
         DatasetError: no cases, no foreground, or cases with errors; lists all errors of all cases.
+        UsageError: `skip_unlabeled` for a dataset without an ignore label.
     """
     source = dataset if isinstance(dataset, CaseReader) else CaseReader(dataset)
     raw = source.dataset
     if not raw.training:
         raise DatasetError("The dataset has no training cases", where=raw.folder)
+    if skip_unlabeled and raw.json.label_set.ignore is None:
+        raise UsageError(
+            "The dataset declares no ignore label, so no voxel is unlabeled",
+            where=raw.folder / "dataset.json",
+            remedy="Leave --skip-unlabeled out",
+        )
     left_out = _left_out(source, source.layout_faults(), skip=skip_faulty)
     path = layout.fingerprint_file(raw.name)
     if not clean:
@@ -72,9 +81,10 @@ def fingerprint(
             found = read_record(path, Fingerprint)
         except RecordError:
             found = None
-        if found is not None and found.dataset == raw.name and _is_current(found, source):
-            return found
-    sizes, intensities, faults = _fingerprint_cases(source, workers, track)
+        if found is not None and (found.dataset, found.skip_unlabeled) == (raw.name, skip_unlabeled):
+            if _is_current(found, source):
+                return found
+    sizes, intensities, faults = _fingerprint_cases(source, workers, track, skip_unlabeled=skip_unlabeled)
     left_out |= _left_out(source, faults, skip=skip_faulty)
     raw = source.dataset
     result = Fingerprint(
@@ -84,6 +94,7 @@ def fingerprint(
         intensities=tuple(mixture_statistics(channel, where=raw.name) for channel in zip(*intensities, strict=True)),
         median_relative_size_after_crop=float(np.median([case.relative_size_after_crop for case in sizes])),
         left_out=left_out,
+        skip_unlabeled=skip_unlabeled,
     )
     with exclusive_lock(path.parent, wait_seconds=WRITING_SECONDS):
         write_record(path, result)
@@ -145,10 +156,11 @@ def _digest_by_times(dataset: RawDataset) -> str:
 
 
 def _fingerprint_cases(
-    source: CaseReader, workers: int, track: Track
+    source: CaseReader, workers: int, track: Track, *, skip_unlabeled: bool
 ) -> tuple[tuple[CaseFingerprint, ...], tuple[tuple[Distribution | None, ...], ...], list[Fault]]:
     """Fingerprint and distribution per channel of every training case without errors, and the errors of the others."""
     training = source.dataset.training
+    ignore = source.dataset.json.label_set.ignore if skip_unlabeled else None
     points = int(np.clip(POINTS // len(training), MIN_POINTS, MAX_POINTS))
 
     def examine(case: Case) -> tuple[CaseFingerprint, tuple[Distribution | None, ...]] | tuple[Fault, ...]:
@@ -157,7 +169,7 @@ def _fingerprint_cases(
         except FaultyCaseError as error:
             return error.faults
         found = case_fingerprint(case.id, decoded).model_copy(update={"files": dict(decoded.files)})
-        return found, foreground_distributions(decoded, points)
+        return found, foreground_distributions(decoded, points, ignore=ignore)
 
     sizes, intensities, faults = [], [], list[Fault]()
     for found in map_cases(
@@ -210,11 +222,18 @@ class Distribution:
         )
 
 
-def foreground_distributions(decoded: DecodedCase, points: int) -> tuple[Distribution | None, ...]:
-    """One distribution per channel; None without foreground. Foreground is any label above 0, as in nnU-Net."""
+def foreground_distributions(
+    decoded: DecodedCase, points: int, *, ignore: int | None = None
+) -> tuple[Distribution | None, ...]:
+    """One distribution per channel; None without foreground.
+
+    Foreground is any label above 0, with the ignore label, as in nnU-Net; `ignore` leaves voxels of that value out.
+    """
     # nnU-Net uses the cropped region; this differs only if there are labels where the image is zero
     region = tuple(slice(*limits) for limits in nonzero_box(decoded.volume.array))
     mask = decoded.label[region] > 0
+    if ignore is not None:
+        mask &= decoded.label[region] != ignore
     if not mask.any():
         return (None,) * decoded.volume.array.shape[0]
     return tuple(Distribution.of(channel[region][mask], points) for channel in decoded.volume.array)

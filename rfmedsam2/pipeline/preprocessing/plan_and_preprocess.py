@@ -18,6 +18,7 @@ from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import ExtensionError, RecordError, UsageError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets.splits import groups_of, load_or_make_splits, warnings_of
+from rfmedsam2.pipeline.planning.label_notes import notes_on_labels
 from rfmedsam2.pipeline.planning.mirroring import note_on_mirroring
 from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset
@@ -60,6 +61,7 @@ class PlanOptions:
         group_regex: regular expression; ids with the same first capture group are one patient.
         clean: compute a new fingerprint even if no file has changed.
         skip_faulty: go on without cases with errors; notes and fingerprint name them.
+        skip_unlabeled: leave voxels of the ignore label out of the intensity statistics; nnU-Net counts them.
         tell: called with the memory estimate before preprocessing starts.
     """
 
@@ -75,6 +77,7 @@ class PlanOptions:
     group_regex: str | None = None
     clean: bool = False
     skip_faulty: bool = False
+    skip_unlabeled: bool = False
     tell: Callable[[MemoryNeed], None] | None = None
 
 
@@ -124,7 +127,13 @@ def plan_and_preprocess(
     budget = int(MEMORY_SHARE * free_bytes()) if stages != () else 0
     source = CaseReader(dataset, budget_bytes=budget)
     found = fingerprint(
-        source, layout, workers=workers, clean=options.clean, skip_faulty=options.skip_faulty, track=track
+        source,
+        layout,
+        workers=workers,
+        clean=options.clean,
+        skip_faulty=options.skip_faulty,
+        skip_unlabeled=options.skip_unlabeled,
+        track=track,
     )
     dataset = source.dataset  # without cases that were left out
     plan = _planned(dataset, found, options)
@@ -137,6 +146,7 @@ def plan_and_preprocess(
             notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
             notes += _write(dataset, layout, plan) + _notes_on(plan)
         notes += [f"Case {name} was left out ({errors})." for name, errors in found.left_out.items()]
+        notes += notes_on_labels(plan, found)
         notes += note_on_mirroring(plan, read_header(dataset.training[0].images[0]).grid)
         done = None
         if wanted:

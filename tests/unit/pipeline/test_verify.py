@@ -144,6 +144,15 @@ def test_ignore_label_and_region_values_are_declared(tmp_path: Path) -> None:
     assert maker.report().faults == ()
 
 
+def test_an_order_of_regions_that_hides_a_value_is_a_warning(tmp_path: Path) -> None:
+    maker = Maker(tmp_path / "d", labels={"background": 0, "core": [2], "whole": [1, 2]}, regions_class_order=[2, 1])
+    maker.add("x")
+    (fault,) = maker.report().faults
+    assert (fault.kind, fault.severity, fault.case) == ("region-order", "warning", "")
+    assert "1 in place of 2; 2 can never come out" in fault.message
+    assert "larger regions before" in fault.remedy
+
+
 def sheared(degrees: float) -> np.ndarray:
     affine = AFFINE.copy()
     affine[:3, 2] = 2 * np.array([0, np.sin(np.radians(degrees)), np.cos(np.radians(degrees))])
