@@ -5,6 +5,7 @@ Only `rfmedsam2.cli` prints, reads environment variables and imports late, so th
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed
 
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
+DEBUG = "With --debug, an error also shows its traceback, and all log lines and warnings are printed."
 SAY_NOTHING = ("None", "False", "True", "", "()")
 """Defaults that --help does not show."""
 
@@ -61,7 +63,7 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
         # cores (data workers, a second command), spinning made a training step 4 times slower on two cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
-            tyro.cli(_plainly(function), prog=name, args=words, config=CONFIG)
+            tyro.cli(_plainly(function), prog=name, description=_description(function), args=words, config=CONFIG)
         except RfMedSamError as error:
             if debug:
                 raise
@@ -131,6 +133,12 @@ def _plainly(function: Callable[..., None]) -> Callable[..., None]:
             group.__annotations__ = _quiet(get_type_hints(group, include_extras=True))
     function.__annotations__ = _quiet(types)
     return function
+
+
+def _description(function: Callable[..., None]) -> str:
+    """The docstring's text without its arguments, and the flag that all commands have."""
+    text = inspect.cleandoc(function.__doc__ or "").split("\nArgs:")[0].strip()
+    return f"{text}\n\n{DEBUG}"
 
 
 def _quiet(types: dict[str, Any]) -> dict[str, Any]:

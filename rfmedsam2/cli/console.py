@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rfmedsam2.cli.command import tell
+from rfmedsam2.errors import sentences
 from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.system.terminal import plain
 
@@ -104,19 +105,27 @@ def show_summary(summary: Summary) -> None:
 
 
 def show_scores(evaluation: Evaluation) -> None:
-    """Print means over cases per class, with confidence intervals for DSC."""
+    """Print means over cases per class with the number of cases they count, confidence intervals for DSC, and notes."""
+    every, classes = len(evaluation.cases), len(evaluation.classes)
 
     def row(name: str, found: dict[str, Interval]) -> list[object]:
-        dsc, distance = found["dsc"], found["hd95_mm"].mean
+        dsc, distance = found["dsc"], found["hd95_mm"]
         span = "-" if dsc.low is None or dsc.high is None else f"{dsc.low:.3f}-{dsc.high:.3f}"
-        hd95 = None if distance is None else f"{distance:.1f}"
-        return [name, dsc.mean, span, found["iou"].mean, found["nsd"].mean, hd95, dsc.cases]
+        fewer = distance.cases < dsc.cases or (distance.classes or classes) < (dsc.classes or classes)
+        hd95 = None if distance.mean is None else f"{distance.mean:.1f}" + (f" ({counted(distance)})" if fewer else "")
+        return [name, dsc.mean, span, found["iou"].mean, found["nsd"].mean, hd95, counted(dsc)]
+
+    def counted(mean: Interval) -> str:
+        cases = f"{mean.cases}" if mean.cases == every else f"{mean.cases} of {every}"
+        return cases if mean.classes in (None, classes) else f"{cases}, {mean.classes}/{classes} classes"
 
     rows = [row(name, found) for name, found in evaluation.classes.items()]
     # short enough for BTCV's class names and no broken line in a terminal of 80 columns
     columns = ("class", "DSC", f"{evaluation.confidence:.0%} CI", "IoU", "NSD", "HD95", "cases")
     title = f"{len(evaluation.cases)} case(s), NSD at {evaluation.nsd_tolerance_mm:g} mm, HD95 in mm"
     table(title, columns, [*rows, row("mean", evaluation.mean)])
+    for note in evaluation.notes():
+        tell(note)
 
 
 def show_submission(report: SubmissionReport) -> None:
@@ -143,7 +152,7 @@ def show_doctor(report: DoctorReport) -> None:
         found = [(e.kind, e.name, f"{e.package} {e.version}", e.fault or "ready") for e in report.extensions]
         table("Extensions", ("kind", "name", "package", "state"), found)
     for advice in report.warnings:
-        tell(f"Warning: {advice.message.rstrip('.')}. {advice.remedy.rstrip('.')}.")
+        tell(sentences([f"Warning: {advice.message}", advice.remedy]))
 
 
 def _cell(value: object) -> str:

@@ -87,6 +87,7 @@ def plan_and_preprocess(
         group_regex=data.group_regex,
         clean=data.clean,
         skip_faulty=data.skip_faulty,
+        skip_unlabeled=data.skip_unlabeled,
         tell=say_memory,
     )
     stages = (data.configurations or None) if data.preprocess else ()
@@ -226,8 +227,8 @@ def evaluate(
     from rfmedsam2.cli.progress import bars
     from rfmedsam2.pipeline.evaluation import evaluate as verb
 
-    layout, beside = layout_of(labels.root), (references, predictions)
-    names = resolve.labels_for(layout, os.environ, dataset=labels.dataset, file=labels.labels, beside=beside)
+    layout = layout_of(labels.root)
+    names = resolve.labels_for(layout, os.environ, dataset=labels.dataset, file=labels.labels)
     result = verb.evaluate(
         predictions,
         references,
@@ -263,13 +264,10 @@ def report(
         title: Heading of the page.
     """
     from rfmedsam2.pipeline.evaluation.report import write_report
-    from rfmedsam2.records.report import Evaluation
-    from rfmedsam2.system.atomic import read_record
 
     if images is not None and not images.is_dir():
         raise UsageError("The folder of images does not exist", where=images, remedy="Check the path given with -i")
-    scores = read_record(evaluation, Evaluation) if evaluation else None
-    write_report(output, title=title or output.stem, training=training, evaluation=scores, images=images)
+    write_report(output, title=title or output.stem, training=training, evaluation=evaluation, images=images)
     tell(f"Written: {output}")
 
 

@@ -12,7 +12,6 @@ from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_models
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import PARTIAL, read_record
 
@@ -161,38 +160,26 @@ def trained_model(
 
 
 def labels_for(
-    layout: Layout,
-    environment: Mapping[str, str],
-    *,
-    dataset: str | None,
-    file: Path | None,
-    beside: Sequence[Path],
-) -> LabelSet:
-    """Labels from a dataset.json file, from a dataset, or from a file beside references or predictions.
-
-    Searched are a dataset.json beside references (also one folder up), and predictions.json beside predictions.
+    layout: Layout, environment: Mapping[str, str], *, dataset: str | None, file: Path | None
+) -> LabelSet | None:
+    """Labels from a dataset.json file or a dataset that the user names; None: what lies beside the label maps says it.
 
     Raises:
-        UsageError: no file with labels was found.
+        UsageError: the dataset has no dataset.json.
+        RecordError: the file does not exist or has faults.
     """
     if file is not None:
         return read_record(file, DatasetJson).label_set
     wanted = dataset or environment.get("RFMED_DATASET")
-    candidates: list[Path] = []
-    if wanted:
-        name = layout.dataset_name(wanted)
-        candidates = [folder / name / "dataset.json" for folder in (layout.raw, layout.preprocessed)]
-    else:
-        for path in beside:
-            folder = path if path.is_dir() else path.parent
-            candidates += [folder / "dataset.json", folder.parent / "dataset.json", folder / PREDICTIONS]
+    if not wanted:
+        return None
+    name = layout.dataset_name(wanted)
+    candidates = [folder / name / "dataset.json" for folder in (layout.raw, layout.preprocessed)]
     for candidate in candidates:
-        if candidate.name == PREDICTIONS and candidate.is_file():
-            return read_record(candidate, PredictionsRecord).label_set
         if candidate.is_file():
             return read_record(candidate, DatasetJson).label_set
     raise UsageError(
         "The names of the label values are unknown",
-        expected=" or ".join(map(str, candidates)) or "a dataset.json",
-        remedy="Name the dataset with -d, or a dataset.json with --labels",
+        expected=" or ".join(map(str, candidates)),
+        remedy="Name another dataset with -d, or a dataset.json with --labels",
     )

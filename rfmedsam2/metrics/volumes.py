@@ -91,6 +91,11 @@ def case_metrics(
     return scores
 
 
+def absent_class(both_empty: BothEmpty) -> ClassMetrics:
+    """Scores of a class that neither label map of a case holds."""
+    return _scores(0, (0, 0), None, 0.0, NSD_TOLERANCE_MM, both_empty)
+
+
 def confusion(reference: np.ndarray, prediction: np.ndarray, labels: LabelSet) -> tuple[np.ndarray, np.ndarray]:
     """Joint histogram of two label maps and the bounding box of every value, in one pass.
 

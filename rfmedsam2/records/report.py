@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, Literal
 
-from rfmedsam2.errors import MissingPackageError
+from rfmedsam2.errors import MissingPackageError, shortlist
 from rfmedsam2.records.base import Record, VersionedRecord
+
+_TITLES = {"dsc": "DSC", "iou": "IoU", "nsd": "NSD", "hd95_mm": "HD95"}
 
 
 class ClassMetrics(Record):
@@ -41,6 +44,8 @@ class Interval(Record):
     high: float | None
     cases: int
     """Number of cases with a defined value."""
+    classes: int | None = None
+    """Of a mean over classes: number of classes with a defined value in any case."""
 
 
 class Evaluation(VersionedRecord):
@@ -59,6 +64,43 @@ class Evaluation(VersionedRecord):
     """Metric -> mean over cases of each case's mean over classes."""
     warnings: tuple[str, ...] = ()
     """What was excluded, for instance predictions without a reference."""
+    minimum_cases: int = 2
+    """Fewest cases of a confidence interval."""
+    trained_on: tuple[str, ...] = ()
+    """Scored cases that the model was trained on."""
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what the scores do not say: training cases, undefined scores, intervals that are left out."""
+        return tuple(note for note in (self._on_training(), *self._on_undefined(), self._on_intervals()) if note)
+
+    def _on_training(self) -> str | None:
+        if not self.trained_on:
+            return None
+        named = "" if len(self.trained_on) == len(self.cases) else f" ({shortlist(self.trained_on)})"
+        return (
+            f"The model was trained on {len(self.trained_on)} of these {len(self.cases)} cases{named}: "
+            "scores of training cases do not tell how well it segments new ones."
+        )
+
+    def _on_undefined(self) -> Iterator[str]:
+        """One sentence for all metrics with the same scores."""
+        scores = [(name, found) for case in self.cases for name, found in case.classes.items()]
+        defined: dict[tuple[int, int], list[str]] = {}
+        for metric, title in _TITLES.items():
+            names = [name for name, found in scores if getattr(found, metric) is not None]
+            defined.setdefault((len(names), len(set(names))), []).append(title)
+        for (count, classes), metrics in defined.items():
+            if count < len(scores):
+                yield (
+                    f"Means of {', '.join(metrics)} count {count} of {len(scores)} scores and {classes} of "
+                    f"{len(self.classes)} classes; the others are undefined."
+                )
+
+    def _on_intervals(self) -> str | None:
+        means = [*self.mean.values(), *(mean for found in self.classes.values() for mean in found.values())]
+        if not any(0 < mean.cases < self.minimum_cases for mean in means):
+            return None
+        return f"Confidence intervals of fewer than {self.minimum_cases} cases are left out."
 
     def to_dataframe(self) -> Any:
         """A `pandas.DataFrame`, one row per case and class: case, class, and a column for each field of `ClassMetrics`.

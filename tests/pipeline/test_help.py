@@ -42,3 +42,16 @@ def test_help_is_answered_before_anything_heavy_is_imported(name: str, helped) -
 
 def test_there_are_commands_of_both_packages() -> None:
     assert {name.partition("_")[0] for name in COMMANDS} == {"rfmed", "samhq"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_the_flag_for_tracebacks(name: str, helped) -> None:
+    assert "--debug" in helped[name][0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_negative_flag_says_what_the_flag_does(name: str, helped) -> None:
+    """A flag --no-x is described as what happens with it, not as what x is."""
+    plain = re.sub(r"[\s\u2500-\u257f]+", " ", helped[name][0])
+    for flag, text in re.findall(r" (--no-[a-z-]+) ([A-Z][^.]*)\.", plain):
+        assert text.startswith(("Do not", "Only")), f"{flag}: {text}"

@@ -5,22 +5,22 @@ Every case is checked before anything is written; all faults of all cases are re
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from rfmedsam2.errors import DatasetError, RfMedSamError, UsageError
-from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, case_metrics, empty_policy
+from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, absent_class, case_metrics, empty_policy
+from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENCE, MINIMUM_CASES, summarize
+from rfmedsam2.pipeline.evaluation.label_tables import agreed_labels, numbered, with_all_values
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation, Interval
+from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
 from rfmedsam2.store.formats.image_header import ImageHeader, grids_differ
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending, read_label
 from rfmedsam2.system.atomic import atomic, write_record
+from rfmedsam2.system.csv_text import write_rows
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track
 from rfmedsam2.system.progress_bars import progress_bars
@@ -28,10 +28,6 @@ from rfmedsam2.volume import Volume
 
 logger = logging.getLogger(__name__)
 
-METRICS: tuple[str, ...] = ("dsc", "iou", "nsd", "hd95_mm", "volume_error_ml", "relative_volume_error")
-"""Metrics that are averaged (volumes are not)."""
-CONFIDENCE = 0.95
-BOOTSTRAP_SAMPLES = 2000
 MAX_FAULTS_SHOWN = 200
 
 
@@ -47,7 +43,7 @@ class Pair:
 def evaluate(
     predictions: Path,
     references: Path,
-    labels: LabelSet,
+    labels: LabelSet | None = None,
     *,
     out: Path | None = None,
     cases: Sequence[str] | None = None,
@@ -61,7 +57,8 @@ def evaluate(
     Args:
         predictions: folder of label maps, or one file.
         references: folder of label maps, or one file.
-        labels: names of the label values.
+        labels: names of the label values; None: those of a table beside the label maps (`label_tables.agreed_labels`),
+            and without one every value is scored under its number.
         out: output folder of metrics.json and metrics.csv; None: write nothing.
         cases: ids of the cases to score; None: all references, each of which must have a prediction.
         nsd_tolerance_mm: tolerance of the normalized surface Dice, mm.
@@ -73,12 +70,14 @@ def evaluate(
         All scores, with bootstrap confidence intervals (percentile method over cases, seeded).
 
     Raises:
-        UsageError: nothing to score, a path that does not exist, a tolerance below 0.
+        UsageError: nothing to score, a path that does not exist, a tolerance below 0, label tables that contradict
+            each other.
         DatasetError: missing predictions, unreadable files, different grids, undeclared values; lists all of them.
     """
     if not nsd_tolerance_mm >= 0:
         raise UsageError("The NSD tolerance is negative", expected="0 mm or more", found=nsd_tolerance_mm)
     pairs, faults, warnings = find_pairs(predictions, references, cases=cases)
+    labels = agreed_labels(predictions, references, labels)
     score = partial(_score, labels=labels, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
     scored: list[CaseMetrics] = []
     track = progress_bars(progress)
@@ -90,9 +89,13 @@ def evaluate(
             faults.append(result)
     if faults:
         raise _all_faults(faults)
+    if labels is None:
+        scored = with_all_values(scored, absent_class(both_empty))
+        warnings.append("No table names the label values: every value is scored under its number")
     for warning in warnings:
         logger.warning("%s", warning)
-    classes, mean = summarize(scored, tuple(labels.foreground))
+    names = tuple(scored[0].classes if labels is None else labels.foreground)
+    classes, mean = summarize(scored, names)
     evaluation = Evaluation(
         nsd_tolerance_mm=nsd_tolerance_mm,
         empty_policy=empty_policy(both_empty),
@@ -102,6 +105,7 @@ def evaluate(
         classes=classes,
         mean=mean,
         warnings=tuple(warnings),
+        minimum_cases=MINIMUM_CASES,
     )
     if out is not None:
         write_evaluation(out, evaluation)
@@ -146,74 +150,6 @@ def find_pairs(
     return pairs, faults, warnings
 
 
-def summarize(
-    cases: Sequence[CaseMetrics], classes: Sequence[str], *, seed: int = 0
-) -> tuple[dict[str, dict[str, Interval]], dict[str, Interval]]:
-    """Means with bootstrap confidence intervals.
-
-    Args:
-        cases: scores of each case.
-        classes: class names.
-        seed: seed of the resampling.
-
-    Returns:
-        class -> metric -> mean over cases with a defined value; metric -> mean over cases of each case's mean over its
-        defined classes.
-    """
-    table = np.array(
-        [[[_number(getattr(case.classes[name], m)) for m in METRICS] for name in classes] for case in cases],
-        dtype=float,
-    ).reshape(len(cases), len(classes), len(METRICS))
-    defined = ~np.isnan(table)
-    count = defined.sum(axis=1, keepdims=True)
-    total = np.where(defined, table, 0.0).sum(axis=1, keepdims=True)
-    overall = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    columns = np.concatenate([table, overall], axis=1)
-    intervals = bootstrap(columns.reshape(len(cases), -1), seed=seed)
-    rows = [
-        dict(zip(METRICS, intervals[i : i + len(METRICS)], strict=True)) for i in range(0, len(intervals), len(METRICS))
-    ]
-    return dict(zip(classes, rows[:-1], strict=True)), rows[-1]
-
-
-def bootstrap(
-    values: np.ndarray, *, samples: int = BOOTSTRAP_SAMPLES, confidence: float = CONFIDENCE, seed: int = 0
-) -> list[Interval]:
-    """Percentile bootstrap of the mean over cases, with the same draws for all columns.
-
-    Args:
-        values: (cases, columns), NaN where undefined; undefined values are left out of means.
-        samples: number of bootstrap samples.
-        confidence: fraction of the samples' means inside the interval.
-        seed: seed of the draws.
-
-    Returns:
-        One interval per column; no mean without defined values, no bounds with fewer than two.
-    """
-    cases, columns = values.shape
-    defined = ~np.isnan(values)
-    number = defined.sum(axis=0)
-    filled = np.where(defined, values, 0.0)
-    random = np.random.default_rng(seed)
-    draws = random.multinomial(cases, np.full(cases, 1.0 / max(cases, 1)), size=samples).astype(float)
-    weight = draws @ defined
-    means = np.where(weight > 0, draws @ filled / np.maximum(weight, 1), np.nan)
-    tail = (1 - confidence) / 2
-    bounds = np.full((2, columns), np.nan)
-    enough = number >= 2
-    if enough.any():
-        bounds[:, enough] = np.nanquantile(means[:, enough], [tail, 1 - tail], axis=0)
-    return [
-        Interval(
-            mean=float(filled[:, i].sum() / number[i]) if number[i] else None,
-            low=float(bounds[0, i]) if enough[i] else None,
-            high=float(bounds[1, i]) if enough[i] else None,
-            cases=int(number[i]),
-        )
-        for i in range(columns)
-    ]
-
-
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Write metrics.json and metrics.csv, both or neither.
 
@@ -222,15 +158,14 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     fields = tuple(ClassMetrics.model_fields)
     with atomic(folder / "metrics.csv") as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("case", "class", "metric", "value"))
+            write_rows(stream, [("case", "class", "metric", "value")])
             for case in evaluation.cases:
                 for name, scores in case.classes.items():
-                    writer.writerows((case.id, name, field, getattr(scores, field)) for field in fields)
+                    write_rows(stream, ((case.id, name, field, getattr(scores, field)) for field in fields))
         write_record(folder / "metrics.json", evaluation)
 
 
-def _score(pair: Pair, *, labels: LabelSet, nsd_tolerance_mm: float, both_empty: BothEmpty) -> CaseMetrics | str:
+def _score(pair: Pair, *, labels: LabelSet | None, nsd_tolerance_mm: float, both_empty: BothEmpty) -> CaseMetrics | str:
     """Scores of one case, or a message with its faults."""
     volumes: list[Volume] = []
     headers: list[ImageHeader] = []
@@ -255,14 +190,16 @@ def _score(pair: Pair, *, labels: LabelSet, nsd_tolerance_mm: float, both_empty:
         classes = case_metrics(
             reference.array[0],
             prediction.array[0],
-            labels,
+            labels or numbered(reference.array[0], prediction.array[0]),
             reference.grid.spacing_zyx_mm,
             nsd_tolerance_mm=nsd_tolerance_mm,
             both_empty=both_empty,
         )
     except RfMedSamError as error:
         return f"{pair.id}: {error}"
-    return CaseMetrics(id=pair.id, reference=str(pair.reference), prediction=str(pair.prediction), classes=classes)
+    # absolute, so that the report finds them from any folder
+    paths = {"reference": str(pair.reference.absolute()), "prediction": str(pair.prediction.absolute())}
+    return CaseMetrics(id=pair.id, **paths, classes=classes)
 
 
 def _label_files(folder: Path, faults: list[str]) -> dict[str, Path]:
@@ -281,10 +218,6 @@ def _label_files(folder: Path, faults: list[str]) -> dict[str, Path]:
 def _id_of(path: Path) -> str:
     """File name without an image ending; the whole name if it has none."""
     return path.name.removesuffix(image_ending(path) or "")
-
-
-def _number(value: float | None) -> float:
-    return np.nan if value is None else value
 
 
 def _all_faults(faults: Sequence[str]) -> DatasetError:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2.errors import RfMedSamError, UsageError
+from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, shortlist
 from rfmedsam2.pipeline.evaluation.overlays import PREDICTION_COLOR, REFERENCE_COLOR, case_png
 from rfmedsam2.pipeline.evaluation.score_plot import spread_png
 from rfmedsam2.records.checkpoint import CheckpointRecord
@@ -20,6 +20,8 @@ from rfmedsam2.reporting.html import png_uri, write_html
 from rfmedsam2.reporting.training_curves import Theme, Training, read_training, training_png
 from rfmedsam2.store.checkpoint_header import CHECKPOINTS, read_record_of
 from rfmedsam2.store.images import image_ending
+from rfmedsam2.system.atomic import read_record
+from rfmedsam2.system.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ def write_report(
     *,
     title: str,
     training: Path | None = None,
-    evaluation: Evaluation | None = None,
+    evaluation: Evaluation | Path | None = None,
     images: Path | None = None,
     labels: LabelSet | None = None,
     about: Mapping[str, str] | None = None,
@@ -78,18 +80,20 @@ def write_report(
         path: path of the HTML file, written atomically.
         title: heading of the page.
         training: folder of a trained fold with metrics.jsonl; its checkpoint, if any, describes the model.
-        evaluation: scores; overlays of the best and worst cases are drawn from its files.
+        evaluation: scores, or their metrics.json; overlays of the best and worst cases are drawn from their files.
         images: folder of the cases' images (ID_0000.nii.gz or ID.nii.gz ...), drawn below the contours.
         labels: labels of the dataset, whose ignore label is not drawn; default: from the checkpoint, if any.
         about: additional facts for the top of the page, name -> text.
 
     Raises:
         UsageError: neither training nor evaluation is given.
-        RecordError: the training folder has no metrics.
+        RecordError: the training folder has no metrics, or metrics.json has faults.
         StoreError: the file cannot be written.
     """
     if training is None and evaluation is None:
         raise UsageError("A report needs a training or an evaluation", where=path)
+    if isinstance(evaluation, Path):
+        evaluation = read_evaluation(evaluation)
     record = None if training is None else _checkpoint(training)
     curves = None if training is None else read_training(training)
     if labels is None and record is not None:
@@ -106,6 +110,44 @@ def write_report(
         "prediction_color": PREDICTION_COLOR,
     }
     write_html(path, TEMPLATE, context, figure=_figure)
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read a metrics.json; relative paths in it are searched from the working folder, then from the file's folders.
+
+    Raises:
+        UsageError: another JSON file, such as predictions.json.
+        RecordError: the file does not exist or has faults.
+    """
+    try:
+        evaluation = read_record(path, Evaluation)
+    except RecordError:
+        if (fields := _fields_of(path)) and not {"mean", "classes"} & fields.keys():
+            raise UsageError(
+                "This file does not hold scores",
+                where=path,
+                expected="metrics.json, as rfmed_evaluate writes it",
+                found=f"the fields {shortlist(fields, limit=8)}",
+                remedy="Score the predictions first: rfmed_evaluate -p PREDICTIONS -g REFERENCES -o FOLDER",
+            ) from None
+        raise
+
+    def found(name: str) -> str:
+        places = (base / name for base in (Path(), *path.absolute().parents))
+        return str(next((place for place in places if place.exists()), name))
+
+    files = [{"reference": found(case.reference), "prediction": found(case.prediction)} for case in evaluation.cases]
+    cases = [case.model_copy(update=update) for case, update in zip(evaluation.cases, files, strict=True)]
+    return evaluation.model_copy(update={"cases": tuple(cases)})
+
+
+def _fields_of(path: Path) -> dict[str, object]:
+    """Top-level fields of a JSON file; none if it is damaged or holds no object."""
+    try:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _figure(value: float | None, digits: int) -> str:
@@ -162,17 +204,29 @@ def _times(values: object, between: str = " × ") -> str:
 def _evaluation_figures(evaluation: Evaluation | None) -> list[dict[str, str]]:
     if evaluation is None:
         return []
-    shown = [_key_figure(m, evaluation.mean[m.name]) for m in METRICS if m.name in ("dsc", "nsd", "hd95_mm")]
+    shown = [_key_figure(m, evaluation) for m in METRICS if m.name in ("dsc", "nsd", "hd95_mm")]
     number = f"{len(evaluation.classes)} classes" if len(evaluation.classes) != 1 else "1 class"
     return [*shown, {"title": "Cases", "value": str(len(evaluation.cases)), "note": number}]
 
 
-def _key_figure(metric: Metric, interval: Interval) -> dict[str, str]:
+def _key_figure(metric: Metric, evaluation: Evaluation) -> dict[str, str]:
+    interval = evaluation.mean[metric.name]
     value = _figure(interval.mean, metric.digits) + (f" {metric.unit}" if metric.unit else "")
     note = "mean over cases"
     if interval.low is not None:
         note = f"{_figure(interval.low, metric.digits)} to {_figure(interval.high, metric.digits)}"
+    if counted := _counted(interval, evaluation):
+        note = f"mean over {counted}" if interval.low is None else f"{note}, {counted}"
     return {"title": f"Mean {metric.title}", "value": value, "note": note}
+
+
+def _counted(mean: Interval, evaluation: Evaluation) -> str:
+    """How much a mean counts, if that is less than everything: "1 of 2 cases, 8 of 13 classes"."""
+    cases, classes = len(evaluation.cases), len(evaluation.classes)
+    parts = [f"{mean.cases} of {cases} cases"] if mean.cases < cases else []
+    if mean.classes is not None and mean.classes < classes:
+        parts.append(f"{mean.classes} of {classes} classes")
+    return ", ".join(parts)
 
 
 def _training_figures(training: Training | None) -> list[dict[str, str]]:
@@ -203,6 +257,7 @@ def _duration(seconds: float) -> str:
 def _evaluation_context(evaluation: Evaluation, images: Path | None, labels: LabelSet | None) -> dict[str, object]:
     names = list(evaluation.classes)
     overlays, unshown = _overlays(evaluation, images, labels)
+    notes = evaluation.notes()
     return {
         "metrics": METRICS,
         "tolerance": f"{evaluation.nsd_tolerance_mm:g}",
@@ -210,6 +265,9 @@ def _evaluation_context(evaluation: Evaluation, images: Path | None, labels: Lab
         "samples": evaluation.bootstrap_samples,
         "policy": evaluation.empty_policy,
         "warnings": evaluation.warnings,
+        "trained_on": notes[0] if evaluation.trained_on else None,
+        "notes": notes[1:] if evaluation.trained_on else notes,
+        "counted": lambda mean: _counted(mean, evaluation),
         "classes": evaluation.classes,
         "mean": evaluation.mean,
         "spread": _themed(lambda theme: spread_png(evaluation, "dsc", "DSC", theme=theme)),
@@ -253,6 +311,8 @@ def _overlays(
                 continue
             source, details = png_uri(png), _lowest(case)
             overlays.append(CaseOverlay(id=case.id, group=group, score=score, source=source, details=details))
+    if unshown:
+        logger.warning("%d of %d overlays are not in the report: %s", len(unshown), len(worst) + len(best), unshown[0])
     return overlays, unshown
 
 

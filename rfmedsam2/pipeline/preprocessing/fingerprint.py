@@ -81,9 +81,9 @@ def fingerprint(
             found = read_record(path, Fingerprint)
         except RecordError:
             found = None
-        if found is not None and (found.dataset, found.skip_unlabeled) == (raw.name, skip_unlabeled):
-            if _is_current(found, source):
-                return found
+        same = found is not None and (found.dataset, found.skip_unlabeled) == (raw.name, skip_unlabeled)
+        if found is not None and same and _is_current(found, source):
+            return found
     sizes, intensities, faults = _fingerprint_cases(source, workers, track, skip_unlabeled=skip_unlabeled)
     left_out |= _left_out(source, faults, skip=skip_faulty)
     raw = source.dataset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.errors import RecordError, RfMedSamError, UsageError
 from rfmedsam2.pipeline.datasets.splits import get_split
-from rfmedsam2.pipeline.evaluation.evaluate import evaluate
+from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
 from rfmedsam2.pipeline.evaluation.report import write_report
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
@@ -201,7 +201,7 @@ def describe(
 
 
 def validate_fold(
-    layout: Layout, plan: Plan, folder: Path, cases: Sequence[str], *, device: str, track: Track = silent
+    layout: Layout, plan: Plan, folder: Path, split: Split, *, device: str, track: Track = silent
 ) -> Evaluation | None:
     """Predict the raw images of a fold's validation cases and score them; None if the raw dataset does not exist.
 
@@ -212,7 +212,7 @@ def validate_fold(
     if not raw.is_dir():
         logger.warning("The raw dataset is not in %s: skipping validation on whole volumes", raw)
         return None
-    wanted = set(cases)
+    wanted = set(split.val)
     inputs = [case for case in open_dataset(raw).training if case.id in wanted]
     predictor = Predictor.load([folder / FINAL], device=device)
     out = folder / VALIDATION
@@ -228,7 +228,10 @@ def validate_fold(
     if len(references) != 1:
         logger.warning("Labels are in several folders: score the predictions in %s with rfmed_evaluate", out)
         return None
-    return evaluate(out, references.pop(), plan.labels, out=out, cases=sorted(wanted), progress=track)
+    scores = evaluate(out, references.pop(), plan.labels, cases=sorted(wanted), progress=track)
+    scores = scores.model_copy(update={"trained_on": tuple(sorted(wanted & set(split.train)))})
+    write_evaluation(out, scores)
+    return scores
 
 
 def _finish(
@@ -237,7 +240,7 @@ def _finish(
     evaluation = None
     if options.validate:
         device = str(runtime.device)
-        evaluation = validate_fold(layout, plan, folder, split.val, device=device, track=track)
+        evaluation = validate_fold(layout, plan, folder, split, device=device, track=track)
     raw = layout.raw / plan.dataset / "imagesTr"
     write_report(
         folder / "report.html",

@@ -145,7 +145,7 @@ def test_a_damaged_plan_is_named_with_what_is_wrong(layout, wanted, text):
         planned(layout, BTCV, wanted, stage="3d_fullres")
 
 
-def test_labels_come_from_a_file_a_dataset_or_beside(layout, tmp_path):
+def test_labels_come_from_a_file_or_a_dataset(layout, tmp_path):
     def declare(folder, name):
         folder.mkdir(parents=True, exist_ok=True)
         content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, name: 1}, "numTraining": 1}
@@ -154,15 +154,14 @@ def test_labels_come_from_a_file_a_dataset_or_beside(layout, tmp_path):
 
     def names(**asked):
         found = labels_for(layout, asked.pop("environment", {}), **({"dataset": None, "file": None} | asked))
-        return list(found.names)[1:]
+        return None if found is None else list(found.names)[1:]
 
     declare(layout.raw / BTCV, "organ")
-    (layout.raw / BTCV / "labelsTs").mkdir()
+    have(layout, PHANTOM)
     own = declare(tmp_path / "elsewhere", "other")
-    beside = [layout.raw / BTCV / "labelsTs"]
-    assert names(file=own, dataset="BTCV", beside=()) == ["other"]
-    assert names(dataset="BTCV", beside=[own.parent]) == ["organ"]
-    assert names(environment={"RFMED_DATASET": "217"}, beside=()) == ["organ"]
-    assert names(beside=beside) == ["organ"]
+    assert names(file=own, dataset="BTCV") == ["other"]
+    assert names(dataset="BTCV") == ["organ"]
+    assert names(environment={"RFMED_DATASET": "217"}) == ["organ"]
+    assert names() is None
     with pytest.raises(UsageError, match=r"The names of the label values are unknown.*--labels"):
-        names(beside=[tmp_path / "nowhere" / "deep"])
+        names(dataset=PHANTOM)

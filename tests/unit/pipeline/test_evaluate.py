@@ -11,7 +11,8 @@ import pytest
 import SimpleITK
 
 from rfmedsam2.errors import DatasetError, StoreError, UsageError
-from rfmedsam2.pipeline.evaluation.evaluate import bootstrap, evaluate, find_pairs, summarize
+from rfmedsam2.pipeline.evaluation.bootstrap import bootstrap, summarize
+from rfmedsam2.pipeline.evaluation.evaluate import evaluate, find_pairs
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
 from rfmedsam2.system.atomic import read_record
@@ -199,6 +200,82 @@ def test_interval_is_seeded_and_near_the_normal_one() -> None:
     assert first.high == pytest.approx(values.mean() + half, abs=0.003)
 
 
-def test_one_defined_case_has_a_mean_but_no_interval() -> None:
-    interval = bootstrap(np.array([[0.5], [np.nan]]))[0]
-    assert (interval.mean, interval.low, interval.high, interval.cases) == (0.5, None, None, 1)
+@pytest.mark.parametrize("defined", range(8))
+def test_intervals_of_few_cases_are_left_out(defined: int) -> None:
+    values = np.full((7, 1), np.nan)
+    values[:defined, 0] = np.linspace(0, 1, 7)[:defined]
+    interval = bootstrap(values)[0]
+    assert interval.cases == defined
+    assert (interval.low is None) == (interval.high is None) == (defined < 5)
+    assert (interval.mean is None) == (defined == 0)
+
+
+def evaluation_of(cases: list[CaseMetrics]) -> Evaluation:
+    classes, mean = summarize(cases, tuple(cases[0].classes))
+    return Evaluation(
+        nsd_tolerance_mm=2, empty_policy="", confidence=0.95, bootstrap_samples=2000, cases=tuple(cases),
+        classes=classes, mean=mean, minimum_cases=5,
+    )  # fmt: skip
+
+
+def test_a_mean_says_how_many_classes_it_counts() -> None:
+    cases = []
+    for case in (_case(str(i), 0.9, 0.0) for i in range(3)):  # b is never found: it has no distance
+        found = case.classes["a"].model_copy(update={"hd95_mm": 2.0})
+        cases.append(case.model_copy(update={"classes": {**case.classes, "a": found}}))
+    evaluation = evaluation_of(cases)
+    assert (evaluation.mean["dsc"].classes, evaluation.mean["hd95_mm"].classes) == (2, 1)
+    assert evaluation.mean["hd95_mm"].mean == pytest.approx(2.0)
+    assert evaluation.classes["b"]["hd95_mm"].cases == 0
+    [undefined, few] = evaluation.notes()
+    assert undefined == "Means of HD95 count 3 of 6 scores and 1 of 2 classes; the others are undefined."
+    assert few == "Confidence intervals of fewer than 5 cases are left out."
+
+
+def test_scores_of_training_cases_say_so() -> None:
+    evaluation = evaluation_of([_case(f"case{i}", 0.5, 0.5) for i in range(2)])
+    assert not any("trained" in note for note in evaluation.notes())
+    every = evaluation.model_copy(update={"trained_on": ("case0", "case1")}).notes()[0]
+    assert every.startswith("The model was trained on 2 of these 2 cases: scores of training cases")
+    assert "1 of these 2 cases (case1)" in evaluation.model_copy(update={"trained_on": ("case1",)}).notes()[0]
+
+
+def test_without_a_table_every_value_is_scored_by_its_number(tmp_path: Path, caplog) -> None:
+    large = 300 * block(start=5).astype(np.uint16)
+    write(tmp_path / "r" / "x.nii.gz", block(7) + large)
+    write(tmp_path / "p" / "x.nii.gz", block(7, start=2) + large)
+    write(tmp_path / "r" / "y.nii.gz", block(12))
+    write(tmp_path / "p" / "y.nii.gz", block(9))
+    evaluation = evaluate(tmp_path / "p", tmp_path / "r")
+    assert list(evaluation.classes) == ["7", "9", "12", "300"]
+    assert evaluation.cases[0].classes["7"].dsc == pytest.approx(2 / 3)
+    assert evaluation.cases[0].classes["300"].dsc == 1.0
+    assert evaluation.cases[0].classes["9"].dsc is None  # neither map of this case holds it
+    assert (evaluation.cases[1].classes["9"].dsc, evaluation.cases[1].classes["12"].dsc) == (0.0, 0.0)
+    assert evaluation.classes["7"]["dsc"].cases == 1
+    assert "scored under its number" in evaluation.warnings[0]
+    assert "scored under its number" in caplog.text
+
+
+def test_maps_of_background_alone_have_nothing_to_score(tmp_path: Path) -> None:
+    for part in ("p", "r"):
+        write(tmp_path / part / "x.nii.gz", np.zeros((4, 6, 8), np.uint8))
+    with pytest.raises(UsageError, match="nothing to score"):
+        evaluate(tmp_path / "p", tmp_path / "r")
+
+
+def test_images_are_not_scored_by_number(tmp_path: Path) -> None:
+    for part in ("p", "r"):
+        write(tmp_path / part / "x.nii.gz", np.arange(1100, dtype=np.uint16).reshape(11, 10, 10))
+    with pytest.raises(DatasetError, match=r"too many values.*at most 1000.*1099"):
+        evaluate(tmp_path / "p", tmp_path / "r")
+
+
+def test_a_name_like_a_formula_is_text_in_the_csv(tmp_path: Path) -> None:
+    for part in ("p", "r"):
+        write(tmp_path / part / "=1+1.nii.gz", block())
+    evaluate(tmp_path / "p", tmp_path / "r", LabelSet(names={"background": 0, "@a": 1}), out=tmp_path / "out")
+    with (tmp_path / "out" / "metrics.csv").open(newline="") as stream:
+        rows = list(csv.reader(stream))[1:]
+    assert {(row[0], row[1]) for row in rows} == {("'=1+1", "'@a")}
+    assert {row[3] for row in rows if row[2] == "dsc"} == {"1.0"}

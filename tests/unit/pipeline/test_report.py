@@ -184,6 +184,73 @@ def test_a_case_that_cannot_be_drawn_is_named_with_the_reason(evaluation, tmp_pa
     assert re.search(r"Not shown: case_4: .*case_4.nii.gz", text)
 
 
+def test_the_page_says_how_much_a_mean_counts_and_what_was_trained_on(tmp_path) -> None:
+    for i in range(2):  # organ is found in one of two cases
+        write(tmp_path / "references" / f"case_{i}.nii.gz", body())
+        write(tmp_path / "predictions" / f"case_{i}.nii.gz", body() if i else np.zeros_like(body()))
+    evaluation = evaluate(tmp_path / "predictions", tmp_path / "references", LABELS)
+    evaluation = evaluation.model_copy(update={"trained_on": ("case_0", "case_1")})
+    write_report(tmp_path / "r.html", title="x", evaluation=evaluation)
+    text = _Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
+    assert "Scored on training cases. The model was trained on 2 of these 2 cases" in text
+    assert "mean over 1 of 2 cases" in text  # HD95, in the key figures
+    assert text.count("1 of 2 cases") >= 3  # there, by class and in the mean
+    assert "Confidence intervals of fewer than 5 cases are left out." in text
+    write_report(tmp_path / "r.html", title="x", evaluation=evaluation.model_copy(update={"trained_on": ()}))
+    assert "training cases" not in _Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
+
+
+def test_overlays_are_found_from_any_folder(evaluation, tmp_path, monkeypatch) -> None:
+    for case in evaluation.cases:
+        assert Path(case.reference).is_absolute()
+        assert Path(case.prediction).is_absolute()
+    # files of earlier versions hold the paths as they were given
+    scores = tmp_path / "run" / "scores"
+    old = [
+        case.model_copy(
+            update={
+                "reference": f"references/{Path(case.reference).name}",
+                "prediction": f"predictions/{Path(case.prediction).name}",
+            }
+        )
+        for case in evaluation.cases
+    ]
+    evaluation.model_copy(update={"cases": tuple(old)}).save(scores / "metrics.json")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    write_report(tmp_path / "r.html", title="x", evaluation=scores / "metrics.json")
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").count("<figure>") == 5
+
+
+def test_overlays_that_cannot_be_drawn_are_named_to_the_user(evaluation, tmp_path, caplog) -> None:
+    for folder in ("references", "predictions"):
+        (tmp_path / folder).rename(tmp_path / f"moved_{folder}")
+    write_report(tmp_path / "r.html", title="x", evaluation=evaluation)
+    assert "5 of 5 overlays are not in the report" in caplog.text
+    assert "does not exist" in caplog.text
+
+
+@pytest.mark.parametrize("content", ['{"dataset": "d", "models": [], "cases": {}}', '{"stages": {}, "format": 2}'])
+def test_another_json_than_metrics_is_named_for_what_it_is(content, tmp_path) -> None:
+    (tmp_path / "predictions.json").write_text(content)
+    with pytest.raises(
+        UsageError, match=r"does not hold scores: .*predictions\.json.*metrics\.json.*rfmed_evaluate -p"
+    ):
+        write_report(tmp_path / "r.html", title="x", evaluation=tmp_path / "predictions.json")
+
+
+def test_damaged_metrics_list_their_faults(evaluation, tmp_path) -> None:
+    path = tmp_path / "metrics.json"
+    evaluation.save(path)
+    path.write_text(path.read_text().replace('"empty_policy"', '"empty_polcy"'))
+    with pytest.raises(RecordError, match="empty_policy"):
+        write_report(tmp_path / "r.html", title="x", evaluation=path)
+    path.write_text('{"mean": ')
+    with pytest.raises(RecordError, match="not valid JSON"):
+        write_report(tmp_path / "r.html", title="x", evaluation=path)
+
+
 def test_unwritable_place_is_a_sentence(evaluation, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="Expected a folder"):
