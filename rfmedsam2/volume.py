@@ -34,6 +34,7 @@ class Volume:
                 expected=f"(channels, {', '.join(map(str, self.grid.shape_zyx))})",
                 found=self.array.shape,
             )
+        unmasked(self.array, "The array of a volume")
 
     @classmethod
     def from_numpy(
@@ -134,11 +135,31 @@ def unit_mm(xyzt_units: int) -> float:
     return {1: 1000.0, 2: 1.0, 3: 0.001}.get(xyzt_units & 7, 1.0)
 
 
+def unmasked(array: np.ndarray, what: str) -> np.ndarray:
+    """A plain array of a masked one, which must not hide any element.
+
+    Raises:
+        ImageError: elements are masked: it is unknown what to use in their place.
+    """
+    if not isinstance(array, np.ma.MaskedArray):
+        return array
+    hidden = int(np.ma.count_masked(array))
+    if hidden:
+        raise ImageError(
+            f"{what} is a masked array",
+            expected="a value for every element",
+            found=f"{hidden} masked elements",
+            remedy="Give array.filled(VALUE) with the value that masked elements stand for",
+        )
+    return np.asarray(array.data)
+
+
 def _channels(array: Any) -> np.ndarray:
     """An array as (C, Z, Y, X), in native byte order."""
     if not isinstance(array, np.ndarray):
         remedy = "Give tensor.detach().cpu().numpy()" if hasattr(array, "detach") else "Give numpy.asarray(...)"
         raise UsageError("This is not a NumPy array", expected="numpy.ndarray", found=type_name(array), remedy=remedy)
+    array = unmasked(array, "The image")
     if array.ndim not in (3, 4) or array.dtype.kind not in "iufb" or array.size == 0:
         raise ImageError(
             "This array is not a volume",

@@ -99,6 +99,7 @@ def preprocess_case(
         UsageError: a box is outside the image, or its label is unknown.
     """
     started = time.perf_counter()
+    require_finite(volume)
     grid, orientation = volume.grid, None
     if plan.reorient is not None:
         volume, orientation = reoriented(volume, plan.reorient)
@@ -106,10 +107,10 @@ def preprocess_case(
     # one sum is cheap, and NaN and infinity propagate to it
     if not np.isfinite(prepared.image.sum(dtype=np.float64)):
         raise ImageError(
-            "The image contains voxels that are not finite",
-            expected="numbers",
-            found=f"{int(np.count_nonzero(~np.isfinite(prepared.image)))} voxels of NaN or infinity",
-            remedy="Replace them, for instance by 0",
+            "Preprocessing makes voxels of this image that are not finite",
+            expected="intensities that 32-bit floats can normalize",
+            found=f"{volume.array.min():g} to {volume.array.max():g}",
+            remedy="Scale the image, for instance to the range of the training images",
         )
     prompts = None
     if boxes is not None:
@@ -117,6 +118,29 @@ def preprocess_case(
         prompts = planned_boxes(boxes, prepared.restore, orientation, plan.labels, resampling)
     seconds = time.perf_counter() - started
     return PreparedCase(prepared=prepared, grid=grid, orientation=orientation, seconds=seconds, boxes=prompts)
+
+
+def require_finite(volume: Volume) -> None:
+    """Refuse NaN and infinity before they spread to neighbors (resampling) or become numbers (clipping).
+
+    Raises:
+        ImageError: says how many voxels of which channel are concerned; also those beyond the range of 32-bit floats.
+    """
+    if volume.array.dtype.kind != "f":
+        return
+    limit = np.finfo(np.float32).max
+    for number, channel in enumerate(volume.array):
+        with np.errstate(invalid="ignore"):
+            if channel.min() >= -limit and channel.max() <= limit:  # False for NaN
+                continue
+            bad = int(np.count_nonzero(~(np.abs(channel) <= limit)))
+        which = f" in channel {number}" if len(volume.array) > 1 else ""
+        raise ImageError(
+            "The image contains voxels that are not finite",
+            expected="numbers in the range of 32-bit floats",
+            found=f"{bad} voxel(s) of NaN or infinity{which}",
+            remedy="Replace them, for instance by 0",
+        )
 
 
 def predict_prepared(

@@ -111,6 +111,13 @@ def _mask(side: str, array: np.ndarray, label: int | None) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         remedy = "Give tensor.detach().cpu().numpy()" if hasattr(array, "detach") else "Give numpy.asarray(...)"
         raise UsageError(f"The {side} is not a NumPy array", found=type_name(array), remedy=remedy)
+    if np.ma.is_masked(array):
+        raise ImageError(
+            f"The {side} is a masked array",
+            expected="a value for every voxel",
+            found=f"{np.ma.count_masked(array)} masked voxels",
+            remedy="Give array.filled(VALUE), or leave these voxels out of both masks",
+        )
     if array.dtype.kind not in "iub":
         raise ImageError(f"The {side} is not a mask", expected="bool or whole numbers", found=array.dtype)
     if label is not None:

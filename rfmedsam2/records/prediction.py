@@ -33,6 +33,8 @@ class PredictedCase(Record):
     shape_zyx: tuple[int, int, int]
     seconds: dict[str, float]
     """Seconds by phase: read, prepare, network, export, write."""
+    warnings: tuple[str, ...] = ()
+    """Reasons to doubt that the image is of the kind that the model was trained on."""
 
 
 PREDICTIONS = "predictions.json"

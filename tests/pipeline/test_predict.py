@@ -13,7 +13,7 @@ import torch
 
 from rfmedsam2 import models
 from rfmedsam2.errors import CheckpointError, GeometryError, ImageError, PlanError, RfMedSamError, UsageError
-from rfmedsam2.inference.volume import PredictOptions
+from rfmedsam2.inference.volume import PredictOptions, preprocess_case, require_finite
 from rfmedsam2.pipeline.prediction.checkpoints import find_models
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
@@ -323,6 +323,67 @@ def test_a_voxel_that_is_no_number_is_a_fault(predictor) -> None:
     array[3, 3, 3] = np.nan
     with pytest.raises(ImageError, match="not finite"):
         predictor.predict_array(array, spacing_zyx_mm=(1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["zscore", "ct", "none"])
+def test_voxels_that_are_not_finite_are_counted_before_resampling_and_clipping(kind, value, tmp_path) -> None:
+    plan = make_plan()
+    stage = plan.stages["3d_fullres"].model_copy(update={"normalization": (Normalization(kind=kind),)})
+    path = write_model(tmp_path, plan.model_copy(update={"stages": {"3d_fullres": stage}}))
+    predictor = Predictor.load(path, device="cpu")
+    array = np.random.default_rng(0).normal(size=(8, 9, 10)).astype(np.float32)
+    array[3, 3, 3] = value
+    for image in (array, array.astype(np.float64), array[::-1]):
+        with pytest.raises(ImageError, match=r"Found 1 voxel\(s\) of NaN or infinity\."):
+            predictor.predict_array(image, spacing_zyx_mm=(3.0, 2.0, 2.0))  # resampled: a NaN would spread
+    file = tmp_path / "in" / "x.nii.gz"
+    file.parent.mkdir()
+    nib.save(nib.Nifti1Image(array.T, np.diag([2.0, 2.0, 3.0, 1.0])), file)
+    with pytest.raises(RfMedSamError, match=r"x: The image contains voxels.*Found 1 voxel"):
+        predict_files(predictor, [Case(id="x", images=(file,))], tmp_path / "out")
+    with pytest.raises(ImageError, match=r"1 voxel.* in channel 1"):
+        require_finite(Volume.from_numpy(np.stack([np.ones_like(array), array]), spacing_zyx_mm=(1, 1, 1)))
+
+
+def test_values_that_overflow_are_refused(predictor) -> None:
+    array = np.random.default_rng(0).random((8, 9, 10))
+    array[2, 2, 2:4] = 1e300
+    with pytest.raises(ImageError, match=r"32-bit floats\. Found 2 voxel"):
+        predictor.predict_array(array, spacing_zyx_mm=(1.0, 1.0, 1.0))
+    plan = make_plan()
+    stage = plan.stages["3d_fullres"].model_copy(update={"normalization": (Normalization(kind="rescale_0_1"),)})
+    wide = np.linspace(-3e38, 3e38, 720, dtype=np.float64).astype(np.float32).reshape(8, 9, 10)
+    volume = Volume.from_numpy(wide, spacing_zyx_mm=(1, 1, 1))
+    with np.errstate(all="ignore"), pytest.raises(ImageError, match=r"Preprocessing makes voxels.*-3e\+38 to 3e\+38"):
+        preprocess_case(volume, plan.model_copy(update={"stages": {"3d_fullres": stage}}), "3d_fullres")
+
+
+def test_a_masked_array_is_refused_unless_nothing_is_masked(predictor) -> None:
+    array = np.random.default_rng(0).normal(size=(8, 9, 10)).astype(np.float32)
+    hidden = np.ma.masked_greater(array, 1.0)
+    with pytest.raises(ImageError, match=rf"masked array.*{int((array > 1).sum())} masked elements.*filled"):
+        predictor.predict_array(hidden, spacing_zyx_mm=(1.0, 1.0, 1.0))
+    plain = predictor.predict_array(array, spacing_zyx_mm=(1.0, 1.0, 1.0))
+    whole = predictor.predict_array(np.ma.array(array), spacing_zyx_mm=(1.0, 1.0, 1.0))
+    np.testing.assert_array_equal(whole, plain)
+
+
+def test_an_image_of_another_kind_is_predicted_with_a_warning_that_is_kept(predictor, tmp_path, caplog) -> None:
+    image = nib.load(write_image(tmp_path / "in" / "mr.nii.gz"))
+    other = np.abs(np.asarray(image.dataobj)) + np.int16(5)
+    nib.save(nib.Nifti1Image(other, image.affine), tmp_path / "in" / "mr.nii.gz")
+    cases = [Case(id=name, images=(tmp_path / "in" / f"{name}.nii.gz",)) for name in ("ct", "mr")]
+    write_image(cases[0].images[0])
+    predict_files(predictor, cases, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert record["cases"]["ct"]["warnings"] == []
+    [warning] = record["cases"]["mr"]["warnings"]
+    assert "no voxel is below 0, but the training foreground reaches -3 HU" in warning
+    assert caplog.messages.count(f"mr: {warning}") == 1
+    caplog.clear()
+    predictor(cases[1].images[0])
+    assert caplog.messages == [warning]
 
 
 def test_another_number_of_channels_is_an_error(predictor) -> None:

@@ -141,6 +141,17 @@ def test_arrays_that_are_no_volumes_are_sentences(array: np.ndarray) -> None:
         Volume.from_numpy(array, spacing_zyx_mm=(1, 1, 1))
 
 
+def test_masked_arrays_are_refused_unless_nothing_is_masked() -> None:
+    array = np.arange(24.0).reshape(2, 3, 4)
+    with pytest.raises(ImageError, match=r"masked array.*3 masked elements.*array\.filled\(VALUE\)"):
+        Volume.from_numpy(np.ma.masked_less(array, 3), spacing_zyx_mm=(1, 1, 1))
+    with pytest.raises(ImageError, match="masked array"):
+        Volume(array=np.ma.masked_less(array, 3)[None], grid=Grid(shape_zyx=(2, 3, 4), spacing_zyx_mm=(1, 1, 1)))
+    whole = Volume.from_numpy(np.ma.array(array), spacing_zyx_mm=(1, 1, 1))
+    assert type(whole.array) is np.ndarray
+    np.testing.assert_array_equal(whole.array[0], array)
+
+
 def test_other_libraries_images_are_told_apart() -> None:
     with pytest.raises(UsageError, match="not a nibabel image"):
         Volume.from_nibabel(np.zeros((2, 3, 4)))

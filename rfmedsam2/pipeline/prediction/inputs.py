@@ -18,7 +18,7 @@ from rfmedsam2.records.box_prompts import BoxPrompt
 from rfmedsam2.store.formats.image_header import ImageHeader, disagreement, repaired
 from rfmedsam2.store.formats.label_values import as_labels
 from rfmedsam2.store.images import read_channels
-from rfmedsam2.volume import Volume
+from rfmedsam2.volume import Volume, unmasked
 
 ImageInput = str | Path | Sequence[str | Path] | np.ndarray | Volume | SpatialImage | sitk.Image
 """A file (or a DICOM folder), one file per channel, an array, a volume, a nibabel or a SimpleITK image."""
@@ -72,6 +72,13 @@ def as_volume(
     )
 
 
+def paths_of(image: ImageInput) -> list[Path]:
+    """The files of an image, one or one per channel; none if it is in memory."""
+    if isinstance(image, str | Path):
+        return [Path(image)]
+    return [Path(path) for path in image if isinstance(path, str | Path)] if isinstance(image, Sequence) else []
+
+
 def straightened(volume: Volume) -> Volume:
     """The volume with its axes made perpendicular, as when reading image files.
 
@@ -98,7 +105,7 @@ def as_boxes(boxes: BoxInput, grid: Grid) -> BoxPrompts:
             raise GeometryError("The label map of the boxes is not on the grid of its image", found=found)
         return as_labels(boxes.array[0], where="boxes")
     if isinstance(boxes, np.ndarray) and boxes.dtype.kind in "iufb" and boxes.size:
-        return as_labels(boxes, where="boxes")
+        return as_labels(unmasked(boxes, "The label map of the boxes"), where="boxes")
     if isinstance(boxes, Sequence) and not isinstance(boxes, str | bytes):
         return [box if isinstance(box, BoxPrompt) else BoxPrompt.parse(box, where="boxes") for box in boxes]
     raise UsageError(

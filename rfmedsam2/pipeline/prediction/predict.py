@@ -18,6 +18,7 @@ from rfmedsam2.errors import RecordError, RfMedSamError, UsageError
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.volume import PreparedCase
 from rfmedsam2.pipeline.prediction.box_prompts import BoxSource
+from rfmedsam2.pipeline.prediction.plausibility import doubts_about
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case
@@ -56,6 +57,7 @@ class _Ready:
     header: ImageHeader
     input_sha256: str
     read_seconds: float
+    doubts: tuple[str, ...]
 
 
 def predict_files(
@@ -179,7 +181,10 @@ class _Run:
         seconds = time.perf_counter() - started
         boxes = None if self.boxes is None else self.boxes.of(case, header)
         prepared = self.predictor.prepare(volume, boxes=boxes)
-        return _Ready(prepared=prepared, header=header, input_sha256=digest, read_seconds=seconds)
+        doubts = doubts_about(volume, self.predictor.plan, paths=case.images)
+        for doubt in doubts:
+            logger.warning("%s: %s", case.id, doubt)
+        return _Ready(prepared=prepared, header=header, input_sha256=digest, read_seconds=seconds, doubts=doubts)
 
     def write(self, case: Case, item: _Ready, prediction: Prediction) -> Path:
         """Write the label map, then its entry, so that entries only refer to finished files."""
@@ -196,6 +201,7 @@ class _Run:
             made_by=self.made_by,
             shape_zyx=(z, y, x),
             seconds={part: round(value, 4) for part, value in seconds.items()},
+            warnings=item.doubts,
         )
         write_record(self.out / PREDICTIONS, self._record())
         return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from rfmedsam2.inference.refinement import require_possible
 from rfmedsam2.inference.volume import PredictOptions, PreparedCase, predict_prepared, preprocess_case
 from rfmedsam2.models import load_network
 from rfmedsam2.pipeline.prediction.checkpoints import Which, checkpoints_of
-from rfmedsam2.pipeline.prediction.inputs import BoxInput, ImageInput, as_boxes, as_volume, straightened
+from rfmedsam2.pipeline.prediction.inputs import BoxInput, ImageInput, as_boxes, as_volume, paths_of, straightened
+from rfmedsam2.pipeline.prediction.plausibility import doubts_about
 from rfmedsam2.records.base import renamed
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import RFMedSam2Config
@@ -32,6 +34,8 @@ from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.system.progress_bars import progress_bars
 from rfmedsam2.volume import Volume
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +191,8 @@ class Predictor:
         self.require_possible(boxes=boxes is not None)
         volume, header = as_volume(image, spacing_zyx_mm)
         prepared_case = self.prepare(straightened(volume), boxes=boxes)
+        for doubt in doubts_about(volume, self.plan, paths=paths_of(image)):
+            logger.warning("%s", doubt)
         prediction = self.predict_prepared(prepared_case, probabilities=probabilities, track=progress_bars(progress))
         return replace(prediction, grid=volume.grid if header is None else header.source_grid, header=header)
 

@@ -307,6 +307,13 @@ def parsing(path: Path) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise _memory_error(path, found=f"{psutil.virtual_memory().available / 2**30:.1f} GiB free") from error
+    except InvalidDicomError as error:
+        raise ImageError(
+            "The file is not a complete DICOM file",
+            where=path,
+            expected="the mark DICM after 128 bytes, and file meta information",
+            remedy="Export the series again, or complete the file (dcmtk: dcmconv --write-file IN OUT)",
+        ) from error
     except _PARSER_ERRORS as error:
         raise ImageError(
             "The image cannot be read",

@@ -91,3 +91,13 @@ def test_what_cannot_be_scored_is_a_sentence() -> None:
         nsd(mask, mask, SPACING, tolerance_mm=-1)
     with pytest.raises(GeometryError, match="z, y, x"):
         hd95(mask[0], mask[0], SPACING)
+
+
+def test_masked_arrays_are_refused() -> None:
+    one = np.ones((3, 4, 5), np.uint8)
+    hidden = np.ma.array(one, mask=np.zeros_like(one))
+    assert dice(one, hidden) == 1.0
+    hidden[0, 0, 0] = np.ma.masked
+    for score in (dice, lambda a, b: nsd(a, b, SPACING), lambda a, b: hd95(a, b, SPACING)):
+        with pytest.raises(ImageError, match=r"The prediction is a masked array.*1 masked voxels"):
+            score(one, hidden)

@@ -1,0 +1,66 @@
+"""Whether an image is of the kind that a model was trained on: modality and range of intensities."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rfmedsam2.records.fingerprint import IntensityStatistics
+from rfmedsam2.records.plan import Plan
+from rfmedsam2.store.formats.dicom_modality import modality_of
+from rfmedsam2.volume import Volume
+
+NAMES = {"CT": r"ct", "MR": r"mri?|t[12]\w{0,3}|flair|adc|dwi|swi|pd", "PT": r"pet|pt|suv"}
+"""Words in channel names by DICOM's Modality."""
+UNKNOWN = ("OT", "SC")
+"""Modalities that do not say what made the image: other, secondary capture."""
+AIR_HU = -200
+SAMPLED_VOXELS = 200_000
+FEW, MANY = 0.001, 0.05
+"""Shares of voxels: fewer inside the training foreground's range, or more of air in an image that has none, are odd."""
+
+
+def doubts_about(volume: Volume, plan: Plan, *, paths: Sequence[Path] = ()) -> tuple[str, ...]:
+    """Reasons to doubt that a model can segment an image, as sentences without a full stop; empty if there are none.
+
+    Args:
+        volume: (C, Z, Y, X) as read, with the plan's number of channels.
+        plan: the plan that the model was trained with.
+        paths: the files of the volume, one or one per channel; none for an image in memory.
+    """
+    found: list[str] = []
+    for number, (name, statistics) in enumerate(zip(plan.channels, plan.intensities, strict=True)):
+        kind = modality_named(name)
+        scanner = modality_of(paths[number]) if number < len(paths) else None
+        if kind is not None and scanner is not None and scanner not in (kind, *UNKNOWN):
+            found.append(f"The model was trained on {kind} (channel {name}), but this series is {scanner}")
+        elif number < len(volume.array) and (doubt := _doubt_about(volume.array[number], statistics, kind)):
+            found.append(f"The intensities are not those of the model's training (channel {name}): {doubt}")
+    return tuple(found)
+
+
+def modality_named(channel: str) -> str | None:
+    """DICOM's Modality that a channel name stands for; None if it does not say."""
+    words = re.split(r"[^a-z0-9]+", channel.lower())
+    return next((kind for kind, name in NAMES.items() if any(re.fullmatch(name, word) for word in words)), None)
+
+
+def _doubt_about(channel: np.ndarray, training: IntensityStatistics, kind: str | None) -> str | None:
+    step = max(1, round((channel.size / SAMPLED_VOXELS) ** (1 / 3)))
+    voxels = channel[::step, ::step, ::step]
+    if voxels.min() == voxels.max():
+        return None
+    if kind == "CT":
+        if training.min < 0 <= voxels.min() and channel.min() >= 0:
+            return f"no voxel is below 0, but the training foreground reaches {training.min:g} HU"
+        inside = np.mean((voxels >= training.min) & (voxels <= training.max))
+        if inside < FEW:
+            return f"{inside:.1%} of the voxels lie in its foreground's range, {training.min:g} to {training.max:g}"
+        return None
+    air = np.mean(voxels < AIR_HU)
+    if training.min >= 0 and air > MANY:
+        return f"{air:.0%} of the voxels are below {AIR_HU}, as air in CT, but no training foreground is below 0"
+    return None
