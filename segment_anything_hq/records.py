@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -117,11 +118,15 @@ class RefinerRecord(TrainedRecord):
     """File name of the base's weights."""
     base_sha256: str
     """Digest of the frozen weights that the trained ones belong to."""
+    training_images: tuple[str, ...] | None = None
+    """Digests of the images that were trained on, ascending (`data.content`); None: unknown, in earlier versions."""
 
     def identity(self) -> dict[str, Any]:
-        """The plan without its training settings, and the base: what must agree to resume a training."""
+        """The plan without its training settings, base and images: what must agree to resume a training."""
         plan = self.plan.model_dump(mode="json", exclude={"train", "validation_samples"})
-        return {"plan": plan, "base_sha256": self.base_sha256}
+        images = self.training_images
+        digest = images and f"{len(images)}, digest {hashlib.sha256(' '.join(images).encode()).hexdigest()[:8]}"
+        return {"plan": plan, "base_sha256": self.base_sha256, "training images": digest}
 
 
 class PredictedObject(Record):
@@ -205,6 +210,9 @@ class EvaluationRecord(VersionedRecord):
     """The data as given on the command line."""
     held_out: float | None
     """The share of images that training held out, if only those were evaluated; None: all data."""
+    trained_on: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """Set name -> number of its evaluated images that the network was trained on, and of all of them; sets without such
+    images are left out."""
     protocols: dict[str, ResultRecord]
     latency: LatencyRecord | None
     code_version: str

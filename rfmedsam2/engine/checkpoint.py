@@ -200,7 +200,7 @@ def _check_same_training(path: Path, saved: TrainedRecord, now: TrainedRecord, c
             "The checkpoint is of another training",
             where=path,
             found=shortlist(faults, separator="; "),
-            remedy="Use the same plan and flags as before, or start over with rfmed_train --restart",
+            remedy="Use the same plan and flags as before, or start over with --restart",
         )
 
 

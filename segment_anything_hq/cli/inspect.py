@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from rfmedsam2.cli.command import command, tell, tell_json
 from rfmedsam2.cli.flags import AsJson
 from segment_anything_hq import choices
+from segment_anything_hq.cli.flags import MaskRule
 
 MOST_FAULTS = 100
 """Rows of the printed table; --json lists all faults."""
@@ -19,7 +20,7 @@ MOST_FAULTS = 100
 def check_data(
     *,
     data: Annotated[tuple[str, ...], arg(metavar="[NAME=]FOLDER")],
-    mask_rule: Annotated[choices.MaskRule, arg(metavar="RULE")] = "above_128",
+    mask_rule: MaskRule = None,
     pixels: bool = True,
     as_json: AsJson = False,
 ) -> None:
@@ -28,8 +29,8 @@ def check_data(
     Args:
         data: Images with masks: a folder with images/ and masks/ (or both side by side), or NAME=FOLDER with the root
             of hqseg44k_train, hqseg44k_test, coco_lvis_train or another collection (an unknown name lists them).
-        mask_rule: How mask values are interpreted: above_128, ignore_128 (128 is ignored) or any (all but 0).
-        pixels: Decode all files; --no-pixels compares sizes only, which takes seconds.
+        pixels: Only compare the sizes in the files' headers, which takes seconds; damaged files and empty masks stay
+            unseen.
     """
     from rfmedsam2.cli.console import table
     from segment_anything_hq.data.checks import check_sets, total

@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from rfmedsam2.cli.command import command, say, tell, tell_json
 from rfmedsam2.cli.flags import AsJson
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import UsageError, sentences
 from segment_anything_hq.cli.flags import EvaluatedData, NetworkChoice, Protocols
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def evaluate(
     """
     from rfmedsam2.cli.progress import bars
     from segment_anything_hq.evaluation.interactive import ClickedPredictor
+    from segment_anything_hq.evaluation.overlap import counted, trained_on
     from segment_anything_hq.evaluation.run import (
         parse_protocols,
         require_no_evaluation,
@@ -89,11 +90,17 @@ def evaluate(
     needs_data = any(rule is not None for rule in rules.values())
     sets = _open_sets(images) if images.data or needs_data else ()
     require_no_evaluation(output, tuple(rules), overwrite=overwrite)
+    seen = trained_on(sets, named.training_images, model=named.model, held_out=images.held_out)
+    for phrase in counted(seen):
+        say(f"Warning: the network was trained on {phrase}: scores of training images say nothing about new ones.")
     chosen = network.load(named)
     predictor = ClickedPredictor(InteractivePredictor(chosen.network, fit=chosen.fit))
     found = run_protocols(predictor, sets, tuple(rules), clicks=protocols.clicks, seed=protocols.seed, track=bars)
-    record = _record(chosen, found, sets, seed=protocols.seed, data=images.data, held_out=images.held_out)
+    record = _record(chosen, found, sets, seed=protocols.seed, chosen_data=images)
+    record = record.model_copy(update={"trained_on": seen})
     about = {**record.network, "data": ", ".join(f"{n} ({k})" for n, k in record.data.items()), "device": record.device}
+    if seen:
+        about["trained on"] = ", ".join(counted(seen))
     files = write_results(output, found, record, about=about)
     if as_json:
         tell_json(record.to_json())
@@ -125,8 +132,7 @@ def _record(
     sets: tuple[ImageSet, ...],
     *,
     seed: int,
-    data: tuple[str, ...],
-    held_out: float | None,
+    chosen_data: EvaluatedData,
 ) -> EvaluationRecord:
     from datetime import datetime, timezone
 
@@ -142,8 +148,8 @@ def _record(
         device=str(device_of(chosen.network)),
         seed=seed,
         data={images.name: len(images.samples) for images in sets},
-        data_words=data,
-        held_out=held_out,
+        data_words=chosen_data.data,
+        held_out=chosen_data.held_out,
         protocols=protocols,
         latency=latency,
         code_version=__version__,
@@ -162,7 +168,7 @@ def _print_results(found: Results) -> None:
         tell(evaluation.protocol)
         table(name, ("set", *titles), rows)
         for fault in evaluation.skipped:
-            say(f"Not evaluated: {fault}.")
+            say(sentences([f"Not evaluated: {fault}"]))
     if found.latency is not None:
         sat = found.latency
         tell(

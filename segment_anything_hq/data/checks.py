@@ -122,6 +122,16 @@ def _check_pixels(sample: Sample) -> tuple[list[Fault], bool]:
     return faults, bool((ground_truth == IGNORE).any())
 
 
+def why_empty(sample: Sample) -> str:
+    """Why a mask has no object pixel, as a phrase: it may follow another rule than it was read by."""
+    if isinstance(sample.mask, MaskFile) and sample.mask.rule != "any":
+        most = int(read_mask_values(sample.mask.path).max(initial=0))
+        if most > 0:
+            remedy = "--mask-rule any takes every value but 0"
+            return f"the mask is empty: its largest value is {most}, and object pixels are above 128 ({remedy})"
+    return "the mask is empty"
+
+
 def _reason(error: RfMedSamError) -> str:
     """The error's message without the file, which is reported separately."""
     return error.what if error.found is None else f"{error.what} ({error.found})"
@@ -142,11 +152,7 @@ def _mask_name(sample: Sample) -> str:
 def _why_unusable(sample: Sample, ground_truth: np.ndarray) -> str | None:
     """Why a mask cannot be used for training or evaluation; None if it can."""
     if not (ground_truth == 1).any():
-        if isinstance(sample.mask, MaskFile) and sample.mask.rule != "any":
-            most = int(read_mask_values(sample.mask.path).max(initial=0))
-            if most > 0:
-                return f"the mask is empty: its largest value is {most}, and object pixels are above 128"
-        return "the mask is empty"
+        return why_empty(sample)
     if (ground_truth == 1).all():
         return "the mask covers the whole image"
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,35 +10,37 @@ from pathlib import Path
 from rfmedsam2.errors import DatasetError, UsageError
 from segment_anything_hq.choices import MaskRule
 from segment_anything_hq.data.coco import coco_lvis
+from segment_anything_hq.data.content import digests_of
 from segment_anything_hq.data.datasets import COLLECTIONS, Fault, ImageSet, open_folders
 
+logger = logging.getLogger(__name__)
 COCO_LVIS = {"coco_lvis_train": "train", "coco_lvis_val": "val"}
 NAMES = (*COLLECTIONS, *COCO_LVIS)
 
 
-def open_data(words: Sequence[str], *, rule: MaskRule = "above_128") -> tuple[ImageSet, ...]:
+def open_data(words: Sequence[str], *, rule: MaskRule | None = None) -> tuple[ImageSet, ...]:
     """Open image sets.
 
     Args:
         words: each NAME=FOLDER, with a known collection (`NAMES`) and its root, or a FOLDER of images and masks, either
             in its subfolders `images` and `masks` or side by side.
-        rule: how mask values in plain folders are interpreted.
+        rule: how mask values in plain folders are interpreted; None: above 128. Collections have their own rules.
 
     Raises:
         DatasetError: a folder is missing, or a set has no samples.
-        UsageError: a name is unknown, or no data were given.
+        UsageError: a name is unknown, no data were given, or a rule for collections alone.
     """
-    return tuple(images.require_samples() for word in _require_words(words) for images in _opened(word, rule))
+    return tuple(images.require_samples() for word in _require_words(words, rule) for images in _opened(word, rule))
 
 
-def list_data(words: Sequence[str], *, rule: MaskRule = "above_128") -> tuple[ImageSet, ...]:
+def list_data(words: Sequence[str], *, rule: MaskRule | None = None) -> tuple[ImageSet, ...]:
     """Open sets as `open_data` does, but return an unusable set as one without samples and with its faults.
 
     Raises:
         UsageError: a name is unknown, or no data were given.
     """
     sets: list[ImageSet] = []
-    for word in _require_words(words):
+    for word in _require_words(words, rule):
         try:
             sets += _opened(word, rule)
         except DatasetError as error:
@@ -49,8 +51,9 @@ def list_data(words: Sequence[str], *, rule: MaskRule = "above_128") -> tuple[Im
 def split_held_out(sets: Sequence[ImageSet], share: float) -> tuple[tuple[ImageSet, ...], tuple[ImageSet, ...]]:
     """Split sets by image into a training part and a held-out part.
 
-    Which part an image goes to depends only on its name and its set's name, so it does not change when other images are
-    added or removed, and is the same on every machine. All objects of an image go to the same part.
+    Which part an image goes to depends only on the bytes of its file, so it does not change when images are moved,
+    renamed, added or removed, and is the same on every machine. Copies of an image and all its objects go to the same
+    part.
 
     Args:
         sets: sets from `open_data`.
@@ -61,32 +64,54 @@ def split_held_out(sets: Sequence[ImageSet], share: float) -> tuple[tuple[ImageS
 
     Raises:
         UsageError: the share is out of range or leaves one part empty.
+        ImageError: an image cannot be read.
     """
     if not 0 < share < 1:
         raise UsageError("The held-out share must be a fraction", expected="above 0 and below 1", found=share)
     kept, held = [], []
+    away = {image for image, digest in digests_of(sets).items() if _fraction(digest) < share}
     for images in sets:
-        away = {s.image for s in images.samples if _hash_fraction(images.name, s.image.stem) < share}
         for part, chosen in ((kept, False), (held, True)):
             samples = tuple(s for s in images.samples if (s.image in away) is chosen)
             if samples:
                 part.append(replace(images, samples=samples, faults=(), expected=None))
     if not kept or not held:
-        count = sum(len(images.samples) for images in sets)
-        raise UsageError("This held-out share leaves one part empty", found=f"a share of {share} of {count} samples")
+        count = len({sample.image for images in sets for sample in images.samples})
+        part = "to hold out" if kept else "to train on"
+        raise UsageError(
+            f"No image is left {part}",
+            expected="a share that puts at least one image on either side",
+            found=f"a share of {share:g} of {count} image(s)",
+            remedy=f"Give a {'larger' if kept else 'smaller'} share, more images, or validation data of its own",
+        )
     return tuple(kept), tuple(held)
 
 
-def _require_words(words: Sequence[str]) -> Sequence[str]:
+def _require_words(words: Sequence[str], rule: MaskRule | None) -> Sequence[str]:
     if not words:
         raise UsageError("No data were given", expected=f"--data FOLDER, or NAME=FOLDER with {', '.join(NAMES)}")
+    named = [word for word in words if _is_named(word) and word.partition("=")[0] in NAMES]
+    if rule is not None and named:
+        if len(named) == len(words):
+            raise UsageError(
+                "Collections have their own mask rules",
+                where=f"--mask-rule {rule}",
+                found=", ".join(named),
+                remedy="Leave --mask-rule out, or give the folders of images and masks without NAME=",
+            )
+        logger.warning("--mask-rule %s is applied to folders only; %s: own rules", rule, ", ".join(named))
     return words
 
 
-def _opened(word: str, rule: MaskRule) -> tuple[ImageSet, ...]:
-    name, equals, text = word.partition("=")
-    if not equals or Path(word).exists():
-        return (_open_folder(Path(word), rule),)
+def _is_named(word: str) -> bool:
+    """Whether a word is NAME=FOLDER, not a folder with an equals sign in its name."""
+    return "=" in word and not Path(word).exists()
+
+
+def _opened(word: str, rule: MaskRule | None) -> tuple[ImageSet, ...]:
+    if not _is_named(word):
+        return (_open_folder(Path(word), rule or "above_128"),)
+    name, _, text = word.partition("=")
     root = Path(text)
     if name not in NAMES:
         raise UsageError("Unknown collection", where=word, expected=f"one of {', '.join(NAMES)}", found=name)
@@ -107,6 +132,6 @@ def _open_folder(folder: Path, rule: MaskRule) -> ImageSet:
     return open_folders(images, masks, name=folder.resolve().name, rule=rule)
 
 
-def _hash_fraction(name: str, stem: str) -> float:
-    """A fixed pseudo-random number in [0, 1) for an image's name."""
-    return int.from_bytes(hashlib.sha256(f"{name}/{stem}".encode()).digest()[:6], "big") / 2**48
+def _fraction(digest: str) -> float:
+    """A fixed pseudo-random number in [0, 1) for the content of an image."""
+    return int(digest, 16) / 16 ** len(digest)

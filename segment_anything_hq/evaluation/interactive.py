@@ -16,6 +16,7 @@ import numpy as np
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.system.progress import Track, silent
+from segment_anything_hq.data.checks import why_empty
 from segment_anything_hq.data.datasets import Fault, ImageSet, read_ahead
 from segment_anything_hq.evaluation.protocols import predicted_mask, require_unique_names
 from segment_anything_hq.evaluation.scores import (
@@ -49,7 +50,8 @@ class Interactive(Protocol):
     def predict(self, clicks: Sequence[Click], previous: np.ndarray | None) -> np.ndarray:
         """Probabilities (H, W) after all clicks so far.
 
-        `previous` are the probabilities after all but the last click; None at the first click of an object.
+        `previous` are the probabilities of the last call: those after all but the last click or, where the clicks are
+        others (SAT latency), those of the prompt before; None at the first click of an object.
         """
         ...
 
@@ -73,11 +75,13 @@ class ClickedPredictor:
         return self.predictor.segment(prompt)
 
     def predict(self, clicks: Sequence[Click], previous: np.ndarray | None) -> np.ndarray:
-        """See `Interactive`; the mask before is the predictor's own."""
-        if previous is None or tuple(clicks[:-1]) != self.predictor.prompt.clicks:
+        """See `Interactive`; the mask before is the predictor's own last one."""
+        if previous is None:
             self.predictor.reset()
             for click in clicks[:-1]:
                 self.predictor.click(click.x, click.y, positive=click.positive)
+        elif tuple(clicks[:-1]) != self.predictor.prompt.clicks:
+            return self.predictor.segment(Prompt(clicks=tuple(clicks)), after_last=True)
         last = clicks[-1]
         return self.predictor.click(last.x, last.y, positive=last.positive)
 
@@ -235,7 +239,7 @@ def evaluate_clicks(
         samples = track(read_ahead(images.require_samples().samples), images.name, len(images.samples))
         for sample, image, ground_truth in samples:
             if not (ground_truth == 1).any():
-                skipped.append(Fault(where=f"{images.name} {sample.id}", what="the mask is empty"))
+                skipped.append(Fault(where=f"{images.name} {sample.id}", what=why_empty(sample)))
                 continue
             if image is not current:
                 started = time.perf_counter()

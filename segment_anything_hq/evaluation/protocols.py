@@ -14,6 +14,7 @@ import numpy as np
 from rfmedsam2.errors import UsageError
 from rfmedsam2.metrics.boundary import DILATION_RATIO, boundary_iou
 from rfmedsam2.system.progress import Track, silent
+from segment_anything_hq.data.checks import why_empty
 from segment_anything_hq.data.datasets import Fault, ImageSet, read_ahead
 from segment_anything_hq.evaluation.scores import (
     Chart,
@@ -197,7 +198,7 @@ def evaluate_prompted(
         tracked = track(read_ahead(samples), images.name, len(samples))
         for index, (sample, image, ground_truth) in enumerate(tracked):
             if not (ground_truth == 1).any():
-                skipped.append(Fault(where=f"{images.name} {sample.id}", what="the mask is empty"))
+                skipped.append(Fault(where=f"{images.name} {sample.id}", what=why_empty(sample)))
                 continue
             if image is not current:
                 model.set_image(image)

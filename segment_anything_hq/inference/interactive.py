@@ -111,9 +111,14 @@ class InteractivePredictor:
         """Discard all clicks and the box, to begin another object in the same image."""
         self._said = []
 
-    def segment(self, prompt: Prompt) -> np.ndarray:
-        """Probabilities (H, W) for one prompt; earlier clicks and boxes are discarded."""
-        self.reset()
+    def segment(self, prompt: Prompt, *, after_last: bool = False) -> np.ndarray:
+        """Probabilities (H, W) for one prompt; earlier clicks and boxes are discarded.
+
+        Args:
+            prompt: the new clicks and box.
+            after_last: pass on the last result as the mask before this prompt, as with a further click.
+        """
+        self._said = self._said[-1:] if after_last else []
         return self._say(prompt)
 
     @torch.inference_mode()

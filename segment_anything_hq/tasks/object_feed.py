@@ -23,6 +23,7 @@ from segment_anything_hq.data.augment import (
     place_mask,
     place_object,
 )
+from segment_anything_hq.data.checks import why_empty
 from segment_anything_hq.data.datasets import ImageSet, Sample
 from segment_anything_hq.prompts.clicks import IGNORE
 from segment_anything_hq.prompts.sampling import PromptMix, generator_of, training_prompts
@@ -139,8 +140,12 @@ def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     image = sample.read_image()
     ground_truth = sample.ground_truth_for(image)
     if not (ground_truth == 1).any():
-        remedy = "Leave this sample out; samhq_check_data lists all empty masks"
-        raise ImageError("The mask is empty, so there is nothing to train on", where=sample.mask.source, remedy=remedy)
+        raise ImageError(
+            "The mask is empty, so there is nothing to train on",
+            where=sample.mask.source,
+            found=why_empty(sample),
+            remedy="Leave this sample out; samhq_check_data lists all empty masks",
+        )
     return image, ground_truth
 
 

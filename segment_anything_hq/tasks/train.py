@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,12 +15,13 @@ from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.engine.task import Progress, Run
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import RfMedSamError, UsageError
 from rfmedsam2.reporting.training_curves import progress_png
-from rfmedsam2.store.checkpoint_header import FINAL, LATEST
+from rfmedsam2.store.checkpoint_header import FINAL, LATEST, read_header
 from rfmedsam2.system.atomic import write_text
 from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq import models
+from segment_anything_hq.data.content import digests_of, seen_images
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.records import RefinerPlan, RefinerRecord
 from segment_anything_hq.tasks.refiner import RefinerTask
@@ -102,16 +104,13 @@ def train_refiner(
         weights=options.weights,
         decoder=options.decoder,
     )
-    base = "new" if options.weights is None else options.weights.name
-    digest = models.base_sha256(network)
-
-    def record(step: int, scores: dict[str, float]) -> RefinerRecord:
-        return RefinerRecord(plan=plan, base=base, base_sha256=digest, step=step, scores=scores, **provenance())
-
+    known = _what_is_known(plan, network, training, options)
     with (
         start_runtime(options.device, precision=plan.train.precision) as runtime,
         training_folder(folder, runtime, restart=options.restart),
     ):
+        if runtime.is_main:
+            _note_seen(validation, known["training_images"])
         task = RefinerTask(
             plan,
             network,
@@ -122,16 +121,49 @@ def train_refiner(
             track=options.track,
         )
         begun = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
+        if begun and not _records_images(folder):
+            known["training_images"] = None  # an earlier version began this training: what it saw stays unknown
         before = None
         if options.score_base and validation and not begun:
             with torch.no_grad(), runtime.autocast():
                 before = task.validate()
+
+        def record(step: int, scores: dict[str, float]) -> RefinerRecord:
+            return RefinerRecord(**known, step=step, scores=scores, **provenance())
+
         run = Run(folder=folder, record=record, runtime=runtime, track=options.track, tensorboard=options.tensorboard)
         progress = fit(task, plan.train, run, resume=True)
         if runtime.is_main:
             write_text(folder / PLAN, plan.to_json())
             progress_png(folder)
     return RefinerTrainResult(progress=progress, before=before)
+
+
+def _what_is_known(
+    plan: RefinerPlan, network: models.Network, training: Sequence[ImageSet], options: RefinerTrainOptions
+) -> dict[str, Any]:
+    """Fields of a checkpoint's record that are the same at every step."""
+    return {
+        "plan": plan,
+        "base": "new" if options.weights is None else options.weights.name,
+        "base_sha256": models.base_sha256(network),
+        "training_images": tuple(sorted(set(digests_of(training).values()))),
+    }
+
+
+def _note_seen(validation: Sequence[ImageSet], images: Collection[str]) -> None:
+    """Warn of validation images that are training images."""
+    for name, (seen, every) in seen_images(validation, images).items():
+        logger.warning("%d of %d validation images of %s are also training images", seen, every, name)
+
+
+def _records_images(folder: Path) -> bool:
+    """Whether the checkpoint that is resumed says which images it was trained on."""
+    path = next((folder / name for name in (LATEST, FINAL) if (folder / name).is_file()), None)
+    try:
+        return path is None or read_header(path, RefinerRecord).record.training_images is not None
+    except RfMedSamError:
+        return True  # damaged: the engine says so when it resumes
 
 
 def _check(plan: RefinerPlan, options: RefinerTrainOptions) -> None:

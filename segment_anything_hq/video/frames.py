@@ -87,6 +87,13 @@ def _image_files(folder: Path) -> list[Path]:
 
     Hidden files are not frames. With numbers, all names must be alike but for these, and no number may occur twice.
     """
+    if folder.is_file():
+        raise UsageError(
+            "A video is read from a folder of images, not from a file",
+            where=folder,
+            expected=f"a folder with frames as {' '.join(sorted(ENDINGS))}, or a sequence of arrays",
+            remedy=f"Extract the frames first: mkdir frames; ffmpeg -i {folder.name} frames/%05d.png",
+        )
     if not folder.is_dir():
         raise UsageError("The folder of frames does not exist", where=folder)
     paths = sorted(

@@ -255,14 +255,67 @@ def test_latency_needs_no_data(tmp_path, monkeypatch):
 
 
 def test_only_the_first_or_held_out_samples(data, tmp_path):
-    for name in "cdefghij":
-        for part in ("images", "masks"):
-            (data / part / f"{name}.png").write_bytes((data / part / "a.png").read_bytes())
+    for number, name in enumerate("cdefghij"):
+        Image.fromarray(np.asarray(Image.open(data / "images" / "a.png")) + np.uint8(number)).save(
+            data / "images" / f"{name}.png"
+        )
+        (data / "masks" / f"{name}.png").write_bytes((data / "masks" / "a.png").read_bytes())
     words = ("evaluate", "sam", *NANO, "--data", data, "--json")
     assert json.loads(run_ok(*words, "--samples", 3, "-o", tmp_path / "1").out)["data"] == {"data": 3}
     held = json.loads(run_ok(*words, "--held-out", 0.4, "-o", tmp_path / "2").out)
     assert 0 < held["data"]["data"] < 10
     assert held["held_out"] == 0.4
+
+
+def test_evaluating_on_training_images_is_marked_or_refused(data, tmp_path):
+    for number in range(8):
+        Image.fromarray(np.asarray(Image.open(data / "images" / "a.png")) + np.uint8(number + 1)).save(
+            data / "images" / f"n{number}.png"
+        )
+        (data / "masks" / f"n{number}.png").write_bytes((data / "masks" / "a.png").read_bytes())
+    tiny = ("--set", "train.workers=0", "validation_samples=1", "train.iterations_per_epoch=1", "train.epochs=1")
+    run_ok("train", "hq_sam", "-b", "vit_nano", "--frame-size", 64, "--device", "cpu", "--batch-size", 1,
+           "--data", data, "--held-out", 0.4, "--no-score-base", *tiny, "-o", tmp_path / "run")  # fmt: skip
+    moved = tmp_path / "moved"
+    data.rename(moved)
+    for part in ("images", "masks"):
+        for path in (moved / part).iterdir():
+            path.rename(path.with_name(f"renamed_{path.name}"))
+    words = ("evaluate", "-m", tmp_path / "run" / "checkpoint_final.safetensors", "--device", "cpu", "--data", moved)
+    held = run_ok(*words, "--held-out", 0.4, "--json", "-o", tmp_path / "held")
+    record = json.loads(held.out)
+    assert record["trained_on"] == {}
+    count = record["data"]["moved"]
+    assert 0 < count < 10
+    every = run_ok(*words, "-o", tmp_path / "every")
+    sentence = f"{10 - count} of 10 images of moved"
+    assert f"the network was trained on {sentence}" in every.err
+    assert json.loads((tmp_path / "every" / "evaluation.json").read_text())["trained_on"] == {"moved": [10 - count, 10]}
+    assert sentence in (tmp_path / "every" / "evaluation.html").read_text()
+    # another share than that of the training holds training images
+    assert "holds training images" in run_error(*words, "--held-out", 0.8, "-o", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_masks_of_0_and_1_name_the_rule_that_reads_them(data, tmp_path):
+    for path in (data / "masks").iterdir():
+        Image.fromarray((np.asarray(Image.open(path)) > 0).astype(np.uint8)).save(path)
+    remedy = "its largest value is 1, and object pixels are above 128 (--mask-rule any takes every value but 0)"
+    assert remedy in run("check_data", "--data", data).out.replace("\n", " ")
+    assert remedy in run("evaluate", "sam", *NANO, "--data", data, "-o", tmp_path / "none").err
+    run_ok("check_data", "--data", data, "--mask-rule", "any")
+    outcome = run_ok("evaluate", "sam", *NANO, "--data", data, "--mask-rule", "any", "--json", "-o", tmp_path / "any")
+    assert json.loads(outcome.out)["protocols"]["box"]["skipped"] == []
+    tiny = ("--set", "train.workers=0", "train.iterations_per_epoch=1", "train.epochs=1")
+    words = ("train", "hq_sam", *NANO[:4], "--data", data, "--held-out", 0, *tiny, "-o", tmp_path / "run")
+    assert remedy in run_error(*words)
+
+
+def test_a_mask_rule_for_a_collection_is_refused(tmp_path):
+    for name in ("check_data", "evaluate"):
+        words = ("sam", *NANO, "-o", tmp_path / "out") if name == "evaluate" else ()
+        sentence = run_error(name, *words, "--data", f"grabcut={tmp_path}", "--mask-rule", "any")
+        assert "Collections have their own mask rules: --mask-rule any" in sentence
 
 
 def test_the_same_seed_gives_the_same_figures(data, tmp_path):

@@ -16,10 +16,11 @@ from rfmedsam2.engine.log import read_events
 from rfmedsam2.errors import CheckpointError, PlanError, RecordError, UsageError
 from rfmedsam2.nn.segmenter import PromptBatch
 from rfmedsam2.records.overrides import with_overrides
-from rfmedsam2.store.checkpoint_header import FINAL, LATEST
+from rfmedsam2.store.checkpoint_header import FINAL, LATEST, read_header
 from rfmedsam2.store.checkpoints import read_weights
 from segment_anything_hq import models
 from segment_anything_hq.choices import Backbone, Method
+from segment_anything_hq.data.content import digests_of
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.data.open_data import open_data, split_held_out
 from segment_anything_hq.records import METHODS, ON_SAM2, RefinerPlan, RefinerRecord
@@ -237,7 +238,24 @@ def test_what_does_not_fit_is_a_sentence(sets, tmp_path: Path) -> None:
         train_refiner(plan_of("hq_sam", "train.seed=5"), sets, (), tmp_path / "hq", CPU)
 
 
-def test_a_share_is_held_out_by_name(sets) -> None:
+def test_a_checkpoint_knows_its_images_and_is_not_resumed_with_others(sets, tmp_path: Path) -> None:
+    training, held = split_held_out(sets, 0.3)
+    train_refiner(plan_of("hq_sam"), training, held, tmp_path, CPU)
+    record = read_header(tmp_path / FINAL, RefinerRecord).record
+    assert record.training_images == tuple(sorted(digests_of(training).values()))
+    assert not set(record.training_images) & set(digests_of(held).values())
+    train_refiner(plan_of("hq_sam"), tuple(reversed(training)), held, tmp_path, CPU)  # the same images
+    for other in (sets, held):
+        with pytest.raises(CheckpointError, match=r"another training.*training images was .*digest.*--restart"):
+            train_refiner(plan_of("hq_sam"), other, held, tmp_path, CPU)
+
+
+def test_validation_on_training_images_is_a_warning(sets, tmp_path: Path, caplog) -> None:
+    train_refiner(plan_of("hq_sam"), sets, sets, tmp_path, CPU)
+    assert f"12 of 12 validation images of {sets[0].name} are also training images" in caplog.text
+
+
+def test_a_share_is_held_out_by_content(sets) -> None:
     training, held = split_held_out(sets, 0.3)
     names = [{s.id for images in part for s in images.samples} for part in (training, held)]
     assert not names[0] & names[1]

@@ -85,7 +85,10 @@ def test_all_faults_are_listed_at_once(folder: Path) -> None:
     assert faults["no_image.png"] == "the mask has no image"
     assert faults["small.png"] == "the mask has 6 x 7 pixels, its image 6 x 8"
     assert faults["empty.png"] == "the mask is empty"
-    assert faults["ones.png"] == "the mask is empty: its largest value is 1, and object pixels are above 128"
+    assert faults["ones.png"] == (
+        "the mask is empty: its largest value is 1, and object pixels are above 128 "
+        "(--mask-rule any takes every value but 0)"
+    )
     assert faults["full.png"] == "the mask covers the whole image"
     assert "cannot be read" in faults["cut.jpg"]
     assert "cannot be read" in faults["text.jpg"]

@@ -14,6 +14,7 @@ from rfmedsam2.errors import UsageError
 from rfmedsam2.nn.sam import SamSegmenter
 from segment_anything_hq.data.prompt_files import read_prompts
 from segment_anything_hq.evaluation.interactive import ClickedPredictor
+from segment_anything_hq.evaluation.latency import sat_latency
 from segment_anything_hq.evaluation.protocols import BoxRule
 from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.nn.sam_ref import SamRef
@@ -55,6 +56,27 @@ def test_points_and_boxes_reach_the_model_in_its_frame(sam, picture, monkeypatch
     assert seen[3].boxes[0].tolist() == pytest.approx([6.4, 6.4, 32.0, 32.0])
     assert seen[0].masks is None
     assert seen[1].masks.shape == (1, 16, 16)
+
+
+def test_latency_is_measured_with_the_mask_before_on_an_image_that_is_encoded(sam, monkeypatch) -> None:
+    encoded, before = [], []
+    encode, segment = sam.encode, sam.segment
+    monkeypatch.setattr(sam, "encode", lambda frames: encoded.append(len(before)) or encode(frames))
+
+    def watched(embedded, prompted, previous=None):
+        before.append((previous, prompted))
+        return segment(embedded, prompted, previous=previous)
+
+    monkeypatch.setattr(sam, "segment", watched)
+    model = ClickedPredictor(InteractivePredictor(sam))
+    sat_latency(model, np.zeros((32, 32, 3), np.uint8), grid=3, warm_up=2)
+    assert encoded == [0, 2]  # once to warm up, and once measured
+    measured = before[2:]
+    assert [previous is None for previous, _ in measured] == [True] + [False] * 8
+    assert [prompted.masks is None for _, prompted in measured] == [True] + [False] * 8
+    assert all(prompted.points.shape[1] == 1 for _, prompted in measured)  # one point each, as in SegNext
+    # the mask before is that of the point before, as a click of the evaluation gets it
+    assert all(torch.equal(prompted.masks, previous.logits) for previous, prompted in measured[1:])
 
 
 def test_undo_gives_the_answer_before(sam, picture) -> None:

@@ -233,6 +233,15 @@ def test_what_is_asked_too_early_is_refused() -> None:
         video.propagate(7)
 
 
+def test_a_video_file_is_named_for_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"ftyp")
+    video = VideoPredictor(network("sam2"))
+    with pytest.raises(UsageError, match=r"folder of images, not from a file: .*clip\.mp4.*ffmpeg -i clip\.mp4"):
+        video.set_video(tmp_path / "clip.mp4")
+    with pytest.raises(UsageError, match="The folder of frames does not exist"):
+        video.set_video(tmp_path / "nowhere")
+
+
 def test_frames_that_cannot_be_are_refused(tmp_path: Path) -> None:
     video = VideoPredictor(network("sam2"))
     for wrong, said in (
