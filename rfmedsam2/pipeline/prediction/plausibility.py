@@ -10,7 +10,7 @@ import numpy as np
 
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.formats.dicom_modality import modality_of
+from rfmedsam2.store.formats.dicom_files import modality_of
 from rfmedsam2.volume import Volume
 
 NAMES = {"CT": r"ct", "MR": r"mri?|t[12]\w{0,3}|flair|adc|dwi|swi|pd", "PT": r"pet|pt|suv"}

@@ -20,7 +20,7 @@ from pydicom.dataset import FileDataset
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from rfmedsam2.errors import ImageError
+from rfmedsam2.errors import ImageError, RfMedSamError
 from rfmedsam2.store.formats.image_header import parsing
 
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
@@ -135,6 +135,21 @@ def read_dicom_file(path: Path) -> DicomFile:
             size=os.fstat(stream.fileno()).st_size,
             has_pixels=deflated or len(stream.read(1)) > 0,
         )
+
+
+def modality_of(path: Path) -> str | None:
+    """Modality (CT, MR, PT ...) of a DICOM file, or of the first file of a series folder.
+
+    Returns:
+        None for other formats, where it is missing, and for a damaged file, which its reader reports.
+    """
+    first = next(iter(dicom_files(path)), None)
+    if first is None or not is_dicom_file(first):
+        return None
+    try:
+        return text(read_dicom_file(first).data, "Modality").upper() or None
+    except RfMedSamError:
+        return None
 
 
 def syntax_of(data: FileDataset) -> str:

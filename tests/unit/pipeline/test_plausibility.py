@@ -14,7 +14,7 @@ from rfmedsam2.pipeline.prediction.plausibility import doubts_about, modality_na
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.formats.dicom_modality import modality_of
+from rfmedsam2.store.formats.dicom_files import modality_of
 from rfmedsam2.volume import Volume
 
 RNG = np.random.default_rng(0)
