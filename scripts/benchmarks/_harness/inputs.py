@@ -97,7 +97,9 @@ def make_inputs(folder: Path) -> list[Input]:
     return found
 
 
-def save_nifti(path: Path, array: np.ndarray, affine_lps: np.ndarray, kind: Any = nib.Nifti1Image, **fields: Any) -> Path:
+def save_nifti(
+    path: Path, array: np.ndarray, affine_lps: np.ndarray, kind: Any = nib.Nifti1Image, **fields: Any
+) -> Path:
     """Write (Z, Y, X) voxels as they are (no scaling); fields of the header are set afterwards, as raw bytes."""
     image = kind(array.T, RAS_TO_LPS @ affine_lps, dtype=array.dtype)
     image.header.set_xyzt_units("mm")
@@ -122,12 +124,24 @@ def nifti_files(folder: Path) -> Iterator[Input]:
     straight = affine_of()
     for number, (dtype, ending) in enumerate(itertools.product(DTYPES, (".nii", ".nii.gz"))):
         array = volume(dtype, number)
-        path = save_nifti(folder / f"{dtype}{ending}", array, straight)
-        yield Input(name=f"nifti/{dtype}{ending}", path=path, array=array[None], affine_lps=straight, spacing_zyx=SPACING)
+        path = save_nifti(folder / f"{dtype}{'-packed' if ending == '.nii.gz' else ''}{ending}", array, straight)
+        yield Input(
+            name=f"nifti/{dtype}{ending}", path=path, array=array[None], affine_lps=straight, spacing_zyx=SPACING
+        )
     for letters, direction in all_directions():
         array, affine = volume("int16", 3), affine_of(direction)
         path = save_nifti(folder / f"{letters}.nii", array, affine)
         yield Input(name=f"nifti/{letters}", path=path, array=array[None], affine_lps=affine, spacing_zyx=SPACING)
+    beside = volume("int16", 2)
+    save_nifti(folder / "twin.nii", beside + 1, straight)
+    path = save_nifti(folder / "twin.nii.gz", beside, straight)
+    yield Input(
+        name="nifti/an unpacked file of the same name beside",
+        path=path,
+        array=beside[None],
+        affine_lps=straight,
+        spacing_zyx=SPACING,
+    )
     tilted = affine_of(orthonormal(TILTED))
     array = volume("int16", 4)
     for name, kind in (("nifti-1", nib.Nifti1Image), ("nifti-2", nib.Nifti2Image)):
@@ -148,14 +162,16 @@ def nifti_files(folder: Path) -> Iterator[Input]:
         )
     for axes in (4, 5):
         path = save_nifti(folder / f"axes{axes}.nii.gz", array[(None,) * (axes - 3)], straight)
-        yield Input(name=f"nifti/{axes} axes, one time", path=path, array=array[None], affine_lps=straight, spacing_zyx=SPACING)
+        yield Input(
+            name=f"nifti/{axes} axes, one time", path=path, array=array[None], affine_lps=straight, spacing_zyx=SPACING
+        )
     flat = array[:1]
     path = save_nifti(folder / "one_slice.nii.gz", flat, straight)
     yield Input(name="nifti/one slice", path=path, array=flat[None], affine_lps=straight, spacing_zyx=SPACING)
 
 
 def nifti_headers(folder: Path) -> Iterator[Input]:
-    """Units, scaling, and forms with their codes, read as ITK reads: the sform if its code is 1 or there is no qform."""
+    """Units, scaling, and forms with their codes: ITK takes the sform if its code is 1 or there is no qform."""
     array, straight = volume("int16", 5), affine_of()
 
     def written(name: str, affine: np.ndarray = straight, values: np.ndarray = array, **fields: Any) -> Input:
@@ -163,7 +179,12 @@ def nifti_headers(folder: Path) -> Iterator[Input]:
         spacing = tuple(float(v) for v in np.linalg.norm(affine[:3, :3], axis=0)[::-1])
         return Input(name=f"nifti/{name}", path=path, array=values[None], affine_lps=affine, spacing_zyx=spacing)  # type: ignore[arg-type]
 
-    for unit, (code, factor) in {"metre": (1, 1000.0), "mm": (2, 1.0), "micron": (3, 0.001), "unknown": (0, 1.0)}.items():
+    for unit, (code, factor) in {
+        "metre": (1, 1000.0),
+        "mm": (2, 1.0),
+        "micron": (3, 0.001),
+        "unknown": (0, 1.0),
+    }.items():
         scaled = np.diag([factor, factor, factor, 1.0]) @ straight
         yield written(f"unit {unit}", scaled, xyzt_units=code)
         yield written(f"unit {unit} and seconds", scaled, xyzt_units=code | 8)
@@ -180,13 +201,25 @@ def nifti_headers(folder: Path) -> Iterator[Input]:
             continue  # without forms, readers disagree on the directions by design
         takes_sform = sform == 1 or (qform == 0 and sform > 0)
         yield written(
-            f"qform {qform} sform {sform}", moved if takes_sform else straight, qform_code=qform, sform_code=sform, **rows
+            f"qform {qform} sform {sform}",
+            moved if takes_sform else straight,
+            qform_code=qform,
+            sform_code=sform,
+            **rows,
         )
     pixdim = np.array([1, 0.8, 0.9, 2.5, 0, 0, 0, 0], np.float32)
-    yield written("qfac 0", sform_code=0, qform_code=1, pixdim=np.array([0, *pixdim[1:]], np.float32), quatern_c=0, quatern_d=1)
-    yield written("pixdim 3 is 0, good sform", sform_code=1, qform_code=0, pixdim=np.array([1, 0.8, 0.9, 0, 0, 0, 0, 0]))
-    yield written("negative pixdim, good sform", sform_code=1, qform_code=0, pixdim=np.array([1, -0.8, 0.9, 2.5, 0, 0, 0, 0]))
-    yield written("quaternion a hair too long", sform_code=1, qform_code=1, quatern_b=0, quatern_c=0, quatern_d=1.0000005)
+    yield written(
+        "qfac 0", sform_code=0, qform_code=1, pixdim=np.array([0, *pixdim[1:]], np.float32), quatern_c=0, quatern_d=1
+    )
+    yield written(
+        "pixdim 3 is 0, good sform", sform_code=1, qform_code=0, pixdim=np.array([1, 0.8, 0.9, 0, 0, 0, 0, 0])
+    )
+    yield written(
+        "negative pixdim, good sform", sform_code=1, qform_code=0, pixdim=np.array([1, -0.8, 0.9, 2.5, 0, 0, 0, 0])
+    )
+    yield written(
+        "quaternion a hair too long", sform_code=1, qform_code=1, quatern_b=0, quatern_c=0, quatern_d=1.0000005
+    )
     yield written("descrip not ASCII", descrip=b"M\xfcller")
 
 
@@ -200,7 +233,11 @@ def itk_files(folder: Path) -> Iterator[Input]:
             write_itk(path, array, straight, compressed=compressed)
             packed = ", compressed" if compressed else ""
             yield Input(
-                name=f"itk/{dtype} {ending}{packed}", path=path, array=array[None], affine_lps=straight, spacing_zyx=SPACING
+                name=f"itk/{dtype} {ending}{packed}",
+                path=path,
+                array=array[None],
+                affine_lps=straight,
+                spacing_zyx=SPACING,
             )
     array = volume("int16", 9)
     tilted = affine_of(orthonormal(TILTED))
@@ -228,7 +265,9 @@ def itk_files(folder: Path) -> Iterator[Input]:
     big = array.astype(">i2").tobytes()
     header = mha_header("MET_SHORT", "BinaryDataByteOrderMSB = True")
     (folder / "big.mha").write_bytes(header.encode() + big)
-    yield Input(name="itk/big-endian .mha", path=folder / "big.mha", array=array[None], affine_lps=straight, spacing_zyx=SPACING)
+    yield Input(
+        name="itk/big-endian .mha", path=folder / "big.mha", array=array[None], affine_lps=straight, spacing_zyx=SPACING
+    )
 
 
 def mha_header(kind: str, *lines: str, data: str = "LOCAL") -> str:
@@ -308,7 +347,7 @@ def pictures(folder: Path) -> Iterator[Input]:
 
     for dtype, packing in itertools.product(("uint8", "uint16", "float32"), (None, "zlib")):
         array = volume(dtype, 73)
-        path = folder / f"volume-{dtype}-{packing}.tif"
+        path = folder / f"{dtype}-{packing}.tif"
         tifffile.imwrite(path, array, photometric="minisblack", compression=packing)
         path.with_suffix(".json").write_text(f'{{"spacing": {list(SPACING)}}}')
         yield Input(name=f"picture/3D TIFF {dtype} {packing}", path=path, array=array[None], spacing_zyx=SPACING)

@@ -31,7 +31,9 @@ TILT = [0.96, 0.28, 0.0, -0.28, 0.96, 0.0]
 Edit = Callable[[Dataset, int], None]
 
 
-def dicom_slice(raw: np.ndarray, z: int, series: str, *, slope: Any = 1, intercept: Any = -1024, signed: bool = False) -> Dataset:
+def dicom_slice(
+    raw: np.ndarray, z: int, series: str, *, slope: Any = 1, intercept: Any = -1024, signed: bool = False
+) -> Dataset:
     """One CT slice at 2.5 mm times z."""
     data = Dataset()
     data.file_meta = FileMetaDataset()
@@ -59,7 +61,13 @@ def series(folder: Path) -> Iterator[Input]:
         place = folder / name.replace(" ", "_")
         write_series(place, make, **options)
         affine = affine_of()
-        return Input(name=f"dicom/{name}", path=place, array=None if values is None else values[None], affine_lps=affine, spacing_zyx=SPACING)
+        return Input(
+            name=f"dicom/{name}",
+            path=place,
+            array=None if values is None else values[None],
+            affine_lps=affine,
+            spacing_zyx=SPACING,
+        )
 
     def edited(edit: Edit, **fields: Any) -> Callable[[int, str], Dataset]:
         def make(z: int, uid: str) -> Dataset:
@@ -69,7 +77,9 @@ def series(folder: Path) -> Iterator[Input]:
 
         return make
 
-    def scaled(slopes: Sequence[float], intercepts: Sequence[float], kind: str | None = None) -> Callable[[int, str], Dataset]:
+    def scaled(
+        slopes: Sequence[float], intercepts: Sequence[float], kind: str | None = None
+    ) -> Callable[[int, str], Dataset]:
         def make(z: int, uid: str) -> Dataset:
             data = dicom_slice(RAW[z], z, uid, slope=slopes[z], intercept=intercepts[z])
             if kind is not None:
@@ -82,13 +92,13 @@ def series(folder: Path) -> Iterator[Input]:
     def each(slopes: Sequence[float], intercepts: Sequence[float]) -> np.ndarray:
         return np.stack([RAW[z] * float(slopes[z]) + intercepts[z] for z in range(len(RAW))])
 
-    yield written("plain", PLAIN, edited(lambda data, z: None))
-    yield written("names against positions", PLAIN, edited(lambda data, z: None), file_name=lambda z: f"{len(RAW) - z}.IMA")
-    yield written("without ending", PLAIN, edited(lambda data, z: None), file_name=lambda z: f"{z:08X}")
-    yield written("implicit VR", PLAIN, edited(lambda data, z: _syntax(data, ImplicitVRLittleEndian)))
-    yield written("deflated", PLAIN, edited(lambda data, z: _syntax(data, DeflatedExplicitVRLittleEndian)))
-    yield written("RLE", PLAIN, edited(lambda data, z: data.compress(RLELossless, generate_instance_uid=False)))
-    yield written("no preamble", PLAIN, edited(lambda data, z: None), preamble=False)
+    yield written("plain", PLAIN, edited(unchanged))
+    yield written("names against positions", PLAIN, edited(unchanged), file_name=lambda z: f"{len(RAW) - z}.IMA")
+    yield written("without ending", PLAIN, edited(unchanged), file_name=lambda z: f"{z:08X}")
+    yield written("implicit VR", PLAIN, edited(lambda data, _: _syntax(data, ImplicitVRLittleEndian)))
+    yield written("deflated", PLAIN, edited(lambda data, _: _syntax(data, DeflatedExplicitVRLittleEndian)))
+    yield written("RLE", PLAIN, edited(lambda data, _: data.compress(RLELossless, generate_instance_uid=False)))
+    yield written("no preamble", PLAIN, edited(unchanged), preamble=False)
     zeros, same = [0] * 5, [-1024] * 5
     for name, slopes, intercepts in (
         ("intercepts differ", [1] * 5, [-1024, -2047, -1024, 0, -1]),
@@ -108,21 +118,37 @@ def series(folder: Path) -> Iterator[Input]:
         mixed,
         lambda z, uid: dicom_slice(mixed[z].astype(int), z, uid, slope=1, intercept=0, signed=bool(z % 2)),
     )
-    yield written("no rescale", RAW.astype(float), edited(lambda data, z: None, slope=None))
+    yield written("no rescale", RAW.astype(float), edited(unchanged, slope=None))
     yield written("empty rescale", RAW.astype(float), edited(_empty_rescale, slope=None))
-    yield written("MONOCHROME1", PLAIN, edited(lambda data, z: setattr(data, "PhotometricInterpretation", "MONOCHROME1")))
+    yield written(
+        "MONOCHROME1", PLAIN, edited(lambda data, _: setattr(data, "PhotometricInterpretation", "MONOCHROME1"))
+    )
     yield written("modality LUT", ((RAW % 256).astype(float) ** 2 // 32), _with_lut)
     yield written("12 bits, others not clear", PLAIN, _twelve_bits)
-    yield written("SpacingBetweenSlices contradicts", PLAIN, edited(lambda data, z: setattr(data, "SpacingBetweenSlices", 5.0)))
-    yield written("spacing rounded", PLAIN, edited(lambda data, z: setattr(data, "PixelSpacing", [0.9 + 1e-4 * z, 0.8])))
-    yield written("a slice missing", None, edited(lambda data, z: None), without=2)
-    yield written("gantry tilted", None, edited(lambda data, z: setattr(data, "ImagePositionPatient", [0, 0.6 * z, 2.5 * z])))
+    yield written(
+        "SpacingBetweenSlices contradicts", PLAIN, edited(lambda data, _: setattr(data, "SpacingBetweenSlices", 5.0))
+    )
+    yield written(
+        "spacing rounded", PLAIN, edited(lambda data, z: setattr(data, "PixelSpacing", [0.9 + 1e-4 * z, 0.8]))
+    )
+    yield written("a slice missing", None, edited(unchanged), without=2)
+    yield written(
+        "gantry tilted", None, edited(lambda data, z: setattr(data, "ImagePositionPatient", [0, 0.6 * z, 2.5 * z]))
+    )
     yield written("a localizer among them", None, edited(_localizer))
-    yield written("two series", None, edited(lambda data, z: setattr(data, "SeriesInstanceUID", data.SeriesInstanceUID + f".{z % 2}")))
-    yield written("a position twice", None, edited(lambda data, z: setattr(data, "ImagePositionPatient", [0, 0, 2.5 * (z // 2)])))
+    yield written(
+        "two series",
+        None,
+        edited(lambda data, z: setattr(data, "SeriesInstanceUID", data.SeriesInstanceUID + f".{z % 2}")),
+    )
+    yield written(
+        "a position twice", None, edited(lambda data, z: setattr(data, "ImagePositionPatient", [0, 0, 2.5 * (z // 2)]))
+    )
     turned = np.array([TILT[:3], TILT[3:], [0, 0, 1.0]]).T
-    oblique = written("oblique", PLAIN, edited(lambda data, z: setattr(data, "ImageOrientationPatient", TILT)))
-    yield Input(name=oblique.name, path=oblique.path, array=PLAIN[None], affine_lps=affine_of(turned), spacing_zyx=SPACING)
+    oblique = written("oblique", PLAIN, edited(lambda data, _: setattr(data, "ImageOrientationPatient", TILT)))
+    yield Input(
+        name=oblique.name, path=oblique.path, array=PLAIN[None], affine_lps=affine_of(turned), spacing_zyx=SPACING
+    )
 
 
 def write_series(
@@ -144,14 +170,20 @@ def write_series(
             data.save_as(place / file_name(z), enforce_file_format=True)
         else:
             del data.file_meta
-            pydicom.dcmwrite(place / file_name(z), data, implicit_vr=True, little_endian=True, enforce_file_format=False)
+            pydicom.dcmwrite(
+                place / file_name(z), data, implicit_vr=True, little_endian=True, enforce_file_format=False
+            )
+
+
+def unchanged(_data: Dataset, _z: int) -> None:
+    """A slice as it is."""
 
 
 def _syntax(data: Dataset, uid: str) -> None:
     data.file_meta.TransferSyntaxUID = uid
 
 
-def _empty_rescale(data: Dataset, z: int) -> None:
+def _empty_rescale(data: Dataset, _z: int) -> None:
     data.RescaleSlope = data.RescaleIntercept = None
 
 
@@ -191,10 +223,18 @@ def single_files(folder: Path) -> Iterator[Input]:
         values = PLAIN
         if slopes is not None and intercepts is not None:
             values = np.stack([RAW[z] * float(slopes[z]) + intercepts[z] for z in order])
-        yield Input(name=f"dicom/enhanced, {name}", path=path, array=values[None], affine_lps=affine_of(), spacing_zyx=SPACING)
+        yield Input(
+            name=f"dicom/enhanced, {name}", path=path, array=values[None], affine_lps=affine_of(), spacing_zyx=SPACING
+        )
     one = dicom_slice(RAW[0], 0, generate_uid())
     one.save_as(folder / "one.dcm", enforce_file_format=True)
-    yield Input(name="dicom/one slice", path=folder / "one.dcm", array=PLAIN[None, :1], affine_lps=affine_of(), spacing_zyx=SPACING)
+    yield Input(
+        name="dicom/one slice",
+        path=folder / "one.dcm",
+        array=PLAIN[None, :1],
+        affine_lps=affine_of(),
+        spacing_zyx=SPACING,
+    )
     flat = _enhanced(None, None, order)
     for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         delattr(flat, name)
@@ -217,7 +257,13 @@ def single_files(folder: Path) -> Iterator[Input]:
     big.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
     big.PixelData = RAW[0].astype(">u2").tobytes()
     big.save_as(folder / "big.dcm", enforce_file_format=True, little_endian=False, implicit_vr=False)
-    yield Input(name="dicom/big-endian", path=folder / "big.dcm", array=PLAIN[None, :1], affine_lps=affine_of(), spacing_zyx=SPACING)
+    yield Input(
+        name="dicom/big-endian",
+        path=folder / "big.dcm",
+        array=PLAIN[None, :1],
+        affine_lps=affine_of(),
+        spacing_zyx=SPACING,
+    )
 
 
 def _enhanced(slopes: Sequence[float] | None, intercepts: Sequence[float] | None, frames: Sequence[int]) -> Dataset:
