@@ -40,7 +40,7 @@ def dicom_slice(
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = CTImageStorage
     data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    data.SeriesInstanceUID, data.StudyInstanceUID, data.FrameOfReferenceUID = series, f"{series}.1", f"{series}.2"
+    data.SeriesInstanceUID, data.StudyInstanceUID, data.FrameOfReferenceUID = series, f"{series[:60]}.1", f"{series[:60]}.2"
     data.Modality, data.PatientID, data.PatientName, data.InstanceNumber = "CT", "phantom", "phantom", z + 1
     data.Rows, data.Columns = raw.shape
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
@@ -139,7 +139,7 @@ def series(folder: Path) -> Iterator[Input]:
     yield written(
         "two series",
         None,
-        edited(lambda data, z: setattr(data, "SeriesInstanceUID", data.SeriesInstanceUID + f".{z % 2}")),
+        edited(lambda data, z: setattr(data, "SeriesInstanceUID", f"{data.SeriesInstanceUID[:60]}.{z % 2}")),
     )
     yield written(
         "a position twice", None, edited(lambda data, z: setattr(data, "ImagePositionPatient", [0, 0, 2.5 * (z // 2)]))
