@@ -40,7 +40,11 @@ def dicom_slice(
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = CTImageStorage
     data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    data.SeriesInstanceUID, data.StudyInstanceUID, data.FrameOfReferenceUID = series, f"{series[:60]}.1", f"{series[:60]}.2"
+    data.SeriesInstanceUID, data.StudyInstanceUID, data.FrameOfReferenceUID = (
+        series,
+        f"{series[:60]}.1",
+        f"{series[:60]}.2",
+    )
     data.Modality, data.PatientID, data.PatientName, data.InstanceNumber = "CT", "phantom", "phantom", z + 1
     data.Rows, data.Columns = raw.shape
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
