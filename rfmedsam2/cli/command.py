@@ -25,7 +25,7 @@ from typing_extensions import get_type_hints
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
 
-from rfmedsam2.errors import RfMedSamError
+from rfmedsam2.errors import RfMedSamError, sentences
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.terminal import SafeStream, plain_lines
 
@@ -56,7 +56,8 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
     def answer() -> None:
         words = [word for word in sys.argv[1:] if word != "--debug"]
         debug = len(words) != len(sys.argv) - 1
-        logging.basicConfig(level=logging.INFO if debug else logging.WARNING, handlers=[_LogLines()])
+        level = logging.INFO if debug else logging.WARNING
+        logging.basicConfig(level=level, format="%(message)s", handlers=[_LogLines()])
         if not debug:
             warnings.simplefilter("ignore")
         # before torch loads its thread pool: waiting threads should sleep, not spin. If anything else runs on the same
@@ -120,8 +121,8 @@ class _LogLines(logging.Handler):
     """Writes to where standard error is now: above the line of progress, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
-        print(plain_lines(f"{record.levelname}: {self.format(record)}"), file=sys.stderr)
+        """Write one record as a sentence, whose first word is the level; not the name of the module that logs it."""
+        print(plain_lines(sentences([f"{record.levelname.capitalize()}: {self.format(record)}"])), file=sys.stderr)
 
 
 def _plainly(function: Callable[..., None]) -> Callable[..., None]:

@@ -319,6 +319,24 @@ def test_installed_commands_give_exit_codes(raw_root, tmp_path):
     assert wrong.stdout == ""
 
 
+def test_warnings_are_sentences_and_tables_are_not_needed(raw_root, tmp_path):
+    """In a process of its own: pytest listens to all logs, so that commands do not set theirs up."""
+    labels = next((raw_root / "raw").iterdir()) / "labelsTr"
+    shutil.copytree(labels, tmp_path / "refs")
+    shutil.copytree(labels, tmp_path / "preds")
+    code = "from rfmedsam2.cli.pipeline import evaluate_command; evaluate_command()"
+    words = ["-p", tmp_path / "preds", "-g", tmp_path / "refs", "-o", tmp_path / "out", "--root", tmp_path]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RFMED", "nnUNet"))}
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    warning = "Warning: No table names the label values: every value is scored under its number."
+    assert done.stderr.splitlines().count(warning) == 1
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(found["classes"]) == [str(value) for value in range(1, 14)]
+    assert {scores["dsc"]["mean"] for scores in found["classes"].values()} == {1.0}
+
+
 @pytest.fixture(scope="module")
 def special_root(tmp_path_factory) -> Path:
     """Small cubes: 77 has nested regions, 78 an ignore label; both planned for cpu."""
