@@ -93,5 +93,5 @@ class CaseRecord(VersionedRecord):
 
     def _checksum(self) -> int:
         # fields that came later count where they are filled in, so that earlier records keep their checksum
-        absent = {"sources"} if self.sources is None else set()
+        absent = {"sources"} if self.sources is None else None
         return zlib.crc32(self.model_copy(update={"crc32": None}).model_dump_json(exclude=absent).encode())

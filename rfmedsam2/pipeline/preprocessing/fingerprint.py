@@ -171,7 +171,7 @@ def _fingerprint_cases(
         found = case_fingerprint(case.id, decoded).model_copy(update={"files": dict(decoded.files)})
         return found, foreground_distributions(decoded, points, ignore=ignore)
 
-    sizes, intensities, faults = [], [], list[Fault]()
+    sizes, intensities, faults = [], [], []
     for found in map_cases(
         examine, training, workers=workers, name=lambda case: case.id, track=track, description="Fingerprint"
     ):
@@ -179,7 +179,7 @@ def _fingerprint_cases(
             sizes.append(found[0])
             intensities.append(found[1])
         else:
-            faults += found
+            faults += [fault for fault in found if isinstance(fault, Fault)]
     return tuple(sizes), tuple(intensities), faults
 
 

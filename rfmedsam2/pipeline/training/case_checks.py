@@ -109,13 +109,15 @@ def require_same_cases(folder: Path, cases: TrainedCases) -> None:
 
 def _require_same_labels(raw: RawDataset, plan: Plan, again: str) -> None:
     """Raise if dataset.json declares other labels, channels or orientation than the plan was made with."""
-    declared = {"labels": raw.json.label_set, "channels": raw.json.channels, "reorient": raw.reorient}
-    faults = []
-    for name, now in declared.items():
-        then = getattr(plan, name)
-        if then != now:
-            pair = (each.model_dump(mode="json") if name == "labels" else each for each in (then, now))
-            faults += differences(*pair, name)
+    then, now = plan.labels, raw.json.label_set
+    declared = {
+        "labels": (then.model_dump(mode="json"), now.model_dump(mode="json")),
+        # regions are painted in the order in which they are declared
+        "regions": (list(then.foreground), list(now.foreground)) if now.has_regions else (None, None),
+        "channels": (list(plan.channels), list(raw.json.channels)),
+        "reorient": (plan.reorient, raw.reorient),
+    }
+    faults = [fault for name, pair in declared.items() for fault in differences(*pair, name)]
     if faults:
         raise DatasetError(
             f"dataset.json was changed after plan {plan.name} was made",

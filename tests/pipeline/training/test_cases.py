@@ -119,7 +119,7 @@ def test_touched_files_are_the_same_files(root, caplog):
     ("change", "told"),
     [
         ({"labels": "swapped"}, "labels.names.liver was 6, is 1"),
-        ({"channel_names": {"0": "MR"}}, "channels was ('CT',), is ('MR',)"),
+        ({"channel_names": {"0": "MR"}}, "channels was ['CT'], is ['MR']"),
         ({"overwrite_image_reader_writer": "NibabelIOWithReorient"}, "reorient was None, is 'RAS'"),
     ],
 )
