@@ -117,7 +117,7 @@ def _require_same_labels(raw: RawDataset, plan: Plan, again: str) -> None:
         "channels": (list(plan.channels), list(raw.json.channels)),
         "reorient": (plan.reorient, raw.reorient),
     }
-    faults = [fault for name, pair in declared.items() for fault in differences(*pair, name)]
+    faults = [fault for name, (before, after) in declared.items() for fault in differences(before, after, name)]
     if faults:
         raise DatasetError(
             f"dataset.json was changed after plan {plan.name} was made",
