@@ -26,6 +26,7 @@ TOOLS = {"hatchling", "ruff", "pyright", "pytest-timeout", "pytest-xdist"}
 BROUGHT_ALONG = {
     "pydantic_core": "pydantic",
     "hydra": "sam2",
+    "tifffile": "nnunetv2",
     "omegaconf": "sam2",
     "packaging": "pytest",
     "support": "",

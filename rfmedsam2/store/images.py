@@ -29,8 +29,9 @@ from rfmedsam2.store.formats.mgz import read_mgz, read_mgz_header, write_mgz_lab
 from rfmedsam2.store.formats.nifti import read_nifti, read_nifti_header, write_nifti_label
 from rfmedsam2.store.formats.raster import (
     RASTER_ENDINGS,
-    read_bmp,
-    read_bmp_header,
+    is_for_pillow,
+    read_pillow,
+    read_pillow_header,
     spacing_file,
     stored_indices,
     write_stack_spacing,
@@ -64,8 +65,8 @@ def read_header(path: Path) -> ImageHeader:
             return read_dicom_header(path)
         if ending in _NIFTI:
             return read_nifti_header(path)
-        if ending == ".bmp":
-            return read_bmp_header(path)
+        if ending in RASTER_ENDINGS and is_for_pillow(path):
+            return read_pillow_header(path)
         return read_mgz_header(path) if ending in _MGZ else read_itk_header(path)
 
 
@@ -86,8 +87,8 @@ def read_image(path: Path) -> tuple[Volume, ImageHeader]:
             array, header = read_nifti(path)
         elif ending in _MGZ:
             array, header = read_mgz(path)
-        elif ending == ".bmp":
-            array, header = read_bmp(path)
+        elif ending in RASTER_ENDINGS and is_for_pillow(path):
+            array, header = read_pillow(path)
         else:
             array, header = read_itk(path)
     return Volume(array=array, grid=header.grid), header

@@ -1,4 +1,4 @@
-"""NRRD, MHA, MHD, PNG and TIFF through SimpleITK; compressed NRRD and MetaImage through `itk_compressed`."""
+"""NRRD, MHA, MHD, PNG and TIFF through SimpleITK; what it reads wrongly through `itk_stored` and `raster`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rfmedsam2.store.formats.image_header import (
     repaired,
     require_memory,
 )
-from rfmedsam2.store.formats.itk_compressed import METAIMAGE_ENDINGS, compressed_voxels, metaimage_spacing
+from rfmedsam2.store.formats.itk_stored import METAIMAGE_ENDINGS, metaimage_spacing, stored_voxels
 from rfmedsam2.store.formats.raster import RASTER_ENDINGS, stack_spacing
 
 
@@ -38,7 +38,7 @@ def read_itk(path: Path) -> tuple[np.ndarray, ImageHeader]:
     reader = _information(path)
     header = _header(path, reader)
     require_memory(path, header)
-    array = compressed_voxels(path, header, components=reader.GetNumberOfComponents())
+    array = stored_voxels(path, header, components=reader.GetNumberOfComponents())
     if array is None:
         array = _itk_voxels(path, reader, header)
     return array, header

@@ -1,4 +1,7 @@
-"""PNG, BMP and TIFF: BMP files, stored label values of palette images, and the JSON with a TIFF stack's spacing."""
+"""PNG, BMP and TIFF: what Pillow reads better than ITK, stored label values, the JSON with a TIFF stack's spacing.
+
+ITK takes gray BMP files, tiled TIFF and TIFF of single bits for colored ones.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,33 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 from pydantic import ConfigDict
 
 from rfmedsam2.errors import ImageError
 from rfmedsam2.geometry import Grid, Triple
 from rfmedsam2.records.base import Record
 from rfmedsam2.store.formats.decompression import damaged
-from rfmedsam2.store.formats.image_header import FLAT_SPACING_MM, ImageHeader, checked_spacing
+from rfmedsam2.store.formats.image_header import FLAT_SPACING_MM, ImageHeader, checked_spacing, require_memory
 from rfmedsam2.system.atomic import read_record, write_record
 
 RASTER_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
 _STACKS = (".tif", ".tiff")
 _FORMATS = ("PNG", "BMP", "TIFF")  # some of Pillow's other decoders start external programs
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_MODES = {
+    "1": (1, "uint8"),
+    "L": (1, "uint8"),
+    "I;16": (1, "uint16"),
+    "I;16B": (1, "uint16"),
+    "I": (1, "int32"),
+    "F": (1, "float32"),
+    "P": (3, "uint8"),
+    "RGB": (3, "uint8"),
+    "RGBA": (4, "uint8"),
+}
+"""Channels and dtype by Pillow's mode."""
+_TILE_WIDTH = 322  # a TIFF tag
 
 
 class StackSpacing(Record):
@@ -62,52 +79,80 @@ def write_stack_spacing(path: Path, spacing_zyx_mm: Triple) -> None:
     write_record(path.with_suffix(".json"), StackSpacing(spacing=spacing_zyx_mm))
 
 
-def read_bmp_header(path: Path) -> ImageHeader:
-    """Read the header of a BMP file."""
-    with _opened_bmp(path) as image:
-        return _bmp_header(image)
+def is_for_pillow(path: Path) -> bool:
+    """Whether ITK would read an image in the wrong colors: BMP, and TIFF with tiles or single bits."""
+    if path.suffix.lower() == ".bmp":
+        return True
+    if path.suffix.lower() not in _STACKS:
+        return False
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            tags = getattr(image, "tag_v2", {})
+            return image.mode in _MODES and (image.mode == "1" or _TILE_WIDTH in tags)
+    except _UNREADABLE:
+        return False  # ITK says what is wrong
 
 
-def read_bmp(path: Path) -> tuple[np.ndarray, ImageHeader]:
-    """Read voxels (C,1,Y,X) and header of a BMP file through Pillow; ITK takes gray ones for colored ones.
+def read_pillow_header(path: Path) -> ImageHeader:
+    """Read the header of such a file."""
+    with _opened(path) as image:
+        return _header(path, image)
+
+
+def read_pillow(path: Path) -> tuple[np.ndarray, ImageHeader]:
+    """Read voxels (C,Z,Y,X) and header of such a file.
 
     Raises:
-        TruncatedImageError: pixels are missing.
-        ImageError: not a BMP file.
+        TruncatedImageError: pixels are missing, or planes of a stack have different sizes.
+        ImageError: the file cannot be read as an image.
     """
-    with _opened_bmp(path) as image:
-        header = _bmp_header(image)
+    with _opened(path) as image:
+        header = _header(path, image)
+        require_memory(path, header)
         try:
-            values = np.array(image.convert("RGB") if image.mode == "P" else image, dtype=np.uint8)
-        except (OSError, ValueError) as error:
+            planes = [np.array(p.convert("RGB") if p.mode == "P" else p) for p in ImageSequence.Iterator(image)]
+            stack = np.stack(planes).astype(header.dtype, copy=False)
+        except _UNREADABLE as error:
             raise damaged(path, str(error)) from error
-    channels = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
-    return np.ascontiguousarray(channels)[:, None], header
-
-
-@contextmanager
-def _opened_bmp(path: Path) -> Iterator[Image.Image]:
-    try:
-        image = Image.open(path, formats=("BMP",))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError("The file is not a BMP image that can be read", where=path, found=error) from error
-    with image:
-        yield image
-
-
-def _bmp_header(image: Image.Image) -> ImageHeader:
-    grid = Grid(shape_zyx=(1, image.height, image.width), spacing_zyx_mm=(FLAT_SPACING_MM, 1.0, 1.0))
-    channels = 3 if image.mode == "P" else len(image.getbands())
-    return ImageHeader(grid=grid, source_grid=grid, channels=channels, dtype="uint8", format="raster", flat=True)
+    array = stack[None] if stack.ndim == 3 else np.moveaxis(stack, -1, 0)
+    return np.ascontiguousarray(array), header
 
 
 def stored_indices(path: Path) -> np.ndarray | None:
-    """The values (1,Z,Y,X) stored in a palette or 1-bit image, which ITK replaces by colors; None for other images."""
+    """The values (1,Z,Y,X) stored in a palette or 1-bit image, which readers turn into colors, else None."""
     try:
         with Image.open(path, formats=_FORMATS) as image:
             if image.mode not in ("P", "1"):
                 return None
-            planes = [np.array(frame, dtype=np.uint8) for frame in ImageSequence.Iterator(image)]
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-        return None  # ITK says what is wrong
-    return np.stack(planes)[None] if planes and len({plane.shape for plane in planes}) == 1 else None
+            planes = [np.array(plane, dtype=np.uint8) for plane in ImageSequence.Iterator(image)]
+            return np.stack(planes)[None]
+    except _UNREADABLE:
+        return None  # the reader of images says what is wrong
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        image = Image.open(path, formats=_FORMATS)
+    except _UNREADABLE as error:
+        raise ImageError("The image cannot be read", where=path, found=error, remedy="Check what wrote it") from error
+    with image:
+        yield image
+
+
+def _header(path: Path, image: Image.Image) -> ImageHeader:
+    if image.mode not in _MODES:
+        raise ImageError("The colors of the image are not supported", where=path, found=image.mode)
+    channels, dtype = _MODES[image.mode]
+    planes = getattr(image, "n_frames", 1)
+    known = stack_spacing(path) if planes > 1 else (FLAT_SPACING_MM, 1.0, 1.0)
+    grid = Grid(shape_zyx=(planes, image.height, image.width), spacing_zyx_mm=known or (1.0, 1.0, 1.0))
+    return ImageHeader(
+        grid=grid,
+        source_grid=grid,
+        channels=channels,
+        dtype=dtype,
+        format="raster",
+        flat=planes == 1,
+        spacing_known=known is not None,
+    )

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+import tifffile
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from PIL import Image
 
-from rfmedsam2.store.images import read_channels, read_image, read_label, write_label
+from rfmedsam2.store.images import read_channels, read_header, read_image, read_label, write_label
 from rfmedsam2.store.orientation import reoriented
 from rfmedsam2.store.raw import open_dataset, read_case
 
@@ -143,3 +144,27 @@ def test_two_axes_equal_simpleitkio(tmp_path: Path) -> None:
         volume, header = read_image(tmp_path / name)
         np.testing.assert_array_equal(volume.array, expected)
         np.testing.assert_allclose(header.grid.spacing_zyx_mm, properties["spacing"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int32", "float32", "bool", "rgb"])
+@pytest.mark.parametrize("planes", [1, 5])
+def test_tiled_and_one_bit_tiff_equal_nnunets_readers(tmp_path: Path, kind: str, planes: int) -> None:
+    """ITK takes them for colored images."""
+    rng = np.random.default_rng(7)
+    shape = (planes, 40, 50, 3) if kind == "rgb" else (planes, 40, 50)
+    array = rng.integers(0, 250, shape).astype("uint8" if kind in ("rgb", "bool") else kind)
+    array = array > 99 if kind == "bool" else array
+    how = {"tile": (16, 16)} if kind != "bool" else {}
+    path = tmp_path / "c_0000.tif"
+    tifffile.imwrite(
+        path, array if planes > 1 else array[0], photometric="rgb" if kind == "rgb" else "minisblack", **how
+    )
+    volume, header = read_image(path)
+    assert header == read_header(path)
+    if planes == 1:
+        expected, _ = NaturalImage2DIO().read_images([str(path)])
+    elif kind == "rgb":
+        expected = np.moveaxis(array, -1, 0)
+    else:
+        expected, _ = Tiff3DIO().read_images([str(path)])
+    np.testing.assert_array_equal(volume.array, expected)

@@ -98,6 +98,37 @@ def test_files_of_an_image_with_voxels_inside(tmp_path: Path) -> None:
     assert digest_of([tmp_path / "a.mha"]) == hashlib.sha256((tmp_path / "a.mha").read_bytes()).digest()
 
 
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("kind", ["mhd list", "mhd pattern"])
+def test_a_list_of_too_few_or_too_many_planes_is_refused(tmp_path: Path, kind: str, count: int) -> None:
+    """ITK leaves the planes that are missing undefined."""
+    files = detached(tmp_path, kind)
+    (tmp_path / "slice004.raw").write_bytes(bytes(20))
+    text = files[0].read_text()
+    if kind == "mhd pattern":
+        files[0].write_text(text.replace("1 3 1", f"1 {count} 1"))
+    else:
+        names = [f"slice{n:03d}.raw" for n in range(1, count + 1)]
+        files[0].write_text(text.split("LIST")[0] + "LIST\n" + "\n".join(names) + "\n")
+    with pytest.raises(TruncatedImageError, match=rf"{count} data files for 5 x 4 x 3"):
+        read_image(files[0])
+
+
+@pytest.mark.parametrize("kind", ["mhd", "mhd list", "mhd pattern"])
+def test_a_data_file_that_is_too_short_is_named(tmp_path: Path, kind: str) -> None:
+    files = detached(tmp_path, kind)
+    files[-1].write_bytes(files[-1].read_bytes()[:-3])
+    with pytest.raises(TruncatedImageError, match=rf"{files[-1].name}.*bytes of voxels"):
+        read_image(files[0])
+
+
+def test_a_list_of_one_volume_is_read(tmp_path: Path) -> None:
+    """ITK returns undefined voxels."""
+    path, data = detached(tmp_path, "mhd")
+    path.write_text(path.read_text().replace(data.name, f"LIST 3\n{data.name}"))
+    np.testing.assert_array_equal(read_image(path)[0].array[0], ARRAY)
+
+
 def test_a_pattern_without_end_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.mhd").write_text("NDims = 3\nElementDataFile = s%d.raw 1 999999999 1\n")
     with pytest.raises(ImageError, match="too many data files"):

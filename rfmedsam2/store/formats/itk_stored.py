@@ -1,17 +1,19 @@
-"""Decompressing MetaImage and NRRD files with their checksums verified, which ITK does not do.
+"""Reading what ITK reads wrongly without an error: damaged compressed MetaImage and NRRD files, lists of data files.
 
-ITK reads a damaged compressed file of either format without an error and returns wrong voxels.
+ITK does not verify the checksums of compressed voxels, and leaves planes undefined where an MHD lists too few files.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from rfmedsam2.errors import ImageError
-from rfmedsam2.store.formats.decompression import damaged, fill, inflated
+from rfmedsam2.store.formats.decompression import CHUNK, damaged, fill, inflated
+from rfmedsam2.store.formats.detached import data_files
 from rfmedsam2.store.formats.image_header import ImageHeader
 
 METAIMAGE_ENDINGS = (".mha", ".mhd")
@@ -21,26 +23,28 @@ _NRRD_MAGIC = b"NRRD"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Compressed:
-    """Location and layout of compressed voxels.
+class _Stored:
+    """Location and layout of stored voxels.
 
     Attributes:
-        file: the file that holds them.
-        offset: first byte of the compressed stream.
+        files: the files that hold them, equal shares in order.
+        offset: first byte of the voxels, or of the compressed stream, in each file.
+        compressed: whether each file is compressed with zlib or gzip.
         dtype: stored dtype, with byte order.
         shape: slowest axis first.
         channel_axis: index of the channel axis in `shape`; None if there are z, y, x only.
     """
 
-    file: Path
+    files: tuple[Path, ...]
     offset: int
+    compressed: bool
     dtype: np.dtype
     shape: tuple[int, ...]
     channel_axis: int | None
 
 
-def compressed_voxels(path: Path, header: ImageHeader, *, components: int) -> np.ndarray | None:
-    """Voxels (C,Z,Y,X) of a compressed MHA, MHD or NRRD file; None if the file is not compressed with zlib or gzip.
+def stored_voxels(path: Path, header: ImageHeader, *, components: int) -> np.ndarray | None:
+    """Voxels (C,Z,Y,X) of an MHA, MHD or NRRD file that is compressed or lists its data files, else None.
 
     Args:
         path: the image file.
@@ -48,25 +52,35 @@ def compressed_voxels(path: Path, header: ImageHeader, *, components: int) -> np
         components: components per voxel (channels as the fastest axis), 1 for scalar images.
 
     Raises:
-        TruncatedImageError: the stream is damaged or too short, or an uncompressed MHA ends early.
+        TruncatedImageError: voxels are missing, or a compressed stream is damaged.
     """
     metaimage = path.suffix.lower() in METAIMAGE_ENDINGS
-    packed = _metaimage(path, header, components) if metaimage else _nrrd(path, header)
-    if packed is None:
+    stored = _metaimage(path, header, components) if metaimage else _nrrd(path, header)
+    if stored is None:
         return None
-    size = int(np.prod(packed.shape, dtype=np.int64)) * packed.dtype.itemsize
-    try:
-        with packed.file.open("rb") as stream:
-            stream.seek(packed.offset)
-            raw, found = fill(inflated(stream, packed.file), b"", size)
-    except OSError as error:
-        raise ImageError(f"The data file cannot be read ({error.strerror})", where=packed.file) from error
-    if found < size:
-        raise damaged(packed.file, f"{found} of {size} bytes of voxels")
-    array = raw.view(packed.dtype).astype(header.dtype, copy=False).reshape(packed.shape)
-    if packed.channel_axis is not None:
-        array = np.moveaxis(array, packed.channel_axis, 0)
+    size = math.prod(stored.shape) * stored.dtype.itemsize
+    count = len(stored.files)
+    if count not in [math.prod(stored.shape[:axes]) for axes in range(len(stored.shape))]:  # per volume, plane or line
+        raise damaged(path, f"{count} data files for {' x '.join(map(str, stored.shape[::-1]))} voxels")
+    parts = [_bytes_of(file, stored, size // count) for file in stored.files]
+    raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    array = raw.view(stored.dtype).astype(header.dtype, copy=False).reshape(stored.shape)
+    if stored.channel_axis is not None:
+        array = np.moveaxis(array, stored.channel_axis, 0)
     return np.ascontiguousarray(array).reshape(header.channels, *header.grid.shape_zyx)
+
+
+def _bytes_of(file: Path, stored: _Stored, size: int) -> np.ndarray:
+    try:
+        with file.open("rb") as stream:
+            stream.seek(stored.offset)
+            chunks = inflated(stream, file) if stored.compressed else iter(lambda: stream.read(CHUNK), b"")
+            raw, found = fill(chunks, b"", size)
+    except OSError as error:
+        raise ImageError(f"The data file cannot be read ({error.strerror})", where=file) from error
+    if found < size:
+        raise damaged(file, f"{found} of {size} bytes of voxels")
+    return raw
 
 
 def metaimage_spacing(path: Path) -> list[float]:
@@ -80,32 +94,38 @@ def metaimage_spacing(path: Path) -> list[float]:
     return [*numbers, 1.0, 1.0, 1.0][:3]
 
 
-def _metaimage(path: Path, header: ImageHeader, components: int) -> _Compressed | None:
+def _metaimage(path: Path, header: ImageHeader, components: int) -> _Stored | None:
     fields, offset = _metaimage_fields(path)
-    data = fields.get("ElementDataFile", "")
-    local = data.upper() == "LOCAL"
+    files = tuple(data_files(path))
     vector = components > 1
     shape = header.grid.shape_zyx
     shape = (*shape, components) if vector else (header.channels, *shape)
     stored = np.dtype("float64") if fields.get("ElementType") == "MET_DOUBLE" else np.dtype(header.dtype)
-    if fields.get("CompressedData", "").lower() != "true":
-        size = int(np.prod(shape, dtype=np.int64)) * stored.itemsize
-        if local and path.stat().st_size - offset < size:
-            raise damaged(path, f"{path.stat().st_size - offset} of {size} bytes of voxels")
-        return None
-    if data == "LIST" or "%" in data:
+    compressed = fields.get("CompressedData", "").lower() == "true"
+    skipped = fields.get("HeaderSize", "0")
+    if not compressed and (fields.get("BinaryData", "").lower() == "false" or not skipped.isdecimal()):
+        return None  # text, or voxels at the end of a file
+    if files:
+        offset = 0 if compressed else int(skipped)
+    one = files[0] if files else path
+    several = len(files) > 1 or fields.get("ElementDataFile", "").upper().startswith("LIST")
+    if not compressed and not several:
+        size = math.prod(shape) * stored.itemsize
+        if one.stat().st_size - offset < size:
+            raise damaged(one, f"{one.stat().st_size - offset} of {size} bytes of voxels")
         return None
     most = (fields.get(k, "").lower() for k in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"))
-    return _Compressed(
-        file=path if local else path.parent / data,
-        offset=offset if local else 0,
+    return _Stored(
+        files=files or (path,),
+        offset=offset,
+        compressed=compressed,
         dtype=stored.newbyteorder(">" if "true" in most else "<"),
         shape=shape,
         channel_axis=3 if vector else 0,
     )
 
 
-def _nrrd(path: Path, header: ImageHeader) -> _Compressed | None:
+def _nrrd(path: Path, header: ImageHeader) -> _Stored | None:
     fields, length = _nrrd_fields(path)
     attached = not {"data file", "datafile", "line skip", "byte skip", "lineskip", "byteskip"} & fields.keys()
     if not length or not attached or fields.get("encoding", "") not in ("gzip", "gz"):
@@ -117,9 +137,10 @@ def _nrrd(path: Path, header: ImageHeader) -> _Compressed | None:
         return None
     stored = np.dtype("float64") if fields.get("type") == "double" else np.dtype(header.dtype)
     last = len(sizes) - 1
-    return _Compressed(
-        file=path,
+    return _Stored(
+        files=(path,),
         offset=length,
+        compressed=True,
         dtype=stored.newbyteorder(">" if fields.get("endian", "").strip() == "big" else "<"),
         shape=sizes[::-1],
         channel_axis=last - channels[0] if channels else None,
