@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from rfmedsam2.cli.command import command, layout_of, tell, tell_json
-from rfmedsam2.cli.flags import AsJson, ModelChoice, PhantomSize, Root
+from rfmedsam2.cli.flags import AsJson, ModelChoice, Root
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhantomSize:
+    """What is made; the same seed gives the same dataset."""
+
+    cases: Annotated[int, arg(help="Number of labeled training cases.")] = 8
+    test_cases: Annotated[int, arg(help="Number of test cases, with labels in a folder beside.")] = 2
+    shape: Annotated[tuple[int, int, int], arg(help="Largest shape z y x, in voxels.")] = (40, 96, 96)
+    modality: Annotated[Literal["ct", "mr"], arg(help="CT with contrast phases, or MR with a bias field.")] = "ct"
+    seed: Annotated[int, arg(help="Seed of everything random.")] = 0
 
 
 def make_phantom(

@@ -1,4 +1,4 @@
-"""Flags of the volume commands, one by one, and the groups that several files of commands share.
+"""Flags of the volume commands, one by one, and the choice of a model.
 
 A flag keeps its name whatever its group is: `--step-size`, not `--tiles.step-size`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import arg
 
@@ -54,14 +54,3 @@ class ModelChoice:
         layout = layout_of(self.root)
         named = {"dataset": self.dataset, "plan": self.plan, "configuration": self.configuration}
         return resolve.trained_model(layout, os.environ, **named).folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhantomSize:
-    """What is made; the same seed gives the same dataset."""
-
-    cases: Annotated[int, arg(help="Number of labeled training cases.")] = 8
-    test_cases: Annotated[int, arg(help="Number of test cases, with labels in a folder beside.")] = 2
-    shape: Annotated[tuple[int, int, int], arg(help="Largest shape z y x, in voxels.")] = (40, 96, 96)
-    modality: Annotated[Literal["ct", "mr"], arg(help="CT with contrast phases, or MR with a bias field.")] = "ct"
-    seed: Annotated[int, arg(help="Seed of everything random.")] = 0

@@ -11,7 +11,7 @@ from tyro.conf import arg
 from rfmedsam2.cli.command import command, tell, tell_json
 from rfmedsam2.cli.flags import AsJson
 from rfmedsam2.errors import UsageError
-from segment_anything_hq.cli.flags import DetectedBoxes, NetworkChoice
+from segment_anything_hq.cli.flag_groups import DetectedBoxes, NetworkChoice
 
 
 def evaluate_coco(

@@ -10,7 +10,7 @@ from tyro.conf import arg
 from rfmedsam2.cli.command import command, say, tell, tell_json
 from rfmedsam2.cli.flags import AsJson
 from rfmedsam2.errors import UsageError, sentences
-from segment_anything_hq.cli.flags import EvaluatedData, NetworkChoice, Protocols
+from segment_anything_hq.cli.flag_groups import EvaluatedData, NetworkChoice, Protocols
 
 if TYPE_CHECKING:
     from segment_anything_hq.data.datasets import ImageSet

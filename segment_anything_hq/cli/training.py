@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rfmedsam2.cli.command import command, end_if_stopped, say, tell
-from segment_anything_hq.cli.flags import RefinerPlanChoice, RefinerRun, TrainedNetwork, TrainingData
+from segment_anything_hq.cli.flag_groups import RefinerPlanChoice, RefinerRun, TrainedNetwork, TrainingData
 
 if TYPE_CHECKING:
     from segment_anything_hq.data.datasets import ImageSet
