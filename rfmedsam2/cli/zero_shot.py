@@ -14,6 +14,7 @@ from rfmedsam2.cli.flag_groups import StudiedData, StudiedModels, StudiedPrompts
 from rfmedsam2.cli.flags import AsJson
 
 if TYPE_CHECKING:
+    from rfmedsam2.records.report import Interval
     from rfmedsam2.records.study import PromptStudy
 
 
@@ -63,14 +64,22 @@ def _show(study: PromptStudy) -> None:
 
     numbers = range(1, len(study.rows) + 1)
     rows = [
-        (n, row.model, row.prompts, row.prompted, row.step2, row.mean.mean)
+        (n, row.model, row.prompts, row.prompted, row.step2, _counted(row.mean, study))
         for n, row in zip(numbers, study.rows, strict=True)
     ]
     title = f"DSC, {study.dataset}, {len(study.cases)} case(s)"
     table(title, ("", "model", "prompt", "prompted slices", "Step 2 on", "DSC"), rows)
-    classes = [(name, *(row.classes[name].mean for row in study.rows)) for name in study.rows[0].classes]
+    classes = [(name, *(_counted(row.classes[name], study) for row in study.rows)) for name in study.rows[0].classes]
     table("DSC by class", ("class", *map(str, numbers)), classes)
     tell(f"Shown: {study.window}. Seconds: {', '.join(f'{s:g} {Path(p).name}' for p, s in study.seconds.items())}")
+
+
+def _counted(mean: Interval, study: PromptStudy) -> str | None:
+    """A mean over cases, with the number of cases that it counts if that is not all of them."""
+    if mean.mean is None:
+        return None
+    every = len(study.cases)
+    return f"{mean.mean:.4f}" + (f" ({mean.cases} of {every})" if mean.cases < every else "")
 
 
 prompt_study_command = command(prompt_study)

@@ -7,6 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from support.commands import run_error, run_ok
@@ -67,6 +69,18 @@ def test_of_several_channels_the_first_is_shown_and_said(raw_root, nano, tmp_pat
     assert json.loads(second.out)["channels"] == ["T2"]
     assert "Note: using" not in second.err
     assert json.loads(second.out)["cases"] == [id]
+
+
+def test_a_mean_of_fewer_cases_says_so(raw_root, root_of, nano) -> None:
+    root = root_of(raw_root)
+    label = min((root / "raw").glob("*/labelsTr/*"))
+    image = nib.load(label)
+    voxels = np.asarray(image.dataobj)
+    nib.save(nib.Nifti1Image(np.where(voxels == 6, 0, voxels).astype(np.uint8), image.affine), label)  # no liver
+    words = ("--sam2", nano, "--frame-size", 64, "--cases", 2, "--prompts", "box", "--prompted", "one", "--root", root)
+    rows = {line.split()[0]: line for line in run_ok("prompt_study", *words).out.splitlines() if line.strip()}
+    assert rows["liver"].count("(1 of 2)") == 2
+    assert "of 2" not in rows["spleen"]
 
 
 def test_bad_input_gets_sentences(raw_root, nano, tmp_path) -> None:
