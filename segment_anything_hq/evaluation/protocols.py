@@ -34,6 +34,7 @@ THRESHOLD = 0.5
 
 IOU = Column(name="iou", title="mIoU", meaning="Mean intersection over union", unit="%", scale=100)
 BOUNDARY_IOU = Column(name="boundary_iou", title="mBIoU", meaning="Mean boundary IoU", unit="%", scale=100)
+SAMPLES = Column(name="samples", title="Samples", meaning="Objects that the means count", digits=0)
 SAMPLE_COLUMNS = (
     Column(name="boundary_iou", title="BIoU", meaning="Boundary IoU", unit="%", scale=100),
     Column(name="iou", title="IoU", meaning="Intersection over union", unit="%", scale=100),
@@ -264,15 +265,16 @@ def _result(
     rule: PromptRule, sets: Sequence[ImageSet], scores: list[SampleScore], kept: WorstK, skipped: list[Fault]
 ) -> ProtocolResult:
     columns = (IOU, BOUNDARY_IOU)
+    of_set = {images.name: [s.values for s in scores if s.set == images.name] for images in sets}
     by_set = {
-        images.name: {c.name: mean([s.values[c.name] or 0.0 for s in scores if s.set == images.name]) for c in columns}
-        for images in sets
+        name: {c.name: mean([v[c.name] or 0.0 for v in found]) for c in columns} for name, found in of_set.items()
     }
+    overall = {c.name: mean([metrics[c.name] for metrics in by_set.values()]) for c in columns}
     return ProtocolResult(
         protocol=f"Prompts: {rule.description}; masks at original image size, boundaries of 2 % of the diagonal.",
-        columns=columns,
-        sets=by_set,
-        overall={c.name: mean([metrics[c.name] for metrics in by_set.values()]) for c in columns},
+        columns=(*columns, SAMPLES),
+        sets={name: metrics | {SAMPLES.name: len(of_set[name])} for name, metrics in by_set.items()},
+        overall=overall | {SAMPLES.name: len(scores)},
         overall_rule="mean over the sets",
         sample_columns=SAMPLE_COLUMNS,
         samples=tuple(scores),

@@ -192,7 +192,7 @@ def test_impossible_click_protocols_are_errors() -> None:
 
 def test_ground_truth_boxes_segment_squares_perfectly(squares: ImageSet) -> None:
     found = evaluate_prompted(Painter(), [squares], BoxRule())
-    assert found.overall == {"iou": 1.0, "boundary_iou": 1.0}
+    assert found.overall == {"iou": 1.0, "boundary_iou": 1.0, "samples": 3}
     assert mask_box(square()).tolist() == [0, 0, 9, 9]
     with pytest.raises(UsageError, match="mask is empty"):
         mask_box(square(value=0))
@@ -252,6 +252,8 @@ def test_empty_masks_are_skipped_and_named(squares: ImageSet) -> None:
     ):
         assert [str(f) for f in found.skipped] == ["squares & more b: the mask is empty"]
         assert [s.id for s in found.samples] == ["a", HOSTILE]
+        assert found.overall["samples"] == found.sets[squares.name]["samples"] == 2
+        assert "samples" in [column.name for column in found.columns]
 
 
 def test_sets_without_samples_or_of_one_name_are_refused(squares: ImageSet) -> None:
