@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.sequence import Sequence as Items
 
 from rfmedsam2.errors import DatasetError
 from rfmedsam2.pipeline.datasets.verify import examine_case, verify
@@ -17,6 +18,8 @@ from rfmedsam2.records.plan import Split
 from rfmedsam2.records.verify import VerifyReport
 from rfmedsam2.store import images
 from rfmedsam2.store.raw import open_dataset
+from tests.support.dicom_series import ct_slice, item, save_series
+from tests.support.dicom_series import save as save_dicom
 
 RNG = np.random.default_rng(0)
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
@@ -275,6 +278,19 @@ def test_file_that_is_listed_but_not_there_is_told_once(maker: Maker) -> None:
     }
     maker.fields["dataset"] = listed
     assert [(c, k) for c, k, s in kinds(maker.report()) if s == "error"] == [("lost", "missing-image")]
+
+
+def test_dicom_segmentation_as_a_label_is_named_for_what_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "Dataset002_Dicom"
+    save_series(folder / "imagesTr" / "a_0000", ct_slice)
+    segments = Items([item(SegmentLabel="liver")])
+    save_dicom(folder / "labelsTr" / "a.dcm", ct_slice(Modality="SEG", SegmentSequence=segments))
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".dcm"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    (fault,) = verify(open_dataset(folder)).errors
+    assert fault.kind == "unreadable"
+    assert "segmentation (DICOM-SEG)" in fault.message
+    assert "1 segment(s): liver" in fault.message
 
 
 def test_raw_dicom_folders_are_verified_against_their_labels(data_root: Path, tmp_path: Path) -> None:
