@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from rfmedsam2.engine.checkpoint import differences
 from rfmedsam2.errors import CheckpointError, DatasetError, StoreError, UsageError, shortlist
 from rfmedsam2.pipeline.preprocessing.case_source import Changes, changes_since
+from rfmedsam2.records.case import CaseRecord
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.store.checkpoint_header import FINAL, LATEST, read_header
@@ -38,7 +39,6 @@ def require_preprocessed(
         StoreError: preprocessed cases are damaged.
         ImageError: a raw file is missing or cannot be read.
     """
-    again = f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {stage} with the options that made {plan.name}"
     wanted, there = sorted({*split.train, *split.val}), set(store.ids())
     missing = [name for name in wanted if name not in there]
     if missing:
@@ -46,7 +46,7 @@ def require_preprocessed(
             f"{len(missing)} of {len(wanted)} cases are not preprocessed",
             where=store.folder,
             found=f"none of {shortlist(missing)}",
-            remedy=again,
+            remedy=_again(plan, stage),
         )
     # a copied dataset has new modification times: then all files are read once
     sound = map_cases(
@@ -62,14 +62,30 @@ def require_preprocessed(
         )
     records = {name: store.open(name).record for name in wanted}
     if raw is not None:
-        _require_same_labels(raw, plan, again)
-        changes = _changes(raw, wanted, store, plan, stage, track)
-        _require_same_sources(changes, len(wanted), store.folder, again)
-        _warn_of_new_cases(raw, wanted, there)
+        require_current(records, raw, plan, stage, where=store.folder, track=track)
+        _warn_of_new_cases(raw, there)
     contents = {name: record.contents for name, record in records.items()}
     return TrainedCases(
         train={name: contents[name] for name in split.train}, val={name: contents[name] for name in split.val}
     )
+
+
+def require_current(
+    records: Mapping[str, CaseRecord], raw: RawDataset, plan: Plan, stage: str, *, where: Path, track: Track
+) -> None:
+    """Check that cases were made from the raw files, `dataset.json` and the plan as they are.
+
+    Raises:
+        DatasetError: dataset.json does not match the plan.
+        UsageError: files or settings have changed; names the cases.
+        ImageError: a raw file is missing or cannot be read.
+    """
+    _require_same_labels(raw, plan, _again(plan, stage))
+    _require_same_sources(_changes(raw, records, plan, stage, track), len(records), where, _again(plan, stage))
+
+
+def _again(plan: Plan, stage: str) -> str:
+    return f"Run rfmed_plan_and_preprocess -d {plan.dataset} -c {stage} with the options that made {plan.name}"
 
 
 def require_same_cases(folder: Path, cases: TrainedCases) -> None:
@@ -128,11 +144,11 @@ def _require_same_labels(raw: RawDataset, plan: Plan, again: str) -> None:
 
 
 def _changes(
-    raw: RawDataset, wanted: Sequence[str], store: CaseStore, plan: Plan, stage: str, track: Track
+    raw: RawDataset, records: Mapping[str, CaseRecord], plan: Plan, stage: str, track: Track
 ) -> dict[str, Changes]:
-    cases = [case for case in raw.training if case.id in set(wanted)]
+    cases = [case for case in raw.training if case.id in records]
     found = map_cases(
-        lambda case: changes_since(store.open(case.id).record, case, plan, stage),
+        lambda case: changes_since(records[case.id], case, plan, stage),
         cases,
         workers=CHECKS_AT_ONCE,
         name=lambda case: case.id,
@@ -162,19 +178,19 @@ def _require_same_sources(changes: dict[str, Changes], total: int, where: Path, 
     unknown = [name for name, change in changes.items() if change.unknown]
     if unknown:
         logger.warning(
-            "The files of %d cases have new modification times, and version 0.1, which preprocessed them, kept nothing "
-            "else to compare them by (%s). If they were changed, run rfmed_plan_and_preprocess again.",
+            "The files of %d case(s) have new modification times, and version 0.1, which preprocessed them, kept "
+            "nothing else to compare them by (%s). If they were changed, run rfmed_plan_and_preprocess again.",
             len(unknown),
             shortlist(unknown),
         )
 
 
-def _warn_of_new_cases(raw: RawDataset, wanted: Sequence[str], preprocessed: set[str]) -> None:
-    new = [case.id for case in raw.training if case.id not in preprocessed and case.id not in set(wanted)]
+def _warn_of_new_cases(raw: RawDataset, preprocessed: Collection[str]) -> None:
+    new = [case.id for case in raw.training if case.id not in preprocessed]
     if new:
         logger.warning(
-            "%d cases were added to the raw dataset after it was planned and are in no fold (%s). To use them, delete "
-            "splits_final.json and run rfmed_plan_and_preprocess again.",
+            "%d case(s) were added to the raw dataset after it was planned and are in no fold (%s). To use them, "
+            "delete splits_final.json and run rfmed_plan_and_preprocess again.",
             len(new),
             shortlist(new),
         )

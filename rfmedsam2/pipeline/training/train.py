@@ -24,7 +24,7 @@ from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
 from rfmedsam2.pipeline.evaluation.report import write_report
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
-from rfmedsam2.pipeline.training.case_checks import require_preprocessed, require_same_cases
+from rfmedsam2.pipeline.training.case_checks import require_current, require_preprocessed, require_same_cases
 from rfmedsam2.pipeline.training.memory_check import check_memory
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
@@ -143,6 +143,10 @@ def train(
         if runtime.is_main:
             progress_png(folder)
             if progress.status == "finished":
+                if options.validate and (raw := _raw_dataset(layout, plan, needed=True)) is not None:
+                    # training takes hours, in which somebody may have corrected labels
+                    scored = {name: store.open(name).record for name in split.val}
+                    require_current(scored, raw, plan, stage, where=store.folder, track=silent)
                 evaluation = _finish(layout, plan, folder, split, runtime, options, track)
     return TrainResult(folder=folder, progress=progress, evaluation=evaluation, seconds=time.monotonic() - began)
 

@@ -12,6 +12,7 @@ from support.changed_labels import relabel
 from support.commands import PLANNING, run_error, run_ok
 
 from rfmedsam2.pipeline.prediction.model_archive import export_model
+from rfmedsam2.pipeline.training import train as pipeline
 from rfmedsam2.store.archive import unpack_archive
 from rfmedsam2.store.checkpoint_header import read_record_of
 
@@ -101,6 +102,23 @@ def test_a_changed_label_is_noticed_before_training_and_after_preprocessing(root
     run_ok(*training(root, "--no-validate", fold=1))
 
 
+def test_labels_that_change_during_a_training_are_not_scored(root, monkeypatch):
+    real = pipeline.fit
+
+    def fit(*arguments, **named):
+        progress = real(*arguments, **named)
+        relabel(root / "raw" / DATASET, splits_of(root)[1]["val"][0])
+        return progress
+
+    monkeypatch.setattr(pipeline, "fit", fit)
+    sentence = run_error(*training(root, fold=1))
+    assert "have changed since they were preprocessed" in sentence
+    folder = root / FOLD.parent / "fold_1"
+    assert (folder / "checkpoint_final.safetensors").is_file()
+    assert not (folder / "validation").exists()
+    assert not (folder / "report.html").exists()
+
+
 def test_touched_files_are_the_same_files(root, caplog):
     before = results(root)
     for path in (*(root / "raw").rglob("*.*"), *(root / CASES).iterdir()):
@@ -150,7 +168,7 @@ def test_new_cases_are_told_and_lost_ones_refused(root, caplog):
     shutil.copy(raw / "imagesTr" / "phantom_001_0000.nii.gz", raw / "imagesTr" / "new_0000.nii.gz")
     shutil.copy(raw / "labelsTr" / "phantom_001.nii.gz", raw / "labelsTr" / "new.nii.gz")
     run_ok(*training(root, "--no-validate"))
-    assert "1 cases were added to the raw dataset after it was planned and are in no fold (new)" in caplog.text
+    assert "1 case(s) were added to the raw dataset after it was planned and are in no fold (new)" in caplog.text
     assert "not preprocessed" in run_error(*training(root, fold="all"))
     for path in (*raw.rglob("new*"), *raw.rglob("phantom_003*")):
         path.unlink()
