@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from rfmedsam2.errors import ImageError
 from rfmedsam2.store.formats.image_header import require_ordinary_file
@@ -12,7 +13,7 @@ from rfmedsam2.store.formats.image_header import require_ordinary_file
 _METAIMAGE = (".mhd", ".mha")
 _NRRD = (".nhdr", ".nrrd")
 _MOST_FILES = 100_000  # a pattern with a damaged range shall not fill the memory
-_LONGEST_HEADER = 1 << 20
+_LONGEST_HEADER, _LONGEST_LINE = 16 << 20, 1 << 16  # bytes
 
 
 def data_files(path: Path) -> list[Path]:
@@ -25,48 +26,51 @@ def data_files(path: Path) -> list[Path]:
     if ending not in (*_METAIMAGE, *_NRRD):
         return []
     require_ordinary_file(path)
+    names = _metaimage_names if ending in _METAIMAGE else _nrrd_names
+    found = []
     try:
         with path.open("rb") as stream:
-            head = stream.read(_LONGEST_HEADER)
+            for name in names(_lines(stream)):
+                found.append(path.parent / name)
+                if len(found) > _MOST_FILES:
+                    raise ImageError("The header names too many data files", where=path, remedy="Convert it again")
     except OSError as error:
         raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from error
-    names = _metaimage_names(head) if ending in _METAIMAGE else _nrrd_names(head)
-    found = []
-    for name in names:
-        found.append(path.parent / name)
-        if len(found) > _MOST_FILES:
-            raise ImageError("The header names too many data files", where=path, remedy="Convert the file again")
     return found
 
 
-def _metaimage_names(head: bytes) -> Iterator[str]:
+def _lines(stream: BinaryIO) -> Iterator[str]:
+    """Lines of a header; the voxels after it are not read."""
+    while stream.tell() < _LONGEST_HEADER and (line := stream.readline(_LONGEST_LINE)):
+        yield line.decode("latin-1").strip()
+
+
+def _metaimage_names(lines: Iterator[str]) -> Iterator[str]:
     """Names in ElementDataFile, the last field: a file, LIST and one name per line, or a pattern with its range."""
-    lines = head.split(b"\n")
-    for number, line in enumerate(lines):
-        key, _, value = line.decode("latin-1").partition("=")
+    for line in lines:
+        key, _, value = line.partition("=")
         if key.strip() == "ElementDataFile":
-            yield from _names(value.strip(), following=lines[number + 1 :], local="LOCAL")
+            yield from _names(value.strip(), following=lines, local="LOCAL")
             return
 
 
-def _nrrd_names(head: bytes) -> Iterator[str]:
+def _nrrd_names(lines: Iterator[str]) -> Iterator[str]:
     """Names in the field "data file": a file, LIST and one name per line, or a pattern with its range."""
-    lines = head.split(b"\n")
-    for number, line in enumerate(lines):
-        if not line.strip():
+    for line in lines:
+        if not line:
             return  # the voxels follow
-        key, _, value = line.decode("latin-1").partition(":")
+        key, _, value = line.partition(":")
         if key.strip().lower() in ("data file", "datafile"):
-            yield from _names(value.strip(), following=lines[number + 1 :], local="")
+            yield from _names(value.strip(), following=lines, local="")
             return
 
 
-def _names(value: str, *, following: Sequence[bytes], local: str) -> Iterator[str]:
+def _names(value: str, *, following: Iterator[str], local: str) -> Iterator[str]:
     words = value.split()
-    if value.upper() == local.upper() or not words:
+    if value.upper() == local or not words:
         return
     if words[0].upper() == "LIST":
-        yield from (name for line in following if (name := line.decode("latin-1").strip()))
+        yield from filter(None, following)
     elif "%" in words[0] and len(words) >= 3 and all(re.fullmatch(r"-?\d+", word) for word in words[1:3]):
         step = int(words[3]) if len(words) > 3 and re.fullmatch(r"\d+", words[3]) else 1
         for number in range(int(words[1]), int(words[2]) + 1, max(step, 1)):

@@ -161,10 +161,14 @@ def _metaimage_fields(path: Path) -> tuple[dict[str, str], int]:
 
 def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
     """Header fields of an NRRD file, and the length of its header with the blank line; 0 if there is no such line."""
-    head = _head(path, _NRRD_HEADER_LIMIT)
-    text, blank, _ = head.partition(b"\n\n")
-    if not blank:
-        text, blank, _ = head.partition(b"\r\n\r\n")
+    text, blank, head = b"", b"", b""
+    for limit in (_HEADER_LIMIT, _NRRD_HEADER_LIMIT):
+        head = _head(path, limit)
+        ends = [(at, end) for end in (b"\n\n", b"\r\n\r\n") if (at := head.find(end)) >= 0]
+        if ends:
+            at, blank = min(ends)
+            text = head[:at]
+            break
     lines = text.decode("latin-1").splitlines()[1:]
     fields = dict(line.split(": ", 1) for line in lines if ": " in line and not line.startswith("#"))
     return fields, len(text) + len(blank) if blank and head.startswith(_NRRD_MAGIC) else 0

@@ -24,6 +24,7 @@ from rfmedsam2.system.atomic import read_record, write_record
 RASTER_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
 _STACKS = (".tif", ".tiff")
 _FORMATS = ("PNG", "BMP", "TIFF")  # some of Pillow's other decoders start external programs
+_PNG = b"\x89PNG\r\n\x1a\n"
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _MODES = {
     "1": (1, "uint8"),
@@ -121,6 +122,10 @@ def read_pillow(path: Path) -> tuple[np.ndarray, ImageHeader]:
 def stored_indices(path: Path) -> np.ndarray | None:
     """The values (1,Z,Y,X) stored in a palette or 1-bit image, which readers turn into colors, else None."""
     try:
+        with path.open("rb") as stream:
+            start = stream.read(26)
+        if start.startswith(_PNG) and start[25:] != b"\3" and start[24:25] != b"\1":
+            return None  # neither a palette nor one bit; the look is much faster than Pillow's
         with Image.open(path, formats=_FORMATS) as image:
             if image.mode not in ("P", "1"):
                 return None
