@@ -56,7 +56,8 @@ class Prediction:
         if self.header is None or self.header.nifti is None:
             return self.to_volume().to_nibabel()
         raw = label_header(self.header, self.labels)
-        return nib.Nifti1Image(self.labels.T, raw.get_best_affine(), raw, dtype=self.labels.dtype)
+        voxels = self.labels[0].T if self.header.flat else self.labels.T
+        return nib.Nifti1Image(voxels, raw.get_best_affine(), raw, dtype=self.labels.dtype)
 
     def to_sitk(self) -> sitk.Image:
         """The labels as a SimpleITK image with the image's geometry."""

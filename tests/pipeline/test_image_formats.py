@@ -114,6 +114,24 @@ def test_datasets_of_flat_images_are_planned_and_preprocessed(tmp_path: Path, wr
     assert len(list((tmp_path / "preprocessed").rglob("c*.b2nd"))) >= 4
 
 
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("micron", 1000), ("meter", 0.001)])
+def test_scores_are_in_mm_whatever_the_unit_of_the_files(tmp_path: Path, unit: str, factor: float) -> None:
+    """A cube of 7 x 7 x 7 voxels of 1 x 1 x 2 mm, predicted one voxel further along x; predictions are in mm."""
+    cube = np.zeros((20, 22, 24), np.uint8)
+    cube[5:12, 6:13, 7:14] = 1
+    for part, array, scale, name in (("p", np.roll(cube, 1, 0), 1, "mm"), ("g", cube, factor, unit)):
+        image = nib.Nifti1Image(array, np.diag([scale, scale, 2 * scale, 1]))
+        image.header.set_xyzt_units(name)
+        (tmp_path / part).mkdir()
+        nib.save(image, tmp_path / part / "a.nii.gz")
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "cube": 1}, "file_ending": ".nii.gz"}
+    (tmp_path / "g" / "dataset.json").write_text(json.dumps(content))
+    run_ok("evaluate", "-p", tmp_path / "p", "-g", tmp_path / "g", "-o", tmp_path / "s")
+    (case,) = json.loads((tmp_path / "s" / "metrics.json").read_text())["cases"]
+    assert case["classes"]["cube"]["hd95_mm"] == pytest.approx(1)
+    assert case["classes"]["cube"]["reference_ml"] == pytest.approx(0.686)
+
+
 def write_model(folder: Path, plan: Plan) -> Predictor:
     from rfmedsam2 import models
     from rfmedsam2.records.checkpoint import CheckpointRecord

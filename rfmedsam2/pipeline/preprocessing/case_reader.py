@@ -21,6 +21,7 @@ from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.images import image_files, read_header
 from rfmedsam2.store.orientation import reoriented
 from rfmedsam2.store.raw import RawDataset
+from rfmedsam2.system.ordinary_files import require_ordinary
 from rfmedsam2.volume import Volume
 
 
@@ -248,7 +249,7 @@ def source_files(case: Case, known: Mapping[str, SourceFile] | None = None) -> d
         # an image and its label may have the same name
         name = path.name if path.name not in found else f"{path.name} ({len(found) + 1})"
         try:
-            status, before = path.stat(), (known or {}).get(name)
+            status, before = require_ordinary(path), (known or {}).get(name)
             same = before is not None and (before.size, before.modified_ns) == (status.st_size, status.st_mtime_ns)
             # the time is taken before the contents: a later change is noticed
             sha256 = before.sha256 if before is not None and same else _sha256(path)
@@ -275,7 +276,7 @@ def files_digest(case: Case) -> str:
     digest = hashlib.sha256()
     for path in _files(case):
         try:
-            status = path.stat()
+            status = require_ordinary(path)
         except OSError as error:
             raise ImageError(f"A file of case {case.id} cannot be accessed ({error.strerror})", where=path) from error
         digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 from pydantic import ConfigDict
 
-from rfmedsam2.errors import ImageError
+from rfmedsam2.errors import ImageError, RecordError, UsageError
 from rfmedsam2.geometry import Grid, Triple
 from rfmedsam2.records.base import Record
 from rfmedsam2.store.formats.decompression import damaged
@@ -76,8 +76,22 @@ def stack_spacing(path: Path) -> Triple | None:
 
 
 def write_stack_spacing(path: Path, spacing_zyx_mm: Triple) -> None:
-    """Write the JSON with the spacing of the stack `path`, atomically."""
-    write_record(path.with_suffix(".json"), StackSpacing(spacing=spacing_zyx_mm))
+    """Write the JSON with the spacing of the stack `path`, atomically.
+
+    Raises:
+        UsageError: a JSON file of this name holds something else.
+    """
+    beside = path.with_suffix(".json")
+    if beside.exists():
+        try:
+            read_record(beside, StackSpacing)
+        except RecordError as error:
+            raise UsageError(
+                "The spacing of a stack belongs into a file that holds something else",
+                where=beside,
+                remedy="Move that file, or choose another folder",
+            ) from error
+    write_record(beside, StackSpacing(spacing=spacing_zyx_mm))
 
 
 def is_for_pillow(path: Path) -> bool:

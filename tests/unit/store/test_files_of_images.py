@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from PIL import Image
 
-from rfmedsam2.errors import GeometryError, ImageError, RecordError
+from rfmedsam2.errors import GeometryError, ImageError, RecordError, UsageError
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.store.case_files import Case, list_images
 from rfmedsam2.store.formats.image_header import TruncatedImageError, grids_differ
@@ -178,6 +178,15 @@ def test_labels_of_a_stack_are_written_with_their_spacing(tmp_path: Path) -> Non
     label, found = read_label(tmp_path / "out" / "c.tif")
     np.testing.assert_array_equal(label.array[0], ARRAY % 3)
     assert found.grid == header.grid
+
+
+def test_a_json_that_is_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    header = read_header(stack(tmp_path / "c_0000.tif"))
+    (tmp_path / "d.json").write_text('{"notes": "by hand"}')
+    with pytest.raises(UsageError, match=r"holds something else.*d\.json"):
+        write_label(tmp_path / "d.tif", ARRAY % 3, header)
+    assert (tmp_path / "d.json").read_text() == '{"notes": "by hand"}'
+    assert not (tmp_path / "d.tif").exists()
 
 
 @pytest.mark.parametrize("values", [(1, 2), (1, 0, 1), (1, -1, 1), "1 1 1", None, (1, float("nan"), 1)])
