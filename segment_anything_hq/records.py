@@ -11,6 +11,7 @@ from typing_extensions import Self
 from rfmedsam2.records.base import Record, VersionedRecord, renamed
 from rfmedsam2.records.checkpoint import TrainedRecord
 from rfmedsam2.records.plan import TrainConfig
+from rfmedsam2.system.file_names import FileName
 from segment_anything_hq.choices import Backbone, Method, ZeroShot
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -132,7 +133,7 @@ class RefinerRecord(TrainedRecord):
 class PredictedObject(Record):
     """One predicted mask."""
 
-    file: str
+    file: FileName
     """Name of the mask file, a PNG beside predictions.json: 255 object, 0 background."""
     image: str
     """File name of the image."""
@@ -179,7 +180,7 @@ class ResultRecord(Record):
     """How `overall` is computed, in words."""
     skipped: tuple[str, ...]
     """Samples that could not be evaluated, with the reason."""
-    csv: str
+    csv: FileName
     """Name of the file with the results of every sample."""
     seconds: float
 

@@ -19,7 +19,7 @@ MOST_FILES = 15
 # line import each other.
 VOLUMES = (
     "errors choices version",
-    "geometry prompts system",
+    "arrays geometry prompts system",
     "records",
     "extensions volume",
     "losses metrics nn store transforms",
@@ -218,6 +218,16 @@ def test_imports_stand_at_the_top_of_modules() -> None:
         *(path for path in SOURCES if "cli" in path.relative_to(ROOT).with_suffix("").parts),
     }
     assert not offences(faults, [path for path in SOURCES if path not in free])
+
+
+def test_json_is_parsed_in_one_place() -> None:
+    def faults(path: Path) -> list[str]:
+        calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)]
+        return [f"line {c.lineno}" for c in calls if ast.unparse(c) in {"json.load", "json.loads"}]
+
+    home = ROOT / PACKAGE / "system" / "json_text.py"
+    assert faults(home)
+    assert not offences(faults, [path for path in SOURCES if path != home])
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_models
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
-from rfmedsam2.records.plan import Plan
+from rfmedsam2.records.plan import TAKEN_NAMES, Plan
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import PARTIAL, read_record
+from rfmedsam2.system.json_text import parse_json
 
 if TYPE_CHECKING:
     from rfmedsam2.store.raw import RawDataset
@@ -85,7 +85,7 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
         PlanError: the stage does not exist in the plan.
     """
     folder = layout.preprocessed / dataset
-    others = {"dataset.json", layout.splits_file(dataset).name, layout.fingerprint_file(dataset).name}
+    others = {f"{name}.json" for name in TAKEN_NAMES}
     names = sorted(path.stem for path in folder.glob("*.json") if path.name not in others and _is_plan(path))
     if wanted is None and len(names) > 1 and "rfmed" in names:
         wanted = "rfmed"
@@ -117,7 +117,7 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
 def _is_plan(path: Path) -> bool:
     """Whether a file is one of our plans, valid or damaged; not one of nnU-Net's files in the same folder."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return not path.name.startswith(PARTIAL)
     # a damaged file may lack either

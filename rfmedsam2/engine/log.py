@@ -18,6 +18,7 @@ from typing import Any
 from rfmedsam2.errors import MissingPackageError
 from rfmedsam2.system.atomic import write_text, writing_to
 from rfmedsam2.system.csv_text import write_rows
+from rfmedsam2.system.json_text import JsonError, parse_json
 
 EVENTS = "metrics.jsonl"
 TABLE = "metrics.csv"
@@ -142,9 +143,12 @@ def _lines(stream: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
         if not line.endswith(b"\n"):
             return
         try:
-            yield json.loads(line), end
-        except ValueError:
+            event = parse_json(line)
+        except JsonError:
             return
+        if not isinstance(event, dict):
+            return
+        yield event, end
 
 
 def _cut(path: Path, keep_step: int, keep_validation: bool) -> list[dict[str, Any]]:

@@ -6,13 +6,14 @@ from typing import Literal
 
 from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.prediction import PredictingModel
+from rfmedsam2.system.file_names import Name
 
 
 class ArchivedFile(Record):
     """One file in the archive."""
 
     name: str
-    """Path below the model folder, with forward slashes."""
+    """Path below the model folder, with forward slashes; `store.archive.MEMBER` says which are allowed."""
     bytes: int
     sha256: str
 
@@ -22,9 +23,9 @@ class Manifest(VersionedRecord):
 
     format: Literal[1] = 1
     kind: Literal["rfmedsam2 model"] = "rfmedsam2 model"
-    dataset: str
-    plan: str
-    stage: str
+    dataset: Name
+    plan: Name
+    stage: Name
     models: tuple[PredictingModel, ...]
     code_version: str
     created: str

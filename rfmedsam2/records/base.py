@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,8 @@ from rfmedsam2.system.json_text import JsonError, parse_json
 
 _LATER_FORMAT = "later_format"
 """pydantic's type of the error of a record that a later version has written."""
+MAX_DEPTH = 100
+"""Most brackets within brackets in a record; ours have fewer than 10."""
 
 
 class Record(BaseModel):
@@ -53,9 +55,14 @@ class Record(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: object = None) -> Self:
-        """Parse JSON text; a syntax error is reported with its line."""
+        """Parse JSON text; a syntax error is reported with its line.
+
+        Raises:
+            RecordError: not JSON, or not a record of this kind; names every faulty field.
+        """
         try:
             data = parse_json(text)
+            _require_flat(data)
         except JsonError as error:
             raise RecordError(
                 f"{cls.__name__} is not valid JSON ({error})", where=where, remedy="Correct the file or create it again"
@@ -131,6 +138,22 @@ def dump_json(value: object, indent: int = 0) -> str:
     if isinstance(value, list | tuple) and value and not _flat(value):
         return "[\n" + ",\n".join(inner + dump_json(v, indent + 2) for v in value) + "\n" + pad + "]"
     return json.dumps(value, ensure_ascii=False)
+
+
+def _require_flat(data: object) -> None:
+    """Refuse data that is nested more deeply than records are, which writing them back could not follow."""
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return
+    raise JsonError(f"brackets are nested more than {MAX_DEPTH} deep")
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _flat(values: list[Any] | tuple[Any, ...]) -> bool:

@@ -8,6 +8,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from typing_extensions import Self
 
 from rfmedsam2.records.base import Record
+from rfmedsam2.system.file_names import Name
 
 Place = Annotated[FiniteFloat, Field(ge=0)]
 
@@ -38,7 +39,7 @@ class BoxPrompt(Record):
 class BoxPromptFile(Record):
     """The file {case: [{"label": ..., "slice": ..., "box": [x0, y0, x1, y1]}, ...], ...}."""
 
-    cases: dict[str, tuple[BoxPrompt, ...]]
+    cases: dict[Name, tuple[BoxPrompt, ...]]
 
     @model_validator(mode="before")
     @classmethod

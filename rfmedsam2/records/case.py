@@ -7,6 +7,7 @@ import zlib
 from typing import Literal
 
 from rfmedsam2.records.base import Record, VersionedRecord
+from rfmedsam2.system.file_names import FileEnding, Name
 
 ThreeInts = tuple[int, int, int]
 ThreeFloats = tuple[float, float, float]
@@ -62,7 +63,7 @@ class CaseRecord(VersionedRecord):
     """The file CASE.json: written last, so that a case with a record is a finished case."""
 
     format: Literal[1] = 1
-    id: str
+    id: Name
     source: str
     """Digest of the source files and of everything in the plan that shapes the arrays."""
     sources: dict[str, SourceFile] | None = None
@@ -72,7 +73,7 @@ class CaseRecord(VersionedRecord):
     shape: ThreeInts
     geometry: CaseGeometry
     foreground: tuple[ForegroundClass, ...]
-    files: dict[str, StoredFile]
+    files: dict[FileEnding, StoredFile]
     """Suffix -> file."""
     crc32: int | None = None
     """Checksum of all other fields, see `sealed`; None in files written before it was introduced."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.plan import Plan
+from rfmedsam2.system.file_names import Name
 
 STAGE_CHANGEABLE = {"train", "validation", "inference", "compute"}
 """Fields of a Stage that may change on resume; `train` is compared separately."""
@@ -57,10 +59,16 @@ class CheckpointRecord(TrainedRecord):
     """Record of a volume model's checkpoint, whose tensors are weights and, to resume, optimizer state."""
 
     plan: Plan
-    stage: str
-    fold: str
+    stage: Name
+    fold: Name
     cases: TrainedCases | None = None
     """None in checkpoints of version 0.1, and in exported models, which name nobody's cases."""
+
+    @model_validator(mode="after")
+    def _stage_is_planned(self) -> Self:
+        if self.stage not in self.plan.stages:
+            raise ValueError(f"stage {self.stage} is not in the plan, which has {', '.join(self.plan.stages)}")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """Plan, stage and fold; the cases are compared before training begins."""

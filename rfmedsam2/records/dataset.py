@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from rfmedsam2.records.base import Record
+from rfmedsam2.system.file_names import FileEnding, Name
 
 REGION_REMEDY = "Declare larger regions before those that they contain, each with the value of what only it contains"
 
@@ -111,12 +112,12 @@ class DatasetJson(Record):
 
     channel_names: dict[str, str]
     labels: dict[str, int | tuple[int, ...]]
-    file_ending: str
+    file_ending: FileEnding
     numTraining: int | None = None  # noqa: N815 - nnU-Net's spelling
     name: str | None = None
     regions_class_order: tuple[int, ...] | None = None
     overwrite_image_reader_writer: str | None = None
-    dataset: dict[str, dict[str, Any]] | None = None
+    dataset: dict[Name, dict[str, Any]] | None = None
     groups: dict[str, str] | None = Field(default=None)
     """Our extension: case id -> patient (or other group); a group stays on one side of every split."""
 

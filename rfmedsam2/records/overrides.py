@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.records.base import Record
+from rfmedsam2.system.json_text import JsonError, parse_json
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -44,8 +44,8 @@ def with_overrides(record: RecordT, assignments: Sequence[str], *, within: str |
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except JsonError:
         return text
 
 

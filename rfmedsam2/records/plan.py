@@ -28,6 +28,7 @@ from rfmedsam2.records.model import (
     Whole,
 )
 from rfmedsam2.records.overrides import with_overrides
+from rfmedsam2.system.file_names import FileEnding, Name
 
 TAKEN_NAMES = ("dataset", "splits_final", "splits_named", "rfmed_fingerprint", "dataset_fingerprint")
 """Names of other files in the folder of plans."""
@@ -244,7 +245,7 @@ class Stage(Record):
     inference: Inference = Inference()
     compute: Compute = Compute()
     extensions: StageExtensions = StageExtensions()
-    starts_from: str | None = None
+    starts_from: Name | None = None
     """Name of the stage whose predictions are input to this one (cascade)."""
 
     @property
@@ -313,19 +314,19 @@ class Plan(VersionedRecord):
     format: Literal[2] = 2
     name: str
     """Name of the plan (file name without .json): rfmed, rfmed_cpu, nnunet ..."""
-    dataset: str
+    dataset: Name
     """Folder name of the dataset, for instance Dataset004_Hippocampus."""
     fingerprint: str
     """Digest of the fingerprint that the plan was made from."""
     channels: tuple[str, ...]
     labels: LabelSet
-    file_ending: str
+    file_ending: FileEnding
     reorient: Literal["RAS"] | None = None
     """Reorient images when reading (nnU-Net's ...WithReorient readers); undone when writing."""
     transpose_forward: tuple[int, int, int] = (0, 1, 2)
     """Planned axis i is axis transpose_forward[i] of the file's z, y, x."""
     intensities: tuple[IntensityStatistics, ...]
-    stages: dict[str, Stage]
+    stages: dict[Name, Stage]
 
     @field_validator("name")
     @classmethod
@@ -392,5 +393,5 @@ class Plan(VersionedRecord):
 class Split(Record):
     """One fold: training and validation cases (an entry of nnU-Net's splits_final.json)."""
 
-    train: tuple[str, ...]
-    val: tuple[str, ...]
+    train: tuple[Name, ...]
+    val: tuple[Name, ...]

@@ -6,12 +6,13 @@ from typing import Literal
 
 from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.system.file_names import FileName, Name
 
 
 class PredictingModel(Record):
     """One network of the ensemble."""
 
-    fold: str
+    fold: Name
     step: int
     weights_sha256: str
     checkpoint: str
@@ -21,9 +22,9 @@ class PredictingModel(Record):
 class PredictedCase(Record):
     """One predicted label map."""
 
-    file: str
+    file: FileName
     """File name of the label map, in the folder of this record."""
-    probabilities: str | None = None
+    probabilities: FileName | None = None
     """File name of the probabilities: blosc2, (K, Z, Y, X) float16."""
     inputs: tuple[str, ...]
     """Names of the image files."""
@@ -35,6 +36,8 @@ class PredictedCase(Record):
     """Seconds by phase: read, prepare, network, export, write."""
     warnings: tuple[str, ...] = ()
     """Reasons to doubt that the image is of the kind that the model was trained on."""
+    sha256: str | None = None
+    """Digest of the label map as it was written, which tells a correction by hand; None in older records."""
 
 
 PREDICTIONS = "predictions.json"
@@ -44,9 +47,9 @@ class PredictionsRecord(VersionedRecord):
     """Contents of predictions.json, in the folder of the label maps."""
 
     format: Literal[1] = 1
-    dataset: str
-    plan: str
-    stage: str
+    dataset: Name
+    plan: Name
+    stage: Name
     labels: dict[str, int | tuple[int, ...]]
     """Class name -> value in the label maps, or the values of a region."""
     regions_class_order: tuple[int, ...] | None = None
@@ -58,7 +61,7 @@ class PredictionsRecord(VersionedRecord):
     made_by: str
     """Digest of model and options of the last run."""
     code_version: str
-    cases: dict[str, PredictedCase]
+    cases: dict[Name, PredictedCase]
 
     @property
     def label_set(self) -> LabelSet:

@@ -17,6 +17,7 @@ from rfmedsam2.errors import RfMedSamError, shortlist
 from rfmedsam2.records.verify import Fault
 from rfmedsam2.store.formats.dicom_files import is_dicom_folder
 from rfmedsam2.store.images import image_ending, read_header
+from rfmedsam2.system.file_names import require_names
 
 _SUFFIXED = re.compile(r"(.+)_(\d{4})")
 MANY_CHANNELS = 16
@@ -32,12 +33,18 @@ class Case:
         images: image files or DICOM folders.
         label: label file; None for cases to predict.
         group: patient (or any other group) whose cases must not be split between training and validation.
+
+    Raises:
+        DatasetError: the id cannot be part of a file name.
     """
 
     id: str
     images: tuple[Path, ...]
     label: Path | None = None
     group: str | None = None
+
+    def __post_init__(self) -> None:
+        require_names([self.id], where=self.images[0] if self.images else None)
 
 
 def list_images(folder: Path, ending: str | None) -> list[Path]:

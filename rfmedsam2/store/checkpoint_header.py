@@ -7,7 +7,6 @@ execute. Its metadata hold the record, the training state, and digests of the re
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from rfmedsam2.errors import CheckpointError, RecordError
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
+from rfmedsam2.system.json_text import JsonError, parse_json
 from rfmedsam2.system.ordinary_files import require_ordinary
 
 RecordT = TypeVar("RecordT", bound=TrainedRecord)
@@ -83,10 +83,10 @@ def read_header(path: Path, kind: type[RecordT]) -> CheckpointHeader[RecordT]:
         )
     try:
         record = kind.from_json(metadata["record"], where=path)
-        state = json.loads(metadata["state"])
+        state = parse_json(metadata["state"])
     except RecordError as error:
         raise CheckpointError(f"The checkpoint's record cannot be used ({error})", where=path) from None
-    except (ValueError, RecursionError) as error:
+    except JsonError as error:
         raise CheckpointError(f"The checkpoint's training state is damaged ({error})", where=path) from None
     if not isinstance(state, dict):
         raise CheckpointError("The checkpoint's training state is damaged", where=path, found=type(state).__name__)
@@ -128,10 +128,10 @@ def _json_header(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"The checkpoint cannot be read ({error.strerror})", where=path) from error
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max([int(end) for end in ends], default=0)
-    except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(
             "The header of this checkpoint is damaged", where=path, found=type(error).__name__, remedy=REMEDY
         ) from None

@@ -23,6 +23,7 @@ from rfmedsam2.store.formats.dicom_files import is_dicom_file, is_dicom_folder
 from rfmedsam2.store.formats.image_header import require_ordinary_file
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending
 from rfmedsam2.system.csv_text import plain_cell
+from rfmedsam2.system.file_names import require_names
 from rfmedsam2.system.json_text import parse_json
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
             expected="one path per line (.txt), columns id, image, image ... (.csv), or paths by case id (.json)",
             found=error,
         ) from None
+    require_names(named, where=path)
     folder = path.parent
     cases = list(_cases([folder / p for p in plain], channels, None, where=path)) if plain else []
     for case, images in named.items():

@@ -27,6 +27,10 @@ class Layout:
     preprocessed: Path
     results: Path
 
+    def __post_init__(self) -> None:
+        for name in ("raw", "preprocessed", "results"):
+            object.__setattr__(self, name, Path(getattr(self, name)))  # programs give text, too
+
     @classmethod
     def under(cls, root: str | Path) -> Layout:
         """The layout with raw, preprocessed and results below one root."""

@@ -85,11 +85,11 @@ class RawDataset:
         return image, None if case.label is None else read_label(case.label)[0]
 
 
-def open_dataset(source: str | Path, *, root: str | Path = "rfmed_data") -> RawDataset:
+def open_dataset(source: str | int | Path, *, root: str | Path = "rfmed_data") -> RawDataset:
     """Discover the training and test cases of a raw dataset; no image is read.
 
     Args:
-        source: the dataset's folder, or its name or id ("Dataset004_Hippocampus", "Hippocampus", "4") in root/raw.
+        source: the dataset's folder, or its name or id ("Dataset004_Hippocampus", "Hippocampus", "4" or 4) in root/raw.
         root: holds raw, preprocessed and results.
 
     Raises:
@@ -97,7 +97,7 @@ def open_dataset(source: str | Path, *, root: str | Path = "rfmed_data") -> RawD
         DatasetError: the folder, its dataset.json or training cases do not exist; says what was found and expected.
         RecordError: dataset.json has faulty fields; lists all of them.
     """
-    folder = Path(source)
+    folder = Path(str(source))
     if len(folder.parts) == 1 and not folder.is_dir():
         layout = Layout.under(root)
         folder = layout.raw / layout.dataset_name(str(source))

@@ -11,15 +11,19 @@ class JsonError(ValueError):
     """Text that is not JSON, or that no program writes; the message says why, without the file."""
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, unique: bool = True) -> Any:
     """Plain data of JSON text; bytes are UTF-8, UTF-16 or UTF-32.
+
+    Args:
+        text: the text.
+        unique: refuse objects with several values under one key, which costs time in files of hundreds of MB.
 
     Raises:
         JsonError: a syntax error, another encoding, thousands of nested brackets, a number of thousands of digits, or
             an object with several values under one key.
     """
     try:
-        return json.loads(text, object_pairs_hook=_members)
+        return json.loads(text, object_pairs_hook=_members if unique else None)
     except JsonError:
         raise
     except RecursionError:

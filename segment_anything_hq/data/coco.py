@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from rfmedsam2.errors import DatasetError
+from rfmedsam2.system.file_names import FILE_NAME_BYTES, is_file_name
+from rfmedsam2.system.json_text import parse_json
 from rfmedsam2.system.ordinary_files import require_ordinary
 from segment_anything_hq.data.coco_masks import counts_mask, polygons_mask
 from segment_anything_hq.data.datasets import Fault, ImageSet, Sample
@@ -67,7 +68,7 @@ def open_annotations(path: Path, images: Path, *, name: str | None = None, min_a
     for record in sorted(content["images"], key=lambda r: r["id"]):
         known.add(record["id"])
         wanted = [o for o in objects.get(record["id"], ()) if not o.get("iscrowd") and o.get("area", 1) >= min_area]
-        image = _image_file(record, images)
+        image = image_file(record, images)
         if image is None:
             if wanted:
                 faults.append(Fault(where=f"image {record['id']}", what=f"the image is missing in {images}"))
@@ -108,7 +109,7 @@ def coco_lvis(root: Path, split: str = "train", *, min_area: float = 0.0) -> tup
 def _read(path: Path) -> dict[str, Any]:
     try:
         require_ordinary(path)
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes(), unique=False)
     except FileNotFoundError:
         raise DatasetError("The annotation file is missing", where=path) from None
     except (OSError, ValueError) as error:
@@ -127,12 +128,13 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _image_file(record: dict[str, Any], images: Path) -> Path | None:
-    """The image's file, by `file_name` or, as in LVIS, by `coco_url`; None if it is missing."""
+def image_file(record: dict[str, Any], images: Path) -> Path | None:
+    """The image's file, by `file_name` or, as in LVIS, by `coco_url`; None if it is missing, or not in the folder."""
     address = str(record.get("file_name") or record.get("coco_url") or "")
     parts = Path(address).parts
-    # names read from the file must not lead out of the folder
-    candidates = [images.joinpath(*parts[-n:]) for n in (1, 2) if len(parts) >= n and ".." not in parts[-n:]]
+    tails = [parts[-n:] for n in (1, 2) if len(parts) >= n]
+    plain = [tail for tail in tails if all(is_file_name(part, longest=FILE_NAME_BYTES) for part in tail)]
+    candidates = [images.joinpath(*tail) for tail in plain]
     return next((c for c in candidates if c.is_file()), None)
 
 

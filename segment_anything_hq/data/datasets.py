@@ -18,6 +18,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from rfmedsam2.errors import DatasetError, ImageError, shortlist
+from rfmedsam2.system.file_names import is_file_name
 from segment_anything_hq.choices import MaskRule
 from segment_anything_hq.data.image_io import ENDINGS, read_ground_truth, read_image
 
@@ -260,6 +261,8 @@ def open_sbd(root: Path, split: str = "val") -> ImageSet:
     names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
     samples: list[Sample] = []
     faults: list[Fault] = []
+    faults += [Fault(where=str(listing), what=f"{n[:80]!r} is not a name") for n in names if not is_file_name(n)]
+    names = [name for name in names if is_file_name(name)]
     with ThreadPoolExecutor() as threads:
         for name, found in zip(names, threads.map(lambda n: _mat_ids(root / "inst" / f"{n}.mat"), names), strict=True):
             image = root / "img" / f"{name}.jpg"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,8 @@ from typing import Any
 
 from rfmedsam2.errors import ImageError, UsageError, shortlist
 from rfmedsam2.system.csv_text import plain_cell
-from rfmedsam2.system.json_text import parse_json
+from rfmedsam2.system.file_names import is_file_name
+from rfmedsam2.system.json_text import JsonError, parse_json
 from rfmedsam2.system.ordinary_files import require_ordinary
 from segment_anything_hq.data.image_io import ENDINGS, image_size
 from segment_anything_hq.prompts.prompt import Box, Click, Prompt
@@ -134,7 +134,7 @@ def _text(path: Path) -> str:
 def _from_json(text: str, path: Path, faults: _Faults) -> list[_Asked]:
     try:
         content = parse_json(text)
-    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
+    except JsonError as error:
         raise UsageError("The prompts are not valid JSON", where=path, found=str(error)) from None
     if isinstance(content, dict) and set(content) == {"prompts"}:
         content = content["prompts"]
@@ -291,7 +291,7 @@ def _with_names(of: dict[Path, list[tuple[_Asked, PromptedObject]]], faults: _Fa
     for image, found in of.items():
         for number, (one, prompted) in enumerate(found, 1):
             name = one.name or (f"{image.stem}_{one.part or number}" if len(found) > 1 else image.stem)
-            if not re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,199}", name):
+            if not is_file_name(name):
                 faults.add(one.where, f"{name!r} is not a valid file name")
             elif name in taken:
                 faults.add(one.where, f"its mask {name}.png has the same name as that of {taken[name]}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,7 +20,9 @@ import torch
 
 from rfmedsam2.errors import DatasetError, UsageError, shortlist
 from rfmedsam2.nn.segmenter import PromptBatch
+from rfmedsam2.system.json_text import parse_json
 from rfmedsam2.system.progress import Track, silent
+from segment_anything_hq.data.coco import image_file
 from segment_anything_hq.data.image_io import read_image
 from segment_anything_hq.inference.image_transform import Fit, device_of, embed, make_transform
 from segment_anything_hq.models import Network
@@ -97,7 +98,10 @@ def average_precision(
         raise DatasetError("The file contains no boxes", where=detections or annotations)
     results: list[dict[str, Any]] = []
     for image in track(chosen, "images", len(chosen)):
-        path = images / Path(ground_truth.imgs[image]["file_name"]).name
+        path = image_file(ground_truth.imgs[image], images)
+        if path is None:
+            name = ground_truth.imgs[image]["file_name"]
+            raise DatasetError("An annotated image is missing", where=images, expected=f"a file {name}")
         results += _predict(network, read_image(path), boxes_by_image[image], fit)
     return Precision(
         metrics=_count(ground_truth, results, chosen),
@@ -196,7 +200,7 @@ def _corners(xywh: list[float]) -> tuple[float, float, float, float]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes(), unique=False)
     except FileNotFoundError:
         raise DatasetError("The file is missing", where=path) from None
     except (OSError, ValueError) as error:

@@ -122,6 +122,21 @@ def submit_amos22(
     return SubmissionReport(**{**_fields(report), "archive": archive, "sha256": digest})
 
 
+def require_submission(path: Path) -> None:
+    """Check that a file is an archive made by `submit_amos22`.
+
+    Raises:
+        SubmissionError: it is anything else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile, NotImplementedError):
+        names = []
+    if not names or not all(name.startswith("results/") for name in names):
+        raise SubmissionError("The file is not a submission", where=path)
+
+
 def check_amos22(
     predictions: Path, images: Path, *, task: Literal[1, 2] | None = None, workers: int = 2, track: Track = silent
 ) -> SubmissionReport:

@@ -137,7 +137,7 @@ def _content(path: Path, what: str) -> dict[str, Any]:
             f"The {what} download has no dataset.json", where=path.parent, remedy="Extract the archive again"
         )
     try:
-        content: Any = parse_json(path.read_text(encoding="utf-8"))
+        content: Any = parse_json(path.read_bytes())
         channels = sorted(int(number) for number in content["modality"])
         names = [str(name) for name in content["labels"].values()]
         sound = channels == list(range(len(channels))) and all(int(value) >= 0 for value in content["labels"])

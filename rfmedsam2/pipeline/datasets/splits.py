@@ -21,7 +21,8 @@ from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.plan import Split
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import write_text
-from rfmedsam2.system.json_text import parse_json
+from rfmedsam2.system.file_names import require_names
+from rfmedsam2.system.json_text import JsonError, parse_json
 
 FOLDS = 5
 SEED = 12345
@@ -155,6 +156,7 @@ def named_splits(dataset: SplittableDataset) -> dict[str, Split]:
     where = dataset.folder / "dataset.json"
     if not isinstance(given, dict):
         raise DatasetError('"splits" must map names to {"train": [...], "val": [...]}', where=where)
+    require_names(map(str, given), where=f"{where}, splits")
     splits = {name: published_split(name, ids) for name in PUBLISHED}
     found = {name: split for name, split in splits.items() if split is not None}
     found |= {name: Split.parse(split, where=f"{where}, splits.{name}") for name, split in given.items()}
@@ -253,6 +255,7 @@ def read_named_splits(path: Path, ids: Sequence[str] | None = None) -> dict[str,
     data = _load(path)
     if not isinstance(data, dict):
         raise RecordError("A file of named splits is not a mapping", where=path, remedy="Delete it and plan again")
+    require_names(map(str, data), where=path)
     named = {str(name): Split.parse(split, where=f"{path}, {name}") for name, split in data.items()}
     _check(named, ids, path)
     return named
@@ -292,7 +295,7 @@ def _load(path: Path) -> object:
         raise RecordError(
             "The splits file does not exist", where=path, remedy="Run rfmed_plan_and_preprocess for this dataset"
         ) from None
-    except ValueError as error:
+    except JsonError as error:
         raise RecordError(f"A splits file is not valid JSON ({error})", where=path) from None
 
 
