@@ -102,6 +102,7 @@ def submit(
     images: Annotated[Path, arg(metavar="DIR")],
     output: Annotated[Path, arg(aliases=("-o",), metavar="ZIP")],
     task: Literal[1, 2] | None = None,
+    overwrite: bool = False,
     as_json: AsJson = False,
 ) -> None:
     """Check predictions against the images of a challenge, and pack them for upload.
@@ -112,11 +113,14 @@ def submit(
         images: Folder of the challenge's images.
         output: The archive; nothing is written if there are faults.
         task: 1: CT only, 2: CT and MR; default: every image in the folder.
+        overwrite: Replace a file of another kind, too.
     """
     from rfmedsam2.cli.console import show_submission
     from rfmedsam2.cli.progress import bars
-    from rfmedsam2.pipeline.datasets.amos22_submission import RefusedSubmissionError, submit_amos22
+    from rfmedsam2.cli.replacing import require_replaceable
+    from rfmedsam2.pipeline.datasets.amos22_submission import RefusedSubmissionError, require_submission, submit_amos22
 
+    require_replaceable((output,), require_submission, overwrite=overwrite)
     _ = challenge  # there is only one so far, and argument parsing has checked it
     try:
         result = submit_amos22(predictions, images, output, task=task, track=bars)
@@ -136,15 +140,20 @@ def export_model(
     *,
     output: Annotated[Path, arg(aliases=("-o",), metavar="ZIP")],
     model: ModelChoice = ModelChoice(),
+    overwrite: bool = False,
 ) -> None:
     """Pack a trained model into one zip file with a manifest and hashes.
 
     Args:
         output: The zip.
+        overwrite: Replace a file of another kind, too.
     """
     from rfmedsam2.cli.progress import bars
+    from rfmedsam2.cli.replacing import require_replaceable
     from rfmedsam2.pipeline.prediction import model_archive
+    from rfmedsam2.store.archive import read_manifest
 
+    require_replaceable((output,), read_manifest, overwrite=overwrite)
     folder = model.folder()
     with bars.working(f"Packing {folder}"):
         manifest = model_archive.export_model(folder, output, folds=model.folds or None)

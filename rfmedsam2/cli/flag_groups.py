@@ -17,13 +17,26 @@ class PredictOutput:
     """What is written."""
 
     output: Annotated[
-        Path, arg(aliases=("-o",), metavar="DIR", help="Output folder of the label maps and predictions.json.")
+        Path,
+        arg(
+            aliases=("-o",),
+            metavar="PATH",
+            help="Output folder of the label maps and predictions.json; for one image also a file (out.nii.gz).",
+        ),
     ]
     probabilities: Annotated[
         bool, arg(help="Also write each case's class probabilities to a chunked file (blosc2).")
     ] = False
     continue_: Annotated[
-        bool, arg(name="continue", help="Keep label maps already made by the same model with the same options.")
+        bool,
+        arg(
+            name="continue",
+            help="Keep label maps already made by the same model with the same options, and as they are those that "
+            "were corrected or come from elsewhere.",
+        ),
+    ] = False
+    overwrite: Annotated[
+        bool, arg(help="Replace also files that predictions.json does not list, or that were changed since.")
     ] = False
     as_json: AsJson = False
 

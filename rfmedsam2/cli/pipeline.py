@@ -27,7 +27,8 @@ from rfmedsam2.cli.flag_groups import (
     TrainRun,
 )
 from rfmedsam2.cli.flags import AsJson, DatasetName, ModelChoice, Root, Workers
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import UsageError, shortlist
+from rfmedsam2.system.ranks import ranks_of
 
 if TYPE_CHECKING:
     from rfmedsam2.records.plan import Plan
@@ -142,7 +143,7 @@ def train(
         result = verb.train(layout, chosen, stage, fold=fold, options=options)
     progress = result.progress
     end_if_stopped(progress)
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not ranks_of(os.environ).is_main:
         return  # the main rank prints the result
     if bars.steps:
         tell(f"Trained {progress.step} steps in {progress.seconds / 60:.1f} min: {result.folder}")
@@ -196,14 +197,19 @@ def predict(
         output.output,
         boxes=refinement.boxes,
         continue_=output.continue_,
+        overwrite=output.overwrite,
         probabilities=output.probabilities,
         track=bars,
     )
+    if done.corrected:
+        names = shortlist(path.name for path in done.corrected)
+        say(f"Kept {len(done.corrected)} label map(s) that this model did not make or that were changed since: {names}")
     if output.as_json:
-        lists = {"written": [str(p) for p in done.written], "kept": [str(p) for p in done.kept]}
+        lists = {name: [str(p) for p in getattr(done, name)] for name in ("written", "kept", "corrected")}
         tell_json(json.dumps({"output": str(output.output), "seconds": round(done.seconds, 3), **lists}, indent=2))
     else:
-        tell(f"Predicted {len(done.written)} case(s) in {done.seconds:.1f} s, kept {len(done.kept)}: {output.output}")
+        kept = len(done.kept) + len(done.corrected)
+        tell(f"Predicted {len(done.written)} case(s) in {done.seconds:.1f} s, kept {kept}: {output.output}")
 
 
 def evaluate(
@@ -213,6 +219,7 @@ def evaluate(
     output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")],
     labels: LabelNames = LabelNames(),
     scoring: Scoring = Scoring(),
+    overwrite: bool = False,
     as_json: AsJson = False,
 ) -> None:
     """Score label maps: DSC, IoU, NSD, HD95, volume error per case and class, with confidence intervals.
@@ -221,12 +228,16 @@ def evaluate(
         predictions: Folder of predicted label maps, or one file.
         references: Folder of reference label maps, or one file.
         output: Output folder of metrics.json and metrics.csv.
+        overwrite: Replace files of these names that another program wrote, too.
     """
     from rfmedsam2.cli import resolve
     from rfmedsam2.cli.console import show_scores
     from rfmedsam2.cli.progress import bars
+    from rfmedsam2.cli.replacing import require_replaceable
     from rfmedsam2.pipeline.evaluation import evaluate as verb
+    from rfmedsam2.records.report import Evaluation
 
+    require_replaceable((output / "metrics.json", output / "metrics.csv"), Evaluation.load, overwrite=overwrite)
     layout = layout_of(labels.root)
     names = resolve.labels_for(layout, os.environ, dataset=labels.dataset, file=labels.labels)
     result = verb.evaluate(
@@ -253,6 +264,7 @@ def report(
     evaluation: Annotated[Path | None, arg(aliases=("-e",), metavar="FILE")] = None,
     images: Annotated[Path | None, arg(aliases=("-i",), metavar="DIR")] = None,
     title: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write one self-contained HTML page: curves, tables, overlays of the best and worst cases.
 
@@ -262,9 +274,13 @@ def report(
         evaluation: A metrics.json, for its tables and overlays.
         images: Images of the evaluated cases, drawn below the contours.
         title: Heading of the page.
+        overwrite: Replace a file of another kind, too.
     """
+    from rfmedsam2.cli.replacing import require_replaceable
     from rfmedsam2.pipeline.evaluation.report import write_report
+    from rfmedsam2.reporting.html import require_page
 
+    require_replaceable((output,), require_page, overwrite=overwrite)
     if images is not None and not images.is_dir():
         raise UsageError("The folder of images does not exist", where=images, remedy="Check the path given with -i")
     write_report(output, title=title or output.stem, training=training, evaluation=evaluation, images=images)

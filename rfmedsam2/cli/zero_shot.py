@@ -24,17 +24,24 @@ def prompt_study(
     models: StudiedModels = StudiedModels(),
     prompts: StudiedPrompts = StudiedPrompts(),
     output: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None,
+    overwrite: bool = False,
     as_json: AsJson = False,
 ) -> None:
     """Score zero-shot SAM and SAM 2 on a labeled dataset, with prompts from its labels.
 
     Args:
         output: Output folder of prompt_study.json and prompt_study.csv.
+        overwrite: Replace files of these names that another program wrote, too.
     """
     from rfmedsam2.cli import resolve
     from rfmedsam2.cli.progress import bars
+    from rfmedsam2.cli.replacing import require_replaceable
     from rfmedsam2.pipeline.evaluation import prompt_study as verb
+    from rfmedsam2.records.study import PromptStudy
 
+    if output is not None:
+        files = (output / "prompt_study.json", output / "prompt_study.csv")
+        require_replaceable(files, PromptStudy.load, overwrite=overwrite)
     raw, channel = resolve.raw_dataset(layout_of(data.root), data.dataset, os.environ), data.channel
     options = verb.StudyOptions(
         prompts=prompts.prompts,

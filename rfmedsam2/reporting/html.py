@@ -10,8 +10,12 @@ from typing import Any
 
 import jinja2
 
+from rfmedsam2.errors import UsageError
 from rfmedsam2.system.atomic import write_text
 from rfmedsam2.version import __version__
+
+POLICY = b"default-src 'none'; img-src data:"
+"""What the head of every template says of where a page may load from: nowhere."""
 
 
 def write_html(path: Path, template: Path, context: Mapping[str, Any], *, figure: Callable[..., str]) -> None:
@@ -39,6 +43,20 @@ def write_html(path: Path, template: Path, context: Mapping[str, Any], *, figure
         "version": __version__,
     }
     write_text(path, environment.get_template(template.name).render({**made, **context}))
+
+
+def require_page(path: Path) -> None:
+    """Check that a file is a page made by `write_html`.
+
+    Raises:
+        UsageError: it is anything else.
+    """
+    start = b""
+    if path.is_file():
+        with path.open("rb") as stream:
+            start = stream.read(4096)
+    if not (start.lstrip().startswith(b"<!DOCTYPE html>") and POLICY in start):
+        raise UsageError("The file is not a report page", where=path)
 
 
 def png_uri(png: bytes) -> str:

@@ -15,10 +15,10 @@ from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.engine.task import Progress, Run
-from rfmedsam2.errors import RfMedSamError, UsageError
+from rfmedsam2.errors import RecordError, RfMedSamError, UsageError
 from rfmedsam2.reporting.training_curves import progress_png
 from rfmedsam2.store.checkpoint_header import FINAL, LATEST, read_header
-from rfmedsam2.system.atomic import write_text
+from rfmedsam2.system.atomic import read_record, write_text
 from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq import models
 from segment_anything_hq.data.content import digests_of, seen_images
@@ -98,11 +98,7 @@ def train_refiner(
     _check(plan, options)
     torch.manual_seed(plan.train.seed)  # the same initial weights on every rank
     network = models.build(
-        plan.method,
-        plan.backbone,
-        frame_size=plan.frame_size,
-        weights=options.weights,
-        decoder=options.decoder,
+        plan.method, plan.backbone, frame_size=plan.frame_size, weights=options.weights, decoder=options.decoder
     )
     known = _what_is_known(plan, network, training, options)
     with (
@@ -123,6 +119,8 @@ def train_refiner(
         begun = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
         if begun and not _records_images(folder):
             known["training_images"] = None  # an earlier version began this training: what it saw stays unknown
+        if not begun:
+            _require_own_plan(folder / PLAN, plan)
         before = None
         if options.score_base and validation and not begun:
             with torch.no_grad(), runtime.autocast():
@@ -164,6 +162,20 @@ def _records_images(folder: Path) -> bool:
         return path is None or read_header(path, RefinerRecord).record.training_images is not None
     except RfMedSamError:
         return True  # damaged: the engine says so when it resumes
+
+
+def _require_own_plan(path: Path, plan: RefinerPlan) -> None:
+    """Check that a plan.json in the folder of a new training is the one that will be written there."""
+    try:
+        same = not path.exists() or read_record(path, RefinerPlan) == plan
+    except RecordError:
+        same = False
+    if not same:
+        raise UsageError(
+            "The output folder holds another plan, which this training would replace",
+            where=path,
+            remedy="Choose another folder with -o, or move the plan",
+        )
 
 
 def _check(plan: RefinerPlan, options: RefinerTrainOptions) -> None:

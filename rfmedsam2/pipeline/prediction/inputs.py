@@ -11,6 +11,7 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 from nibabel.spatialimages import SpatialImage
 
+from rfmedsam2.arrays import as_array, is_array
 from rfmedsam2.errors import GeometryError, UsageError, type_name
 from rfmedsam2.geometry import Grid
 from rfmedsam2.inference.box_prompts import BoxPrompts
@@ -21,7 +22,8 @@ from rfmedsam2.store.images import read_channels
 from rfmedsam2.volume import Volume, unmasked
 
 ImageInput = str | Path | Sequence[str | Path] | np.ndarray | Volume | SpatialImage | sitk.Image
-"""A file (or a DICOM folder), one file per channel, an array, a volume, a nibabel or a SimpleITK image."""
+"""A file (or a DICOM folder), one file per channel, an array (also a tensor or nested lists), a volume, a nibabel or a
+SimpleITK image."""
 BoxInput = np.ndarray | Volume | Sequence[BoxPrompt | Mapping[str, Any]]
 """A label map (Z, Y, X) whose boxes are taken slice by slice, or a list of boxes (`BoxPrompt` or its JSON form)."""
 
@@ -40,7 +42,8 @@ def as_volume(
         ImageError: a file cannot be read, or an array is not a volume.
         GeometryError: an invalid spacing, affine or direction.
     """
-    if isinstance(image, np.ndarray):
+    paths = isinstance(image, list | tuple) and bool(image) and all(isinstance(path, str | Path) for path in image)
+    if not paths and is_array(image):
         if spacing_zyx_mm is None:
             raise UsageError(
                 "An array has no voxel spacing",
@@ -62,13 +65,12 @@ def as_volume(
         return Volume.from_nibabel(image), None
     if isinstance(image, sitk.Image):
         return Volume.from_sitk(image), None
-    if isinstance(image, Sequence) and image and all(isinstance(path, str | Path) for path in image):
-        return read_channels([Path(path) for path in image])
+    if paths:
+        return read_channels([Path(path) for path in image])  # type: ignore[union-attr]
     raise UsageError(
         "This type of image is not supported",
-        expected="a file, one file per channel, a NumPy array, a Volume, a nibabel or a SimpleITK image",
+        expected="a file, one file per channel, an array or tensor, a Volume, a nibabel or a SimpleITK image",
         found=type_name(image),
-        remedy="Give tensor.detach().cpu().numpy()" if hasattr(image, "detach") else None,
     )
 
 
@@ -104,8 +106,10 @@ def as_boxes(boxes: BoxInput, grid: Grid) -> BoxPrompts:
             found = f"{len(boxes.array)} channels" if differ is None else differ[0]
             raise GeometryError("The label map of the boxes is not on the grid of its image", found=found)
         return as_labels(boxes.array[0], where="boxes")
-    if isinstance(boxes, np.ndarray) and boxes.dtype.kind in "iufb" and boxes.size:
-        return as_labels(unmasked(boxes, "The label map of the boxes"), where="boxes")
+    if isinstance(boxes, np.ndarray) or hasattr(boxes, "detach"):
+        array = as_array(boxes, "The label map of the boxes")
+        if array.dtype.kind in "iufb" and array.size:
+            return as_labels(unmasked(array, "The label map of the boxes"), where="boxes")
     if isinstance(boxes, Sequence) and not isinstance(boxes, str | bytes):
         return [box if isinstance(box, BoxPrompt) else BoxPrompt.parse(box, where="boxes") for box in boxes]
     raise UsageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections import Counter, deque
@@ -12,25 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from rfmedsam2.errors import RecordError, RfMedSamError, UsageError
+from rfmedsam2.errors import RfMedSamError, UsageError
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.volume import PreparedCase
 from rfmedsam2.pipeline.prediction.box_prompts import BoxSource
+from rfmedsam2.pipeline.prediction.outputs import Outputs
 from rfmedsam2.pipeline.prediction.plausibility import doubts_about
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.formats.image_header import ImageHeader, readers_differ, require_memory
-from rfmedsam2.store.images import digest_of, image_ending, read_header, read_label, write_label
-from rfmedsam2.store.lock import exclusive_lock
+from rfmedsam2.store.images import digest_of, read_header, read_label, write_label
 from rfmedsam2.store.raw import read_case
-from rfmedsam2.system.atomic import read_record, write_record
+from rfmedsam2.system.atomic import write_record
+from rfmedsam2.system.memory import memory_ran_out, memory_words
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.version import __version__
 
-UNWRITABLE = (".dcm", ".nhdr")
 logger = logging.getLogger(__name__)
 
 
@@ -41,11 +39,13 @@ class PredictionSummary:
     Attributes:
         written: label maps written in this run.
         kept: existing label maps that are valid and were made by the same model and options.
+        corrected: existing label maps of somebody else, or changed since they were predicted, kept as they are.
         seconds: duration of the whole run.
     """
 
     written: tuple[Path, ...]
     kept: tuple[Path, ...]
+    corrected: tuple[Path, ...]
     seconds: float
 
 
@@ -67,6 +67,7 @@ def predict_files(
     *,
     boxes: Path | None = None,
     continue_: bool = False,
+    overwrite: bool = False,
     probabilities: bool = False,
     workers: int = 1,
     track: Track = silent,
@@ -74,35 +75,47 @@ def predict_files(
     """Predict cases into a folder: CASE + ending, and predictions.json with model, options and inputs.
 
     The ending is the plan's; if it cannot be written (DICOM), the input file's, else .nii.gz. The geometry of each
-    input is restored exactly. A case with a fault does not stop the others.
+    input is restored exactly. A case with a fault does not stop the others. Files in the folder that predictions.json
+    does not list, or that were changed since, are never replaced unless `overwrite` is set.
 
     Args:
         predictor: the model.
         cases: cases to predict (`store.input_discovery.find_cases`).
-        out: output folder; created if it does not exist.
+        out: output folder, created if it does not exist; or the label map of a single case, a file name with the ending
+            of an image (no predictions.json is written then).
         boxes: where the boxes lie that RFMedSAM 2 is prompted with: a folder of label maps (CASE + ending) or a JSON of
             boxes (`records.box_prompts.BoxPromptFile`); None: the model makes its own prompts.
         continue_: keep label maps that are readable, of the right shape, and were made from the same input by the same
-            model and options, as predictions.json says.
+            model and options, as predictions.json says. Readable label maps that were corrected or come from elsewhere
+            are kept as they are.
+        overwrite: replace also files that were corrected or come from elsewhere.
         probabilities: write CASE.probabilities.b2nd beside each label map.
         workers: number of cases read and preprocessed ahead of the one on the device; each holds one volume in memory.
         track: progress display over cases, and over the tiles of each.
 
     Raises:
-        UsageError: there are no cases, two have the same name, or an output would overwrite an input; the step is not
-            produced by this model; boxes are missing, or the model does not accept them; another run uses the folder.
+        UsageError: there are no cases, two have the same name, or an output would overwrite an input or a file that
+            this package did not make; the step is not produced by this model; boxes are missing, or the model does not
+            accept them; another run uses the folder.
         StoreError: the folder cannot be written.
         RfMedSamError: cases were not predicted; names each and the reason. All others are written.
     """
     started = time.perf_counter()
     predictor.require_possible(boxes=boxes is not None)
-    with exclusive_lock(out):
-        run = _Run(predictor, out, probabilities=probabilities, continue_=continue_, prompted=boxes is not None)
+    outputs = Outputs(out, ending=predictor.plan.file_ending, overwrite=overwrite, continue_=continue_)
+    with outputs.locked():
+        run = _Run(predictor, outputs, probabilities=probabilities, continue_=continue_, prompted=boxes is not None)
         _check(cases, run)
         if boxes is not None:
             run.boxes = BoxSource.open(boxes, cases, predictor.plan.labels)
         written, kept = _predict_all(run, cases, workers=workers, track=track)
-    return PredictionSummary(written=tuple(written), kept=tuple(kept), seconds=time.perf_counter() - started)
+    corrected = tuple(outputs.target(case) for case in cases if case.id in run.corrected)
+    return PredictionSummary(
+        written=tuple(written),
+        kept=tuple(path for path in kept if path not in corrected),
+        corrected=corrected,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track) -> tuple[list[Path], list[Path]]:
@@ -111,26 +124,26 @@ def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track
     kept: list[Path] = []
     faults: list[str] = []
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        pending: Future[Path] | None = None
+        pending: tuple[Case, Future[Path]] | None = None
         for case, ready in track(_ahead(cases, run.load, max(1, workers)), "predict", len(cases)):
             try:
                 item = ready.result()
                 if item is None:
-                    kept.append(run.target(case))
+                    kept.append(run.outputs.target(case))
                     continue
-                probabilities = run.probabilities_of(case) if run.probabilities else False
+                probabilities = run.outputs.probabilities(case) if run.probabilities else False
                 prediction = run.predictor.predict_prepared(item.prepared, probabilities=probabilities, track=track)
                 if pending is not None:
-                    _collect(pending, written, faults)
-                pending = writer.submit(run.write, case, item, prediction)
-            except (RfMedSamError, MemoryError, torch.OutOfMemoryError) as error:
-                faults.append(f"{case.id}: {_sentence(error)}")
+                    _collect(*pending, written, faults)
+                pending = case, writer.submit(run.write, case, item, prediction)
+            except (RfMedSamError, MemoryError, RuntimeError) as error:
+                faults.append(_fault(case, error))
         if pending is not None:
-            _collect(pending, written, faults)
+            _collect(*pending, written, faults)
     if faults:
         raise RfMedSamError(
             f"{len(faults)} of {len(cases)} cases were not predicted",
-            where=run.out,
+            where=run.outputs.folder,
             found="; ".join(faults),
             remedy="Fix these cases and run the same command with --continue: finished cases are kept",
         )
@@ -138,40 +151,28 @@ def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track
 
 
 class _Run:
-    """One run into an output folder: its existing files, and the record of how they were made."""
+    """One run: the model, where its label maps go, and the record of how they were made."""
 
     def __init__(
-        self, predictor: Predictor, out: Path, *, probabilities: bool, continue_: bool, prompted: bool
+        self, predictor: Predictor, outputs: Outputs, *, probabilities: bool, continue_: bool, prompted: bool
     ) -> None:
         self.predictor = predictor
-        self.out = out
+        self.outputs = outputs
         self.probabilities = probabilities
         self.continue_ = continue_
         self.settings = predictor.settings(boxes=prompted)
         self.made_by = predictor.made_by(boxes=prompted)
         self.boxes: BoxSource | None = None
-        self.known: dict[str, PredictedCase] = {}
-        # missing or invalid record: every case is predicted again
-        with contextlib.suppress(RecordError):
-            self.known.update(read_record(out / PREDICTIONS, PredictionsRecord).cases)
-        self.before = dict(self.known)
-
-    def target(self, case: Case) -> Path:
-        """Path of a case's label map."""
-        ending = self.predictor.plan.file_ending
-        if ending.lower() in UNWRITABLE or image_ending(Path(f"x{ending}")) is None:
-            ending = image_ending(case.images[0]) or ".nii.gz"
-            if ending.lower() in UNWRITABLE or case.images[0].is_dir():
-                ending = ".nii.gz"
-        return self.out / f"{case.id}{ending}"
-
-    def probabilities_of(self, case: Case) -> Path:
-        """Path of a case's probability file."""
-        return self.out / f"{case.id}.probabilities.b2nd"
+        self.known = dict(outputs.known)
+        self.corrected: set[str] = set()
+        """Cases whose label map of somebody else is kept."""
 
     def load(self, case: Case) -> _Ready | None:
         """Read and preprocess a case; None if its label map is kept."""
         started = time.perf_counter()
+        if self.outputs.is_corrected(case):
+            self.corrected.add(case.id)
+            return None
         for image in case.images:
             _check_header(image)  # hashing and reading a large file take minutes
         digest = digest_of(case.images, also=b"" if self.boxes is None else self.boxes.digest(case)).hex()
@@ -189,21 +190,24 @@ class _Run:
     def write(self, case: Case, item: _Ready, prediction: Prediction) -> Path:
         """Write the label map, then its entry, so that entries only refer to finished files."""
         started = time.perf_counter()
-        target = self.target(case)
+        target = self.outputs.target(case)
         write_label(target, prediction.labels, item.header)
+        if self.outputs.file is not None:
+            return target
         seconds = {"read": item.read_seconds, **prediction.seconds, "write": time.perf_counter() - started}
         z, y, x = prediction.labels.shape
         self.known[case.id] = PredictedCase(
             file=target.name,
-            probabilities=self.probabilities_of(case).name if self.probabilities else None,
+            probabilities=self.outputs.probabilities(case).name if self.probabilities else None,
             inputs=tuple(path.name for path in case.images),
             input_sha256=item.input_sha256,
             made_by=self.made_by,
             shape_zyx=(z, y, x),
             seconds={part: round(value, 4) for part, value in seconds.items()},
             warnings=item.doubts,
+            sha256=digest_of([target]).hex(),
         )
-        write_record(self.out / PREDICTIONS, self._record())
+        write_record(self.outputs.folder / PREDICTIONS, self._record())
         return target
 
     def _record(self) -> PredictionsRecord:
@@ -223,10 +227,10 @@ class _Run:
         )
 
     def _is_reusable(self, case: Case, digest: str) -> bool:
-        entry, target = self.before.get(case.id), self.target(case)
+        entry, target = self.outputs.known.get(case.id), self.outputs.target(case)
         if entry is None or (entry.file, entry.made_by, entry.input_sha256) != (target.name, self.made_by, digest):
             return False
-        if self.probabilities and not (entry.probabilities and self.probabilities_of(case).is_file()):
+        if self.probabilities and not (entry.probabilities and self.outputs.probabilities(case).is_file()):
             return False
         try:
             labels, _ = read_label(target)
@@ -262,13 +266,7 @@ def _check(cases: Sequence[Case], run: _Run) -> None:
     twice = sorted(name for name, count in ids.items() if count > 1)
     if twice:
         raise UsageError("Two inputs have the same case name", found=", ".join(twice), remedy="Rename one of them")
-    for case in cases:
-        if run.target(case).resolve() in {path.resolve() for path in case.images}:
-            raise UsageError(
-                "The prediction would overwrite its own input",
-                where=run.target(case),
-                remedy="Choose another output folder with -o",
-            )
+    run.outputs.require_free(cases, probabilities=run.probabilities)
 
 
 def _check_header(image: Path) -> None:
@@ -283,14 +281,17 @@ def _check_header(image: Path) -> None:
         logger.warning("%s: the stack has no JSON with its spacing; 1 mm is assumed", image)
 
 
-def _sentence(error: BaseException) -> str:
+def _fault(case: Case, error: BaseException) -> str:
+    """Why a case was not predicted; raises the error again if it is none of the case's."""
     if isinstance(error, RfMedSamError):
-        return str(error).rstrip(".")
-    return "Memory ran out. Free memory, or predict with fewer workers"
+        return f"{case.id}: {str(error).rstrip('.')}"
+    if not memory_ran_out(error):
+        raise error
+    return f"{case.id}: Memory ran out ({memory_words()}). Free memory, or predict fewer cases at a time"
 
 
-def _collect(pending: Future[Path], written: list[Path], faults: list[str]) -> None:
+def _collect(case: Case, pending: Future[Path], written: list[Path], faults: list[str]) -> None:
     try:
         written.append(pending.result())
-    except RfMedSamError as error:
-        faults.append(_sentence(error))
+    except (RfMedSamError, MemoryError, RuntimeError) as error:
+        faults.append(_fault(case, error))

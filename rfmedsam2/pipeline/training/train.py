@@ -70,6 +70,10 @@ class TrainOptions:
     unet: Path | None = None
     progress: bool | Track = False
 
+    def __post_init__(self) -> None:
+        for name in ("sam", "unet"):  # programs give text, too
+            object.__setattr__(self, name, None if (path := getattr(self, name)) is None else Path(path))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
@@ -228,7 +232,7 @@ def validate_fold(
             logger.warning("Labels are in several folders: predict with rfmed_predict --boxes")
             return None
         boxes = next(iter(references))
-    predict_files(predictor, inputs, out, boxes=boxes, continue_=True, track=track)
+    predict_files(predictor, inputs, out, boxes=boxes, continue_=True, overwrite=True, track=track)
     if len(references) != 1:
         logger.warning("Labels are in several folders: score the predictions in %s with rfmed_evaluate", out)
         return None

@@ -1,0 +1,32 @@
+"""What a command may replace: its own earlier output, and anything else only with --overwrite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rfmedsam2.errors import RfMedSamError, UsageError
+
+
+def require_replaceable(files: Sequence[Path], read: Callable[[Path], object], *, overwrite: bool) -> None:
+    """Check that files which exist already are an earlier output of the same command.
+
+    Args:
+        files: what will be written; the first one tells by its content who made it and those beside it.
+        read: reads the first file, and raises an error of ours if the command did not make it.
+        overwrite: whether anything may be replaced.
+
+    Raises:
+        UsageError: files of somebody else would be replaced; names them.
+    """
+    there = [path for path in files if path.exists()]
+    if overwrite or not there:
+        return
+    try:
+        read(files[0])
+    except RfMedSamError:
+        raise UsageError(
+            "This would replace what the command did not make",
+            where=", ".join(map(str, there)),
+            remedy="Choose another place with -o, or replace it with --overwrite",
+        ) from None

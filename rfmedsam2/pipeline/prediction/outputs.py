@@ -1,0 +1,171 @@
+"""Where predictions go, and which of the files that are there already may be replaced.
+
+A file is ours if predictions.json lists it and it has not changed since. All others are somebody's work: manual labels,
+corrected predictions, other files of the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, shortlist
+from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
+from rfmedsam2.store.case_files import Case, file_stem
+from rfmedsam2.store.images import digest_of, image_ending, read_image
+from rfmedsam2.store.lock import exclusive_lock
+from rfmedsam2.system.atomic import read_record
+
+UNWRITABLE = (".dcm", ".nhdr")
+PROBABILITIES = ".probabilities.b2nd"
+
+
+class Outputs:
+    """The label maps of a run: a folder of them with predictions.json, or one file.
+
+    Args:
+        place: the folder, or a file name with the ending of an image for the label map of a single case.
+        ending: file ending of the plan, used in a folder.
+        overwrite: whether files that are not ours may be replaced.
+        continue_: whether label maps that are not ours are kept as they are.
+
+    Attributes:
+        folder: folder of the files.
+        known: entries of predictions.json, by case; empty for one file.
+    """
+
+    def __init__(self, place: Path, *, ending: str, overwrite: bool, continue_: bool) -> None:
+        self.file = place if image_ending(place) is not None and not place.is_dir() else None
+        self.folder = place if self.file is None else place.parent
+        self._ending, self._overwrite, self._continue = ending, overwrite, continue_
+        self._record = self.folder / PREDICTIONS
+        self._foreign_record = False
+        self.known: dict[str, PredictedCase] = {}
+        self._listed: dict[str, PredictedCase] = {}
+        self._ours: dict[Path, bool] = {}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder, and read what is there; runs that write one file each may share it."""
+        if self.file is not None:
+            yield
+            return
+        with exclusive_lock(self.folder):
+            self._read_record()
+            yield
+
+    def _read_record(self) -> None:
+        if not self._record.exists():
+            return
+        try:
+            self.known.update(read_record(self._record, PredictionsRecord).cases)
+        except RecordError:
+            self._foreign_record = True
+        for entry in self.known.values():
+            self._listed |= {entry.file: entry} | ({entry.probabilities: entry} if entry.probabilities else {})
+
+    def target(self, case: Case) -> Path:
+        """Path of a case's label map: with the plan's ending, else that of the image, else .nii.gz."""
+        if self.file is not None:
+            return self.file
+        ending = self._ending
+        if ending.lower() in UNWRITABLE or image_ending(Path(f"x{ending}")) is None:
+            ending = image_ending(case.images[0]) or ".nii.gz"
+            if ending.lower() in UNWRITABLE or case.images[0].is_dir():
+                ending = ".nii.gz"
+        return self.folder / f"{case.id}{ending}"
+
+    def probabilities(self, case: Case) -> Path:
+        """Path of a case's probability file."""
+        name = case.id if self.file is None else file_stem(self.file, image_ending(self.file))
+        return self.folder / f"{name}{PROBABILITIES}"
+
+    def is_corrected(self, case: Case) -> bool:
+        """Whether a label map is there that is not ours, and that this run keeps as it is.
+
+        Of what we made and cannot be read any more, nothing is worth keeping.
+        """
+        target = self.target(case)
+        if not self._continue or self._overwrite or not target.exists() or self._is_ours(target):
+            return False
+        return target.name not in self._listed or _is_readable(target)
+
+    def require_free(self, cases: Sequence[Case], *, probabilities: bool) -> None:
+        """Check that nothing of somebody else's would be replaced.
+
+        Raises:
+            UsageError: a file cannot be written in this format or holds several cases; an output would overwrite an
+                input, or a file that is not ours; names them.
+        """
+        self._require_possible(cases)
+        inputs = {path.resolve() for case in cases for path in case.images}
+        for case in cases:
+            if self.target(case).resolve() in inputs:
+                raise UsageError(
+                    "The prediction would overwrite an input",
+                    where=self.target(case),
+                    remedy="Choose another output folder with -o",
+                )
+        if self._overwrite:
+            return
+        there = [PREDICTIONS] if self._foreign_record else []
+        for case in cases:
+            labels, extra = self.target(case), self.probabilities(case)
+            if not self._continue and labels.exists() and not self._is_ours(labels):
+                there.append(labels.name)
+            if probabilities and not self.is_corrected(case) and extra.exists() and not self._is_ours(extra):
+                there.append(extra.name)
+        if there:
+            remedy = "Choose another place with -o, or replace them with --overwrite"
+            if any(name != PREDICTIONS and not name.endswith(PROBABILITIES) for name in there):
+                remedy += "; --continue keeps these label maps as they are"
+            raise UsageError(
+                f"{len(there)} file(s) would be replaced that are not listed in {PREDICTIONS}, or that were changed "
+                "since it was written",
+                where=self.folder,
+                found=shortlist(there),
+                remedy=remedy,
+            )
+
+    def _require_possible(self, cases: Sequence[Case]) -> None:
+        if self.file is None:
+            return
+        if len(cases) > 1:
+            raise UsageError(
+                "One file cannot hold the label maps of several cases",
+                where=self.file,
+                expected="a folder",
+                found=f"{len(cases)} cases",
+            )
+        if (image_ending(self.file) or "").lower() in UNWRITABLE:
+            raise UsageError(
+                "Label maps cannot be written in this format",
+                where=self.file,
+                expected="a file name ending in .nii.gz, .nii, .nrrd, .mha, .mhd or .mgz",
+            )
+
+    def _is_ours(self, path: Path) -> bool:
+        """Whether a file is listed and has not changed; read at most once."""
+        if path not in self._ours:
+            entry = self._listed.get(path.name)
+            self._ours[path] = entry is not None and self._is_as_written(path, entry)
+        return self._ours[path]
+
+    def _is_as_written(self, path: Path, entry: PredictedCase) -> bool:
+        if path.name == entry.probabilities:
+            return True
+        if entry.sha256 is None:  # older records have no digest, but were written after their files
+            return path.stat().st_mtime_ns <= self._record.stat().st_mtime_ns
+        try:
+            return digest_of([path]).hex() == entry.sha256
+        except RfMedSamError:  # no ordinary file any more, or without its data file
+            return False
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        read_image(path)
+    except RfMedSamError:
+        return False
+    return True

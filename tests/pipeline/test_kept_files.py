@@ -1,0 +1,236 @@
+"""What a person made or corrected is never replaced by a command, unless --overwrite says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from support import samhq_commands
+from support.commands import run, run_error, run_ok
+from test_predict import make_plan, write_image, write_model
+
+from rfmedsam2.records.prediction import PredictionsRecord
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, make_plan())
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for number in range(3):
+        write_image(tmp_path / "in" / f"case{number}_0000.nii.gz", number)
+    return tmp_path / "in"
+
+
+def predicting(model: Path, images: Path, out: Path, *words: object) -> tuple[object, ...]:
+    return ("predict", "-i", images, "-o", out, "-m", model, "--device", "cpu", *words)
+
+
+def corrected(path: Path) -> bytes:
+    """Change one voxel, as a person does; gives the new content."""
+    image = nib.load(path)
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[0, 0, 0] = 7
+    nib.save(nib.Nifti1Image(voxels, image.affine, image.header), path)
+    return path.read_bytes()
+
+
+def test_manual_labels_are_not_replaced(model, images, tmp_path) -> None:
+    out = tmp_path / "labels"
+    mine = {out / f"case{n}.nii.gz": write_image(out / f"case{n}.nii.gz", 9).read_bytes() for n in (0, 2)}
+    told = run_error(*predicting(model, images, out))
+    assert "2 file(s) would be replaced" in told
+    assert "case0.nii.gz, case2.nii.gz" in told
+    assert "--overwrite" in told
+    assert "--continue" in told
+    assert {p.name for p in out.iterdir()} == {"case0.nii.gz", "case2.nii.gz"}  # refused before anything was predicted
+    done = run_ok(*predicting(model, images, out, "--continue"))
+    assert {path: path.read_bytes() for path in mine} == mine
+    assert "Predicted 1 case(s)" in done.out
+    assert "Kept 2 label map(s) that this model did not make or that were changed since: case0" in done.err
+    assert set(PredictionsRecord.load(out / "predictions.json").cases) == {"case1"}
+    run_ok(*predicting(model, images, out, "--overwrite"))
+    assert all(path.read_bytes() != content for path, content in mine.items())
+    assert set(PredictionsRecord.load(out / "predictions.json").cases) == {"case0", "case1", "case2"}
+
+
+def test_corrected_predictions_are_not_replaced(model, images, tmp_path) -> None:
+    out = tmp_path / "out"
+    run_ok(*predicting(model, images, out))
+    first = {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
+    content = corrected(out / "case1.nii.gz")
+    told = run_error(*predicting(model, images, out))
+    assert "1 file(s) would be replaced" in told
+    assert "case1.nii.gz" in told
+    assert "case0" not in told
+    answer = json.loads(run_ok(*predicting(model, images, out, "--continue", "--json")).out)
+    assert [Path(p).name for p in answer["corrected"]] == ["case1.nii.gz"]
+    assert [Path(p).name for p in answer["kept"]] == ["case0.nii.gz", "case2.nii.gz"]
+    assert answer["written"] == []
+    assert (out / "case1.nii.gz").read_bytes() == content
+    write_model(tmp_path / "other", make_plan(), fold="1")
+    other = json.loads(run_ok(*predicting(tmp_path / "other", images, out, "--continue", "--json")).out)
+    assert [Path(p).name for p in other["written"]] == ["case0.nii.gz", "case2.nii.gz"]
+    assert (out / "case1.nii.gz").read_bytes() == content
+    run_ok(*predicting(model, images, out, "--overwrite"))
+    assert {path.name: path.read_bytes() for path in out.glob("*.nii.gz")} == first
+    run_ok(*predicting(model, images, out))  # unchanged predictions of ours are made again, as always
+
+
+def test_a_touched_prediction_is_no_correction(model, images, tmp_path) -> None:
+    out = tmp_path / "out"
+    run_ok(*predicting(model, images, out))
+    for path in out.glob("*.nii.gz"):
+        os.utime(path, (2e9, 2e9))
+    shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert "kept 3" in run_ok(*predicting(model, images, tmp_path / "copy", "--continue")).out
+    run_ok(*predicting(model, images, tmp_path / "copy"))
+
+
+def test_records_without_digests_go_by_the_time(model, images, tmp_path) -> None:
+    out = tmp_path / "out"
+    run_ok(*predicting(model, images, out))
+    record = json.loads((out / "predictions.json").read_text())
+    for case in record["cases"].values():
+        del case["sha256"]
+    (out / "predictions.json").write_text(json.dumps(record))
+    run_ok(*predicting(model, images, out, "--continue"))
+    later = (out / "predictions.json").stat().st_mtime + 60
+    os.utime(out / "case2.nii.gz", (later, later))
+    assert "Found case2.nii.gz" in run_error(*predicting(model, images, out))
+
+
+def test_a_record_of_another_program_is_not_replaced(model, images, tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "predictions.json").write_text('{"mine": 1}')
+    for words in ((), ("--continue",)):
+        assert "predictions.json" in run_error(*predicting(model, images, out, *words))
+    assert (out / "predictions.json").read_text() == '{"mine": 1}'
+    assert "case0.nii.gz" not in {p.name for p in out.iterdir()}
+    run_ok(*predicting(model, images, out, "--overwrite"))
+
+
+def test_other_probabilities_are_not_replaced(model, images, tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "case0.probabilities.b2nd").write_bytes(b"mine")
+    assert "case0.probabilities.b2nd" in run_error(*predicting(model, images, out, "--probabilities"))
+    run_ok(*predicting(model, images, out))
+    assert (out / "case0.probabilities.b2nd").read_bytes() == b"mine"
+
+
+def test_one_image_becomes_one_file(model, images, tmp_path) -> None:
+    run_ok(*predicting(model, images, tmp_path / "folder"))
+    expected = (tmp_path / "folder" / "case1.nii.gz").read_bytes()
+    for name in ("new/labels.nii.gz", "labels.nii.gz"):
+        target = tmp_path / name
+        run_ok(*predicting(model, images / "case1_0000.nii.gz", target))
+        assert target.is_file()
+        assert target.read_bytes() == expected
+        assert [p.name for p in target.parent.iterdir() if p.suffix in (".json", ".lock")] == []
+    assert "labels.nii.gz" in run_error(*predicting(model, images / "case1_0000.nii.gz", tmp_path / "labels.nii.gz"))
+    done = run_ok(*predicting(model, images / "case0_0000.nii.gz", tmp_path / "labels.nii.gz", "--continue"))
+    assert "kept 1" in done.out
+    assert (tmp_path / "labels.nii.gz").read_bytes() == expected
+    run_ok(*predicting(model, images / "case0_0000.nii.gz", tmp_path / "labels.nii.gz", "--overwrite"))
+    assert (tmp_path / "labels.nii.gz").read_bytes() == (tmp_path / "folder" / "case0.nii.gz").read_bytes()
+    nrrd = tmp_path / "labels.nrrd"
+    run_ok(*predicting(model, images / "case0_0000.nii.gz", nrrd, "--probabilities"))
+    assert nrrd.is_file()
+    assert (tmp_path / "labels.probabilities.b2nd").is_file()
+    assert "3 cases" in run_error(*predicting(model, images, tmp_path / "all.nii.gz"))
+    assert not (tmp_path / "all.nii.gz").exists()
+    for ending in (".dcm", ".nhdr"):
+        assert ending in run_error(*predicting(model, images / "case0_0000.nii.gz", tmp_path / f"x{ending}"))
+
+
+def test_an_image_is_never_its_own_prediction(model, images) -> None:
+    image = images / "case1_0000.nii.gz"
+    before = image.read_bytes()
+    for words in ((), ("--overwrite",), ("--continue",)):
+        assert "overwrite an input" in run_error(*predicting(model, image, image, *words))
+    assert image.read_bytes() == before
+
+
+def test_a_folder_named_like_a_file_stays_a_folder(model, images, tmp_path) -> None:
+    (tmp_path / "out.nii.gz").mkdir()
+    run_ok(*predicting(model, images, tmp_path / "out.nii.gz"))
+    assert (tmp_path / "out.nii.gz" / "predictions.json").is_file()
+
+
+# ---------------------------------------------------------------- other commands
+
+
+def test_an_evaluation_replaces_only_evaluations(raw_root, tmp_path) -> None:
+    labels = raw_root / "raw" / "Dataset900_PhantomCT" / "labelsTs"
+    words = ("evaluate", "-p", labels, "-g", labels, "-o", tmp_path)
+    for name in ("metrics.csv", "metrics.json"):
+        (tmp_path / name).write_text("mine")
+        assert name in run_error(*words)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    run_ok(*words)
+    run_ok(*words)
+    (tmp_path / "metrics.json").write_text('{"mine": 1}')
+    run_error(*words)
+    run_ok(*words, "--overwrite")
+
+
+def test_a_report_replaces_only_reports(trained_root, tmp_path) -> None:
+    (fold,) = trained_root.glob("results/*/*/fold_0")
+    page = tmp_path / "page.html"
+    words = ("report", "-t", fold, "-o", page)
+    run_ok(*words)
+    run_ok(*words)
+    for content in ("<!DOCTYPE html><title>mine</title>", '{"scores": 1}'):
+        page.write_text(content)
+        assert "did not make" in run_error(*words)
+        assert page.read_text() == content
+    run_ok(*words, "--overwrite")
+
+
+def test_an_exported_model_replaces_only_models(model, tmp_path) -> None:
+    target = tmp_path / "model.zip"
+    words = ("export_model", "-m", model, "-o", target)
+    run_ok(*words)
+    run_ok(*words)
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("thesis.txt", "mine")
+    before = target.read_bytes()
+    assert "did not make" in run_error(*words)
+    assert target.read_bytes() == before
+    run_ok(*words, "--overwrite")
+
+
+def test_a_submission_replaces_only_submissions(tmp_path) -> None:
+    target = tmp_path / "results.zip"
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("thesis.txt", "mine")
+    before = target.read_bytes()
+    labels = write_image(tmp_path / "in" / "amos_0001.nii.gz").parent
+    words = ("submit", "amos22", "-i", labels, "--images", labels, "-o", target)
+    assert "did not make" in run_error(*words)
+    assert target.read_bytes() == before
+    assert run(*words, "--overwrite").code == 2  # noise is no label map: nothing was written
+    assert target.read_bytes() == before
+
+
+def test_a_training_keeps_another_plan_in_its_folder(tmp_path) -> None:
+    data = samhq_commands.write_images(tmp_path / "data")
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "plan.json").write_text('{"mine": 1}')
+    words = ("sam_decoder", "-b", "vit_nano", "--data", data, "-o", out, "--device", "cpu", "--held-out", 0)
+    assert "holds another plan" in samhq_commands.run_error("train", *words)
+    assert (out / "plan.json").read_text() == '{"mine": 1}'
