@@ -67,11 +67,15 @@ class Grid:
     @classmethod
     def from_affine_ras(cls, affine: np.ndarray, shape_zyx: Shape) -> Grid:
         """The grid of a 4x4 matrix that maps index (x, y, z) to RAS mm (NIfTI's and nibabel's affine)."""
-        return cls.from_affine_lps(_RAS_TO_LPS @ np.asarray(affine, dtype=float), shape_zyx)
+        matrix = np.asarray(affine, dtype=float)
+        return cls.from_affine_lps(_RAS_TO_LPS @ matrix if matrix.shape == (4, 4) else matrix, shape_zyx)
 
     @classmethod
     def from_affine_lps(cls, affine: np.ndarray, shape_zyx: Shape) -> Grid:
         """The grid of a 4x4 matrix that maps index (x, y, z) to LPS mm."""
+        if np.shape(affine) != (4, 4) or len(shape_zyx) != 3:
+            found = f"{np.shape(affine)} for a shape {tuple(shape_zyx)}"
+            raise GeometryError("An affine is not a 4x4 matrix for a volume of three axes", found=found)
         matrix = np.asarray(affine, dtype=float)[:3, :3]
         spacing = np.linalg.norm(matrix, axis=0)
         if not np.all(spacing > 0):

@@ -12,8 +12,12 @@ import SimpleITK as sitk  # noqa: N813 - its usual name
 from nibabel.spatialimages import SpatialImage
 from typing_extensions import Self
 
+from rfmedsam2.arrays import as_array
 from rfmedsam2.errors import GeometryError, ImageError, UsageError, type_name
 from rfmedsam2.geometry import IDENTITY, Grid, scaled, spacing_of, triple_of
+
+Array = np.ndarray | Sequence[Any] | Any
+"""A NumPy array, a tensor of torch, or nested lists of numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,9 @@ class Volume:
     grid: Grid
 
     def __post_init__(self) -> None:
+        if not isinstance(self.array, np.ndarray):
+            remedy = "Make it with Volume.from_numpy"
+            raise UsageError("A volume's array is not a NumPy array", found=type_name(self.array), remedy=remedy)
         if self.array.ndim != 4 or self.array.shape[1:] != self.grid.shape_zyx:
             raise GeometryError(
                 "A volume's array does not match its grid",
@@ -39,7 +46,7 @@ class Volume:
     @classmethod
     def from_numpy(
         cls,
-        array: np.ndarray,
+        array: Array,
         *,
         spacing_zyx_mm: Sequence[float] | np.ndarray,
         origin_xyz_mm: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0),
@@ -48,13 +55,13 @@ class Volume:
         """Make a volume from an array, which is not copied.
 
         Args:
-            array: (Z, Y, X) or (C, Z, Y, X), numbers or bool.
+            array: (Z, Y, X) or (C, Z, Y, X), numbers or bool; also a tensor or nested lists, which are converted.
             spacing_zyx_mm: distance of voxel centers along z, y, x, mm.
             origin_xyz_mm: LPS world position of the center of voxel (0, 0, 0).
             direction: 3x3; column j is the LPS unit vector of index axis j in the order x, y, z.
 
         Raises:
-            UsageError: not an array (a tensor, a list).
+            UsageError: not an array.
             ImageError: the number of axes is wrong, there are no voxels, or they are not numbers.
             GeometryError: spacing, origin or direction is invalid.
         """
@@ -154,17 +161,16 @@ def unmasked(array: np.ndarray, what: str) -> np.ndarray:
     return np.asarray(array.data)
 
 
-def _channels(array: Any) -> np.ndarray:
+def _channels(given: Array) -> np.ndarray:
     """An array as (C, Z, Y, X), in native byte order."""
-    if not isinstance(array, np.ndarray):
-        remedy = "Give tensor.detach().cpu().numpy()" if hasattr(array, "detach") else "Give numpy.asarray(...)"
-        raise UsageError("This is not a NumPy array", expected="numpy.ndarray", found=type_name(array), remedy=remedy)
-    array = unmasked(array, "The image")
+    array = unmasked(as_array(given, "The image"), "The image")
+    flat = "Give a single slice as array[None], with the spacing (thickness, y, x)"
     if array.ndim not in (3, 4) or array.dtype.kind not in "iufb" or array.size == 0:
         raise ImageError(
             "This array is not a volume",
             expected="numbers with axes (Z, Y, X) or (C, Z, Y, X), none of them empty",
             found=f"{array.dtype} {array.shape}",
+            remedy=flat if array.ndim == 2 else None,
         )
     native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     return native[None] if native.ndim == 3 else native

@@ -5,6 +5,7 @@ The steps are `segment_anything`'s. A point whose predicted IoU does not pass is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from segment_anything import SamAutomaticMaskGenerator as PlainGenerator
 from torch import Tensor
 
+from rfmedsam2.errors import UsageError
 from segment_anything_hq.modeling import MaskDecoderHQ, Sam
-from segment_anything_hq.predictor import SamPredictor
+from segment_anything_hq.predictor import SamPredictor, color_image
 from segment_anything_hq.utils.amg import (
     MaskData,
     area_from_rle,
@@ -22,6 +24,7 @@ from segment_anything_hq.utils.amg import (
     batched_mask_to_box,
     box_xyxy_to_xywh,
     build_all_layer_point_grids,
+    build_point_grid,
     calculate_stability_score,
     coco_encode_rle,
     generate_crop_boxes,
@@ -59,6 +62,28 @@ __all__ = [
 
 FINISHED_AT_ONCE = 8
 """Masks that are brought to the image's size together."""
+OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
+
+
+def _require_grids(points_per_side: int | None, point_grids: Sequence[NDArray] | None, *, layers: int) -> None:
+    """Check that there are points, given in one of two ways.
+
+    Raises:
+        UsageError: neither or both are given, or there are no points.
+    """
+    if (points_per_side is None) == (point_grids is None):
+        raise UsageError("Points are given twice or not at all", expected="either points_per_side or point_grids")
+    if points_per_side is not None and points_per_side < 1:
+        raise UsageError("There are no points to prompt with", expected="points_per_side from 1", found=points_per_side)
+    if point_grids is None:
+        return
+    shapes = [np.shape(grid) for grid in point_grids]
+    if len(shapes) != layers or any(len(s) != 2 or s[1] != 2 for s in shapes) or not any(s[0] for s in shapes):
+        raise UsageError(
+            "point_grids cannot be used",
+            expected=f"{layers} array(s) (k, 2), one for each layer of crops, with at least one point",
+            found=", ".join(map(str, shapes)) or "none",
+        )
 
 
 class SamAutomaticMaskGenerator(PlainGenerator):
@@ -82,6 +107,7 @@ class SamAutomaticMaskGenerator(PlainGenerator):
     """
 
     predictor: SamPredictor
+    point_grids: list[NDArray]
 
     def __init__(
         self,
@@ -100,9 +126,15 @@ class SamAutomaticMaskGenerator(PlainGenerator):
         min_mask_region_area: int = 0,
         output_mode: str = "binary_mask",
     ) -> None:
+        _require_grids(points_per_side, point_grids, layers=crop_n_layers + 1)
+        if output_mode not in OUTPUT_MODES:
+            raise UsageError("Unknown output_mode", expected=f"one of {', '.join(OUTPUT_MODES)}", found=output_mode)
+        if point_grids is None:
+            sides = [int(points_per_side / crop_n_points_downscale_factor**i) for i in range(crop_n_layers + 1)]
+            point_grids = [build_point_grid(side) if side else np.zeros((0, 2)) for side in sides]
         super().__init__(
             model,
-            points_per_side=points_per_side,
+            points_per_side=None,
             points_per_batch=points_per_batch,
             pred_iou_thresh=pred_iou_thresh,
             stability_score_thresh=stability_score_thresh,
@@ -129,10 +161,25 @@ class SamAutomaticMaskGenerator(PlainGenerator):
 
         Returns:
             for each mask "segmentation" (a mask (H, W) bool or its run lengths, by `output_mode`), "bbox" XYWH, "area"
-            in pixels, "predicted_iou", "point_coords" [[X, Y]], "stability_score" and "crop_box" XYWH.
+            in pixels, "predicted_iou", "point_coords" [[X, Y]], "stability_score" and "crop_box" XYWH; an empty list
+            where no mask passes.
+
+        Raises:
+            ImageError: not three channels of 8 bits.
         """
         self._multimask = multimask_output
-        return super().generate(image)
+        return super().generate(color_image(image))
+
+    def _process_crop(
+        self, image: NDArray, crop_box: list[int], crop_layer_idx: int, orig_size: tuple[int, ...]
+    ) -> MaskData:
+        """Masks of one crop, none where its layer has no points."""
+        if not len(self.point_grids[crop_layer_idx]):
+            return MaskData()
+        data = super()._process_crop(image, crop_box, crop_layer_idx, orig_size)
+        if not len(data["rles"]):
+            data["crop_boxes"] = torch.zeros((0, 4), dtype=torch.long)
+        return data
 
     def _process_batch(
         self, points: NDArray, im_size: tuple[int, ...], crop_box: list[int], orig_size: tuple[int, ...]

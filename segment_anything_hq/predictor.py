@@ -26,6 +26,23 @@ class NoImageError(UsageError, RuntimeError):
         super().__init__("There is no image yet", remedy="An image must be set with .set_image(...) first")
 
 
+def color_image(given: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The image (H, W, 3), uint8, if it is one.
+
+    Raises:
+        ImageError: not three channels of 8 bits.
+    """
+    image = np.asarray(given)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ImageError(
+            "SamPredictor needs a color image",
+            expected="an array (height, width, 3) of 8 bits",
+            found=f"{image.shape} of {image.dtype}",
+            remedy='With PIL: np.asarray(Image.open(path).convert("RGB"))',
+        )
+    return image
+
+
 class SamPredictor(PlainPredictor):
     """Embeds an image once and masks what is prompted in it.
 
@@ -58,15 +75,7 @@ class SamPredictor(PlainPredictor):
         """
         if image_format not in FORMATS:
             raise UsageError("An unknown image_format", expected="RGB or BGR", found=image_format)
-        image = np.asarray(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-            raise ImageError(
-                "SamPredictor needs a color image",
-                expected="an array (height, width, 3) of 8 bits",
-                found=f"{image.shape} of {image.dtype}",
-                remedy='With PIL: np.asarray(Image.open(path).convert("RGB"))',
-            )
-        super().set_image(image, image_format)
+        super().set_image(color_image(image), image_format)
 
     @torch.no_grad()
     def set_torch_image(self, transformed_image: Tensor, original_image_size: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -25,9 +25,10 @@ from typing_extensions import get_type_hints
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
 
-from rfmedsam2.errors import RfMedSamError, sentences
+from rfmedsam2.errors import RfMedSamError, UsageError, sentences
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.system.terminal import SafeStream, plain_lines
+from rfmedsam2.system.ranks import ranks_of
+from rfmedsam2.system.terminal import SafeStream, is_read, plain_lines
 
 if TYPE_CHECKING:
     from rfmedsam2.engine.task import Progress
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
 DEBUG = "With --debug, an error also shows its traceback, and all log lines and warnings are printed."
+PATIENCE_SECONDS = 1.0
+"""How long a message of the work waits for whoever reads it."""
 SAY_NOTHING = ("None", "False", "True", "", "()")
 """Defaults that --help does not show."""
 
@@ -63,18 +66,47 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
         # before torch loads its thread pool: waiting threads should sleep, not spin. If anything else runs on the same
         # cores (data workers, a second command), spinning made a training step 4 times slower on two cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # blosc2 brings numexpr, which we do not use and which cannot read every valid OMP_NUM_THREADS (4,2 or 128)
+        os.environ.setdefault("NUMEXPR_NUM_THREADS", "1")
         try:
+            if not {"-h", "--help"} & set(words):
+                _require_sound_environment(os.environ)
             tyro.cli(_plainly(function), prog=name, description=_description(function), args=words, config=CONFIG)
         except RfMedSamError as error:
             if debug:
                 raise
             _complain(f"{name}: {error}")
             sys.exit(2)
+        except (MemoryError, RuntimeError, OSError) as error:
+            from rfmedsam2.system.memory import memory_ran_out, memory_words
+
+            if debug or not memory_ran_out(error):
+                raise
+            remedy = "Free memory, or use fewer workers, a smaller patch, batch or image"
+            _complain(f"{name}: Memory ran out. Found {memory_words()}. {remedy}.")
+            sys.exit(2)
         except KeyboardInterrupt:
             _complain(f"{name}: interrupted")
             sys.exit(130)
 
     return run
+
+
+def _require_sound_environment(environment: Mapping[str, str]) -> None:
+    """Check the variables that libraries read when they are loaded, and fail on without a word of what is wrong.
+
+    Raises:
+        UsageError: names the variable.
+    """
+    ranks_of(environment)
+    threads = environment.get("OMP_NUM_THREADS", "")
+    if threads and not re.fullmatch(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*", threads, re.ASCII):
+        raise UsageError(
+            "The environment variable OMP_NUM_THREADS is not valid",
+            expected="a number of threads from 1",
+            found=repr(threads[:40]),
+            remedy="Set it to a number, or unset it to use all cores",
+        )
 
 
 def _understand_every_name() -> None:
@@ -118,10 +150,15 @@ def _safe_streams(name: str) -> Iterator[None]:
 
 
 class _LogLines(logging.Handler):
-    """Writes to where standard error is now: above the line of progress, if there is one."""
+    """Writes to where standard error is now: above the line of progress, if there is one.
+
+    The work logs while it goes on: where nobody reads (a pipe that is full, a terminal after Ctrl-S), it does not wait.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record as a sentence, whose first word is the level; not the name of the module that logs it."""
+        """Write one record as a sentence, whose first word is the level, not the module that logs it; or drop it."""
+        if not is_read(sys.stderr, PATIENCE_SECONDS):
+            return
         print(plain_lines(sentences([f"{record.levelname.capitalize()}: {self.format(record)}"])), file=sys.stderr)
 
 
@@ -173,7 +210,7 @@ def layout_of(root: Path | None) -> Layout:
 
 def say(text: str) -> None:
     """Print a message that is not a result, to standard error, on the main rank only."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if ranks_of(os.environ).is_main:
         _complain(text)
 
 

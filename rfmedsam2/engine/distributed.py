@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rfmedsam2.engine.rng import preserved
 from rfmedsam2.engine.runtime import Runtime
+from rfmedsam2.system.memory import memory_ran_out
 from rfmedsam2.system.private_apis import private
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def compile_model(model: nn.Module, loss: Loss, batch: object, runtime: Runtime)
         model.compile()
         _dry_run(model, loss, batch, runtime)
     except (RuntimeError, ImportError, OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if memory_ran_out(error):
             raise
         first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         logger.warning("torch.compile failed, training continues without it (%s)", first)

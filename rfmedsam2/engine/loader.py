@@ -36,7 +36,7 @@ from torch.utils.data._utils import signal_handling
 from rfmedsam2.engine.rng import preserved, seed_all
 from rfmedsam2.engine.runtime import tensor_bytes
 from rfmedsam2.errors import MemoryShortError, RfMedSamError, UsageError, WorkerError
-from rfmedsam2.system.memory import free_bytes
+from rfmedsam2.system.memory import free_bytes, memory_ran_out
 from rfmedsam2.system.private_apis import private
 
 logger = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ def _safe_call(make_batch: Callable[[int], Batch], number: int, seed: int) -> Ba
         except RfMedSamError as error:
             return _Failure(error, str(error), traceback.format_exc())
         except Exception as error:  # noqa: BLE001 - process boundary: every exception is reported with its case
-            short = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+            short = memory_ran_out(error)
             used = psutil.Process().memory_info().rss if short else None
             return _Failure(None, f"{type(error).__name__}: {error}", traceback.format_exc(), used)
 
@@ -296,7 +296,7 @@ def _context(make_batch: Callable[[int], Any]) -> multiprocessing.context.BaseCo
 
 
 def _start_workers(numbered: _Numbered[Any], numbers: range, workers: int, timeout_seconds: float) -> Any:
-    """Start worker processes with SIGINT, SIGTERM and SIGUSR1 blocked; the main process ends them by SIGKILL."""
+    """Start worker processes with the signals of a training blocked; the main process ends them by SIGKILL."""
     private(signal_handling, "_remove_worker_pids", package="torch")
     with _block_signals(), warnings.catch_warnings():
         # torch's warnings: more workers than cores were requested; pickling errors are handled below
@@ -335,9 +335,9 @@ def _block_signals() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGHUP])
     try:
-        resource_tracker.ensure_running()  # ignores the other two itself, but starting it would unblock them here
+        resource_tracker.ensure_running()  # ignores the others itself, but starting it would unblock them here
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
         yield
     finally:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rfmedsam2.errors import PlanError, WorkerError
 from rfmedsam2.system.devices import choose_device
+from rfmedsam2.system.ranks import ranks_of, require_team
 
 T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -95,25 +96,23 @@ def start_runtime(
         timeout_seconds: how long a rank waits for the others; must cover the slowest rank's validation.
 
     Raises:
-        UsageError: the device is not available.
+        UsageError: the device is not available, or torchrun's variables are not valid.
         PlanError: the device does not support the precision.
         WorkerError: another rank has ended.
     """
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
-    )
-    chosen = choose_device(device, local_rank=local_rank)
+    ranks = ranks_of(os.environ)
+    require_team(ranks, os.environ)
+    chosen = choose_device(device, local_rank=ranks.local_rank)
     runtime = Runtime(
         device=chosen,
         precision=choose_precision(precision, chosen),
-        rank=rank,
-        world_size=world_size,
-        local_world_size=local_world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        local_world_size=ranks.local_world_size,
     )
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world_size == 1:
+    if ranks.world_size == 1:
         yield runtime
         return
     dist.init_process_group(

@@ -1,4 +1,4 @@
-"""Signals during training: SIGTERM and SIGINT save and stop, SIGUSR1 saves and continues."""
+"""Signals during training: SIGTERM, SIGINT and SIGHUP save and stop, SIGUSR1 saves and continues."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 logger = logging.getLogger(__name__)
+HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
 
 class Interrupted(BaseException):
@@ -52,13 +53,20 @@ class Signals:
 
 @contextmanager
 def handle_signals() -> Iterator[Signals]:
-    """Handle signals inside the `with` block; does nothing outside the main thread, where Python allows no handlers."""
+    """Handle signals inside the `with` block; does nothing outside the main thread, where Python allows no handlers.
+
+    SIGHUP, which says that the terminal is gone, stays ignored under nohup.
+    """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    numbers = [signal.Signals[n] for n in ("SIGTERM", "SIGINT", "SIGUSR1") if n in signal.Signals.__members__]
-    before = {number: signal.signal(number, signals.handle) for number in numbers}
+    numbers = [signal.Signals[name] for name in HANDLED if name in signal.Signals.__members__]
+    before = {
+        number: signal.signal(number, signals.handle)
+        for number in numbers
+        if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield signals
     finally:

@@ -71,6 +71,9 @@ class Run:
     track: Track = silent
     tensorboard: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))  # programs give text, too
+
     @property
     def kind(self) -> type[TrainedRecord]:
         """Class of the checkpoints' records."""

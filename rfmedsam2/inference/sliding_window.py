@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from rfmedsam2.errors import PlanError, RfMedSamError
 from rfmedsam2.inference.accumulator import SlabAccumulator
 from rfmedsam2.records.plan import Inference
+from rfmedsam2.system.memory import memory_ran_out
 from rfmedsam2.system.progress import Track, silent
 
 Network = Callable[[Tensor], Any]
@@ -290,13 +291,14 @@ class _Ensemble:
         result = self._mean(tiles)
         if result is not None:
             return result
-        limit = min(self.limit, len(tiles) * len(self.flips)) // 2
+        limit = min(self.limit or len(tiles), len(tiles) * len(self.flips)) // 2
         if limit < 1:
+            remedy = "Free memory" if self.device.type == "cpu" else "Free the device, predict with --device cpu"
             raise RfMedSamError(
                 "The device has too little memory for one tile",
                 where=self.device,
                 found=f"a tile of {tuple(tiles.shape[2:])} voxels",
-                remedy="Free the device, predict with --device cpu, or use a plan with a smaller patch",
+                remedy=f"{remedy}, or use a plan with a smaller patch",
             )
         self.limit = limit
         torch.cuda.empty_cache()
@@ -311,7 +313,9 @@ class _Ensemble:
                 for i in range(0, len(self.flips), at_once):
                     part = self._sum(network, tiles, self.flips[i : i + at_once])
                     total = part if total is None else total.add_(part)
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not memory_ran_out(error):
+                raise
             return None
         assert total is not None
         count = len(self.networks) * len(self.flips)

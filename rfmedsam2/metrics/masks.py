@@ -1,23 +1,28 @@
 """Scores of two masks: Dice, normalized surface Dice (NSD) and the 95th percentile Hausdorff distance (HD95).
 
-Masks are arrays of bool, or of whole numbers with the `label` that is meant; spacings are mm along z, y, x. Equal to
-DeepMind's surface-distance, and for Dice to MONAI. Whole label maps with regions and ignored voxels are scored in one
-pass by `metrics.volumes.case_metrics`.
+Masks are arrays (or tensors, or nested lists) of bool, or of whole numbers with the `label` that is meant; spacings are
+mm along z, y, x. Equal to DeepMind's surface-distance, and for Dice to MONAI. Whole label maps with regions and ignored
+voxels are scored in one pass by `metrics.volumes.case_metrics`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from rfmedsam2.errors import GeometryError, ImageError, UsageError, type_name
+from rfmedsam2.arrays import as_array
+from rfmedsam2.errors import GeometryError, ImageError, UsageError
 from rfmedsam2.geometry import spacing_of
 from rfmedsam2.metrics.volumes import HD_PERCENT, NSD_TOLERANCE_MM, surface_distances
 
+Mask = np.ndarray | Sequence[Any] | Any
+"""A NumPy array, a tensor of torch, or nested lists."""
 
-def dice(reference: np.ndarray, prediction: np.ndarray, *, label: int | None = None) -> float:
+
+def dice(reference: Mask, prediction: Mask, *, label: int | None = None) -> float:
     """Dice similarity coefficient, 2 |A and B| / (|A| + |B|), of two masks with any number of axes.
 
     Args:
@@ -39,8 +44,8 @@ def dice(reference: np.ndarray, prediction: np.ndarray, *, label: int | None = N
 
 
 def nsd(
-    reference: np.ndarray,
-    prediction: np.ndarray,
+    reference: Mask,
+    prediction: Mask,
     spacing_zyx_mm: Sequence[float] | np.ndarray,
     *,
     tolerance_mm: float = NSD_TOLERANCE_MM,
@@ -63,16 +68,16 @@ def nsd(
         ImageError: an array of fractions.
         UsageError: not an array, a label map without `label`, a negative tolerance.
     """
-    if not tolerance_mm >= 0:
-        raise UsageError("tolerance_mm must be 0 or more", found=tolerance_mm)
-    one, two = _masks(reference, prediction, label)
+    if not isinstance(tolerance_mm, int | float | np.number) or not tolerance_mm >= 0:
+        raise UsageError("tolerance_mm must be 0 or more", found=repr(tolerance_mm))
+    one, two = _volumes(reference, prediction, label)
     distances = surface_distances(one, two, spacing_of(spacing_zyx_mm))
     return distances.nsd(tolerance_mm) if one.any() or two.any() else math.nan
 
 
 def hd95(
-    reference: np.ndarray,
-    prediction: np.ndarray,
+    reference: Mask,
+    prediction: Mask,
     spacing_zyx_mm: Sequence[float] | np.ndarray,
     *,
     label: int | None = None,
@@ -93,24 +98,29 @@ def hd95(
         ImageError: an array of fractions.
         UsageError: not an array, or a label map without `label`.
     """
-    one, two = _masks(reference, prediction, label)
+    one, two = _volumes(reference, prediction, label)
     distances = surface_distances(one, two, spacing_of(spacing_zyx_mm))
     if one.any() and two.any():
         return distances.hausdorff(HD_PERCENT)
     return math.inf if one.any() or two.any() else math.nan
 
 
-def _masks(reference: np.ndarray, prediction: np.ndarray, label: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _masks(reference: Mask, prediction: Mask, label: int | None) -> tuple[np.ndarray, np.ndarray]:
     one, two = _mask("reference", reference, label), _mask("prediction", prediction, label)
     if one.shape != two.shape:
         raise GeometryError("The shapes of reference and prediction do not match", expected=one.shape, found=two.shape)
     return one, two
 
 
-def _mask(side: str, array: np.ndarray, label: int | None) -> np.ndarray:
-    if not isinstance(array, np.ndarray):
-        remedy = "Give tensor.detach().cpu().numpy()" if hasattr(array, "detach") else "Give numpy.asarray(...)"
-        raise UsageError(f"The {side} is not a NumPy array", found=type_name(array), remedy=remedy)
+def _volumes(reference: Mask, prediction: Mask, label: int | None) -> tuple[np.ndarray, np.ndarray]:
+    one, two = _masks(reference, prediction, label)
+    if one.ndim != 3:
+        raise GeometryError("Distances are measured between volumes", expected="masks (Z, Y, X)", found=one.shape)
+    return one, two
+
+
+def _mask(side: str, mask: Mask, label: int | None) -> np.ndarray:
+    array = as_array(mask, f"The {side}")
     if np.ma.is_masked(array):
         raise ImageError(
             f"The {side} is a masked array",
@@ -121,6 +131,8 @@ def _mask(side: str, array: np.ndarray, label: int | None) -> np.ndarray:
     if array.dtype.kind not in "iub":
         raise ImageError(f"The {side} is not a mask", expected="bool or whole numbers", found=array.dtype)
     if label is not None:
+        if not isinstance(label, int | np.integer):
+            raise UsageError("label is not the value of a class", expected="a whole number", found=repr(label))
         return array == label
     if array.dtype.kind != "b" and array.size and (array.min() < 0 or array.max() > 1):
         raise UsageError(

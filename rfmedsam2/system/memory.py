@@ -16,6 +16,31 @@ _GROUPS = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
 
 
+_WORDS = (
+    "DefaultCPUAllocator",
+    "could not create a primitive",
+    "could not execute a primitive",
+    "Failed to allocate memory",
+    "bad_alloc",
+    "Cannot allocate memory",
+    "can't start new thread",
+)
+"""How torch, oneDNN, ITK, C++ and the system say that memory ran out, where the type of the error does not."""
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a CPU or a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _WORDS)
+
+
+def memory_words() -> str:
+    """What this process uses and may still allocate, for messages."""
+    used, free = psutil.Process().memory_info().rss, free_bytes()
+    return f"{used / 2**30:.1f} GiB in use by this process, {free / 2**30:.1f} GiB more available"
+
+
 def free_bytes() -> int:
     """Memory in bytes that this process can still allocate before it fails or is killed; never below 0.
 

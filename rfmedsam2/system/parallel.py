@@ -9,10 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-import psutil
-
 from rfmedsam2.errors import MemoryShortError, RfMedSamError, WorkerError
-from rfmedsam2.system.memory import free_bytes
+from rfmedsam2.system.memory import memory_ran_out, memory_words
 from rfmedsam2.system.progress import Track, silent
 
 logger = logging.getLogger(__name__)
@@ -97,19 +95,16 @@ def _named(function: Callable[[C], R], case: C, name: Callable[[C], str]) -> R:
         return function(case)
     except RfMedSamError:
         raise
-    except MemoryError as error:
-        raise _short(name(case)) from error
     except Exception as error:
-        if "can't start new thread" in str(error):
+        if memory_ran_out(error):
             raise _short(name(case)) from error
         raise WorkerError(f"A case failed ({type(error).__name__}: {error})", where=name(case)) from error
 
 
 def _short(case: str) -> MemoryShortError:
-    used, free = psutil.Process().memory_info().rss, free_bytes()
     return MemoryShortError(
         "Memory ran out",
         where=case,
-        found=f"{used / 2**30:.1f} GiB in use by this process, {free / 2**30:.1f} GiB more available",
+        found=memory_words(),
         remedy="Run again with fewer workers; finished cases are kept",
     )

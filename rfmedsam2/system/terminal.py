@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import select
 from typing import Any, TextIO
 
 # control characters (an escape sequence begins with one), lone surrogates, line separators, and marks that turn the
@@ -18,6 +19,14 @@ def plain(text: object) -> str:
 def plain_lines(text: object) -> str:
     """The same for a text of several lines."""
     return "\n".join(plain(line) for line in str(text).split("\n"))
+
+
+def is_read(stream: TextIO, seconds: float) -> bool:
+    """Whether a stream takes text within this time; streams without a descriptor, and files, always do."""
+    try:
+        return bool(select.select([], [stream.fileno()], [], seconds)[1])
+    except (OSError, ValueError, AttributeError, TypeError):  # closed, in memory, or no descriptor to wait for
+        return True
 
 
 class SafeStream:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rfmedsam2.cli.command import command, end_if_stopped, say, tell
+from rfmedsam2.system.ranks import ranks_of
 from segment_anything_hq.cli.flag_groups import RefinerPlanChoice, RefinerRun, TrainedNetwork, TrainingData
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _print_result(result: RefinerTrainResult, output: Path) -> None:
     """Print the result of the training."""
     progress = result.progress
     end_if_stopped(progress)
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not ranks_of(os.environ).is_main:
         return  # only the main rank prints the result
     tell(f"Trained {progress.step} steps in {progress.seconds / 60:.1f} min: {output}")
     before = result.before or {}

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rfmedsam2.errors import UsageError, shortlist
+from rfmedsam2.errors import RfMedSamError, UsageError, shortlist
 from rfmedsam2.nn.segmenter import Embedded
 from rfmedsam2.system.atomic import atomic, write_record
+from rfmedsam2.system.memory import memory_ran_out, memory_words
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.version import __version__
 from segment_anything_hq.data.image_io import read_image
@@ -69,6 +70,8 @@ def predict_files(
 ) -> ImagePredictions:
     """Predict a mask for each object and write one PNG per mask and predictions.json, replacing existing files.
 
+    An image with a fault does not stop the others.
+
     Args:
         loaded: the network, on its device.
         objects: at least one object; see `data.prompt_files.read_prompts`.
@@ -76,29 +79,58 @@ def predict_files(
         track: shows progress by image.
 
     Raises:
-        ImageError: an image cannot be read; the masks of the images before it have been written.
-        StoreError: a file cannot be written.
+        RfMedSamError: images were not predicted; names each and the reason. The masks of all others are written.
     """
     by_image: dict[Path, list[PromptedObject]] = {}
     for prompted in objects:
         by_image.setdefault(prompted.image, []).append(prompted)
     predicted: list[PredictedObject] = []
     embedding_seconds: dict[str, float] = {}
+    faults: list[str] = []
     for group in track(by_image.values(), "images", len(by_image)):
-        path = group[0].image
-        image = read_image(path)
-        started = time.perf_counter()
-        transform = make_transform((image.shape[0], image.shape[1]), loaded.network.frame_size, loaded.fit)
-        with torch.inference_mode():
-            embedded = embed(loaded.network, image, transform)
-            _wait(embedded.embedding)
-        embedding_seconds[path.name] = round(time.perf_counter() - started, 4)
-        found: dict[str, PredictedObject] = {}
-        for prompted, mask, seconds in _predict_in_batches(loaded.network, embedded, transform, group):
-            with atomic(out / prompted.file) as temporary:
-                Image.fromarray(mask.mask.astype(np.uint8) * OBJECT).save(temporary, format="PNG")
-            found[prompted.file] = _record(prompted, mask, seconds)
-        predicted += [found[prompted.file] for prompted in group]
+        name = group[0].image.name
+        try:
+            objects_of_image, embedding_seconds[name] = _predict_image(loaded, group, out)
+            predicted += objects_of_image
+        except RfMedSamError as error:
+            faults.append(f"{name}: {str(error).rstrip('.')}")
+        except (MemoryError, RuntimeError) as error:
+            if not memory_ran_out(error):
+                raise
+            faults.append(f"{name}: Memory ran out ({memory_words()})")
+    record = _write_record(loaded, predicted, embedding_seconds, out) if predicted else None
+    if record is None or faults:
+        raise RfMedSamError(
+            f"{len(faults)} of {len(by_image)} images were not predicted",
+            where=out,
+            found="; ".join(faults),
+            remedy="Fix these images and run the same command with --overwrite",
+        )
+    return record
+
+
+def _predict_image(
+    loaded: LoadedNetwork, group: Sequence[PromptedObject], out: Path
+) -> tuple[list[PredictedObject], float]:
+    """Write the masks of all objects of one image; returns their entries, and the seconds of encoding it."""
+    image = read_image(group[0].image)
+    started = time.perf_counter()
+    transform = make_transform((image.shape[0], image.shape[1]), loaded.network.frame_size, loaded.fit)
+    with torch.inference_mode():
+        embedded = embed(loaded.network, image, transform)
+        _wait(embedded.embedding)
+    taken = round(time.perf_counter() - started, 4)
+    found: dict[str, PredictedObject] = {}
+    for prompted, mask, seconds in _predict_in_batches(loaded.network, embedded, transform, group):
+        with atomic(out / prompted.file) as temporary:
+            Image.fromarray(mask.mask.astype(np.uint8) * OBJECT).save(temporary, format="PNG")
+        found[prompted.file] = _record(prompted, mask, seconds)
+    return [found[prompted.file] for prompted in group], taken
+
+
+def _write_record(
+    loaded: LoadedNetwork, predicted: Sequence[PredictedObject], embedding_seconds: dict[str, float], out: Path
+) -> ImagePredictions:
     record = ImagePredictions(
         network=loaded.facts(),
         weights_sha256=loaded.weights_sha256,

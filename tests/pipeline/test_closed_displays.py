@@ -1,28 +1,37 @@
-"""Commands in processes of their own whose output cannot be written: the work is done all the same."""
+"""Commands in processes of their own whose output cannot be written, or whose terminal goes: no work is lost."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+from support.samhq_commands import write_images
 
-from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.checkpoint_header import read_header, read_record_of
+from segment_anything_hq.records import RefinerRecord
 
 PHANTOM = "from rfmedsam2.cli.data_and_models import make_phantom_command as run"
 TRAIN = "from rfmedsam2.cli.pipeline import train_command as run"
+TRAIN_IMAGES = "from segment_anything_hq.cli.training import train_command as run"
+WORKERS = ("--set", "3d_fullres.train.workers=1", "3d_fullres.train.checkpoint_minutes=100")
 SLOW = """
-import os, time
+import logging, os, time
 from pathlib import Path
 from rfmedsam2.cli.command import command
 def slow() -> None:
-    '''Work for a while, with progress.'''
+    '''Work for a while, with progress and a warning.'''
     from rfmedsam2.cli.progress import bars
     for _ in bars(range(100), "x" * 500, 100):
         time.sleep(0.01)
+    logging.getLogger("work").warning("something")
     Path(os.environ["MADE"]).touch()
 run = command(slow)
 """
@@ -121,3 +130,112 @@ def test_a_pipe_that_nobody_reads_delays_nothing(tmp_path: Path) -> None:
         os.close(reader)
         os.close(writer)
         process.wait(timeout=60)
+
+
+# ---------------------------------------------------------------- trainings
+
+
+def volumes(root: Path, *, epochs: int = 900) -> tuple[object, ...]:
+    return ("3d_fullres", "fold", 0, "--epochs", epochs, "--iterations", 2, "--no-validate", *WORKERS, "--root", root)
+
+
+def images(folder: Path, *, epochs: int = 900) -> tuple[object, ...]:
+    data = write_images(folder / "data")
+    figures = ("batch_size=1", f"train.epochs={epochs}", "train.iterations_per_epoch=2", "train.workers=1")
+    words = ("sam_decoder", "-b", "vit_nano", "--frame-size", 64, "--device", "cpu", "--data", data, "--held-out", 0)
+    return (*words, "-o", folder / "run", "--set", *figures, "train.checkpoint_minutes=100")
+
+
+def wait_for(happened: Callable[[], object], process: subprocess.Popen, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, process.returncode
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def steps(folder: Path) -> int:
+    """Steps that metrics.jsonl below a folder tells of, over all trainings."""
+    return sum(path.read_bytes().count(b'"event": "step"') for path in folder.rglob("metrics.jsonl"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
+@pytest.mark.parametrize("wing", ["volumes", "images"])
+def test_a_training_whose_terminal_closes_saves_and_ends_with_129(wing, root_of, planned_root, tmp_path) -> None:
+    """The terminal's end sends SIGHUP to the command, its workers and their server at once."""
+    root = root_of(planned_root) if wing == "volumes" else tmp_path
+    code, words = (TRAIN, volumes(root)) if wing == "volumes" else (TRAIN_IMAGES, images(root))
+    terminal, side = os.openpty()
+    process = start(code, *words, stdin=side, stdout=side, stderr=side, start_new_session=True, preexec_fn=controlled)
+    os.close(side)
+    shown = b""
+    while b"step " not in shown:
+        shown += os.read(terminal, 4096)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    os.close(terminal)
+    assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    (latest,) = root.rglob("checkpoint_latest.safetensors")
+    record = read_record_of(latest) if wing == "volumes" else read_header(latest, RefinerRecord).record
+    assert record.step == steps(root) > 0
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def controlled() -> None:
+    """Make the terminal on descriptor 0 the controlling one of this session."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_training_of_images_goes_on_when_its_reader_leaves(tmp_path) -> None:
+    process = start(TRAIN_IMAGES, *images(tmp_path, epochs=2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0
+    assert read_header(tmp_path / "run" / "checkpoint_final.safetensors", RefinerRecord).record.step == 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_training_into_a_full_log_is_finished(root_of, planned_root) -> None:
+    root = root_of(planned_root)
+    with Path("/dev/full").open("w") as full:
+        assert start(TRAIN, *volumes(root, epochs=1), stdout=full, stderr=full).wait(timeout=300) == 2
+    (checkpoint,) = root.rglob("checkpoint_final.safetensors")
+    assert read_record_of(checkpoint).step == 2
+
+
+@pytest.mark.parametrize("how", ["closed pipe", "SIGHUP"])
+def test_ranks_under_torchrun(how, root_of, planned_root) -> None:
+    """The launcher's output goes where the ranks' goes; a hang-up reaches launcher, ranks and workers."""
+    root = root_of(planned_root)
+    script = root / "rank.py"
+    script.write_text(f"{TRAIN}\nif __name__ == '__main__':\n    run()")
+    epochs = 1 if how == "closed pipe" else 900
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    words = [*launcher, "--rdzv-endpoint", "localhost:0", script, *volumes(root, epochs=epochs), "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    if how == "closed pipe":
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=300) == 0
+        (final,) = root.rglob("checkpoint_final.safetensors")
+        assert read_record_of(final).step == 2
+        return
+    for line in process.stdout:
+        if line.startswith(b"step "):
+            break
+    os.killpg(process.pid, signal.SIGHUP)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    (latest,) = root.rglob("checkpoint_latest.safetensors")
+    assert read_record_of(latest).step == steps(root) > 0

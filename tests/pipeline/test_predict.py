@@ -228,7 +228,7 @@ def test_several_channels_come_from_several_files(tmp_path) -> None:
         predictor(files[0])
 
 
-@pytest.mark.parametrize("thing", [torch.zeros(8, 9, 10), [[[1.0]]], [], 3, None, {"image": 1}])
+@pytest.mark.parametrize("thing", [[], 3, None, {"image": 1}, [None], [["a"]], [Path("x"), 3]])
 def test_what_is_no_image_is_a_sentence(predictor, thing) -> None:
     with pytest.raises(UsageError, match=r"is not supported.*Found"):
         predictor(thing)
@@ -262,6 +262,21 @@ def test_a_file_that_is_not_there_and_a_skewed_image_are_sentences(predictor, tm
     skewed[0, 1] = 0.5
     with pytest.raises(GeometryError, match="not perpendicular"):
         predictor(nib.Nifti1Image(np.zeros((8, 9, 10), np.int16), skewed))
+
+
+def test_tensors_and_nested_lists_are_arrays(predictor) -> None:
+    array = np.random.default_rng(0).normal(size=(8, 9, 10)).astype(np.float32)
+    expected = predictor.predict_array(array, spacing_zyx_mm=(2.0, 1.0, 1.0))
+    tensor = torch.from_numpy(array).requires_grad_()
+    for same in (tensor, tensor[None], array.tolist(), tuple(array.tolist())):
+        np.testing.assert_array_equal(predictor.predict_array(same, spacing_zyx_mm=[2, 1, 1]), expected)
+        np.testing.assert_array_equal(predictor(same, spacing_zyx_mm=torch.tensor([2, 1, 1])).labels, expected)
+    with pytest.raises(UsageError, match=r"not an array of numbers.*bfloat16.*Give tensor\.float"):
+        predictor(tensor.bfloat16(), spacing_zyx_mm=(2, 1, 1))
+    with pytest.raises(UsageError, match=r"Give lists of equal lengths"):
+        predictor([[[1.0, 2.0], [3.0]]], spacing_zyx_mm=(2, 1, 1))
+    with pytest.raises(ImageError, match=r"not a volume.*array\[None\]"):
+        predictor(array[0], spacing_zyx_mm=(1, 1))
 
 
 def test_a_2d_stage_predicts_slice_by_slice(tmp_path) -> None:

@@ -127,9 +127,16 @@ def test_an_impossible_direction_is_a_sentence(direction: object) -> None:
         Volume.from_numpy(np.zeros((2, 3, 4)), spacing_zyx_mm=(1, 1, 1), direction=direction)
 
 
-@pytest.mark.parametrize("thing", [torch.zeros(2, 3, 4), [[[1.0]]], "image.nii.gz", None])
+@pytest.mark.parametrize("thing", [torch.arange(24.0).reshape(2, 3, 4), torch.arange(24.0).reshape(2, 3, 4).tolist()])
+def test_tensors_and_nested_lists_are_volumes(thing: object) -> None:
+    volume = Volume.from_numpy(thing, spacing_zyx_mm=(1, 1, 1))
+    assert isinstance(volume.array, np.ndarray)
+    assert (volume.array[0] == np.arange(24).reshape(2, 3, 4)).all()
+
+
+@pytest.mark.parametrize("thing", [torch.zeros(2, 3, 4).bfloat16(), [[[1.0], []]], "image.nii.gz", None, 3, [["a"]]])
 def test_what_is_no_array_is_a_sentence(thing: object) -> None:
-    with pytest.raises(UsageError, match="not a NumPy array"):
+    with pytest.raises(UsageError, match="not an array of numbers"):
         Volume.from_numpy(thing, spacing_zyx_mm=(1, 1, 1))
 
 

@@ -41,11 +41,11 @@ class Pair:
 
 
 def evaluate(
-    predictions: Path,
-    references: Path,
+    predictions: str | Path,
+    references: str | Path,
     labels: LabelSet | None = None,
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     cases: Sequence[str] | None = None,
     nsd_tolerance_mm: float = NSD_TOLERANCE_MM,
     both_empty: BothEmpty = "skip",
@@ -76,8 +76,8 @@ def evaluate(
     """
     if not nsd_tolerance_mm >= 0:
         raise UsageError("The NSD tolerance is negative", expected="0 mm or more", found=nsd_tolerance_mm)
-    pairs, faults, warnings = find_pairs(predictions, references, cases=cases)
-    labels = agreed_labels(predictions, references, labels)
+    pairs, faults, warnings = find_pairs(Path(predictions), Path(references), cases=cases)
+    labels = agreed_labels(Path(predictions), Path(references), labels)
     score = partial(_score, labels=labels, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
     scored: list[CaseMetrics] = []
     track = progress_bars(progress)
@@ -108,7 +108,7 @@ def evaluate(
         minimum_cases=MINIMUM_CASES,
     )
     if out is not None:
-        write_evaluation(out, evaluation)
+        write_evaluation(Path(out), evaluation)
     return evaluation
 
 

@@ -6,7 +6,6 @@ Training files are read once if memory allows: cases decoded for the fingerprint
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.atomic import atomic, read_record, write_record
+from rfmedsam2.system.json_text import parse_json
 from rfmedsam2.system.memory import free_bytes
 from rfmedsam2.system.progress import Track, silent
 
@@ -79,6 +79,10 @@ class PlanOptions:
     skip_faulty: bool = False
     skip_unlabeled: bool = False
     tell: Callable[[MemoryNeed], None] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nnunet_plans", "published"):  # programs give text, too
+            object.__setattr__(self, name, None if (path := getattr(self, name)) is None else Path(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +270,7 @@ def _unused(path: Path) -> Path:
 
 def _is_foreign(path: Path) -> bool:
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return False
     return not isinstance(content, dict) or "stages" not in content

@@ -1,4 +1,4 @@
-"""Signals: SIGTERM and SIGINT save and stop, SIGUSR1 saves and goes on; resuming afterwards is exact."""
+"""Signals: SIGTERM, SIGINT and SIGHUP save and stop, SIGUSR1 saves and goes on; resuming afterwards is exact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def unbroken(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("at", [0, 7, 9])
 def test_a_stop_saves_after_the_step_and_resumes_exactly(tmp_path, unbroken, number, at):
     config = make_config()
@@ -65,6 +65,18 @@ def test_sigusr1_saves_and_goes_on(tmp_path, unbroken):
     assert weights_of(tmp_path) == weights_of(unbroken)
 
 
+def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path):
+    config = make_config(epochs=1)
+    task = ToyTask(config)
+    task.at[2] = send(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert fit(task, config, make_run(tmp_path)).status == "finished"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     config = make_config()
     task = ToyTask(config)
@@ -75,7 +87,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
 def test_the_handlers_around_are_put_back(tmp_path):
     config = make_config(epochs=1)
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(n) for n in numbers]
     fit(ToyTask(config), config, make_run(tmp_path))
     assert [signal.getsignal(n) for n in numbers] == before

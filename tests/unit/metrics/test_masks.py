@@ -79,18 +79,35 @@ def test_what_cannot_be_scored_is_a_sentence() -> None:
         dice(mask, mask.astype(float))
     with pytest.raises(UsageError, match="label="):
         dice(mask, mask.astype(int) * 2)
-    with pytest.raises(UsageError, match=r"tensor\.detach"):
-        dice(torch.ones(3, 4, 5), mask)
-    with pytest.raises(UsageError, match="not a NumPy array"):
-        dice([[True]], [[True]])
+    with pytest.raises(UsageError, match="not an array of numbers"):
+        dice("mask.nii.gz", mask)
+    with pytest.raises(UsageError, match="equal lengths"):
+        dice([[True, False], [True]], [[True]])
+    with pytest.raises(UsageError, match=r"not the value of a class.*'liver'"):
+        dice(mask.astype(int), mask.astype(int), label="liver")
+    with pytest.raises(UsageError, match=r"tolerance_mm.*'1'"):
+        nsd(mask, mask, SPACING, tolerance_mm="1")
     with pytest.raises(GeometryError, match="spacing"):
         hd95(mask, mask, (1, 1))
     with pytest.raises(GeometryError, match="spacing"):
         nsd(mask, mask, (1, 0, 1))
     with pytest.raises(UsageError, match="tolerance_mm"):
         nsd(mask, mask, SPACING, tolerance_mm=-1)
-    with pytest.raises(GeometryError, match="z, y, x"):
-        hd95(mask[0], mask[0], SPACING)
+    for spacing in (SPACING, SPACING[1:]):
+        with pytest.raises(GeometryError, match=r"between volumes.*\(Z, Y, X\).*\(4, 5\)"):
+            hd95(mask[0], mask[0], spacing)
+
+
+def test_tensors_and_nested_lists_are_masks() -> None:
+    one, other = np.zeros((2, 3, 4, 5), bool)
+    one[1:, 1:3, 1:4], other[1:, 1:3, 2:5] = True, True
+    expected = dice(one, other), nsd(one, other, SPACING), hd95(one, other, SPACING)
+    assert expected[0] == pytest.approx(2 / 3)
+    for make in (torch.from_numpy, np.ndarray.tolist):
+        a, b = make(one), make(other)
+        assert (dice(a, b), nsd(a, b, SPACING), hd95(a, b, SPACING)) == expected
+    labels = torch.from_numpy(one.astype(np.int64) * 3).float().requires_grad_().long()
+    assert dice(labels, other.astype(int) * 3, label=3) == expected[0]
 
 
 def test_masked_arrays_are_refused() -> None:

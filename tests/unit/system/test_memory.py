@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
-from rfmedsam2.system.memory import free_bytes, group_bytes, total_bytes
+from rfmedsam2.system.memory import free_bytes, group_bytes, memory_ran_out, memory_words, total_bytes
 
 UNLIMITED = (1 << 63) - 4096
 LIMITED = """
@@ -79,3 +84,38 @@ def test_the_total_is_the_least_that_is_granted(tmp_path, monkeypatch):
     assert total_bytes() == 3000
     own.write_text("")
     assert total_bytes() == psutil.virtual_memory().total
+
+
+def raised(make: Callable[[], object]) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        make()
+    return caught.value
+
+
+def no_memory() -> None:
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: torch.empty(1 << 56), lambda: np.empty(1 << 56), lambda: torch.zeros(1 << 50).double(), no_memory],
+)
+def test_memory_that_ended_is_known_by_what_libraries_raise(make: Callable[[], object]) -> None:
+    assert memory_ran_out(raised(make))
+
+
+@pytest.mark.parametrize("words", ["could not create a primitive", "std::bad_alloc", "can't start new thread"])
+def test_memory_that_ended_is_known_by_their_words(words: str) -> None:
+    assert memory_ran_out(RuntimeError(words))
+    assert not memory_ran_out(ValueError(words))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.zeros(2) @ torch.zeros(3), Path("/nothing").read_bytes, lambda: np.zeros(2) + np.zeros(3)]
+)
+def test_other_errors_are_not_of_memory(make: Callable[[], object]) -> None:
+    assert not memory_ran_out(raised(make))
+
+
+def test_what_is_used_and_free_is_told() -> None:
+    assert re.fullmatch(r"\d+\.\d GiB in use by this process, \d+\.\d GiB more available", memory_words())
