@@ -30,8 +30,15 @@ def color_image(given: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The image (H, W, 3), uint8, if it is one.
 
     Raises:
-        ImageError: not three channels of 8 bits.
+        ImageError: not three channels of 8 bits, or masked values.
     """
+    if np.ma.is_masked(given):
+        raise ImageError(
+            "The image is a masked array",
+            expected="a value for every pixel",
+            found=f"{np.ma.count_masked(given)} masked values",
+            remedy="Give image.filled(VALUE) with the value that masked pixels stand for",
+        )
     image = np.asarray(given)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise ImageError(

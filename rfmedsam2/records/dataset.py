@@ -102,6 +102,8 @@ def _ambiguous(labels: dict[str, int | tuple[int, ...]]) -> list[str]:
             faults.append(f"{len(same)} names for the value {shown}: {', '.join(map(repr, same))}")
         if not all(name.strip() for name in same):
             faults.append(f"the value {shown} has an empty name")
+        if min(values, default=0) < 0:
+            faults.append(f"{same[0]!r} has the value {shown}, and label maps hold no negative values")
     return faults
 
 
@@ -137,7 +139,11 @@ class DatasetJson(Record):
 
     @model_validator(mode="after")
     def _labels_are_valid(self) -> Self:
-        _ = self.label_set
+        labels = self.label_set
+        strange = sorted(set(labels.regions_class_order or ()) - set(labels.values)) if labels.has_regions else []
+        if strange:
+            shown = ", ".join(map(str, strange))
+            raise ValueError(f"regions_class_order paints values that no label has: {shown}")
         numbers = sorted(int(k) if k.isdigit() else -1 for k in self.channel_names)
         if numbers != list(range(len(numbers))):
             raise ValueError(f"channel_names must be numbered 0, 1, ..., found {list(self.channel_names)}")

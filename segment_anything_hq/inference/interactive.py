@@ -54,11 +54,18 @@ class InteractivePredictor:
         """Set an image (H, W, 3) uint8, RGB, and discard all clicks; an unchanged image is not encoded again.
 
         Raises:
-            UsageError: the array has another shape or type.
+            UsageError: the array has another shape or type, or masked values.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise UsageError(
                 "Expected an RGB image", expected="(H, W, 3) uint8, RGB", found=f"{image.shape} {image.dtype}"
+            )
+        if np.ma.is_masked(image):
+            raise UsageError(
+                "The image is a masked array",
+                expected="a value for every pixel",
+                found=f"{np.ma.count_masked(image)} masked values",
+                remedy="Give image.filled(VALUE) with the value that masked pixels stand for",
             )
         self._said = []
         if self._image is not None and np.array_equal(image, self._image):

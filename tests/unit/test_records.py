@@ -113,6 +113,8 @@ def test_regions_are_outputs_of_their_own():
         ({"background": 0, "a": [1, 2], "b": [2, 1]}, [1, 2], "2 names for the value 1 and 2: 'a', 'b'"),
         ({"background": 0, "": 1}, None, "labels: the value 1 has an empty name"),
         ({"background": 0, " ": 1}, None, "the value 1 has an empty name"),
+        ({"background": 0, "a": -1}, None, "'a' has the value -1, and label maps hold no negative values"),
+        ({"background": 0, "whole": [1, 2], "core": [2]}, [1, 9], "paints values that no label has: 9"),
     ],
 )
 def test_inconsistent_labels_are_refused(labels, order, message):

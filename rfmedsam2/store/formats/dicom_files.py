@@ -32,6 +32,9 @@ _PADDING = " \0\t\r\n"
 _BINARY = {"US": ("H", 2), "SS": ("h", 2), "UL": ("I", 4), "SL": ("i", 4), "FL": ("f", 4), "FD": ("d", 8)}
 """Format letter of `struct` and bytes per value of each binary VR."""
 
+_NO_SCANNERS = {"SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC"}
+"""Modalities of files that were made from images, and may lie beside them."""
+
 _TEXT = {"DS", "IS", "LO", "SH", "CS", "ST", "LT", "UT", "UC"}
 """VRs of text that may hold numbers."""
 
@@ -138,18 +141,19 @@ def read_dicom_file(path: Path) -> DicomFile:
 
 
 def modality_of(path: Path) -> str | None:
-    """Modality (CT, MR, PT ...) of a DICOM file, or of the first file of a series folder.
+    """Modality (CT, MR, PT ...) of a DICOM file, or of the first file of a series folder that is an image.
 
     Returns:
         None for other formats, where it is missing, and for a damaged file, which its reader reports.
     """
-    first = next(iter(dicom_files(path)), None)
-    if first is None or not is_dicom_file(first):
-        return None
-    try:
-        return text(read_dicom_file(first).data, "Modality").upper() or None
-    except RfMedSamError:
-        return None
+    for file in filter(is_dicom_file, dicom_files(path)):
+        try:
+            found = text(read_dicom_file(file).data, "Modality").upper()
+        except RfMedSamError:
+            return None
+        if found not in _NO_SCANNERS:
+            return found or None
+    return None
 
 
 def syntax_of(data: FileDataset) -> str:

@@ -108,3 +108,6 @@ def test_only_dicom_has_a_modality(tmp_path):
     (tmp_path / "b.nii.gz").write_bytes(b"x" * 200)
     assert modality_of(tmp_path / "b.nii.gz") is None
     assert modality_of(tmp_path) == "MR"
+    dicom(tmp_path / "0.dcm", "SEG")  # a segmentation beside its images
+    assert modality_of(tmp_path) == "MR"
+    assert modality_of(tmp_path / "0.dcm") is None

@@ -128,6 +128,16 @@ def test_the_same_picture_is_encoded_once(sam, picture, monkeypatch) -> None:
     assert len(calls) == 2
 
 
+def test_a_masked_image_is_refused_unless_nothing_is_masked(sam, picture) -> None:
+    predictor = InteractivePredictor(sam)
+    with pytest.raises(UsageError, match=r"masked array.*masked values.*filled"):
+        predictor.set_image(np.ma.masked_greater(picture, 200))
+    predictor.set_image(np.ma.array(picture))
+    whole = predictor.click(10, 20)
+    predictor.set_image(picture)
+    assert np.array_equal(predictor.click(10, 20), whole)
+
+
 def test_bad_input_is_a_sentence(sam, picture) -> None:
     predictor = InteractivePredictor(sam)
     with pytest.raises(UsageError, match="No image has been set"):
