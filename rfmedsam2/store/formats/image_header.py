@@ -23,7 +23,7 @@ from nibabel.spatialimages import HeaderDataError
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from rfmedsam2.errors import GeometryError, ImageError, RfMedSamError
-from rfmedsam2.geometry import Grid
+from rfmedsam2.geometry import Grid, scaled
 from rfmedsam2.system.memory import free_bytes
 from rfmedsam2.system.ordinary_files import require_ordinary
 
@@ -119,6 +119,13 @@ class ImageHeader:
     def nibabel_grid(self) -> Grid:
         """The grid that nibabel reads, which for some NIfTI files is not `grid`."""
         return self.source_grid if self.nifti is None or self.nifti.nibabel is None else self.nifti.nibabel
+
+    @property
+    def nibabel_grid_mm(self) -> Grid:
+        """`nibabel_grid` in mm, if the file has another unit, which nibabel does not convert."""
+        if self.nifti is None or self.nifti.nibabel is None:
+            return self.source_grid
+        return scaled(self.nifti.nibabel, self.nifti.unit_mm)
 
 
 def repaired(grid: Grid, *, where: object) -> tuple[Grid, float]:
@@ -216,7 +223,11 @@ def grids_differ(one: ImageHeader, other: ImageHeader) -> tuple[str, bool] | Non
     """
     if not (one.spacing_known and other.spacing_known) and one.grid.shape_zyx == other.grid.shape_zyx:
         return None
-    readings = [(one.grid, other.grid), (one.nibabel_grid, other.nibabel_grid)]
+    readings = [
+        (one.grid, other.grid),
+        (one.nibabel_grid, other.nibabel_grid),
+        (one.nibabel_grid_mm, other.nibabel_grid_mm),
+    ]
     if one.flat != other.flat:  # two axes, and three of which one has a single plane
         readings = [(flattened(a), flattened(b)) for a, b in readings]
     found = [disagreement(a, b) for a, b in readings]

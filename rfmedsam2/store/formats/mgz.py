@@ -13,9 +13,9 @@ from nibabel.freesurfer.mghformat import MGHError, MGHImage
 from nibabel.spatialimages import HeaderDataError
 
 from rfmedsam2.errors import ImageError
-from rfmedsam2.geometry import Grid, scaled
+from rfmedsam2.geometry import Grid
 from rfmedsam2.store.formats.decompression import chunks_of, damaged
-from rfmedsam2.store.formats.image_header import ImageHeader, checked_spacing, repaired
+from rfmedsam2.store.formats.image_header import MAX_SKEW_DEGREES, ImageHeader, checked_spacing, repaired
 
 
 def read_mgz_header(path: Path) -> ImageHeader:
@@ -44,12 +44,12 @@ def read_mgz(path: Path) -> tuple[np.ndarray, ImageHeader]:
 def write_mgz_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
     """Write labels (Z,Y,X); values above 255 as int32, because the format has no uint16 (not atomic).
 
-    For a NIfTI source the geometry is nibabel's reading of it, since ITK does not read this format.
+    For a NIfTI source the geometry is nibabel's reading of it in mm, since ITK does not read this format.
     """
     stored = labels_zyx if labels_zyx.dtype == np.uint8 else labels_zyx.astype(np.int32)
-    grid = header.source_grid
-    if header.nifti is not None and header.nifti.nibabel is not None:
-        grid = scaled(header.nifti.nibabel, header.nifti.unit_mm)
+    grid = header.nibabel_grid_mm
+    if grid.skew_degrees > MAX_SKEW_DEGREES:  # a sform that is an alignment, beside a qform
+        grid = header.source_grid
     MGHImage(cast(Any, stored.T), grid.affine_ras).to_filename(path)
 
 
