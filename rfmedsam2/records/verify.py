@@ -16,6 +16,7 @@ FaultKind = Literal[
     "skewed-axes",
     "forms-differ",
     "no-spacing",
+    "unit-ignored",
     "shape-mismatch",
     "affine-mismatch",
     "not-finite",

@@ -101,11 +101,11 @@ def _image_files(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.suffix.lower() in ENDINGS and path.is_file() and not path.name.startswith(".")
     )
-    patterns = Counter(_NUMBER.sub("#", path.stem) for path in paths)
+    patterns = Counter(map(_pattern, paths))
     pattern, count = max(patterns.items(), key=lambda item: ("#" in item[0], item[1]), default=("", 0))
     if "#" not in pattern or (count == 1 and len(paths) > 1):
         return paths
-    others = [path.name for path in paths if _NUMBER.sub("#", path.stem) != pattern]
+    others = [path.name for path in paths if _pattern(path) != pattern]
     if others:
         raise UsageError(
             "The folder holds other images beside the numbered frames",
@@ -120,6 +120,11 @@ def _image_files(folder: Path) -> list[Path]:
             names = f"{one.name} and {other.name}"
             raise UsageError("Two images have the same frame number", where=folder, found=names, remedy="Remove one")
     return ordered
+
+
+def _pattern(path: Path) -> str:
+    """A file name without ending and numbers, in lower case."""
+    return _NUMBER.sub("#", path.stem).lower()
 
 
 def _numbers(path: Path) -> tuple[Decimal, ...]:

@@ -227,6 +227,9 @@ def _header_faults(case: Case, path: Path, header: ImageHeader) -> list[Fault]:
     ambiguity = readers_differ(header)
     if ambiguity is not None:
         faults.append(_warning(case, path, "forms-differ", ambiguity, "Check that image and label agree in a viewer"))
+    if header.ignored_unit is not None:
+        message = f"The unit of length in the header, {header.ignored_unit}, is not converted; lengths count as mm"
+        faults.append(_warning(case, path, "unit-ignored", message, "Convert the file to mm if lengths matter"))
     if not header.spacing_known:
         beside = spacing_file(path)
         message = f"The stack has no spacing (there is no {beside.name if beside else 'file with it'}); 1 mm is assumed"

@@ -102,6 +102,7 @@ class ImageHeader:
         skew_degrees: how far the file's axes were from perpendicular.
         flat: the file has only two axes; z was added.
         spacing_known: False: a stack whose file says nothing of its spacing; 1 mm is assumed.
+        ignored_unit: a unit of length that is neither the millimeter nor converted, as in ITK.
         nifti: header of a NIfTI source.
     """
 
@@ -113,6 +114,7 @@ class ImageHeader:
     skew_degrees: float = 0.0
     flat: bool = False
     spacing_known: bool = True
+    ignored_unit: str | None = None
     nifti: NiftiGeometry | None = None
 
     @property

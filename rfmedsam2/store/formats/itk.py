@@ -18,7 +18,7 @@ from rfmedsam2.store.formats.image_header import (
     repaired,
     require_memory,
 )
-from rfmedsam2.store.formats.itk_stored import METAIMAGE_ENDINGS, metaimage_spacing, stored_voxels
+from rfmedsam2.store.formats.itk_stored import METAIMAGE_ENDINGS, ignored_unit, metaimage_spacing, stored_voxels
 from rfmedsam2.store.formats.raster import RASTER_ENDINGS, stack_spacing
 
 
@@ -111,6 +111,7 @@ def _header(path: Path, reader: sitk.ImageFileReader) -> ImageHeader:
         skew_degrees=skew,
         flat=axes == 2,
         spacing_known=not raster or axes == 2 or stack_spacing(path) is not None,
+        ignored_unit=None if raster else ignored_unit(path),
     )
 
 

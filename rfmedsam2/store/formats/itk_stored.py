@@ -20,6 +20,7 @@ METAIMAGE_ENDINGS = (".mha", ".mhd")
 _HEADER_LIMIT = 1 << 16
 _NRRD_HEADER_LIMIT = 1 << 20  # 3D Slicer describes every segment in the header
 _NRRD_MAGIC = b"NRRD"
+_MILLIMETERS = ("mm", "millimeter", "millimeters", "millimetre", "none", "?", "???")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,17 @@ def metaimage_spacing(path: Path) -> list[float]:
     return [*numbers, 1.0, 1.0, 1.0][:3]
 
 
+def ignored_unit(path: Path) -> str | None:
+    """The unit of length in an MHA, MHD or NRRD header if it is not the millimeter; ITK reads all lengths as mm."""
+    if path.suffix.lower() in METAIMAGE_ENDINGS:
+        text = _metaimage_fields(path)[0].get("DistanceUnits", "")
+    else:
+        fields, _ = _nrrd_fields(path)
+        text = fields.get("space units") or fields.get("units") or ""
+    units = {unit for unit in text.replace('"', " ").split() if unit.lower() not in _MILLIMETERS}
+    return ", ".join(sorted(units)).encode("latin-1").decode("utf-8", "replace") or None
+
+
 def _metaimage(path: Path, header: ImageHeader, components: int) -> _Stored | None:
     fields, offset = _metaimage_fields(path)
     files = tuple(data_files(path))
@@ -163,7 +175,7 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
     """Header fields of an NRRD file, and the length of its header with the blank line; 0 if there is no such line."""
     text, blank, head = b"", b"", b""
     for limit in (_HEADER_LIMIT, _NRRD_HEADER_LIMIT):
-        head = _head(path, limit)
+        text = head = _head(path, limit)  # a detached header needs no blank line
         ends = [(at, end) for end in (b"\n\n", b"\r\n\r\n") if (at := head.find(end)) >= 0]
         if ends:
             at, blank = min(ends)

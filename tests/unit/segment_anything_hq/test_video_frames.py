@@ -39,6 +39,7 @@ def order(folder: Path) -> list[int]:
         ["0.jpg", "1.png", "2.webp", "10.bmp"],
         ["only.png"],
         ["shot12.png"],
+        ["IMG_1.JPG", "img_2.jpg", "Img_10.png"],
     ],
 )
 def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path, names: list[str]) -> None:

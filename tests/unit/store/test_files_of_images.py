@@ -135,6 +135,20 @@ def test_a_pattern_without_end_is_a_sentence(tmp_path: Path) -> None:
         image_files(tmp_path / "a.mhd")
 
 
+@pytest.mark.parametrize(("unit", "found"), [("mm", None), ("um", "um"), ("cm", "cm"), (None, None)])
+def test_a_unit_that_itk_does_not_convert_is_known(tmp_path: Path, unit: str | None, found: str | None) -> None:
+    for kind in ("mhd list", "nhdr list"):
+        path = detached(tmp_path, kind)[0]
+        text = path.read_text()
+        if unit is not None and kind.startswith("mhd"):
+            path.write_text(f"DistanceUnits = {unit}\n{text}")
+        elif unit is not None:
+            path.write_text(text.replace("kinds:", f'space units: "{unit}" "{unit}" "{unit}"\nkinds:'))
+        header = read_header(path)
+        assert header.ignored_unit == found
+        assert header.grid.spacing_zyx_mm == (2, 0.75, 0.5)
+
+
 # --- TIFF stacks ------------------------------------------------------------------------------------------------------
 
 
