@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(300)
 FOLD = Path("results/Dataset900_PhantomCT/rfmed_cpu__3d_fullres/fold_0")
 OFTEN = "3d_fullres.train.checkpoint_minutes=1e-9"
 STEPS = 12
-PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS = 4.0
 TOLD_SECONDS = 20.0
 """From the end of a rank to the end of the other."""
 
@@ -48,7 +48,7 @@ def test_stopped_for_longer_than_a_worker_may_take_it_goes_on(
     for step in (1, 6) if whole else (4,):
         process.until(lambda step=step: saved(root, step))
         os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(1.5 * PATIENCE_SECONDS)
+        time.sleep(PATIENCE_SECONDS + 0.5)
         os.killpg(process.pid, signal.SIGCONT)
     assert process.wait() == 0, process.text()
     assert weights(root) == weights(unbroken)
@@ -66,7 +66,10 @@ def ranks(root: Path, launcher: Launcher, tmp_path: Path) -> list[Process]:
     ]
 
 
-def test_ranks_killed_one_after_the_other_end_all_and_cost_nothing(planned_root, root_of, launcher: Launcher, tmp_path):
+def test_ranks_killed_one_after_the_other_end_all_and_cost_nothing(
+    planned_root, root_of, launcher: Launcher, tmp_path, whole
+):
+    """Short form: the main rank alone; `../pipeline/training/test_ddp.py` kills another one under torchrun."""
     unbroken = root_of(planned_root).rename(tmp_path / "unbroken")
     assert [rank.wait() for rank in ranks(unbroken, launcher, tmp_path)] == [0, 0]
     root = root_of(planned_root)
