@@ -17,7 +17,7 @@ from rfmedsam2.inference.volume import PredictOptions, preprocess_case, require_
 from rfmedsam2.pipeline.prediction.checkpoints import find_models
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
-from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
@@ -80,7 +80,15 @@ def make_plan(**changes) -> Plan:
     return Plan(**{**plan, **changes})
 
 
-def write_model(folder: Path, plan: Plan, *, fold: str = "0", stage: str = "3d_fullres", which: str = "final") -> Path:
+def write_model(
+    folder: Path,
+    plan: Plan,
+    *,
+    fold: str = "0",
+    stage: str = "3d_fullres",
+    which: str = "final",
+    cases: TrainedCases | None = None,
+) -> Path:
     torch.manual_seed(int(fold) if fold.isdigit() else 99)
     network = models.build_stage(plan, plan.stages[stage])
     record = CheckpointRecord(
@@ -92,6 +100,7 @@ def write_model(folder: Path, plan: Plan, *, fold: str = "0", stage: str = "3d_f
         code_version="0",
         torch_version=torch.__version__,
         created="2026-01-01T00:00:00Z",
+        cases=cases,
     )
     path = folder / f"fold_{fold}" / f"checkpoint_{which}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -382,6 +391,18 @@ def test_a_masked_array_is_refused_unless_nothing_is_masked(predictor) -> None:
     plain = predictor.predict_array(array, spacing_zyx_mm=(1.0, 1.0, 1.0))
     whole = predictor.predict_array(np.ma.array(array), spacing_zyx_mm=(1.0, 1.0, 1.0))
     np.testing.assert_array_equal(whole, plain)
+
+
+def test_cases_of_the_training_are_named(cases, tmp_path, caplog) -> None:
+    path = write_model(
+        tmp_path, make_plan(), cases=TrainedCases(train={"case2": "x", "case0": "y"}, val={"case1": "z"})
+    )
+    predictor = Predictor.load(path, device="cpu")
+    predict_files(predictor, cases, tmp_path / "out")
+    assert "The model was trained on 2 of these 3 ids (case0, case2)" in caplog.text
+    caplog.clear()
+    predict_files(predictor, cases[1:2], tmp_path / "out")
+    assert "trained" not in caplog.text
 
 
 def test_an_image_of_another_kind_is_predicted_with_a_warning_that_is_kept(predictor, tmp_path, caplog) -> None:

@@ -1,13 +1,14 @@
-"""Whether an image is of the kind that a model was trained on: modality and range of intensities."""
+"""Whether an image is of the kind that a model was trained on, by modality and intensities, or one of those images."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.formats.dicom_files import modality_of
@@ -40,6 +41,12 @@ def doubts_about(volume: Volume, plan: Plan, *, paths: Sequence[Path] = ()) -> t
         elif number < len(volume.array) and (doubt := _doubt_about(volume.array[number], statistics, kind)):
             found.append(f"The intensities are not those of the model's training (channel {name}): {doubt}")
     return tuple(found)
+
+
+def trained_ids(records: Iterable[CheckpointRecord], ids: Iterable[str]) -> list[str]:
+    """Ids among some that any of the models was trained on, as far as their checkpoints say it; ascending."""
+    known = {name for record in records if record.cases is not None for name in record.cases.train}
+    return sorted(known.intersection(ids))
 
 
 def modality_named(channel: str) -> str | None:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2.errors import RfMedSamError, UsageError
+from rfmedsam2.errors import RfMedSamError, UsageError, shortlist
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.volume import PreparedCase
 from rfmedsam2.pipeline.prediction.box_prompts import BoxSource
 from rfmedsam2.pipeline.prediction.outputs import Outputs
-from rfmedsam2.pipeline.prediction.plausibility import doubts_about
+from rfmedsam2.pipeline.prediction.plausibility import doubts_about, trained_ids
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case
@@ -106,6 +106,14 @@ def predict_files(
     with outputs.locked():
         run = _Run(predictor, outputs, probabilities=probabilities, continue_=continue_, prompted=boxes is not None)
         _check(cases, run)
+        if seen := trained_ids(predictor.records, [case.id for case in cases]):
+            logger.warning(
+                "The model was trained on %d of these %d ids (%s). If they are the same cases, their scores do not "
+                "tell how well it segments new ones",
+                len(seen),
+                len(cases),
+                shortlist(seen),
+            )
         if boxes is not None:
             run.boxes = BoxSource.open(boxes, cases, predictor.plan.labels)
         written, kept = _predict_all(run, cases, workers=workers, track=track)
