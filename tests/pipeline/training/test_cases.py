@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,10 +12,19 @@ import pytest
 from support.changed_labels import relabel
 from support.commands import PLANNING, run_error, run_ok
 
+from rfmedsam2.errors import StoreError, UsageError
 from rfmedsam2.pipeline.prediction.model_archive import export_model
+from rfmedsam2.pipeline.preprocessing.preprocess import preprocess
 from rfmedsam2.pipeline.training import train as pipeline
+from rfmedsam2.pipeline.training.train import TrainOptions, train
+from rfmedsam2.records.plan import Plan
+from rfmedsam2.store import lock
 from rfmedsam2.store.archive import unpack_archive
 from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.raw import open_dataset
+from rfmedsam2.system.atomic import read_record
+from rfmedsam2.system.progress import OnStep
 
 DATASET = "Dataset900_PhantomCT"
 FOLD = Path("results", DATASET, "rfmed_cpu__3d_fullres", "fold_0")
@@ -100,6 +110,32 @@ def test_a_changed_label_is_noticed_before_training_and_after_preprocessing(root
     assert "phantom_002 was preprocessed again from other files or by another plan" in sentence
     assert results(root) == before
     run_ok(*training(root, "--no-validate", fold=1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_cases_rebuilt_under_a_training_without_locks_stop_it(root, monkeypatch, workers):
+    """On a file system without locks only the cases themselves can tell; with another spacing, shapes differ."""
+
+    def flock(handle, flags):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    layout = Layout.under(root)
+    plan = read_record(layout.plan_file(DATASET, "rfmed_cpu"), Plan).with_overrides(
+        "3d_fullres.train.epochs=1", "3d_fullres.train.iterations_per_epoch=500", f"3d_fullres.train.workers={workers}"
+    )
+    other = plan.with_overrides("3d_fullres.spacing_mm=[5,5,5]")
+
+    def rebuild(report):
+        if report.step == 1:
+            preprocess(open_dataset(root / "raw" / DATASET), other, ["3d_fullres"], layout)
+
+    options = TrainOptions(device="cpu", validate=False, progress=OnStep(rebuild))
+    with pytest.raises(StoreError, match=r"rebuilt while it was being read: .*phantom_00\d") as told:
+        train(layout, plan, "3d_fullres", fold="1", options=options)
+    assert "not while rfmed_plan_and_preprocess works on these cases" in str(told.value)
+    with pytest.raises(UsageError, match="were preprocessed with other settings than the plan's"):
+        train(layout, plan, "3d_fullres", fold="1", options=options)
 
 
 def test_labels_that_change_during_a_training_are_not_scored(root, monkeypatch):
