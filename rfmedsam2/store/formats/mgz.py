@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +17,21 @@ from nibabel.spatialimages import HeaderDataError
 from rfmedsam2.errors import ImageError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.store.formats.decompression import chunks_of, damaged
-from rfmedsam2.store.formats.image_header import MAX_SKEW_DEGREES, ImageHeader, checked_spacing, repaired
+from rfmedsam2.store.formats.image_header import (
+    MAX_SKEW_DEGREES,
+    ImageHeader,
+    checked_spacing,
+    repaired,
+    require_memory,
+)
+
+_BESIDE_VOXELS = 1 << 20  # bytes; the header has 284, and tags may follow the voxels
 
 
 def read_mgz_header(path: Path) -> ImageHeader:
     """Read the header of an MGH or MGZ file."""
-    return _header(path, _load(path))
+    with closing(chunks_of(path)) as chunks:
+        return _header(path, _load(path, next(chunks, b"")))
 
 
 def read_mgz(path: Path) -> tuple[np.ndarray, ImageHeader]:
@@ -30,8 +41,10 @@ def read_mgz(path: Path) -> tuple[np.ndarray, ImageHeader]:
         TruncatedImageError: the file ends early or is damaged.
         ImageError: not an MGH file.
     """
-    content = b"".join(chunks_of(path))  # to the end: nibabel stops before the checksum, and takes damaged voxels
-    image = _load(path, content)
+    promised = read_mgz_header(path)
+    size = promised.channels * math.prod(promised.grid.shape_zyx) * np.dtype(promised.dtype).itemsize
+    require_memory(path, promised, extra=size)
+    image = _load(path, _beginning(path, size + _BESIDE_VOXELS))
     header = _header(path, image)
     try:
         data = np.asanyarray(image.dataobj)
@@ -53,10 +66,20 @@ def write_mgz_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
     MGHImage(cast(Any, stored.T), grid.affine_ras).to_filename(path)
 
 
-def _load(path: Path, content: bytes | None = None) -> MGHImage:
-    """From the file, or from its decompressed content."""
+def _beginning(path: Path, size: int) -> bytes:
+    """At least `size` bytes of the content. The rest is read too: nibabel stops before gzip's checksum."""
+    kept, done = [], 0
+    for piece in chunks_of(path):
+        if done < size:
+            kept.append(piece)
+            done += len(piece)
+    return b"".join(kept)
+
+
+def _load(path: Path, content: bytes) -> MGHImage:
+    """From the decompressed content, or its beginning; voxels are read later."""
     try:
-        return MGHImage.from_filename(path) if content is None else MGHImage.from_bytes(content)
+        return MGHImage.from_bytes(content)
     except (EOFError, zlib.error) as error:
         raise damaged(path, str(error)) from error
     except (OSError, TypeError, ValueError, KeyError, HeaderDataError, ImageFileError, MGHError) as error:

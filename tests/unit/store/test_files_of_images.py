@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import struct
 from pathlib import Path
 
 import nibabel as nib
@@ -17,7 +18,7 @@ from PIL import Image
 from rfmedsam2.errors import GeometryError, ImageError, RecordError, UsageError
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.store.case_files import Case, list_images
-from rfmedsam2.store.formats.image_header import TruncatedImageError, grids_differ
+from rfmedsam2.store.formats.image_header import TruncatedImageError, grids_differ, require_memory
 from rfmedsam2.store.images import digest_of, image_files, read_header, read_image, read_label, write_label
 from rfmedsam2.store.input_discovery import find_cases
 from rfmedsam2.system.atomic import read_record
@@ -276,14 +277,36 @@ def test_a_header_that_promises_more_than_its_file_holds_is_refused_by_the_heade
     assert read_header(tmp_path / "a.nii.gz").grid.shape_zyx == (4, 4, 4)
 
 
-def test_voxels_that_do_not_fit_into_memory_are_refused_before_the_file_is_read(tmp_path: Path) -> None:
-    """A sparse file of 8 TB: reading or hashing its first hundredth would take longer than any test may."""
-    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "a.nii")
-    raw = bytearray((tmp_path / "a.nii").read_bytes())
-    raw[42:48] = np.array([20000, 20000, 20000], "<i2").tobytes()
-    (tmp_path / "a.nii").write_bytes(raw)
-    os.truncate(tmp_path / "a.nii", 352 + 20000**3)
+def sparse(path: Path) -> Path:
+    """An image of 20000 x 20000 x 20000 bytes, none of them on the disk."""
+    n = 20000
+    meta = f"NDims = 3\nDimSize = {n} {n} {n}\nElementSpacing = 1 1 1\nElementType = MET_UCHAR\nElementDataFile = "
+    nrrd = f"NRRD0004\ntype: uchar\ndimension: 3\nsizes: {n} {n} {n}\nspacings: 1 1 1\nencoding: raw\n"
+    nifti = nib.Nifti1Header(endianness="<")
+    nifti.set_data_shape((n, n, n))
+    nifti["vox_offset"], nifti["magic"], nifti["datatype"], nifti["bitpix"] = 352, b"n+1", 2, 8
+    mgh = struct.pack(">7i", 1, n, n, n, 1, 0, 0) + struct.pack(
+        ">h15f", 1, 1, 1, 1, -1, 0, 0, 0, 0, -1, 0, 1, 0, 0, 0, 0
+    )
+    head, data = {
+        ".nii": (nifti.binaryblock + bytes(4), path),
+        ".mha": (f"{meta}LOCAL\n".encode(), path),
+        ".mhd": (f"{meta}a.raw\n".encode(), path.with_name("a.raw")),
+        ".nrrd": (f"{nrrd}\n".encode(), path),
+        ".nhdr": (f"{nrrd}data file: a.raw\n".encode(), path.with_name("a.raw")),
+        ".mgh": (mgh.ljust(284, b"\0"), path),
+    }[path.suffix]
+    path.write_bytes(head)
+    data.touch()
+    os.truncate(data, n**3 + (len(head) if data == path else 0))
+    return path
+
+
+@pytest.mark.parametrize("ending", [".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".mgh"])
+def test_voxels_that_do_not_fit_into_memory_are_refused_before_the_file_is_read(tmp_path: Path, ending: str) -> None:
+    path = sparse(tmp_path / f"a{ending}")
     with pytest.raises(ImageError, match=r"not enough memory.*7450\.6 GiB of voxels"):
-        read_image(tmp_path / "a.nii")
-    case = find_cases(tmp_path / "a.nii", channels=1, file_ending=None)[0]
-    assert case == Case(id="a", images=(tmp_path / "a.nii",))
+        require_memory(path, read_header(path))
+    with pytest.raises(ImageError, match=r"not enough memory"):
+        read_image(path)
+    assert find_cases(path, channels=1, file_ending=None)[0] == Case(id="a", images=(path,))
