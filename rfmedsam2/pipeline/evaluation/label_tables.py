@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -145,7 +146,12 @@ def _named(labels: LabelSet) -> dict[str, tuple[str, frozenset[int]]]:
     """Comparable name -> (name, its values), with the ignore label."""
     ignored = {} if labels.ignore is None else {"ignore": (labels.ignore,)}
     table = {**labels.foreground, **ignored}
-    return {re.sub(r"[\W_]+", " ", name).strip().casefold(): (name, frozenset(of)) for name, of in table.items()}
+    return {_comparable(name): (name, frozenset(values)) for name, values in table.items()}
+
+
+def _comparable(name: str) -> str:
+    """A name without letter case, separators and the ways in which Unicode writes one letter."""
+    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
 
 
 def _shown(values: frozenset[int]) -> str:

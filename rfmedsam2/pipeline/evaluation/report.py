@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def write_report(
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Read a metrics.json; relative paths in it are searched from the working folder, then from the file's folders.
+    """Read a metrics.json, and find the files of its cases: from the working folder, or where all moved together.
 
     Raises:
         UsageError: another JSON file, such as predictions.json.
@@ -132,13 +132,25 @@ def read_evaluation(path: Path) -> Evaluation:
             ) from None
         raise
 
-    def found(name: str) -> str:
-        places = (base / name for base in (Path(), *path.absolute().parents))
-        return str(next((place for place in places if place.exists()), name))
-
-    files = [{"reference": found(case.reference), "prediction": found(case.prediction)} for case in evaluation.cases]
-    cases = [case.model_copy(update=update) for case, update in zip(evaluation.cases, files, strict=True)]
+    folders = path.absolute().parents
+    cases = [
+        case.model_copy(
+            update={"reference": _found(case.reference, folders), "prediction": _found(case.prediction, folders)}
+        )
+        for case in evaluation.cases
+    ]
     return evaluation.model_copy(update={"cases": tuple(cases)})
+
+
+def _found(name: str, folders: Sequence[Path]) -> str:
+    """Where a file is: as written, relative to one of the folders, or as far below one as below its namesake before."""
+    parts = Path(name).parts
+    places = [Path(name), *(folder / name for folder in folders)]
+    for folder in folders:
+        if folder.name in parts:
+            below = len(parts) - parts[::-1].index(folder.name)
+            places.append(folder.joinpath(*parts[below:]))
+    return str(next((place for place in places if place.is_file()), name))
 
 
 def _fields_of(path: Path) -> dict[str, object]:

@@ -50,9 +50,10 @@ def trained_ids(records: Iterable[CheckpointRecord], ids: Iterable[str]) -> list
 
 
 def modality_named(channel: str) -> str | None:
-    """DICOM's Modality that a channel name stands for; None if it does not say."""
+    """DICOM's Modality that a channel name stands for; None if it does not say, or names several."""
     words = re.split(r"[^a-z0-9]+", channel.lower())
-    return next((kind for kind, name in NAMES.items() if any(re.fullmatch(name, word) for word in words)), None)
+    kinds = [kind for kind, name in NAMES.items() if any(re.fullmatch(name, word) for word in words)]
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def _doubt_about(channel: np.ndarray, training: IntensityStatistics, kind: str | None) -> str | None:

@@ -28,6 +28,7 @@ def table(source: str = "x", *, ignore: int | None = None, **names: int | tuple[
         (table(liver=1), table("y", liver=1, spleen=2), []),
         (table(liver=1, spleen=2), table("y", liver=1), []),
         (table(left_kidney=3), table("y", **{"Left Kidney": 3}), []),
+        (table(**{"caf\u00e9 1": 3}), table("y", **{"cafe\u0301 1": 3}), []),
         (table(a=1, ignore=2), table("y", a=1, b=2), ["2 is ignore in x and b in y"]),
         (table(a=1, ignore=2), table("y", a=1), []),
         (table(whole=(1, 2), core=2), table("y", edema=1, core=2), []),

@@ -53,7 +53,7 @@ def dicom(path: Path, modality: str | None) -> Path:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("CT", "CT"), ("ct_venous", "CT"), ("MRI", "MR"), ("T1ce", "MR"), ("T2-FLAIR", "MR"), ("adc", "MR"), ("PET", "PT"),
-     ("0", None), ("R", None), ("noNorm", None), ("contact", None), ("zscore", None)],
+     ("PET/CT", None), ("0", None), ("R", None), ("noNorm", None), ("contact", None), ("zscore", None)],
 )  # fmt: skip
 def test_channel_names_tell_the_modality(name, kind):
     assert modality_named(name) == kind

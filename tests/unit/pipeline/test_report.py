@@ -223,6 +223,20 @@ def test_overlays_are_found_from_any_folder(evaluation, tmp_path, monkeypatch) -
     assert (tmp_path / "r.html").read_text(encoding="utf-8").count("<figure>") == 5
 
 
+def test_overlays_are_found_where_the_folders_moved_together(evaluation, tmp_path) -> None:
+    project = tmp_path / "project"
+    for part in ("references", "predictions"):
+        (project / part).parent.mkdir(exist_ok=True)
+        (tmp_path / part).rename(project / part)
+    scores = evaluate(project / "predictions", project / "references", LABELS, out=project / "scores")
+    assert "project" in scores.cases[0].reference
+    (tmp_path / "laptop").mkdir()
+    project.rename(tmp_path / "laptop" / "project")
+    page = tmp_path / "r.html"
+    write_report(page, title="x", evaluation=tmp_path / "laptop" / "project" / "scores" / "metrics.json")
+    assert page.read_text(encoding="utf-8").count("<figure>") == 5
+
+
 def test_overlays_that_cannot_be_drawn_are_named_to_the_user(evaluation, tmp_path, caplog) -> None:
     for folder in ("references", "predictions"):
         (tmp_path / folder).rename(tmp_path / f"moved_{folder}")
