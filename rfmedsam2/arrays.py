@@ -10,18 +10,28 @@ from rfmedsam2.errors import UsageError, type_name
 
 
 def is_array(thing: object) -> bool:
-    """Whether `as_array` takes it: a NumPy array, a tensor, or lists that begin with a number."""
-    if isinstance(thing, np.ndarray) or hasattr(thing, "detach"):
-        return True
+    """Whether `as_array` takes it: a NumPy array, a tensor, or lists that begin with a number or an array."""
     if not isinstance(thing, list | tuple):
-        return False
+        return _is_one(thing)
     while isinstance(thing, list | tuple) and thing:
         thing = thing[0]
-    return isinstance(thing, int | float | np.number | np.bool_)
+    return _is_one(thing) or isinstance(thing, int | float | np.number | np.bool_)
+
+
+def _is_one(thing: object) -> bool:
+    return isinstance(thing, np.ndarray) or hasattr(thing, "detach")
+
+
+def intensity_limit(dtype: np.dtype) -> float:
+    """Largest magnitude of an intensity of this type, beyond which 32-bit floats do not show what the image shows.
+
+    Floats would become infinite. Integers beyond 2^53 are markers, such as -1 as an unsigned number.
+    """
+    return float(np.finfo(np.float32).max) if dtype.kind == "f" else float(1 << 53)
 
 
 def as_array(thing: Any, what: str) -> np.ndarray:
-    """A NumPy array as it is; a tensor from any device, without its gradient; nested lists as an array.
+    """A NumPy array as it is; a tensor from any device, without its gradient; lists of numbers or arrays as one.
 
     Args:
         thing: what was handed in.
@@ -35,11 +45,11 @@ def as_array(thing: Any, what: str) -> np.ndarray:
     remedy = None
     try:
         if hasattr(thing, "detach"):
-            remedy = "Give tensor.float()"  # NumPy has no bfloat16
-            return thing.detach().cpu().numpy()
+            remedy = "Give tensor.to_dense().float()"  # NumPy has no bfloat16, no sparse and no quantized arrays
+            return thing.detach().cpu().resolve_conj().resolve_neg().numpy()
         if is_array(thing):
-            remedy = "Give lists of equal lengths"
-            return np.array(thing)
+            remedy = "Give lists, or arrays, of equal lengths"
+            return np.stack([as_array(part, what) for part in thing]) if _is_one(thing[0]) else np.array(thing)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise UsageError(

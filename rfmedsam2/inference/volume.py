@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rfmedsam2.arrays import intensity_limit
 from rfmedsam2.errors import ImageError, PlanError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.inference.box_prompts import BoxPrompts, planned_boxes
@@ -124,21 +125,25 @@ def require_finite(volume: Volume) -> None:
     """Refuse NaN and infinity before they spread to neighbors (resampling) or become numbers (clipping).
 
     Raises:
-        ImageError: says how many voxels of which channel are concerned; also those beyond the range of 32-bit floats.
+        ImageError: says how many voxels of which channel are concerned; also those beyond the range of 32-bit floats,
+            and integers beyond 2^53.
     """
-    if volume.array.dtype.kind != "f":
+    if volume.array.dtype.kind != "f" and volume.array.dtype.itemsize < 8:
         return
-    limit = np.finfo(np.float32).max
+    limit = intensity_limit(volume.array.dtype)
     for number, channel in enumerate(volume.array):
         with np.errstate(invalid="ignore"):
             if channel.min() >= -limit and channel.max() <= limit:  # False for NaN
                 continue
-            bad = int(np.count_nonzero(~(np.abs(channel) <= limit)))
+            bad = int(np.count_nonzero(~((channel >= -limit) & (channel <= limit))))
+        floats = channel.dtype.kind == "f"
         which = f" in channel {number}" if len(volume.array) > 1 else ""
         raise ImageError(
-            "The image contains voxels that are not finite",
-            expected="numbers in the range of 32-bit floats",
-            found=f"{bad} voxel(s) of NaN or infinity{which}",
+            "The image contains voxels that are not finite"
+            if floats
+            else "The image contains numbers that are too large",
+            expected="numbers in the range of 32-bit floats" if floats else "whole numbers within 2^53",
+            found=f"{bad} voxel(s) of NaN or infinity{which}" if floats else f"{bad} voxel(s) beyond{which}",
             remedy="Replace them, for instance by 0",
         )
 

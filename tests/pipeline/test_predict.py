@@ -273,16 +273,26 @@ def test_a_file_that_is_not_there_and_a_skewed_image_are_sentences(predictor, tm
         predictor(nib.Nifti1Image(np.zeros((8, 9, 10), np.int16), skewed))
 
 
+def test_whole_numbers_that_32_bit_floats_do_not_tell_apart_are_refused(predictor) -> None:
+    array = np.random.default_rng(0).integers(0, 99, (8, 9, 10))
+    expected = predictor.predict_array(array.astype(np.float32), spacing_zyx_mm=(2, 1, 1))
+    for kind in (np.uint64, np.int64, np.uint16):
+        np.testing.assert_array_equal(predictor.predict_array(array.astype(kind), spacing_zyx_mm=(2, 1, 1)), expected)
+    for wrong in (array.astype(np.uint64) + np.uint64(1 << 60), np.where(array > 97, -(1 << 62), array)):
+        with pytest.raises(ImageError, match=r"too large.*within 2\^53.*voxel\(s\) beyond"):
+            predictor.predict_array(wrong, spacing_zyx_mm=(2, 1, 1))
+
+
 def test_tensors_and_nested_lists_are_arrays(predictor) -> None:
     array = np.random.default_rng(0).normal(size=(8, 9, 10)).astype(np.float32)
     expected = predictor.predict_array(array, spacing_zyx_mm=(2.0, 1.0, 1.0))
     tensor = torch.from_numpy(array).requires_grad_()
-    for same in (tensor, tensor[None], array.tolist(), tuple(array.tolist())):
+    for same in (tensor, tensor[None], array.tolist(), tuple(array.tolist()), [array], [tensor], list(array)):
         np.testing.assert_array_equal(predictor.predict_array(same, spacing_zyx_mm=[2, 1, 1]), expected)
         np.testing.assert_array_equal(predictor(same, spacing_zyx_mm=torch.tensor([2, 1, 1])).labels, expected)
-    with pytest.raises(UsageError, match=r"not an array of numbers.*bfloat16.*Give tensor\.float"):
+    with pytest.raises(UsageError, match=r"not an array of numbers.*bfloat16.*Give tensor\.to_dense\(\)\.float"):
         predictor(tensor.bfloat16(), spacing_zyx_mm=(2, 1, 1))
-    with pytest.raises(UsageError, match=r"Give lists of equal lengths"):
+    with pytest.raises(UsageError, match=r"Give lists, or arrays, of equal lengths"):
         predictor([[[1.0, 2.0], [3.0]]], spacing_zyx_mm=(2, 1, 1))
     with pytest.raises(ImageError, match=r"not a volume.*array\[None\]"):
         predictor(array[0], spacing_zyx_mm=(1, 1))

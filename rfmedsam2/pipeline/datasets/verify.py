@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rfmedsam2.arrays import intensity_limit
 from rfmedsam2.errors import GeometryError, RfMedSamError
 from rfmedsam2.records.dataset import REGION_REMEDY, DatasetJson
 from rfmedsam2.records.plan import Split
@@ -196,9 +197,12 @@ def _intensity_faults(case: Case, path: Path, array: np.ndarray) -> list[Fault]:
         which = f" in channel {number}" if len(array) > 1 else ""
         with np.errstate(invalid="ignore"):
             low, high = channel.min(), channel.max()  # NaN and infinity propagate to them
-        if not (np.isfinite(low) and np.isfinite(high)):
-            count = int(np.count_nonzero(~np.isfinite(channel)))
-            message = f"{count} voxel(s) are NaN or infinite{which}"
+            limit = intensity_limit(channel.dtype)
+            bad = (
+                0 if low >= -limit and high <= limit else int(np.count_nonzero(~(abs(channel.astype(float)) <= limit)))
+            )
+        if bad:
+            message = f"{bad} voxel(s) are NaN, infinite or beyond {limit:.3g}{which}"
             faults.append(_fault(case, path, "not-finite", message, "Replace them, for instance by background"))
         elif low == high:
             message = f"All voxels have the same value {low}{which}"

@@ -62,7 +62,7 @@ def folds_of(model_folder: Path) -> list[str]:
 
 
 def checkpoints_of(
-    model_folder: Path, *, folds: Sequence[str] | None = None, checkpoint: Which = "final"
+    model_folder: Path, *, folds: Sequence[str | int] | str | int | None = None, checkpoint: Which = "final"
 ) -> list[Path]:
     """One checkpoint file per fold.
 
@@ -83,7 +83,8 @@ def checkpoints_of(
             expected=f"a file such as {FOLD}0/{CHECKPOINTS[0]}",
             remedy="Train with rfmed_train, or import a model with rfmed_import_model",
         )
-    wanted = _default_folds(known) if folds is None else [str(fold) for fold in folds]
+    several = [folds] if isinstance(folds, str | int) else folds
+    wanted = _default_folds(known) if several is None else [str(fold) for fold in several]
     missing = [fold for fold in wanted if fold not in known]
     if missing or not wanted:
         raise UsageError(

@@ -17,7 +17,7 @@ from nibabel.spatialimages import SpatialImage
 from torch import nn
 from typing_extensions import Self
 
-from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.errors import CheckpointError, UsageError, type_name
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.refinement import require_possible
 from rfmedsam2.inference.volume import PredictOptions, PreparedCase, predict_prepared, preprocess_case
@@ -63,7 +63,7 @@ class Predictor:
         cls,
         source: str | Path | Sequence[str | Path],
         *,
-        folds: Sequence[str] | None = None,
+        folds: Sequence[str | int] | str | int | None = None,
         checkpoint: Which = "final",
         device: str = "auto",
         options: PredictOptions | None = None,
@@ -230,6 +230,9 @@ class Predictor:
         self, image: SpatialImage, *, boxes: BoxInput | None = None, progress: bool | Track = False
     ) -> nib.Nifti1Image:
         """Labels of a nibabel image, with its affine and, of a NIfTI image, its header."""
+        if not isinstance(image, SpatialImage):
+            remedy = "Call the predictor itself, or predict_file"
+            raise UsageError("This is not a nibabel image", found=type_name(image), remedy=remedy)
         labels = self(image, boxes=boxes, progress=progress).labels
         header = image.header.copy() if isinstance(image, nib.Nifti1Image) else None
         result = nib.Nifti1Image(np.ascontiguousarray(labels.T), image.affine, header, dtype=labels.dtype)

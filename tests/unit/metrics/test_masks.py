@@ -81,7 +81,7 @@ def test_what_cannot_be_scored_is_a_sentence() -> None:
         dice(mask, mask.astype(int) * 2)
     with pytest.raises(UsageError, match="not an array of numbers"):
         dice("mask.nii.gz", mask)
-    with pytest.raises(UsageError, match="equal lengths"):
+    with pytest.raises(UsageError, match="of equal lengths"):
         dice([[True, False], [True]], [[True]])
     with pytest.raises(UsageError, match=r"not the value of a class.*'liver'"):
         dice(mask.astype(int), mask.astype(int), label="liver")
