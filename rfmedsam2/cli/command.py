@@ -77,7 +77,7 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
                 raise
             _complain(f"{name}: {error}")
             sys.exit(2)
-        except (MemoryError, RuntimeError, OSError) as error:
+        except (MemoryError, RuntimeError, OSError, ImportError) as error:
             from rfmedsam2.system.memory import memory_ran_out, memory_words
 
             if debug or not memory_ran_out(error):

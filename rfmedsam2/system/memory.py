@@ -24,6 +24,7 @@ _WORDS = (
     "bad_alloc",
     "Cannot allocate memory",
     "can't start new thread",
+    "failed to map segment from shared object",
 )
 """How torch, oneDNN, ITK, C++ and the system say that memory ran out, where the type of the error does not."""
 
@@ -32,7 +33,7 @@ def memory_ran_out(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a CPU or a GPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
         return True
-    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _WORDS)
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(words in str(error) for words in _WORDS)
 
 
 def memory_words() -> str:
