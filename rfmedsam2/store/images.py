@@ -28,6 +28,7 @@ from rfmedsam2.store.formats.label_values import SLICER_ENDING, as_labels, merge
 from rfmedsam2.store.formats.mgz import read_mgz, read_mgz_header, write_mgz_label
 from rfmedsam2.store.formats.nifti import read_nifti, read_nifti_header, write_nifti_label
 from rfmedsam2.store.formats.raster import (
+    ONE_PLANE_ENDINGS,
     RASTER_ENDINGS,
     is_for_pillow,
     read_pillow,
@@ -209,7 +210,7 @@ def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None
 
     Raises:
         GeometryError: the shape differs from the header's.
-        UsageError: the ending is not that of a writable format.
+        UsageError: the ending is not that of a writable format, or of one that holds all planes.
         StoreError: the folder cannot be written, the disk is full.
     """
     ending = (image_ending(path) or "").lower()
@@ -219,6 +220,13 @@ def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None
             where=path,
             expected=f"{header.grid.shape_zyx} (z, y, x)",
             found=labels_zyx.shape,
+        )
+    if ending in ONE_PLANE_ENDINGS and len(labels_zyx) > 1:
+        raise UsageError(
+            "A volume of labels cannot be written in a format with one plane",
+            where=path,
+            found=f"{len(labels_zyx)} planes",
+            remedy="Choose .nii.gz, .nrrd, .mha, .mgz or .tif",
         )
     labels = as_labels(labels_zyx, where=path)
     if ending == ".mhd":

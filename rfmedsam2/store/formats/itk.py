@@ -19,7 +19,7 @@ from rfmedsam2.store.formats.image_header import (
     require_memory,
 )
 from rfmedsam2.store.formats.itk_stored import METAIMAGE_ENDINGS, ignored_unit, metaimage_spacing, stored_voxels
-from rfmedsam2.store.formats.raster import RASTER_ENDINGS, stack_spacing
+from rfmedsam2.store.formats.raster import ONE_PLANE_ENDINGS, RASTER_ENDINGS, stack_spacing
 
 
 def read_itk_header(path: Path) -> ImageHeader:
@@ -51,14 +51,19 @@ def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
         StoreError: ITK could not write (it does not say whether space or permission was missing).
     """
     grid = header.source_grid
-    image = sitk.GetImageFromArray(labels_zyx[0] if header.flat else labels_zyx)
+    flat = header.flat or path.suffix.lower() in ONE_PLANE_ENDINGS
+    image = sitk.GetImageFromArray(labels_zyx[0] if flat else labels_zyx)
     if header.format != "raster":
-        axes = 2 if header.flat else 3
+        axes = 2 if flat else 3
         image.SetSpacing(grid.spacing_zyx_mm[::-1][:axes])
         image.SetOrigin(grid.origin_xyz_mm[:axes])
-        image.SetDirection(np.asarray(grid.direction)[:axes, :axes].ravel().tolist())
+        direction = np.asarray(grid.direction)[:axes, :axes]
+        if abs(np.linalg.det(direction)) > 1e-3:  # a plane that stands upright has no direction in two axes
+            image.SetDirection(direction.ravel().tolist())
+    named = path.with_suffix(path.suffix.lower())  # ITK knows some endings in lower case only
     try:
-        sitk.WriteImage(image, str(path), useCompression=True)
+        sitk.WriteImage(image, str(named), useCompression=True)
+        named.replace(path)
     except RuntimeError as error:
         raise StoreError(
             "The label map cannot be written",
@@ -71,9 +76,9 @@ def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
 def write_mhd_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
     """Write an MHD header and its data file; the header, which makes the pair valid, is written last."""
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
-        write_itk_label(Path(folder) / path.name, labels_zyx, header)
+        write_itk_label(Path(folder) / f"{path.stem}.mhd", labels_zyx, header)
         for file in sorted(Path(folder).iterdir(), key=lambda f: f.suffix == ".mhd"):
-            file.replace(path.parent / file.name)
+            file.replace(path if file.suffix == ".mhd" else path.parent / file.name)
 
 
 def _information(path: Path) -> sitk.ImageFileReader:
@@ -81,6 +86,8 @@ def _information(path: Path) -> sitk.ImageFileReader:
         checked_spacing(metaimage_spacing(path), where=path)  # ITK silently replaces invalid ones
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
+    if path.suffix.lower() in METAIMAGE_ENDINGS:
+        reader.SetImageIO("MetaImageIO")  # ITK finds it by endings in lower case only
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:

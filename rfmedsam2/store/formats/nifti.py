@@ -75,7 +75,7 @@ def write_nifti_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -
     block = raw.binaryblock + b"\0\0\0\0"  # no extensions
     voxels = np.ascontiguousarray(labels_zyx, dtype=raw.get_data_dtype()).data.cast("B")
     with path.open("wb") as stream:
-        if path.name.endswith(".gz"):
+        if path.name.lower().endswith(".gz"):
             with gzip.GzipFile(filename="", mode="wb", compresslevel=3, fileobj=stream, mtime=0) as packed:
                 packed.write(block)
                 packed.write(voxels)

@@ -21,7 +21,8 @@ from rfmedsam2.store.formats.decompression import damaged
 from rfmedsam2.store.formats.image_header import FLAT_SPACING_MM, ImageHeader, checked_spacing, require_memory
 from rfmedsam2.system.atomic import read_record, write_record
 
-RASTER_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
+ONE_PLANE_ENDINGS = (".png", ".bmp")
+RASTER_ENDINGS = (*ONE_PLANE_ENDINGS, ".tif", ".tiff")
 _STACKS = (".tif", ".tiff")
 _FORMATS = ("PNG", "BMP", "TIFF")  # some of Pillow's other decoders start external programs
 _PNG = b"\x89PNG\r\n\x1a\n"

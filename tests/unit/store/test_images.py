@@ -409,6 +409,27 @@ def test_labels_of_another_shape_or_format_are_refused_and_nothing_is_left(tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["a.nii"]
 
 
+@pytest.mark.parametrize(
+    "ending", [".NII.GZ", ".NII", ".NRRD", ".MHA", ".MHD", ".MGZ", ".MGH", ".SEG.NRRD", ".TIF", ".tiff"]
+)
+def test_endings_in_capitals_are_written_and_read(tmp_path: Path, ending: str) -> None:
+    header = read_header(nifti(tmp_path / "a.nii"))
+    write_label(tmp_path / f"b{ending}", ARRAY % 3, header)
+    label, _ = read_label(tmp_path / f"b{ending}")
+    np.testing.assert_array_equal(label.array[0], ARRAY % 3)
+    packed = (tmp_path / f"b{ending}").read_bytes().startswith(b"\x1f\x8b")
+    assert packed == (ending in (".NII.GZ", ".MGZ"))
+
+
+@pytest.mark.parametrize("ending", [".png", ".bmp", ".PNG"])
+def test_a_volume_is_not_written_as_its_first_plane(tmp_path: Path, ending: str) -> None:
+    header = read_header(nifti(tmp_path / "a.nii"))
+    with pytest.raises(UsageError, match="2 planes"):
+        write_label(tmp_path / f"b{ending}", ARRAY % 3, header)
+    write_label(tmp_path / f"c{ending}", ARRAY[:1] % 3, read_header(nifti(tmp_path / "d.nii", ARRAY[:1])))
+    np.testing.assert_array_equal(read_label(tmp_path / f"c{ending}")[0].array[0], ARRAY[:1] % 3)
+
+
 def test_label_into_a_place_that_is_a_file_is_a_store_error(tmp_path: Path) -> None:
     header = read_header(nifti(tmp_path / "a.nii"))
     with pytest.raises(StoreError):

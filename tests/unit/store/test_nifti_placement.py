@@ -344,3 +344,18 @@ def test_different_pixel_sizes_of_two_axes_are_noticed(tmp_path: Path) -> None:
             nib.Nifti1Image(np.zeros((512, 512), np.uint8), np.diag([spacing, spacing, 1, 1])), tmp_path / f"{name}.nii"
         )
     assert "spacing" in str(grids_differ(read_header(tmp_path / "a.nii"), read_header(tmp_path / "b.nii")))
+
+
+def test_an_upright_plane_of_two_axes_is_read_and_its_labels_are_written(tmp_path: Path) -> None:
+    """A sagittal slice: ITK cannot read it, as its direction in two axes would have no second column."""
+    sagittal = np.array([[0, 0, 1.0, 5], [0.5, 0, 0, 6], [0, 0.7, 0, 7], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(FLAT, sagittal), tmp_path / "a.nii.gz")
+    volume, header = read_image(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(volume.array[0, 0], FLAT.T)
+    np.testing.assert_allclose(volume.grid.spacing_zyx_mm, (999 * 0.7, 0.7, 0.5), rtol=1e-6)
+    for ending in (".nii.gz", ".nrrd", ".mha", ".mgz"):
+        write_label(tmp_path / f"b{ending}", (FLAT.T > 40)[None].astype(np.uint8), header)
+        label, found = read_label(tmp_path / f"b{ending}")
+        np.testing.assert_array_equal(label.array[0, 0], FLAT.T > 40)
+        if ending == ".nii.gz":
+            assert grids_differ(header, found) is None
