@@ -91,6 +91,8 @@ def evaluate(
     sets = _open_sets(images) if images.data or needs_data else ()
     require_no_evaluation(output, tuple(rules), overwrite=overwrite)
     seen = trained_on(sets, named.training_images, model=named.model, held_out=images.held_out)
+    if sets and named.model is not None and named.training_images is None:
+        say("Note: the checkpoint does not say which images it was trained on; these may be among them.")
     for phrase in counted(seen):
         say(f"Warning: the network was trained on {phrase}: scores of training images say nothing about new ones.")
     chosen = network.load(named)

@@ -28,6 +28,10 @@ from segment_anything_hq.tasks.refiner import RefinerTask
 
 logger = logging.getLogger(__name__)
 PLAN = "plan.json"
+UNKNOWN_IMAGES = (
+    "A version before 0.2 began this training, and did not record its images. It held out images by name, this one by "
+    "content: held-out images may have been trained on before"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +122,8 @@ def train_refiner(
         )
         begun = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
         if begun and not _records_images(folder):
-            known["training_images"] = None  # an earlier version began this training: what it saw stays unknown
+            known["training_images"] = None
+            logger.warning(UNKNOWN_IMAGES)
         if not begun:
             _require_own_plan(folder / PLAN, plan)
         before = None

@@ -140,3 +140,19 @@ def test_a_refiner_is_trained_by_an_old_plan(format_1, tmp_path) -> None:
     )
     written = json.loads((tmp_path / "plan.json").read_text())
     assert (written["format"], written["views_per_object"], written["frame_size"]) == (2, 1, 64)
+
+
+def test_an_old_refiner_says_that_its_training_images_are_unknown(format_1, tmp_path, caplog) -> None:
+    natural = format_1 / "natural"
+    model = ("-m", natural / "training" / "checkpoint_final.safetensors", "-w", natural / "sam_vit_nano.pth")
+    words = ("evaluate", *model, "--device", "cpu", "--data", natural / "data")
+    outcome = samhq_commands.run_ok(*words, "-o", tmp_path / "all")
+    assert "does not say which images it was trained on; these may be among them" in outcome.err
+    sentence = samhq_commands.run_error(*words, "--held-out", 0.8, "-o", tmp_path / "held")
+    assert "does not say which images it was trained on, so nothing is known to be held out" in sentence
+    run = tmp_path / "run"
+    shutil.copytree(natural / "training", run)
+    train = ("train", "sam_ref", "-b", "vit_nano", "-p", natural / "training" / "plan.json", "--held-out", 0)
+    words = ("-w", natural / "sam_vit_nano.pth", "--data", natural / "data", "--device", "cpu", "-o", run)
+    samhq_commands.run_ok(*train, *words)
+    assert "held-out images may have been trained on before" in caplog.text
