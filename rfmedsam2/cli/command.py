@@ -5,6 +5,7 @@ Only `rfmedsam2.cli` prints, reads environment variables and imports late, so th
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
 import math
@@ -38,6 +39,8 @@ CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitAr
 DEBUG = "With --debug, an error also shows its traceback, and all log lines and warnings are printed."
 PATIENCE_SECONDS = 1.0
 """How long a message of the work waits for whoever reads it."""
+REFUSALS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP}
+"""What the system may answer to any path that a user names, before anything is read or written."""
 SAY_NOTHING = ("None", "False", "True", "", "()")
 """Defaults that --help does not show."""
 
@@ -78,18 +81,28 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
             _complain(f"{name}: {error}")
             sys.exit(2)
         except (MemoryError, RuntimeError, OSError, ImportError) as error:
-            from rfmedsam2.system.memory import memory_ran_out, memory_words
-
-            if debug or not memory_ran_out(error):
+            cause = None if debug else _cause(error)
+            if cause is None:
                 raise
-            remedy = "Free memory, or use fewer workers, a smaller patch, batch or image"
-            _complain(f"{name}: Memory ran out. Found {memory_words()}. {remedy}.")
+            _complain(f"{name}: {cause}")
             sys.exit(2)
         except KeyboardInterrupt:
             _complain(f"{name}: interrupted")
             sys.exit(130)
 
     return run
+
+
+def _cause(error: BaseException) -> RfMedSamError | None:
+    """The sentence for what the system or a library says where no code of ours expects it; None: an error of ours."""
+    from rfmedsam2.system.memory import memory_ran_out, memory_words
+
+    if memory_ran_out(error):
+        remedy = "Free memory, or use fewer workers, a smaller patch, batch or image"
+        return RfMedSamError("Memory ran out", found=memory_words(), remedy=remedy)
+    if isinstance(error, OSError) and error.errno in REFUSALS and error.filename is not None:
+        return UsageError(f"The system refuses this path ({error.strerror})", where=error.filename)
+    return None
 
 
 def _require_sound_environment(environment: Mapping[str, str]) -> None:

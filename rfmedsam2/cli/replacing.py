@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rfmedsam2.errors import RfMedSamError, UsageError
+from rfmedsam2.system.atomic import is_taken
 
 
 def require_replaceable(files: Sequence[Path], read: Callable[[Path], object], *, overwrite: bool) -> None:
@@ -18,8 +19,9 @@ def require_replaceable(files: Sequence[Path], read: Callable[[Path], object], *
 
     Raises:
         UsageError: files of somebody else would be replaced; names them.
+        StoreError: no file can have such a name.
     """
-    there = [path for path in files if path.exists()]
+    there = [path for path in files if is_taken(path)]
     if overwrite or not there:
         return
     try:

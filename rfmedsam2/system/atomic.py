@@ -94,6 +94,16 @@ def writing_to(path: Path) -> Iterator[None]:
         raise StoreError(what, where=path, remedy=remedy) from error
 
 
+def is_taken(path: Path) -> bool:
+    """Whether something, also a link that leads nowhere, has this name.
+
+    Raises:
+        StoreError: no file can have it (it is too long, a folder on the way is a file).
+    """
+    with writing_to(path):
+        return path.is_symlink() or path.exists()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, UTF-8."""
     with atomic(path) as temporary:

@@ -163,6 +163,25 @@ def test_an_image_is_never_its_own_prediction(model, images) -> None:
     assert image.read_bytes() == before
 
 
+def test_files_that_cannot_be_are_refused_before_anything_is_predicted(model, images, tmp_path) -> None:
+    image = images / "case1_0000.nii.gz"
+    before = image.read_bytes()
+    for place, sentence in (
+        (image / "x.nii.gz", "Expected a folder, but a file exists at this path"),
+        (image / "new" / "x.nii.gz", "Expected a folder, but a file exists at this path"),
+        (tmp_path / ("x" * 300 + ".nii.gz"), "File name too long"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        told = run_error(*predicting(model, image, place))
+        assert sentence in told
+        assert "cases were not predicted" not in told
+    for name in ("link.nii.gz", "to_nowhere.nii.gz"):
+        (tmp_path / name).symlink_to(image if name == "link.nii.gz" else tmp_path / "nowhere")
+        run_error(*predicting(model, image, tmp_path / name))
+        assert (tmp_path / name).is_symlink()
+    assert image.read_bytes() == before
+
+
 def test_a_folder_named_like_a_file_stays_a_folder(model, images, tmp_path) -> None:
     (tmp_path / "out.nii.gz").mkdir()
     run_ok(*predicting(model, images, tmp_path / "out.nii.gz"))

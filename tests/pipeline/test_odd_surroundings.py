@@ -112,6 +112,40 @@ def test_other_errors_of_a_command_are_no_memory(monkeypatch) -> None:
         command(doctor)()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("make_phantom", "-o"),
+        ("predict", "-m", "m", "-o", "out", "-i"),
+        ("evaluate", "-p", "p", "-o", "out", "-g"),
+        ("report", "-o", "page.html", "-t"),
+        ("import_model",),
+        ("summary",),
+    ],
+    ids=lambda words: words[0],
+)
+def test_paths_that_the_system_refuses_are_sentences(words, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "m", make_plan())
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / ("x" * 300), tmp_path / "loop" / "x"):
+        run_error(*words, path)
+    assert {p.name for p in tmp_path.iterdir()} - {"rfmed_data"} == {"m", "loop"}
+
+
+@pytest.mark.parametrize("name", ["predict", "evaluate", "train"])
+def test_paths_that_the_system_refuses_to_image_commands_are_sentences(name, tmp_path) -> None:
+    data = samhq_commands.write_images(tmp_path / "data")
+    prompts = samhq_commands.written(tmp_path / "p.json", [{"image": "a.png", "box": [8, 10, 24, 30]}])
+    words = {
+        "predict": ("sam", "-i", data / "images", "-p", prompts),
+        "evaluate": ("sam", "--data", data, "--protocol", "box"),
+        "train": ("sam_decoder", "--data", data, "--held-out", 0),
+    }[name]
+    words = (*words, "-b", "vit_nano", "--frame-size", 64, "--device", "cpu", "-o", tmp_path / ("x" * 300))
+    assert "File name too long" in samhq_commands.run_error(name, *words)
+
+
 # ---------------------------------------------------------------- variables
 
 

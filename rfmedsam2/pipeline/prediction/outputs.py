@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, shortlist
+from rfmedsam2.errors import RecordError, RfMedSamError, StoreError, UsageError, shortlist
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case, file_stem
 from rfmedsam2.store.images import digest_of, image_ending, read_image
 from rfmedsam2.store.lock import exclusive_lock
-from rfmedsam2.system.atomic import read_record
+from rfmedsam2.system.atomic import is_taken, read_record
 
 UNWRITABLE = (".dcm", ".nhdr")
 PROBABILITIES = ".probabilities.b2nd"
@@ -36,7 +36,7 @@ class Outputs:
     """
 
     def __init__(self, place: Path, *, ending: str, overwrite: bool, continue_: bool) -> None:
-        self.file = place if image_ending(place) is not None and not place.is_dir() else None
+        self.file = place if image_ending(place) is not None and not (is_taken(place) and place.is_dir()) else None
         self.folder = place if self.file is None else place.parent
         self._ending, self._overwrite, self._continue = ending, overwrite, continue_
         self._record = self.folder / PREDICTIONS
@@ -56,7 +56,7 @@ class Outputs:
             yield
 
     def _read_record(self) -> None:
-        if not self._record.exists():
+        if not is_taken(self._record):
             return
         try:
             self.known.update(read_record(self._record, PredictionsRecord).cases)
@@ -87,7 +87,7 @@ class Outputs:
         Of what we made and cannot be read any more, nothing is worth keeping.
         """
         target = self.target(case)
-        if not self._continue or self._overwrite or not target.exists() or self._is_ours(target):
+        if not self._continue or self._overwrite or not is_taken(target) or self._is_ours(target):
             return False
         return target.name not in self._listed or _is_readable(target)
 
@@ -112,9 +112,9 @@ class Outputs:
         there = [PREDICTIONS] if self._foreign_record else []
         for case in cases:
             labels, extra = self.target(case), self.probabilities(case)
-            if not self._continue and labels.exists() and not self._is_ours(labels):
+            if not self._continue and is_taken(labels) and not self._is_ours(labels):
                 there.append(labels.name)
-            if probabilities and not self.is_corrected(case) and extra.exists() and not self._is_ours(extra):
+            if probabilities and not self.is_corrected(case) and is_taken(extra) and not self._is_ours(extra):
                 there.append(extra.name)
         if there:
             remedy = "Choose another place with -o, or replace them with --overwrite"
@@ -138,6 +138,10 @@ class Outputs:
                 expected="a folder",
                 found=f"{len(cases)} cases",
             )
+        nearest = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        if not nearest.is_dir():
+            remedy = "Move that file or choose another place"
+            raise StoreError("Expected a folder, but a file exists at this path", where=nearest, remedy=remedy)
         if (image_ending(self.file) or "").lower() in UNWRITABLE:
             raise UsageError(
                 "Label maps cannot be written in this format",
