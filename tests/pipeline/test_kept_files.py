@@ -82,7 +82,12 @@ def test_corrected_predictions_are_not_replaced(model, images, tmp_path) -> None
     other = json.loads(run_ok(*predicting(tmp_path / "other", images, out, "--continue", "--json")).out)
     assert [Path(p).name for p in other["written"]] == ["case0.nii.gz", "case2.nii.gz"]
     assert (out / "case1.nii.gz").read_bytes() == content
-    run_ok(*predicting(model, images, out, "--overwrite"))
+    replaced = json.loads(run_ok(*predicting(model, images, out, "--overwrite", "--continue", "--json")).out)
+    assert [Path(p).name for p in replaced["written"]] == ["case0.nii.gz", "case1.nii.gz", "case2.nii.gz"]
+    assert {path.name: path.read_bytes() for path in out.glob("*.nii.gz")} == first
+    corrected(out / "case1.nii.gz")  # as in the validation of a training, which scores only what its model predicts
+    replaced = json.loads(run_ok(*predicting(model, images, out, "--overwrite", "--continue", "--json")).out)
+    assert [Path(p).name for p in replaced["written"]] == ["case1.nii.gz"]
     assert {path.name: path.read_bytes() for path in out.glob("*.nii.gz")} == first
     run_ok(*predicting(model, images, out))  # unchanged predictions of ours are made again, as always
 

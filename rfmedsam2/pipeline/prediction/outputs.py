@@ -81,13 +81,20 @@ class Outputs:
         name = case.id if self.file is None else file_stem(self.file, image_ending(self.file))
         return self.folder / f"{name}{PROBABILITIES}"
 
+    def is_ours(self, path: Path) -> bool:
+        """Whether a file is listed and has not changed; read at most once."""
+        if path not in self._ours:
+            entry = self._listed.get(path.name)
+            self._ours[path] = entry is not None and self._is_as_written(path, entry)
+        return self._ours[path]
+
     def is_corrected(self, case: Case) -> bool:
         """Whether a label map is there that is not ours, and that this run keeps as it is.
 
         Of what we made and cannot be read any more, nothing is worth keeping.
         """
         target = self.target(case)
-        if not self._continue or self._overwrite or not is_taken(target) or self._is_ours(target):
+        if not self._continue or self._overwrite or not is_taken(target) or self.is_ours(target):
             return False
         return target.name not in self._listed or _is_readable(target)
 
@@ -112,9 +119,9 @@ class Outputs:
         there = [PREDICTIONS] if self._foreign_record else []
         for case in cases:
             labels, extra = self.target(case), self.probabilities(case)
-            if not self._continue and is_taken(labels) and not self._is_ours(labels):
+            if not self._continue and is_taken(labels) and not self.is_ours(labels):
                 there.append(labels.name)
-            if probabilities and not self.is_corrected(case) and is_taken(extra) and not self._is_ours(extra):
+            if probabilities and not self.is_corrected(case) and is_taken(extra) and not self.is_ours(extra):
                 there.append(extra.name)
         if there:
             remedy = "Choose another place with -o, or replace them with --overwrite"
@@ -148,13 +155,6 @@ class Outputs:
                 where=self.file,
                 expected="a file name ending in .nii.gz, .nii, .nrrd, .mha, .mhd or .mgz",
             )
-
-    def _is_ours(self, path: Path) -> bool:
-        """Whether a file is listed and has not changed; read at most once."""
-        if path not in self._ours:
-            entry = self._listed.get(path.name)
-            self._ours[path] = entry is not None and self._is_as_written(path, entry)
-        return self._ours[path]
 
     def _is_as_written(self, path: Path, entry: PredictedCase) -> bool:
         if path.name == entry.probabilities:

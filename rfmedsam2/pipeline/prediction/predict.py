@@ -24,7 +24,7 @@ from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.formats.image_header import ImageHeader, readers_differ, require_memory
 from rfmedsam2.store.images import digest_of, read_header, read_label, write_label
 from rfmedsam2.store.raw import read_case
-from rfmedsam2.system.atomic import write_record
+from rfmedsam2.system.atomic import is_taken, write_record
 from rfmedsam2.system.memory import memory_ran_out, memory_words
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.version import __version__
@@ -239,6 +239,8 @@ class _Run:
         if entry is None or (entry.file, entry.made_by, entry.input_sha256) != (target.name, self.made_by, digest):
             return False
         if self.probabilities and not (entry.probabilities and self.outputs.probabilities(case).is_file()):
+            return False
+        if not (is_taken(target) and self.outputs.is_ours(target)):
             return False
         try:
             labels, _ = read_label(target)
