@@ -6,6 +6,7 @@ The steps are `segment_anything`'s. A point whose predicted IoU does not pass is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from segment_anything import SamAutomaticMaskGenerator as PlainGenerator
 from torch import Tensor
 
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import MissingPackageError, UsageError
 from segment_anything_hq.modeling import MaskDecoderHQ, Sam
 from segment_anything_hq.predictor import SamPredictor, color_image
 from segment_anything_hq.utils.amg import (
@@ -86,6 +87,19 @@ def _require_grids(points_per_side: int | None, point_grids: Sequence[NDArray] |
         )
 
 
+def _require_package(module: str, package: str, *, needed: bool) -> None:
+    """Check that an optional package can be imported, if the options need it.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        if needed:
+            import_module(module)
+    except ImportError:
+        raise MissingPackageError(f"These options need {package}", remedy=f"Run pip install {package}") from None
+
+
 class SamAutomaticMaskGenerator(PlainGenerator):
     """Masks of all objects; arguments and steps as in `segment_anything`, with HQ-SAM's masks.
 
@@ -129,6 +143,8 @@ class SamAutomaticMaskGenerator(PlainGenerator):
         _require_grids(points_per_side, point_grids, layers=crop_n_layers + 1)
         if output_mode not in OUTPUT_MODES:
             raise UsageError("Unknown output_mode", expected=f"one of {', '.join(OUTPUT_MODES)}", found=output_mode)
+        _require_package("cv2", "opencv-python-headless", needed=min_mask_region_area > 0)
+        _require_package("pycocotools", "pycocotools", needed=output_mode == "coco_rle")
         if point_grids is None:
             sides = [int(points_per_side / crop_n_points_downscale_factor**i) for i in range(crop_n_layers + 1)]
             point_grids = [build_point_grid(side) if side else np.zeros((0, 2)) for side in sides]

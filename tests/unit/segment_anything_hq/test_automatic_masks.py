@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from rfmedsam2.errors import ImageError, UsageError
+from rfmedsam2.errors import ImageError, MissingPackageError, UsageError
 from segment_anything_hq import SamAutomaticMaskGenerator
 from segment_anything_hq.nn.hq_sam import HqSam, build_hq_sam
 
@@ -70,6 +71,15 @@ def test_a_grid_that_becomes_too_coarse_for_crops_leaves_them_out(sam: HqSam) ->
 )
 def test_points_and_modes_that_cannot_be_used_are_sentences(sam: HqSam, options: dict, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
+        SamAutomaticMaskGenerator(sam, **options)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"), [("cv2", {"min_mask_region_area": 5}), ("pycocotools", {"output_mode": "coco_rle"})]
+)
+def test_packages_that_are_missing_are_named_before_anything_is_computed(sam: HqSam, monkeypatch, module, options):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingPackageError, match=r"pip install (opencv|pycocotools)"):
         SamAutomaticMaskGenerator(sam, **options)
 
 
