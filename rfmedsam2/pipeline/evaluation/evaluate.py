@@ -14,7 +14,7 @@ from pathlib import Path
 from rfmedsam2.errors import DatasetError, RfMedSamError, UsageError
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, absent_class, case_metrics, empty_policy
 from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENCE, MINIMUM_CASES, summarize
-from rfmedsam2.pipeline.evaluation.label_tables import agreed_labels, numbered, with_all_values
+from rfmedsam2.pipeline.evaluation.label_tables import LabelTable, agreed_labels, numbered, with_all_values
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
 from rfmedsam2.store.formats.image_header import ImageHeader, grids_differ
@@ -43,7 +43,7 @@ class Pair:
 def evaluate(
     predictions: str | Path,
     references: str | Path,
-    labels: LabelSet | None = None,
+    labels: LabelSet | LabelTable | None = None,
     *,
     out: str | Path | None = None,
     cases: Sequence[str] | None = None,
@@ -57,8 +57,8 @@ def evaluate(
     Args:
         predictions: folder of label maps, or one file.
         references: folder of label maps, or one file.
-        labels: names of the label values; None: those of a table beside the label maps (`label_tables.agreed_labels`),
-            and without one every value is scored under its number.
+        labels: names of the label values, see `label_tables.agreed_labels`; None: those of a table beside the label
+            maps, and without one every value is scored under its number.
         out: output folder of metrics.json and metrics.csv; None: write nothing.
         cases: ids of the cases to score; None: all references, each of which must have a prediction.
         nsd_tolerance_mm: tolerance of the normalized surface Dice, mm.
@@ -77,8 +77,8 @@ def evaluate(
     if not nsd_tolerance_mm >= 0:
         raise UsageError("The NSD tolerance is negative", expected="0 mm or more", found=nsd_tolerance_mm)
     pairs, faults, warnings = find_pairs(Path(predictions), Path(references), cases=cases)
-    labels = agreed_labels(Path(predictions), Path(references), labels)
-    score = partial(_score, labels=labels, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
+    agreed = agreed_labels(Path(predictions), Path(references), labels)
+    score = partial(_score, labels=agreed, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
     scored: list[CaseMetrics] = []
     track = progress_bars(progress)
     results = map_cases(score, pairs, workers=workers, name=lambda p: p.id, track=track, description="Evaluating")
@@ -89,12 +89,12 @@ def evaluate(
             faults.append(result)
     if faults:
         raise _all_faults(faults)
-    if labels is None:
+    if agreed is None:
         scored = with_all_values(scored, absent_class(both_empty))
         warnings.append("No table names the label values: every value is scored under its number")
     for warning in warnings:
         logger.warning("%s", warning)
-    names = tuple(scored[0].classes if labels is None else labels.foreground)
+    names = tuple(scored[0].classes if agreed is None else agreed.foreground)
     classes, mean = summarize(scored, names)
     evaluation = Evaluation(
         nsd_tolerance_mm=nsd_tolerance_mm,

@@ -32,7 +32,7 @@ class LabelTable:
     source: str
 
 
-def agreed_labels(predictions: Path, references: Path, given: LabelSet | None = None) -> LabelSet | None:
+def agreed_labels(predictions: Path, references: Path, given: LabelSet | LabelTable | None = None) -> LabelSet | None:
     """The label table of an evaluation: the given one, else the one beside the references, else the predictions'.
 
     Searched are dataset.json and predictions.json beside the label maps, and dataset.json one folder up. A table one
@@ -41,7 +41,8 @@ def agreed_labels(predictions: Path, references: Path, given: LabelSet | None = 
     Args:
         predictions: folder of label maps, or one file.
         references: folder of label maps, or one file.
-        given: the table that the caller means; compared with those beside the label maps.
+        given: the table that the caller means, compared with those beside the label maps; a `LabelTable` is known to be
+            that of both, and is not compared.
 
     Returns:
         None if there is no table.
@@ -50,6 +51,8 @@ def agreed_labels(predictions: Path, references: Path, given: LabelSet | None = 
         UsageError: two tables give a value different names or a name different values; says which.
         RecordError: a file with a table is damaged.
     """
+    if isinstance(given, LabelTable):
+        return given.labels
     known = [] if given is None else [LabelTable(labels=given, source="the given table")]
     here, there = _folder(references), _folder(predictions)
     beside = [folder / name for folder in (here, there) for name in (DATASET, PREDICTIONS)]

@@ -21,6 +21,7 @@ from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.errors import RecordError, RfMedSamError, UsageError
 from rfmedsam2.pipeline.datasets.splits import get_split
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
+from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.evaluation.report import write_report
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
@@ -236,7 +237,9 @@ def validate_fold(
     if len(references) != 1:
         logger.warning("Labels are in several folders: score the predictions in %s with rfmed_evaluate", out)
         return None
-    scores = evaluate(out, references.pop(), plan.labels, cases=sorted(wanted), progress=track)
+    # the labels may lie in another dataset's folder, whose dataset.json says nothing about these
+    table = LabelTable(labels=plan.labels, source=f"the plan {plan.name}")
+    scores = evaluate(out, references.pop(), table, cases=sorted(wanted), progress=track)
     scores = scores.model_copy(update={"trained_on": tuple(sorted(wanted & set(split.train)))})
     write_evaluation(out, scores)
     return scores

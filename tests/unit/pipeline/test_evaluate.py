@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import SimpleITK
 from rfmedsam2.errors import DatasetError, StoreError, UsageError
 from rfmedsam2.pipeline.evaluation.bootstrap import bootstrap, summarize
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, find_pairs
+from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
 from rfmedsam2.system.atomic import read_record
@@ -255,6 +257,17 @@ def test_without_a_table_every_value_is_scored_by_its_number(tmp_path: Path, cap
     assert evaluation.classes["7"]["dsc"].cases == 1
     assert "scored under its number" in evaluation.warnings[0]
     assert "scored under its number" in caplog.text
+
+
+def test_a_table_that_contradicts_is_refused_unless_the_caller_knows_better(folders, tmp_path: Path) -> None:
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "other": 1}, "file_ending": ".nii.gz"}
+    (folders[1].parent / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"1 is a in the given table and other in .*dataset\.json"):
+        evaluate(*folders, LABELS, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    known = evaluate(*folders, LabelTable(labels=LABELS, source="the plan"))
+    assert list(known.classes) == ["a", "b"]
+    assert list(evaluate(*folders).classes) == ["other"]
 
 
 def test_maps_of_background_alone_have_nothing_to_score(tmp_path: Path) -> None:
