@@ -3,7 +3,7 @@
 
 usage: python scripts/benchmarks/inputs.py [--verbose] [--only NAME]
 
-Every image is made here from known voxels and a known grid. Each side reads each of them as its documentation says, in
+Every image is made here from known voxels and a known grid. Each side reads them as its documentation says, in
 a process of its own: nnU-Net by the reader it picks for the ending, MONAI by `LoadImage()`, SimpleITK by `ReadImage`
 or, for a folder, by `ImageSeriesReader` with GDCM's file names. An outcome is
 
@@ -61,10 +61,9 @@ def main() -> None:
         inputs = [item for item in make_inputs(Path(folder)) if args.only in item.name]
         names = [item.name for item in inputs]
         assert len(set(names)) == len(names), [n for n, count in collections.Counter(names).items() if count > 1]
-        for item in inputs[:: max(1, len(inputs) // 20)]:  # libraries load their parts with the first file of a format
-            for reader in SIDES.values():
-                judged(reader, item)
-        found = {side: [outcome(reader, item) for item in inputs] for side, reader in SIDES.items()}
+        for family in {item.path.suffix: item for item in inputs}.values():
+            judged(monai_image, family)  # itk loads its parts with the first file of a format, for seconds
+        found = {side: outcomes_of(reader, inputs) for side, reader in SIDES.items()}
     for side, outcomes in found.items():
         for item, (kind, why) in zip(inputs, outcomes, strict=True):
             if kind != "right" and (args.verbose or side == "ours"):
@@ -79,25 +78,31 @@ def main() -> None:
         sys.exit(1)
 
 
-def outcome(reader: Callable[[Path], Read], item: Input) -> tuple[str, str]:
-    """Read an input in a process of its own; the kind of outcome and why."""
+def outcomes_of(reader: Callable[[Path], Read], inputs: Sequence[Input]) -> list[tuple[str, str]]:
+    """Read all inputs in a process of its own, and in another one after each that is slow or ends it."""
     context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_judge, args=(reader, item, there), daemon=True)
-    process.start()
-    there.close()
-    try:
-        result = here.recv() if here.poll(TIME_LIMIT_S) else ("slow", f"above {TIME_LIMIT_S} s")
-    except EOFError:
-        result = ("slow", "the process died")
-    process.kill()
-    process.join()
-    return result
+    found: list[tuple[str, str]] = []
+    while len(found) < len(inputs):
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_judge, args=(reader, inputs[len(found) :], there), daemon=True)
+        process.start()
+        there.close()
+        try:
+            while len(found) < len(inputs) and here.poll(TIME_LIMIT_S):
+                found.append(here.recv())
+            if len(found) < len(inputs):
+                found.append(("slow", f"above {TIME_LIMIT_S} s"))
+        except EOFError:
+            found.append(("slow", "the process died"))
+        process.kill()
+        process.join()
+    return found
 
 
-def _judge(reader: Callable[[Path], Read], item: Input, answer: Connection) -> None:
+def _judge(reader: Callable[[Path], Read], inputs: Sequence[Input], answers: Connection) -> None:
     sys.stderr = sys.stdout = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115
-    answer.send(judged(reader, item))
+    for item in inputs:
+        answers.send(judged(reader, item))
 
 
 def judged(reader: Callable[[Path], Read], item: Input) -> tuple[str, str]:
