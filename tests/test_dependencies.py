@@ -31,6 +31,7 @@ BROUGHT_ALONG = {
     "packaging": "pytest",
     "support": "",
     "test_plan": "",
+    "test_predict": "",
     "write_maps": "",
     "before_after": "",
     "_harness": "",

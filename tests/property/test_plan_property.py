@@ -13,6 +13,7 @@ from rfmedsam2.pipeline.planning.plan import coarsened, plan
 from rfmedsam2.pipeline.planning.presets import PRESETS
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
+from rfmedsam2.system.file_names import is_file_name
 
 SHAPES = st.tuples(*[st.integers(1, 700)] * 3)
 SPACINGS = st.tuples(*[st.floats(0.2, 12, allow_nan=False)] * 3)
@@ -70,7 +71,10 @@ def test_coarsening_obeys_the_limit_and_never_refines(shape, spacing, limit):
         assert np.array_equal(after, before)
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=5), st.integers(0, 8).map(str), min_size=1, max_size=40))
+CASE_IDS = st.text(min_size=1, max_size=5).filter(is_file_name)
+
+
+@given(st.dictionaries(CASE_IDS, st.integers(0, 8).map(str), min_size=1, max_size=40))
 @settings(max_examples=100, deadline=None)
 def test_folds_share_out_every_case_once_and_keep_groups_together(groups):
     splits = make_splits(groups)

@@ -51,8 +51,15 @@ def small_plan() -> Plan:
 
 def checkpoint_of(tmp_path, network: torch.nn.Module, plan: Plan, stage: str = "3d_fullres"):
     record = CheckpointRecord(
-        plan=plan, stage=stage, fold="0", step=1, weights_sha256="", code_version="0", torch_version="2", created="now"
-    )
+        plan=plan,
+        stage="3d_fullres",
+        fold="0",
+        step=1,
+        weights_sha256="",
+        code_version="0",
+        torch_version="2",
+        created="now",
+    ).model_copy(update={"stage": stage})
     path = tmp_path / "model.safetensors"
     write_checkpoint(path, record, {f"model/{n}": t for n, t in network.state_dict().items()}, {})
     return path

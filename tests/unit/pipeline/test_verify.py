@@ -18,8 +18,8 @@ from rfmedsam2.records.plan import Split
 from rfmedsam2.records.verify import VerifyReport
 from rfmedsam2.store import images
 from rfmedsam2.store.raw import open_dataset
-from tests.support.dicom_series import ct_slice, item, save_series
-from tests.support.dicom_series import save as save_dicom
+from support.dicom_series import ct_slice, item, save_series
+from support.dicom_series import save as save_dicom
 
 RNG = np.random.default_rng(0)
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
