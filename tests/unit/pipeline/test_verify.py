@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydicom.sequence import Sequence as Items
+from support.dicom_series import ct_slice, item, save_series
+from support.dicom_series import save as save_dicom
 
 from rfmedsam2.errors import DatasetError
 from rfmedsam2.pipeline.datasets.verify import examine_case, verify
@@ -18,8 +20,6 @@ from rfmedsam2.records.plan import Split
 from rfmedsam2.records.verify import VerifyReport
 from rfmedsam2.store import images
 from rfmedsam2.store.raw import open_dataset
-from support.dicom_series import ct_slice, item, save_series
-from support.dicom_series import save as save_dicom
 
 RNG = np.random.default_rng(0)
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
