@@ -300,6 +300,7 @@ _PARSER_ERRORS = (
     NotImplementedError,
     OSError,
     RuntimeError,
+    SyntaxError,  # Pillow's, of damaged TIFF
     TypeError,
     ValueError,
     struct.error,

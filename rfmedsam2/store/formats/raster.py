@@ -1,7 +1,4 @@
-"""PNG, BMP and TIFF: what Pillow reads better than ITK, stored label values, the JSON with a TIFF stack's spacing.
-
-ITK takes gray BMP files, tiled TIFF and TIFF of single bits for colored ones.
-"""
+"""PNG, BMP and TIFF: what Pillow reads better than ITK, stored label values, the JSON with a TIFF stack's spacing."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, UnidentifiedImageError
 from pydantic import ConfigDict
 
 from rfmedsam2.errors import ImageError, RecordError, UsageError
@@ -25,6 +22,7 @@ ONE_PLANE_ENDINGS = (".png", ".bmp")
 RASTER_ENDINGS = (*ONE_PLANE_ENDINGS, ".tif", ".tiff")
 _STACKS = (".tif", ".tiff")
 _FORMATS = ("PNG", "BMP", "TIFF")  # some of Pillow's other decoders start external programs
+_BITS, _SAMPLE_FORMAT = 258, 339  # TIFF tags; 2 is signed
 _PNG = b"\x89PNG\r\n\x1a\n"
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _MODES = {
@@ -39,7 +37,6 @@ _MODES = {
     "RGBA": (4, "uint8"),
 }
 """Channels and dtype by Pillow's mode."""
-_TILE_WIDTH = 322  # a TIFF tag
 
 
 class StackSpacing(Record):
@@ -96,17 +93,22 @@ def write_stack_spacing(path: Path, spacing_zyx_mm: Triple) -> None:
 
 
 def is_for_pillow(path: Path) -> bool:
-    """Whether ITK would read an image in the wrong colors: BMP, and TIFF with tiles or single bits."""
+    """Whether Pillow reads an image: BMP, and TIFF of a kind whose values it keeps.
+
+    ITK takes gray BMP and tiled TIFF for colored ones, and may hang or crash on a damaged TIFF. Pillow knows neither
+    doubles nor colors of 16 bits.
+    """
     if path.suffix.lower() == ".bmp":
         return True
     if path.suffix.lower() not in _STACKS:
         return False
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            tags = getattr(image, "tag_v2", {})
-            return image.mode in _MODES and (image.mode == "1" or _TILE_WIDTH in tags)
+            return image.mode in _MODES
+    except UnidentifiedImageError:
+        return False  # of a kind that Pillow does not know, or damaged
     except _UNREADABLE:
-        return False  # ITK says what is wrong
+        return True
 
 
 def read_pillow_header(path: Path) -> ImageHeader:
@@ -164,6 +166,10 @@ def _header(path: Path, image: Image.Image) -> ImageHeader:
     if image.mode not in _MODES:
         raise ImageError("The colors of the image are not supported", where=path, found=image.mode)
     channels, dtype = _MODES[image.mode]
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None and channels == 1 and dtype != "float32" and (bits := tags.get(_BITS, (1,))[0]) > 1:
+        # Pillow keeps the bits of integers, not always their type
+        dtype = f"{'int' if tags.get(_SAMPLE_FORMAT, (1,))[0] == 2 else 'uint'}{max(bits, 8)}"
     planes = getattr(image, "n_frames", 1)
     known = stack_spacing(path) if planes > 1 else (FLAT_SPACING_MM, 1.0, 1.0)
     grid = Grid(shape_zyx=(planes, image.height, image.width), spacing_zyx_mm=known or (1.0, 1.0, 1.0))

@@ -146,15 +146,23 @@ def test_two_axes_equal_simpleitkio(tmp_path: Path) -> None:
         np.testing.assert_allclose(header.grid.spacing_zyx_mm, properties["spacing"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["uint8", "uint16", "int32", "float32", "bool", "rgb"])
+KINDS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "bool", "rgb"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("planes", [1, 5])
-def test_tiled_and_one_bit_tiff_equal_nnunets_readers(tmp_path: Path, kind: str, planes: int) -> None:
-    """ITK takes them for colored images."""
+@pytest.mark.parametrize("how", [{"tile": (16, 16)}, {}, {"compression": "zlib"}, {"byteorder": ">"}])
+def test_tiff_of_any_kind_equals_nnunets_readers(tmp_path: Path, kind: str, planes: int, how: dict) -> None:
+    """ITK takes tiled ones and single bits for colored images."""
     rng = np.random.default_rng(7)
     shape = (planes, 40, 50, 3) if kind == "rgb" else (planes, 40, 50)
-    array = rng.integers(0, 250, shape).astype("uint8" if kind in ("rgb", "bool") else kind)
+    array = rng.integers(0, 100 if kind == "int8" else 250, shape).astype("uint8" if kind in ("rgb", "bool") else kind)
     array = array > 99 if kind == "bool" else array
-    how = {"tile": (16, 16)} if kind != "bool" else {}
+    if kind.startswith("int"):
+        array = array - 100 if kind == "int8" else array * (-1) ** np.arange(array.size).reshape(shape).astype(kind)
+    elif kind == "uint32":
+        array = array + np.uint32(4_000_000_000)
+    how = {} if kind == "bool" else how
     path = tmp_path / "c_0000.tif"
     tifffile.imwrite(
         path, array if planes > 1 else array[0], photometric="rgb" if kind == "rgb" else "minisblack", **how
@@ -167,4 +175,7 @@ def test_tiled_and_one_bit_tiff_equal_nnunets_readers(tmp_path: Path, kind: str,
         expected = np.moveaxis(array, -1, 0)
     else:
         expected, _ = Tiff3DIO().read_images([str(path)])
-    np.testing.assert_array_equal(volume.array, expected)
+    np.testing.assert_array_equal(volume.array.astype(np.float32), np.asarray(expected, np.float32))
+    if kind not in ("bool", "rgb"):
+        assert volume.array.dtype == kind
+        np.testing.assert_array_equal(volume.array[0], array)

@@ -211,6 +211,23 @@ def test_a_json_without_three_spacings_is_a_sentence(tmp_path: Path, values: obj
         read_header(stack(tmp_path / "c_0000.tif"))
 
 
+def test_a_damaged_stack_ends_in_a_sentence_or_in_an_image_that_agrees_with_its_header(tmp_path: Path) -> None:
+    """ITK hung on some of these."""
+    path = stack(tmp_path / "c_0000.tif")
+    content, rng, refused = path.read_bytes(), np.random.default_rng(7), 0
+    for _ in range(150):
+        broken = bytearray(content)
+        for position in rng.integers(0, 500, rng.integers(1, 5)):
+            broken[position] = rng.integers(256)
+        path.write_bytes(broken)
+        try:
+            volume, header = read_image(path)
+            assert volume.array.shape == (header.channels, *header.grid.shape_zyx)
+        except (ImageError, GeometryError):
+            refused += 1
+    assert 20 < refused < 140
+
+
 def test_a_single_plane_needs_no_spacing(tmp_path: Path) -> None:
     Image.fromarray(ARRAY[0]).save(tmp_path / "c_0000.tif")
     header = read_header(tmp_path / "c_0000.tif")
