@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from support import samhq_commands
 from support.commands import run, run_error
-from test_predict import make_plan, write_image, write_model
+from support.tiny_model import make_plan, write_image, write_model
 
 from rfmedsam2.store.checkpoints import read_all, write_checkpoint
 from rfmedsam2.store.raw import open_dataset

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support import samhq_commands
 from support.commands import run, run_error, run_ok
-from test_predict import make_plan, write_image, write_model
+from support.tiny_model import make_plan, write_image, write_model
 
 from rfmedsam2.records.prediction import PredictionsRecord
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import samhq_commands
 from support.commands import run, run_error, run_ok
-from test_predict import make_plan, write_image, write_model
+from support.tiny_model import make_plan, write_image, write_model
 
 from rfmedsam2.cli.command import command
 from rfmedsam2.pipeline.prediction import predictor as predictor_module

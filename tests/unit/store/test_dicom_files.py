@@ -20,12 +20,12 @@ from pydicom.uid import (
     RLELossless,
     UltrasoundImageStorage,
 )
+from support.dicom_series import STORED, ct_slice, enhanced, frames, item, save, save_series
 
 from rfmedsam2.errors import GeometryError, ImageError
 from rfmedsam2.store.formats.dicom_files import is_dicom_file
 from rfmedsam2.store.images import read_header, read_image, read_label
 from rfmedsam2.store.input_discovery import find_cases
-from tests.support.dicom_series import STORED, ct_slice, enhanced, frames, item, save, save_series
 
 HU = STORED.astype(np.int64) - 1024
 

@@ -22,10 +22,10 @@ from pydicom.uid import (
     PositronEmissionTomographyImageStorage,
     RLELossless,
 )
+from support.dicom_series import STORED, ct_slice, enhanced, frames, item, save, save_series
 
 from rfmedsam2.errors import ImageError
 from rfmedsam2.store.images import read_header, read_image
-from tests.support.dicom_series import STORED, ct_slice, enhanced, frames, item, save, save_series
 
 TRUE = STORED.astype(np.int64)
 
