@@ -45,6 +45,7 @@ from rfmedsam2.store.images import image_ending, read_image
 Read = tuple[np.ndarray, "np.ndarray | None", "tuple[float, ...] | None"]
 """Voxels (C, Z, Y, X), affine (index x, y, z -> LPS mm) or None, spacing (z, y, x) in mm or None."""
 TIME_LIMIT_S = 10
+LOADING_S = 120
 PICTURES = (".png", ".bmp", ".tif")
 OUTCOMES = ("right", "error", "wrong", "traceback", "slow")
 
@@ -61,8 +62,6 @@ def main() -> None:
         inputs = [item for item in make_inputs(Path(folder)) if args.only in item.name]
         names = [item.name for item in inputs]
         assert len(set(names)) == len(names), [n for n, count in collections.Counter(names).items() if count > 1]
-        for family in {item.path.suffix: item for item in inputs}.values():
-            judged(monai_image, family)  # itk loads its parts with the first file of a format, for seconds
         found = {side: outcomes_of(reader, inputs) for side, reader in SIDES.items()}
     for side, outcomes in found.items():
         for item, (kind, why) in zip(inputs, outcomes, strict=True):
@@ -88,6 +87,8 @@ def outcomes_of(reader: Callable[[Path], Read], inputs: Sequence[Input]) -> list
         process.start()
         there.close()
         try:
+            here.poll(LOADING_S)
+            here.recv()
             while len(found) < len(inputs) and here.poll(TIME_LIMIT_S):
                 found.append(here.recv())
             if len(found) < len(inputs):
@@ -101,6 +102,9 @@ def outcomes_of(reader: Callable[[Path], Read], inputs: Sequence[Input]) -> list
 
 def _judge(reader: Callable[[Path], Read], inputs: Sequence[Input], answers: Connection) -> None:
     sys.stderr = sys.stdout = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115
+    for first in {item.path.suffix: item for item in inputs if item.array is not None}.values():
+        judged(reader, first)  # libraries load their parts with the first file of a format, itk for seconds
+    answers.send("ready")
     for item in inputs:
         answers.send(judged(reader, item))
 
