@@ -114,12 +114,22 @@ def test_datasets_of_flat_images_are_planned_and_preprocessed(tmp_path: Path, wr
     assert len(list((tmp_path / "preprocessed").rglob("c*.b2nd"))) >= 4
 
 
-@pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("micron", 1000), ("meter", 0.001)])
-def test_scores_are_in_mm_whatever_the_unit_of_the_files(tmp_path: Path, unit: str, factor: float) -> None:
-    """A cube of 7 x 7 x 7 voxels of 1 x 1 x 2 mm, predicted one voxel further along x; predictions are in mm."""
+@pytest.mark.parametrize(
+    ("unit", "factor", "predicted"),
+    [
+        ("mm", 1, ("mm", 1)),
+        ("micron", 1000, ("mm", 1)),
+        ("meter", 0.001, ("mm", 1)),
+        ("unknown", 1000, ("micron", 1000)),
+    ],
+)
+def test_scores_are_in_mm_whatever_the_unit_of_the_files(
+    tmp_path: Path, unit: str, factor: float, predicted: tuple[str, float]
+) -> None:
+    """A cube of 7 x 7 x 7 voxels of 1 x 1 x 2 mm, predicted one voxel further along x."""
     cube = np.zeros((20, 22, 24), np.uint8)
     cube[5:12, 6:13, 7:14] = 1
-    for part, array, scale, name in (("p", np.roll(cube, 1, 0), 1, "mm"), ("g", cube, factor, unit)):
+    for part, array, scale, name in (("p", np.roll(cube, 1, 0), predicted[1], predicted[0]), ("g", cube, factor, unit)):
         image = nib.Nifti1Image(array, np.diag([scale, scale, 2 * scale, 1]))
         image.header.set_xyzt_units(name)
         (tmp_path / part).mkdir()

@@ -17,7 +17,7 @@ from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENC
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable, agreed_labels, numbered, with_all_values
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
-from rfmedsam2.store.formats.image_header import ImageHeader, grids_differ
+from rfmedsam2.store.formats.image_header import ImageHeader, grids_differ, spacing_of_pair
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending, read_label
 from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.csv_text import write_rows
@@ -191,7 +191,7 @@ def _score(pair: Pair, *, labels: LabelSet | None, nsd_tolerance_mm: float, both
             reference.array[0],
             prediction.array[0],
             labels or numbered(reference.array[0], prediction.array[0]),
-            reference.grid.spacing_zyx_mm,
+            spacing_of_pair(*headers),
             nsd_tolerance_mm=nsd_tolerance_mm,
             both_empty=both_empty,
         )

@@ -23,7 +23,7 @@ from nibabel.spatialimages import HeaderDataError
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from rfmedsam2.errors import GeometryError, ImageError, RfMedSamError
-from rfmedsam2.geometry import Grid, scaled
+from rfmedsam2.geometry import Grid, Triple, scaled
 from rfmedsam2.system.memory import free_bytes
 from rfmedsam2.system.ordinary_files import require_ordinary
 
@@ -65,6 +65,7 @@ class NiftiGeometry:
         qform_code: 0 when the file has no qform.
         nibabel: the grid that nibabel reads, in the file's unit, if it differs from ITK's, which is ours.
         unit_mm: the file's unit of length, mm.
+        unit_known: False: the header does not say; millimeters are assumed, as in ITK.
         scaling: slope and intercept; None if voxels are not scaled.
     """
 
@@ -73,6 +74,7 @@ class NiftiGeometry:
     qform_code: int
     nibabel: Grid | None = None
     unit_mm: float = 1.0
+    unit_known: bool = True
     scaling: tuple[float, float] | None = None
 
     @property
@@ -236,6 +238,14 @@ def grids_differ(one: ImageHeader, other: ImageHeader) -> tuple[str, bool] | Non
     if None in found:
         return None
     return next((each for each in found if each is not None and each[1]), found[0])
+
+
+def spacing_of_pair(one: ImageHeader, other: ImageHeader) -> Triple:
+    """Spacing z, y, x of two files on one grid, mm: of the first, unless only the second says it, or its unit."""
+    silent = one.nifti is not None and not one.nifti.unit_known
+    says = other.nifti is not None and other.nifti.unit_known
+    better = (silent and says) or (other.spacing_known and not one.spacing_known)
+    return (other if better else one).grid.spacing_zyx_mm
 
 
 def readers_differ(header: ImageHeader) -> str | None:

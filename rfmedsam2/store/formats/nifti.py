@@ -140,6 +140,7 @@ def _image_header(path: Path, raw: Nifti1Header) -> ImageHeader:
             qform_code=int(raw["qform_code"]),
             nibabel=placed.nibabel,
             unit_mm=placed.unit_mm,
+            unit_known=int(raw["xyzt_units"]) & 7 != 0,
             scaling=_scaling(raw),
         ),
     )
