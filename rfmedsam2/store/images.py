@@ -23,7 +23,7 @@ from rfmedsam2.store.formats.image_header import (
     require_ordinary_file,
     unchanged,
 )
-from rfmedsam2.store.formats.itk import read_itk, read_itk_header, write_itk_label, write_mhd_label
+from rfmedsam2.store.formats.itk import mhd_data_file, read_itk, read_itk_header, write_itk_label, write_mhd_label
 from rfmedsam2.store.formats.label_values import SLICER_ENDING, as_labels, merged_layers
 from rfmedsam2.store.formats.mgz import read_mgz, read_mgz_header, write_mgz_label
 from rfmedsam2.store.formats.nifti import read_nifti, read_nifti_header, write_nifti_label
@@ -200,6 +200,14 @@ def read_label(path: Path) -> tuple[Volume, ImageHeader]:
         raise ImageError("A label file has several channels", where=path, expected=1, found=array.shape[0])
     scaling = None if header.nifti is None else header.nifti.scaling
     return Volume(array=as_labels(array, where=path, scaling=scaling), grid=volume.grid), header
+
+
+def label_files(path: Path) -> list[Path]:
+    """All files that `write_label` replaces: the label map itself first, then the data file of an MHD header.
+
+    The spacing beside a TIFF stack is not among them: it is merged into a file that is there.
+    """
+    return [path, *([mhd_data_file(path)] if path.suffix.lower() == ".mhd" else [])]
 
 
 def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:

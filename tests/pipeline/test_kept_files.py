@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from support import samhq_commands
 from support.commands import run, run_error, run_ok
 from support.tiny_model import make_plan, write_image, write_model
@@ -166,6 +167,48 @@ def test_an_image_is_never_its_own_prediction(model, images) -> None:
     for words in ((), ("--overwrite",), ("--continue",)):
         assert "overwrite an input" in run_error(*predicting(model, image, image, *words))
     assert image.read_bytes() == before
+
+
+def test_data_files_of_images_and_of_others_are_not_replaced_by_mhd_labels(model, images, tmp_path) -> None:
+    """q_0000.mhd keeps its voxels in q.zraw, the name that the data file of the label map q.mhd has too."""
+    image = sitk.ReadImage(str(images / "case1_0000.nii.gz"))
+    folder = tmp_path / "mhd"
+    folder.mkdir()
+    sitk.WriteImage(image, str(folder / "q.mhd"), True)
+    header = (folder / "q.mhd").rename(folder / "q_0000.mhd")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(path.name for path in before) == ["q.zraw", "q_0000.mhd"]
+    for words in ((), ("--overwrite",), ("--continue",)):
+        told = run_error(*predicting(model, header, folder / "q.mhd", *words))
+        assert "The prediction would overwrite an input" in told
+        assert "q.zraw" in told
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+    mine = tmp_path / "others" / "out.zraw"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    told = run_error(*predicting(model, header, mine.with_name("out.mhd")))
+    assert "1 file(s) would be replaced" in told
+    assert "out.zraw" in told
+    assert "--continue" not in told  # there is no label map to keep
+    assert [path.read_bytes() for path in mine.parent.iterdir()] == [b"mine"]
+    run_ok(*predicting(model, header, mine.with_name("out.mhd"), "--overwrite"))
+    assert sitk.ReadImage(str(mine.with_name("out.mhd"))).GetSize() == image.GetSize()
+
+
+def test_mhd_labels_of_a_folder_are_replaced_like_others(model, images, tmp_path) -> None:
+    plan = tmp_path / "model"
+    write_model(plan, make_plan(file_ending=".mhd"))
+    out = tmp_path / "out"
+    run_ok(*predicting(plan, images, out))
+    for words in ((), ("--continue",)):
+        run_ok(*predicting(plan, images, out, *words))
+    (out / "case0.mhd").unlink()  # what is left of it is ours still
+    assert "Predicted 1 case(s)" in run_ok(*predicting(plan, images, out, "--continue")).out
+    assert sorted(path.name for path in out.glob("case0.*")) == ["case0.mhd", "case0.zraw"]
+    (out / "case1.zraw").write_bytes(b"mine")
+    assert "case1.mhd" in run_error(*predicting(plan, images, out))
+    assert (out / "case1.zraw").read_bytes() == b"mine"
 
 
 def test_files_that_cannot_be_are_refused_before_anything_is_predicted(model, images, tmp_path) -> None:

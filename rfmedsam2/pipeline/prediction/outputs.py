@@ -13,7 +13,7 @@ from pathlib import Path
 from rfmedsam2.errors import RecordError, RfMedSamError, StoreError, UsageError, shortlist
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case, file_stem
-from rfmedsam2.store.images import digest_of, image_ending, read_image
+from rfmedsam2.store.images import digest_of, image_ending, image_files, label_files, read_image
 from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.system.atomic import is_taken, read_record
 
@@ -106,14 +106,11 @@ class Outputs:
                 input, or a file that is not ours; names them.
         """
         self._require_possible(cases)
-        inputs = {path.resolve() for case in cases for path in case.images}
-        for case in cases:
-            if self.target(case).resolve() in inputs:
-                raise UsageError(
-                    "The prediction would overwrite an input",
-                    where=self.target(case),
-                    remedy="Choose another output folder with -o",
-                )
+        inputs = {file.resolve() for case in cases for path in case.images for file in _files_of(path)}
+        for file in (file for case in cases for file in label_files(self.target(case))):
+            if file.resolve() in inputs:
+                remedy = "Choose another output folder with -o"
+                raise UsageError("The prediction would overwrite an input", where=file, remedy=remedy)
         if self._overwrite:
             return
         there = [PREDICTIONS] if self._foreign_record else []
@@ -121,16 +118,18 @@ class Outputs:
             labels, extra = self.target(case), self.probabilities(case)
             if not self._continue and is_taken(labels) and not self.is_ours(labels):
                 there.append(labels.name)
+            if labels.name not in self._listed and not self.is_corrected(case):
+                there += [file.name for file in label_files(labels)[1:] if is_taken(file)]
             if probabilities and not self.is_corrected(case) and is_taken(extra) and not self.is_ours(extra):
                 there.append(extra.name)
         if there:
             remedy = "Choose another place with -o, or replace them with --overwrite"
-            if any(name != PREDICTIONS and not name.endswith(PROBABILITIES) for name in there):
+            if any(image_ending(Path(name)) is not None for name in there):
                 remedy += "; --continue keeps these label maps as they are"
             raise UsageError(
                 f"{len(there)} file(s) would be replaced that are not listed in {PREDICTIONS}, or that were changed "
                 "since it was written",
-                where=self.folder,
+                where=self.file or self.folder,
                 found=shortlist(there),
                 remedy=remedy,
             )
@@ -165,6 +164,14 @@ class Outputs:
             return digest_of([path]).hex() == entry.sha256
         except RfMedSamError:  # no ordinary file any more, or without its data file
             return False
+
+
+def _files_of(image: Path) -> list[Path]:
+    """An image and the data files that its header names; of a DICOM series or a damaged header only the path."""
+    try:
+        return [image] if image.is_dir() else image_files(image)
+    except RfMedSamError:
+        return [image]
 
 
 def _is_readable(path: Path) -> bool:

@@ -73,6 +73,11 @@ def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
         ) from error
 
 
+def mhd_data_file(path: Path) -> Path:
+    """The file beside an MHD label map that `write_mhd_label` writes its voxels to."""
+    return path.parent / f"{path.stem}.zraw"
+
+
 def write_mhd_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
     """Write an MHD header and its data file; the header, which makes the pair valid, is written last."""
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
