@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_models
-from rfmedsam2.records.dataset import DatasetJson, LabelSet
+from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import TAKEN_NAMES, Plan
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import PARTIAL, read_record
@@ -167,9 +167,12 @@ def labels_for(
     Raises:
         UsageError: the dataset has no dataset.json.
         RecordError: the file does not exist or has faults.
+        DatasetError: the file is in the format of nnU-Net v1.
     """
+    from rfmedsam2.store.raw import read_dataset_json
+
     if file is not None:
-        return read_record(file, DatasetJson).label_set
+        return read_dataset_json(file).label_set
     wanted = dataset or environment.get("RFMED_DATASET")
     if not wanted:
         return None
@@ -177,7 +180,7 @@ def labels_for(
     candidates = [folder / name / "dataset.json" for folder in (layout.raw, layout.preprocessed)]
     for candidate in candidates:
         if candidate.is_file():
-            return read_record(candidate, DatasetJson).label_set
+            return read_dataset_json(candidate).label_set
     raise UsageError(
         "The names of the label values are unknown",
         expected=" or ".join(map(str, candidates)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unicodedata import normalize
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
@@ -91,18 +92,24 @@ class LabelSet(Record):
 
 
 def _ambiguous(labels: dict[str, int | tuple[int, ...]]) -> list[str]:
-    """Why a table does not give every value (or set of values) one name; empty if it does."""
+    """Why a table does not give every value (or set of values) one name of its own; empty if it does."""
     names: dict[frozenset[int], list[str]] = {}
+    alike: dict[str, list[str]] = {}
+    for name in labels:
+        alike.setdefault(" ".join(normalize("NFC", name).split()), []).append(name)
     for name, value in ((name, value) for name, value in labels.items() if name != "ignore"):
         names.setdefault(frozenset(value if isinstance(value, tuple) else (value,)), []).append(name)
-    faults = []
+    faults = [f"names that look the same: {', '.join(map(repr, same))}" for same in alike.values() if len(same) > 1]
     for values, same in names.items():
+        if not values:
+            faults.append(f"{same[0]!r} has no value")
+            continue
         shown = " and ".join(map(str, sorted(values)))
         if len(same) > 1:
             faults.append(f"{len(same)} names for the value {shown}: {', '.join(map(repr, same))}")
         if not all(name.strip() for name in same):
             faults.append(f"the value {shown} has an empty name")
-        if min(values, default=0) < 0:
+        if min(values) < 0:
             faults.append(f"{same[0]!r} has the value {shown}, and label maps hold no negative values")
     return faults
 

@@ -166,6 +166,16 @@ def _dataset_json(folder: Path) -> DatasetJson:
             found=describe_contents(folder),
             remedy=f"Rename {close} to dataset.json" if close else "Write one as described by nnU-Net v2",
         )
+    return read_dataset_json(path)
+
+
+def read_dataset_json(path: Path) -> DatasetJson:
+    """Read nnU-Net v2's `dataset.json`.
+
+    Raises:
+        DatasetError: the file is in the format of nnU-Net v1.
+        RecordError: it is missing, no JSON, or has faults.
+    """
     try:
         return read_record(path, DatasetJson)
     except RecordError:

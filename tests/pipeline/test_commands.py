@@ -161,6 +161,16 @@ def test_evaluating_needs_to_be_told_nothing_but_the_folders(trained_root, tmp_p
     assert (tmp_path / "out" / "metrics.csv").is_file()
 
 
+def test_a_label_table_of_nnunet_v1_is_named_for_what_it_is(raw_root, tmp_path):
+    labels = raw_root / "raw" / "Dataset900_PhantomCT" / "labelsTr"
+    table = tmp_path / "dataset.json"
+    table.write_text(json.dumps({"modality": {"0": "CT"}, "labels": {"0": "background", "1": "spleen"}}))
+    told = run_error("evaluate", "-p", labels, "-g", labels, "-o", tmp_path / "out", "--labels", table)
+    assert "in the format of nnU-Net v1" in told
+    assert "names by value, the other way round" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_continue_keeps_and_json_tells(trained_root, tmp_path):
     words = ("-i", images_of(trained_root), "-o", tmp_path / "preds", "--root", trained_root, "--json")
     first = json.loads(run_ok("predict", *words).out)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2.errors import ImageError, RecordError, UsageError
-from rfmedsam2.records.dataset import DatasetJson, LabelSet
+from rfmedsam2.errors import DatasetError, ImageError, RecordError, UsageError
+from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics
+from rfmedsam2.store.raw import read_dataset_json
 from rfmedsam2.system.atomic import read_record
 
 logger = logging.getLogger(__name__)
@@ -110,8 +111,8 @@ def _read(paths: Iterable[Path], *, known: list[LabelTable]) -> list[LabelTable]
         if not path.is_file():
             continue
         try:
-            record = read_record(path, PredictionsRecord if path.name == PREDICTIONS else DatasetJson)
-        except RecordError as error:
+            record = read_record(path, PredictionsRecord) if path.name == PREDICTIONS else read_dataset_json(path)
+        except (RecordError, DatasetError) as error:
             if not tables:
                 raise
             logger.warning("This label table is not compared: %s", error)
