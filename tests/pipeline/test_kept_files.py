@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import SimpleITK as sitk  # noqa: N813
 from support import samhq_commands
 from support.commands import run, run_error, run_ok
 from support.tiny_model import make_plan, write_image, write_model
