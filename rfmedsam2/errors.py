@@ -116,6 +116,16 @@ def type_name(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
+def require_type(value: object, kind: type, name: str, *, remedy: str) -> None:
+    """Check that an argument is an object of a type of ours, not a name or path of one.
+
+    Raises:
+        UsageError: it is of another type; says which was expected.
+    """
+    if not isinstance(value, kind):
+        raise UsageError(f"{name} is not a {kind.__name__}", found=type_name(value), remedy=remedy)
+
+
 def shortlist(items: Iterable[object], *, limit: int = 5, separator: str = ", ") -> str:
     """The first items of a list for a message, with the number of those left out: "a, b and 3 more"."""
     shown = [str(item) for item in items]

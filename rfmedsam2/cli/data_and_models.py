@@ -157,7 +157,7 @@ def export_model(
     folder = model.folder()
     with bars.working(f"Packing {folder}"):
         manifest = model_archive.export_model(folder, output, folds=model.folds or None)
-    tell(f"Written: {output} ({len(manifest.files)} files of {folder})")
+    tell(f"Written: {output} ({len(manifest.files)} file(s) of {folder})")
 
 
 def import_model(

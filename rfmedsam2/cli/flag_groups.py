@@ -217,8 +217,12 @@ class LabelNames:
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How label maps are scored."""
+    """Which label maps are scored, and how."""
 
+    cases: Annotated[
+        tuple[str, ...],
+        arg(metavar="CASE", help="Score only these cases; default: all references, each of which must be predicted."),
+    ] = ()
     tolerance: Annotated[float, arg(metavar="MM", help="Tolerance of the normalized surface Dice.")] = 2.0
     both_empty: Annotated[
         Literal["skip", "perfect"], arg(help="Score of a class that is absent from both label maps.")

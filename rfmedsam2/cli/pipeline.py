@@ -103,7 +103,7 @@ def plan_and_preprocess(
 
 
 def train(
-    words: Annotated[Positional[tuple[str, ...]], arg(metavar="[DATASET] CONFIGURATION [fold] FOLD")] = (),
+    words: Annotated[Positional[tuple[str, ...]], arg(metavar="[DATASET] CONFIGURATION [[fold] FOLD]")] = (),
     *,
     plan: PlanChoice = PlanChoice(),
     schedule: Schedule = Schedule(),
@@ -113,8 +113,8 @@ def train(
     """Train one fold; the same command resumes an interrupted training.
 
     Args:
-        words: `3d_fullres fold 0`, or in nnU-Net's order `BTCV 3d_fullres 0`. A fold is a number, `all`, or the name of
-            a split (btcv_24_6 ...).
+        words: `3d_fullres fold 0`, or in nnU-Net's order `BTCV 3d_fullres 0`. A fold is a number (without one: 0),
+            `all`, or the name of a split (btcv_24_6 ...).
     """
     from rfmedsam2.cli import resolve
     from rfmedsam2.cli.progress import bars
@@ -245,6 +245,7 @@ def evaluate(
         references,
         names,
         out=output,
+        cases=scoring.cases or None,
         nsd_tolerance_mm=scoring.tolerance,
         both_empty=scoring.both_empty,
         workers=scoring.workers,
@@ -271,7 +272,7 @@ def report(
     Args:
         output: The page to write.
         training: Folder of a trained fold, for its curves.
-        evaluation: A metrics.json, for its tables and overlays.
+        evaluation: A metrics.json or its folder, for its tables and overlays.
         images: Images of the evaluated cases, drawn below the contours.
         title: Heading of the page.
         overwrite: Replace a file of another kind, too.
@@ -283,6 +284,8 @@ def report(
     require_replaceable((output,), require_page, overwrite=overwrite)
     if images is not None and not images.is_dir():
         raise UsageError("The folder of images does not exist", where=images, remedy="Check the path given with -i")
+    if evaluation is not None and evaluation.is_dir():
+        evaluation /= "metrics.json"
     write_report(output, title=title or output.stem, training=training, evaluation=evaluation, images=images)
     tell(f"Written: {output}")
 
@@ -319,7 +322,8 @@ def what_is_trained(plan: Plan, stage: str, fold: str, folder: Path, *, restart:
     goes_on = "; goes on from its last checkpoint" if latest.is_file() and not restart else ""
     return (
         f"Training {plan.dataset}, plan {plan.name}, {stage}, fold {fold}: {network}, patch {patch}, "
-        f"batch {config.batch_size}, {config.train.epochs} epochs of {config.train.iterations_per_epoch} steps{goes_on}"
+        f"batch {config.batch_size}, {config.train.epochs} epoch(s) of {config.train.iterations_per_epoch} step(s)"
+        f"{goes_on}"
     )
 
 

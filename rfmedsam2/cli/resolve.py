@@ -92,11 +92,13 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
     if wanted is None and len(names) == 1:
         wanted = names[0]
     if wanted is None or wanted not in names:
+        remedy = "Name one with -p" if wanted is None else None
+        remedy = remedy if names else f"Make one with rfmed_plan_and_preprocess -d {dataset}"
         raise UsageError(
             "There are several plans" if wanted is None and names else "The plan does not exist",
             where=folder if wanted is None else layout.plan_file(dataset, wanted),
             expected=f"one of {', '.join(names)}" if names else None,
-            remedy="Name one with -p" if names else f"Make one with rfmed_plan_and_preprocess -d {dataset}",
+            remedy=remedy,
         )
     plan = read_record(layout.plan_file(dataset, wanted), Plan)
     plan.stage(stage)

@@ -199,7 +199,7 @@ def _check_same_training(path: Path, saved: TrainedRecord, now: TrainedRecord, c
         raise CheckpointError(
             "The checkpoint is of another training",
             where=path,
-            found=shortlist(faults, separator="; "),
+            found=f"other settings ({shortlist(faults, separator='; ')})",
             remedy="Use the same plan and flags as before, or start over with --restart",
         )
 

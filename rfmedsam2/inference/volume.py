@@ -60,7 +60,9 @@ class PredictOptions:
         """
         given = {"step_size": self.step_size, "mirror": self.mirror, "tile_batch": self.tile_batch}
         chosen = {name: value for name, value in given.items() if value is not None}
-        return Inference.parse(stage.inference.model_dump() | chosen, where="prediction options")
+        return Inference.parse(
+            stage.inference.model_dump() | chosen, where="prediction options", remedy="Correct these options"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

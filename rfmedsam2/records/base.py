@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -21,14 +21,29 @@ MAX_DEPTH = 100
 """Most brackets within brackets in a record; ours have fewer than 10."""
 
 
-class Record(BaseModel):
+OF_A_FILE = "Correct these fields, or create the file again with the command that wrote it"
+
+
+class _Construction(type(BaseModel)):
+    """Calling a record's class raises our error for faulty arguments, as reading one from a file does."""
+
+    if not TYPE_CHECKING:  # which would take the place of the fields' names and types
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().__call__(*args, **kwargs)
+            except ValidationError as error:
+                raise RecordError(_faults(cls, error), remedy="Correct these arguments") from None
+
+
+class Record(BaseModel, metaclass=_Construction):
     """Frozen, validated content of a file. Unknown fields are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     @classmethod
-    def parse(cls, data: object, *, where: object = None) -> Self:
-        """Validate plain data (from JSON).
+    def parse(cls, data: object, *, where: object = None, remedy: str = OF_A_FILE) -> Self:
+        """Validate plain data (from JSON); `remedy` is what to do about faulty fields.
 
         Raises:
             RecordError: names every faulty field, its value and what is expected.
@@ -46,12 +61,7 @@ class Record(BaseModel):
                     found=later["found"],
                     remedy="Update the package: pip install --upgrade rfmedsam2",
                 ) from None
-            faults = "; ".join(_fault(e) for e in errors)
-            raise RecordError(
-                f"{cls.__name__} has {error.error_count()} fault(s) ({faults})",
-                where=where,
-                remedy="Correct these fields, or create the file again with the command that wrote it",
-            ) from None
+            raise RecordError(_faults(cls, error), where=where, remedy=remedy) from None
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: object = None) -> Self:
@@ -89,6 +99,11 @@ class Record(BaseModel):
     def to_json(self) -> str:
         """Readable JSON: one field per line, lists of numbers or strings on one line."""
         return dump_json(self.model_dump(mode="json"))
+
+
+def _faults(cls: type, error: ValidationError) -> str:
+    faults = "; ".join(_fault(e) for e in error.errors(include_url=False))
+    return f"{cls.__name__} has {error.error_count()} fault(s) ({faults})"
 
 
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]

@@ -39,7 +39,7 @@ def with_overrides(record: RecordT, assignments: Sequence[str], *, within: str |
         if keys[-1] == "kind":
             # fill in the new kind's defaults, because the next assignment may name one of its fields
             data = type(record).parse(data, where=assignment).model_dump(mode="json")
-    return type(record).parse(data, where=where)
+    return type(record).parse(data, where=where, remedy="Correct the values that were set")
 
 
 def _value(text: str) -> Any:

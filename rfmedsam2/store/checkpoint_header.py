@@ -25,7 +25,10 @@ CHECKPOINTS = (FINAL, BEST, LATEST)
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
 METADATA = {"format", "record", "record_sha256", "state", "rest_sha256"}
-REMEDY = "Use a checkpoint (.safetensors) that rfmed_train wrote, or import a model archive with rfmed_import_model"
+REMEDY = (
+    "Use a checkpoint (.safetensors) that rfmed_train or samhq_train wrote, or import a model archive with "
+    "rfmed_import_model"
+)
 DISGUISES = (
     (
         b"PK\x03\x04",

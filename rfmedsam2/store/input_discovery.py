@@ -73,8 +73,9 @@ def _in_folder(folder: Path, channels: int, ending: str | None) -> tuple[Case, .
         # no file of the model's own format: accept any readable format
         return _cases(others, channels, None, where=folder)
     if not entries:
-        remedy = "Check the folder; images/ of a dataset are in imagesTr or imagesTs below it"
-        below = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and list_images(p, ending)]
+        remedy = "Check the folder; a dataset has its images in imagesTr and imagesTs"
+        folders = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith("labels")]
+        below = [p.name for p in folders if list_images(p, ending)]
         if below:
             remedy = f"Name the subfolder that holds the images: {', '.join(below[:4])}"
         name = f"CASE_0000{ending or '.nii.gz'}"

@@ -36,6 +36,7 @@ def choose_device(wanted: str, *, local_rank: int = 0) -> torch.device:
             "The device is not available",
             where=device,
             found=f"{gpus} CUDA GPU(s)",
-            remedy="Choose --device cpu, or start at most one process per GPU",
+            remedy="Choose --device cpu, or "
+            + ("start at most one process per GPU" if gpus else "install the torch that fits your GPU"),
         )
     return device

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rfmedsam2.engine.rng import preserved, seed_all
-from rfmedsam2.errors import UsageError, shortlist
+from rfmedsam2.errors import UsageError, require_type, shortlist
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.tasks.patches import PatchSource
@@ -58,6 +58,7 @@ class PatchDataset(Dataset[Patch]):
         length: int | None = None,
         seed: int = 0,
     ) -> None:
+        require_type(plan, Plan, "plan", remedy="Load it with Plan.load(path)")
         config = plan.stage(stage)
         store = CaseStore(Path(folder))
         known = store.ids()

@@ -150,12 +150,13 @@ def folder_of(download: Path, candidates: Iterable[str], *, what: str, expected:
         DatasetError: the download does not exist or has none of them.
     """
     if not download.is_dir():
-        raise DatasetError(f"The {what} download does not exist", where=download, expected="its extracted folder")
+        fault = "is not a folder" if download.exists() else "does not exist"
+        raise DatasetError(f"The {what} download {fault}", where=download, expected="its extracted folder")
     for candidate in candidates:
         if (download / candidate).is_dir():
             return download / candidate
     raise DatasetError(
-        f"This folder is not a {what} download",
+        f"This folder is not an official {what} download",
         where=download,
         expected=expected,
         found=", ".join(sorted(p.name for p in download.iterdir())[:8]) or "an empty folder",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.store.checkpoint_header import BEST, CHECKPOINTS, FINAL, LATEST
@@ -75,13 +75,18 @@ def checkpoints_of(
         UsageError: the folder or a fold does not exist; lists the existing ones.
         CheckpointError: a fold does not have the requested checkpoint.
     """
+    if checkpoint not in get_args(Which):
+        raise UsageError("Unknown checkpoint", where=checkpoint, expected=f"one of {', '.join(get_args(Which))}")
     known = folds_of(model_folder)
     if not known:
+        is_fold = any((model_folder / name).is_file() for name in CHECKPOINTS)
         raise UsageError(
-            "The folder holds no trained model",
+            "This is the folder of one fold, not of a model" if is_fold else "The folder holds no trained model",
             where=model_folder,
             expected=f"a file such as {FOLD}0/{CHECKPOINTS[0]}",
-            remedy="Train with rfmed_train, or import a model with rfmed_import_model",
+            remedy=f"Name the folder above it, {model_folder.parent}, and choose the fold there"
+            if is_fold
+            else "Train with rfmed_train, or import a model with rfmed_import_model",
         )
     several = [folds] if isinstance(folds, str | int) else folds
     wanted = _default_folds(known) if several is None else [str(fold) for fold in several]

@@ -103,7 +103,7 @@ class Outputs:
 
         Raises:
             UsageError: a file cannot be written in this format or holds several cases; an output would overwrite an
-                input, or a file that is not ours; names them.
+                input, or a file that is not ours; the folder is that of the images; names them.
         """
         self._require_possible(cases)
         inputs = {file.resolve() for case in cases for path in case.images for file in _files_of(path)}
@@ -111,6 +111,13 @@ class Outputs:
             if file.resolve() in inputs:
                 remedy = "Choose another output folder with -o"
                 raise UsageError("The prediction would overwrite an input", where=file, remedy=remedy)
+        beside = {(path if path.is_dir() else path.parent).resolve() for case in cases for path in case.images}
+        if self.file is None and self.folder.resolve() in beside:
+            raise UsageError(
+                "The label maps would lie among the images, where they would be taken for images of the same cases",
+                where=self.folder,
+                remedy="Choose another output folder with -o",
+            )
         if self._overwrite:
             return
         there = [PREDICTIONS] if self._foreign_record else []

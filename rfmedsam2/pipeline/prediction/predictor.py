@@ -38,7 +38,7 @@ from rfmedsam2.volume import Volume
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Predictor:
     """Networks with the plan that they were trained with, to predict any number of volumes.
 
@@ -81,7 +81,9 @@ class Predictor:
             UsageError: the model, a fold or the device does not exist.
             CheckpointError: a checkpoint is damaged, or of another plan than the first.
         """
-        files = [source] if isinstance(source, (str, Path)) else list(source)
+        files = [source] if isinstance(source, (str, Path)) else source
+        if not isinstance(files, Sequence) or not all(isinstance(path, (str, Path)) for path in files):
+            raise UsageError("This is not a model", expected="a model folder or checkpoints", found=type_name(source))
         paths = [Path(path) for path in files]
         if isinstance(source, (str, Path)) and not paths[0].is_file():
             paths = checkpoints_of(paths[0], folds=folds, checkpoint=checkpoint)
@@ -94,6 +96,10 @@ class Predictor:
             _require_same_model(records[0], record, where=path)
         networks = tuple(network for _, network in loaded)
         return cls(networks=networks, checkpoints=tuple(paths), records=records, options=options or PredictOptions())
+
+    def __repr__(self) -> str:
+        folds = ", ".join(record.fold for record in self.records)
+        return f"Predictor({self.plan.dataset}, {self.plan.name}, {self.stage}, folds {folds}, {self.device})"
 
     @property
     def device(self) -> torch.device:

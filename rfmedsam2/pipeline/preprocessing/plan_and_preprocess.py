@@ -14,7 +14,7 @@ from typing import Literal
 
 from rfmedsam2 import extensions
 from rfmedsam2.choices import Backbone, Preset
-from rfmedsam2.errors import ExtensionError, RecordError, UsageError
+from rfmedsam2.errors import ExtensionError, RecordError, UsageError, require_type
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets.splits import groups_of, load_or_make_splits, warnings_of
 from rfmedsam2.pipeline.planning.label_notes import notes_on_labels
@@ -127,6 +127,8 @@ def plan_and_preprocess(
         RfMedSamError: faults of the data (lists all of them), an invalid plan, a folder that cannot be written, or
             another run that uses the cases of this plan.
     """
+    require_type(dataset, RawDataset, "dataset", remedy="Open it with open_dataset(name, root=...)")
+    require_type(layout, Layout, "layout", remedy="Make one with Layout.under(root)")
     _check(options)
     budget = int(MEMORY_SHARE * free_bytes()) if stages != () else 0
     source = CaseReader(dataset, budget_bytes=budget)

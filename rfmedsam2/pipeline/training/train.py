@@ -18,7 +18,7 @@ from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run, Task
-from rfmedsam2.errors import RecordError, RfMedSamError, UsageError
+from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, require_type
 from rfmedsam2.pipeline.datasets.splits import get_split
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
@@ -118,6 +118,8 @@ def train(
         StoreError: preprocessed cases are damaged, or a folder cannot be written.
         RfMedSamError: errors of the engine, prediction and evaluation.
     """
+    require_type(layout, Layout, "layout", remedy="Make one with Layout.under(root)")
+    require_type(plan, Plan, "plan", remedy="Load it with Plan.load(path)")
     options, fold = options or TrainOptions(), str(fold)
     track = progress_bars(options.progress)
     began = time.monotonic()

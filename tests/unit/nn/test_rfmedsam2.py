@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import ValidationError
 
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import RecordError, UsageError
 from rfmedsam2.nn.refinement_state import (
     ABSENT,
     one_against_rest,
@@ -134,7 +133,7 @@ def test_without_propagation_the_prompter_learns_from_its_own_loss_alone() -> No
     own = steps.logits[0]
     (own if isinstance(own, torch.Tensor) else own[0]).square().sum().backward()
     assert any(p.grad is not None for p in model.unet.parameters())
-    with pytest.raises(ValidationError, match="needs propagate_loss"):
+    with pytest.raises(RecordError, match="needs propagate_loss"):
         config(generator="gt", unet=None, output="replace", propagate_loss=False)
 
 
