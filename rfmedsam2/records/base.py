@@ -19,24 +19,28 @@ _LATER_FORMAT = "later_format"
 """pydantic's type of the error of a record that a later version has written."""
 MAX_DEPTH = 100
 """Most brackets within brackets in a record; ours have fewer than 10."""
-
-
 OF_A_FILE = "Correct these fields, or create the file again with the command that wrote it"
 
 
 class _Construction(type(BaseModel)):
     """Calling a record's class raises our error for faulty arguments, as reading one from a file does."""
 
-    if not TYPE_CHECKING:  # which would take the place of the fields' names and types
-
-        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return super().__call__(*args, **kwargs)
-            except ValidationError as error:
-                raise RecordError(_faults(cls, error), remedy="Correct these arguments") from None
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            raise RecordError(_faults(cls, error), remedy="Correct these arguments") from None
 
 
-class Record(BaseModel, metaclass=_Construction):
+if TYPE_CHECKING:
+    _Checked = BaseModel  # type checkers learn the fields of records by its own metaclass alone
+else:
+
+    class _Checked(BaseModel, metaclass=_Construction):
+        """A BaseModel whose construction raises our errors."""
+
+
+class Record(_Checked):
     """Frozen, validated content of a file. Unknown fields are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

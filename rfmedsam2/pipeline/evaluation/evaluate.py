@@ -76,7 +76,7 @@ def evaluate(
     """
     if not nsd_tolerance_mm >= 0:
         raise UsageError("The NSD tolerance is negative", expected="0 mm or more", found=nsd_tolerance_mm)
-    if labels is not None:
+    if labels is not None and not isinstance(labels, LabelTable):
         require_type(
             labels, LabelSet, "labels", remedy="Give the labels of a dataset or plan; a folder to write is out="
         )
