@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -22,6 +23,8 @@ from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 from segment_anything_hq.nn.sam_ref import SamRef
 from segment_anything_hq.nn.trainable_subset import TrainedPart
 from segment_anything_hq.records import ON_SAM2, RefinerRecord, supports_backbone
+
+logger = logging.getLogger(__name__)
 
 Network = HqSam | HqSam2 | SamRef | SAM2Refiner | SamSegmenter | Sam2Segmenter
 """Every network is a `Segmenter` and an `nn.Module`."""
@@ -96,7 +99,7 @@ def load_model(
     Args:
         method: hq_sam, hq_sam2, sam_ref, sam2_ref, sam2_refiner, sam_decoder, sam2_decoder, sam or sam2.
         backbone: vit_b, vit_l, vit_h, vit_tiny (SAM), hiera_t, hiera_s, hiera_b+ or hiera_l (SAM 2).
-        weights: published weights of the base, or of HQ-SAM itself. None: random weights.
+        weights: published weights of the base, or of HQ-SAM itself. None: random weights, with a warning.
         checkpoint: a checkpoint of samhq_train, trained on these weights.
         decoder: for SAM-REF, SAM2-REF and SAM2Refiner: the fine-tuned mask decoder used in their training.
         frame_size: side of the square frame in pixels.
@@ -115,6 +118,8 @@ def load_model(
     place = choose_device(device)
     paths = [None if path is None else Path(path) for path in (weights, decoder)]
     network = build(method, backbone, frame_size=frame_size, weights=paths[0], decoder=paths[1])
+    if weights is None:
+        logger.warning("%s has random weights, which segment nothing: give published ones with weights=", backbone)
     if checkpoint is not None:
         load_trained(network, Path(checkpoint))
     return network.eval().to(place)

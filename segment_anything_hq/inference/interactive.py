@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
+from rfmedsam2.arrays import as_array
 from rfmedsam2.errors import UsageError
 from rfmedsam2.nn.segmenter import Embedded, Segmented
 from segment_anything_hq.inference.image_transform import Fit, ImageTransform, device_of, embed, make_transform
@@ -50,12 +52,15 @@ class InteractivePredictor:
         return self._said[-1].prompt if self._said else Prompt()
 
     @torch.inference_mode()
-    def set_image(self, image: np.ndarray) -> None:
+    def set_image(self, image: Any) -> None:
         """Set an image (H, W, 3) uint8, RGB, and discard all clicks; an unchanged image is not encoded again.
 
+        An image of PIL, a tensor and nested lists of the numbers 0 to 255 are read as arrays are.
+
         Raises:
-            UsageError: the array has another shape or type, or masked values.
+            UsageError: no array (a path, say), one of another shape or type, or with masked values.
         """
+        image = _as_rgb(image)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise UsageError(
                 "Expected an RGB image", expected="(H, W, 3) uint8, RGB", found=f"{image.shape} {image.dtype}"
@@ -85,7 +90,10 @@ class InteractivePredictor:
         Raises:
             UsageError: the click is outside the image, or no image has been set.
         """
-        click = Click(x=x, y=y, positive=positive)
+        try:
+            click = Click(x=float(x), y=float(y), positive=positive)
+        except (TypeError, ValueError):
+            raise UsageError("Invalid click", expected="two numbers x, y", found=f"{x!r}, {y!r}") from None
         return self._say(replace(self.prompt, clicks=(*self.prompt.clicks, click)))
 
     def box(self, box_xyxy: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -97,9 +105,12 @@ class InteractivePredictor:
         Raises:
             UsageError: the box is invalid or outside the image, or no image has been set.
         """
-        corners = np.asarray(box_xyxy, dtype=float)
+        try:
+            corners = np.asarray(box_xyxy, dtype=float)
+        except (TypeError, ValueError):
+            corners = np.zeros(0)
         if corners.shape != (4,):
-            raise UsageError("Invalid box", expected="four numbers x0, y0, x1, y1", found=corners.tolist())
+            raise UsageError("Invalid box", expected="four numbers x0, y0, x1, y1", found=repr(box_xyxy))
         x0, y0, x1, y1 = corners.tolist()
         return self._say(replace(self.prompt, box=(x0, y0, x1, y1)))
 
@@ -145,3 +156,12 @@ class InteractivePredictor:
     def _probabilities(self, answer: Segmented) -> np.ndarray:
         assert self._framing is not None
         return self._framing.logits(answer.final)[0].sigmoid().cpu().numpy()
+
+
+def _as_rgb(image: Any) -> np.ndarray:
+    """The array of an image; integers 0 to 255 from lists and tensors as 8 bits."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image)
+    array = as_array(image, "The image")
+    whole = array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255
+    return array if isinstance(image, np.ndarray) or not whole else array.astype(np.uint8)

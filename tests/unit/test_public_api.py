@@ -123,8 +123,9 @@ def test_a_task_of_ones_own_needs_a_folder_alone_and_goes_on(tmp_path) -> None:
     assert fit(ToyTask(config), config, Run(folder=tmp_path), resume=True).step == 10
 
 
-def test_networks_of_images_load_by_name() -> None:
+def test_networks_of_images_load_by_name(caplog) -> None:
     network = load_model("hq_sam", "vit_nano", frame_size=64, device="cpu")
+    assert caplog.messages == ["vit_nano has random weights, which segment nothing: give published ones with weights="]
     assert not network.training
     assert next(network.parameters()).device == torch.device("cpu")
     with pytest.raises(UsageError, match=r"Unknown name 'hqsam'.*hq_sam"):

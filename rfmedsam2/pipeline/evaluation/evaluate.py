@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rfmedsam2.errors import DatasetError, RfMedSamError, UsageError, require_type
+from rfmedsam2.errors import DatasetError, RfMedSamError, UsageError
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, absent_class, case_metrics, empty_policy
 from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENCE, MINIMUM_CASES, summarize
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable, agreed_labels, numbered, with_all_values
@@ -76,10 +76,6 @@ def evaluate(
     """
     if not nsd_tolerance_mm >= 0:
         raise UsageError("The NSD tolerance is negative", expected="0 mm or more", found=nsd_tolerance_mm)
-    if labels is not None and not isinstance(labels, LabelTable):
-        require_type(
-            labels, LabelSet, "labels", remedy="Give the labels of a dataset or plan; a folder to write is out="
-        )
     pairs, faults, warnings = find_pairs(Path(predictions), Path(references), cases=cases)
     agreed = agreed_labels(Path(predictions), Path(references), labels)
     score = partial(_score, labels=agreed, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)

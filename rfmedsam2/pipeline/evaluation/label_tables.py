@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2.errors import DatasetError, ImageError, RecordError, UsageError
+from rfmedsam2.errors import DatasetError, ImageError, RecordError, UsageError, require_type
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics
@@ -49,11 +49,15 @@ def agreed_labels(predictions: Path, references: Path, given: LabelSet | LabelTa
         None if there is no table.
 
     Raises:
-        UsageError: two tables give a value different names or a name different values; says which.
+        UsageError: `given` is no table; two tables give a value different names or a name different values; says which.
         RecordError: a file with a table is damaged.
     """
     if isinstance(given, LabelTable):
         return given.labels
+    if given is not None:
+        require_type(
+            given, LabelSet, "labels", remedy="Give the labels of a dataset or plan; a folder to write is out="
+        )
     known = [] if given is None else [LabelTable(labels=given, source="the given table")]
     here, there = _folder(references), _folder(predictions)
     beside = [folder / name for folder in (here, there) for name in (DATASET, PREDICTIONS)]

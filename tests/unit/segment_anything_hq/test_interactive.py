@@ -152,6 +152,29 @@ def test_bad_input_is_a_sentence(sam, picture) -> None:
         predictor.box([10, 10, 5, 20])
     with pytest.raises(UsageError, match="Invalid box"):
         predictor.box([10, 10, 5])
+    with pytest.raises(UsageError, match=r"Invalid box.*Found 'cat'"):
+        predictor.box("cat")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"Invalid click\. Expected two numbers x, y\. Found 'a', 3"):
+        predictor.click("a", 3)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"The image is not an array of numbers.*Found builtins\.str"):
+        predictor.set_image("cat.jpg")
+    with pytest.raises(UsageError, match=r"Expected an RGB image.*int64"):
+        predictor.set_image((picture.astype(int) + 1).tolist())  # 256 is no color
+
+
+def test_images_of_pil_tensors_and_lists_are_as_arrays(sam, picture) -> None:
+    predictor = InteractivePredictor(sam)
+    predictor.set_image(picture)
+    expected = predictor.click(10, 20)
+    for image in (
+        Image.fromarray(picture),
+        torch.from_numpy(picture),
+        torch.from_numpy(picture).long(),
+        picture.tolist(),
+    ):
+        other = InteractivePredictor(sam)
+        other.set_image(image)
+        assert np.array_equal(other.click(10, 20), expected)
 
 
 def test_a_click_between_two_pixels_stays_there(sam, picture, monkeypatch) -> None:
