@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from rfmedsam2.arrays import as_array
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import UsageError, type_name
 from rfmedsam2.nn.segmenter import Embedded, Segmented
 from segment_anything_hq.inference.image_transform import Fit, ImageTransform, device_of, embed, make_transform
 from segment_anything_hq.models import fit_of
@@ -160,8 +158,15 @@ class InteractivePredictor:
 
 def _as_rgb(image: Any) -> np.ndarray:
     """The array of an image; integers 0 to 255 from lists and tensors as 8 bits."""
-    if isinstance(image, Image.Image):
-        return np.asarray(image)
-    array = as_array(image, "The image")
-    whole = array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255
-    return array if isinstance(image, np.ndarray) or not whole else array.astype(np.uint8)
+    if isinstance(image, np.ndarray):
+        return image
+    try:
+        array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    except (TypeError, ValueError):  # lists of unequal lengths
+        array = np.zeros(0)
+    if array.dtype.kind not in "iufb" or array.ndim == 0:
+        raise UsageError(
+            "The image is not an array of numbers", expected="(H, W, 3) uint8, RGB", found=type_name(image)
+        )
+    whole = array.dtype.kind in "iu" and array.size and 0 <= array.min() and array.max() <= 255
+    return array.astype(np.uint8) if whole else array
