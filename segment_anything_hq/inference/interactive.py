@@ -168,5 +168,5 @@ def _as_rgb(image: Any) -> np.ndarray:
         raise UsageError(
             "The image is not an array of numbers", expected="(H, W, 3) uint8, RGB", found=type_name(image)
         )
-    whole = array.dtype.kind in "iu" and array.size and 0 <= array.min() and array.max() <= 255
+    whole = array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255
     return array.astype(np.uint8) if whole else array
