@@ -55,7 +55,7 @@ def test_label_maps_are_not_written_among_the_images(trained_root, tmp_path):
     assert (images / "seg.nii.gz").is_file()  # a file that the user names may lie anywhere
 
 
-def test_some_of_the_cases_are_scored_by_name(raw_root, tmp_path):
+def test_some_of_the_cases_are_scored_by_name(raw_root, tmp_path, caplog):
     labels, some = raw_of(raw_root) / "labelsTr", tmp_path / "some"
     some.mkdir()
     shutil.copy(labels / "phantom_002.nii.gz", some)
@@ -72,6 +72,12 @@ def test_some_of_the_cases_are_scored_by_name(raw_root, tmp_path):
     page = tmp_path / "page.html"
     run_ok("report", "-e", tmp_path / "scores", "-o", page)  # the folder, as rfmed_evaluate was told
     assert "phantom_002" in page.read_text(encoding="utf-8")
+    others, own = labels.parent / "imagesTs", labels.parent / "imagesTr"
+    run_ok("report", "-e", tmp_path / "scores", "-i", others, "-o", page)
+    assert f"No image of these cases is in {others}: the overlays show contours alone" in caplog.messages
+    caplog.clear()
+    run_ok("report", "-e", tmp_path / "scores", "-i", own, "-o", page)
+    assert not [message for message in caplog.messages if "No image" in message]
     assert "phantom_009: no reference in" in run_error("evaluate", *words, "--cases", "phantom_009")
 
 

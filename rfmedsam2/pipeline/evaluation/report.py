@@ -323,6 +323,8 @@ def _overlays(
                 continue
             source, details = png_uri(png), _lowest(case)
             overlays.append(CaseOverlay(id=case.id, group=group, score=score, source=source, details=details))
+    if images is not None and scored and all(_image_of(case.id, images) is None for _, case in (*worst, *best)):
+        logger.warning("No image of these cases is in %s: the overlays show contours alone", images)
     if unshown:
         logger.warning("%d of %d overlays are not in the report: %s", len(unshown), len(worst) + len(best), unshown[0])
     return overlays, unshown
