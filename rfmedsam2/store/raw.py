@@ -31,6 +31,7 @@ from rfmedsam2.store.formats.label_values import SLICER_ENDING
 from rfmedsam2.store.images import IMAGE_ENDINGS, read_channels, read_label
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import read_record
+from rfmedsam2.system.ordinary_files import require_ordinary
 from rfmedsam2.volume import Volume
 
 
@@ -193,6 +194,7 @@ def read_dataset_json(path: Path) -> DatasetJson:
 def _is_version_1(path: Path) -> bool:
     """Whether a dataset.json is nnU-Net v1's: "modality" for the channels, and names by value."""
     try:
+        require_ordinary(path)
         content = loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False

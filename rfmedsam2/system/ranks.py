@@ -40,8 +40,10 @@ def require_team(ranks: Ranks, environment: Mapping[str, str]) -> None:
     """Check that a training of several processes can find the others.
 
     Raises:
-        UsageError: a rank outside the team, or no address of its first process.
+        UsageError: a rank outside the team, or no address of its first process, or no number as its port.
     """
+    if ranks.world_size > 1 and (port := environment.get("MASTER_PORT")):
+        _number("MASTER_PORT", port, 0, most=65535)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     found = f"rank {ranks.rank} of {ranks.world_size}"
     if ranks.rank >= ranks.world_size or (ranks.world_size > 1 and missing):
@@ -53,15 +55,15 @@ def require_team(ranks: Ranks, environment: Mapping[str, str]) -> None:
         )
 
 
-def _number(name: str, text: str, least: int) -> int:
+def _number(name: str, text: str, least: int, *, most: int | None = None) -> int:
     try:
         number = int(text)
     except ValueError:
         number = -1
-    if number < least:
+    if number < least or (most is not None and number > most):
         raise UsageError(
             f"The environment variable {name} is not valid",
-            expected=f"a whole number from {least}, as torchrun sets it",
+            expected=f"a whole number from {least}{f' to {most}' if most else ''}, as torchrun sets it",
             found=repr(text[:40]),
             remedy=f"Start with torchrun, or unset {name}",
         )

@@ -171,6 +171,17 @@ def test_a_label_table_of_nnunet_v1_is_named_for_what_it_is(raw_root, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["-p", "-g", "--labels"])
+def test_a_pipe_is_no_label_map_and_no_label_table(flag, raw_root, tmp_path):
+    labels = raw_root / "raw" / "Dataset900_PhantomCT" / "labelsTr"
+    pipe = tmp_path / "pipe.nii.gz"
+    os.mkfifo(pipe)
+    given = {"-p": labels, "-g": labels} | {flag: pipe}
+    told = run_error("evaluate", *[word for pair in given.items() for word in pair], "-o", tmp_path / "out")
+    assert "it is a pipe, a socket or a device, not an ordinary file" in told
+    assert str(pipe) in told
+
+
 def test_continue_keeps_and_json_tells(trained_root, tmp_path):
     words = ("-i", images_of(trained_root), "-o", tmp_path / "preds", "--root", trained_root, "--json")
     first = json.loads(run_ok("predict", *words).out)

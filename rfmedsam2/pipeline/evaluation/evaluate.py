@@ -17,7 +17,7 @@ from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENC
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable, agreed_labels, numbered, with_all_values
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
-from rfmedsam2.store.formats.image_header import ImageHeader, grids_differ, spacing_of_pair
+from rfmedsam2.store.formats.image_header import ImageHeader, grids_differ, require_ordinary_file, spacing_of_pair
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending, read_label
 from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.csv_text import write_rows
@@ -122,10 +122,13 @@ def find_pairs(
 
     Raises:
         UsageError: a path does not exist, or there are no references.
+        ImageError: a path is a pipe, a socket or a device.
     """
     for what, path in (("predictions", predictions), ("references", references)):
         if not path.exists():
             raise UsageError(f"The {what} do not exist", where=path, remedy="Check the path")
+        if not path.is_dir():
+            require_ordinary_file(path)
     if predictions.is_file() and references.is_file():
         return [Pair(id=_id_of(references), reference=references, prediction=predictions)], [], []
     if predictions.is_file() or references.is_file():

@@ -194,6 +194,9 @@ def _unreadable(path: Path, error: RuntimeError) -> ImageError:
     cut = ("got only", "but received", "gzFile", "data read error", "EOF")
     if any(word in str(error) for word in cut):
         return damaged(path, reason)
+    if "Unknown PixelType" in reason:  # gray with transparency, in a PNG
+        colors, remedy = "gray, RGB or RGBA values", "Save the image without transparency"
+        return ImageError("The kind of pixels is not supported", where=path, expected=colors, remedy=remedy)
     return ImageError("The image cannot be read", where=path, found=reason, remedy="Check what wrote the file")
 
 
