@@ -54,5 +54,5 @@ def test_a_rank_without_a_team_is_a_sentence(given: dict[str, str], found: str) 
 @pytest.mark.parametrize("port", ["abc", "-1", "65536", "9" * 5000])
 def test_a_port_that_is_none_is_a_sentence(port: str) -> None:
     given = {"WORLD_SIZE": "2"} | MASTER | {"MASTER_PORT": port}
-    with pytest.raises(UsageError, match="environment variable MASTER_PORT is not valid.*from 0 to 65535"):
+    with pytest.raises(UsageError, match=r"environment variable MASTER_PORT is not valid.*from 0 to 65535"):
         require_team(ranks_of(given), given)
