@@ -49,7 +49,7 @@ def agreed_labels(predictions: Path, references: Path, given: LabelSet | LabelTa
         None if there is no table.
 
     Raises:
-        UsageError: `given` is not a table; two tables give a value different names or a name different values; says which.
+        UsageError: `given` is not a table; or two tables disagree on the name of a value, or the value of a name.
         RecordError: a file with a table is damaged.
     """
     if isinstance(given, LabelTable):
