@@ -17,6 +17,7 @@ FaultKind = Literal[
     "forms-differ",
     "no-spacing",
     "unit-ignored",
+    "scaling-ignored",
     "shape-mismatch",
     "affine-mismatch",
     "not-finite",

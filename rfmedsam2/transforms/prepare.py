@@ -24,6 +24,7 @@ from rfmedsam2.volume import Volume
 MOST_ENLARGED = 1000
 """Resampling to more than this multiple of an image's voxels comes from a wrong spacing (5 mm to 0.5 mm gives 1000)."""
 _SURELY_FITS = 1 << 30  # bytes
+_FEW_VOXELS = 2_000_000  # so many are resampled and predicted at once, whatever the spacing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,10 +185,11 @@ def _require_reasonable_size(restore: Restore, *, channels: int) -> None:
     """Raise before an image is resampled to a size that does not fit into memory, or that no real spacing gives."""
     before, after = math.prod(restore.shape_cropped), math.prod(restore.shape_planned)
     need = 4 * channels * after
-    if need <= _SURELY_FITS:
+    enlarged = after > max(MOST_ENLARGED * before, _FEW_VOXELS)
+    if not enlarged and need <= _SURELY_FITS:
         return
     limit = None
-    if after > MOST_ENLARGED * before:
+    if enlarged:
         limit = f"at most {MOST_ENLARGED} times the voxels"
     elif need > (free := free_bytes()):
         limit = f"at most the {free / 2**30:.1f} GiB of memory that are free"

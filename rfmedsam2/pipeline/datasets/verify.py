@@ -234,6 +234,9 @@ def _header_faults(case: Case, path: Path, header: ImageHeader) -> list[Fault]:
     if header.ignored_unit is not None:
         message = f"The unit of length in the header, {header.ignored_unit}, is not converted; lengths count as mm"
         faults.append(_warning(case, path, "unit-ignored", message, "Convert the file to mm if lengths matter"))
+    if header.ignored_scaling is not None:
+        message = f"The intensity function in the header ({header.ignored_scaling}) is not applied to the voxels"
+        faults.append(_warning(case, path, "scaling-ignored", message, "Store the values that are meant"))
     if not header.spacing_known:
         beside = spacing_file(path)
         message = f"The stack has no spacing (there is no {beside.name if beside else 'file with it'}); 1 mm is assumed"

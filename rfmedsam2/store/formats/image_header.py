@@ -105,6 +105,7 @@ class ImageHeader:
         flat: the file has only two axes; z was added.
         spacing_known: False: a stack whose file says nothing of its spacing; 1 mm is assumed.
         ignored_unit: a unit of length that is neither the millimeter nor converted, as in ITK.
+        ignored_scaling: slope and intercept in the header that are not applied to the voxels, as in ITK.
         nifti: header of a NIfTI source.
     """
 
@@ -117,6 +118,7 @@ class ImageHeader:
     flat: bool = False
     spacing_known: bool = True
     ignored_unit: str | None = None
+    ignored_scaling: str | None = None
     nifti: NiftiGeometry | None = None
 
     @property

@@ -18,7 +18,13 @@ from rfmedsam2.store.formats.image_header import (
     repaired,
     require_memory,
 )
-from rfmedsam2.store.formats.itk_stored import METAIMAGE_ENDINGS, ignored_unit, metaimage_spacing, stored_voxels
+from rfmedsam2.store.formats.itk_stored import (
+    METAIMAGE_ENDINGS,
+    ignored_scaling,
+    ignored_unit,
+    metaimage_spacing,
+    stored_voxels,
+)
 from rfmedsam2.store.formats.raster import ONE_PLANE_ENDINGS, RASTER_ENDINGS, stack_spacing
 
 
@@ -124,6 +130,7 @@ def _header(path: Path, reader: sitk.ImageFileReader) -> ImageHeader:
         flat=axes == 2,
         spacing_known=not raster or axes == 2 or stack_spacing(path) is not None,
         ignored_unit=None if raster else ignored_unit(path),
+        ignored_scaling=ignored_scaling(path),
     )
 
 

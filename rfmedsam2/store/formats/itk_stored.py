@@ -106,6 +106,20 @@ def ignored_unit(path: Path) -> str | None:
     return ", ".join(sorted(units)).encode("latin-1").decode("utf-8", "replace") or None
 
 
+def ignored_scaling(path: Path) -> str | None:
+    """The intensity function of an MHA or MHD header, if it changes values; ITK does not apply it."""
+    if path.suffix.lower() not in METAIMAGE_ENDINGS:
+        return None
+    fields, _ = _metaimage_fields(path)
+    slope = fields.get("ElementToIntensityFunctionSlope", "1")
+    offset = fields.get("ElementToIntensityFunctionOffset", "0")
+    try:
+        unchanged = (float(slope), float(offset)) == (1.0, 0.0)
+    except ValueError:
+        unchanged = False
+    return None if unchanged else f"slope {slope}, offset {offset}"
+
+
 def _metaimage(path: Path, header: ImageHeader, components: int) -> _Stored | None:
     fields, offset = _metaimage_fields(path)
     files = tuple(data_files(path))

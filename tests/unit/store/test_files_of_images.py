@@ -337,3 +337,18 @@ def test_a_gray_png_with_transparency_is_named_for_what_it_is(tmp_path: Path, ki
     image.convert("LA").save(path) if kind == "LA" else image.save(path, transparency=5)
     with pytest.raises(ImageError, match=r"kind of pixels is not supported.*without transparency"):
         read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("", None),
+        ("ElementToIntensityFunctionSlope = 1\nElementToIntensityFunctionOffset = 0\n", None),
+        ("ElementToIntensityFunctionSlope = 2\nElementToIntensityFunctionOffset = -1024\n", "slope 2, offset -1024"),
+    ],
+)
+def test_an_intensity_function_that_itk_does_not_apply_is_known(tmp_path: Path, lines: str, found: str | None) -> None:
+    path = detached(tmp_path, "mhd")[0]
+    path.write_text(lines + path.read_text())
+    assert read_header(path).ignored_scaling == found
+    np.testing.assert_array_equal(read_image(path)[0].array[0], ARRAY)
