@@ -255,7 +255,7 @@ def test_faulty_boxes_in_memory_are_sentences(model_of, cases) -> None:
     predictor, file = Predictor.load(model_of("gt"), device="cpu"), cases[0].images[0]
     with pytest.raises(UsageError, match="none were given"):
         predictor(file)
-    for wrong in (torch.zeros(SHAPE), "boxes.json", 3, {"label": 1}):
+    for wrong in ("boxes.json", 3, {"label": 1}):
         with pytest.raises(UsageError, match="box prompts is not supported"):
             predictor(file, boxes=wrong)
     with pytest.raises(RecordError, match="ends before it begins"):
@@ -268,6 +268,13 @@ def test_faulty_boxes_in_memory_are_sentences(model_of, cases) -> None:
         predictor(file, boxes=labels_zyx()[1:])
     with pytest.raises(GeometryError, match="is not on the grid"):
         predictor(file, boxes=Volume.from_numpy(labels_zyx(), spacing_zyx_mm=(1, 1, 1)))
+
+
+def test_boxes_of_a_tensor_are_those_of_its_array(model_of, cases) -> None:
+    predictor, file = Predictor.load(model_of("gt"), device="cpu"), cases[0].images[0]
+    labels = labels_zyx()
+    expected = predictor(file, boxes=labels).labels
+    np.testing.assert_array_equal(predictor(file, boxes=torch.from_numpy(labels)).labels, expected)
 
 
 def test_regions_channels_and_folds_predict(tmp_path) -> None:
