@@ -24,7 +24,7 @@ from rfmedsam2.volume import Volume
 MOST_ENLARGED = 1000
 """Resampling to more than this multiple of an image's voxels comes from a wrong spacing (5 mm to 0.5 mm gives 1000)."""
 _SURELY_FITS = 1 << 30  # bytes
-_FEW_VOXELS = 2_000_000  # so many are resampled and predicted at once, whatever the spacing
+_FEW_VOXELS = 2_000_000  # quickly resampled and predicted, whatever the spacing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
