@@ -38,6 +38,7 @@ from rfmedsam2.store.formats.raster import (
     write_stack_spacing,
 )
 from rfmedsam2.system.atomic import atomic, writing_to
+from rfmedsam2.system.ordinary_files import add_file
 from rfmedsam2.volume import Volume
 
 _NIFTI = (".nii.gz", ".nii")
@@ -119,9 +120,7 @@ def digest_of(images: Sequence[Path], *, also: bytes = b"") -> bytes:
     for path in (file for image in images for file in image_files(image)):
         require_ordinary_file(path)
         try:
-            with path.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+            add_file(digest, path)
         except OSError as error:
             raise ImageError(f"The file cannot be read ({error.strerror})", where=path) from None
     return digest.digest()

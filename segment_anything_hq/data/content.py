@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 from rfmedsam2.errors import ImageError
+from rfmedsam2.system.ordinary_files import file_sha256
 from segment_anything_hq.data.datasets import ImageSet
 
 DIGITS = 16
@@ -57,8 +57,4 @@ def seen_images(sets: Sequence[ImageSet], digests: Collection[str]) -> dict[str,
 
 @cache
 def _digest(image: Path, size: int, modified_ns: int) -> str:  # noqa: ARG001 - they tell a changed file
-    digest = hashlib.sha256()
-    with image.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:DIGITS]
+    return file_sha256(image)[:DIGITS]

@@ -6,7 +6,6 @@ the pages leave open (dtype, header) is interpreted strictly: uint8, and exactly
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from rfmedsam2.pipeline.datasets.label_tables import AMOS22_LABELS
 from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import read_header, read_image, write_label
 from rfmedsam2.system.atomic import atomic
+from rfmedsam2.system.ordinary_files import file_sha256
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 
@@ -118,7 +118,7 @@ def submit_amos22(
         raise RefusedSubmissionError(report, where=predictions)
     with atomic(archive) as temporary:
         _write_zip(temporary, _members(predictions, report, track))
-        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        digest = file_sha256(temporary)
     return SubmissionReport(**{**_fields(report), "archive": archive, "sha256": digest})
 
 

@@ -21,7 +21,7 @@ from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.images import image_files, read_header
 from rfmedsam2.store.orientation import reoriented
 from rfmedsam2.store.raw import RawDataset
-from rfmedsam2.system.ordinary_files import require_ordinary
+from rfmedsam2.system.ordinary_files import file_sha256, require_ordinary
 from rfmedsam2.volume import Volume
 
 
@@ -252,19 +252,11 @@ def source_files(case: Case, known: Mapping[str, SourceFile] | None = None) -> d
             status, before = require_ordinary(path), (known or {}).get(name)
             same = before is not None and (before.size, before.modified_ns) == (status.st_size, status.st_mtime_ns)
             # the time is taken before the contents: a later change is noticed
-            sha256 = before.sha256 if before is not None and same else _sha256(path)
+            sha256 = before.sha256 if before is not None and same else file_sha256(path)
         except OSError as error:
             raise ImageError(f"A file of case {case.id} cannot be accessed ({error.strerror})", where=path) from error
         found[name] = SourceFile(size=status.st_size, sha256=sha256, modified_ns=status.st_mtime_ns)
     return found
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def files_digest(case: Case) -> str:
