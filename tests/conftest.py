@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.commands import run_ok
 from support.sentences import faulty_messages, listen
-from support.shared import made_once
+from support.shared import files_as_made, files_of, made_once
 
 # as the commands do, before torch is imported: waiting threads sleep
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,6 +21,8 @@ QUICK = ("unit", "property", *LAWS)
 """Folders and files of the quick level, which also leaves out what is marked slow."""
 LONGEST_FIRST = ("faults", "pipeline/training", "pipeline", "golden", "parity")
 """Folders whose files take longest. They begin, so that two workers end together."""
+SHARED = {"raw_root", "planned_root", "trained_root"}
+"""Folders that are made once and that every test copies before it changes them."""
 NO_GPU = "no CUDA device"
 
 
@@ -70,6 +72,14 @@ def _every_message_is_made_of_sentences() -> Iterator[None]:
     """No error that a test raises, here or in a command, has a double full stop."""
     yield
     assert faulty_messages() == []
+
+
+@pytest.fixture(autouse=True)
+def _shared_folders_stay_as_they_were_made(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that writes into a folder of all tests would change what the others see, in the order of the day."""
+    yield
+    for name in SHARED & set(request.fixturenames):
+        assert files_of(request.getfixturevalue(name)) == files_as_made(request.getfixturevalue(name)), name
 
 
 @pytest.fixture(scope="session")

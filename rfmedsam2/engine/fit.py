@@ -67,6 +67,7 @@ def fit(task: Task[Batch], config: TrainConfig, run: Run, *, resume: bool = Fals
     """
     with (
         determinism(config.deterministic),
+        run.runtime.whole_gradients(),
         preserved(run.runtime.device),
         report_lost_ranks(run.runtime),
         handle_signals() as signals,

@@ -131,7 +131,7 @@ def test_the_summary_counts_its_parameters(installed, trained) -> None:
     assert found["parameters"] == width * (27 + 1) + outputs * (width + 1)
 
 
-def test_a_planner_that_is_not_installed_is_a_sentence(raw_root) -> None:
-    sentence = run_error("plan_and_preprocess", "--planner", "nobodys", "--root", raw_root)
+def test_a_planner_that_is_not_installed_is_a_sentence(raw_root, root_of) -> None:
+    sentence = run_error("plan_and_preprocess", "--planner", "nobodys", "--root", root_of(raw_root))
     assert "planner nobodys" in sentence
     assert "rfmedsam2.planners" in sentence

@@ -48,9 +48,10 @@ def test_a_published_plan_is_adopted_under_its_name(raw_root, root_of):
     assert found["stages"]["3d_fullres"]["patch_size"] == [32, 256, 256]
 
 
-def test_a_published_plan_of_other_classes_and_unknown_words_are_sentences(raw_root):
+def test_a_published_plan_of_other_classes_and_unknown_words_are_sentences(raw_root, root_of):
+    root = root_of(raw_root)
     published = PLANS / "amos22_ct.json"
-    said = run_error("plan_and_preprocess", "--published", published, "--no-preprocess", "--root", raw_root)
+    said = run_error("plan_and_preprocess", "--published", published, "--no-preprocess", "--root", root)
     assert "The plan does not match the dataset" in said
-    said = run_error("plan_and_preprocess", "--backbone", "nano", "--no-preprocess", "--root", raw_root)
+    said = run_error("plan_and_preprocess", "--backbone", "nano", "--no-preprocess", "--root", root)
     assert "Add --model rfmedsam2" in said

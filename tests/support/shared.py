@@ -27,5 +27,15 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
             make(folder)
-            done.touch()
+            done.write_text("\n".join(files_of(folder)), encoding="utf-8")
     return folder
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of all files and folders in it, without locks, which come and go."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.endswith("lock"))
+
+
+def files_as_made(folder: Path) -> list[str]:
+    """What a folder of `made_once` held when it was made."""
+    return (folder.parent / "done").read_text(encoding="utf-8").split("\n")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from support.toy_task import ToyBatch, ToyTask, make_config, make_run, timeless, weights_of
+from torch.nn import functional as F
 
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.rng import capture
@@ -179,6 +183,49 @@ def test_bf16_trains_on_the_cpu(tmp_path):
     fit(task, config, make_run(tmp_path, runtime=runtime))
     assert kinds == {torch.bfloat16}
     assert task.model.out.weight.dtype == torch.float32
+
+
+POISONED = """
+import torch
+from torch.nn import functional as F
+from rfmedsam2.engine.runtime import Runtime
+
+torch.manual_seed(0)
+runtime = Runtime(device=torch.device("cpu"), precision=torch.bfloat16)
+cube = (3, 3, 3)
+for size, kernel in (((2, 4, 4), cube), ((2, 8, 8), cube), ((4, 4, 4), cube), ((2, 5), (7, 7)), ((8, 1), (3, 3))):
+    convolve = F.conv3d if len(size) == 3 else F.conv2d
+    maps, weight = torch.randn(2, 32, *size), torch.randn(32, 32, *kernel)
+    gradients = []
+    for precise in (False, True):
+        learned = weight.clone().requires_grad_()
+        with runtime.whole_gradients(), torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            out = convolve(maps, learned, padding=tuple(k // 2 for k in kernel), stride=1 if size[-1] > 1 else 2)
+        out.float().pow(2).sum().backward()
+        gradients.append(learned.grad)
+    error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
+    assert error < 0.02, (size, kernel, error)
+"""
+
+
+def test_gradients_of_bf16_hold_no_uninitialized_memory():
+    # glibc fills what it hands out with 3.4e38, so that a gradient with unwritten places is far off
+    done = subprocess.run(
+        [sys.executable, "-c", POISONED],
+        env=os.environ | {"MALLOC_PERTURB_": "128"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_maps_narrower_than_the_kernel_are_convolved_in_fp32():
+    runtime = Runtime(device=torch.device("cpu"), precision=torch.bfloat16)
+    weight = torch.zeros(1, 1, 3, 3, 3)
+    with runtime.whole_gradients(), runtime.autocast():
+        kinds = [F.conv3d(torch.zeros(1, 1, depth, 4, 4), weight, padding=1).dtype for depth in (1, 2, 3, 8)]
+    assert kinds == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 def test_a_failing_compiler_costs_one_warning_line(tmp_path, monkeypatch, caplog):
