@@ -11,6 +11,7 @@ from rfmedsam2.version import __version__
 
 __all__ = [
     "BoxPrompt",
+    "Comparison",
     "Evaluation",
     "Grid",
     "Layout",
@@ -28,6 +29,7 @@ __all__ = [
     "Volume",
     "__version__",
     "build_stage",
+    "compare",
     "evaluate",
     "fit",
     "metrics",
@@ -47,11 +49,13 @@ if TYPE_CHECKING:
     from rfmedsam2.inference.prediction import Prediction
     from rfmedsam2.inference.volume import PredictOptions
     from rfmedsam2.models import build_stage
+    from rfmedsam2.pipeline.evaluation.compare import compare
     from rfmedsam2.pipeline.evaluation.evaluate import evaluate
     from rfmedsam2.pipeline.prediction.predictor import Predictor
     from rfmedsam2.pipeline.preprocessing.plan_and_preprocess import PlanOptions, plan_and_preprocess
     from rfmedsam2.pipeline.training.train import TrainOptions, train
     from rfmedsam2.records.box_prompts import BoxPrompt
+    from rfmedsam2.records.comparison import Comparison
     from rfmedsam2.records.plan import Plan, TrainConfig
     from rfmedsam2.records.report import Evaluation
     from rfmedsam2.store.layout import Layout
@@ -66,6 +70,7 @@ _HOMES = {
     "BoxPrompt": "rfmedsam2.records.box_prompts",
     "Plan": "rfmedsam2.records.plan",
     "TrainConfig": "rfmedsam2.records.plan",
+    "Comparison": "rfmedsam2.records.comparison",
     "Evaluation": "rfmedsam2.records.report",
     "Layout": "rfmedsam2.store.layout",
     "open_dataset": "rfmedsam2.store.raw",
@@ -77,6 +82,7 @@ _HOMES = {
     "plan_and_preprocess": "rfmedsam2.pipeline.preprocessing.plan_and_preprocess",
     "TrainOptions": "rfmedsam2.pipeline.training.train",
     "train": "rfmedsam2.pipeline.training.train",
+    "compare": "rfmedsam2.pipeline.evaluation.compare",
     "evaluate": "rfmedsam2.pipeline.evaluation.evaluate",
     "Task": "rfmedsam2.engine.task",
     "Run": "rfmedsam2.engine.task",

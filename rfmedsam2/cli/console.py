@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rfmedsam2.pipeline.datasets.amos22_submission import SubmissionReport
     from rfmedsam2.pipeline.doctor import DoctorReport
     from rfmedsam2.pipeline.training.model_summary import Summary
+    from rfmedsam2.records.comparison import ComparedMetric, Comparison, PairedMean
     from rfmedsam2.records.model import ModelConfig
     from rfmedsam2.records.plan import Plan
     from rfmedsam2.records.report import Evaluation, Interval
@@ -125,6 +126,26 @@ def show_scores(evaluation: Evaluation) -> None:
     title = f"{len(evaluation.cases)} case(s), NSD at {evaluation.nsd_tolerance_mm:g} mm, HD95 in mm"
     table(title, columns, [*rows, row("mean", evaluation.mean)])
     for note in evaluation.notes():
+        tell(note)
+
+
+def show_comparison(comparison: Comparison, metric: ComparedMetric) -> None:
+    """Print the paired means of one metric per class, and what they leave out."""
+
+    def row(name: str, found: PairedMean) -> list[object]:
+        gain = found.difference
+        span = "-" if gain.low is None or gain.high is None else f"{gain.low:+.4f} to {gain.high:+.4f}"
+        change = None if gain.mean is None else f"{gain.mean:+.4f}"
+        counts = f"{found.wins}/{found.ties}/{found.losses}"
+        return [name, found.mean_a, found.mean_b, change, span, counts, gain.cases]
+
+    tell(f"A: {comparison.a}")
+    tell(f"B: {comparison.b}")
+    means = {**comparison.classes, "mean": comparison.mean}
+    columns = ("class", "A", "B", "B - A", f"{comparison.confidence:.0%} CI of B - A", "win/tie/loss", "cases")
+    rows = [row(name, found[metric]) for name, found in means.items()]
+    table(f"{metric} of {len(comparison.cases)} case(s) in both; win: B is better", columns, rows)
+    for note in comparison.notes:
         tell(note)
 
 

@@ -153,6 +153,17 @@ def find_pairs(
     return pairs, faults, warnings
 
 
+def ids_of(folder: Path) -> set[str]:
+    """Ids of the label maps in a folder.
+
+    Raises:
+        UsageError: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise UsageError("The folder of label maps does not exist", where=folder, remedy="Check the path")
+    return set(_label_files(folder, []))
+
+
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Write metrics.json and metrics.csv, both or neither.
 

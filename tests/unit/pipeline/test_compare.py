@@ -1,0 +1,152 @@
+"""Paired comparison of two sets of predictions: figures known by hand, cases of one side, refusals, files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+from support.commands import run_error, run_ok
+
+from rfmedsam2 import compare
+from rfmedsam2.errors import UsageError
+from rfmedsam2.pipeline.evaluation.evaluate import evaluate
+from rfmedsam2.records.comparison import Comparison
+from rfmedsam2.records.dataset import LabelSet
+
+LABELS = LabelSet(names={"background": 0, "a": 1, "b": 2})
+
+
+def write(path: Path, *, shift_a: int = 0, shift_b: int | None = None) -> None:
+    """A 3x3x3 block of a, shifted by 0 to 3 voxels: DSC 1, 2/3, 1/3, 0; and one of b, if it is not None."""
+    array = np.zeros((6, 6, 20), np.uint8)
+    array[1:4, 1:4, 1 + shift_a : 4 + shift_a] = 1
+    if shift_b is not None:
+        array[1:4, 1:4, 11 + shift_b : 14 + shift_b] = 2
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), str(path))
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Six cases; only c0 and c1 have a `b`. A is 2 voxels off; B is 1 off in c0 to c3, equal in c4, worse in c5."""
+    a, b, references = (tmp_path / name for name in ("A", "B", "references"))
+    for i in range(6):
+        has_b = 0 if i < 2 else None
+        write(references / f"c{i}.nii.gz", shift_b=has_b)
+        write(a / f"c{i}.nii.gz", shift_a=2, shift_b=has_b)
+        write(b / f"c{i}.nii.gz", shift_a={4: 2, 5: 3}.get(i, 1), shift_b=None if has_b is None else 3)
+    return a, b, references
+
+
+def test_figures_known_by_hand(folders: tuple[Path, Path, Path]) -> None:
+    a, b, references = folders
+    found = compare(a, b, references, LABELS)
+    of_a = found.classes["a"]["dsc"]
+    # A: 1/3 six times; B: 2/3 four times, 1/3, 0; differences 1/3 x 4, 0, -1/3
+    assert of_a.mean_a == pytest.approx(1 / 3)
+    assert of_a.mean_b == pytest.approx((4 * 2 / 3 + 1 / 3) / 6)
+    assert of_a.difference.mean == pytest.approx((4 / 3 - 1 / 3) / 6)
+    assert (of_a.wins, of_a.ties, of_a.losses, of_a.difference.cases) == (4, 1, 1, 6)
+    of_b = found.classes["b"]["dsc"]
+    assert (of_b.mean_a, of_b.mean_b, of_b.difference.mean) == pytest.approx((1.0, 0.0, -1.0))
+    assert (of_b.wins, of_b.ties, of_b.losses, of_b.difference.cases) == (0, 0, 2, 2)
+    assert of_b.difference.low is None
+    assert of_b.difference.high is None
+    # case means over the classes: A (1/3 + 1) / 2, B (2/3 + 0) / 2 in c0 and c1, where B loses 1/3
+    mean = found.mean["dsc"]
+    assert mean.difference.mean == pytest.approx((2 * -1 / 3 + 2 * 1 / 3 + 0 - 1 / 3) / 6)
+    assert (mean.wins, mean.ties, mean.losses) == (2, 1, 3)
+
+
+def test_the_interval_is_that_of_the_paired_mean(tmp_path: Path) -> None:
+    # a case is bad for both or good for both, and B is always better by 1/3: no doubt about the difference
+    for i in range(6):
+        write(tmp_path / "references" / f"c{i}.nii.gz")
+        write(tmp_path / "A" / f"c{i}.nii.gz", shift_a=3 if i % 2 else 1)
+        write(tmp_path / "B" / f"c{i}.nii.gz", shift_a=2 if i % 2 else 0)
+    found = compare(tmp_path / "A", tmp_path / "B", tmp_path / "references", LABELS).classes["a"]["dsc"].difference
+    assert (found.low, found.mean, found.high) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+
+
+def test_a_smaller_distance_wins(folders: tuple[Path, Path, Path]) -> None:
+    a, b, references = folders
+    found = compare(a, b, references, LABELS).classes["a"]["hd95_mm"]
+    assert found.difference.mean == pytest.approx((4 * -1 + 0 + 1) / 6)
+    assert (found.wins, found.ties, found.losses) == (4, 1, 1)
+
+
+def test_cases_of_one_side_are_left_out_and_named(folders: tuple[Path, Path, Path]) -> None:
+    a, b, references = folders
+    (a / "c0.nii.gz").unlink()
+    (b / "c5.nii.gz").unlink()
+    found = compare(a, b, references, LABELS)
+    assert [case.id for case in found.cases] == ["c1", "c2", "c3", "c4"]
+    assert (found.only_a, found.only_b) == (("c5",), ("c0",))
+    assert any("only in A" in note and "c5" in note for note in found.notes)
+    assert any("only in B" in note and "c0" in note for note in found.notes)
+    # four cases: fewer than an interval needs
+    assert found.classes["a"]["dsc"].difference.low is None
+    assert any("fewer than 5" in note for note in found.notes)
+
+
+def test_evaluations_are_compared_as_their_label_maps_are(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    a, b, references = folders
+    for name, path in (("ea", a), ("eb", b)):
+        evaluate(path, references, LABELS, out=tmp_path / name)
+    expected = compare(a, b, references, LABELS)
+    for first, second in ((tmp_path / "ea", tmp_path / "eb"), (tmp_path / "ea" / "metrics.json", tmp_path / "eb")):
+        found = compare(first, second)
+        assert (found.classes, found.mean) == (expected.classes, expected.mean)
+
+
+def test_what_cannot_be_compared_is_refused(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    a, b, references = folders
+    with pytest.raises(UsageError, match="need references"):
+        compare(a, b)
+    with pytest.raises(UsageError, match="do not exist"):
+        compare(a, tmp_path / "nowhere", references)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="nothing to compare"):
+        compare(a, tmp_path / "empty", references, LABELS)
+    write(tmp_path / "others" / "z.nii.gz")
+    write(tmp_path / "both" / "z.nii.gz")
+    with pytest.raises(UsageError, match="no case in common"):
+        compare(a, tmp_path / "others", references, LABELS)
+    with pytest.raises(UsageError, match=r"not in both A and B.*c9"):
+        compare(a, b, references, LABELS, cases=["c0", "c9"])
+    evaluate(a, references, LABELS, out=tmp_path / "ea")
+    evaluate(b, references, LABELS, out=tmp_path / "eb", nsd_tolerance_mm=1.0)
+    with pytest.raises(UsageError, match=r"different rules.*nsd_tolerance_mm"):
+        compare(tmp_path / "ea", tmp_path / "eb")
+    for i in range(6):  # references without the class b
+        write(tmp_path / "changed" / f"c{i}.nii.gz")
+    evaluate(b, tmp_path / "changed", LABELS, out=tmp_path / "ec")
+    with pytest.raises(UsageError, match=r"different references.*2 of 6 case\(s\): c0, c1"):
+        compare(tmp_path / "ea", tmp_path / "ec")
+
+
+def test_the_command_prints_and_writes(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    a, b, references = folders
+    dataset = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz", "numTraining": 6}
+    (references / "dataset.json").write_text(json.dumps({**dataset, "labels": {"background": 0, "a": 1, "b": 2}}))
+    words = (a, b, "-g", references, "--root", tmp_path)
+    out = run_ok("compare", *words, "-o", tmp_path / "out").out
+    (row,) = [line.split() for line in out.splitlines() if line.split()[:1] == ["a"]]
+    assert row[:4] == ["a", "0.3333", "0.5000", "+0.1667"]
+    assert row[-2:] == ["4/1/1", "6"]
+    with (tmp_path / "out" / "comparison.csv").open(newline="") as stream:
+        rows = {(r["case"], r["class"], r["metric"]): r for r in csv.DictReader(stream)}
+    assert len(rows) == 6 * 2 * 4
+    assert float(rows["c5", "a", "dsc"]["difference"]) == pytest.approx(-1 / 3)
+    assert rows["c5", "b", "dsc"]["difference"] == ""
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    stored = Comparison.load(tmp_path / "out" / "comparison.json")
+    assert Comparison.from_json(run_ok("compare", *words, "--json").out) == stored
+    run_ok("compare", *words, "-o", tmp_path / "out")  # its own files are replaced
+    (tmp_path / "out" / "comparison.json").write_text("{}")
+    assert "did not make" in run_error("compare", *words, "-o", tmp_path / "out")
+    assert "rfmed_compare A B" in run_error("compare", a, "-g", references)
