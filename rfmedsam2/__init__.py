@@ -55,9 +55,8 @@ if TYPE_CHECKING:
     from rfmedsam2.pipeline.preprocessing.plan_and_preprocess import PlanOptions, plan_and_preprocess
     from rfmedsam2.pipeline.training.train import TrainOptions, train
     from rfmedsam2.records.box_prompts import BoxPrompt
-    from rfmedsam2.records.comparison import Comparison
     from rfmedsam2.records.plan import Plan, TrainConfig
-    from rfmedsam2.records.report import Evaluation
+    from rfmedsam2.records.report import Comparison, Evaluation
     from rfmedsam2.store.layout import Layout
     from rfmedsam2.store.raw import open_dataset
     from rfmedsam2.tasks.patch_dataset import PatchDataset
@@ -70,7 +69,7 @@ _HOMES = {
     "BoxPrompt": "rfmedsam2.records.box_prompts",
     "Plan": "rfmedsam2.records.plan",
     "TrainConfig": "rfmedsam2.records.plan",
-    "Comparison": "rfmedsam2.records.comparison",
+    "Comparison": "rfmedsam2.records.report",
     "Evaluation": "rfmedsam2.records.report",
     "Layout": "rfmedsam2.store.layout",
     "open_dataset": "rfmedsam2.store.raw",

@@ -45,7 +45,7 @@ def compare(
     from rfmedsam2.cli.progress import bars
     from rfmedsam2.cli.replacing import require_replaceable
     from rfmedsam2.pipeline.evaluation import compare as verb
-    from rfmedsam2.records.comparison import Comparison
+    from rfmedsam2.records.report import Comparison
 
     if output is not None:
         require_replaceable([output / name for name in verb.FILES], Comparison.load, overwrite=overwrite)

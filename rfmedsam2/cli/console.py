@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from rfmedsam2.pipeline.datasets.amos22_submission import SubmissionReport
     from rfmedsam2.pipeline.doctor import DoctorReport
     from rfmedsam2.pipeline.training.model_summary import Summary
-    from rfmedsam2.records.comparison import ComparedMetric, Comparison, PairedMean
     from rfmedsam2.records.model import ModelConfig
     from rfmedsam2.records.plan import Plan
-    from rfmedsam2.records.report import Evaluation, Interval
+    from rfmedsam2.records.report import ComparedMetric, Comparison, Evaluation, Interval, PairedMean
 
 # names are shown as they are: nothing in them is markup, an emoji's name or a number to be colored
 out = Console(markup=False, emoji=False, highlight=False)

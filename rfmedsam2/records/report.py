@@ -1,4 +1,4 @@
-"""Evaluation results: metrics per case and class, and the rules they were computed by."""
+"""Evaluation results: metrics per case and class, the rules they were computed by, and paired comparisons."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rfmedsam2.errors import MissingPackageError, shortlist
 from rfmedsam2.records.base import Record, VersionedRecord
 
 _TITLES = {"dsc": "DSC", "iou": "IoU", "nsd": "NSD", "hd95_mm": "HD95"}
+
+ComparedMetric = Literal["dsc", "iou", "nsd", "hd95_mm"]
 
 
 class ClassMetrics(Record):
@@ -121,3 +123,48 @@ class Evaluation(VersionedRecord):
             for name, scores in case.classes.items()
         ]
         return pandas.DataFrame(rows, columns=["case", "class", *names]).astype(dict.fromkeys(names, float))
+
+
+class PairedCase(Record):
+    """Scores of one case: class -> metric -> (of A, of B). None: undefined."""
+
+    id: str
+    classes: dict[str, dict[ComparedMetric, tuple[float | None, float | None]]]
+
+
+class PairedMean(Record):
+    """One metric over the cases in which it is defined for both A and B."""
+
+    mean_a: float | None
+    mean_b: float | None
+    difference: Interval
+    """Mean of B minus A over cases, with its bootstrap confidence interval."""
+    wins: int
+    """Number of cases in which B is better: a higher overlap, or a smaller distance."""
+    ties: int
+    losses: int
+
+
+class Comparison(VersionedRecord):
+    """Contents of comparison.json."""
+
+    format: Literal[1] = 1
+    a: str
+    """Path of the predictions or the evaluation called A."""
+    b: str
+    nsd_tolerance_mm: float
+    empty_policy: str
+    """Text: how classes with an empty reference or prediction are scored."""
+    confidence: float
+    bootstrap_samples: int
+    minimum_cases: int
+    """Fewest cases of a confidence interval."""
+    cases: tuple[PairedCase, ...]
+    classes: dict[str, dict[ComparedMetric, PairedMean]]
+    mean: dict[ComparedMetric, PairedMean]
+    """Over cases, of each case's means over the classes that are defined for both A and B."""
+    only_a: tuple[str, ...] = ()
+    """Cases that are left out because B does not have them."""
+    only_b: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Sentences on what the figures leave out."""

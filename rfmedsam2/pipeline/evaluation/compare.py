@@ -20,9 +20,8 @@ from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENC
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, ids_of
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.evaluation.score_plot import differences_png
-from rfmedsam2.records.comparison import ComparedMetric, Comparison, PairedCase, PairedMean
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.report import Evaluation
+from rfmedsam2.records.report import ComparedMetric, Comparison, Evaluation, PairedCase, PairedMean
 from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.csv_text import write_rows
 from rfmedsam2.system.progress import Track
@@ -161,7 +160,7 @@ def _compared(
 
 def _means(columns: np.ndarray) -> list[dict[ComparedMetric, PairedMean]]:
     """Paired means of (cases, classes, metrics, 2) scores, by class and metric."""
-    both = ~np.isnan(columns).any(-1)
+    both = np.asarray(~np.isnan(columns).any(axis=-1))
     differences = columns[..., 1] - columns[..., 0]
     intervals = bootstrap(differences.reshape(len(columns), -1))
     rows: list[dict[ComparedMetric, PairedMean]] = []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rfmedsam2.records.comparison import ComparedMetric, Comparison
-from rfmedsam2.records.report import Evaluation
+from rfmedsam2.records.report import ComparedMetric, Comparison, Evaluation
 from rfmedsam2.reporting.training_curves import INK, SERIES, Theme, as_png, new_figure, styled
 
 

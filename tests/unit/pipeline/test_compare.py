@@ -14,8 +14,8 @@ from support.commands import run_error, run_ok
 from rfmedsam2 import compare
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
-from rfmedsam2.records.comparison import Comparison
 from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.report import Comparison
 
 LABELS = LabelSet(names={"background": 0, "a": 1, "b": 2})
 
