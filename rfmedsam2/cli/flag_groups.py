@@ -113,6 +113,13 @@ class InitialWeights:
         Path | None,
         arg(metavar="PATH", help="A trained U-Net (checkpoint or model folder) that Step 0 starts from."),
     ] = None
+    step0: Annotated[
+        Literal["joint", "crossfit"] | None,
+        arg(
+            help="Train Step 0 together with Steps 1 and 2, or before them: crossfit gives them logits of U-Nets that "
+            "were not trained on the case. Default: the plan's choice.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

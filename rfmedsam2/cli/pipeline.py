@@ -125,6 +125,7 @@ def train(
     fields = {"epochs": schedule.epochs, "iterations_per_epoch": schedule.iterations, "learning_rate": schedule.lr}
     changes = [f"{stage}.train.{field}={value}" for field, value in fields.items() if value is not None]
     chosen = resolve.planned(layout, name, plan.plan, stage=stage, changes=[*changes, *plan.set_])
+    chosen = with_step0(chosen, stage, start.step0)
     folder = layout.fold_folder(name, chosen.name, stage, fold)
     say(what_is_trained(chosen, stage, fold, folder, restart=run.restart))
     with bars.training():
@@ -308,6 +309,23 @@ def training_words(words: Sequence[str]) -> tuple[str | None, str, str]:
         expected="a configuration and a fold: rfmed_train 3d_fullres fold 0, or rfmed_train BTCV 3d_fullres 0",
         found=" ".join(words) or "nothing",
     )
+
+
+def with_step0(plan: Plan, stage: str, step0: str | None) -> Plan:
+    """The plan with its Step 0 trained in this way; None: as the plan says.
+
+    Raises:
+        UsageError: the plan is not RFMedSAM 2's.
+    """
+    if step0 is None:
+        return plan
+    if plan.stages[stage].model.kind != "rfmedsam2":
+        raise UsageError(
+            "--step0 only applies to plans of RFMedSAM 2",
+            where=f"{plan.name}, {stage}",
+            remedy="Leave it out, or plan with --model rfmedsam2",
+        )
+    return plan.with_overrides(f"{stage}.model.step0={step0}")
 
 
 def what_is_trained(plan: Plan, stage: str, fold: str, folder: Path, *, restart: bool) -> str:

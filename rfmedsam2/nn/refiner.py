@@ -6,7 +6,8 @@ the frame is computed once for all its classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rfmedsam2.nn.disturbance import jittered
 from rfmedsam2.nn.memory_budget import ObjectSizes, chunk_size
 from rfmedsam2.nn.refinement_state import (
     ABSENT,
@@ -34,6 +36,7 @@ from rfmedsam2.nn.sam2.types import FrameFeatures, MemoryBank, ObjectPrompts, Sl
 from rfmedsam2.prompts import Prompts, resized
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Compute
+from rfmedsam2.system.private_apis import private
 
 
 class Refiner:
@@ -128,7 +131,13 @@ class Refiner:
         each = len(logits) // volumes
         frames, kinds = objects.unbind(1)
         places = torch.stack([at[frames % each], frames // each * classes + kinds], 1)
-        buckets = select(self.config.strategy, memory.rows.flatten(1), places, reach=self.config.memory_frames)
+        buckets = select(
+            self.config.strategy,
+            memory.rows.flatten(1),
+            places,
+            reach=self.config.memory_frames,
+            dropout=self.config.disturbance.memory_dropout if self.sam.training else 0.0,
+        )
         prepared = self.run(lambda embedding: prepare_frames(self.sam, embedding), features.embedding)
 
         def chunk(part: Tensor, slots: Slots) -> Tensor:
@@ -174,6 +183,8 @@ class Refiner:
 
     def _prompts(self, prompts: Prompts, objects: Tensor, size: Size) -> Tensor:
         """Boxes (q, 4) of objects in pixels of SAM 2's frames."""
+        if self.sam.training:
+            prompts = jittered(prompts, self.config.disturbance.box_jitter, size)
         frame = (self.config.frame_size, self.config.frame_size)
         return resized(prompts, size, frame).boxes[objects[:, 0], objects[:, 1]]
 
@@ -212,5 +223,22 @@ class Refiner:
     def run(self, function: Callable[..., Any], *tensors: Any) -> Any:
         """Call a function of tensors; with gradients enabled, use activation checkpointing if configured."""
         if self.compute.checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False, context_fn=_same_modes)
         return function(*tensors)
+
+
+def _same_modes() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of a checkpointed function and of its recomputation, in which torch forgets its function modes.
+
+    The engine computes small maps in float32 by such a mode (`engine.runtime.SmallMapsInFp32`).
+    """
+    modes = private(torch.overrides, "_get_current_function_mode_stack", package="torch")()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as held:
+            for mode in modes:
+                held.enter_context(mode)
+            yield
+
+    return nullcontext(), again()

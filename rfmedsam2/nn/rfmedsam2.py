@@ -186,7 +186,9 @@ class RFMedSam2(nn.Module):
 
     # ---- whole patches
 
-    def steps(self, volumes: Tensor, boxes: Prompts | None = None, *, last: int | None = None) -> StepOutputs:
+    def steps(
+        self, volumes: Tensor, boxes: Prompts | None = None, *, last: int | None = None, step0: Tensor | None = None
+    ) -> StepOutputs:
         """Run the steps on patches (B, M, D, H, W).
 
         Args:
@@ -194,13 +196,15 @@ class RFMedSam2(nn.Module):
             boxes: of the B * D frames, for the generator gt; for generators of boxes the presence to decode by while
                 training (what the reference holds), else their own.
             last: last step to run; None: all steps.
+            step0: fixed class maps (B, K, D, H, W) instead of the U-Net's; None: the U-Net runs.
         """
         last = self.last_step if last is None else min(last, self.last_step)
         count, size = len(volumes), (volumes.shape[-2], volumes.shape[-1])
         logits: dict[int, Tensor | list[Tensor]] = {}
         start = None
         if self.config.generator == "unet":
-            outputs = logits[0] = self.prompt_volumes(volumes)
+            outputs = self.prompt_volumes(volumes) if step0 is None else self._with_background_channel(step0)
+            logits[0] = outputs
             if last == 0:
                 return StepOutputs(logits=logits)
             full = outputs if isinstance(outputs, Tensor) else outputs[0]
@@ -219,6 +223,9 @@ class RFMedSam2(nn.Module):
         return StepOutputs(
             logits=logits, scores=first.scores, objects=first.objects, found=start.found, presence=start.presence
         )
+
+    def _with_background_channel(self, class_maps: Tensor) -> Tensor:
+        return class_maps if self.regions else F.pad(class_maps, (0, 0, 0, 0, 0, 0, 1, 0))
 
     def start(self, features: FrameFeatures, size: Size, boxes: Prompts | None) -> RefinementInput:
         """Refinement input without a U-Net: from given boxes, or from a generator on the frames' features."""

@@ -1,4 +1,4 @@
-"""Records of preprocessed cases: geometry, foreground locations, files and checksums."""
+"""Records of preprocessed cases and of what is stored beside them: geometry, locations, files and checksums."""
 
 from __future__ import annotations
 
@@ -96,3 +96,24 @@ class CaseRecord(VersionedRecord):
         # fields that came later count where they are filled in, so that earlier records keep their checksum
         absent = {"sources"} if self.sources is None else None
         return zlib.crc32(self.model_copy(update={"crc32": None}).model_dump_json(exclude=absent).encode())
+
+
+class Step0Record(VersionedRecord):
+    """Fixed logits of Step 0 for one case, and what they were made from; written after the logits."""
+
+    format: Literal[1] = 1
+    id: Name
+    case: str
+    """Identity of the preprocessed case (`CaseRecord.contents`)."""
+    weights: str
+    """SHA-256 of the U-Net's weights (`weights_sha256` of its checkpoint)."""
+    settings: str
+    """Digest of the patch and the sliding window that they were predicted with."""
+    channels: int
+    shape: ThreeInts
+    file: StoredFile
+
+    @property
+    def made_from(self) -> tuple[str, str, str]:
+        """Case, weights and settings."""
+        return self.case, self.weights, self.settings

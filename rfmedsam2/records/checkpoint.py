@@ -63,6 +63,8 @@ class CheckpointRecord(TrainedRecord):
     fold: Name
     cases: TrainedCases | None = None
     """None in checkpoints of version 0.1, and in exported models, which name nobody's cases."""
+    step0: str | None = None
+    """Digest of the fixed logits of Step 0 that it learns from; None: it learns from none."""
 
     @model_validator(mode="after")
     def _stage_is_planned(self) -> Self:
@@ -71,9 +73,10 @@ class CheckpointRecord(TrainedRecord):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Plan, stage and fold; the cases are compared before training begins."""
+        """Plan, stage, fold and fixed logits; the cases are compared before training begins."""
         plan = self.plan.model_dump(mode="json")
         plan.pop("fingerprint")  # versions make different digests of the same files
         stages = plan.pop("stages")
         stage = {k: v for k, v in stages[self.stage].items() if k not in STAGE_CHANGEABLE}
-        return {"stage": self.stage, "fold": self.fold, "plan": plan, f"plan.stages.{self.stage}": stage}
+        own = {"stage": self.stage, "fold": self.fold, "plan": plan, f"plan.stages.{self.stage}": stage}
+        return own if self.step0 is None else {**own, "logits of Step 0": self.step0}

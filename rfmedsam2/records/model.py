@@ -86,6 +86,30 @@ class AdapterConfig(Record):
     """Hidden channels of the channel adapter (M -> hidden -> 3)."""
 
 
+class CrossFit(Record):
+    """Cross-fitted Step 0: U-Nets trained on parts of the training cases predict the cases that they have not seen."""
+
+    folds: Annotated[int, Field(ge=2)] = 4
+    """Number of parts, each predicted by a U-Net trained on the others."""
+    iterations: Count | None = None
+    """Optimizer steps of each U-Net; None: as many as the stage's training."""
+    learning_rate: Positive | None = None
+    """Initial learning rate of the U-Nets; None: the stage's."""
+
+
+class Disturbance(Record):
+    """Random changes of what Steps 1 and 2 are given, in training only: the errors of new cases vary more."""
+
+    box_jitter: Whole = 0
+    """Every side of a box prompt moves by at most this many pixels of the patch."""
+    logit_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of smooth noise that is added to fixed logits of Step 0 (`step0` crossfit)."""
+    noise_voxels: Count = 8
+    """Distance in voxels over which this noise varies."""
+    memory_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that Step 2 is not given the memory of a neighboring slice."""
+
+
 class RFMedSam2Config(Record):
     """RFMedSAM 2: a prompt generator (Step 0), SAM 2 on its prompts (Step 1), SAM 2 with memory (Step 2)."""
 
@@ -118,6 +142,11 @@ class RFMedSam2Config(Record):
     """tiny, small, base_plus: attention windows of 8, 4, 16, 8 positions instead of 8, 4, 14, 7. No padding at
     256 and 512 pixels, a third faster; but the published weights were trained with the latter."""
     adapters: AdapterConfig = AdapterConfig()
+    step0: Literal["joint", "crossfit"] = "joint"
+    """How Step 0's U-Net is trained. joint: with Steps 1 and 2. crossfit: beforehand, and Steps 1 and 2 learn from
+    fixed logits of U-Nets that were not trained on the case, which have the errors of new cases."""
+    crossfit: CrossFit = CrossFit()
+    disturbance: Disturbance = Disturbance()
 
     @property
     def dimensions(self) -> int:
@@ -144,6 +173,8 @@ class RFMedSam2Config(Record):
             raise ValueError(f"frame_size {self.frame_size} is not a multiple of 32")
         if self.output != "replace" and self.generator not in ("unet", "hierarchical_masks"):
             raise ValueError(f"output {self.output} needs a generator that predicts masks, not {self.generator}")
+        if self.step0 == "crossfit" and (self.unet is None or self.unet.dimensions != 3):
+            raise ValueError("step0 crossfit needs generator unet, with a 3D U-Net")
         if not self.propagate_loss and self.generator != "unet":
             raise ValueError(f"generator {self.generator} needs propagate_loss; only unet works without it")
         return self

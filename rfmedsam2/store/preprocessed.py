@@ -2,35 +2,29 @@
 
 CASE.b2nd (image, float32), CASE_label.b2nd (int8 or int16), CASE_foreground.npy (flat indices) and CASE.json, which is
 written last: a case is finished when its record matches its files. The record names them, because the image of a case
-whose id ends like another's file has another name (`_image_suffix`). Arrays are blosc2, LZ4 level 1 with bit shuffling:
-on CT this writes seven times as fast as LZ4HC level 5, and files are a sixth larger.
+whose id ends like another's file has another name (`_image_suffix`).
 """
 
 from __future__ import annotations
 
 import io
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import blosc2
 import numpy as np
 
 from rfmedsam2.errors import RecordError, StoreError
 from rfmedsam2.geometry import Shape
-from rfmedsam2.records.case import CaseGeometry, CaseRecord, ForegroundClass, SourceFile, StoredFile
-from rfmedsam2.system.atomic import PARTIAL, atomic, read_record, write_record, writing_to
+from rfmedsam2.records.case import CaseGeometry, CaseRecord, ForegroundClass, SourceFile
+from rfmedsam2.store.packed_arrays import REBUILT, Ranges, as_written, look, looks_unchanged, packed, put, read_packed
+from rfmedsam2.system.atomic import PARTIAL, read_record, write_record, writing_to
 
-REBUILT = "Run rfmed_plan_and_preprocess again: it rebuilds damaged cases"
 IMAGE, LABEL, FOREGROUND, RECORD = ".b2nd", "_label.b2nd", "_foreground.npy", ".json"
 OTHER_IMAGE = ".image.b2nd"
-BLOCK_BYTES = 128 * 1024
-CHUNK_BYTES = 4 * 1024**2
 
-Ranges = Sequence[tuple[int, int]]
 Location = tuple[int, int, np.ndarray]
 """(key, number of voxels in the case, sampled flat indices) of one class."""
 
@@ -97,16 +91,7 @@ class StoredCase:
 
     def _read(self, suffix: str, ranges: tuple[slice, ...]) -> np.ndarray:
         path = self._verified(suffix)
-        try:
-            # blosc2's own annotations are wrong here (mmap_mode) or incomplete
-            array: Any = cast(Any, blosc2).open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-            patch = array[ranges]
-        except (OSError, RuntimeError, ValueError) as error:
-            raise StoreError(
-                f"A preprocessed case cannot be read ({error})",
-                where=path,
-                remedy=REBUILT,
-            ) from error
+        patch = read_packed(path, ranges)
         self._verified(suffix)  # once more: the file may have been replaced meanwhile
         return patch
 
@@ -125,9 +110,9 @@ class StoredCase:
             StoreError: the file is missing or differs from what was written.
         """
         path = self.folder / (self.id + suffix)
-        now = _look(path)
+        now = look(path)
         if now is None or self._checked.get(suffix) != now:
-            if not _as_written(path, self.record.files.get(suffix)):
+            if not as_written(path, self.record.files.get(suffix)):
                 raise self._unusable(path)
             self._checked[suffix] = now
         return path
@@ -197,7 +182,7 @@ class CaseStore:
         """
         record = self.record(name)
         return record is not None and all(
-            _unchanged(self.folder / (name + suffix), file) for suffix, file in record.files.items()
+            looks_unchanged(self.folder / (name + suffix), file) for suffix, file in record.files.items()
         )
 
     def has_any_file(self, name: str) -> bool:
@@ -210,7 +195,7 @@ class CaseStore:
         return (
             record is not None
             and record.source == source
-            and all(_as_written(self.folder / (name + suffix), file) for suffix, file in record.files.items())
+            and all(as_written(self.folder / (name + suffix), file) for suffix, file in record.files.items())
         )
 
     def note_sources(self, name: str, source: str, sources: Mapping[str, SourceFile]) -> None:
@@ -270,9 +255,9 @@ class CaseStore:
         narrow = label.astype(np.int8) if label.max(initial=0) <= 127 else label
         places = np.concatenate([index for _, _, index in entries]) if entries else np.empty(0, np.int32)
         files = {
-            image_suffix: self._put(name + image_suffix, self._pack(image)),
-            LABEL: self._put(name + LABEL, self._pack(narrow)),
-            FOREGROUND: self._put(name + FOREGROUND, _npy(places)),
+            image_suffix: put(self.folder / (name + image_suffix), packed(image, self._patch)),
+            LABEL: put(self.folder / (name + LABEL), packed(narrow, self._patch)),
+            FOREGROUND: put(self.folder / (name + FOREGROUND), _npy(places)),
         }
         record = CaseRecord(
             id=name,
@@ -286,52 +271,6 @@ class CaseStore:
         )
         write_record(self.folder / (name + RECORD), record.sealed())
         return sum(file.size for file in files.values())
-
-    def _pack(self, array: np.ndarray) -> bytes:
-        """Compress to a whole blosc2 file in memory, so that a full disk raises the system's error."""
-        blocks, chunks = cut(array.shape[-3:], self._patch, array.itemsize)
-        lead = (1,) * (array.ndim - 3)
-        packed = cast(Any, blosc2).asarray(
-            array,
-            chunks=(*lead, *chunks),
-            blocks=(*lead, *blocks),
-            contiguous=True,  # else `to_cframe` holds three copies of the compressed data
-            cparams={
-                "codec": blosc2.Codec.LZ4,
-                "clevel": 1,
-                "filters": [blosc2.Filter.BITSHUFFLE],
-                "nthreads": 1,
-            },
-        )
-        return packed.to_cframe()
-
-    def _put(self, file: str, content: bytes) -> StoredFile:
-        path = self.folder / file
-        with atomic(path) as temporary:
-            temporary.write_bytes(content)
-        return StoredFile(size=len(content), crc32=zlib.crc32(content), modified_ns=path.stat().st_mtime_ns)
-
-
-def cut(shape: Sequence[int], patch: Sequence[int], itemsize: int) -> tuple[Shape, Shape]:
-    """Choose block and chunk shapes: blocks are powers of two shaped like the patch, chunks at most a patch.
-
-    Reading a patch decompresses only the blocks that it overlaps; a chunk is located and read as a whole.
-    """
-    block = [min(n, 1 << (p - 1).bit_length()) for n, p in zip(shape, patch, strict=True)]
-    while np.prod(block) * itemsize > BLOCK_BYTES:
-        widest = max(range(3), key=lambda axis: (block[axis] / patch[axis], axis))
-        block[widest] = max(1, 1 << ((block[widest] - 1).bit_length() - 1))
-    chunk = list(block)
-    growing = True
-    while growing:
-        growing = False
-        for axis in sorted(range(3), key=lambda axis: chunk[axis] / patch[axis]):
-            larger = min(chunk[axis] + block[axis], shape[axis])
-            size = np.prod(chunk) // chunk[axis] * larger * itemsize
-            if chunk[axis] < min(patch[axis], shape[axis]) and size <= CHUNK_BYTES:
-                chunk[axis], growing = larger, True
-                break
-    return (block[0], block[1], block[2]), (chunk[0], chunk[1], chunk[2])
 
 
 def _image_suffix(name: str) -> str:
@@ -351,36 +290,3 @@ def _npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
-
-
-def _look(path: Path) -> tuple[int, int] | None:
-    """Size and modification time of a file, None if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def _unchanged(path: Path, file: StoredFile) -> bool:
-    """Whether a file looks unchanged; it is read only if its modification time differs."""
-    now = _look(path)
-    if now is None or now[0] != file.size:
-        return False
-    return now[1] == file.modified_ns or _as_written(path, file)
-
-
-def _as_written(path: Path, file: StoredFile | None) -> bool:
-    """Whether a file's size and checksum are those written."""
-    if file is None:
-        return False
-    value = 0
-    try:
-        if path.stat().st_size != file.size:
-            return False
-        with path.open("rb") as stream:
-            while piece := stream.read(1 << 20):
-                value = zlib.crc32(piece, value)
-    except OSError:
-        return False
-    return value == file.crc32

@@ -21,6 +21,7 @@ KNOWN_TO_WORK = {
 """Releases that the tests have run with, by distribution."""
 PRIVATE = (
     ("torch", "torch.nn", "Module._compiled_call_impl"),
+    ("torch", "torch.overrides", "_get_current_function_mode_stack"),
     ("torch", "torch.utils.data._utils.signal_handling", "_remove_worker_pids"),
     ("batchgeneratorsv2", "batchgeneratorsv2.transforms.spatial.spatial", "SpatialTransform._apply_to_segmentation"),
     ("sam2", "sam2.modeling.sam2_base", "SAM2Base._use_multimask"),

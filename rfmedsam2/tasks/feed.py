@@ -11,6 +11,7 @@ from rfmedsam2.engine.runtime import Runtime, to_device
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Split, Stage
 from rfmedsam2.store.preprocessed import CaseStore, StoredCase
+from rfmedsam2.store.step0_logits import LogitsStore
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.tasks.patches import PatchBatch, PatchSource
 
@@ -25,6 +26,7 @@ class PatchFeed:
         split: training and validation cases.
         runtime: device and ranks.
         track: shows the progress over what is validated on.
+        step0: fixed logits of Step 0 for all cases; None: batches have none.
     """
 
     def __init__(
@@ -36,8 +38,9 @@ class PatchFeed:
         split: Split,
         runtime: Runtime,
         track: Track = silent,
+        step0: LogitsStore | None = None,
     ) -> None:
-        self._track = track
+        self._track, self._step0 = track, step0
         self._stage, self._labels, self._store, self._split, self._runtime = stage, labels, store, split, runtime
         self._training = self._source(split.train, augment=True)
         self._validation = self._source(split.val, augment=False)
@@ -79,4 +82,5 @@ class PatchFeed:
             seed=self._stage.train.seed + (0 if augment else 1),
             rank=self._runtime.rank if augment else 0,
             ranks=self._runtime.world_size if augment else 1,
+            step0=self._step0,
         )

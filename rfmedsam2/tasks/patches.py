@@ -17,19 +17,28 @@ from rfmedsam2.errors import RfMedSamError, StoreError
 from rfmedsam2.extensions import make
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Stage
+from rfmedsam2.store.packed_arrays import Ranges
 from rfmedsam2.store.preprocessed import CaseStore, StoredCase
+from rfmedsam2.store.step0_logits import LogitsStore, StoredLogits
 from rfmedsam2.transforms.augment import plain_transforms, read_size, training_transforms
 from rfmedsam2.transforms.crop import OUTSIDE_LABEL
 from rfmedsam2.transforms.foreground import ANNOTATED
 
+OUTSIDE_LOGIT = -10.0
+"""Logit of every class outside the volume."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatchBatch:
-    """One batch: image (B, C, ...) float32, target (B, ...) int16 label values, ids of the cases."""
+    """One batch: image (B, C, ...) float32, target (B, ...) int16 label values, ids of the cases.
+
+    `step0`: fixed class maps of Step 0 (B, K, ...) float32 at the same places, if the source has them.
+    """
 
     image: Tensor
     target: Tensor
     ids: tuple[str, ...]
+    step0: Tensor | None = None
 
 
 class PatchSource:
@@ -44,6 +53,7 @@ class PatchSource:
         seed: seed of the whole training.
         rank: rank of this process.
         ranks: total number of processes; batch_size is per process.
+        step0: fixed logits of Step 0 for the same cases; None: batches have none.
     """
 
     def __init__(
@@ -57,7 +67,9 @@ class PatchSource:
         seed: int,
         rank: int = 0,
         ranks: int = 1,
+        step0: LogitsStore | None = None,
     ) -> None:
+        self._step0, self._logits = step0, dict[str, StoredLogits]()
         self._store, self._ids, self._stage, self._labels = store, tuple(ids), stage, labels
         self._seed, self._rank, self._ranks = seed, rank, ranks
         self._cases: dict[str, StoredCase] = {}
@@ -81,11 +93,12 @@ class PatchSource:
         """
         rng = self._rng(step)
         ids = self._drawn(rng)
-        samples = [self.sample(name, slot, rng) for slot, name in enumerate(ids)]
+        images, targets, logits = zip(*(self._sample(name, slot, rng) for slot, name in enumerate(ids)), strict=True)
         return PatchBatch(
-            image=torch.stack([image for image, _ in samples]),
-            target=torch.stack([label for _, label in samples]),
+            image=torch.stack(images),
+            target=torch.stack(targets),
             ids=ids,
+            step0=None if self._step0 is None else torch.stack(logits),
         )
 
     def _rng(self, step: int) -> np.random.Generator:
@@ -105,10 +118,15 @@ class PatchSource:
 
         Its place is drawn from `rng`; random changes come from the global generators.
         """
+        return self._sample(name, slot, rng)[:2]
+
+    def _sample(self, name: str, slot: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The patch as `sample` gives it, and Step 0's class map (K, *patch), moved and flipped as the image is."""
         try:
             case = self._open(name)
             box = self._box(case, self._forced(slot), rng)
             image, label = read_padded(case, box)
+            logits = None if self._step0 is None else self._read_logits(self._step0, name, box)
         except RfMedSamError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
@@ -119,14 +137,24 @@ class PatchSource:
             ) from error
         if self._stage.is_2d:
             image, label = image[:, 0], label[0]
+        given = {} if logits is None else {"regression_target": torch.from_numpy(logits)}
         changed = self._transforms(
             image=torch.from_numpy(np.ascontiguousarray(image)),
             segmentation=torch.from_numpy(np.ascontiguousarray(label))[None],
+            **given,
         )
         image, label = changed["image"], changed["segmentation"][0]
         for change in self._extensions:
             image, label = change(image, label)
-        return image, label
+        return image, label, None if logits is None else changed["regression_target"] + OUTSIDE_LOGIT
+
+    def _read_logits(self, store: LogitsStore, name: str, box: Ranges) -> np.ndarray:
+        """Step 0's class map in a box, less OUTSIDE_LOGIT: where it is padded, by a transform too, 0 is background."""
+        if name not in self._logits:
+            self._logits[name] = store.open(name)
+        found = self._logits[name]
+        inside, sides = _inside(box, found.shape)
+        return np.pad(found.patch(inside) - OUTSIDE_LOGIT, [(0, 0), *sides])
 
     def _forced(self, slot: int) -> bool:
         """nnU-Net's rule over the batch of all ranks: its last fraction of samples must contain foreground."""
@@ -169,10 +197,15 @@ def read_padded(case: StoredCase, box: Sequence[tuple[int, int]]) -> tuple[np.nd
     Returns:
         image (C, *box) float32 and label (*box) int16.
     """
-    inside = tuple((max(0, a), min(n, b)) for (a, b), n in zip(box, case.shape, strict=True))
-    sides = [(i - a, b - j) for (a, b), (i, j) in zip(box, inside, strict=True)]
+    inside, sides = _inside(box, case.shape)
     image, label = case.image_patch(inside), case.label_patch(inside)
     if any(before or after for before, after in sides):
         image = np.pad(image, [(0, 0), *sides])
         label = np.pad(label, sides, constant_values=OUTSIDE_LABEL)
     return image, label
+
+
+def _inside(box: Ranges, shape: Sequence[int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The part of a box that is inside the volume, and what it lacks before and after along each axis."""
+    inside = [(max(0, a), min(n, b)) for (a, b), n in zip(box, shape, strict=True)]
+    return inside, [(i - a, b - j) for (a, b), (i, j) in zip(box, inside, strict=True)]

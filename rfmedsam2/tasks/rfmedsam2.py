@@ -17,12 +17,14 @@ from rfmedsam2.inference.refined_tiles import Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
 from rfmedsam2.inference.sliding_window import Execution
 from rfmedsam2.losses import deep_supervision_losses, generalized_box_iou_loss, loss_of, memberships
+from rfmedsam2.nn.disturbance import with_noise
 from rfmedsam2.nn.refinement_state import StepOutputs
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.store.preprocessed import CaseStore
+from rfmedsam2.store.step0_logits import LogitsStore
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.tasks.feed import PatchFeed
 from rfmedsam2.tasks.patches import PatchBatch
@@ -44,6 +46,7 @@ class RFMedSam2Task:
         split: training and validation cases.
         runtime: device and ranks.
         track: shows the progress of validation.
+        step0: fixed logits of Step 0 (`step0` crossfit), whose U-Net is then not trained.
     """
 
     def __init__(
@@ -55,15 +58,20 @@ class RFMedSam2Task:
         split: Split,
         runtime: Runtime,
         track: Track = silent,
+        step0: LogitsStore | None = None,
     ) -> None:
         self.plan, self.stage = plan, plan.stages[stage_name]
         self._runtime, self._track = runtime, track
         torch.manual_seed(self.stage.train.seed)  # the same first weights on every rank
         model = models.build_stage(plan, self.stage, cache_features=True)
         assert isinstance(model, RFMedSam2)
+        if step0 is not None and model.unet is not None:
+            model.unet.requires_grad_(False)
         self.model: RFMedSam2 = model.to(runtime.device)
         self._loss = loss_of(self.stage, plan.labels)
-        self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime, track=track)
+        self._feed = PatchFeed(
+            self.stage, labels=plan.labels, store=store, split=split, runtime=runtime, track=track, step0=step0
+        )
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Optimizer with one learning rate for adapters, prompt generator and all other trainable parameters."""
@@ -76,9 +84,11 @@ class RFMedSam2Task:
     def loss(self, batch: PatchBatch) -> dict[str, Tensor]:
         """Cross-entropy and Dice of every step, and the losses of the prompt generator."""
         reference = reference_prompts(batch.target, self.plan.labels)
-        steps = self.model.steps(batch.image, self._given(reference))
+        steps = self.model.steps(batch.image, self._given(reference), step0=self._disturbed(batch.step0))
         parts: dict[str, Tensor] = {}
         for number, logits in steps.logits.items():
+            if number == 0 and batch.step0 is not None:
+                continue
             if isinstance(logits, Tensor):
                 found = self._loss(logits.float(), batch.target)
             else:
@@ -110,7 +120,7 @@ class RFMedSam2Task:
         """(step, logits, target) of every validation patch."""
         for batch in self._feed.validation():
             with self._runtime.autocast():
-                steps = self.model.steps(batch.image, self._shown(batch.target))
+                steps = self.model.steps(batch.image, self._shown(batch.target), step0=batch.step0)
             for number, logits in steps.logits.items():
                 assert isinstance(logits, Tensor)
                 yield number, logits, batch.target
@@ -133,6 +143,10 @@ class RFMedSam2Task:
                     execution=Execution(track=self._track),
                 )
                 yield number, torch.cat([slab.logits for slab in slabs], dim=1)[None], target
+
+    def _disturbed(self, step0: Tensor | None) -> Tensor | None:
+        given = self.model.config.disturbance
+        return None if step0 is None else with_noise(step0, given.logit_noise, given.noise_voxels)
 
     def _shown(self, target: Tensor) -> Prompts | None:
         """Prompts from the reference that the model gets during validation."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rfmedsam2.errors import UsageError
+from rfmedsam2.nn.disturbance import without_some
 from rfmedsam2.nn.sam2.types import Bucket, Slots
 from rfmedsam2.records.model import MemoryStrategy
 
@@ -34,6 +35,7 @@ def select(
     *,
     reach: int = LONGEST_REACH,
     max_conditioning: int | None = None,
+    dropout: float = 0.0,
 ) -> list[Bucket]:
     """Choose memories for all objects at once.
 
@@ -44,6 +46,7 @@ def select(
         reach: number of frames on each side, 0 to 6.
         max_conditioning: only for `sam2`: maximum number of conditioning frames, at least 2, nearest first (SAM 2's
             `max_cond_frames_in_attn`); None: all.
+        dropout: not for `sam2`: probability that the memory of another frame is left out.
 
     Returns:
         Buckets that contain every object once. Within a bucket, objects are ordered by class, then by frame, because
@@ -58,7 +61,7 @@ def select(
     if strategy == "sam2":
         candidates = _conditioning(bank, objects, reach, max_conditioning)
     else:
-        candidates = _neighbors(strategy, bank, objects, reach)
+        candidates = _neighbors(strategy, bank, objects, reach, dropout)
     return _buckets(candidates, objects)
 
 
@@ -73,7 +76,7 @@ class _Candidates:
     pointers: Tensor
 
 
-def _neighbors(strategy: MemoryStrategy, bank: Tensor, objects: Tensor, reach: int) -> _Candidates:
+def _neighbors(strategy: MemoryStrategy, bank: Tensor, objects: Tensor, reach: int, dropout: float) -> _Candidates:
     """The object's own frame and neighbors with a memory; maps and pointers of the same frames."""
     away = {
         "preceding": range(1, reach + 1),
@@ -84,6 +87,7 @@ def _neighbors(strategy: MemoryStrategy, bank: Tensor, objects: Tensor, reach: i
     frames = objects[:, :1] - distances
     inside = (frames >= 0) & (frames < len(bank))
     rows = torch.where(inside, bank[frames.clamp(0, len(bank) - 1), objects[:, 1:]], -1)
+    rows = torch.cat([rows[:, :1], without_some(rows[:, 1:], dropout)], 1)
     positions = torch.where(distances == 0, CURRENT, distances.abs() - 1)
     return _Candidates(
         rows=rows,

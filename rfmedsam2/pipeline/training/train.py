@@ -19,19 +19,20 @@ from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, require_type
-from rfmedsam2.pipeline.datasets.splits import get_split
+from rfmedsam2.pipeline.datasets.splits import get_split, groups_of, read_splits
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.evaluation.report import write_report
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.training.case_checks import require_current, require_preprocessed, require_same_cases
+from rfmedsam2.pipeline.training.crossfit import CrossFitting, Step0, parts_of
 from rfmedsam2.pipeline.training.memory_check import check_memory
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import RFMedSam2Config
-from rfmedsam2.records.plan import Plan, Split
+from rfmedsam2.records.plan import Plan, Split, Stage
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.reporting.training_curves import progress_png
 from rfmedsam2.store.checkpoint_header import FINAL, LATEST
@@ -136,10 +137,16 @@ def train(
         runtime = held.enter_context(start_runtime(options.device, precision=config.train.precision))
         held.enter_context(training_folder(folder, runtime, restart=options.restart))
         require_same_cases(folder, cases)
-        task = _task(layout, plan, stage, fold, store=store, split=split, runtime=runtime, options=options, track=track)
+        job = _Job(layout=layout, plan=plan, stage=stage, fold=fold, store=store, split=split, cases=cases, raw=raw)
+        step0 = _step0(job, runtime, options, track)
+        if isinstance(step0, Progress):
+            return TrainResult(folder=folder, progress=step0, evaluation=None, seconds=time.monotonic() - began)
+        task = _task(job, runtime, options, track, step0)
         run = Run(
             folder=folder,
-            record=lambda step, scores: describe(plan, stage, fold, step=step, scores=scores, cases=cases),
+            record=lambda step, scores: describe(
+                plan, stage, fold, step=step, scores=scores, cases=cases, step0=step0.digest if step0 else None
+            ),
             runtime=runtime,
             track=track,
             tensorboard=options.tensorboard,
@@ -158,22 +165,64 @@ def train(
     return TrainResult(folder=folder, progress=progress, evaluation=evaluation, seconds=time.monotonic() - began)
 
 
-def _task(
-    layout: Layout,
-    plan: Plan,
-    stage: str,
-    fold: str,
-    *,
-    store: CaseStore,
-    split: Split,
-    runtime: Runtime,
-    options: TrainOptions,
-    track: Track,
-) -> Task[Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What is trained: a stage of a plan on the cases of one fold; `raw`: None if the raw dataset cannot be used."""
+
+    layout: Layout
+    plan: Plan
+    stage: str
+    fold: str
+    store: CaseStore
+    split: Split
+    cases: TrainedCases
+    raw: RawDataset | None
+
+    @property
+    def config(self) -> Stage:
+        return self.plan.stages[self.stage]
+
+
+def _step0(job: _Job, runtime: Runtime, options: TrainOptions, track: Track) -> Step0 | Progress | None:
+    """Make the cross-fitted Step 0, if the plan asks for it; the progress of a training that a signal has stopped."""
+    model = job.config.model
+    if not isinstance(model, RFMedSam2Config) or model.step0 != "crossfit":
+        return None
+    if options.unet is not None:
+        raise UsageError(
+            "--step0 crossfit trains the U-Nets of Step 0 itself",
+            found=f"--unet {options.unet}",
+            remedy="Leave out --unet, or train with --step0 joint",
+        )
+    if job.config.extensions.augmentation:
+        raise UsageError(
+            "Augmentations of other packages cannot move fixed logits of Step 0 with the image",
+            where=f"{job.plan.name}, {job.stage}.extensions.augmentation",
+            remedy="Remove them, or train with --step0 joint",
+        )
+    others = read_splits(job.layout.splits_file(job.plan.dataset)) if job.fold.isdigit() else []
+    groups = {} if job.raw is None else groups_of(job.raw)
+    parts = parts_of(job.split, model.crossfit.folds, others=others, groups=groups)
+    return CrossFitting(
+        layout=job.layout,
+        plan=job.plan,
+        stage=job.stage,
+        fold=job.fold,
+        cases=job.cases,
+        store=job.store,
+        parts=parts,
+        runtime=runtime,
+        track=track,
+    ).run()
+
+
+def _task(job: _Job, runtime: Runtime, options: TrainOptions, track: Track, step0: Step0 | None) -> Task[Any]:
     """Make the task of a stage; loads initial weights unless a checkpoint of this training exists."""
-    config, folder = plan.stages[stage], layout.fold_folder(plan.dataset, plan.name, stage, fold)
+    plan, stage, config, fold = job.plan, job.stage, job.config, job.fold
+    folder = job.layout.fold_folder(plan.dataset, plan.name, stage, fold)
     began = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
     custom = config.extensions.task
+    given: dict[str, Any] = {"store": job.store, "split": job.split, "runtime": runtime}
     if custom is not None or not isinstance(config.model, RFMedSam2Config):
         if options.sam is not None or options.unet is not None:
             raise UsageError(
@@ -181,23 +230,30 @@ def _task(
                 where=f"{plan.name}, {stage}",
                 remedy="Leave these flags out, or plan with --model rfmedsam2",
             )
-        given: dict[str, Any] = {"store": store, "split": split, "runtime": runtime}
         if custom is not None:
             return extensions.make("task", custom, plan=plan, stage_name=stage, **given)
         return UNetTask(plan, stage, track=track, **given)
     check_memory(plan, stage, runtime.free_bytes(), half=runtime.precision != torch.float32)
-    task = RFMedSam2Task(plan, stage, store=store, split=split, runtime=runtime, track=track)
+    logits = None if step0 is None else step0.store
+    task = RFMedSam2Task(plan, stage, track=track, step0=logits, **given)
     if not began:
-        unet = options.unet
+        unet = options.unet if step0 is None else step0.weights
         if unet is None and config.starts_from is not None:
-            unet = layout.fold_folder(plan.dataset, plan.name, config.starts_from, fold) / FINAL
+            unet = job.layout.fold_folder(plan.dataset, plan.name, config.starts_from, fold) / FINAL
         for note in load_pretrained(task.model, plan, fold=fold, sam=options.sam, unet=unet):
             logger.warning(note) if runtime.is_main else None
     return task
 
 
 def describe(
-    plan: Plan, stage: str, fold: str, *, step: int, scores: dict[str, float], cases: TrainedCases | None = None
+    plan: Plan,
+    stage: str,
+    fold: str,
+    *,
+    step: int,
+    scores: dict[str, float],
+    cases: TrainedCases | None = None,
+    step0: str | None = None,
 ) -> CheckpointRecord:
     """Make the record of a checkpoint; the digest is filled in when it is written."""
     return CheckpointRecord(
@@ -205,6 +261,7 @@ def describe(
         stage=stage,
         fold=fold,
         cases=cases,
+        step0=step0,
         step=step,
         scores=scores,
         **provenance(),

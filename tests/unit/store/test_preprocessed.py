@@ -14,7 +14,8 @@ import rfmedsam2.store.preprocessed as cases
 from rfmedsam2.errors import StoreError
 from rfmedsam2.records.case import CaseGeometry, SourceFile
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.store.preprocessed import CaseStore, cut
+from rfmedsam2.store.packed_arrays import cut
+from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.transforms.foreground import sample_foreground
 
 SHAPE = (21, 40, 37)
@@ -242,8 +243,8 @@ def test_a_bit_that_the_disk_has_changed_is_noticed_by_who_reads_the_case(store,
 def test_a_file_is_compared_with_its_checksum_once_and_anew_in_another_process(store, monkeypatch):
     write(store)
     compared: list[str] = []
-    real = cases._as_written
-    monkeypatch.setattr(cases, "_as_written", lambda path, file: compared.append(path.name) or real(path, file))
+    real = cases.as_written
+    monkeypatch.setattr(cases, "as_written", lambda path, file: compared.append(path.name) or real(path, file))
     case = store.open("case_1")
     for _ in range(3):
         case.image_patch([(0, 4)] * 3)
