@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from rfmedsam2.engine.log import EVENTS, Epochs, read_events
 from rfmedsam2.errors import RecordError
@@ -177,9 +178,7 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def new_figure(size: tuple[float, float], theme: Theme) -> Figure:
     """Make an empty figure of (width, height) inches."""
-    figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor=INK[theme][2])
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=size, dpi=150, layout="constrained", facecolor=INK[theme][2])
 
 
 def styled(ax: Axes, theme: Theme) -> None:
@@ -201,6 +200,8 @@ def styled(ax: Axes, theme: Theme) -> None:
 
 def as_png(figure: Figure) -> bytes:
     """Render a figure as PNG."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # savefig would lay it out and draw it twice
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(stream, "PNG")
     return stream.getvalue()

@@ -20,7 +20,7 @@ from rfmedsam2.store.checkpoints import read_all
 
 pytestmark = pytest.mark.timeout(300)
 FOLD = Path("results/Dataset900_PhantomCT/rfmed_cpu__3d_fullres/fold_0")
-KILLS, KILLS_OF_THE_SHORT_FORM = 20, 5
+KILLS, KILLS_OF_THE_SHORT_FORM = 20, 3
 EPOCHS, STEPS_AN_EPOCH = 5, 20
 WORKERS = "3d_fullres.train.workers=1"
 LONGEST_SECONDS = 10.0

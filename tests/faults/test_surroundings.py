@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support import commands_in_a_row
 from support.changed_labels import relabel
 from support.commands import OURS, PLANNING, run_ok
 
@@ -49,8 +50,16 @@ class Surroundings:
 
     def run(self, name: str, *words: object) -> str:
         """Run rfmed_NAME to its good end; gives all that it said."""
-        program = Path(sys.executable).with_name(f"rfmed_{name}")
-        shell = ["sh", "-ec", f'{self.before}; exec "$@"', "sh", str(program), *map(str, words)]
+        return self._run(Path(sys.executable).with_name(f"rfmed_{name}"), *words)
+
+    def run_in_a_row(self, *commands: tuple[object, ...]) -> list[str]:
+        """Run several commands (NAME, words ...) in one process; gives all that each of them said."""
+        script = Path(commands_in_a_row.__file__)
+        row = json.dumps([list(map(str, command)) for command in commands])
+        return self._run(sys.executable, script, row).split(commands_in_a_row.SEPARATOR)[:-1]
+
+    def _run(self, *words: object) -> str:
+        shell = ["sh", "-ec", f'{self.before}; exec "$@"', "sh", *map(str, words)]
         environment = {key: value for key, value in os.environ.items() if key not in OURS} | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [*(["unshare", "--mount"] if self.mounts else []), *shell],
@@ -108,17 +117,22 @@ def test_spaces_and_foreign_letters_in_a_locale_without_utf8(raw_root, tmp_path)
     out = root / "zwei Wörter"
     variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     here = Surroundings(variables=variables)
-    assert "Train one fold" in here.run("train", "--help")
-    assert "Preprocessed: 5 new" in here.run("plan_and_preprocess", *PLANNING, "--root", root)
-    assert "Trained 2 steps" in here.run("train", *training(root, workers=1))
-    here.run("predict", "-i", raw / "imagesTs", "-o", out, "--root", root)
+    helped, planned, trained, _, scored, _ = here.run_in_a_row(
+        ("train", "--help"),
+        ("plan_and_preprocess", *PLANNING, "--root", root),
+        ("train", *training(root, workers=1)),
+        ("predict", "-i", raw / "imagesTs", "-o", out, "--root", root),
+        ("evaluate", "-p", out, "-g", raw / "labelsTs", "-o", out / "Maße", "--root", root),
+        ("report", "-e", out / "Maße" / "metrics.json", "-o", out / "Seite.html"),
+    )
+    assert "Train one fold" in helped
+    assert "Preprocessed: 5 new" in planned
+    assert "Trained 2 steps" in trained
     assert sorted(path.name for path in out.glob("*.nii.gz")) == ["pha nöm_007.nii.gz", "phantom_006.nii.gz"]
-    said = here.run("evaluate", "-p", out, "-g", raw / "labelsTs", "-o", out / "Maße", "--root", root)
-    assert "Leber \\xdf \\u809d" in said  # what this locale cannot show
+    assert "Leber \\xdf \\u809d" in scored  # what this locale cannot show
     scores = read_record(out / "Maße" / "metrics.json", Evaluation)
     assert "Leber ß 肝" in scores.classes
     assert "pha nöm_007" in {case.id for case in scores.cases}
-    here.run("report", "-e", out / "Maße" / "metrics.json", "-o", out / "Seite.html")
     assert "Leber ß 肝" in (out / "Seite.html").read_text(encoding="utf-8")
 
 
@@ -129,7 +143,7 @@ def test_an_unknown_time_zone_and_files_of_the_future(raw_root, root_of):
         os.utime(path, (future, future))
     here = Surroundings(variables={"TZ": "Nowhere/Nothing"})
     words = (*PLANNING, "--root", root)
-    assert "Preprocessed: 5 new" in here.run("plan_and_preprocess", *words)
+    run_ok("plan_and_preprocess", *words)
     for path in (root / "preprocessed").rglob("*"):
         os.utime(path, (future, future))
     assert "0 rebuilt, 5 finished before" in here.run("plan_and_preprocess", *words)
@@ -153,7 +167,7 @@ def test_a_clock_that_was_set_back(trained_root, root_of, tmp_path):
     assert "0 new, 5 rebuilt" in run_ok("plan_and_preprocess", *PLANNING, "--root", root).out  # as intensities changed
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+@pytest.mark.parametrize("number", [errno.ENOLCK, pytest.param(errno.ENOSYS, marks=pytest.mark.whole)])
 def test_a_file_system_without_locks(raw_root, root_of, tmp_path, monkeypatch, caplog, number):
     """NFS without its lock service: every command works, and says that it cannot keep another from its folder."""
 
@@ -192,11 +206,14 @@ def test_a_home_that_is_not_there_and_a_package_that_may_not_be_written(trained_
         mounts=True,
     )
     raw, out = trained_root / "raw" / DATASET, tmp_path / "out"
-    here.run("predict", "-i", raw / "imagesTs", "-o", out, "--root", trained_root)
-    here.run("evaluate", "-p", out, "-g", raw / "labelsTs", "-o", out, "--root", trained_root)
-    here.run("report", "-e", out / "metrics.json", "-i", raw / "imagesTs", "-o", tmp_path / "page.html")
+    here.run_in_a_row(
+        ("predict", "-i", raw / "imagesTs", "-o", out, "--root", trained_root),
+        ("evaluate", "-p", out, "-g", raw / "labelsTs", "-o", out, "--root", trained_root),
+        ("report", "-e", out / "metrics.json", "-i", raw / "imagesTs", "-o", tmp_path / "page.html"),
+    )
 
 
+@pytest.mark.whole
 def test_inputs_that_may_not_be_written(trained_root, root_of, tmp_path, may_mount):
     root, other = root_of(trained_root), tmp_path / "other"
     raw, ours = root / "raw" / DATASET, {"nnUNet_raw": f"{root}/raw", "nnUNet_results": f"{other}/results"}
@@ -204,11 +221,15 @@ def test_inputs_that_may_not_be_written(trained_root, root_of, tmp_path, may_mou
     making = Surroundings(variables=ours | {"nnUNet_preprocessed": f"{other}/made"}, before=before, mounts=True)
     assert "Preprocessed: 5 new" in making.run("plan_and_preprocess", *PLANNING)
     using = Surroundings(variables=ours | {"nnUNet_preprocessed": f"{root}/preprocessed"}, before=before, mounts=True)
-    assert "Trained 2 steps" in using.run("train", *training(None, workers=0))
-    using.run("predict", "-m", (root / FOLD).parent, "-i", raw / "imagesTs", "-o", other / "out")
+    trained, _ = using.run_in_a_row(
+        ("train", *training(None, workers=0)),
+        ("predict", "-m", (root / FOLD).parent, "-i", raw / "imagesTs", "-o", other / "out"),
+    )
+    assert "Trained 2 steps" in trained
     assert not list(root.rglob(".lock"))
 
 
+@pytest.mark.whole
 def test_few_open_files_and_little_shared_memory(planned_root, root_of, may_mount):
     root = root_of(planned_root)
     here = Surroundings(variables={}, before=f"{LITTLE_SHARED_MEMORY} && ulimit -n 256", mounts=True)

@@ -584,6 +584,7 @@ def test_a_damaged_plan_and_damaged_splits_are_sentences(planned_root, root_of):
 # ---------------------------------------------------------------- a training that is ended
 
 
+@pytest.mark.whole  # tests/faults/test_killed_training.py holds this with workers
 def test_a_terminated_training_saves_and_the_same_command_finishes(planned_root, root_of):
     root = root_of(planned_root)
     words = ["3d_fullres", "fold", "0", "--epochs", "300", "--iterations", "1", "--no-validate", "--root", str(root)]

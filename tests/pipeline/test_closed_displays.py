@@ -160,7 +160,7 @@ def steps(folder: Path) -> int:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
-@pytest.mark.parametrize("wing", ["volumes", "images"])
+@pytest.mark.parametrize("wing", ["volumes", pytest.param("images", marks=pytest.mark.whole)])
 def test_a_training_whose_terminal_closes_saves_and_ends_with_129(wing, root_of, planned_root, tmp_path) -> None:
     """The terminal's end sends SIGHUP to the command, its workers and their server at once."""
     root = root_of(planned_root) if wing == "volumes" else tmp_path
@@ -207,7 +207,7 @@ def test_a_training_into_a_full_log_is_finished(root_of, planned_root) -> None:
     assert read_record_of(checkpoint).step == 2
 
 
-@pytest.mark.parametrize("how", ["closed pipe", "SIGHUP"])
+@pytest.mark.parametrize("how", [pytest.param("closed pipe", marks=pytest.mark.whole), "SIGHUP"])
 def test_ranks_under_torchrun(how, root_of, planned_root) -> None:
     """The launcher's output goes where the ranks' goes; a hang-up reaches launcher, ranks and workers."""
     root = root_of(planned_root)

@@ -60,7 +60,7 @@ def test_two_ranks_learn_what_one_process_does_with_both_batches(together, alone
     assert len(timeless(together)) == len(timeless(alone))
 
 
-@pytest.mark.parametrize("mode", BRANCHES)
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=pytest.mark.whole) if i else m for i, m in enumerate(BRANCHES)])
 def test_a_part_without_gradient_on_one_rank_in_some_steps_neither_hangs_nor_parts_the_ranks(tmp_path, mode):
     done = launch(tmp_path / "two", mode)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,7 @@ from rfmedsam2.nn.sam2.tiny_vit import Scaling, build_tiny_vit_encoder, scaled
 
 @pytest.mark.parametrize(
     ("size", "scaling", "seen"),
-    [(64, "none", 64), (96, "none", 96), (256, "none", 256), (64, "unit", 64), (96, "unit", 96), (320, "unit", 256)],
+    [(64, "none", 64), (96, "none", 96), (64, "unit", 64), (96, "unit", 96), (128, "unit", 128)],
 )
 def test_three_levels_of_256_channels(size: int, scaling: Scaling, seen: int) -> None:
     encoder = build_tiny_vit_encoder(size, scaling).eval()
@@ -35,6 +35,8 @@ def test_lite_medsams_published_size_is_a_quarter_of_the_frames() -> None:
 def test_lite_medsam_sees_the_pixels_that_frames_have(side: int, seen: int) -> None:
     encoder = build_tiny_vit_encoder(256, "unit").eval()
     assert encoder.seen(side) == seen
+    if side >= 256:  # seconds each: the test below runs one of this size
+        return
     with torch.no_grad():
         assert encoder(torch.rand(1, 3, side, side))["vision_features"].shape == (1, 256, 16, 16)
 

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SUPPORT = Path(__file__).resolve().parents[2] / "support"
 KNOWN = SUPPORT / "published_hq_names.json"
 
@@ -38,6 +36,11 @@ assert Tiny is TinyViT and Decoder is MaskDecoderHQ and isinstance(decoder.hf_ml
 assert issubclass(Block, torch.nn.Module) and isinstance(transformer.layers[0], TwoWayAttentionBlock)
 """
 MASKS_OF_EVERYTHING = """
+from segment_anything_hq.build_sam import build_sam_vit_b
+from segment_anything_hq import build_sam, sam_model_registry
+assert callable(build_sam) and sam_model_registry["vit_b"] is build_sam_vit_b
+import segment_anything_hq.build_sam
+assert callable(segment_anything_hq.build_sam)
 from segment_anything_hq import SamAutomaticMaskGenerator, build_sam, build_sam_vit_b, build_sam_vit_l
 from segment_anything_hq.automatic_mask_generator import SamAutomaticMaskGenerator as Generator
 from segment_anything_hq.build_sam_baseline import sam_model_registry_baseline, build_sam_vit_t
@@ -111,6 +114,29 @@ batched = [{**record, "original_size": (90, 120)}]
 assert sam(batched, multimask_output=False)[0]["masks"].shape == (1, 1, 90, 120)
 """
 
+OTHER_SIZES = """
+import torch
+from segment_anything_hq.modeling import tiny_vit_sam
+from rfmedsam2.errors import UsageError
+for name, side, early in (("tiny_vit_5m_224", 14, 160), ("tiny_vit_21m_384", 24, 384)):
+    model = getattr(tiny_vit_sam, name)(num_classes=10).eval()
+    with torch.no_grad():
+        embedding, features = model(torch.randn(1, 3, model.img_size, model.img_size))
+    assert embedding.shape == (1, 256, side, side) and features[0].shape == (1, side, side, early)
+    scales = {n: p.lr_scale for n, p in model.named_parameters() if not n.startswith("neck")}
+    assert set(scales.values()) == {1.0}
+model = tiny_vit_sam.TinyViT(64, embed_dims=[8, 16, 20, 40], num_heads=[1, 2, 2, 4], layer_lr_decay=0.5)
+scales = dict((n, p.lr_scale) for n, p in model.layers.named_parameters())
+assert scales["3.blocks.1.mlp.fc1.weight"] == 1 and scales["3.blocks.0.mlp.fc1.weight"] == 0.5
+assert scales["2.downsample.conv1.c.weight"] == 0.25 and model.patch_embed.seq[0].c.weight.lr_scale == 0.5**11
+try:
+    tiny_vit_sam.tiny_vit_5m_224(pretrained=True)
+except UsageError as error:
+    assert "sam_model_registry" in str(error)
+else:
+    raise AssertionError
+"""
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a fresh interpreter, as programs start."""
@@ -134,34 +160,8 @@ def test_every_published_name_is_here_with_its_signature(tmp_path: Path) -> None
     assert sum(map(len, published.values())) > 100
 
 
-@pytest.mark.parametrize("program", [FINE_TUNING, MASKS_OF_EVERYTHING, END_TO_END])
-def test_programs_for_the_published_package_run(program: str) -> None:
-    done = run("-c", program)
-    assert done.returncode == 0, done.stderr
-
-
-def test_tiny_vits_other_sizes_are_built_as_published() -> None:
-    program = """
-import torch
-from segment_anything_hq.modeling import tiny_vit_sam
-from rfmedsam2.errors import UsageError
-for name, side, early in (("tiny_vit_5m_224", 14, 160), ("tiny_vit_21m_384", 24, 384)):
-    model = getattr(tiny_vit_sam, name)(num_classes=10).eval()
-    with torch.no_grad():
-        embedding, features = model(torch.randn(1, 3, model.img_size, model.img_size))
-    assert embedding.shape == (1, 256, side, side) and features[0].shape == (1, side, side, early)
-    scales = {n: p.lr_scale for n, p in model.named_parameters() if not n.startswith("neck")}
-    assert set(scales.values()) == {1.0}
-model = tiny_vit_sam.TinyViT(64, embed_dims=[8, 16, 20, 40], num_heads=[1, 2, 2, 4], layer_lr_decay=0.5)
-scales = dict((n, p.lr_scale) for n, p in model.layers.named_parameters())
-assert scales["3.blocks.1.mlp.fc1.weight"] == 1 and scales["3.blocks.0.mlp.fc1.weight"] == 0.5
-assert scales["2.downsample.conv1.c.weight"] == 0.25 and model.patch_embed.seq[0].c.weight.lr_scale == 0.5**11
-try:
-    tiny_vit_sam.tiny_vit_5m_224(pretrained=True)
-except UsageError as error:
-    assert "sam_model_registry" in str(error)
-else:
-    raise AssertionError
-"""
-    done = run("-c", program)
+def test_programs_for_the_published_package_run() -> None:
+    """One interpreter for all, which takes seconds to import torch: the first finds nothing imported yet."""
+    code = [f"exec({program!r}, {{}})" for program in (MASKS_OF_EVERYTHING, FINE_TUNING, END_TO_END, OTHER_SIZES)]
+    done = run("-c", "\n".join(code))
     assert done.returncode == 0, done.stderr

@@ -259,17 +259,6 @@ def test_the_package_loads_nothing_before_it_is_asked() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
-def test_build_sam_is_a_function_and_a_module() -> None:
-    code = (
-        "from segment_anything_hq.build_sam import build_sam_vit_b\n"
-        "from segment_anything_hq import build_sam, sam_model_registry\n"
-        "assert callable(build_sam) and sam_model_registry['vit_b'] is build_sam_vit_b\n"
-        "import segment_anything_hq.build_sam\n"
-        "assert callable(segment_anything_hq.build_sam)\n"
-    )
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=120).returncode == 0
-
-
 def test_frame_sizes_that_tiny_vit_cannot_take_are_refused() -> None:
     with pytest.raises(PlanError, match="multiple of 32"):
         TinyViT(100)
