@@ -27,13 +27,12 @@ from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
 
 from rfmedsam2.errors import RfMedSamError, UsageError, sentences
-from rfmedsam2.store.layout import Layout
-from rfmedsam2.system.ranks import ranks_of
 from rfmedsam2.system.terminal import SafeStream, is_read, plain_lines
 
 if TYPE_CHECKING:
     from rfmedsam2.engine.task import Progress
     from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed
+    from rfmedsam2.store.layout import Layout
 
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
 DEBUG = "With --debug, an error also shows its traceback, and all log lines and warnings are printed."
@@ -111,6 +110,8 @@ def _require_sound_environment(environment: Mapping[str, str]) -> None:
     Raises:
         UsageError: names the variable.
     """
+    from rfmedsam2.system.ranks import ranks_of
+
     ranks_of(environment)
     threads = environment.get("OMP_NUM_THREADS", "")
     if threads and not re.fullmatch(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*", threads, re.ASCII):
@@ -223,6 +224,8 @@ def layout_of(root: Path | None) -> Layout:
 
 def say(text: str) -> None:
     """Print a message that is not a result, to standard error, on the main rank only."""
+    from rfmedsam2.system.ranks import ranks_of
+
     if ranks_of(os.environ).is_main:
         _complain(text)
 
