@@ -84,10 +84,10 @@ def segmentation_losses(
     return {"cross_entropy": config.cross_entropy * _mean_over(entropies, mask), "dice": -config.dice * overlap}
 
 
-def deep_supervision_weights(levels: int) -> list[float]:
-    """Weights halve per level and sum to 1 (paper, eq. 2); the lowest of several levels gets 0, as in nnU-Net."""
+def deep_supervision_weights(levels: int, *, lowest: bool = False) -> list[float]:
+    """Weights halve per level and sum to 1 (paper, eq. 2); unless `lowest`, the last of several is 0, as in nnU-Net."""
     weights = [0.5**level for level in range(levels)]
-    if levels > 1:
+    if levels > 1 and not lowest:
         weights[-1] = 0.0
     total = sum(weights)
     return [w / total for w in weights]
@@ -100,13 +100,15 @@ def loss_of(stage: Stage, labels: LabelSet) -> LossFunction:
     return partial(segmentation_losses, labels=labels, config=stage.loss)
 
 
-def deep_supervision_losses(outputs: Sequence[Tensor], target: Tensor, loss: LossFunction) -> dict[str, Tensor]:
+def deep_supervision_losses(
+    outputs: Sequence[Tensor], target: Tensor, loss: LossFunction, *, lowest: bool = False
+) -> dict[str, Tensor]:
     """Weighted sums of a loss's parts over resolutions, highest first; the target is downsampled to each.
 
     Levels of weight 0 contribute a zero gradient, so that every parameter is used in distributed training.
     """
     total: dict[str, Tensor] = {}
-    for weight, logits in zip(deep_supervision_weights(len(outputs)), outputs, strict=True):
+    for weight, logits in zip(deep_supervision_weights(len(outputs), lowest=lowest), outputs, strict=True):
         if weight == 0:
             first = next(iter(total))
             total[first] = total[first] + 0 * logits.float().sum()

@@ -25,7 +25,7 @@ from rfmedsam2.store.checkpoints import read_weights
 def build_stage(plan: Plan, stage: Stage | str, *, cache_features: bool = False) -> nn.Module:
     """Build the complete network of a plan's stage, randomly initialized from torch's global RNG.
 
-    Includes the plan's `stage.compute`, `stage.sampling.max_prompted_objects` and `stage.loss.deep_supervision`. Deep
+    Includes the plan's `stage.compute`, `stage.sampling` and `stage.loss.deep_supervision`. Deep
     supervision is active in training mode only, the limit of objects only with gradients enabled.
 
     Args:
@@ -54,7 +54,7 @@ def build_stage(plan: Plan, stage: Stage | str, *, cache_features: bool = False)
                 outputs=labels.num_outputs,
                 regions=labels.has_regions,
                 compute=stage.compute,
-                max_objects=stage.sampling.max_prompted_objects,
+                sampling=stage.sampling,
                 deep_supervision=deep,
                 cache=FeatureCache(limit_mb) if limit_mb else None,
             )

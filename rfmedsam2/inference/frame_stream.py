@@ -75,7 +75,8 @@ class FrameStream:
             features = self._encoded(_rows(frames, active)) if len(active) else None
         if self.step == 0:
             return start.base_logits
-        return self._refined(_Part(features=features, logits=start.base_logits, active=active), start, last=last)
+        part = _Part(features=features, logits=start.base_logits, evidence=start.evidence, active=active)
+        return self._refined(part, start, last=last)
 
     def _encoded(self, frames: Tensor) -> FrameFeatures:
         self.encoded += len(frames)
@@ -97,7 +98,9 @@ class FrameStream:
         if now.features is None or not len(now.active):
             return now.logits
         at = now.active + (len(memory.rows) - len(part.logits))
-        final = self.network.refiner.second(now.features, _rows(now.logits, now.active), memory, at=at)
+        evidence = None if now.evidence is None else _rows(now.evidence, now.active)
+        logits = _rows(now.logits, now.active)
+        final = self.network.refiner.second(now.features, logits, memory, evidence=evidence, at=at)
         return _with_rows(now.logits, now.active, final)
 
     def _remembered(self, part: _Part, first: Step1Output | None) -> Memory:
@@ -120,10 +123,11 @@ class FrameStream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """Frames after Step 1: class maps (n, K, H, W) of all, and features of the `active` ones (with prompts)."""
+    """Frames after Step 1: class maps (n, K, H, W), evidence, and features of the `active` ones (with prompts)."""
 
     features: FrameFeatures | None
     logits: Tensor
+    evidence: Tensor | None
     active: Tensor
 
     def followed_by(self, other: _Part) -> _Part:
@@ -136,13 +140,18 @@ class _Part:
                 fine=torch.cat([self.features.fine, other.features.fine]),
             )
         active = torch.cat([self.active, other.active + len(self.logits)])
-        return _Part(features=features, logits=torch.cat([self.logits, other.logits]), active=active)
+        evidence = None
+        if self.evidence is not None and other.evidence is not None:
+            evidence = torch.cat([self.evidence, other.evidence])
+        logits = torch.cat([self.logits, other.logits])
+        return _Part(features=features, logits=logits, evidence=evidence, active=active)
 
     def split(self, frames: int) -> tuple[_Part, _Part]:
         """The first frames, and the rest."""
         count = len(self.logits)
         if frames == count:
-            return self, _Part(features=None, logits=self.logits[:0], active=self.active[:0])
+            nothing = None if self.evidence is None else self.evidence[:0]
+            return self, _Part(features=None, logits=self.logits[:0], evidence=nothing, active=self.active[:0])
         here = self.active < frames
         parts = []
         for chosen_, place in ((here, slice(0, frames)), (~here, slice(frames, count))):
@@ -150,7 +159,9 @@ class _Part:
             features = None if self.features is None or not len(own) else self.features.at(own)
             # a copy, so that waiting frames do not keep finished ones alive
             logits = self.logits[place].clone()
-            parts.append(_Part(features=features, logits=logits, active=self.active[own] - place.start))
+            evidence = None if self.evidence is None else self.evidence[place].clone()
+            active = self.active[own] - place.start
+            parts.append(_Part(features=features, logits=logits, evidence=evidence, active=active))
         return parts[0], parts[1]
 
 
@@ -160,7 +171,8 @@ def chosen(start: RefinementInput, frames: Tensor) -> RefinementInput:
         return start
     masks, tokens = (None if t is None else t[frames] for t in (start.masks, start.tokens))
     prompts = Prompts(boxes=start.prompts.boxes[frames], present=start.prompts.present[frames])
-    return RefinementInput(prompts=prompts, base_logits=start.base_logits[frames], masks=masks, tokens=tokens)
+    base_logits = start.base_logits[frames]
+    return RefinementInput(prompts=prompts, base_logits=base_logits, given=start.given, masks=masks, tokens=tokens)
 
 
 def spread(start: RefinementInput, frames: Tensor, count: int) -> RefinementInput:
@@ -175,6 +187,7 @@ def spread(start: RefinementInput, frames: Tensor, count: int) -> RefinementInpu
     return RefinementInput(
         prompts=Prompts(boxes=among(given.boxes, 0), present=among(given.present, 0)),
         base_logits=among(start.base_logits, ABSENT),
+        given=start.given,
         masks=None if start.masks is None else among(start.masks, ABSENT),
         tokens=None if start.tokens is None else among(start.tokens, 0),
     )
@@ -186,7 +199,10 @@ def flipped(start: RefinementInput, dims: tuple[int, ...]) -> RefinementInput:
         return start
     masks = None if start.masks is None else start.masks.flip(dims)
     prompts = flipped_boxes(start.prompts, dims, size_of(start.base_logits))
-    return RefinementInput(prompts=prompts, base_logits=start.base_logits.flip(dims), masks=masks, tokens=start.tokens)
+    base_logits = start.base_logits.flip(dims)
+    return RefinementInput(
+        prompts=prompts, base_logits=base_logits, given=start.given, masks=masks, tokens=start.tokens
+    )
 
 
 def flipped_boxes(prompts: Prompts, dims: tuple[int, ...], size: Size) -> Prompts:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -276,13 +276,13 @@ class RefinedTiles:
             known = None if boxes is None or makes_masks else network.start_from_boxes(boxes, self._size)
             return known, boxes
         inside = self._inside(corner)
+        masks = None if plane.masks is None else plane.masks[inside]
         if boxes is None:
             classes = plane.classes[inside]
             found = prompts_from_members(classes) if network.regions else prompts_from_labels(classes, network.classes)
-        else:
-            found = boxes
-        masks = None if plane.masks is None else plane.masks[inside]
-        return RefinementInput(prompts=found, base_logits=plane.base_logits[inside], masks=masks), boxes
+            return RefinementInput(prompts=found, base_logits=plane.base_logits[inside], masks=masks), None
+        start = RefinementInput(prompts=boxes, base_logits=plane.base_logits[inside], masks=masks)
+        return network.with_boxes(start, boxes), boxes
 
     def _nothing(self, frames: int) -> RefinementInput:
         network = self._networks[0]
@@ -311,7 +311,7 @@ def _from_features(
     features: FrameFeatures, *, network: RFMedSam2, size: Size, boxes: Prompts | None
 ) -> RefinementInput:
     start = network.start(features, size, None)
-    return start if boxes is None else replace(start, prompts=boxes)
+    return start if boxes is None else network.with_boxes(start, boxes)
 
 
 def _with_body(frames: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfmedsam2.nn.object_sampling import DrawnObjects
 from rfmedsam2.nn.sam2.types import MemoryBank
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 
@@ -31,6 +32,7 @@ class RefinementInput:
     Attributes:
         prompts: boxes (N, K, 4) in pixels of the maps, presence (N, K).
         base_logits: (N, K, H, W) class map of Step 0; objects that are not decoded keep it.
+        given: whether the prompts are boxes from a person that win over `base_logits`.
         masks: (N, K, H, W) logits of mask prompts; None: no mask prompts.
         tokens: (N, K, P, C) sparse embeddings used instead of boxes; None: boxes.
         found: (N, K, 4) boxes predicted by a generator, xyxy in [0, 1] of the frame, with gradients.
@@ -39,10 +41,16 @@ class RefinementInput:
 
     prompts: Prompts
     base_logits: Tensor
+    given: bool = False
     masks: Tensor | None = None
     tokens: Tensor | None = None
     found: Tensor | None = None
     presence: Tensor | None = None
+
+    @property
+    def evidence(self) -> Tensor | None:
+        """What SAM 2's masks are added to; None: they replace it."""
+        return None if self.given else self.base_logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +72,14 @@ class Step1Output:
 
     Attributes:
         logits: (N, K, H, W) class map.
-        objects: (q, 2) (frame, class) of the decoded objects.
+        drawn: the decoded objects, q altogether.
         masks: (q, 4s, 4s) SAM 2's mask logits.
         pointers: (q, C) object pointers.
         scores: (q,) object score logits.
     """
 
     logits: Tensor
-    objects: Tensor
+    drawn: DrawnObjects
     masks: Tensor
     pointers: Tensor
     scores: Tensor
@@ -86,6 +94,7 @@ class StepOutputs:
             supervision.
         scores: (q,) object score logits of Step 1.
         objects: (q, 2) (frame, class) of these scores.
+        frames: (B * D,) bool, the frames that count in the losses of Steps 1 and 2; None: all.
         found: (N, K, 4) boxes predicted by a generator, xyxy in [0, 1] of the frame; None for other generators.
         presence: (N, K) presence logits of these boxes.
     """
@@ -93,6 +102,7 @@ class StepOutputs:
     logits: dict[int, Tensor | list[Tensor]]
     scores: Tensor | None = None
     objects: Tensor | None = None
+    frames: Tensor | None = None
     found: Tensor | None = None
     presence: Tensor | None = None
 
@@ -105,6 +115,17 @@ def relative_to_background(logits: Tensor, *, regions: bool) -> Tensor:
 def one_against_rest(logits: Tensor, *, regions: bool) -> Tensor:
     """Logits (N, outputs, ...) -> log-odds (N, K, ...) of each class against all others together."""
     return logits if regions else torch.logit(logits.softmax(1)[:, 1:], eps=PROBABILITY_FLOOR)
+
+
+def total_evidence(class_map: Tensor) -> Tensor:
+    """Logarithm of the summed exponentials of a class map (N, K, ...) and its background: (N, ...)."""
+    classes = class_map.logsumexp(1)
+    return torch.logaddexp(classes, torch.zeros_like(classes))
+
+
+def log_odds(own: Tensor, total: Tensor) -> Tensor:
+    """Log-odds of classes against all others together, from their logits and the `total_evidence` of their pixels."""
+    return torch.logit((own - total).exp(), eps=PROBABILITY_FLOOR)
 
 
 def with_background(class_map: Tensor, volumes: int, *, regions: bool) -> Tensor:

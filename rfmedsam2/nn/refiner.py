@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rfmedsam2.nn.disturbance import jittered
 from rfmedsam2.nn.memory_budget import ObjectSizes, chunk_size
+from rfmedsam2.nn.object_sampling import DrawnObjects, all_objects
 from rfmedsam2.nn.refinement_state import (
     ABSENT,
     Memory,
@@ -24,15 +25,18 @@ from rfmedsam2.nn.refinement_state import (
     Size,
     Step1Output,
     downsample,
+    log_odds,
     prompts_of,
     scatter_masks,
     size_of,
+    total_evidence,
     upsample,
 )
 from rfmedsam2.nn.sam2.memory_attention import condition_on_memory, prepare_frames
 from rfmedsam2.nn.sam2.memory_selection import select
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import FrameFeatures, MemoryBank, ObjectPrompts, Slots
+from rfmedsam2.nn.step_gates import StepGates
 from rfmedsam2.prompts import Prompts, resized
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Compute
@@ -44,63 +48,109 @@ class Refiner:
 
     Args:
         sam: SAM 2; registered as a module elsewhere.
+        gates: gates of the output `gated`, registered elsewhere too.
         config: configuration of the whole model.
         regions: whether classes overlap.
         compute: memory budget of SAM 2's chunks, and activation checkpointing.
-        max_objects: with gradients enabled, maximum number of object prompts decoded per batch, drawn at random; None:
-            all.
     """
 
     def __init__(
-        self, sam: Sam2, config: RFMedSam2Config, *, regions: bool, compute: Compute, max_objects: int | None
+        self, sam: Sam2, gates: StepGates | None, config: RFMedSam2Config, *, regions: bool, compute: Compute
     ) -> None:
-        self.sam, self.config, self.regions = sam, config, regions
-        self.compute, self.max_objects = compute, max_objects
+        self.sam, self.gates, self.config, self.regions, self.compute = sam, gates, config, regions, compute
 
-    def first(self, features: FrameFeatures, start: RefinementInput) -> Step1Output:
-        """Step 1: decode every object prompt of N frames."""
-        objects = self._sampled(start.prompts.present.nonzero())
-        size = size_of(start.base_logits)
-        prompts = self._prompts(start.prompts, objects, size)
+    def first(self, features: FrameFeatures, start: RefinementInput, drawn: DrawnObjects | None = None) -> Step1Output:
+        """Step 1: decode object prompts of N frames, those `drawn`, or all that are present."""
+        drawn = all_objects(start.prompts.present) if drawn is None else drawn
+        results = self._decoded(features, start, drawn.learned, drawn.absent)
+        if len(drawn.context):
+            with torch.no_grad():
+                more = self._decoded(features, start, drawn.context, torch.zeros_like(drawn.context[:, 0]).bool())
+            results = [torch.cat(both) for both in zip(results, more, strict=True)]
+        masks, pointers, scores = results
+        objects, asked = drawn.objects, None
+        if self.config.output == "detail" and start.masks is not None:
+            asked = start.masks[objects[:, 0], objects[:, 1]]
+        values = self._output(masks, objects, size_of(start.base_logits), evidence=start.evidence, asked=asked, step=1)
+        logits = scatter_masks(start.base_logits, objects, values)
+        return Step1Output(logits=logits, drawn=drawn, masks=masks, pointers=pointers, scores=scores)
 
-        def chunk(part: Tensor, boxes: Tensor | None) -> tuple[Tensor, ...]:
+    def _decoded(
+        self, features: FrameFeatures, start: RefinementInput, objects: Tensor, absent: Tensor
+    ) -> list[Tensor]:
+        """Masks (q, 4s, 4s), pointers (q, C), scores (q,) of objects; `absent` (q,): which are not on their frame."""
+        sam, size = self.sam, size_of(start.base_logits)
+        prompts = start.prompts
+        if absent.any():  # their boxes, from a generator, are resized as well
+            prompts = Prompts(boxes=prompts.boxes, present=torch.ones_like(prompts.present))
+        boxes = self._prompts(prompts, objects, size)
+        if not len(objects):
+            return [boxes.new_zeros(0, *shape) for shape in ((4 * sam.side, 4 * sam.side), (sam.channels,), ())]
+        pads = self.config.generator == "gt" and bool(absent.any())
+
+        def chunk(part: Tensor, boxes: Tensor, absent: Tensor) -> tuple[Tensor, ...]:
             frames, classes = part.unbind(1)
             given = ObjectPrompts(
                 boxes=boxes,
+                padded=absent if pads else None,
                 masks=None if start.masks is None else self._downsampled(start.masks[frames, classes]),
                 tokens=None if start.tokens is None else start.tokens[frames, classes],
             )
-            decoded = self.sam.decode(features.at(frames), given)
+            decoded = sam.decode(features.at(frames), given)
             return decoded.masks, decoded.pointers, decoded.scores
 
         count = chunk_size(self.compute.memory_mb, self._object_sizes().decode(training=torch.is_grad_enabled()))
-        masks, pointers, scores = self._in_chunks(chunk, objects, prompts, count)
-        values = self._output(masks, start.base_logits, start.masks, objects)
-        logits = scatter_masks(start.base_logits, objects, values)
-        return Step1Output(logits=logits, objects=objects, masks=masks, pointers=pointers, scores=scores)
+        chunks = zip(objects.split(count), boxes.split(count), absent.split(count), strict=True)
+        return [torch.cat(results) for results in zip(*(self.run(chunk, *part) for part in chunks), strict=True)]
 
     def encode_memory(self, features: FrameFeatures, first: Step1Output, volumes: int) -> Memory:
-        """Memories of the masks decoded in Step 1; the N frames are D consecutive ones of each of `volumes`."""
+        """Memories of Step 1's masks; the N frames are D consecutive ones of each of `volumes`.
 
-        def chunk(frames: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
-            return self.sam.encode_memory(features.embedding[frames], masks, scores)
+        Where SAM 2's masks are added to Step 0's, they are of the sum: SAM 2's alone are not the object's mask.
+        """
+        objects, learned = first.drawn.objects, len(first.drawn.learned)
+        composed = self.config.output == "gated"
+        total = self._total(first.logits) if composed else None
+
+        def chunk(part: Tensor, masks: Tensor, scores: Tensor) -> Tensor:
+            if composed:
+                masks = self._downsampled(self._odds(first.logits, total, part))
+            return self.sam.encode_memory(features.embedding[features.rows_of(part[:, 0])], masks, scores)
 
         count = chunk_size(self.compute.memory_mb, self._object_sizes().encode_memory(training=torch.is_grad_enabled()))
-        parts = zip(first.objects[:, 0].split(count), first.masks.split(count), first.scores.split(count), strict=True)
-        maps = [self.run(chunk, *part) for part in parts] if len(first.objects) else [self._no_memory(features)]
-        rows = torch.full(first.logits.shape[:2], -1, dtype=torch.long, device=first.objects.device)
-        rows[first.objects[:, 0], first.objects[:, 1]] = torch.arange(len(first.objects), device=rows.device)
+        maps = []
+        for own in (slice(learned), slice(learned, None)):
+            parts = zip(*(t[own].split(count) for t in (objects, first.masks, first.scores)), strict=True)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and own.start is None):
+                maps += [self.run(chunk, *part) for part in parts if len(part[0])]
+        rows = torch.full(first.logits.shape[:2], -1, dtype=torch.long, device=objects.device)
+        rows[objects[:, 0], objects[:, 1]] = torch.arange(len(objects), device=objects.device)
+        if self.config.generator == "gt":  # while predicting, what has no box has no memory
+            absent = first.drawn.learned[first.drawn.absent]
+            rows[absent[:, 0], absent[:, 1]] = -1
         rows = rows.unflatten(0, (volumes, -1)).transpose(0, 1)
-        return Memory(bank=MemoryBank(maps=torch.cat(maps), pointers=first.pointers), rows=rows)
+        bank = MemoryBank(maps=torch.cat(maps) if maps else self._no_memory(features), pointers=first.pointers)
+        return Memory(bank=bank, rows=rows)
 
-    def second(self, features: FrameFeatures, logits: Tensor, memory: Memory, *, at: Tensor | None = None) -> Tensor:
+    def second(
+        self,
+        features: FrameFeatures,
+        logits: Tensor,
+        memory: Memory,
+        *,
+        evidence: Tensor | None,
+        at: Tensor | None = None,
+        only: Tensor | None = None,
+    ) -> Tensor:
         """Step 2: decode the objects in Step 1's class map again, with memories.
 
         Args:
             features: features of N = B * n frames.
             logits: (N, K, H, W) class map of Step 1 on the same frames.
             memory: memories of a window of frames that contains these.
+            evidence: `RefinementInput.evidence` of the same frames.
             at: (n,) long, indices of the n frames of each volume in that window; None: all frames of it, in order.
+            only: (N,) bool, frames whose objects are decoded; None: all.
 
         Returns:
             (N, K, H, W) class map.
@@ -108,18 +158,27 @@ class Refiner:
         prompts = prompts_of(logits, regions=self.regions)
         at = torch.arange(len(memory.rows), device=logits.device) if at is None else at
         rows = memory.rows[at].transpose(0, 1).flatten(0, 1)
-        objects = (prompts.present & (rows >= 0)).nonzero()
+        wanted = prompts.present & (rows >= 0)
+        objects = (wanted if only is None else wanted & only[:, None]).nonzero()
         if not len(objects):
             return logits
         boxes = self._prompts(prompts, objects, size_of(logits))
-        values = self._with_memory(features, logits, memory, objects=objects, boxes=boxes, at=at)
-        asked = logits if self.config.mask_prompt else None
-        return scatter_masks(logits, objects, self._output(values, logits, asked, objects))
+        against_all = self.config.step2_mask_prompt == "one_against_rest" and not self.regions
+        total = self._total(logits) if against_all and self.config.mask_prompt else None
+        values = self._with_memory(features, logits, total, memory, objects=objects, boxes=boxes, at=at)
+        asked = None
+        if self.config.output == "detail" and self.config.mask_prompt:
+            asked = self._odds(logits, total, objects)
+        if evidence is not None and self.config.output == "correct":
+            evidence = logits
+        values = self._output(values, objects, size_of(logits), evidence=evidence, asked=asked, step=2)
+        return scatter_masks(logits, objects, values)
 
     def _with_memory(
         self,
         features: FrameFeatures,
         logits: Tensor,
+        total: Tensor | None,
         memory: Memory,
         *,
         objects: Tensor,
@@ -142,8 +201,8 @@ class Refiner:
 
         def chunk(part: Tensor, slots: Slots) -> Tensor:
             own = frames[part]
-            embedding = condition_on_memory(self.sam, prepared, own, memory.bank, slots)
-            asked = self._downsampled(logits[own, kinds[part]]) if self.config.mask_prompt else None
+            embedding = condition_on_memory(self.sam, prepared, features.rows_of(own), memory.bank, slots)
+            asked = self._downsampled(self._odds(logits, total, objects[part])) if self.config.mask_prompt else None
             return self.sam.decode(
                 features.at(own), ObjectPrompts(boxes=boxes[part], masks=asked), embedding=embedding
             ).masks
@@ -159,27 +218,51 @@ class Refiner:
         placeholder = torch.cat(masks)
         return torch.empty_like(placeholder).index_copy(0, torch.cat(order), placeholder)
 
-    def _output(self, masks: Tensor, base: Tensor, asked: Tensor | None, objects: Tensor) -> Tensor:
-        """Resize SAM 2's masks (q, 4s, 4s) to the class map and combine them by `config.output`: (q, H, W)."""
-        size = size_of(base)
+    def _output(
+        self,
+        masks: Tensor,
+        objects: Tensor,
+        size: Size,
+        *,
+        evidence: Tensor | None,
+        asked: Tensor | None,
+        step: int,
+    ) -> Tensor:
+        """Resize SAM 2's masks (q, 4s, 4s) to the class map and combine them by `config.output`: (q, H, W).
+
+        Args:
+            masks: SAM 2's masks.
+            objects: (q, 2), which they are of.
+            size: rows and columns of the class map.
+            evidence: class map that they are added to; None: they replace it.
+            asked: (q, H, W), mask prompts whose detail is kept.
+            step: 1 or 2.
+        """
         # a mask emptied by its object score gets the logit of an absent class
         large = upsample(torch.where(masks > NO_OBJ_SCORE, masks, ABSENT), size)
+        if evidence is None:
+            return large
         frames, classes = objects.unbind(1)
         match self.config.output:
+            case "gated":
+                assert self.gates is not None
+                return evidence[frames, classes] + self.gates(large, classes, step)
             case "correct":
-                return base[frames, classes] + large
+                return evidence[frames, classes] + large
             case "detail" if asked is not None:
-                prompt = asked[frames, classes]
-                return large + prompt - upsample(self._downsampled(prompt), size)
+                return large + asked - upsample(self._downsampled(asked), size)
             case _:
                 return large
 
-    def _sampled(self, objects: Tensor) -> Tensor:
-        """Sample at most `max_objects`: an untrained prompt generator predicts every class on every frame."""
-        most = self.max_objects
-        if most is None or len(objects) <= most or not torch.is_grad_enabled():
-            return objects
-        return objects[torch.randperm(len(objects), device=objects.device)[:most].sort().values]
+    def _total(self, logits: Tensor) -> Tensor | None:
+        """Evidence for everything together in a class map; None: regions, which do not exclude each other."""
+        return None if self.regions else total_evidence(logits)
+
+    def _odds(self, logits: Tensor, total: Tensor | None, objects: Tensor) -> Tensor:
+        """Logits (q, H, W) of objects in a class map, against all others if their `total` evidence is given."""
+        frames, classes = objects.unbind(1)
+        own = logits[frames, classes]
+        return own if total is None else log_odds(own, total[frames])
 
     def _prompts(self, prompts: Prompts, objects: Tensor, size: Size) -> Tensor:
         """Boxes (q, 4) of objects in pixels of SAM 2's frames."""
@@ -191,20 +274,6 @@ class Refiner:
     def _downsampled(self, masks: Tensor) -> Tensor:
         side = 4 * self.sam.side
         return downsample(masks, (side, side))
-
-    def _in_chunks(
-        self, chunk: Callable[..., tuple[Tensor, ...]], objects: Tensor, boxes: Tensor, count: int
-    ) -> list[Tensor]:
-        """Run a function of objects in chunks and concatenate its results."""
-        if not len(objects):
-            sam = self.sam
-            return [
-                boxes.new_zeros(0, 4 * sam.side, 4 * sam.side),
-                boxes.new_zeros(0, sam.channels),
-                boxes.new_zeros(0),
-            ]
-        parts = [self.run(chunk, *part) for part in zip(objects.split(count), boxes.split(count), strict=True)]
-        return [torch.cat(results) for results in zip(*parts, strict=True)]
 
     def _no_memory(self, features: FrameFeatures) -> Tensor:
         side = self.sam.side

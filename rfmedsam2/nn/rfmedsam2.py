@@ -21,6 +21,7 @@ from rfmedsam2.nn.adapters import ChannelAdapter
 from rfmedsam2.nn.feature_cache import FeatureCache
 from rfmedsam2.nn.loading import LoadReport
 from rfmedsam2.nn.memory_budget import chunk_size, frame_bytes
+from rfmedsam2.nn.object_sampling import DrawnObjects, all_objects, draw_objects
 from rfmedsam2.nn.prompt_generators import HierarchicalMasks, ObjectQueries, PointEmbeddings
 from rfmedsam2.nn.refinement_state import (
     ABSENT,
@@ -38,11 +39,12 @@ from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.light_weights import load_light
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import FrameFeatures
-from rfmedsam2.nn.sam2.weights import load_sam2, pretrained_parameters
+from rfmedsam2.nn.sam2.weights import load_sam2, memory_parameters, pretrained_parameters
+from rfmedsam2.nn.step_gates import StepGates
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.model import LIGHT_BACKBONES, RFMedSam2Config
-from rfmedsam2.records.plan import Compute
+from rfmedsam2.records.plan import Compute, Sampling
 
 
 class RFMedSam2(nn.Module):
@@ -54,7 +56,7 @@ class RFMedSam2(nn.Module):
         outputs: number of channels of the logits: K classes and background, or K regions.
         regions: whether outputs are regions.
         compute: memory budget of SAM 2's chunks, and activation checkpointing.
-        max_objects: with gradients enabled, maximum number of object prompts decoded per batch; None: all.
+        sampling: with gradients enabled, which object prompts are decoded; None: all.
         deep_supervision: whether Step 0's U-Net returns all its resolutions in training mode.
         cache: cache of a frozen image encoder's features; None: no cache.
 
@@ -71,12 +73,13 @@ class RFMedSam2(nn.Module):
         outputs: int,
         regions: bool = False,
         compute: Compute | None = None,
-        max_objects: int | None = None,
+        sampling: Sampling | None = None,
         deep_supervision: bool = False,
         cache: FeatureCache | None = None,
     ) -> None:
         super().__init__()
         self.config, self.outputs, self.regions, self.cache = config, outputs, regions, cache
+        self.sampling = sampling or Sampling()
         self.classes = outputs if regions else outputs - 1
         if self.classes < 1:
             raise PlanError("The model has no foreground class", expected="at least one", found="none")
@@ -93,11 +96,17 @@ class RFMedSam2(nn.Module):
             for parameter in pretrained_parameters(base, config.backbone).values():
                 parameter.requires_grad_(False)
         inject(base, config.adapters)
-        if not config.encoder_learns:  # parameters without gradients must not get weight decay either
+        # parameters without gradients must not get weight decay either
+        if not config.gradients_in_encoder:
             self.channel_adapter.requires_grad_(False)
+        if not config.encoder_learns:
             base.image_encoder.requires_grad_(False)
+        if config.refinements == 1:
+            for parameter in memory_parameters(base):
+                parameter.requires_grad_(False)
         self.sam = Sam2(base, object_scores=config.object_scores)
-        self.refiner = Refiner(self.sam, config, regions=regions, compute=compute or Compute(), max_objects=max_objects)
+        self.gates = StepGates(config.refinements, self.classes) if config.output == "gated" else None
+        self.refiner = Refiner(self.sam, self.gates, config, regions=regions, compute=compute or Compute())
         self.unet = None
         if config.unet is not None:
             self.unet = UNet(config.unet, channels=channels, outputs=outputs, deep_supervision=deep_supervision)
@@ -149,7 +158,7 @@ class RFMedSam2(nn.Module):
     def encode(self, frames: Tensor) -> FrameFeatures:
         """(N, M, H, W) -> features; frames are resized to the frame size and encoded in chunks."""
         size = self.config.frame_size
-        training = self.config.encoder_learns and torch.is_grad_enabled()
+        training = self.config.gradients_in_encoder and torch.is_grad_enabled()
         side = frames.shape[-1]
         each = frame_bytes(self.config.backbone, size, side=side, training=training)
         count = chunk_size(self.refiner.compute.memory_mb, each)
@@ -179,6 +188,12 @@ class RFMedSam2(nn.Module):
             prompts=prompts_of(base_logits, regions=self.regions), base_logits=base_logits, masks=masks
         )
 
+    def with_boxes(self, start: RefinementInput, boxes: Prompts) -> RefinementInput:
+        """Refinement input with boxes from a person in place of its own prompts (`config.given_boxes`)."""
+        if self.config.given_boxes == "composed":
+            return replace(start, prompts=boxes)
+        return replace(start, prompts=boxes, masks=None, given=True)
+
     def start_from_boxes(self, prompts: Prompts, size: Size, *, tokens: Tensor | None = None) -> RefinementInput:
         """Refinement input from boxes in pixels of frames of `size`, without mask prompts."""
         base_logits = prompts.boxes.new_full((*prompts.present.shape, *size), ABSENT)
@@ -193,15 +208,15 @@ class RFMedSam2(nn.Module):
 
         Args:
             volumes: patches.
-            boxes: of the B * D frames, for the generator gt; for generators of boxes the presence to decode by while
-                training (what the reference holds), else their own.
+            boxes: of the B * D frames: for the generators gt and unet the boxes that are given; for generators of boxes
+                the presence to decode by while training (what the reference holds), else their own.
             last: last step to run; None: all steps.
             step0: fixed class maps (B, K, D, H, W) instead of the U-Net's; None: the U-Net runs.
         """
         last = self.last_step if last is None else min(last, self.last_step)
         count, size = len(volumes), (volumes.shape[-2], volumes.shape[-1])
         logits: dict[int, Tensor | list[Tensor]] = {}
-        start = None
+        frames = volumes.transpose(1, 2).flatten(0, 1)
         if self.config.generator == "unet":
             outputs = self.prompt_volumes(volumes) if step0 is None else self._with_background_channel(step0)
             logits[0] = outputs
@@ -209,25 +224,55 @@ class RFMedSam2(nn.Module):
                 return StepOutputs(logits=logits)
             full = outputs if isinstance(outputs, Tensor) else outputs[0]
             start = self.start_from_logits(full.transpose(1, 2).flatten(0, 1))
-        features = self.encode(volumes.transpose(1, 2).flatten(0, 1))
-        if start is None:
+            start = start if boxes is None else self.with_boxes(start, boxes)
+            drawn = self._drawn(start, count)
+            features = self._encoded(frames, drawn)
+        elif self.config.generator == "gt":
+            start = self.start(None, size, boxes)
+            drawn = self._drawn(start, count)
+            features = self._encoded(frames, drawn)
+        else:
+            features = self.encode(frames)
             start = self.start(features, size, boxes)
+            drawn = self._drawn(start, count)
             if self.config.generator == "hierarchical_masks":
                 logits[0] = with_background(start.base_logits, count, regions=self.regions)
-        first = self.refiner.first(features, start)
+        first = self.refiner.first(features, start, drawn)
         logits[1] = with_background(first.logits, count, regions=self.regions)
         if last > 1:
             memory = self.refiner.encode_memory(features, first, count)
-            second = self.refiner.second(features, first.logits, memory)
+            second = self.refiner.second(features, first.logits, memory, evidence=start.evidence, only=drawn.frames)
             logits[2] = with_background(second, count, regions=self.regions)
+        learned = len(drawn.learned)
         return StepOutputs(
-            logits=logits, scores=first.scores, objects=first.objects, found=start.found, presence=start.presence
+            logits=logits,
+            scores=first.scores[:learned],
+            objects=drawn.learned,
+            frames=drawn.frames,
+            found=start.found,
+            presence=start.presence,
         )
 
     def _with_background_channel(self, class_maps: Tensor) -> Tensor:
         return class_maps if self.regions else F.pad(class_maps, (0, 0, 0, 0, 0, 0, 1, 0))
 
-    def start(self, features: FrameFeatures, size: Size, boxes: Prompts | None) -> RefinementInput:
+    def _drawn(self, start: RefinementInput, volumes: int) -> DrawnObjects:
+        present = start.prompts.present
+        if not torch.is_grad_enabled():
+            return all_objects(present)
+        return draw_objects(present, volumes, sampling=self.sampling, config=self.config)
+
+    def _encoded(self, frames: Tensor, drawn: DrawnObjects) -> FrameFeatures:
+        """Features of the frames with objects to decode; of all if objects are not drawn in runs of frames."""
+        objects = drawn.objects
+        if not self.sampling.prompted_runs or not len(objects):
+            return self.encode(frames)
+        used = objects[:, 0].unique()
+        rows = torch.full((len(frames),), -1, device=used.device)
+        rows[used] = torch.arange(len(used), device=used.device)
+        return replace(self.encode(frames[used]), rows=rows)
+
+    def start(self, features: FrameFeatures | None, size: Size, boxes: Prompts | None) -> RefinementInput:
         """Refinement input without a U-Net: from given boxes, or from a generator on the frames' features."""
         match self.config.generator:
             case "gt":
@@ -240,9 +285,11 @@ class RFMedSam2(nn.Module):
                 return self.start_from_boxes(boxes, size)
             case "hierarchical_masks":
                 assert self.generator is not None
+                assert features is not None
                 logits = self.refiner.run(self.generator, features)
                 return self.start_from_logits(F.interpolate(logits.float(), size, mode="bilinear", align_corners=False))
             case _:
+                assert features is not None
                 return self._start_from_queries(features, size, boxes)
 
     def _start_from_queries(self, features: FrameFeatures, size: Size, teacher: Prompts | None) -> RefinementInput:

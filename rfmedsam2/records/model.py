@@ -80,6 +80,9 @@ class AdapterConfig(Record):
     """CNN-Adapters after convolutions."""
     encoder: bool = True
     """Also in the image encoder. If off, a frozen encoder needs no gradients and its features can be cached."""
+    channels: bool = False
+    """Train the channel adapter although a frozen encoder has no adapters: gradients pass through the encoder to it,
+    and features cannot be cached. Else it stays the mean of its channels; with one or three little is lost."""
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Bottleneck width as a fraction of the feature width."""
     channel_hidden: Count = 16
@@ -132,10 +135,19 @@ class RFMedSam2Config(Record):
     propagate_loss: bool = True
     """Losses of Steps 1 and 2 reach the prompt generator (the paper's loss propagation). Off: the U-Net learns from its
     own loss only; meant for a SAM 2 trained from scratch, whose gradients are uninformative at first."""
-    output: Literal["replace", "detail", "correct"] = "replace"
+    output: Literal["replace", "detail", "correct", "gated"] = "replace"
     """How a step's mask comes from SAM 2's, which has a quarter of the frame's resolution. replace: it is SAM 2's.
-    detail: SAM 2's, plus what the mask prompt holds beyond that resolution. correct: the mask prompt plus SAM 2's
-    output as a correction, which starts at zero where the decoder is trained from scratch; log-odds of both add up."""
+    detail: SAM 2's, plus what the mask prompt holds beyond that resolution. gated: Step 0's logits plus SAM 2's times a
+    gate, one per step and class, that is learned and starts at 0; memories are of the masks that result. correct: the
+    class map of the step before plus SAM 2's output, and memories of that output alone (older plans)."""
+    gate_learning_rate: Positive = 0.01
+    """Learning rate of the gates of `output` gated, which follows the schedule of all others."""
+    step2_mask_prompt: Literal["class_map", "one_against_rest"] = "class_map"
+    """What Step 2's mask prompts are made of: Step 1's log-odds of a class against all others, as in Step 1, or its
+    logits against the background alone (older plans)."""
+    given_boxes: Literal["composed", "replace"] = "composed"
+    """What boxes from a person do where Step 0 predicts masks. replace: they are decoded without its mask prompts, and
+    SAM 2's masks replace its own. composed: as Step 0's own boxes (older plans)."""
     freeze_backbone: bool = True
     """Freeze pre-trained weights; parts without pre-trained weights are always trained."""
     fitted_windows: bool = False
@@ -155,8 +167,13 @@ class RFMedSam2Config(Record):
 
     @property
     def encoder_learns(self) -> bool:
-        """Whether gradients are needed through the image encoder."""
+        """Whether the image encoder has parameters that are trained."""
         return self.adapters.encoder or not self.freeze_backbone or self.backbone == "nano"
+
+    @property
+    def gradients_in_encoder(self) -> bool:
+        """Whether gradients are needed through the image encoder, for itself or for the channel adapter before it."""
+        return self.encoder_learns or self.adapters.channels
 
     @property
     def strides(self) -> tuple[tuple[int, ...], ...]:

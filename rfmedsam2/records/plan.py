@@ -67,8 +67,17 @@ class Sampling(Record):
     oversample_foreground: Probability = 0.33
     """Fraction of a batch's patches that must contain a voxel of a random foreground class."""
     max_prompted_objects: Count | None = None
-    """RFMedSAM 2: decode at most this many object prompts (one per slice and class) per batch,
-    drawn at random; None: all."""
+    """RFMedSAM 2: decode at most this many object prompts (one per slice and class) per batch; None: all."""
+    prompted_runs: bool = False
+    """How these are drawn. true: runs of consecutive slices with all their classes; the slices in their memory are
+    decoded without gradients, no others are encoded, and the losses of Steps 1 and 2 are those of the drawn slices.
+    false: single prompts at random, and the losses of all slices (older plans)."""
+    absent_share: Probability = 0.0
+    """RFMedSAM 2 without masks of Step 0: chance that a class which is not on a slice is decoded too while training,
+    from a padded prompt (label -1) or the generator's; its mask is empty and its object score absent. The paper: 1."""
+    given_box_share: Probability = 0.0
+    """RFMedSAM 2 with masks of Step 0: share of training steps whose prompts are boxes from the reference, as if given
+    by a person (`model.given_boxes`)."""
 
 
 class Augmentation(Record):
@@ -111,7 +120,9 @@ class SegmentationLoss(Record):
     batch_dice: bool = True
     dice_smooth: float = 1e-5
     deep_supervision: bool = True
-    """Level weights halve per level and sum to 1 (appendix G, eq. 2); the lowest level gets none, as in nnU-Net."""
+    """Level weights halve per level and sum to 1 (appendix G, eq. 2)."""
+    lowest_level: bool = False
+    """Whether the lowest level has its weight too, as in eq. 2; false: none, as in nnU-Net."""
 
 
 class Sgd(Record):
@@ -273,10 +284,10 @@ class Stage(Record):
         if not limit or not isinstance(self.model, RFMedSam2Config):
             return self
         kept = f"compute.cache_features_mb {limit} (0: keep none)"
-        if self.model.encoder_learns:
+        if self.model.gradients_in_encoder:
             raise ValueError(
-                f"{kept}, but features of an image encoder that learns cannot be kept: set model.freeze_backbone true "
-                "and model.adapters.encoder false, with a backbone that has published weights"
+                f"{kept}, but features of an image encoder that learns cannot be kept: set model.freeze_backbone true, "
+                "model.adapters.encoder and .channels false, with a backbone that has published weights"
             )
         changing = [f"augmentation.{name}" for name in self.augmentation.changes_of_frames]
         changing += ["extensions.augmentation"] * bool(self.extensions.augmentation)

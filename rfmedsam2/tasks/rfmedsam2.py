@@ -16,7 +16,13 @@ from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.inference.refined_tiles import Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
 from rfmedsam2.inference.sliding_window import Execution
-from rfmedsam2.losses import deep_supervision_losses, generalized_box_iou_loss, loss_of, memberships
+from rfmedsam2.losses import (
+    LossFunction,
+    deep_supervision_losses,
+    generalized_box_iou_loss,
+    loss_of,
+    memberships,
+)
 from rfmedsam2.nn.disturbance import with_noise
 from rfmedsam2.nn.refinement_state import StepOutputs
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
@@ -74,8 +80,13 @@ class RFMedSam2Task:
         )
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Optimizer with one learning rate for adapters, prompt generator and all other trainable parameters."""
-        return build_optimizer(self.model.parameters(), self.stage.train)
+        """Optimizer with one learning rate for adapters, prompt generator and all else, but gates, if there are any."""
+        gates = self.model.gates
+        if gates is None:
+            return build_optimizer(self.model.parameters(), self.stage.train)
+        others = [p for name, p in self.model.named_parameters() if not name.startswith("gates.")]
+        own = {"params": list(gates.parameters()), "lr": self.model.config.gate_learning_rate, "weight_decay": 0.0}
+        return build_optimizer([{"params": others}, own], self.stage.train)
 
     def batches(self, start: int) -> Iterator[PatchBatch]:
         """Training batches from number `start` on."""
@@ -89,17 +100,17 @@ class RFMedSam2Task:
         for number, logits in steps.logits.items():
             if number == 0 and batch.step0 is not None:
                 continue
-            if isinstance(logits, Tensor):
+            if isinstance(logits, Tensor) and number and steps.frames is not None:
+                together = self.stage.loss.batch_dice
+                found = losses_of_frames(logits.float(), batch.target, steps.frames, self._loss, together=together)
+            elif isinstance(logits, Tensor):
                 found = self._loss(logits.float(), batch.target)
             else:
-                found = deep_supervision_losses(logits, batch.target, self._loss)
+                lowest = self.stage.loss.lowest_level
+                found = deep_supervision_losses(logits, batch.target, self._loss, lowest=lowest)
             parts |= {f"step{number}/{name}": part for name, part in found.items()}
         parts |= generator_losses(steps, reference, batch.image.shape[-1])
-        if self.model.config.object_scores and steps.scores is not None and len(steps.scores):
-            assert steps.objects is not None
-            present = reference.present[steps.objects[:, 0], steps.objects[:, 1]]
-            parts["step1/object_score"] = F.binary_cross_entropy_with_logits(steps.scores.float(), present.float())
-        return parts
+        return parts | (object_score_loss(steps, reference) if self.model.config.object_scores else {})
 
     def validate(self) -> dict[str, float]:
         """Dice per foreground class and step over validation patches or volumes; `score` is the last step's mean."""
@@ -153,7 +164,10 @@ class RFMedSam2Task:
         return reference_prompts(target, self.plan.labels) if self.model.config.generator == "gt" else None
 
     def _given(self, reference: Prompts) -> Prompts | None:
-        generator = self.model.config.generator
+        """Prompts from the reference that the model gets while training."""
+        generator, share = self.model.config.generator, self.stage.sampling.given_box_share
+        if generator == "unet":
+            return reference if share and float(torch.rand(())) < share else None
         return reference if generator == "gt" or generator in BOX_GENERATORS else None
 
 
@@ -187,6 +201,35 @@ def generator_losses(steps: StepOutputs, reference: Prompts, size: int) -> dict[
         parts["step0/box_l1"] = (found - wanted).abs().sum() / count
         parts["step0/box_giou"] = generalized_box_iou_loss(found, wanted).sum() / count
     return parts
+
+
+def losses_of_frames(
+    logits: Tensor, target: Tensor, frames: Tensor, loss: LossFunction, *, together: bool
+) -> dict[str, Tensor]:
+    """Losses of some frames, as if each volume were these alone.
+
+    Args:
+        logits: (B, outputs, D, H, W).
+        target: (B, D, H, W) label values.
+        frames: (B * D,) bool.
+        loss: loss of patches.
+        together: the frames of all volumes are one patch (batch Dice), else the losses of volumes are averaged.
+    """
+    chosen = frames.unflatten(0, (len(logits), -1))
+    parts = [(own[:, rows], labels[rows]) for own, labels, rows in zip(logits, target, chosen, strict=True)]
+    parts = [(own, labels) for own, labels in parts if len(labels)]
+    if together:
+        parts = [(torch.cat([own for own, _ in parts], 1), torch.cat([labels for _, labels in parts]))]
+    found = [loss(own[None], labels[None]) for own, labels in parts]
+    return {name: torch.stack([part[name] for part in found]).mean() for name in found[0]}
+
+
+def object_score_loss(steps: StepOutputs, reference: Prompts) -> dict[str, Tensor]:
+    """Binary cross-entropy of the decoder's object scores: 1 where the class is on the slice, 0 where it is not."""
+    if steps.scores is None or steps.objects is None or not len(steps.scores):
+        return {}
+    present = reference.present[steps.objects[:, 0], steps.objects[:, 1]]
+    return {"step1/object_score": F.binary_cross_entropy_with_logits(steps.scores.float(), present.float())}
 
 
 def scores_by_step(totals: dict[int, np.ndarray], labels: LabelSet) -> dict[str, float]:

@@ -66,7 +66,7 @@ class UNetTask:
         """Cross-entropy and Dice losses over all supervised resolutions."""
         outputs = self.model(batch.image)
         outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-        return deep_supervision_losses(outputs, batch.target, self._loss)
+        return deep_supervision_losses(outputs, batch.target, self._loss, lowest=self.stage.loss.lowest_level)
 
     def validate(self) -> dict[str, float]:
         """Dice per foreground class over validation patches or volumes; `score` is their mean."""

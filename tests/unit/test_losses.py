@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rfmedsam2.losses import memberships, segmentation_losses
+from rfmedsam2.losses import deep_supervision_losses, deep_supervision_weights, memberships, segmentation_losses
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import SegmentationLoss
 
@@ -27,3 +27,17 @@ def test_what_lies_outside_is_background(labels):
     expected = segmentation_losses(logits, target, labels, SegmentationLoss())
     found = segmentation_losses(logits, outside, labels, SegmentationLoss())
     assert found["cross_entropy"] == expected["cross_entropy"]
+
+
+@pytest.mark.parametrize(
+    ("lowest", "weights"), [(True, [8 / 15, 4 / 15, 2 / 15, 1 / 15]), (False, [4 / 7, 2 / 7, 1 / 7, 0])]
+)
+def test_deep_supervision_halves_to_the_last_level_where_the_plan_says_so(lowest, weights):
+    assert deep_supervision_weights(4, lowest=lowest) == pytest.approx(weights)
+    assert deep_supervision_weights(1, lowest=lowest) == [1.0]
+    outputs = [torch.zeros(1, 2, size, size, requires_grad=True) for size in (16, 8, 4, 2)]
+    found = deep_supervision_losses(
+        outputs, torch.zeros(1, 16, 16), lambda logits, _: {"mean": logits.mean()}, lowest=lowest
+    )
+    found["mean"].backward()
+    assert [float(output.grad.sum()) for output in outputs] == pytest.approx(weights)

@@ -33,9 +33,9 @@ def built(plan: Plan, *, cache_features: bool = False) -> RFMedSam2:
 
 def test_the_plans_budget_checkpointing_and_limit_of_objects_are_built_in() -> None:
     given = {"memory_mb": 321, "checkpointing": False}
-    refiner = built(published("btcv", compute=given, sampling={"max_prompted_objects": 7})).refiner
-    assert refiner.compute.model_dump(include=set(given)) == given
-    assert refiner.max_objects == 7
+    network = built(published("btcv", compute=given, sampling={"max_prompted_objects": 7}))
+    assert network.refiner.compute.model_dump(include=set(given)) == given
+    assert network.sampling.max_prompted_objects == 7
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -134,6 +134,8 @@ class Sam2(nn.Module):
                 sparse = prompts.tokens.float()
             elif prompts.boxes is not None:
                 sparse = encoder(points=None, boxes=prompts.boxes.float(), masks=None)[0]
+                if prompts.padded is not None:
+                    sparse = torch.where(prompts.padded[:, None, None], empty, sparse)
             else:
                 sparse = empty[:, :0]
         if self.padding_point:

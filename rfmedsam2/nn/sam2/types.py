@@ -19,15 +19,22 @@ class FrameFeatures:
         embedding: (N, C, s, s), stride 16, without the no-memory embedding.
         middle: (N, C/4, 2s, 2s), stride 8, after the decoder's conv_s1.
         fine: (N, C/8, 4s, 4s), stride 4, after the decoder's conv_s0.
+        rows: (F,) long, row of each of F frames of which N are encoded (-1: it is not); None: all are, in order.
     """
 
     embedding: Tensor
     middle: Tensor
     fine: Tensor
+    rows: Tensor | None = None
 
     def at(self, frames: Tensor) -> FrameFeatures:
-        """Select frames by index (n,), with repetition."""
-        return FrameFeatures(embedding=self.embedding[frames], middle=self.middle[frames], fine=self.fine[frames])
+        """Select encoded frames by index (n,), with repetition."""
+        rows = self.rows_of(frames)
+        return FrameFeatures(embedding=self.embedding[rows], middle=self.middle[rows], fine=self.fine[rows])
+
+    def rows_of(self, frames: Tensor) -> Tensor:
+        """Rows of frames in these maps, (n,)."""
+        return frames if self.rows is None else self.rows[frames]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,18 +43,21 @@ class ObjectPrompts:
 
     Attributes:
         boxes: (n, 4) xyxy, pixels of the frame.
+        padded: (n,) bool, objects without a box among these, whose corners get the label -1.
         masks: (n, 4s, 4s) mask logits.
         tokens: (n, P, C) sparse embeddings, used instead of boxes.
     """
 
     boxes: Tensor | None = None
+    padded: Tensor | None = None
     masks: Tensor | None = None
     tokens: Tensor | None = None
 
     def at(self, objects: Tensor | slice) -> ObjectPrompts:
         """Select objects by index."""
-        boxes, masks, tokens = (None if t is None else t[objects] for t in (self.boxes, self.masks, self.tokens))
-        return ObjectPrompts(boxes=boxes, masks=masks, tokens=tokens)
+        given = (self.boxes, self.padded, self.masks, self.tokens)
+        boxes, padded, masks, tokens = (None if t is None else t[objects] for t in given)
+        return ObjectPrompts(boxes=boxes, padded=padded, masks=masks, tokens=tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

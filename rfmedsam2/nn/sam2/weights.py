@@ -28,6 +28,8 @@ NEW_ON_LIGHT = (
     "sam_mask_decoder.pred_obj_score_head",
 )
 """Name prefixes of parameters that a SAM with a TinyViT encoder does not have; they are always trained."""
+MEMORY = ("memory_attention.", "memory_encoder.", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_", "obj_ptr_")
+"""Name prefixes of parameters that only Step 2 uses."""
 STEM = "image_encoder.trunk.patch_embed.proj.weight"
 BLOCKS = "image_encoder.trunk.blocks."
 
@@ -64,6 +66,11 @@ def pretrained_parameters(base: SAM2Base, backbone: Backbone) -> dict[str, nn.Pa
             return {name: p for name, p in named.items() if not name.startswith(NEW_ON_LIGHT)}
         case _:
             return named
+
+
+def memory_parameters(base: SAM2Base) -> list[nn.Parameter]:
+    """Parameters without influence if nothing is decoded with memories; with those of adapters."""
+    return [parameter for name, parameter in base.named_parameters() if name.startswith(MEMORY)]
 
 
 def _size(weights: Mapping[str, Tensor]) -> str:

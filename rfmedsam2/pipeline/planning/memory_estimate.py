@@ -119,7 +119,7 @@ def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, objects:
         memory_width=sizes.memory_width,
     )
     sees = model.memory_frames * (2 if model.strategy == "both" else 1) + 1
-    learns = model.adapters.encoder or not model.freeze_backbone
+    learns = model.gradients_in_encoder
     frame = frame_bytes(model.backbone, model.frame_size, side=stage.patch_size[-1], training=learns)
     parts = [(frames if learns else 0, frame), (objects, sizing.decode())]
     if model.refinements > 1:

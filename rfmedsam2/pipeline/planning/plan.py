@@ -350,7 +350,7 @@ def stage_of(
         normalization=stats.normalization,
         augmentation=preset.augmentation.model_copy(update={"mirror_axes": tuple(range(len(patch)))}),
         model=sized.sizing.width.network(sized.topology),
-        loss=SegmentationLoss(batch_dice=batch_dice),
+        loss=SegmentationLoss(batch_dice=batch_dice, lowest_level=preset.lowest_level),
         train=preset.train,
         validation=preset.validation,
         inference=preset.inference,

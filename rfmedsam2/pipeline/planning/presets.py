@@ -57,6 +57,8 @@ class UNetPreset:
     """Coarsen the target spacing, finest axes first, until the median case has no more voxels. None: never."""
     batch_dice: bool | None = None
     """Batch Dice; None: nnU-Net's rule (3d_fullres only if there is a 3d_lowres, 3d_lowres never, 2d always)."""
+    lowest_level: bool = False
+    """See `SegmentationLoss.lowest_level`."""
     train: TrainConfig = field(default_factory=TrainConfig)
     inference: Inference = field(default_factory=Inference)
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -116,7 +118,8 @@ CPU = UNetPreset(
 )
 
 PRESETS: dict[Preset, UNetPreset] = {
-    "default": UNetPreset(plan_name="rfmed", volume=PatchSizing(start=(32, 256, 256), batch_size=2)),
+    # eq. 2 of the paper: weights of deep supervision halve to the last
+    "default": UNetPreset(plan_name="rfmed", volume=PatchSizing(start=(32, 256, 256), batch_size=2), lowest_level=True),
     "nnunet": _nnunet(
         "nnunet",
         PatchSizing(feature_budget=560e6),

@@ -78,8 +78,10 @@ def _model(**fields: str) -> tuple[str, ...]:
 
 
 def _generator(name: str, *, object_scores: str = "false") -> PublishedPlan:
-    """Plan with another prompt generator than a U-Net."""
-    return PublishedPlan(data=BTCV, changes=_model(generator=name, unet="null", object_scores=object_scores))
+    """Plan with another prompt generator than a U-Net; absent classes have prompts too, labeled -1 (section 3.4.1)."""
+    changes = _model(generator=name, unet="null", object_scores=object_scores)
+    absent = ("3d_fullres.sampling.absent_share=1",) if name != "hierarchical_masks" else ()
+    return PublishedPlan(data=BTCV, changes=(*changes, *absent))
 
 
 def _given_boxes(*changes: str, object_scores: str = "true") -> PublishedPlan:
@@ -113,7 +115,8 @@ PUBLISHED: dict[str, PublishedPlan] = {
     "btcv_scored_object_queries": _generator("scored_object_queries", object_scores="true"),
     "btcv_point_embeddings": _generator("point_embeddings", object_scores="true"),
     "btcv_hierarchical_masks": _generator("hierarchical_masks"),
-    "btcv_one_refinement": PublishedPlan(data=BTCV, changes=_model(refinements="1")),
+    # Fig. 4(4e): masks are only the source of boxes; masks as prompts come with (f)
+    "btcv_one_refinement": PublishedPlan(data=BTCV, changes=_model(refinements="1", mask_prompt="false")),
     # Table 6: a slice of 512 pixels is upsampled to fill a patch of 1024
     "btcv_patch_2x1024": PublishedPlan(data=BTCV, patch=(2, 1024, 1024), spacing_mm=(3.0, 0.38, 0.38)),
     "btcv_patch_8x512": PublishedPlan(data=BTCV, patch=(8, 512, 512)),

@@ -23,6 +23,11 @@ LEAST = 192
 """LiteMedSAM was trained on 256 pixels, SAM 2 and MobileSAM on 1024. Slices of at least 192 pixels are not upsampled,
 because that makes the encoder four times as expensive."""
 LARGEST_FRAME = 1024
+PLAIN_CHANNELS = (1, 3)
+"""Numbers of channels that SAM sees unmixed; others are averaged until the channel adapter has learned."""
+GIVEN_BOX_SHARE = 0.25
+"""Share of training steps with boxes from the reference for decoders whose masks only correct Step 0's otherwise: they
+answer a person's boxes too, and learn to segment before their gates are open."""
 
 
 def plan_rfmedsam2(
@@ -90,33 +95,33 @@ def refined_plan(
 
 
 def model_of(
-    backbone: Backbone, unet: UNetConfig, side: int, *, adapt_encoder: bool, propagate_loss: bool
+    backbone: Backbone,
+    unet: UNetConfig,
+    side: int,
+    *,
+    adapt_encoder: bool,
+    propagate_loss: bool,
+    learn_channels: bool = False,
 ) -> RFMedSam2Config:
     """Configure RFMedSAM 2 for slices of `side` voxels, by the backbone: published SAM 2, a light SAM, or nano.
 
-    Published weights are frozen, with trained adapters. nano has no published weights and is trained completely, as a
-    correction of Step 0 that starts at zero.
+    Published weights are frozen, with trained adapters. nano has no published weights and is trained completely. Masks
+    of nano and of light SAMs are not better than a trained U-Net's, so gates add them to its logits.
     """
-    frame_size = enlarged_side(side, LEAST_FRAME.get(backbone, LEAST))
-    if backbone == "nano":
-        return RFMedSam2Config(
-            unet=unet,
-            backbone=backbone,
-            frame_size=frame_size,
-            output="correct",
-            propagate_loss=False,
-            freeze_backbone=False,
-            adapters=AdapterConfig(blocks="none", convolutions="none"),
-        )
-    return RFMedSam2Config(
+    config = RFMedSam2Config(
         unet=unet,
         backbone=backbone,
-        frame_size=frame_size,
-        # a light SAM's masks are not better than a trained U-Net's; added to its logits they start close to it
-        propagate_loss=propagate_loss,
-        output="correct" if backbone in LIGHT_BACKBONES else "replace",
-        adapters=AdapterConfig(encoder=adapt_encoder),
+        frame_size=enlarged_side(side, LEAST_FRAME.get(backbone, LEAST)),
+        propagate_loss=propagate_loss and backbone != "nano",
+        output="gated" if backbone in ("nano", *LIGHT_BACKBONES) else "replace",
+        step2_mask_prompt="one_against_rest",
+        given_boxes="replace",
+        freeze_backbone=backbone != "nano",
+        adapters=AdapterConfig(encoder=adapt_encoder, channels=learn_channels),
     )
+    if backbone != "nano":
+        return config
+    return config.model_copy(update={"adapters": AdapterConfig(blocks="none", convolutions="none")})
 
 
 def enlarged_side(side: int, least: int) -> int:
@@ -147,9 +152,14 @@ def _stage(stats: DatasetStats, refinement: RFMedSam2Preset, topology: Topology,
         patch[1],
         adapt_encoder=refinement.adapt_encoder,
         propagate_loss=refinement.propagate_loss,
+        learn_channels=not refinement.adapt_encoder and len(stats.normalization) not in PLAIN_CHANNELS,
     )
     sampling = stage.sampling.model_copy(
-        update={"max_prompted_objects": refinement.max_objects if small else refinement.max_objects_pretrained}
+        update={
+            "max_prompted_objects": refinement.max_objects if small else refinement.max_objects_pretrained,
+            "prompted_runs": True,
+            "given_box_share": GIVEN_BOX_SHARE if model.output == "gated" else 0.0,
+        }
     )
     stage = stage.model_copy(update={"model": model, "sampling": sampling})
     keeping = stage.model_copy(update={"compute": stage.compute.model_copy(update={"checkpointing": False})})

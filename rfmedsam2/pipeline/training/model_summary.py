@@ -26,6 +26,7 @@ PARTS = {
     "unet.": "U-Net (Step 0)",
     "generator.": "prompt generator",
     "channel_adapter.": "channel adapter",
+    "gates.": "gates",
     "sam.base.image_encoder.": "image encoder",
     "sam.base.memory_attention.": "memory attention",
     "sam.base.memory_encoder.": "memory encoder",
@@ -157,7 +158,7 @@ def _place(name: str, network: nn.Module, adapters: tuple[str, ...]) -> tuple[st
     if not isinstance(network, RFMedSam2):
         return ("U-Net" if isinstance(network, UNet) else "network"), name.split(".")[0]
     part = next(part for start, part in PARTS.items() if name.startswith(start))
-    if name.startswith(adapters) or part == "channel adapter":
+    if name.startswith(adapters) or part in ("channel adapter", "gates"):
         return "adapters", part
     if part == PARTS["unet."]:
         return "U-Net", part

@@ -8,15 +8,18 @@ import pytest
 import torch
 
 from rfmedsam2.engine.log import read_events
+from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.models import build_stage
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
-from rfmedsam2.records.plan import Compute, Plan, Stage, TrainConfig, Validation
+from rfmedsam2.records.plan import Compute, Plan, Sampling, Split, Stage, TrainConfig, Validation
 from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.system.atomic import read_record
+from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
 
 PHANTOM = "Dataset900_PhantomCT"
 QUIET = TrainOptions(device="cpu", validate=False)
@@ -37,6 +40,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no_mask_prompt": {"mask_prompt": False},
     "detail": {"output": "detail"},
     "correct": {"output": "correct", **SCRATCH},
+    "gated": {"output": "gated", "step2_mask_prompt": "one_against_rest", "given_boxes": "replace", **SCRATCH},
     "plain_adapters": {"adapters": AdapterConfig(blocks="plain", convolutions="none")},
     "larger_frames": {"frame_size": 64},
 }
@@ -109,6 +113,30 @@ def test_every_variant_trains(layout, variant):
 def test_patches_of_any_depth_train(layout, patch):
     result = train(layout, planned(layout, patch, frame_size=patch[1]), "3d_fullres", fold="0", options=QUIET)
     assert result.progress.step == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_runs_of_prompts_and_given_boxes_train(layout, share):
+    plan = planned(layout, **VARIANTS["gated"])
+    stage = plan.stages["3d_fullres"]
+    sampling = Sampling(max_prompted_objects=6, prompted_runs=True, given_box_share=share)
+    stage = stage.model_copy(update={"sampling": sampling})
+    result = train(layout, plan.model_copy(update={"stages": {"3d_fullres": stage}}), "3d_fullres", options=QUIET)
+    gates = read_weights(result.folder / "checkpoint_final.safetensors")["gates.weight"]
+    # boxes that are given replace Step 0's masks, past the gates
+    assert bool(gates.any()) is (share == 0)
+
+
+def test_gates_have_their_own_learning_rate(layout):
+    plan = planned(layout, **VARIANTS["gated"], gate_learning_rate=0.25)
+    stage = plan.stages["3d_fullres"]
+    store = CaseStore(layout.cases_folder(PHANTOM, plan.name, "3d_fullres"))
+    split = Split(train=store.ids()[:1], val=store.ids()[:1])
+    task = RFMedSam2Task(plan, "3d_fullres", store=store, split=split, runtime=Runtime(device=torch.device("cpu")))
+    others, gates = task.optimizer().param_groups
+    assert (others["lr"], gates["lr"], gates["weight_decay"]) == (stage.train.learning_rate, 0.25, 0)
+    assert [p.shape for p in gates["params"]] == [task.model.gates.weight.shape]
+    assert len(others["params"]) + 1 == sum(p.requires_grad for p in task.model.parameters())
 
 
 def test_scores_are_logged_by_step_and_class(layout):

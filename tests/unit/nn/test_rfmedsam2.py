@@ -18,7 +18,7 @@ from rfmedsam2.nn.refinement_state import (
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
-from rfmedsam2.records.plan import Compute
+from rfmedsam2.records.plan import Compute, Sampling
 
 NO_ADAPTERS = AdapterConfig(blocks="none", convolutions="none")
 
@@ -51,12 +51,12 @@ def network(
     outputs: int = 3,
     regions: bool = False,
     compute: Compute | None = None,
-    max_objects: int | None = None,
+    sampling: Sampling | None = None,
     **fields: object,
 ) -> RFMedSam2:
     torch.manual_seed(0)
     return RFMedSam2(
-        config(**fields), channels=channels, outputs=outputs, regions=regions, compute=compute, max_objects=max_objects
+        config(**fields), channels=channels, outputs=outputs, regions=regions, compute=compute, sampling=sampling
     ).eval()
 
 
@@ -183,7 +183,7 @@ def test_cells_without_a_prompt_are_not_decoded(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_training_decodes_at_most_so_many_cells_and_predicting_all() -> None:
-    model = network(generator="gt", unet=None, max_objects=3).train()
+    model = network(generator="gt", unet=None, sampling=Sampling(max_prompted_objects=3)).train()
     with torch.no_grad():
         assert len(model.steps(patch(), boxes(4, 2)).objects) == 8
     torch.manual_seed(0)
@@ -240,3 +240,41 @@ def test_frozen_backbones_learn_by_adapters_alone() -> None:
     assert sum(p.numel() for p in model.sam.base.parameters() if not p.requires_grad) == pytest.approx(
         38.96e6, rel=1e-3
     )
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_four_modalities_are_more_than_their_mean_once_the_channel_adapter_learns(channels: bool) -> None:
+    adapters = AdapterConfig(encoder=False, channels=channels)
+    model = network(channels=4, backbone="mobile_sam", frame_size=64, freeze_backbone=True, adapters=adapters).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    encoder = [p.clone() for p in model.sam.base.image_encoder.parameters()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        last = model.steps(patch(channels=4, frames=2)).logits[2]
+        assert isinstance(last, torch.Tensor)
+        last.square().mean().backward()
+        optimizer.step()
+    frames = patch(channels=4)[0].transpose(0, 1)
+    mean = frames.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    assert torch.equal(model.channel_adapter(frames), mean) is not channels
+    assert all(torch.equal(a, b) for a, b in zip(encoder, model.sam.base.image_encoder.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("backbone", ["nano", "mobile_sam", "sam2_tiny"])
+def test_one_refinement_trains_nothing_of_the_memory(backbone: str) -> None:
+    found = {}
+    for refinements in (1, 2):
+        with torch.device("meta"):
+            model = RFMedSam2(
+                config(
+                    backbone=backbone, frame_size=64, freeze_backbone=backbone != "nano", adapters=AdapterConfig()
+                ).model_copy(update={"refinements": refinements}),
+                channels=1,
+                outputs=3,
+            )
+        found[refinements] = {name for name, p in model.sam.base.named_parameters() if p.requires_grad}
+    words = ("memory_attention", "memory_encoder", "maskmem", "obj_ptr", "no_obj_ptr", "no_mem_pos")
+    assert any(name.startswith(words) for name in found[2])
+    assert not any(name.startswith(words) for name in found[1])
+    kept = {name for name in found[2] if not name.startswith((*words, "no_obj_embed"))}
+    assert found[1] == kept

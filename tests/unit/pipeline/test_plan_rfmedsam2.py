@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from test_plan import BODY_CT, BTCV, HIPPOCAMPUS, SAGITTAL, described
 
 from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import PlanError, RecordError, UsageError
+from rfmedsam2.models import build_stage
 from rfmedsam2.pipeline.planning.plan import plan
 from rfmedsam2.pipeline.planning.presets import REFINEMENTS
 from rfmedsam2.pipeline.planning.rfmedsam2 import enlarged_side, plan_rfmedsam2
@@ -60,7 +62,7 @@ def test_names_follow_the_preset():
 def test_a_laptop_trains_nano_from_scratch():
     stage, model = planned(HIPPOCAMPUS, "cpu")
     assert (stage.patch_size, model.backbone, model.frame_size) == ((32, 64, 64), "nano", 128)
-    assert (model.output, model.freeze_backbone, model.adapters.blocks) == ("correct", False, "none")
+    assert (model.output, model.freeze_backbone, model.adapters.blocks) == ("gated", False, "none")
     assert not stage.compute.checkpointing  # all of its activations fit
     assert math.prod(planned(BODY_CT, "cpu")[0].patch_size) <= 140_000
 
@@ -68,9 +70,30 @@ def test_a_laptop_trains_nano_from_scratch():
 @pytest.mark.parametrize("backbone", ["mobile_sam", "lite_medsam"])
 def test_light_backbones_stay_frozen_and_correct_the_prompts(backbone):
     stage, model = planned(HIPPOCAMPUS, "cpu", backbone)
-    assert (model.frame_size, model.output, model.freeze_backbone) == (256, "correct", True)
+    assert (model.frame_size, model.output, model.freeze_backbone) == (256, "gated", True)
     assert (model.adapters.encoder, model.adapters.blocks, stage.batch_size) == (False, "dwconv", 1)
     assert planned(HIPPOCAMPUS, "default", backbone)[1].adapters.encoder
+
+
+@pytest.mark.parametrize("backbone", ["nano", "lite_medsam", "mobile_sam", "sam2_tiny", "sam2_large"])
+def test_new_plans_draw_runs_and_obey_a_persons_boxes(backbone):
+    stage, model = planned(HIPPOCAMPUS, "cpu", backbone)
+    gated = not backbone.startswith("sam2")
+    assert (model.step2_mask_prompt, model.given_boxes) == ("one_against_rest", "replace")
+    assert stage.sampling.prompted_runs
+    assert (model.output, stage.sampling.given_box_share) == (("gated", 0.25) if gated else ("replace", 0.0))
+
+
+@pytest.mark.parametrize(("channels", "learns"), [(1, False), (2, True), (3, False), (4, True)])
+def test_several_modalities_are_mixed_by_a_channel_adapter_that_learns(channels, learns):
+    dataset, fingerprint = described(**(HIPPOCAMPUS | {"channels": [f"MR{i}" for i in range(channels)]}))
+    for backbone in ("lite_medsam", "sam2_tiny"):
+        found = plan_rfmedsam2(dataset, fingerprint, preset="cpu", backbone=backbone)
+        with torch.device("meta"):
+            network = build_stage(found, "3d_fullres")
+        assert all(p.requires_grad is learns for p in network.channel_adapter.parameters())
+        assert network.config.gradients_in_encoder is learns
+        assert not any(p.requires_grad for p in network.sam.base.image_encoder.parameters())
 
 
 @pytest.mark.parametrize(
