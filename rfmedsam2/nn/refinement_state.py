@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfmedsam2.nn.object_sampling import DrawnObjects
+from rfmedsam2.nn.refinement.object_sampling import DrawnObjects
 from rfmedsam2.nn.sam2.types import MemoryBank
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 

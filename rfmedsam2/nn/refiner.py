@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rfmedsam2.nn.disturbance import jittered
 from rfmedsam2.nn.memory_budget import ObjectSizes, chunk_size
-from rfmedsam2.nn.object_sampling import DrawnObjects, all_objects
+from rfmedsam2.nn.refinement.object_sampling import DrawnObjects, all_objects
+from rfmedsam2.nn.refinement.step_gates import StepGates
 from rfmedsam2.nn.refinement_state import (
     ABSENT,
     Memory,
@@ -36,7 +37,6 @@ from rfmedsam2.nn.sam2.memory_attention import condition_on_memory, prepare_fram
 from rfmedsam2.nn.sam2.memory_selection import select
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import FrameFeatures, MemoryBank, ObjectPrompts, Slots
-from rfmedsam2.nn.step_gates import StepGates
 from rfmedsam2.prompts import Prompts, resized
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Compute

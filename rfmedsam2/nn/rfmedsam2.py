@@ -21,8 +21,9 @@ from rfmedsam2.nn.adapters import ChannelAdapter
 from rfmedsam2.nn.feature_cache import FeatureCache
 from rfmedsam2.nn.loading import LoadReport
 from rfmedsam2.nn.memory_budget import chunk_size, frame_bytes
-from rfmedsam2.nn.object_sampling import DrawnObjects, all_objects, draw_objects
 from rfmedsam2.nn.prompt_generators import HierarchicalMasks, ObjectQueries, PointEmbeddings
+from rfmedsam2.nn.refinement.object_sampling import DrawnObjects, all_objects, draw_objects
+from rfmedsam2.nn.refinement.step_gates import StepGates
 from rfmedsam2.nn.refinement_state import (
     ABSENT,
     RefinementInput,
@@ -40,7 +41,6 @@ from rfmedsam2.nn.sam2.light_weights import load_light
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import FrameFeatures
 from rfmedsam2.nn.sam2.weights import load_sam2, memory_parameters, pretrained_parameters
-from rfmedsam2.nn.step_gates import StepGates
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.model import LIGHT_BACKBONES, RFMedSam2Config

@@ -7,7 +7,7 @@ import torch
 from test_rfmedsam2 import network
 from torch import Tensor
 
-from rfmedsam2.nn.object_sampling import draw_objects
+from rfmedsam2.nn.refinement.object_sampling import draw_objects
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.prompts import Prompts
