@@ -18,15 +18,7 @@ from rfmedsam2.records.base import Record, VersionedRecord, renamed
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.extension import StageExtensions
 from rfmedsam2.records.fingerprint import IntensityStatistics
-from rfmedsam2.records.model import (
-    Count,
-    Decay,
-    ModelConfig,
-    Positive,
-    Probability,
-    RFMedSam2Config,
-    Whole,
-)
+from rfmedsam2.records.model import Count, Decay, ModelConfig, Positive, Probability, RFMedSam2Config, Whole
 from rfmedsam2.records.overrides import with_overrides
 from rfmedsam2.system.file_names import FileEnding, Name
 
@@ -69,15 +61,11 @@ class Sampling(Record):
     max_prompted_objects: Count | None = None
     """RFMedSAM 2: decode at most this many object prompts (one per slice and class) per batch; None: all."""
     prompted_runs: bool = False
-    """How these are drawn. true: runs of consecutive slices with all their classes; the slices in their memory are
-    decoded without gradients, no others are encoded, and the losses of Steps 1 and 2 are those of the drawn slices.
-    false: single prompts at random, and the losses of all slices (older plans)."""
+    """Draw runs of consecutive slices with all classes, whose losses alone count; else (older plans) single prompts."""
     absent_share: Probability = 0.0
-    """RFMedSAM 2 without masks of Step 0: chance that a class which is not on a slice is decoded too while training,
-    from a padded prompt (label -1) or the generator's; its mask is empty and its object score absent. The paper: 1."""
+    """Without masks of Step 0: chance that an absent class is decoded too, padded (label -1), to be empty; paper: 1."""
     given_box_share: Probability = 0.0
-    """RFMedSAM 2 with masks of Step 0: share of training steps whose prompts are boxes from the reference, as if given
-    by a person (`model.given_boxes`)."""
+    """With masks of Step 0: share of steps with the reference's boxes as a person's (`model.given_boxes`)."""
 
 
 class Augmentation(Record):
@@ -122,7 +110,7 @@ class SegmentationLoss(Record):
     deep_supervision: bool = True
     """Level weights halve per level and sum to 1 (appendix G, eq. 2)."""
     lowest_level: bool = False
-    """Whether the lowest level has its weight too, as in eq. 2; false: none, as in nnU-Net."""
+    """Whether the lowest level has a weight, as in eq. 2; false: none, as in nnU-Net."""
 
 
 class Sgd(Record):
