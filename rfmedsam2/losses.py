@@ -78,7 +78,10 @@ def segmentation_losses(
         entropies = F.binary_cross_entropy_with_logits(logits, members.to(logits.dtype), reduction="none")
         probabilities = logits.sigmoid()
     else:
-        entropies = F.cross_entropy(logits, _class_indices(clean, labels), reduction="none")[:, None]
+        indices = _class_indices(clean, labels)
+        entropies = F.cross_entropy(logits, indices, reduction="none")[:, None]
+        if config.class_balance:
+            entropies = entropies * _class_weights(indices, mask, config.class_balance)
         probabilities, members = logits.softmax(1)[:, 1:], members[:, 1:]
     overlap = soft_dice(probabilities, members, mask=mask, batch_dice=config.batch_dice, smooth=config.dice_smooth)
     return {"cross_entropy": config.cross_entropy * _mean_over(entropies, mask), "dice": -config.dice * overlap}
@@ -131,6 +134,15 @@ def _class_indices(target: Tensor, labels: LabelSet) -> Tensor:
     lookup = torch.zeros(max(labels.allowed_values) + 2, dtype=torch.int64)  # one extra entry, as in `memberships`
     lookup[list(labels.values)] = torch.arange(len(labels.values))
     return lookup.to(target.device).take(target.long())
+
+
+def _class_weights(indices: Tensor, mask: Tensor | None, exponent: float) -> Tensor:
+    """Weights (B, 1, ...) of voxels by the size of their class in the batch, with mean 1 over the included voxels."""
+    included = indices if mask is None else indices[mask[:, 0]]
+    counts = torch.bincount(included.flatten(), minlength=int(indices.max()) + 1).clamp_min(1).double()
+    weights = counts**-exponent
+    weights = weights * (counts.sum() / (weights * counts).sum())
+    return weights.float().take(indices)[:, None]
 
 
 def _mean_over(values: Tensor, mask: Tensor | None) -> Tensor:

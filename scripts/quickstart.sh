@@ -20,13 +20,12 @@ say rfmed_make_phantom -o "$folder/raw" --cases 8 --test-cases 2 --force
 say rfmed_verify -d PhantomCT
 # Settings for this data set and a few minutes on two cores: coarser voxels than the scans', and small patches around a class
 # drawn at random, so that adrenal glands are seen as often as the liver. Every scan is a CT of an upright body in the same
-# units: intensities are left as they are, and nothing is mirrored.
+# units: intensities are left as they are.
 settings=(
     patch_size=[24,32,32]
+    batch_size=2
     sampling.oversample_foreground=1
-    train.optimizer.betas=[0.9,0.95]
     validation.patches_while_training=10
-    augmentation.mirror_axes=[]
 )
 for change in rotation blur low_resolution brightness contrast gamma gamma_inverted; do
     settings+=("augmentation.${change}_probability=0")

@@ -107,6 +107,9 @@ class SegmentationLoss(Record):
     dice: float = 1.0
     batch_dice: bool = True
     dice_smooth: float = 1e-5
+    class_balance: Probability = 0.0
+    """Exponent b by which cross-entropy evens out classes: a voxel of a class with n voxels in the batch has weight
+    n ** -b. 0: all voxels count the same, as in nnU-Net; 1: all classes do. Not for regions."""
     deep_supervision: bool = True
     """Level weights halve per level and sum to 1 (appendix G, eq. 2)."""
     lowest_level: bool = False

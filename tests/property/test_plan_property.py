@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rfmedsam2.pipeline.datasets.splits import leaks, make_splits
-from rfmedsam2.pipeline.planning.plan import coarsened, plan
+from rfmedsam2.pipeline.planning.plan import plan
 from rfmedsam2.pipeline.planning.presets import PRESETS
+from rfmedsam2.pipeline.planning.spacing import coarsened
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from rfmedsam2.system.file_names import is_file_name
@@ -49,7 +50,7 @@ def test_every_stage_is_sound(described, preset):
             assert size % divisor == 0
             # padded to the divisor of the network, and no further
             assert size <= max(12, median + divisor)
-        assert stage.batch_size >= 2
+        assert stage.batch_size >= (1 if preset == "cpu" else 2)
         assert len(stage.model.strides) >= 2
         assert all(f <= g for f, g in zip(stage.model.features, stage.model.features[1:], strict=False))
     if "3d_lowres" in found.stages:

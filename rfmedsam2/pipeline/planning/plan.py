@@ -15,7 +15,8 @@ import numpy as np
 from rfmedsam2.choices import Preset
 from rfmedsam2.errors import PlanError
 from rfmedsam2.geometry import Triple
-from rfmedsam2.pipeline.planning.presets import PatchSizing, UNetPreset, get_preset
+from rfmedsam2.pipeline.planning.presets import CaseSizing, PatchSizing, UNetPreset, get_preset
+from rfmedsam2.pipeline.planning.spacing import SPACING_STEP, coarsened_by, median_shape, target_spacing
 from rfmedsam2.pipeline.planning.topology import (
     Topology,
     batch_that_fits,
@@ -25,12 +26,10 @@ from rfmedsam2.pipeline.planning.topology import (
 )
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import Fingerprint
-from rfmedsam2.records.plan import Normalization, Plan, SegmentationLoss, Stage
+from rfmedsam2.records.plan import Normalization, Plan, Stage
 
-ANISOTROPY = 3.0
 SMALL_AFTER_CROP = 0.75
 """If the median fraction of voxels left by the crop is below this, z-score statistics use the non-zero mask."""
-SPACING_STEP = 1.03
 NORMALIZATION_OF_CHANNEL = {
     "ct": "ct",
     "nonorm": "none",
@@ -98,11 +97,13 @@ def plan(
         PlanError: the fingerprint is of another dataset or has no cases, or no patch fits the memory.
     """
     settings = get_preset(preset)
-    stats = dataset_stats(dataset, fingerprint, spacing_zyx_mm, settings.max_case_voxels)
+    stats = dataset_stats(dataset, fingerprint, spacing_zyx_mm, settings.case)
     stages: dict[str, Stage] = {}
     if stats.median_shape[0] != 1:
         stages = _volume_stages(stats, settings)
-    stages["2d"] = _slice_stage(stats, settings)
+    # slices are seen whole anyway
+    slices = dataset_stats(dataset, fingerprint, spacing_zyx_mm, settings.case and settings.case.for_slices)
+    stages["2d"] = _slice_stage(slices, settings)
     return plan_of(dataset, fingerprint, stats, name=name or settings.plan_name, stages=stages)
 
 
@@ -125,25 +126,6 @@ def plan_of(
     )
 
 
-def target_spacing(fingerprint: Fingerprint) -> np.ndarray:
-    """nnU-Net's target spacing in the axis order of the files, (3,) mm.
-
-    The median; along a strongly anisotropic axis the 10th percentile, so that resolution along it is not lost.
-    """
-    spacings = np.array([case.spacing_zyx_mm for case in fingerprint.cases], dtype=float)
-    shapes = np.array([case.shape_after_crop_zyx for case in fingerprint.cases], dtype=float)
-    target, shape = np.percentile(spacings, 50, 0), np.percentile(shapes, 50, 0)
-    worst = int(np.argmax(target))
-    others = [axis for axis in range(3) if axis != worst]
-    coarsest_other = max(target[others])
-    is_coarse = target[worst] > ANISOTROPY * coarsest_other
-    has_few_slices = shape[worst] * ANISOTROPY < min(shape[others])
-    if is_coarse and has_few_slices:
-        fine = float(np.percentile(spacings[:, worst], 10))
-        target[worst] = fine if fine >= coarsest_other else coarsest_other + 1e-5
-    return target
-
-
 def channel_normalizations(
     channels: tuple[str, ...], median_relative_size_after_crop: float
 ) -> tuple[Normalization, ...]:
@@ -151,29 +133,6 @@ def channel_normalizations(
     kinds = [NORMALIZATION_OF_CHANNEL.get(channel.casefold(), "zscore") for channel in channels]
     masked = median_relative_size_after_crop < SMALL_AFTER_CROP
     return tuple(Normalization.parse({"kind": kind, "use_mask": masked and kind == "zscore"}) for kind in kinds)
-
-
-def median_shape(fingerprint: Fingerprint, spacing_zyx_mm: np.ndarray) -> np.ndarray:
-    """Median over cases of the shape after crop and resampling, (3,), axis order of the files; may hold halves."""
-    shapes = [
-        [
-            round(old / new * n)
-            for old, new, n in zip(case.spacing_zyx_mm, spacing_zyx_mm, case.shape_after_crop_zyx, strict=True)
-        ]
-        for case in fingerprint.cases
-    ]
-    return np.median(shapes, 0)
-
-
-def coarsened(spacing_mm: np.ndarray, shape: np.ndarray, max_voxels: int | None) -> np.ndarray:
-    """Coarsen the spacing, finest axes first and then all together, until the shape has at most `max_voxels`."""
-    if max_voxels is None:
-        return spacing_mm
-    level, coarse = float(spacing_mm.min()), spacing_mm
-    while np.prod(spacing_mm / coarse * shape) > max_voxels:
-        level *= SPACING_STEP
-        coarse = np.maximum(spacing_mm, level)
-    return coarse
 
 
 def check_fingerprint(dataset: PlannableDataset, fingerprint: Fingerprint) -> None:
@@ -197,7 +156,7 @@ def check_fingerprint(dataset: PlannableDataset, fingerprint: Fingerprint) -> No
 
 
 def dataset_stats(
-    dataset: PlannableDataset, fingerprint: Fingerprint, spacing_zyx_mm: Triple | None, max_case_voxels: int | None
+    dataset: PlannableDataset, fingerprint: Fingerprint, spacing_zyx_mm: Triple | None, sizing: CaseSizing | None
 ) -> DatasetStats:
     """Target spacing, axis order, median shape and normalization of a dataset; see `plan` for arguments and errors."""
     check_fingerprint(dataset, fingerprint)
@@ -206,7 +165,8 @@ def dataset_stats(
     if not np.all(np.isfinite(target)) or not np.all(target > 0):
         raise PlanError("A target spacing is not positive", expected="three spacings above 0 mm", found=target.tolist())
     forward = _axis_order(target, fingerprint)
-    target = coarsened(target, median_shape(fingerprint, target), max_case_voxels)
+    if spacing_zyx_mm is None and sizing is not None:
+        target = coarsened_by(sizing, target, fingerprint, json.label_set.values)
     order = list(forward)
     return DatasetStats(
         transpose_forward=forward,
@@ -305,11 +265,14 @@ def _size(
     )
     if dataset_voxels is None:
         dataset_voxels = float(np.prod(stats.median_shape)) * stats.cases
-    batch_size = sizing.batch_size or batch_that_fits(
-        samples(topology),
-        patch_voxels=math.prod(topology.patch_size),
-        allowed_voxels=dataset_voxels * sizing.max_dataset_share,
-    )
+    if sizing.batch_size is not None:
+        batch_size = max(1, int(min(sizing.batch_size, samples(topology))))
+    else:
+        batch_size = batch_that_fits(
+            samples(topology),
+            patch_voxels=math.prod(topology.patch_size),
+            allowed_voxels=dataset_voxels * sizing.max_dataset_share,
+        )
     return Sized(topology=topology, sizing=sizing, batch_size=batch_size)
 
 
@@ -348,9 +311,11 @@ def stage_of(
         patch_size=patch,
         batch_size=sized.batch_size,
         normalization=stats.normalization,
-        augmentation=preset.augmentation.model_copy(update={"mirror_axes": tuple(range(len(patch)))}),
+        augmentation=preset.augmentation.model_copy(
+            update={"mirror_axes": tuple(range(len(patch))) if preset.mirror else ()}
+        ),
         model=sized.sizing.width.network(sized.topology),
-        loss=SegmentationLoss(batch_dice=batch_dice, lowest_level=preset.lowest_level),
+        loss=preset.loss.model_copy(update={"batch_dice": batch_dice}),
         train=preset.train,
         validation=preset.validation,
         inference=preset.inference,

@@ -12,13 +12,21 @@ U-Net.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.planning.topology import FeatureWidths
-from rfmedsam2.records.plan import AdamW, Augmentation, Inference, TrainConfig, Validation, WarmupPolySchedule
+from rfmedsam2.records.plan import (
+    AdamW,
+    Augmentation,
+    Inference,
+    SegmentationLoss,
+    TrainConfig,
+    Validation,
+    WarmupPolySchedule,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +47,24 @@ class PatchSizing:
     max_dataset_share: float = 0.05
     """Largest fraction of the training set's voxels in one batch (but at least two samples)."""
     batch_size: int | None = None
-    """Fixed batch size; None: from the limits above."""
+    """Fixed batch size, or less where the limits above allow no more; None: as many as they allow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseSizing:
+    """How far the target spacing is coarsened, finest axes first, to make the median case small."""
+
+    max_voxels: int
+    """The median case has at most so many voxels, whatever is lost."""
+    whole_voxels: int
+    """It has at most so many, about a patch, unless a class would become smaller than `class_voxels`."""
+    class_voxels: int
+    """Least number of voxels of every class, as the median over the cases that have it."""
+
+    @property
+    def for_slices(self) -> CaseSizing:
+        """The limits of a 2D stage, whose patches show whole slices at any spacing."""
+        return replace(self, whole_voxels=self.max_voxels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +78,14 @@ class UNetPreset:
     """2d."""
     low_resolution_share: float = 0.25
     """Plan 3d_lowres if the 3d_fullres patch covers a smaller fraction of the median case (nnU-Net: 0.25)."""
-    max_case_voxels: int | None = None
-    """Coarsen the target spacing, finest axes first, until the median case has no more voxels. None: never."""
+    case: CaseSizing | None = None
+    """Coarsening of the target spacing; None: never."""
     batch_dice: bool | None = None
     """Batch Dice; None: nnU-Net's rule (3d_fullres only if there is a 3d_lowres, 3d_lowres never, 2d always)."""
-    lowest_level: bool = False
-    """See `SegmentationLoss.lowest_level`."""
+    mirror: bool = True
+    """Mirror training patches along every axis, as nnU-Net does."""
+    loss: SegmentationLoss = field(default_factory=SegmentationLoss)
+    """Its `batch_dice` is the field above."""
     train: TrainConfig = field(default_factory=TrainConfig)
     inference: Inference = field(default_factory=Inference)
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -95,31 +122,46 @@ def _memory(plan_name: str, gigabytes: float, start: tuple[int, int, int]) -> UN
 
 CPU = UNetPreset(
     plan_name="rfmed_cpu",
-    # 40x56x40 (Hippocampus), 48x48x40: one iteration of batch 2 takes under a second on two cores
-    volume=PatchSizing(width=FeatureWidths(base=16, maximum=128), max_batch_voxels=192_000, batch_size=2),
+    # two samples of 40x56x40 (Hippocampus), one of 48x64x64 (an abdomen): an iteration takes half a second on two cores
+    volume=PatchSizing(
+        width=FeatureWidths(base=16, maximum=256, finest_blocks=1),
+        max_batch_voxels=200_000,
+        least_batch=1,
+        batch_size=2,
+    ),
     slice=PatchSizing(width=FeatureWidths(base=16, maximum=256), max_batch_voxels=400_000),
-    # a body CT becomes about 3 mm isotropic: seconds to preprocess, half a minute to predict on a laptop, and a patch
-    # still covers whole organs; small structures are lost and need another preset
-    max_case_voxels=2_000_000,
+    # Within 1000 iterations of patches that show a seventh of an abdomen a network learns the liver and little else. At
+    # about 5 mm one patch shows it whole, and most of it may be lost before an organ is: the spacing costs an adrenal
+    # gland (32 voxels at 5 mm), not a kidney. Data whose classes are smaller, such as lesions, stay finer.
+    case=CaseSizing(max_voxels=2_000_000, whole_voxels=250_000, class_voxels=27),
     low_resolution_share=0.0,
     batch_dice=True,
+    # mirrored bodies are eight anatomies to learn instead of one
+    mirror=False,
+    # without it, organs below a hundredth of the patch are background for the first thousand iterations
+    loss=SegmentationLoss(class_balance=0.5),
     train=TrainConfig(
-        epochs=20,
+        epochs=26,
         iterations_per_epoch=50,
-        learning_rate=3e-3,
+        learning_rate=6e-3,
         weight_decay=1e-2,
-        optimizer=AdamW(),
+        optimizer=AdamW(betas=(0.9, 0.95)),
         schedule=WarmupPolySchedule(warmup_iterations=50),
         compile="off",
         validate_every_epochs=5,
     ),
+    validation=Validation(patches_while_training=20),
     # mirroring over eight flips would make prediction eight times slower
     inference=Inference(mirror=False),
 )
 
 PRESETS: dict[Preset, UNetPreset] = {
     # eq. 2 of the paper: weights of deep supervision halve to the last
-    "default": UNetPreset(plan_name="rfmed", volume=PatchSizing(start=(32, 256, 256), batch_size=2), lowest_level=True),
+    "default": UNetPreset(
+        plan_name="rfmed",
+        volume=PatchSizing(start=(32, 256, 256), batch_size=2),
+        loss=SegmentationLoss(lowest_level=True),
+    ),
     "nnunet": _nnunet(
         "nnunet",
         PatchSizing(feature_budget=560e6),
@@ -182,7 +224,8 @@ REFINEMENTS: dict[Preset, RFMedSam2Preset] = {
     "80gb": _refinement("80gb", "sam2_large", 66, (48, 320, 320)),
     "cpu": RFMedSam2Preset(
         plan_name="rfmedsam2_cpu",
-        settings=CPU,
+        # a step takes several times as long, and SAM 2 and its adapters are trained at the same rate
+        settings=replace(CPU, train=CPU.train.model_copy(update={"epochs": 20, "learning_rate": 3e-3})),
         backbone="nano",
         start=(32, 128, 128),
         max_patch_voxels=140_000,  # 32x64x64

@@ -69,7 +69,7 @@ def refined_plan(
     spacing_zyx_mm: Triple | None = None,
 ) -> Plan:
     """Make a plan from settings that need not be a preset's; see `plan_rfmedsam2`."""
-    stats = dataset_stats(dataset, fingerprint, spacing_zyx_mm, refinement.settings.max_case_voxels)
+    stats = dataset_stats(dataset, fingerprint, spacing_zyx_mm, refinement.settings.case)
     if stats.median_shape[0] <= 1:
         raise PlanError(
             "RFMedSAM 2 needs volumes of several slices, and these cases are single slices",

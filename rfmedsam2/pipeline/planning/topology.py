@@ -47,18 +47,24 @@ class FeatureWidths:
     base: int = 32
     maximum: int = 320
     block: Literal["plain", "residual"] = "plain"
+    finest_blocks: int | None = None
+    """Blocks of the encoder's and of the decoder's stage at full resolution, where most of the time goes; None: as many
+    as in the other stages."""
 
     def network(self, topology: Topology) -> UNetConfig:
         """The network record for a topology."""
         stages = len(topology.strides)
+        encoder, decoder = list(ENCODER_BLOCKS[self.block][:stages]), [DECODER_BLOCKS[self.block]] * (stages - 1)
+        if self.finest_blocks is not None:
+            encoder[0] = decoder[-1] = self.finest_blocks
         return UNetConfig.model_validate(
             {
                 "block": self.block,
                 "features": tuple(min(self.maximum, self.base * 2**i) for i in range(stages)),
                 "kernel_sizes": topology.kernel_sizes,
                 "strides": topology.strides,
-                "encoder_blocks": ENCODER_BLOCKS[self.block][:stages],
-                "decoder_blocks": (DECODER_BLOCKS[self.block],) * (stages - 1),
+                "encoder_blocks": tuple(encoder),
+                "decoder_blocks": tuple(decoder),
             }
         )
 

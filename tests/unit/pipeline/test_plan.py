@@ -15,8 +15,9 @@ from rfmedsam2.errors import PlanError, RecordError, RfMedSamError, UsageError
 from rfmedsam2.pipeline.planning import topology
 from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset
-from rfmedsam2.pipeline.planning.plan import channel_normalizations, plan, target_spacing
+from rfmedsam2.pipeline.planning.plan import channel_normalizations, plan
 from rfmedsam2.pipeline.planning.presets import PRESETS
+from rfmedsam2.pipeline.planning.spacing import target_spacing
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from rfmedsam2.records.plan import AdamW, Plan, Sgd
@@ -173,14 +174,24 @@ def test_the_cpu_preset_stays_small():
     hippocampus = plan(*described(**HIPPOCAMPUS), preset="cpu").stages["3d_fullres"]
     assert (hippocampus.patch_size, hippocampus.batch_size) == ((40, 56, 40), 2)
     assert hippocampus.model.features == (16, 32, 64, 128)
+    assert hippocampus.model.encoder_blocks == (1, 2, 2, 2)
+    assert hippocampus.model.decoder_blocks == (2, 2, 1)
     assert hippocampus.spacing_mm == (1, 1, 1)
-    assert hippocampus.train.optimizer == AdamW()
+    assert isinstance(hippocampus.train.optimizer, AdamW)
     body = plan(*described(**BODY_CT), preset="cpu")
     stage = body.stages["3d_fullres"]
-    assert np.prod(stage.patch_size) * stage.batch_size <= 192_000
+    assert np.prod(stage.patch_size) * stage.batch_size <= 200_000
     assert np.prod(stage.median_shape) <= 2_050_000
     assert max(stage.spacing_mm) < 4
     assert "3d_lowres" not in body.stages
+
+
+def test_only_the_cpu_preset_weighs_classes_and_does_not_mirror():
+    for preset in get_args(Preset):
+        for stage in plan(*described(**BTCV), preset=preset).stages.values():
+            mirrored = () if preset == "cpu" else tuple(range(len(stage.patch_size)))
+            assert stage.augmentation.mirror_axes == mirrored
+            assert stage.loss.class_balance == (0.5 if preset == "cpu" else 0)
 
 
 def test_memory_presets_grow_with_the_memory():
