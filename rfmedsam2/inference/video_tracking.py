@@ -82,8 +82,8 @@ class VideoSegmenter:
     def run(self, prompted: tuple[Prompted, ...]) -> dict[tuple[Prompted, Step2], np.ndarray]:
         """Label maps (Z, H, W) of every setting.
 
-        Step 1 runs once on all (frame, class) pairs; each setting uses the frames that it prompts. In Step 2 on all
-        frames, prompted frames get their prompt again, with the memories of all prompted frames including their own.
+        Step 1 runs once on all (frame, class) pairs; each setting uses the frames that it prompts. Step 2 has memories
+        instead of prompts (paper, 3.1 ii), also where it is forced on prompted frames, whose own memories are used too.
         """
         painter = Painter(self.labels)
         rows: list[tuple[Prompted, Step2]] = [(s, step2) for s in prompted for step2 in STEPS2]
@@ -114,7 +114,7 @@ class VideoSegmenter:
         for z in self._track(range(len(self.frames)), "slices, Step 1", len(self.frames)):
             classes = self.present[z].nonzero()[:, 0].tolist()
             if classes:
-                result = self._step(self._encoded(z), z, classes, {}, prompt=True, first=True)
+                result = self._step(self._encoded(z), z, classes, {}, first=True)
                 done.update({(z, k): _row(result, i) for i, k in enumerate(classes)})
         return done
 
@@ -133,7 +133,7 @@ class VideoSegmenter:
         unprompted, everywhere = {}, {}
         for k, memory in memories.items():
             given = memory["cond_frame_outputs"].get(z)
-            result = self._step(encoded, z, [k], memory, prompt=given is not None, first=False)
+            result = self._step(encoded, z, [k], memory, first=False, remember=given is None)
             everywhere[k] = result["pred_masks"]
             unprompted[k] = result["pred_masks"] if given is None else given["pred_masks"]
             if given is None:
@@ -142,7 +142,14 @@ class VideoSegmenter:
         return {"unprompted": unprompted, "all": everywhere}
 
     def _step(
-        self, encoded: Encoded, z: int, classes: list[int], memory: dict[str, Any], *, prompt: bool, first: bool
+        self,
+        encoded: Encoded,
+        z: int,
+        classes: list[int],
+        memory: dict[str, Any],
+        *,
+        first: bool,
+        remember: bool = True,
     ) -> Output:
         points = {
             "point_coords": self.points[z, classes],
@@ -152,11 +159,11 @@ class VideoSegmenter:
             frame_idx=z,
             is_init_cond_frame=first,
             **encoded.repeated(len(classes)),
-            point_inputs=points if prompt else None,
+            point_inputs=points if first else None,
             mask_inputs=None,
             output_dict=memory,
             num_frames=len(self.frames),
-            run_mem_encoder=first or not prompt,
+            run_mem_encoder=remember,
         )
 
     def _encoded(self, z: int) -> Encoded:

@@ -41,8 +41,11 @@ def case() -> tuple[Tensor, np.ndarray]:
     return frames, label
 
 
-def official_masks(base: Base, frames: Tensor, boxes: dict[int, list[float]]) -> Tensor:
-    """What the official predictor makes of frames that are SIZE x SIZE, (frames, SIZE, SIZE) of bool."""
+def official_masks(base: Base, frames: Tensor, prompts: dict[int, dict], *, everywhere: bool = False) -> Tensor:
+    """What the official predictor makes of frames that are SIZE x SIZE, (frames, SIZE, SIZE) of bool.
+
+    `everywhere`: its Step 2 also on prompted frames, as it runs on all others; their memories stay those of Step 1.
+    """
     predictor = SAM2VideoPredictor.__new__(SAM2VideoPredictor)
     predictor.__dict__ = base.__dict__ | {
         "fill_hole_area": 0,
@@ -66,26 +69,54 @@ def official_masks(base: Base, frames: Tensor, boxes: dict[int, list[float]]) ->
     }
     names = ("point_inputs_per_obj", "mask_inputs_per_obj", "cached_features", "constants", "output_dict_per_obj")
     state |= {name: {} for name in (*names, "temp_output_dict_per_obj", "frames_tracked_per_obj")}
-    for z, box in boxes.items():
-        predictor.add_new_points_or_box(state, frame_idx=z, obj_id=1, box=box, normalize_coords=True)
+    for z, prompt in prompts.items():
+        predictor.add_new_points_or_box(state, frame_idx=z, obj_id=1, normalize_coords=True, **prompt)
     out = torch.zeros(len(frames), SIZE, SIZE, dtype=torch.bool)
-    for z, _, masks in predictor.propagate_in_video(state):
-        out[z] = masks[0, 0] > 0
+    if not everywhere:
+        for z, _, masks in predictor.propagate_in_video(state):
+            out[z] = masks[0, 0] > 0
+        return out
+    predictor.propagate_in_video_preflight(state)
+    outputs = state["output_dict_per_obj"][0]
+    for z in range(min(prompts), len(frames)):
+        result, masks = predictor._run_single_frame_inference(
+            inference_state=state,
+            output_dict=outputs,
+            frame_idx=z,
+            batch_size=1,
+            is_init_cond_frame=False,
+            point_inputs=None,
+            mask_inputs=None,
+            reverse=False,
+            run_mem_encoder=True,
+        )
+        if z not in outputs["cond_frame_outputs"]:
+            outputs["non_cond_frame_outputs"][z] = result
+        out[z] = predictor._get_orig_video_res_output(state, masks)[1][0, 0] > 0
     return out
 
 
+@pytest.mark.parametrize("step2", ["unprompted", "all"])
+@pytest.mark.parametrize("kind", ["box", "point"])
 @pytest.mark.parametrize(("setting", "prompted"), [("one", [3]), ("two", [2, 4]), ("all", [1, 2, 3, 4])])
-def test_masks_equal_the_official_predictors(base: Base, setting, prompted: list[int]) -> None:
+def test_masks_equal_the_official_predictors(base: Base, setting, prompted: list[int], kind, step2) -> None:
     frames, label = case()
-    prompts = reference_prompts(label, LABELS, "box")
+    prompts = reference_prompts(label, LABELS, kind)
     with torch.inference_mode():
-        got = VideoSegmenter(base, frames, prompts, LABELS).run((setting,))[setting, "unprompted"]
-    points = sam_points(prompts, "box", (SIZE, SIZE), (SIZE, SIZE))
-    expected = official_masks(base, frames, {z: points[z, 0].flatten().tolist() for z in prompted}).numpy()
+        got = VideoSegmenter(base, frames, prompts, LABELS, kind=kind).run((setting,))[setting, step2]
+    points = sam_points(prompts, kind, (SIZE, SIZE), (SIZE, SIZE))
+    given = {
+        z: {"box": points[z, 0].flatten().tolist()}
+        if kind == "box"
+        else {"points": points[z, 0].tolist(), "labels": [1]}
+        for z in prompted
+    }
+    with torch.inference_mode():
+        expected = official_masks(base, frames, given, everywhere=step2 == "all").numpy()
     assert (got[: min(prompted)] == 0).all()
     differing = (got != expected).mean()
     assert differing <= 0.002  # the official predictor keeps memories in half precision
-    assert 0.02 < expected[min(prompted) :].mean() < 0.98
+    assert 0.005 < expected[min(prompted) :].mean() < 0.98
 
 
 def test_step_2_on_all_frames_changes_prompted_frames_alone(base: Base) -> None:
