@@ -19,7 +19,11 @@ def is_array(thing: object) -> bool:
 
 
 def _is_one(thing: object) -> bool:
-    return isinstance(thing, np.ndarray) or hasattr(thing, "detach")
+    return isinstance(thing, np.ndarray) or _is_tensor(thing)
+
+
+def _is_tensor(thing: object) -> bool:
+    return hasattr(thing, "detach") and hasattr(thing, "numpy")  # open files have "detach", too
 
 
 def intensity_limit(dtype: np.dtype) -> float:
@@ -44,7 +48,7 @@ def as_array(thing: Any, what: str) -> np.ndarray:
         return thing
     remedy = None
     try:
-        if hasattr(thing, "detach"):
+        if _is_tensor(thing):
             remedy = "Give tensor.to_dense().float()"  # NumPy has no bfloat16, no sparse and no quantized arrays
             return thing.detach().cpu().resolve_conj().resolve_neg().numpy()
         if is_array(thing):

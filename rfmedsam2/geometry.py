@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from operator import index
 
 import numpy as np
 
@@ -41,12 +42,23 @@ class Grid:
     direction: tuple[Triple, Triple, Triple] = IDENTITY
 
     def __post_init__(self) -> None:
-        if len(self.shape_zyx) != 3 or any(n < 1 for n in self.shape_zyx):
+        """Take lists and arrays of numbers, too; a grid holds tuples of Python's own numbers, and can be a key."""
+        try:
+            shape: tuple[int, ...] = tuple(map(index, self.shape_zyx))
+        except TypeError:
+            shape = ()
+        if len(shape) != 3 or min(shape) < 1:
             raise GeometryError("A grid has no voxels", expected="at least one voxel per axis", found=self.shape_zyx)
-        if len(self.spacing_zyx_mm) != 3 or not all(math.isfinite(s) and s > 0 for s in self.spacing_zyx_mm):
-            raise GeometryError(
-                "A voxel spacing is not positive", expected="three spacings above 0 mm", found=self.spacing_zyx_mm
-            )
+        rows = self.direction if len(np.shape(self.direction)) == 2 else ()
+        for name, value in (
+            ("shape_zyx", shape),
+            ("spacing_zyx_mm", spacing_of(self.spacing_zyx_mm)),
+            ("origin_xyz_mm", triple_of(self.origin_xyz_mm, "origin_xyz_mm")),
+            ("direction", tuple(triple_of(row, "a row of direction") for row in rows)),
+        ):
+            object.__setattr__(self, name, value)
+        if len(self.direction) != 3:
+            raise GeometryError("A direction is not a 3x3 matrix", expected="three rows", found=rows)
         if not np.all(np.isfinite(self.direction)) or not np.all(np.isfinite(self.origin_xyz_mm)):
             found = (self.origin_xyz_mm, self.direction)
             raise GeometryError("A grid's origin or direction is not finite", found=found)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import assert_never
 
-from rfmedsam2.errors import CheckpointError, ExtensionError
+from rfmedsam2.errors import CheckpointError, ExtensionError, require_type
 from rfmedsam2.extensions import make
 from rfmedsam2.nn.feature_cache import FeatureCache
 from rfmedsam2.nn.meta_device import skip_init
@@ -39,9 +39,11 @@ def build_stage(plan: Plan, stage: Stage | str, *, cache_features: bool = False)
         deep supervision a list of them, highest resolution first.
 
     Raises:
+        UsageError: not a plan.
         PlanError: the plan has no stage of this name.
     """
-    stage = plan.stage(stage) if isinstance(stage, str) else stage
+    require_type(plan, Plan, "plan", remedy="Load it with Plan.load(path)")
+    stage = stage if isinstance(stage, Stage) else plan.stage(stage)
     channels, labels, deep = len(plan.channels), plan.labels, stage.loss.deep_supervision
     match stage.model:
         case UNetConfig() as config:

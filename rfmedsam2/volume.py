@@ -13,7 +13,7 @@ from nibabel.spatialimages import SpatialImage
 from typing_extensions import Self
 
 from rfmedsam2.arrays import as_array
-from rfmedsam2.errors import GeometryError, ImageError, UsageError, type_name
+from rfmedsam2.errors import GeometryError, ImageError, UsageError, require_type, type_name
 from rfmedsam2.geometry import IDENTITY, Grid, scaled, spacing_of, triple_of
 
 Array = np.ndarray | Sequence[Any] | Any
@@ -35,6 +35,7 @@ class Volume:
         if not isinstance(self.array, np.ndarray):
             remedy = "Make it with Volume.from_numpy"
             raise UsageError("A volume's array is not a NumPy array", found=type_name(self.array), remedy=remedy)
+        require_type(self.grid, Grid, "grid", remedy="Make the volume with Volume.from_numpy")
         if self.array.ndim != 4 or self.array.shape[1:] != self.grid.shape_zyx:
             raise GeometryError(
                 "A volume's array does not match its grid",
@@ -116,6 +117,9 @@ class Volume:
         """
         if not isinstance(image, sitk.Image):
             raise UsageError("This is not a SimpleITK image", expected="a SimpleITK.Image", found=type_name(image))
+        if image.GetPixelIDTypeAsString().startswith("label of"):  # whose arrays end the process
+            remedy = "Convert it with SimpleITK.LabelMapToLabel"
+            raise ImageError("This image holds label objects and no voxels", remedy=remedy)
         if image.GetDimension() != 3:
             raise ImageError("The image is not a volume", expected="3 dimensions", found=image.GetDimension())
         voxels = sitk.GetArrayFromImage(image)
@@ -177,7 +181,7 @@ def _channels(given: Array) -> np.ndarray:
 
 
 def _three_rows(direction: Any) -> list[Any]:
-    rows = list(direction) if isinstance(direction, Sequence | np.ndarray) else []
+    rows = list(direction) if len(np.shape(direction)) == 2 else []
     if len(rows) != 3:
         raise GeometryError("A direction is not a 3x3 matrix", expected="three rows", found=repr(direction))
     return rows

@@ -9,10 +9,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from rfmedsam2.arguments import path_of
 from rfmedsam2.store.published_weights import read_published
 from segment_anything_hq.modeling import ImageEncoderViT, MaskDecoderHQ, PromptEncoder, Sam, TinyViT, TwoWayTransformer
 from segment_anything_hq.nn.hq_sam import HqSam, build_hq_sam, load_hq_sam
@@ -72,7 +72,7 @@ sam_model_registry: dict[str, Callable[..., HqSam]] = {
 def loaded(sam: SamT, checkpoint: Checkpoint) -> SamT:
     """Load a checkpoint into a model, if one is given."""
     if checkpoint is not None:
-        new = load_hq_sam(sam, read_published(Path(checkpoint)), where=checkpoint).missing
+        new = load_hq_sam(sam, read_published(path_of(checkpoint, "checkpoint")), where=checkpoint).missing
         if new:
             logger.warning("%s has no weights for what HQ-SAM adds to SAM: %d tensors are random", checkpoint, len(new))
     return sam

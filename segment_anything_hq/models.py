@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from rfmedsam2.arguments import path_of, whole_number
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
 from rfmedsam2.nn.sam import SamBackbone, SamSegmenter
 from rfmedsam2.nn.sam_weights import load_sam
@@ -70,7 +71,7 @@ def build(
             return SAM2Refiner(base).eval()
         return SamRef(base).eval()
     if decoder is not None:
-        raise UsageError(f"{method} has its own mask decoder", where=decoder, remedy="Omit the decoder (--decoder)")
+        raise UsageError(f"{method} has its own mask decoder", where=decoder, remedy="Omit the decoder")
     if method == "hq_sam":
         hq_sam = build_hq_sam(cast(SamBackbone, backbone), frame_size=frame_size)
         if weights is not None:
@@ -106,7 +107,8 @@ def load_model(
         device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
 
     Raises:
-        UsageError: unknown method, backbone or device, or a decoder for a method that has its own.
+        UsageError: unknown method, backbone or device, a frame size that is not a whole number, or a decoder for a
+            method that has its own.
         PlanError: the method does not support this backbone or frame size.
         CheckpointError: the weights or the checkpoint cannot be read, or are of another model.
     """
@@ -116,12 +118,14 @@ def load_model(
             remedy = f"Did you mean {close[0]}" if close else None
             raise UsageError(f"Unknown name {name!r}", expected=f"one of {', '.join(known)}", remedy=remedy)
     place = choose_device(device)
-    paths = [None if path is None else Path(path) for path in (weights, decoder)]
-    network = build(method, backbone, frame_size=frame_size, weights=paths[0], decoder=paths[1])
+    given = {"weights": weights, "checkpoint": checkpoint, "decoder": decoder}
+    paths = {name: None if path is None else path_of(path, name) for name, path in given.items()}
+    frame_size = whole_number(frame_size, "frame_size", least=2 * STRIDE)
+    network = build(method, backbone, frame_size=frame_size, weights=paths["weights"], decoder=paths["decoder"])
     if weights is None:
         logger.warning("%s has random weights, which segment nothing: give published ones with weights=", backbone)
-    if checkpoint is not None:
-        load_trained(network, Path(checkpoint))
+    if paths["checkpoint"] is not None:
+        load_trained(network, paths["checkpoint"])
     return network.eval().to(place)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from segment_anything import SamPredictor as PlainPredictor
 from torch import Tensor
 
-from rfmedsam2.errors import ImageError, UsageError
+from rfmedsam2.errors import ImageError, UsageError, type_name
 from segment_anything_hq.modeling import MaskDecoderHQ, Sam
 from segment_anything_hq.modeling.mask_decoder_hq import Decoded, ImageSide
 from segment_anything_hq.nn.hq_sam import no_mask
@@ -67,6 +67,9 @@ class SamPredictor(PlainPredictor):
     interm_features: list[Tensor] | None
 
     def __init__(self, sam_model: Sam) -> None:
+        if not isinstance(sam_model, Sam):
+            remedy = 'Build it with sam_model_registry["vit_b"](checkpoint=...)'
+            raise UsageError("sam_model is not a SAM", found=type_name(sam_model), remedy=remedy)
         super().__init__(sam_model)
         self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
 
@@ -92,7 +95,7 @@ class SamPredictor(PlainPredictor):
             transformed_image: (1, 3, h, w) of 0 to 255, its longer side the encoder's.
             original_image_size: its (H, W) before.
         """
-        shape, side = tuple(transformed_image.shape), self.model.image_encoder.img_size
+        shape, side = tuple(np.shape(transformed_image)), self.model.image_encoder.img_size
         if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != side:
             raise ImageError(
                 "This image is not resized for the encoder", expected=f"(1, 3, h, w) of longer side {side}", found=shape
@@ -136,13 +139,13 @@ class SamPredictor(PlainPredictor):
         boxes = None
         if box is not None:
             _expect("A box that cannot be used", np.asarray(box).size == 4, "four numbers, XYXY", np.shape(box))
-            boxes = torch.as_tensor(self.transform.apply_boxes(np.asarray(box), self.original_size))[None]
+            boxes = torch.as_tensor(self.transform.apply_boxes(_finite("box", box), self.original_size))[None]
             boxes = boxes.to(self.device, torch.float)
         masks = None
         if mask_input is not None:
             size = (1, *self.model.prompt_encoder.mask_input_size)
             _expect("A mask_input that cannot be used", np.shape(mask_input) == size, size, np.shape(mask_input))
-            masks = torch.as_tensor(mask_input, dtype=torch.float, device=self.device)[None]
+            masks = torch.as_tensor(_finite("mask_input", mask_input), dtype=torch.float, device=self.device)[None]
         given = self.predict_torch(points, labels, boxes, masks, multimask_output, return_logits, hq_token_only)
         first, scores, logits = (tensor[0].detach().cpu().numpy() for tensor in given)
         return first, scores, logits
@@ -218,6 +221,16 @@ class SamPredictor(PlainPredictor):
             least_score=least_score,
         )
 
+    def get_image_embedding(self) -> Tensor:
+        """The embedding (1, 256, s, s) of the image.
+
+        Raises:
+            UsageError: no image.
+        """
+        if not self.is_image_set:
+            raise NoImageError
+        return super().get_image_embedding()
+
     def reset_image(self) -> None:
         """Forget the image."""
         super().reset_image()
@@ -239,11 +252,27 @@ class SamPredictor(PlainPredictor):
         _expect("Points need labels", (coords is None) == (labels is None), "both or none", "one of them")
         if coords is None or labels is None:
             return None, None
-        fits = np.ndim(coords) == 2 and np.shape(coords) == (len(labels), 2)
-        _expect("Points that cannot be used", fits, "(k, 2) and k labels", f"{np.shape(coords)}, {np.shape(labels)}")
-        framed = self.transform.apply_coords(np.asarray(coords), self.original_size)
+        shapes = np.shape(coords), np.shape(labels)
+        fits = len(shapes[1]) == 1 and shapes[0] == (*shapes[1], 2)
+        _expect("Points that cannot be used", fits, "(k, 2) and k labels", shapes)
+        places, kinds = _finite("point_coords", coords), _finite("point_labels", labels)
+        known = "1 on the object, 0 off it, -1 no point"
+        _expect("Unknown point_labels", bool(np.isin(kinds, (-1, 0, 1)).all()), known, kinds.tolist())
+        framed = self.transform.apply_coords(places, self.original_size)
         points = torch.as_tensor(framed, dtype=torch.float, device=self.device)
-        return points[None], torch.as_tensor(labels, dtype=torch.int, device=self.device)[None]
+        return points[None], torch.as_tensor(kinds, dtype=torch.int, device=self.device)[None]
+
+
+def _finite(name: str, given: object) -> NDArray:
+    """An array of numbers, none of which is NaN or infinite.
+
+    Raises:
+        UsageError: it is another; names it.
+    """
+    array = np.asarray(given)
+    numbers = array.dtype.kind in "iufb" and not np.ma.is_masked(given)
+    _expect(f"{name} cannot be used", numbers and bool(np.isfinite(array).all()), "finite numbers", array.tolist())
+    return array
 
 
 def _expect(what: str, fits: bool, expected: object, found: object) -> None:

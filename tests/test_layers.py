@@ -19,7 +19,7 @@ MOST_FILES = 15
 # line import each other.
 VOLUMES = (
     "errors choices version",
-    "arrays geometry prompts system",
+    "arguments arrays geometry prompts system",
     "records",
     "extensions volume",
     "losses metrics nn store transforms",
@@ -55,6 +55,7 @@ NEVER = {
 # what the second package may use of the first
 SHARED_WITH_IMAGES = {
     "version",
+    "arguments",
     "choices",
     "errors",
     "system",

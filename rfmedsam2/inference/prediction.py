@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its usual name
 
+from rfmedsam2.arguments import path_of
 from rfmedsam2.geometry import Grid
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.formats.image_header import ImageHeader, repaired
@@ -81,4 +82,4 @@ class Prediction:
                 format="nifti",
                 skew_degrees=skew,
             )
-        write_label(Path(path), self.labels, header)
+        write_label(path_of(path, "path"), self.labels, header)

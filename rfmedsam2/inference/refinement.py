@@ -40,24 +40,24 @@ def require_possible(model: ModelConfig, *, step: int | None, boxes: bool) -> No
     """
     known = steps_of(model)
     if step is not None and step not in known:
-        expected = f"--step {' or '.join(map(str, known))}"
-        raise UsageError("The model does not have this step", expected=expected, found=f"--step {step}")
+        expected = f"step {' or '.join(map(str, known))}"
+        raise UsageError("The model does not have this step", expected=expected, found=f"step {step}")
     if not isinstance(model, RFMedSam2Config):
         if boxes:
             raise UsageError(
                 "The model does not accept boxes",
                 expected="a model of RFMedSAM 2",
                 found=f"the network {model.name}" if isinstance(model, CustomConfig) else "a U-Net",
-                remedy="Leave out --boxes, or name another model with -p and -c",
+                remedy="Leave the boxes out, or choose another model",
             )
         return
     if boxes and step == 0:
-        raise UsageError("Step 0 generates prompts and does not accept boxes", found="--boxes with --step 0")
+        raise UsageError("Step 0 generates prompts and does not accept boxes", found="boxes and step 0")
     if model.generator == "gt" and not boxes:
         raise UsageError(
             "The model needs boxes as prompts, and none were given",
             expected="boxes from reference labels, or drawn by a user",
-            remedy="Give them with --boxes (a folder of label maps, or a JSON file of boxes)",
+            remedy="Give boxes: label maps of what to segment, or a list of boxes",
         )
 
 

@@ -35,6 +35,8 @@ EMPTY_RANGE = 1e-3
 """A tile is empty if no channel's normalized intensities vary by more than this."""
 SLICES_AT_ONCE = 8
 """Minimum number of slices of a 2D network per forward pass."""
+LEAST_STRIDE = 0.5
+"""Voxels between tiles along the longest axis of the patch. Tiles that are closer begin at the same voxels again."""
 PLANES_A_SLAB = 8
 """Maximum number of planes of a slab. A row of 3D tiles finishes more planes at once, which would double the memory of
 the sums for 14 classes of 512 x 512."""
@@ -79,13 +81,18 @@ def tile_starts(image_size: Sequence[int], patch_size: Sequence[int], step_size:
     Args:
         image_size: voxels per axis, each at least the patch's.
         patch_size: voxels per axis.
-        step_size: fraction of the patch, above 0 up to 1.
+        step_size: fraction of the patch, at most 1, and at least `LEAST_STRIDE` voxels.
 
     Raises:
         PlanError: an image axis is shorter than the patch's, or the step size is out of range.
     """
-    if not 0 < step_size <= 1:
-        raise PlanError("A sliding-window step size is out of range", expected="above 0, at most 1", found=step_size)
+    least = LEAST_STRIDE / max(patch_size)
+    if not least <= step_size <= 1:  # also NaN
+        raise PlanError(
+            "A sliding-window step size is out of range",
+            expected=f"{least:.2g} to 1 for a patch of {' x '.join(map(str, patch_size))}",
+            found=step_size,
+        )
     if len(image_size) != len(patch_size) or any(n < p for n, p in zip(image_size, patch_size, strict=True)):
         raise PlanError("An image is smaller than the patch", expected=tuple(patch_size), found=tuple(image_size))
     starts = []
@@ -293,7 +300,7 @@ class _Ensemble:
             return result
         limit = min(self.limit or len(tiles), len(tiles) * len(self.flips)) // 2
         if limit < 1:
-            remedy = "Free memory" if self.device.type == "cpu" else "Free the device, predict with --device cpu"
+            remedy = "Free memory" if self.device.type == "cpu" else "Free the device, predict on the device cpu"
             raise RfMedSamError(
                 "The device has too little memory for one tile",
                 where=self.device,

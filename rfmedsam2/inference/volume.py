@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import nn
 
+from rfmedsam2.arguments import choice_of, whole_number
 from rfmedsam2.arrays import intensity_limit
 from rfmedsam2.errors import ImageError, PlanError
 from rfmedsam2.geometry import Grid
@@ -34,8 +36,11 @@ from rfmedsam2.volume import Volume
 class PredictOptions:
     """Options of prediction; None: the plan's value.
 
+    Raises:
+        UsageError: an unknown precision, or a number of threads or a step that is none.
+
     Attributes:
-        step_size: distance of tiles as a fraction of the patch, above 0 up to 1.
+        step_size: distance of tiles as a fraction of the patch, at least half a voxel, up to 1.
         mirror: whether to average over flips (along the axes mirrored in training).
         tile_batch: number of tiles per forward pass.
         skip_empty: whether to skip tiles without body; see `sliding_window.Execution`.
@@ -51,6 +56,12 @@ class PredictOptions:
     step: int | None = None
     precision: Precision = "auto"
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        choice_of(self.precision, get_args(Precision), "precision")
+        for name, least in (("threads", 1), ("step", 0)):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, whole_number(given, name, least=least))
 
     def inference(self, stage: Stage) -> Inference:
         """The plan's settings with these options applied.
@@ -135,9 +146,11 @@ def require_finite(volume: Volume) -> None:
     limit = intensity_limit(volume.array.dtype)
     for number, channel in enumerate(volume.array):
         with np.errstate(invalid="ignore"):
-            if channel.min() >= -limit and channel.max() <= limit:  # False for NaN
+            # as Python's floats: half precision has no such limit. False for NaN
+            if float(channel.min()) >= -limit and float(channel.max()) <= limit:
                 continue
-            bad = int(np.count_nonzero(~((channel >= -limit) & (channel <= limit))))
+            wide = channel.astype(np.float32) if channel.dtype == np.float16 else channel
+            bad = int(np.count_nonzero(~((wide >= -limit) & (wide <= limit))))
         floats = channel.dtype.kind == "f"
         which = f" in channel {number}" if len(volume.array) > 1 else ""
         raise ImageError(

@@ -280,7 +280,7 @@ class RFMedSam2(nn.Module):
                     raise UsageError(
                         "This model needs boxes as prompts, and none were given",
                         expected="boxes from reference labels, or drawn by a user",
-                        remedy="Give them with rfmed_predict --boxes (a folder of label maps, or a JSON file of boxes)",
+                        remedy="Give boxes: label maps of what to segment, or a list of boxes",
                     )
                 return self.start_from_boxes(boxes, size)
             case "hierarchical_masks":

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
+from rfmedsam2.arguments import path_of
 from rfmedsam2.errors import RecordError
 from rfmedsam2.system.atomic import read_record, write_record
 from rfmedsam2.system.json_text import JsonError, parse_json
@@ -90,7 +91,7 @@ class Record(_Checked):
         Raises:
             RecordError: missing, not JSON, or with faults, of which all are listed.
         """
-        return read_record(Path(path), cls)
+        return read_record(path_of(path, "path"), cls)
 
     def save(self, path: str | Path) -> None:
         """Write a readable JSON file, whole or not at all.
@@ -98,7 +99,7 @@ class Record(_Checked):
         Raises:
             StoreError: the folder cannot be written, the disk is full.
         """
-        write_record(Path(path), self)
+        write_record(path_of(path, "path"), self)
 
     def to_json(self) -> str:
         """Readable JSON: one field per line, lists of numbers or strings on one line."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from rfmedsam2.errors import PlanError
+from rfmedsam2.errors import PlanError, type_name
 from rfmedsam2.records.base import Record, VersionedRecord, renamed
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.extension import StageExtensions
@@ -360,10 +360,10 @@ class Plan(VersionedRecord):
         Raises:
             PlanError: the stage does not exist; lists the existing ones.
         """
-        if name not in self.stages:
+        if not isinstance(name, str) or name not in self.stages:
             raise PlanError(
                 f"The configuration does not exist in plan {self.name}",
-                where=name,
+                where=name if isinstance(name, str) else type_name(name),
                 expected=f"one of {', '.join(self.stages)}",
             )
         return self.stages[name]

@@ -44,6 +44,12 @@ from rfmedsam2.volume import Volume
 _NIFTI = (".nii.gz", ".nii")
 _ITK = (SLICER_ENDING, ".nrrd", ".nhdr", ".mha", ".mhd")
 _MGZ = (".mgz", ".mgh")
+_LABEL_WRITERS = {
+    **dict.fromkeys(_NIFTI, write_nifti_label),
+    **dict.fromkeys((".nrrd", SLICER_ENDING, ".mha", *RASTER_ENDINGS), write_itk_label),
+    **dict.fromkeys(_MGZ, write_mgz_label),
+}
+"""By ending; an MHD is two files and has a writer of its own."""
 IMAGE_ENDINGS = (*_NIFTI, *_ITK, *_MGZ, *RASTER_ENDINGS, ".dcm")
 """Endings of files that can be read; folders of DICOM files are read whatever the files are called."""
 
@@ -209,6 +215,22 @@ def label_files(path: Path) -> list[Path]:
     return [path, *([mhd_data_file(path)] if path.suffix.lower() == ".mhd" else [])]
 
 
+def require_label_ending(path: Path) -> str:
+    """The ending, in lower case, of a file that a label map is to be written to.
+
+    Raises:
+        UsageError: it is not that of a writable format.
+    """
+    ending = (image_ending(path) or "").lower()
+    if ending not in (*_LABEL_WRITERS, ".mhd"):
+        raise UsageError(
+            "Label maps cannot be written in this format",
+            where=path,
+            expected="a file name ending in .nii.gz, .nii, .nrrd, .mha, .mhd or .mgz",
+        )
+    return ending
+
+
 def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
     """Write a label map (Z,Y,X) with exactly the geometry of `header`, atomically; the ending selects the format.
 
@@ -220,7 +242,7 @@ def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None
         UsageError: the ending is not that of a writable format, or of one that holds all planes.
         StoreError: the folder cannot be written, the disk is full.
     """
-    ending = (image_ending(path) or "").lower()
+    ending = require_label_ending(path)
     if labels_zyx.shape != header.grid.shape_zyx:
         raise GeometryError(
             "The shape of the labels differs from their image's",
@@ -241,19 +263,8 @@ def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None
             path.parent.mkdir(parents=True, exist_ok=True)
             write_mhd_label(path, labels, header)
         return
-    write = {
-        **dict.fromkeys(_NIFTI, write_nifti_label),
-        **dict.fromkeys((".nrrd", SLICER_ENDING, ".mha", *RASTER_ENDINGS), write_itk_label),
-        **dict.fromkeys(_MGZ, write_mgz_label),
-    }.get(ending)
-    if write is None:
-        raise UsageError(
-            "Label maps cannot be written in this format",
-            where=path,
-            expected="a file name ending in .nii.gz, .nii, .nrrd, .mha, .mhd or .mgz",
-        )
     with atomic(path) as temporary:
-        write(temporary, labels, header)
+        _LABEL_WRITERS[ending](temporary, labels, header)
         if spacing_file(path) is not None and not header.flat:
             write_stack_spacing(path, header.grid.spacing_zyx_mm)
 

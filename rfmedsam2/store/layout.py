@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from rfmedsam2.arguments import path_of
 from rfmedsam2.errors import UsageError
 
 DATASET_FOLDER = re.compile(r"Dataset(\d{3,})_(.+)")
@@ -29,22 +30,27 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("raw", "preprocessed", "results"):
-            object.__setattr__(self, name, Path(getattr(self, name)))  # programs give text, too
+            object.__setattr__(self, name, path_of(getattr(self, name), name))  # programs give text, too
 
     @classmethod
     def under(cls, root: str | Path) -> Layout:
-        """The layout with raw, preprocessed and results below one root."""
-        root = Path(root)
+        """The layout with raw, preprocessed and results below one root.
+
+        Raises:
+            UsageError: the root is not a path.
+        """
+        root = path_of(root, "root")
         return cls(raw=root / "raw", preprocessed=root / "preprocessed", results=root / "results")
 
-    def dataset_name(self, wanted: str) -> str:
-        """The folder name (Dataset004_Hippocampus) for an id ("4"), a short name ("Hippocampus") or the full name.
+    def dataset_name(self, wanted: str | int) -> str:
+        """The folder name (Dataset004_Hippocampus) for an id ("4" or 4), a short name ("Hippocampus") or the full name.
 
         Looked up in raw, then preprocessed, then results.
 
         Raises:
             UsageError: no dataset or several match; lists the known ones.
         """
+        wanted = str(wanted)
         known = self.known_datasets()
         exact = [name for name in known if name == wanted]
         fits = exact or [name for name in known if _fits(name, wanted)]
@@ -56,7 +62,7 @@ class Layout:
             expected=f"one of {', '.join(known)}" if known else None,
             found=", ".join(fits) or (None if known else f"no datasets in {self.raw}"),
             remedy=_suggestion(wanted, known)
-            or f"Datasets are folders like Dataset217_BTCV in {self.raw}; choose another root with --root",
+            or f"Datasets are folders like Dataset217_BTCV in {self.raw}; or choose another root",
         )
 
     def known_datasets(self) -> list[str]:

@@ -13,6 +13,7 @@ from json import loads
 from pathlib import Path
 from typing import Any, Literal
 
+from rfmedsam2.arguments import path_of
 from rfmedsam2.errors import DatasetError, ImageError, RecordError, shortlist
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.verify import Fault
@@ -60,21 +61,22 @@ class RawDataset:
         """Orientation of volumes after reading: RAS for nnU-Net's ...WithReorient readers, None: as in the file."""
         return "RAS" if (self.json.overwrite_image_reader_writer or "").endswith("WithReorient") else None
 
-    def case(self, name: str) -> Case:
-        """The training or test case of an id.
+    def case(self, name: str | Case) -> Case:
+        """The training or test case of an id; a case stands for its id.
 
         Raises:
             DatasetError: no such case.
         """
         cases = {case.id: case for case in (*self.test, *self.training)}
+        name = name.id if isinstance(name, Case) else str(name)
         if name not in cases:
             close = get_close_matches(name, cases, n=1)
             remedy = f"Did you mean {close[0]}" if close else f"There are {shortlist(cases)}"
             raise DatasetError("The dataset has no such case", where=self.folder, found=name, remedy=remedy)
         return cases[name]
 
-    def read(self, name: str) -> tuple[Volume, Volume | None]:
-        """Image (C, Z, Y, X) and label map (1, Z, Y, X) of a case by its id; a test case has no label map: None.
+    def read(self, name: str | Case) -> tuple[Volume, Volume | None]:
+        """Image (C, Z, Y, X) and label map (1, Z, Y, X) of a case, by its id; a test case has no label map: None.
 
         Raises:
             DatasetError: no such case.
@@ -100,7 +102,7 @@ def open_dataset(source: str | int | Path, *, root: str | Path = "rfmed_data") -
     """
     folder = Path(str(source))
     if len(folder.parts) == 1 and not folder.is_dir():
-        layout = Layout.under(root)
+        layout = Layout.under(path_of(root, "root"))
         folder = layout.raw / layout.dataset_name(str(source))
     json = _dataset_json(folder)
     if json.dataset is not None:
@@ -152,6 +154,10 @@ def read_case(case: Case, *, channels: int) -> tuple[Volume, ImageHeader]:
 
 
 def _dataset_json(folder: Path) -> DatasetJson:
+    if folder.is_file():
+        raise DatasetError(
+            "A dataset is a folder, and this is a file", where=folder, remedy=f"Give the folder: {folder.parent}"
+        )
     if not folder.is_dir():
         close = closest_name(folder.name, folder.parent)
         raise DatasetError(

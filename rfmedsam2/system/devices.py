@@ -7,7 +7,7 @@ import torch
 from rfmedsam2.errors import UsageError
 
 
-def choose_device(wanted: str, *, local_rank: int = 0) -> torch.device:
+def choose_device(wanted: str | torch.device, *, local_rank: int = 0) -> torch.device:
     """Turn a name into a device; auto takes CUDA, else MPS, else the CPU.
 
     Args:
@@ -22,7 +22,7 @@ def choose_device(wanted: str, *, local_rank: int = 0) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(wanted)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise UsageError("Unknown device", where=wanted, expected="auto, cpu, cuda, cuda:N or mps")
@@ -36,7 +36,7 @@ def choose_device(wanted: str, *, local_rank: int = 0) -> torch.device:
             "The device is not available",
             where=device,
             found=f"{gpus} CUDA GPU(s)",
-            remedy="Choose --device cpu, or "
+            remedy="Choose the device cpu, or "
             + ("start at most one process per GPU" if gpus else "install the torch that fits your GPU"),
         )
     return device

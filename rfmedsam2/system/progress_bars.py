@@ -44,9 +44,9 @@ class ProgressBars:
 
 def progress_bars(progress: bool | Track) -> Track:
     """What `progress` means in the Python API: True shows bars, False nothing, a `Track` shows what it likes."""
-    if isinstance(progress, bool):
-        return ProgressBars() if progress else silent
-    return progress
+    if callable(progress):
+        return progress
+    return ProgressBars() if progress else silent
 
 
 def _bar(description: str, total: int, *, initial: int = 0) -> Any:

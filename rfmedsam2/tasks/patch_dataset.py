@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index as whole
 from pathlib import Path
 from typing import TypedDict
 
@@ -10,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rfmedsam2.arguments import names_of, path_of, whole_number
 from rfmedsam2.engine.rng import preserved, seed_all
 from rfmedsam2.errors import UsageError, require_type, shortlist
 from rfmedsam2.records.plan import Plan
@@ -36,7 +38,7 @@ class PatchDataset(Dataset[Patch]):
         folder: the preprocessed cases of the stage (`Layout.cases_folder`).
         plan: the plan that they were preprocessed by.
         stage: name of the stage.
-        cases: ids to draw from; None: all in the folder.
+        cases: ids to draw from, or a single one; None: all in the folder.
         augment: random changes; False: patches as they are.
         length: number of items; None: as many as the plan's whole training draws. An item is the same each time it is
             asked for, so that a training of several epochs wants one dataset of all its items, not the same again.
@@ -44,7 +46,7 @@ class PatchDataset(Dataset[Patch]):
 
     Raises:
         PlanError: no such stage.
-        UsageError: no preprocessed cases, cases that are not there, a length below 1.
+        UsageError: no preprocessed cases, cases that are not there, a length below 1, a negative seed.
     """
 
     def __init__(
@@ -53,16 +55,16 @@ class PatchDataset(Dataset[Patch]):
         plan: Plan,
         stage: str,
         *,
-        cases: Sequence[str] | None = None,
+        cases: Sequence[str] | str | None = None,
         augment: bool = True,
         length: int | None = None,
         seed: int = 0,
     ) -> None:
         require_type(plan, Plan, "plan", remedy="Load it with Plan.load(path)")
         config = plan.stage(stage)
-        store = CaseStore(Path(folder))
+        store = CaseStore(path_of(folder, "folder"))
         known = store.ids()
-        self.cases = tuple(known if cases is None else cases)
+        self.cases = tuple(known) if cases is None else names_of(cases, "cases")
         missing = sorted(set(self.cases) - set(known))
         if not self.cases or missing:
             raise UsageError(
@@ -72,24 +74,25 @@ class PatchDataset(Dataset[Patch]):
                 remedy="Run rfmed_plan_and_preprocess, and give the folder of its stage (Layout.cases_folder)",
             )
         train = config.train
-        self.seed = seed
+        self.seed = whole_number(seed, "seed", least=0)
         self._slots = config.batch_size
-        self._length = train.iterations * train.accumulation * self._slots if length is None else length
-        if self._length < 1:
-            raise UsageError("A dataset needs at least one patch", expected="a length above 0", found=length)
-        self._source = PatchSource(store, self.cases, config, labels=plan.labels, augment=augment, seed=seed)
+        whole_training = train.iterations * train.accumulation * self._slots
+        self._length = whole_training if length is None else whole_number(length, "length", least=1)
+        self._source = PatchSource(store, self.cases, config, labels=plan.labels, augment=augment, seed=self.seed)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Patch:
-        """Item `index`, counted from 0 (negative: from the end).
+        """Item `index`, counted from 0 (negative: from the end); NumPy's and a tensor's integers will do.
 
         Raises:
+            TypeError: not a whole number.
             IndexError: beyond the length.
             StoreError: a case that cannot be read.
         """
-        number = index + self._length if index < 0 else index
+        number = whole(index)
+        number += self._length if number < 0 else 0
         if not 0 <= number < self._length:
             raise IndexError(f"patch {index} of {self._length}")
         places = np.random.default_rng((self.seed, number))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
+from rfmedsam2.arguments import choice_of
 from rfmedsam2.errors import UsageError, type_name
 from rfmedsam2.nn.segmenter import Embedded, Segmented
 from segment_anything_hq.inference.image_transform import Fit, ImageTransform, device_of, embed, make_transform
@@ -34,9 +35,16 @@ class InteractivePredictor:
         segmenter: a `Segmenter` in evaluation mode, on its device.
         fit: "pad" resizes the longest side to the frame and pads the other, as SAM does; "stretch" resizes both sides,
             as SAM 2 and SAM-REF do. None: the default of the segmenter's method.
+
+    Raises:
+        UsageError: not a segmenter, or an unknown fit.
     """
 
     def __init__(self, segmenter: Any, *, fit: Fit | None = None) -> None:
+        if not isinstance(segmenter, torch.nn.Module) or not hasattr(segmenter, "frame_size"):
+            remedy = 'Load one: load_model("hq_sam", "vit_b", weights=...)'
+            raise UsageError("This is not a segmenter", found=type_name(segmenter), remedy=remedy)
+        choice_of(fit, (*get_args(Fit), None), "fit")
         self.segmenter = segmenter
         self.fit: Fit = fit_of(segmenter) if fit is None else fit
         self._image: np.ndarray | None = None
@@ -88,8 +96,10 @@ class InteractivePredictor:
         Raises:
             UsageError: the click is outside the image, or no image has been set.
         """
+        if positive not in (True, False):
+            raise UsageError("positive is not a bool", expected="True or False", found=repr(positive))
         try:
-            click = Click(x=float(x), y=float(y), positive=positive)
+            click = Click(x=float(x), y=float(y), positive=bool(positive))
         except (TypeError, ValueError):
             raise UsageError("Invalid click", expected="two numbers x, y", found=f"{x!r}, {y!r}") from None
         return self._say(replace(self.prompt, clicks=(*self.prompt.clicks, click)))

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
+from rfmedsam2.arguments import choice_of, names_of, number_from_zero, path_of, whole_number
 from rfmedsam2.errors import DatasetError, RfMedSamError, UsageError
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, absent_class, case_metrics, empty_policy
 from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENCE, MINIMUM_CASES, summarize
@@ -46,7 +48,7 @@ def evaluate(
     labels: LabelSet | LabelTable | None = None,
     *,
     out: str | Path | None = None,
-    cases: Sequence[str] | None = None,
+    cases: Sequence[str] | str | None = None,
     nsd_tolerance_mm: float = NSD_TOLERANCE_MM,
     both_empty: BothEmpty = "skip",
     workers: int = 2,
@@ -60,7 +62,7 @@ def evaluate(
         labels: names of the label values, see `label_tables.agreed_labels`; None: those of a table beside the label
             maps, and without one every value is scored under its number.
         out: output folder of metrics.json and metrics.csv; None: write nothing.
-        cases: ids of the cases to score; None: all references, each of which must have a prediction.
+        cases: ids of the cases to score, or a single one; None: all references, each of which must have a prediction.
         nsd_tolerance_mm: tolerance of the normalized surface Dice, mm.
         both_empty: score of a class that is absent from both masks, see `metrics.empty_policy`.
         workers: number of cases scored in parallel.
@@ -70,14 +72,18 @@ def evaluate(
         All scores, with bootstrap confidence intervals (percentile method over cases, seeded).
 
     Raises:
-        UsageError: nothing to score, a path that does not exist, a tolerance below 0, label tables that contradict
-            each other.
+        UsageError: nothing to score, a path that does not exist, a tolerance below 0, an unknown `both_empty`, label
+            tables that contradict each other.
         DatasetError: missing predictions, unreadable files, different grids, undeclared values; lists all of them.
     """
-    if not nsd_tolerance_mm >= 0:
-        raise UsageError("The NSD tolerance is negative", expected="0 mm or more", found=nsd_tolerance_mm)
-    pairs, faults, warnings = find_pairs(Path(predictions), Path(references), cases=cases)
-    agreed = agreed_labels(Path(predictions), Path(references), labels)
+    nsd_tolerance_mm = number_from_zero(nsd_tolerance_mm, "nsd_tolerance_mm")
+    choice_of(both_empty, get_args(BothEmpty), "both_empty")
+    workers = whole_number(workers, "workers", least=1)
+    predictions, references = path_of(predictions, "predictions"), path_of(references, "references")
+    target = None if out is None else path_of(out, "out")
+    names = None if cases is None else names_of(cases, "cases")
+    pairs, faults, warnings = find_pairs(predictions, references, cases=names)
+    agreed = agreed_labels(predictions, references, labels)
     score = partial(_score, labels=agreed, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
     scored: list[CaseMetrics] = []
     track = progress_bars(progress)
@@ -94,8 +100,8 @@ def evaluate(
         warnings.append("No table names the label values: every value is scored under its number")
     for warning in warnings:
         logger.warning("%s", warning)
-    names = tuple(scored[0].classes if agreed is None else agreed.foreground)
-    classes, mean = summarize(scored, names)
+    known = tuple(scored[0].classes if agreed is None else agreed.foreground)
+    classes, mean = summarize(scored, known)
     evaluation = Evaluation(
         nsd_tolerance_mm=nsd_tolerance_mm,
         empty_policy=empty_policy(both_empty),
@@ -107,8 +113,8 @@ def evaluate(
         warnings=tuple(warnings),
         minimum_cases=MINIMUM_CASES,
     )
-    if out is not None:
-        write_evaluation(Path(out), evaluation)
+    if target is not None:
+        write_evaluation(target, evaluation)
     return evaluation
 
 
@@ -142,7 +148,9 @@ def find_pairs(
     else:
         ids = sorted(set(cases))
         faults += [f"{id}: no reference in {references}" for id in ids if id not in wanted]
-    if not ids or not wanted:
+    if cases is not None and not ids:
+        raise UsageError("No case is named", expected="ids of the cases to score", found="an empty list")
+    if not wanted:
         raise UsageError(
             "The references folder holds no label maps",
             where=references,
@@ -241,5 +249,5 @@ def _all_faults(faults: Sequence[str]) -> DatasetError:
     return DatasetError(
         f"{len(faults)} fault(s); nothing was written",
         found="\n  ".join(["", *shown, ""]).rstrip(" "),
-        remedy="Correct these files, or name the cases to score (--cases)",
+        remedy="Correct these files, or name the cases to score",
     )

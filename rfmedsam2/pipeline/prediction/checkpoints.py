@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -88,7 +88,7 @@ def checkpoints_of(
             if is_fold
             else "Train with rfmed_train, or import a model with rfmed_import_model",
         )
-    several = [folds] if isinstance(folds, str | int) else folds
+    several = [folds] if isinstance(folds, str) or not isinstance(folds, Iterable | None) else folds
     wanted = _default_folds(known) if several is None else [str(fold) for fold in several]
     missing = [fold for fold in wanted if fold not in known]
     if missing or not wanted:
@@ -112,6 +112,5 @@ def _checkpoint(folder: Path, which: Which) -> Path:
         if (folder / name).is_file():
             return folder / name
     there = ", ".join(name for name in CHECKPOINTS if (folder / name).is_file())
-    raise CheckpointError(
-        f"The fold has no {which} checkpoint", where=folder, found=there, remedy="Choose another with --checkpoint"
-    )
+    remedy = f"Choose another checkpoint than {which}"
+    raise CheckpointError(f"The fold has no {which} checkpoint", where=folder, found=there, remedy=remedy)

@@ -16,7 +16,7 @@ from rfmedsam2.errors import GeometryError, UsageError, type_name
 from rfmedsam2.geometry import Grid
 from rfmedsam2.inference.box_prompts import BoxPrompts
 from rfmedsam2.records.box_prompts import BoxPrompt
-from rfmedsam2.store.formats.image_header import ImageHeader, disagreement, repaired
+from rfmedsam2.store.formats.image_header import ImageHeader, disagreement, parsing, repaired
 from rfmedsam2.store.formats.label_values import as_labels
 from rfmedsam2.store.images import read_channels
 from rfmedsam2.volume import Volume, unmasked
@@ -62,7 +62,8 @@ def as_volume(
     if isinstance(image, Volume):
         return image, None
     if isinstance(image, SpatialImage):
-        return Volume.from_nibabel(image), None
+        with parsing(image.get_filename() or "the image"):  # nibabel reads voxels when they are asked for
+            return Volume.from_nibabel(image), None
     if isinstance(image, sitk.Image):
         return Volume.from_sitk(image), None
     if paths:
@@ -106,7 +107,7 @@ def as_boxes(boxes: BoxInput, grid: Grid) -> BoxPrompts:
             found = f"{len(boxes.array)} channels" if differ is None else differ[0]
             raise GeometryError("The label map of the boxes is not on the grid of its image", found=found)
         return as_labels(boxes.array[0], where="boxes")
-    if isinstance(boxes, np.ndarray) or hasattr(boxes, "detach"):
+    if isinstance(boxes, np.ndarray) or (is_array(boxes) and not isinstance(boxes, Sequence)):
         array = as_array(boxes, "The label map of the boxes")
         if array.dtype.kind in "iufb" and array.size:
             return as_labels(unmasked(array, "The label map of the boxes"), where="boxes")

@@ -17,7 +17,8 @@ from nibabel.spatialimages import SpatialImage
 from torch import nn
 from typing_extensions import Self
 
-from rfmedsam2.errors import CheckpointError, UsageError, type_name
+from rfmedsam2.arguments import path_of
+from rfmedsam2.errors import CheckpointError, UsageError, require_type, type_name
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.refinement import require_possible
 from rfmedsam2.inference.volume import PredictOptions, PreparedCase, predict_prepared, preprocess_case
@@ -30,12 +31,14 @@ from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PredictingModel
+from rfmedsam2.store.images import require_label_ending
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.system.progress_bars import progress_bars
 from rfmedsam2.volume import Volume
 
 logger = logging.getLogger(__name__)
+OPTIONS = "Give PredictOptions(mirror=False, ...)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -65,7 +68,7 @@ class Predictor:
         *,
         folds: Sequence[str | int] | str | int | None = None,
         checkpoint: Which = "final",
-        device: str = "auto",
+        device: str | torch.device = "auto",
         options: PredictOptions | None = None,
     ) -> Self:
         """Load a model.
@@ -84,6 +87,8 @@ class Predictor:
         files = [source] if isinstance(source, (str, Path)) else source
         if not isinstance(files, Sequence) or not all(isinstance(path, (str, Path)) for path in files):
             raise UsageError("This is not a model", expected="a model folder or checkpoints", found=type_name(source))
+        if options is not None:
+            require_type(options, PredictOptions, "options", remedy=OPTIONS)
         paths = [Path(path) for path in files]
         if isinstance(source, (str, Path)) and not paths[0].is_file():
             paths = checkpoints_of(paths[0], folds=folds, checkpoint=checkpoint)
@@ -154,7 +159,12 @@ class Predictor:
         return hashlib.sha256(json.dumps([*parts, self.settings(boxes=boxes)], sort_keys=True).encode()).hexdigest()
 
     def using(self, options: PredictOptions) -> Predictor:
-        """A predictor with the same weights and other options."""
+        """A predictor with the same weights and other options.
+
+        Raises:
+            UsageError: the options are not `PredictOptions`.
+        """
+        require_type(options, PredictOptions, "options", remedy=OPTIONS)
         return replace(self, options=options)
 
     def require_possible(self, *, boxes: bool) -> None:
@@ -204,6 +214,7 @@ class Predictor:
 
     def prepare(self, volume: Volume, *, boxes: BoxInput | None = None) -> PreparedCase:
         """First half of a prediction, everything before the network; see `inference.volume.preprocess_case`."""
+        require_type(volume, Volume, "volume", remedy="Make one with Volume.from_numpy, or call the predictor itself")
         prompts = None if boxes is None else as_boxes(boxes, volume.grid)
         return preprocess_case(volume, self.plan, self.stage, boxes=prompts, threads=self.options.threads)
 
@@ -211,6 +222,7 @@ class Predictor:
         self, prepared_case: PreparedCase, *, probabilities: Path | bool = False, track: Track = silent
     ) -> Prediction:
         """Second half of a prediction; see `inference.volume.predict_prepared`."""
+        require_type(prepared_case, PreparedCase, "prepared_case", remedy="Make one with predictor.prepare(volume)")
         return predict_prepared(
             self.networks,
             prepared_case,
@@ -259,7 +271,13 @@ class Predictor:
         boxes: BoxInput | None = None,
         progress: bool | Track = False,
     ) -> np.ndarray:
-        """Labels of one case from its files (one per channel, or a DICOM folder); written to `out` if given."""
+        """Labels of one case from its files (one per channel, or a DICOM folder); written to `out` if given.
+
+        Raises:
+            UsageError: `out` is not a path, or has no ending of a format of label maps; nothing is predicted.
+        """
+        if out is not None:
+            require_label_ending(path_of(out, "out"))
         prediction = self(paths, boxes=boxes, progress=progress)
         if out is not None:
             prediction.save(out)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rfmedsam2 import extensions
+from rfmedsam2.arguments import names_of, path_of, whole_number
 from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import ExtensionError, RecordError, UsageError, require_type
 from rfmedsam2.geometry import Triple
@@ -82,7 +83,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         for name in ("nnunet_plans", "published"):  # programs give text, too
-            object.__setattr__(self, name, None if (path := getattr(self, name)) is None else Path(path))
+            object.__setattr__(self, name, None if (path := getattr(self, name)) is None else path_of(path, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,9 +128,12 @@ def plan_and_preprocess(
         RfMedSamError: faults of the data (lists all of them), an invalid plan, a folder that cannot be written, or
             another run that uses the cases of this plan.
     """
-    _check(options)
     require_type(dataset, RawDataset, "dataset", remedy="Open it with open_dataset(name, root=...)")
     require_type(layout, Layout, "layout", remedy="Make one with Layout.under(root)")
+    require_type(options, PlanOptions, "options", remedy='Give PlanOptions(preset="cpu", ...)')
+    workers = whole_number(workers, "workers", least=1)
+    stages = None if stages is None else names_of(stages, "stages")
+    _check(options)
     budget = int(MEMORY_SHARE * free_bytes()) if stages != () else 0
     source = CaseReader(dataset, budget_bytes=budget)
     found = fingerprint(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rfmedsam2 import extensions
+from rfmedsam2.arguments import path_of
 from rfmedsam2.engine.checkpoint import provenance
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.run_folder import training_folder
@@ -74,7 +75,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in ("sam", "unet"):  # programs give text, too
-            object.__setattr__(self, name, None if (path := getattr(self, name)) is None else Path(path))
+            object.__setattr__(self, name, None if (path := getattr(self, name)) is None else path_of(path, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +122,8 @@ def train(
     """
     require_type(layout, Layout, "layout", remedy="Make one with Layout.under(root)")
     require_type(plan, Plan, "plan", remedy="Load it with Plan.load(path)")
-    options, fold = options or TrainOptions(), str(fold)
+    options, fold = TrainOptions() if options is None else options, str(fold)
+    require_type(options, TrainOptions, "options", remedy="Give TrainOptions(restart=True, ...)")
     track = progress_bars(options.progress)
     began = time.monotonic()
     config = plan.stage(stage)

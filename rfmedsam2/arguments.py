@@ -1,0 +1,72 @@
+"""Arguments of the Python API, checked where they come in: paths, names, choices and numbers."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from pathlib import Path
+
+from rfmedsam2.errors import UsageError, type_name
+
+
+def path_of(value: object, name: str) -> Path:
+    """A path from text or any object that is one.
+
+    Raises:
+        UsageError: something else, such as None, bytes or a list of paths.
+    """
+    if isinstance(value, str | os.PathLike):
+        return Path(value)
+    raise UsageError(f"{name} is not a path", expected="text or a pathlib.Path", found=type_name(value))
+
+
+def names_of(value: object, name: str) -> tuple[str, ...]:
+    """Names from any collection of them; a single one may stand alone.
+
+    Raises:
+        UsageError: not a collection.
+    """
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Iterable):
+        return tuple(str(one) for one in value)
+    raise UsageError(f"{name} is not a list of names", found=f"{value!r}")
+
+
+def choice_of(value: object, known: Sequence[object], name: str) -> None:
+    """Check that a value is one of those known.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not any(type(value) is type(one) and value == one for one in known):
+        listed = ", ".join(map(str, known))
+        raise UsageError(f"Unknown {name}", expected=f"one of {listed}", found=f"{value!r}")
+
+
+def whole_number(value: object, name: str, *, least: int) -> int:
+    """A whole number of any integer type, also NumPy's and a tensor's.
+
+    Raises:
+        UsageError: something else, or a number below `least`.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise UsageError(f"{name} must be a whole number from {least}", found=f"{value!r}")
+    return number
+
+
+def number_from_zero(value: object, name: str) -> float:
+    """A number that is 0 or more.
+
+    Raises:
+        UsageError: something else, a negative number or NaN.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not float(value) >= 0:
+        raise UsageError(f"{name} must be 0 or more", found=f"{value!r}")
+    return float(value)
