@@ -5,8 +5,10 @@ The steps are `segment_anything`'s. A point whose predicted IoU does not pass is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import import_module
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,14 @@ __all__ = [
 
 FINISHED_AT_ONCE = 8
 """Masks that are brought to the image's size together."""
+_WHOLE = ("points_per_batch", "crop_n_layers")
+_RANGES = {
+    "points_per_batch": (1, math.inf, "a whole number from 1"),
+    "crop_n_layers": (0, math.inf, "a whole number from 0"),
+    "crop_overlap_ratio": (0, 1, "a share from 0 to below 1"),
+    "crop_n_points_downscale_factor": (1, math.inf, "a number from 1"),
+}
+"""Of options that not every number will do for: least, limit, in words."""
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 
 
@@ -74,17 +84,41 @@ def _require_grids(points_per_side: int | None, point_grids: Sequence[NDArray] |
     """
     if (points_per_side is None) == (point_grids is None):
         raise UsageError("Points are given twice or not at all", expected="either points_per_side or point_grids")
-    if points_per_side is not None and points_per_side < 1:
+    if points_per_side is not None and not _is_number(points_per_side, least=1):
         raise UsageError("There are no points to prompt with", expected="points_per_side from 1", found=points_per_side)
     if point_grids is None:
         return
     shapes = [np.shape(grid) for grid in point_grids]
-    if len(shapes) != layers or any(len(s) != 2 or s[1] != 2 for s in shapes) or not any(s[0] for s in shapes):
+    grids = [np.array(grid) for grid in point_grids]
+    inside = all(grid.dtype.kind in "iuf" and bool(((grid >= 0) & (grid <= 1)).all()) for grid in grids)
+    if (
+        not inside
+        or len(shapes) != layers
+        or any(len(s) != 2 or s[1] != 2 for s in shapes)
+        or not any(s[0] for s in shapes)
+    ):
         raise UsageError(
             "point_grids cannot be used",
-            expected=f"{layers} array(s) (k, 2), one for each layer of crops, with at least one point",
+            expected=f"{layers} array(s) (k, 2), one for each layer of crops, of 0 to 1, with at least one point",
             found=", ".join(map(str, shapes)) or "none",
         )
+
+
+def _is_number(value: object, *, least: float = -math.inf, below: float = math.inf) -> bool:
+    """Whether it is a number from `least` on, and less than `below`; NaN is not."""
+    return isinstance(value, Real) and least <= float(value) < below
+
+
+def _require_numbers(**given: object) -> None:
+    """Check the numbers of the options.
+
+    Raises:
+        UsageError: names the first that cannot be used.
+    """
+    for name, value in given.items():
+        least, below, expected = _RANGES.get(name, (-math.inf, math.inf, "a number"))
+        if not _is_number(value, least=least, below=below) or (name in _WHOLE and not float(value).is_integer()):  # type: ignore[arg-type]
+            raise UsageError(f"{name} cannot be used", expected=expected, found=repr(value))
 
 
 def _require_package(module: str, package: str, *, needed: bool) -> None:
@@ -140,6 +174,18 @@ class SamAutomaticMaskGenerator(PlainGenerator):
         min_mask_region_area: int = 0,
         output_mode: str = "binary_mask",
     ) -> None:
+        _require_numbers(
+            points_per_batch=points_per_batch,
+            pred_iou_thresh=pred_iou_thresh,
+            stability_score_thresh=stability_score_thresh,
+            stability_score_offset=stability_score_offset,
+            box_nms_thresh=box_nms_thresh,
+            crop_n_layers=crop_n_layers,
+            crop_nms_thresh=crop_nms_thresh,
+            crop_overlap_ratio=crop_overlap_ratio,
+            crop_n_points_downscale_factor=crop_n_points_downscale_factor,
+            min_mask_region_area=min_mask_region_area,
+        )
         _require_grids(points_per_side, point_grids, layers=crop_n_layers + 1)
         if output_mode not in OUTPUT_MODES:
             raise UsageError("Unknown output_mode", expected=f"one of {', '.join(OUTPUT_MODES)}", found=output_mode)
@@ -148,6 +194,7 @@ class SamAutomaticMaskGenerator(PlainGenerator):
         if point_grids is None:
             sides = [int(points_per_side / crop_n_points_downscale_factor**i) for i in range(crop_n_layers + 1)]
             point_grids = [build_point_grid(side) if side else np.zeros((0, 2)) for side in sides]
+        predictor = SamPredictor(model)  # refuses what is not a SAM
         super().__init__(
             model,
             points_per_side=None,
@@ -164,7 +211,7 @@ class SamAutomaticMaskGenerator(PlainGenerator):
             min_mask_region_area=min_mask_region_area,
             output_mode=output_mode,
         )
-        self.predictor = SamPredictor(model)
+        self.predictor = predictor
         self._multimask = True
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ class SamPredictor(PlainPredictor):
     interm_features: list[Tensor] | None
 
     def __init__(self, sam_model: Sam) -> None:
-        if not isinstance(sam_model, Sam):
+        if not all(hasattr(sam_model, part) for part in ("image_encoder", "prompt_encoder", "mask_decoder")):
             remedy = 'Build it with sam_model_registry["vit_b"](checkpoint=...)'
             raise UsageError("sam_model is not a SAM", found=type_name(sam_model), remedy=remedy)
         super().__init__(sam_model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 import numpy as np
@@ -110,7 +111,7 @@ class ClickProtocol:
                 "max_clicks must be at least 1, and miou_at must lie within it",
                 found=f"max_clicks {self.max_clicks}, miou_at {self.miou_at}",
             )
-        if not self.targets or any(not 0 < t <= 1 for t in self.targets):
+        if not self.targets or not all(isinstance(t, Real) and 0 < t <= 1 for t in self.targets):
             raise UsageError("targets must be IoUs", expected="one or more, above 0 and up to 1", found=self.targets)
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import UsageError, type_name
 from segment_anything_hq.data.image_io import ENDINGS, read_image
 
 _NUMBER = re.compile(r"\d+")
@@ -39,6 +39,8 @@ class Video:
     def __init__(self, frames: Sequence[np.ndarray] | str | Path) -> None:
         self._frames = _image_files(Path(frames)) if isinstance(frames, str | Path) else frames
         self._where = frames if isinstance(frames, str | Path) else None
+        if not hasattr(self._frames, "__len__") or not hasattr(self._frames, "__getitem__"):
+            raise UsageError("This is not a video", expected="a folder or a list of arrays", found=type_name(frames))
         if not len(self._frames):
             raise UsageError("The video has no frames", where=self._where, expected="at least one image")
         self.size: tuple[int, int] = (0, 0)
@@ -59,12 +61,12 @@ class Video:
         image = read_image(frame) if isinstance(frame, Path) else frame
         kind = getattr(image, "dtype", type(image).__name__)
         shape = np.shape(image)
-        if len(shape) != 3 or shape[2] != 3 or kind != np.uint8 or not np.size(image):
+        if len(shape) != 3 or shape[2] != 3 or kind != np.uint8 or not np.size(image) or np.ma.is_masked(image):
             raise UsageError(
                 f"Frame {number} is not an RGB image",
                 where=self._where,
                 expected="(H, W, 3) uint8, RGB",
-                found=f"{shape} {kind}",
+                found=f"{shape} {kind}" + (", of which some values are masked" if np.ma.is_masked(image) else ""),
             )
         if self.size != (0, 0) and shape[:2] != self.size:
             raise UsageError(

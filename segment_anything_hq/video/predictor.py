@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfmedsam2.errors import UsageError
+from rfmedsam2.arguments import whole_number
+from rfmedsam2.errors import UsageError, type_name
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch
 from segment_anything_hq.prompts.prompt import Box, Click, Prompt
 from segment_anything_hq.video.frames import Video
@@ -61,6 +62,9 @@ class VideoPredictor:
     """
 
     def __init__(self, network: VideoNetwork, *, objects_at_once: int = 4) -> None:
+        if not isinstance(network, VideoNetwork):
+            raise UsageError("This network does not track", found=type_name(network), remedy="Load one on SAM 2")
+        objects_at_once = whole_number(objects_at_once, "objects_at_once", least=1)
         self.network = network
         self._steps = VideoSteps(network, objects_at_once=objects_at_once)
         self._video: Video | None = None
@@ -234,6 +238,7 @@ class VideoPredictor:
     def _checked(self, frame: int) -> Video:
         if self._video is None:
             raise UsageError("No video has been set", expected="`set_video` before prompts")
+        frame = whole_number(frame, "frame", least=-len(self._video))
         if not 0 <= frame < len(self._video):
             raise UsageError(
                 "The video has no such frame", expected=f"0 to {len(self._video) - 1}", found=frame, where="the video"
@@ -269,6 +274,8 @@ class VideoPredictor:
 
     def _mask(self, mask: np.ndarray, size: tuple[int, int]) -> Tensor:
         """Resize a mask as SAM 2's predictor does: (1, S, S) of 0 and 1."""
+        if np.shape(mask) == size and not np.isfinite(np.asarray(mask)).all():
+            raise UsageError("The mask cannot be used", expected="(H, W) bool", found="NaN or infinity")
         if np.shape(mask) != size:
             raise UsageError(
                 "The mask has another size than the video", expected=f"(H, W) {size}", found=np.shape(mask)
@@ -310,4 +317,7 @@ def _corners(box: npt.ArrayLike) -> Box:
 
 
 def _floats(numbers: npt.ArrayLike | None) -> np.ndarray:
-    return np.asarray([] if numbers is None else numbers, dtype=np.float32)
+    try:
+        return np.asarray([] if numbers is None else numbers, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise UsageError("Points and boxes are numbers", found=repr(numbers)) from None

@@ -208,7 +208,7 @@ def test_evaluations_name_the_argument(tmp_path: Path) -> None:
         ({"both_empty": "foo"}, "Unknown both_empty.*skip, perfect.*'foo'"),
         ({"nsd_tolerance_mm": "2"}, "nsd_tolerance_mm must be 0 or more"),
         ({"nsd_tolerance_mm": float("nan")}, "nsd_tolerance_mm must be 0 or more"),
-        ({"workers": 0}, "workers must be a whole number from 1"),
+        ({"workers": -1}, "workers must be a whole number from 0"),
         ({"cases": []}, "No case is named"),
         ({"cases": 5}, "cases is not a list of names"),
     ):

@@ -16,6 +16,7 @@ from rfmedsam2.engine.task import Run
 from rfmedsam2.errors import CheckpointError, DatasetError, PlanError, RecordError, StoreError, UsageError
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
+from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import open_dataset
 from segment_anything_hq import InteractivePredictor, evaluate_noc, load_model
 
@@ -103,8 +104,15 @@ def test_raw_datasets_open_by_name_and_read_their_cases(tmp_path, monkeypatch) -
     assert volume.array.shape == label.array.shape == (1, 2, 3, 4)
     assert (label.array == (volume.array > 12)).all()
     assert dataset.read("two")[1] is None
+    assert (dataset.read(dataset.training[0])[0].array == volume.array).all()
     with pytest.raises(DatasetError, match=r"no such case.*onee.*one"):
         dataset.read("onee")
+    for wrong in (None, 5, ["one"], {}):
+        with pytest.raises(DatasetError, match="no such case"):
+            dataset.case(wrong)  # type: ignore[arg-type]
+    assert Layout.under(tmp_path / "data").dataset_name(7) == folder.name
+    with pytest.raises(DatasetError, match=r"A dataset is a folder.*Give the folder: .*Dataset007_Two"):
+        open_dataset(folder / "dataset.json")
     with pytest.raises(UsageError, match="dataset does not exist: Three"):
         open_dataset("Three", root=tmp_path / "data")
     with pytest.raises(DatasetError, match="dataset folder does not exist"):

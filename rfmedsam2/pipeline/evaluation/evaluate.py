@@ -76,23 +76,19 @@ def evaluate(
             tables that contradict each other.
         DatasetError: missing predictions, unreadable files, different grids, undeclared values; lists all of them.
     """
-    nsd_tolerance_mm = number_from_zero(nsd_tolerance_mm, "nsd_tolerance_mm")
     choice_of(both_empty, get_args(BothEmpty), "both_empty")
-    workers = whole_number(workers, "workers", least=1)
+    nsd_tolerance_mm = number_from_zero(nsd_tolerance_mm, "nsd_tolerance_mm")
+    at_once = whole_number(workers, "workers", least=0)
     predictions, references = path_of(predictions, "predictions"), path_of(references, "references")
     target = None if out is None else path_of(out, "out")
-    names = None if cases is None else names_of(cases, "cases")
-    pairs, faults, warnings = find_pairs(predictions, references, cases=names)
+    ids = None if cases is None else names_of(cases, "cases")
+    pairs, faults, warnings = find_pairs(predictions, references, cases=ids)
     agreed = agreed_labels(predictions, references, labels)
     score = partial(_score, labels=agreed, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
-    scored: list[CaseMetrics] = []
     track = progress_bars(progress)
-    results = map_cases(score, pairs, workers=workers, name=lambda p: p.id, track=track, description="Evaluating")
-    for result in results:
-        if isinstance(result, CaseMetrics):
-            scored.append(result)
-        else:
-            faults.append(result)
+    results = [*map_cases(score, pairs, workers=at_once, name=lambda p: p.id, track=track, description="Evaluating")]
+    scored = [result for result in results if isinstance(result, CaseMetrics)]
+    faults += [result for result in results if isinstance(result, str)]
     if faults:
         raise _all_faults(faults)
     if agreed is None:

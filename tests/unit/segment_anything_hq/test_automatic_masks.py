@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rfmedsam2.errors import ImageError, MissingPackageError, UsageError
-from segment_anything_hq import SamAutomaticMaskGenerator
+from segment_anything_hq import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything_hq.nn.hq_sam import HqSam, build_hq_sam
 
 IMAGE = np.full((90, 120, 3), 30, np.uint8)
@@ -66,6 +66,18 @@ def test_a_grid_that_becomes_too_coarse_for_crops_leaves_them_out(sam: HqSam) ->
         ({"points_per_side": None, "point_grids": [np.ones((1, 2))], "crop_n_layers": 1}, r"Expected 2 array"),
         ({"points_per_side": None, "point_grids": [np.ones(2)]}, "point_grids cannot be used"),
         ({"points_per_side": None, "point_grids": []}, "Found none"),
+        ({"points_per_side": "2"}, "no points to prompt with"),
+        ({"points_per_side": None, "point_grids": [np.full((1, 2), np.nan)]}, "point_grids cannot be used"),
+        ({"points_per_side": None, "point_grids": [np.full((1, 2), 5.0)]}, "of 0 to 1"),
+        ({"points_per_side": None, "point_grids": [[["a", "b"]]]}, "point_grids cannot be used"),
+        ({"points_per_batch": 0}, "points_per_batch cannot be used. Expected a whole number from 1. Found 0"),
+        ({"crop_n_layers": -1}, "crop_n_layers cannot be used. Expected a whole number from 0"),
+        ({"crop_n_layers": 1.5}, "crop_n_layers cannot be used"),
+        ({"crop_overlap_ratio": 5.0}, "crop_overlap_ratio cannot be used. Expected a share from 0 to below 1"),
+        ({"crop_n_points_downscale_factor": 0}, "crop_n_points_downscale_factor cannot be used"),
+        ({"pred_iou_thresh": None}, "pred_iou_thresh cannot be used. Expected a number. Found None"),
+        *(({name: np.nan}, f"{name} cannot be used") for name in ("pred_iou_thresh", "stability_score_thresh")),
+        *(({name: np.nan}, f"{name} cannot be used") for name in ("box_nms_thresh", "stability_score_offset")),
         ({"output_mode": "rle"}, "binary_mask, uncompressed_rle, coco_rle.*Found rle"),
     ],
 )
@@ -93,3 +105,34 @@ def test_images_that_are_not_in_color_are_sentences(sam: HqSam, image: np.ndarra
 
 def test_the_smallest_image_is_an_image(sam: HqSam) -> None:
     assert isinstance(found(sam, np.zeros((1, 1, 3), np.uint8), points_per_side=1), list)
+
+
+def test_what_is_not_a_sam_is_named() -> None:
+    for model in (None, "vit_b", torch.nn.Linear(1, 1)):
+        with pytest.raises(UsageError, match="sam_model is not a SAM"):
+            SamAutomaticMaskGenerator(model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ({"point_coords": [[np.nan, 4]], "point_labels": [1]}, "point_coords cannot be used"),
+        ({"point_coords": [[None, 4]], "point_labels": [1]}, "point_coords cannot be used"),
+        ({"point_coords": [[3, 4]], "point_labels": [0.5]}, "Unknown point_labels.*1 on the object"),
+        ({"point_coords": [[3, 4]], "point_labels": [7]}, "Unknown point_labels"),
+        ({"point_coords": [[3, 4]], "point_labels": ["1"]}, "point_labels cannot be used"),
+        ({"point_coords": [[3, 4]], "point_labels": 1}, "Points that cannot be used"),
+        ({"box": [np.nan] * 4}, "box cannot be used"),
+        ({"box": [None] * 4}, "box cannot be used"),
+        ({"mask_input": np.full((1, 32, 32), np.inf)}, "mask_input cannot be used"),
+    ],
+)
+def test_prompts_that_are_not_numbers_give_no_masks(sam: HqSam, prompt: dict, sentence: str) -> None:
+    predictor = SamPredictor(sam)
+    with pytest.raises(UsageError, match="There is no image yet"):
+        predictor.get_image_embedding()
+    predictor.set_image(IMAGE)
+    with pytest.raises(UsageError, match=sentence):
+        predictor.predict(**prompt)
+    whole = predictor.predict(point_coords=[[30, 40]], point_labels=[True])  # type: ignore[arg-type]
+    assert (whole[0] == predictor.predict(np.array([[30.0, 40.0]]), np.array([1]))[0]).all()

@@ -126,13 +126,28 @@ def test_only_the_cases_asked_for_are_drawn(folder) -> None:
     assert {dataset[i]["id"] for i in range(5)} == {"case1"}
 
 
+def test_an_index_may_be_any_whole_number(folder) -> None:
+    """Samplers of other libraries give NumPy's integers or tensors."""
+    dataset = PatchDataset(folder, make_plan(), "3d_fullres", length=5, seed=np.int64(3))
+    for index in (np.int64(2), np.uint8(2), torch.tensor(2), np.int64(-3)):
+        assert torch.equal(dataset[index]["image"], dataset[2]["image"])
+    assert list(DataLoader(dataset, sampler=np.random.default_rng(0).permutation(5), batch_size=5))
+    with pytest.raises(TypeError, match="integer"):
+        dataset[1.0]  # type: ignore[index]
+    single = PatchDataset(folder, make_plan(), "3d_fullres", cases="case1", length=2)
+    assert single.cases == ("case1",)
+
+
 def test_wrong_arguments_are_sentences(folder, tmp_path) -> None:
     plan = make_plan()
     with pytest.raises(UsageError, match="no preprocessed cases here"):
         PatchDataset(tmp_path / "nothing", plan, "3d_fullres")
     with pytest.raises(UsageError, match=r"not preprocessed.*case9"):
         PatchDataset(folder, plan, "3d_fullres", cases=["case1", "case9"])
-    with pytest.raises(UsageError, match="at least one patch"):
+    for wrong in ({"length": 2.5}, {"length": "2"}, {"seed": -1}, {"seed": None}, {"cases": 5}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            PatchDataset(folder, plan, "3d_fullres", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="length must be a whole number from 1"):
         PatchDataset(folder, plan, "3d_fullres", length=0)
     with pytest.raises(PlanError, match="3d_lowres"):
         PatchDataset(folder, plan, "3d_lowres")
