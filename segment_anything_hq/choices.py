@@ -8,6 +8,8 @@ Method = Literal["hq_sam", "hq_sam2", "sam_ref", "sam2_ref", "sam2_refiner", "sa
 """Trainable methods: refiners, and the mask decoder of SAM or SAM 2 (SAM-REF's first stage, and the baseline)."""
 ZeroShot = Literal["sam", "sam2"]
 """Methods without training: the published base models."""
+AnyMethod = Literal[Method, ZeroShot]
+"""Both, in this order (a union of both would be listed in any)."""
 Backbone = Literal[
     "vit_b", "vit_l", "vit_h", "vit_tiny", "vit_nano", "hiera_t", "hiera_s", "hiera_b+", "hiera_l", "hiera_nano"
 ]

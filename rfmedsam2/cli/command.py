@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 from typing_extensions import get_type_hints
@@ -203,9 +203,14 @@ def _light(kind: Any) -> Any:
     """The same flag in words that tyro checks defaults against without typeguard, a third of the time of --help.
 
     `X | None` as Union[None, X], as None is the default; `tuple[X, ...]` as object, with tyro's own reader of tuples.
+    Likewise `Literal[...] | None`, whose words tyro would list in random order, and None among them.
     """
     base, *marks = get_args(kind) if get_origin(kind) is Annotated else (kind,)
-    if isinstance(base, UnionType):
+    names = [member for member in get_args(base) if member is not NoneType]
+    if get_origin(base) in (UnionType, Union) and len(names) == 1 and get_origin(names[0]) is Literal:
+        reader = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(names[0], set()))
+        base, marks = object, [*marks, reader]
+    elif isinstance(base, UnionType):
         base = Union[tuple(sorted(get_args(base), key=lambda member: member is not NoneType))]  # noqa: UP007 - see above
     elif get_origin(base) is tuple:
         reader = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(base, set()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -291,8 +292,11 @@ def report(
     tell(f"Written: {output}")
 
 
+_CONFIGURATION = re.compile(r"[23]d(_\w+)?")
+
+
 def training_words(words: Sequence[str]) -> tuple[str | None, str, str]:
-    """Parse `3d_fullres fold 0`, `BTCV 3d_fullres 0`, `3d_fullres 0` or `3d_fullres`: (dataset, configuration, fold).
+    """Parse `3d_fullres fold 0`, `BTCV 3d_fullres 0`, `3d_fullres 0`, or without a fold: (dataset, configuration, fold).
 
     Raises:
         UsageError: no words, or more than three.
@@ -300,6 +304,8 @@ def training_words(words: Sequence[str]) -> tuple[str | None, str, str]:
     rest = [word for word in words if word != "fold"]
     if len(rest) == 1:
         return None, rest[0], "0"
+    if len(rest) == 2 and _CONFIGURATION.fullmatch(rest[1]) and not _CONFIGURATION.fullmatch(rest[0]):
+        return rest[0], rest[1], "0"
     if len(rest) == 2:
         return None, rest[0], rest[1]
     if len(rest) == 3:

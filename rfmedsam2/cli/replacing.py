@@ -18,10 +18,13 @@ def require_replaceable(files: Sequence[Path], read: Callable[[Path], object], *
         overwrite: whether anything may be replaced.
 
     Raises:
-        UsageError: files of somebody else would be replaced; names them.
+        UsageError: files of somebody else would be replaced, or a folder; names them.
         StoreError: no file can have such a name.
     """
     there = [path for path in files if is_taken(path)]
+    folder = next((path for path in there if path.is_dir()), None)
+    if folder is not None:
+        raise UsageError("Expected a file, found a folder of this name", where=folder, remedy="Name a file in it")
     if overwrite or not there:
         return
     try:

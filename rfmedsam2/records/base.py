@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from rfmedsam2.arguments import path_of
 from rfmedsam2.errors import RecordError
-from rfmedsam2.system.atomic import read_record, write_record
+from rfmedsam2.system.atomic import read_record, title_of, write_record
 from rfmedsam2.system.json_text import JsonError, parse_json
 
 _LATER_FORMAT = "later_format"
@@ -80,7 +80,9 @@ class Record(_Checked):
             _require_flat(data)
         except JsonError as error:
             raise RecordError(
-                f"{cls.__name__} is not valid JSON ({error})", where=where, remedy="Correct the file or create it again"
+                f"The {title_of(cls)} is not valid JSON ({error})",
+                where=where,
+                remedy="Correct the file or create it again",
             ) from None
         return cls.parse(data, where=where)
 
@@ -108,7 +110,7 @@ class Record(_Checked):
 
 def _faults(cls: type, error: ValidationError) -> str:
     faults = "; ".join(_fault(e) for e in error.errors(include_url=False))
-    return f"{cls.__name__} has {error.error_count()} fault(s) ({faults})"
+    return f"The {title_of(cls)} has {error.error_count()} fault(s) ({faults})"
 
 
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
@@ -142,7 +144,7 @@ class VersionedRecord(Record):
         if not isinstance(found, int) or isinstance(found, bool) or found < 1:
             raise ValueError(f"expected {formats}, found format {found!r}")
         if found > newest:
-            context = {"expected": f"{cls.__name__} in {formats}", "found": f"format {found}"}
+            context = {"expected": f"the {title_of(cls)} in {formats}", "found": f"format {found}"}
             raise PydanticCustomError(_LATER_FORMAT, "expected {expected}, found {found}", context)
         for number, upgrade in enumerate(cls.upgrades[found - 1 :], start=found + 1):
             data = upgrade(dict(data)) | {"format": number}

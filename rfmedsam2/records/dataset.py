@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 from unicodedata import normalize
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -118,6 +118,7 @@ class DatasetJson(Record):
     """The fields of nnU-Net v2's `dataset.json` that we use; other fields are kept unchanged."""
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+    known_as: ClassVar[str] = "dataset.json"
 
     channel_names: dict[str, str]
     labels: dict[str, int | tuple[int, ...]]

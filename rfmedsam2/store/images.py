@@ -15,7 +15,7 @@ import numpy as np
 from rfmedsam2.errors import GeometryError, ImageError, UsageError
 from rfmedsam2.store.formats.detached import data_files
 from rfmedsam2.store.formats.dicom import read_dicom, read_dicom_header
-from rfmedsam2.store.formats.dicom_files import dicom_files, is_dicom_file
+from rfmedsam2.store.formats.dicom_files import dicom_files, is_dicom_file, is_dicom_folder
 from rfmedsam2.store.formats.image_header import (
     ImageHeader,
     grids_differ,
@@ -271,11 +271,23 @@ def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None
 
 def _known_ending(path: Path) -> str:
     """The ending that selects the format, in lower case; ".dcm" for all DICOM."""
-    if not path.exists():
-        raise ImageError("The image file does not exist", where=path)
+    try:
+        if not path.exists():
+            raise ImageError("The image file does not exist", where=path)
+    except OSError as error:
+        raise ImageError(f"The system refuses this path ({error.strerror})", where=path) from None
     if not path.is_dir():
         require_ordinary_file(path)
     ending = image_ending(path) if path.is_file() else None
+    if path.is_dir() and not is_dicom_folder(path):
+        files = sorted(file.name for file in path.iterdir() if image_ending(file))
+        raise ImageError(
+            "The folder holds no DICOM series",
+            where=path,
+            expected="one image: a file, or a folder with the DICOM files of a series",
+            found=f"images such as {files[0]}" if files else "no DICOM file",
+            remedy="Give the files of one case" if files else None,
+        )
     if path.is_dir() or ending == ".dcm" or (ending is None and is_dicom_file(path)):
         return ".dcm"
     if ending is None:

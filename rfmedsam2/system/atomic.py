@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,6 +111,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def title_of(kind: type) -> str:
+    """What users call a kind of record: its `known_as`, else the words of its class's name."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", kind.__name__.lstrip("_")).removesuffix(" Record").lower()
+    return getattr(kind, "known_as", None) or words
+
+
 def write_record(path: Path, record: JsonRecord) -> None:
     """Write a record as readable JSON, atomically."""
     write_text(path, record.to_json() + "\n")
@@ -125,9 +132,9 @@ def read_record(path: Path, kind: type[R]) -> R:
         require_ordinary(path)
         text = path.read_bytes()
     except FileNotFoundError:
-        raise RecordError(f"The {kind.__name__.lstrip('_')} file does not exist", where=path) from None
+        raise RecordError(f"The {title_of(kind)} file does not exist", where=path) from None
     except OSError as error:
-        reason = f"The {kind.__name__.lstrip('_')} file cannot be read ({error.strerror})"
+        reason = f"The {title_of(kind)} file cannot be read ({error.strerror})"
         raise RecordError(reason, where=path) from error
     return kind.from_json(text, where=path)
 

@@ -25,7 +25,7 @@ class NetworkChoice:
     """What chooses the network: a checkpoint of samhq_train, or a method with published weights."""
 
     method: Annotated[
-        Positional[choices.Method | choices.ZeroShot | None],
+        Positional[choices.AnyMethod | None],
         arg(
             metavar="[METHOD]",
             help="hq_sam, hq_sam2, sam_ref, sam2_ref, sam2_refiner, sam_decoder, sam2_decoder, or sam, sam2 as "

@@ -66,7 +66,7 @@ def check_data(
 
 
 def summary(
-    method: Annotated[Positional[choices.Method | choices.ZeroShot], arg(metavar="METHOD")],
+    method: Annotated[Positional[choices.AnyMethod], arg(metavar="METHOD")],
     *,
     backbone: Annotated[choices.Backbone, arg(aliases=("-b",), metavar="NAME")],
     frame_size: Annotated[int, arg(metavar="PIXELS")] = 1024,

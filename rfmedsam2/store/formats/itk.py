@@ -210,5 +210,6 @@ def _unreadable(path: Path, error: RuntimeError) -> ImageError:
 def _reason(error: RuntimeError) -> str:
     """The last informative line of an ITK message, which begins with source files and object addresses."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    informative = [line for line in lines if not line.startswith(("sitk::ERROR: Exception", "Exception thrown"))]
+    noise = ("sitk::ERROR: Exception", "Exception thrown", "Reason: Success")
+    informative = [line for line in lines if not line.startswith(noise)]
     return (informative or lines or ["no reason given"])[-1].split("): ")[-1][:200]

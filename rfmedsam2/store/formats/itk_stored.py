@@ -1,6 +1,7 @@
-"""Reading what ITK reads wrongly without an error: damaged compressed MetaImage and NRRD files, lists of data files.
+"""Reading what ITK reads wrongly: damaged compressed MetaImage and NRRD files, lists of data files, voxels as text.
 
-ITK does not verify the checksums of compressed voxels, and leaves planes undefined where an MHD lists too few files.
+ITK does not verify the checksums of compressed voxels, leaves planes undefined where an MHD lists too few files, and
+refuses text that does not end with a space or a line break.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class _Stored:
         dtype: stored dtype, with byte order.
         shape: slowest axis first.
         channel_axis: index of the channel axis in `shape`; None if there are z, y, x only.
+        text: whether the voxels are numbers in words.
     """
 
     files: tuple[Path, ...]
@@ -42,10 +44,11 @@ class _Stored:
     dtype: np.dtype
     shape: tuple[int, ...]
     channel_axis: int | None
+    text: bool = False
 
 
 def stored_voxels(path: Path, header: ImageHeader, *, components: int) -> np.ndarray | None:
-    """Voxels (C,Z,Y,X) of an MHA, MHD or NRRD file that is compressed or lists its data files, else None.
+    """Voxels (C,Z,Y,X) of an MHA, MHD or NRRD file that is compressed, text or lists its data files, else None.
 
     Args:
         path: the image file.
@@ -63,7 +66,8 @@ def stored_voxels(path: Path, header: ImageHeader, *, components: int) -> np.nda
     count = len(stored.files)
     if count not in [math.prod(stored.shape[:axes]) for axes in range(len(stored.shape))]:  # per volume, plane or line
         raise damaged(path, f"{count} data files for {' x '.join(map(str, stored.shape[::-1]))} voxels")
-    parts = [_bytes_of(file, stored, size // count) for file in stored.files]
+    read = _numbers_of if stored.text else _bytes_of
+    parts = [read(file, stored, size // count) for file in stored.files]
     raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
     array = raw.view(stored.dtype).astype(header.dtype, copy=False).reshape(stored.shape)
     if stored.channel_axis is not None:
@@ -82,6 +86,20 @@ def _bytes_of(file: Path, stored: _Stored, size: int) -> np.ndarray:
     if found < size:
         raise damaged(file, f"{found} of {size} bytes of voxels")
     return raw
+
+
+def _numbers_of(file: Path, stored: _Stored, size: int) -> np.ndarray:
+    """Bytes of the voxels that a file holds as words."""
+    try:
+        words = file.read_bytes()[stored.offset :].split()
+    except OSError as error:
+        raise ImageError(f"The data file cannot be read ({error.strerror})", where=file) from error
+    if len(words) * stored.dtype.itemsize != size:
+        raise damaged(file, f"{len(words)} of {size // stored.dtype.itemsize} numbers")
+    try:
+        return np.array(words).astype(stored.dtype).view(np.uint8)
+    except (ValueError, OverflowError) as error:
+        raise ImageError("The voxels are not numbers of their type", where=file, found=error) from None
 
 
 def metaimage_spacing(path: Path) -> list[float]:
@@ -129,13 +147,14 @@ def _metaimage(path: Path, header: ImageHeader, components: int) -> _Stored | No
     stored = np.dtype("float64") if fields.get("ElementType") == "MET_DOUBLE" else np.dtype(header.dtype)
     compressed = fields.get("CompressedData", "").lower() == "true"
     skipped = fields.get("HeaderSize", "0")
-    if not compressed and (fields.get("BinaryData", "").lower() == "false" or not skipped.isdecimal()):
-        return None  # text, or voxels at the end of a file
+    text = not compressed and fields.get("BinaryData", "").lower() == "false"
+    if not compressed and not skipped.isdecimal():
+        return None  # voxels at the end of a file
     if files:
         offset = 0 if compressed else int(skipped)
     one = files[0] if files else path
     several = len(files) > 1 or fields.get("ElementDataFile", "").upper().startswith("LIST")
-    if not compressed and not several:
+    if not compressed and not several and not text:
         size = math.prod(shape) * stored.itemsize
         if one.stat().st_size - offset < size:
             raise damaged(one, f"{one.stat().st_size - offset} of {size} bytes of voxels")
@@ -148,6 +167,7 @@ def _metaimage(path: Path, header: ImageHeader, components: int) -> _Stored | No
         dtype=stored.newbyteorder(">" if "true" in most else "<"),
         shape=shape,
         channel_axis=3 if vector else 0,
+        text=text,
     )
 
 

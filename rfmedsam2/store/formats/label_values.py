@@ -45,7 +45,15 @@ def as_labels(array: np.ndarray, *, where: object, scaling: tuple[float, float] 
     tolerance = max(_INTEGER_TOLERANCE, 1.01 * rounding) if restorable else _INTEGER_TOLERANCE
     with np.errstate(invalid="ignore"):
         low, high = array.min(), array.max()
-    if not (np.isfinite(low) and np.isfinite(high) and low > -0.5 and high < np.iinfo(np.uint16).max + 0.5):
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise NotLabelsError(
+            "A label map holds NaN or infinity",
+            where=where,
+            expected="whole numbers from 0 to 65535",
+            found=f"{np.count_nonzero(~np.isfinite(array))} such voxels",
+            remedy="Store the label map as unsigned integers",
+        )
+    if not (low > -0.5 and high < np.iinfo(np.uint16).max + 0.5):
         raise NotLabelsError(
             "A label map holds values outside the range of labels",
             where=where,

@@ -151,14 +151,15 @@ def _shape(path: Path, raw: Nifti1Header) -> tuple[tuple[int, int, int], int]:
     dims = [int(n) for n in raw.get_data_shape()]
     while len(dims) < 3:
         dims.append(1)
-    rest = [n for n in dims[3:] if n not in (0, 1)]  # 0: "not used", as every reader takes it
+    dims = [*dims[:3], *(n or 1 for n in dims[3:])]  # 0: "not used", as ITK takes it
+    rest = [n for n in dims[3:] if n != 1]
     if min(dims) < 1 or len(rest) > 1:
         raise ImageError(
             "The shape of the image is not supported",
             where=path,
             expected="2 to 3 axes, and at most one more for channels",
             found=tuple(dims),
-            remedy="Split the file into one volume each",
+            remedy="Check what wrote the file" if min(dims) < 1 else "Split the file into one volume each",
         )
     return (dims[0], dims[1], dims[2]), (rest[0] if rest else 1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,13 +93,18 @@ def write_stack_spacing(path: Path, spacing_zyx_mm: Triple) -> None:
 
 
 def is_for_pillow(path: Path) -> bool:
-    """Whether Pillow reads an image: BMP, and TIFF of a kind whose values it keeps.
+    """Whether Pillow reads an image: BMP, PNG with a transparent color, and TIFF of a kind whose values it keeps.
 
-    ITK takes gray BMP and tiled TIFF for colored ones, and may hang or crash on a damaged TIFF. Pillow knows neither
-    doubles nor colors of 16 bits.
+    ITK takes gray BMP and tiled TIFF for colored ones, a transparent color for a channel of its own, and may hang or
+    crash on a damaged TIFF. Pillow knows neither doubles nor colors of 16 bits.
+
+    Raises:
+        ImageError: an animated PNG.
     """
     if path.suffix.lower() == ".bmp":
         return True
+    if path.suffix.lower() == ".png":
+        return _has_transparent_color(path)
     if path.suffix.lower() not in _STACKS:
         return False
     try:
@@ -109,6 +114,35 @@ def is_for_pillow(path: Path) -> bool:
         return False  # of a kind that Pillow does not know, or damaged
     except _UNREADABLE:
         return True
+
+
+def _has_transparent_color(path: Path) -> bool:
+    """Whether a PNG names a color as transparent, in a kind that Pillow reads as it is.
+
+    Raises:
+        ImageError: an animation, of which readers take the first image; colors of 16 bits with a transparent one.
+    """
+    names: dict[bytes, bytes] = {}
+    with path.open("rb") as stream:
+        if stream.read(8) != _PNG:
+            return False
+        while len(head := stream.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
+            length = int.from_bytes(head[:4], "big")
+            names[head[4:]] = stream.read(min(length, 25))
+            stream.seek(max(length - 25, 0) + 4, 1)
+    frames = int.from_bytes(names.get(b"acTL", b"")[:4], "big")
+    if frames > 1:
+        raise ImageError(
+            "The PNG is an animation",
+            where=path,
+            expected="one image",
+            found=f"{frames} images",
+            remedy="Save them as one file each, or as the planes of a TIFF",
+        )
+    if b"tRNS" in names and names.get(b"IHDR", b"")[8:10] == b"\x10\2":
+        colors, remedy = "colors of 16 bits with a transparent one", "Save the image without transparency"
+        raise ImageError("The kind of pixels is not supported", where=path, found=colors, remedy=remedy)
+    return b"tRNS" in names
 
 
 def read_pillow_header(path: Path) -> ImageHeader:
@@ -121,19 +155,37 @@ def read_pillow(path: Path) -> tuple[np.ndarray, ImageHeader]:
     """Read voxels (C,Z,Y,X) and header of such a file.
 
     Raises:
-        TruncatedImageError: pixels are missing, or planes of a stack have different sizes.
-        ImageError: the file cannot be read as an image.
+        TruncatedImageError: pixels are missing.
+        ImageError: the file cannot be read as an image, or planes of a stack have different sizes.
     """
     with _opened(path) as image:
         header = _header(path, image)
         require_memory(path, header)
         try:
             planes = [np.array(p.convert("RGB") if p.mode == "P" else p) for p in ImageSequence.Iterator(image)]
-            stack = np.stack(planes).astype(header.dtype, copy=False)
         except _UNREADABLE as error:
             raise damaged(path, str(error)) from error
+    _require_alike(path, planes)
+    stack = np.stack(planes).astype(header.dtype, copy=False)
     array = stack[None] if stack.ndim == 3 else np.moveaxis(stack, -1, 0)
     return np.ascontiguousarray(array), header
+
+
+def _require_alike(path: Path, planes: Sequence[np.ndarray]) -> None:
+    first = planes[0].shape
+    other = next((number for number, plane in enumerate(planes) if plane.shape != first), None)
+    if other is not None:
+        raise ImageError(
+            "The pages of the file are not the planes of one volume",
+            where=path,
+            expected=f"pages like the first, {_in_words(first)}",
+            found=f"page {other + 1} of {len(planes)}, {_in_words(planes[other].shape)}",
+            remedy="Save the planes alone, without previews or smaller copies",
+        )
+
+
+def _in_words(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} x {shape[0]} pixels" + (f" of {shape[2]} channels" if len(shape) > 2 else "")
 
 
 def stored_indices(path: Path) -> np.ndarray | None:
