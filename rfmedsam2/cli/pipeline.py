@@ -296,7 +296,7 @@ _CONFIGURATION = re.compile(r"[23]d(_\w+)?")
 
 
 def training_words(words: Sequence[str]) -> tuple[str | None, str, str]:
-    """Parse `3d_fullres fold 0`, `BTCV 3d_fullres 0`, `3d_fullres 0`, or without a fold: (dataset, configuration, fold).
+    """Dataset, configuration and fold of `3d_fullres fold 0`, `BTCV 3d_fullres 0`, `3d_fullres 0`, also without a fold.
 
     Raises:
         UsageError: no words, or more than three.

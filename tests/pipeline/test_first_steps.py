@@ -148,10 +148,10 @@ def test_names_instead_of_objects(planned_root):
 
 def test_faulty_arguments_of_records_are_errors_of_this_package():
     with pytest.raises(
-        RecordError, match=r"BoxPrompt has 1 fault\(s\) .*the box \[25\.0, 8\.0, 12\.0, 19\.0\] ends before"
+        RecordError, match=r"The box prompt has 1 fault\(s\) .*the box \[25\.0, 8\.0, 12\.0, 19\.0\] ends before"
     ):
         BoxPrompt(label="spleen", slice=7, box=(25, 8, 12, 19))
     with pytest.raises(RecordError, match=r"epochs: Input should be .*found 0\)\. Correct these arguments"):
         TrainConfig(epochs=0)
-    with pytest.raises(RecordError, match=r"BoxPrompt has 2 fault\(s\).*slice.*box\.3"):
+    with pytest.raises(RecordError, match=r"The box prompt has 2 fault\(s\).*slice.*box\.3"):
         BoxPrompt(label="spleen", slice=-1, box=(1, 2, 3))  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ def test_plans_are_loaded_changed_and_saved(tmp_path) -> None:
 
 
 def test_faults_of_plans_are_sentences(tmp_path) -> None:
-    with pytest.raises(RecordError, match=r"Plan file does not exist.*nothing\.json"):
+    with pytest.raises(RecordError, match=r"The plan file does not exist.*nothing\.json"):
         Plan.load(tmp_path / "nothing.json")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(RecordError, match="not valid JSON"):

@@ -128,7 +128,10 @@ def test_inconsistent_labels_are_refused(labels, order, message):
 
 def test_a_key_with_two_values_is_refused_at_every_depth():
     text = '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 1, "a": 2}, "file_ending": ".nii.gz"}'
-    with pytest.raises(RecordError, match=r"not valid JSON \(one object has several values for 'a'\): dataset\.json"):
+    with pytest.raises(
+        RecordError,
+        match=r"^The dataset\.json is not valid JSON \(one object has several values for 'a'\): dataset\.json",
+    ):
         DatasetJson.from_json(text, where="dataset.json")
     with pytest.raises(RecordError, match="several values for 'labels'"):
         DatasetJson.from_json('{"labels": {}, "labels": {}}')

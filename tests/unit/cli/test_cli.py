@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
+from typing_extensions import get_type_hints
+from tyro.constructors import PrimitiveConstructorSpec
 
+from rfmedsam2.cli.command import _light
 from rfmedsam2.cli.pipeline import training_words
+from rfmedsam2.cli.replacing import require_replaceable
 from rfmedsam2.cli.resolve import dataset_name, labels_for, places, planned, trained_model
 from rfmedsam2.errors import RecordError, UsageError
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.system.atomic import read_record
+from segment_anything_hq.choices import AnyMethod
+from segment_anything_hq.cli.flag_groups import NetworkChoice
 
 BTCV, PHANTOM = "Dataset217_BTCV", "Dataset900_PhantomCT"
 
@@ -38,6 +46,9 @@ def have_model(layout, dataset=BTCV, plan="rfmed", stage="3d_fullres", fold="0")
         ("3d_fullres 3", (None, "3d_fullres", "3")),
         ("2d", (None, "2d", "0")),
         ("BTCV 3d_fullres 0", ("BTCV", "3d_fullres", "0")),
+        ("BTCV 3d_fullres", ("BTCV", "3d_fullres", "0")),
+        ("4 2d", ("4", "2d", "0")),
+        ("3d_fullres official", (None, "3d_fullres", "official")),
         ("217 3d_fullres fold all", ("217", "3d_fullres", "all")),
         ("3d_fullres btcv_24_6", (None, "3d_fullres", "btcv_24_6")),
     ],
@@ -50,6 +61,23 @@ def test_training_words_have_both_orders(words, meant):
 def test_too_few_or_too_many_words_are_a_sentence(words):
     with pytest.raises(UsageError, match=r"rfmed_train 3d_fullres fold 0"):
         training_words(words.split())
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_is_not_replaced_by_a_file(tmp_path, overwrite):
+    with pytest.raises(UsageError, match=r"Expected a file, found a folder.*Name a file in it") as caught:
+        require_replaceable((tmp_path,), read_record, overwrite=overwrite)
+    assert "--overwrite" not in str(caught.value)
+
+
+def test_choices_are_listed_in_their_order():
+    method = get_type_hints(NetworkChoice, include_extras=True)["method"]
+    for kind in (method, Literal["hq_sam", "sam"] | None):
+        word, *marks = get_args(_light(kind))
+        (reader,) = [mark for mark in marks if isinstance(mark, PrimitiveConstructorSpec)]
+        names = get_args(AnyMethod) if kind is method else ("hq_sam", "sam")
+        assert (word, reader.choices) == (object, names)
+    assert get_args(AnyMethod)[:2] + get_args(AnyMethod)[-2:] == ("hq_sam", "hq_sam2", "sam", "sam2")
 
 
 def test_the_root_is_the_flag_else_the_variable_else_nnunets_else_here(tmp_path):
@@ -138,7 +166,7 @@ def test_a_damaged_plan_is_named_with_what_is_wrong(layout, wanted, text):
     folder = layout.preprocessed / BTCV
     folder.mkdir(parents=True)
     (folder / "torn.json").write_text(text)
-    with pytest.raises(RecordError, match=r"Plan (is not valid JSON|has .* fault).*torn\.json"):
+    with pytest.raises(RecordError, match=r"The plan (is not valid JSON|has .* fault).*torn\.json"):
         planned(layout, BTCV, wanted, stage="3d_fullres")
     (folder / "whole.json").write_text('{"format": 1, "stages": {}}')
     with pytest.raises(UsageError if wanted is None else RecordError, match="torn"):  # the other is not taken instead
