@@ -75,7 +75,7 @@ def test_a_later_format_asks_for_a_later_package(found) -> None:
         Paint.parse({"format": found, "color": "RED", "gloss": 3}, where="paint.json")
     error = caught.value
     assert error.where == "paint.json"
-    assert (error.expected, error.found) == ("Paint in format 1 to 3", f"format {found}")
+    assert (error.expected, error.found) == ("the paint in format 1 to 3", f"format {found}")
     assert "pip install --upgrade rfmedsam2" in str(error)
     assert "gloss" not in str(error), "fields of a later format are no faults of the file"
     with pytest.raises(RecordError, match="pip install --upgrade rfmedsam2"):
