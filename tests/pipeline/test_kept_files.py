@@ -301,3 +301,17 @@ def test_a_training_keeps_another_plan_in_its_folder(tmp_path) -> None:
     words = ("sam_decoder", "-b", "vit_nano", "--data", data, "-o", out, "--device", "cpu", "--held-out", 0)
     assert "holds another plan" in samhq_commands.run_error("train", *words)
     assert (out / "plan.json").read_text() == '{"mine": 1}'
+
+
+def test_the_spacing_of_a_stack_and_the_list_of_predictions_are_two_files(tmp_path) -> None:
+    """The spacing of predictions.tif belongs into predictions.json."""
+    write_model(tmp_path / "model", make_plan(file_ending=".tif"))
+    write_image(tmp_path / "in" / "predictions_0000.nii.gz")
+    words = predicting(tmp_path / "model", tmp_path / "in", tmp_path / "out")
+    told = run_error(*words)
+    assert "would be one file, predictions.json" in told
+    assert "Rename the case" in told
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "in" / "predictions_0000.nii.gz").rename(tmp_path / "in" / "other_0000.nii.gz")
+    run_ok(*words)
+    assert json.loads((tmp_path / "out" / "other.json").read_text())["spacing"] == [2.0, 0.8, 0.9]

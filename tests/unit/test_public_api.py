@@ -164,3 +164,14 @@ def test_noc_takes_networks_and_predictors(tmp_path) -> None:
     assert again["noc50"] == figures["noc50"]
     with pytest.raises(DatasetError):
         evaluate_noc(network, tmp_path / "nothing")
+    for data in (None, [], [1]):
+        with pytest.raises(UsageError, match="data is not a folder or sets of images"):
+            evaluate_noc(network, data)  # type: ignore[arg-type]
+    for clicks in (0, 1.5, "2"):
+        with pytest.raises(UsageError, match="max_clicks must be a whole number from 1"):
+            evaluate_noc(network, tmp_path, max_clicks=clicks)  # type: ignore[arg-type]
+    for targets in ((), (1.5,), ("a",)):
+        with pytest.raises(UsageError, match="targets must be IoUs"):
+            evaluate_noc(network, tmp_path, targets=targets)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="model is not a segmenter"):
+        evaluate_noc("hq_sam", tmp_path)  # type: ignore[arg-type]

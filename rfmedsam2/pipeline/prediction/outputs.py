@@ -13,6 +13,7 @@ from pathlib import Path
 from rfmedsam2.errors import RecordError, RfMedSamError, StoreError, UsageError, shortlist
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case, file_stem
+from rfmedsam2.store.formats.raster import spacing_file
 from rfmedsam2.store.images import digest_of, image_ending, image_files, label_files, read_image
 from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.system.atomic import is_taken, read_record
@@ -143,6 +144,13 @@ class Outputs:
 
     def _require_possible(self, cases: Sequence[Case]) -> None:
         if self.file is None:
+            for target in map(self.target, cases):
+                if spacing_file(target) is not None and target.with_suffix(".json") == self._record:
+                    raise UsageError(
+                        f"The spacing of a label map and the list of all of them would be one file, {PREDICTIONS}",
+                        where=target,
+                        remedy="Rename the case",
+                    )
             return
         if len(cases) > 1:
             raise UsageError(

@@ -268,3 +268,36 @@ def test_it_runs_at_half_precision(kind: str) -> None:
         assert np.isfinite(video.prompt(2, 1, box=BOX)).all()
         video.prompt(0, 2, mask=np.ones((HEIGHT, WIDTH), bool))
         assert len(list(video.propagate())) == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"points": "a", "labels": "b"}, "Points and boxes are numbers"),
+        ({"box": "abcd"}, "Points and boxes are numbers"),
+        ({"mask": np.full((HEIGHT, WIDTH), np.nan)}, "The mask cannot be used.*NaN"),
+    ],
+)
+def test_prompts_that_are_not_numbers_are_sentences(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        refiner().prompt(0, 1, **given)
+
+
+def test_frames_networks_and_sizes_of_groups_are_checked() -> None:
+    video = refiner()
+    for frame in (None, "0", 1.5):
+        with pytest.raises(UsageError, match="frame must be a whole number"):
+            video.prompt(frame, 1, box=BOX)  # type: ignore[arg-type]
+    assert video.prompt(np.int64(1), 1, box=BOX).shape == (HEIGHT, WIDTH)  # type: ignore[arg-type]
+    for wrong in (None, "sam2", torch.nn.Linear(1, 1)):
+        with pytest.raises(UsageError, match="This network does not track"):
+            VideoPredictor(wrong)  # type: ignore[arg-type]
+    for groups in (0, -1, "4", None):
+        with pytest.raises(UsageError, match="objects_at_once must be a whole number from 1"):
+            refiner(objects_at_once=groups)
+    for frames_ in (None, 5, iter(frames())):
+        with pytest.raises(UsageError, match="This is not a video"):
+            video.set_video(frames_)  # type: ignore[arg-type]
+    hidden = [np.ma.masked_array(frame, frame > 200) for frame in frames()]
+    with pytest.raises(UsageError, match="of which some values are masked"):
+        video.set_video(hidden)
