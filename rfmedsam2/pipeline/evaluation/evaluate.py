@@ -245,5 +245,5 @@ def _all_faults(faults: Sequence[str]) -> DatasetError:
     return DatasetError(
         f"{len(faults)} fault(s); nothing was written",
         found="\n  ".join(["", *shown, ""]).rstrip(" "),
-        remedy="Correct these files, or name the cases to score",
+        remedy="Correct these files, or name the cases to score (cases)",
     )
