@@ -41,7 +41,7 @@ class InteractivePredictor:
     """
 
     def __init__(self, segmenter: Any, *, fit: Fit | None = None) -> None:
-        if not isinstance(segmenter, torch.nn.Module) or not hasattr(segmenter, "frame_size"):
+        if not all(hasattr(segmenter, name) for name in ("frame_size", "segment")):
             remedy = 'Load one: load_model("hq_sam", "vit_b", weights=...)'
             raise UsageError("This is not a segmenter", found=type_name(segmenter), remedy=remedy)
         choice_of(fit, (*get_args(Fit), None), "fit")

@@ -62,7 +62,7 @@ def as_volume(
     if isinstance(image, Volume):
         return image, None
     if isinstance(image, SpatialImage):
-        with parsing(image.get_filename() or "the image"):  # nibabel reads voxels when they are asked for
+        with parsing(Path(image.get_filename() or "the image")):  # nibabel reads voxels when they are asked for
             return Volume.from_nibabel(image), None
     if isinstance(image, sitk.Image):
         return Volume.from_sitk(image), None
