@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ ORGANS = {1: 150.0, 2: 1500.0, 3: 25.0}
 """ml of a kidney, a liver, a gallbladder."""
 
 
-def described(volumes_ml: dict[int, float], *, shape, spacing, cases: int = 14, ignore: int | None = None):
+def described(
+    volumes_ml: dict[int, float], *, shape, spacing, cases: int = 14, ignore: int | None = None
+) -> tuple[Any, Fingerprint]:
     """A dataset and its fingerprint, of equal cases with classes of these volumes."""
     voxels = {value: round(ml * 1000 / np.prod(spacing)) for value, ml in volumes_ml.items()}
     labels = {"background": 0} | {("ignore" if v == ignore else f"c{v}"): v for v in volumes_ml}
