@@ -1,0 +1,86 @@
+"""The rows of refinement_evidence.py: what is trained on what, for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+DATASETS = {
+    "hippocampus": "hippocampus/Dataset004_Hippocampus",
+    "oasis": "oasis-subcortical/Dataset115_OASISSubcortical",
+}
+"""Real manual labels: where they lie in RFMED_TEST_DATA."""
+WEIGHTS = {"lite_medsam": "weights-litemedsam/lite_medsam.pth", "mobile_sam": "weights-mobilesam/mobile_sam.pt"}
+FEW = {"hippocampus": 10, "oasis": 5}
+LightBackbone = Literal["nano", "lite_medsam", "mobile_sam"]
+MINUTES, MINUTES_OF_FEW = 60.0, 20.0
+UNET_SHARE = 0.6
+"""Part of a row's processor time that goes into Step 0, cross-fitted or not."""
+PARTS = 2
+"""U-Nets of the cross-fitting, besides the one of all cases."""
+STEPS_SMALL, STEPS_LARGE = 5, 25
+"""Two lengths of training whose difference gives the processor seconds of one step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One trained model.
+
+    Attributes:
+        name: of the row.
+        dataset: key of `DATASETS`.
+        backbone: of RFMedSAM 2; None: the U-Net alone.
+        few: whether it is trained on `FEW` cases alone.
+        changes: fields of the plan's stage that differ from what planning chooses, FIELD=VALUE.
+    """
+
+    name: str
+    dataset: str
+    backbone: LightBackbone | None = None
+    few: bool = False
+    changes: tuple[str, ...] = ()
+
+    @property
+    def minutes(self) -> float:
+        """Processor minutes of training."""
+        return MINUTES_OF_FEW if self.few else MINUTES
+
+    @property
+    def crossfit(self) -> bool:
+        """Whether Steps 1 and 2 learn from out-of-fold logits."""
+        return self.backbone is not None and "model.step0=joint" not in self.changes
+
+    @property
+    def baseline(self) -> str:
+        """Name of the row of the U-Net alone that it is compared with."""
+        return f"{self.dataset}{'_few' if self.few else ''}_unet"
+
+    def weights(self, data: Path) -> Path | None:
+        """Published weights of the backbone, None if it has none."""
+        return data / WEIGHTS[self.backbone] if self.backbone in WEIGHTS else None
+
+
+def _rows() -> list[Row]:
+    rows = []
+    for dataset in DATASETS:
+        for few in (False, True):
+            prefix = f"{dataset}_few" if few else dataset
+            rows.append(Row(name=f"{prefix}_unet", dataset=dataset, few=few))
+            backbones: tuple[LightBackbone, ...] = ("nano", "lite_medsam")
+            rows += [Row(name=f"{prefix}_{name}", dataset=dataset, backbone=name, few=few) for name in backbones]
+    rows.append(Row(name="oasis_mobile_sam", dataset="oasis", backbone="mobile_sam"))
+    whole = next(row for row in rows if row.name == "oasis_lite_medsam")
+    ablations = {
+        "raw_correction": "model.output=correct",
+        "random_prompts": "sampling.prompted_runs=false",
+        "class_map_prompt": "model.step2_mask_prompt=class_map",
+        "small_frames": "model.frame_size=64",
+        "joint_step0": "model.step0=joint",
+        "undisturbed": "model.disturbance={}",
+    }
+    rows += [replace(whole, name=f"{whole.name}_{name}", changes=(change,)) for name, change in ablations.items()]
+    return rows
+
+
+ROWS = {row.name: row for row in _rows()}
