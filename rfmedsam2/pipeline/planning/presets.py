@@ -55,9 +55,9 @@ class CaseSizing:
     """How far the target spacing is coarsened, finest axes first, to make the median case small."""
 
     max_voxels: int
-    """The median case has at most so many voxels, whatever is lost."""
+    """Most voxels of the median case, whatever is lost."""
     whole_voxels: int
-    """It has at most so many, about a patch, unless a class would become smaller than `class_voxels`."""
+    """Most voxels of it, about a patch's, unless a class would become smaller than `class_voxels`."""
     class_voxels: int
     """Least number of voxels of every class, as the median over the cases that have it."""
 
