@@ -314,4 +314,4 @@ def test_the_spacing_of_a_stack_and_the_list_of_predictions_are_two_files(tmp_pa
     assert not (tmp_path / "out").exists()
     (tmp_path / "in" / "predictions_0000.nii.gz").rename(tmp_path / "in" / "other_0000.nii.gz")
     run_ok(*words)
-    assert json.loads((tmp_path / "out" / "other.json").read_text())["spacing"] == [2.0, 0.8, 0.9]
+    assert json.loads((tmp_path / "out" / "other.json").read_text())["spacing"] == pytest.approx([2.0, 0.8, 0.9])
