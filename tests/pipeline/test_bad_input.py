@@ -493,7 +493,7 @@ def test_a_checkpoint_of_another_plan_is_not_gone_on_with(trained_root, root_of)
     other = ("--epochs", 1, "--iterations", 2, "--lr", 0.5)
     sentence = run_error("train", "3d_fullres", 0, *other, "--root", root)
     assert "checkpoint_latest.safetensors" in sentence
-    assert "learning_rate was 0.003, is 0.5" in sentence
+    assert "learning_rate was 0.006, is 0.5" in sentence
     assert "--restart" in sentence
     assert tree(fold_of(root)) == before
 
