@@ -102,7 +102,7 @@ def plan(
     if stats.median_shape[0] != 1:
         stages = _volume_stages(stats, settings)
     # slices are seen whole anyway
-    slices = dataset_stats(dataset, fingerprint, spacing_zyx_mm, settings.case and settings.case.for_slices)
+    slices = dataset_stats(dataset, fingerprint, spacing_zyx_mm, settings.case and settings.case.hard)
     stages["2d"] = _slice_stage(slices, settings)
     return plan_of(dataset, fingerprint, stats, name=name or settings.plan_name, stages=stages)
 
@@ -165,8 +165,10 @@ def dataset_stats(
     if not np.all(np.isfinite(target)) or not np.all(target > 0):
         raise PlanError("A target spacing is not positive", expected="three spacings above 0 mm", found=target.tolist())
     forward = _axis_order(target, fingerprint)
-    if spacing_zyx_mm is None and sizing is not None:
-        target = coarsened_by(sizing, target, fingerprint, json.label_set.values)
+    if sizing is not None:
+        # a given spacing is coarsened only where cases would be too large for the preset
+        limits = sizing if spacing_zyx_mm is None else sizing.hard
+        target = coarsened_by(limits, target, fingerprint, json.label_set.values)
     order = list(forward)
     return DatasetStats(
         transpose_forward=forward,

@@ -62,8 +62,8 @@ class CaseSizing:
     """Least number of voxels of every class, as the median over the cases that have it."""
 
     @property
-    def for_slices(self) -> CaseSizing:
-        """The limits of a 2D stage, whose patches show whole slices at any spacing."""
+    def hard(self) -> CaseSizing:
+        """Only `max_voxels`: for given spacings, and for 2D stages, whose patches show whole slices anyway."""
         return replace(self, whole_voxels=self.max_voxels)
 
 

@@ -79,8 +79,13 @@ def test_the_ignore_label_is_no_class():
 
 
 def test_a_given_spacing_stands():
+    stage = plan(*described(ORGANS, **ABDOMEN), preset="cpu", spacing_zyx_mm=(5.0, 2.5, 2.5)).stages["3d_fullres"]
+    assert stage.spacing_mm == (5.0, 2.5, 2.5)
+
+
+def test_a_given_spacing_that_makes_cases_too_large_is_coarsened_to_the_limit():
     stage = plan(*described(ORGANS, **ABDOMEN), preset="cpu", spacing_zyx_mm=(2.0, 1.0, 1.0)).stages["3d_fullres"]
-    assert stage.spacing_mm == (2.0, 1.0, 1.0)
+    assert 1_800_000 < np.prod(stage.median_shape) <= 2_050_000
 
 
 def test_slices_are_not_coarsened_for_a_stage_that_sees_them_whole():
