@@ -13,13 +13,13 @@ from rfmedsam2.pipeline.datasets.splits import read_splits
 from rfmedsam2.records.archive import Manifest
 from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.box_prompts import BoxPromptFile
-from rfmedsam2.records.case import CaseRecord
+from rfmedsam2.records.case import CaseRecord, Step0Record
 from rfmedsam2.records.checkpoint import CheckpointRecord, TaskRecord, TrainedRecord
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.records.prediction import PredictionsRecord
-from rfmedsam2.records.report import Evaluation
+from rfmedsam2.records.report import Comparison, Evaluation
 from rfmedsam2.records.study import PromptStudy
 from rfmedsam2.records.verify import VerifyReport
 from rfmedsam2.store.archive import read_manifest
@@ -62,7 +62,7 @@ CHECKPOINTS: dict[str, type[TrainedRecord]] = {
     "medical/broken_fold_0/checkpoint_latest.safetensors": CheckpointRecord,
     "natural/training/checkpoint_final.safetensors": RefinerRecord,
 }
-INTRODUCED: dict[type[VersionedRecord], str] = {TaskRecord: "0.2.0"}
+INTRODUCED: dict[type[VersionedRecord], str] = {TaskRecord: "0.2.0", Comparison: "0.2.0", Step0Record: "0.2.0"}
 """Kinds of record that version 0.1 did not have, with the version whose format 1 is their first."""
 
 

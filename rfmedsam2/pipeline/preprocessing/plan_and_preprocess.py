@@ -128,12 +128,12 @@ def plan_and_preprocess(
         RfMedSamError: faults of the data (lists all of them), an invalid plan, a folder that cannot be written, or
             another run that uses the cases of this plan.
     """
+    require_type(options, PlanOptions, "options", remedy='Give PlanOptions(preset="cpu", ...)')
+    _check(options)
     require_type(dataset, RawDataset, "dataset", remedy="Open it with open_dataset(name, root=...)")
     require_type(layout, Layout, "layout", remedy="Make one with Layout.under(root)")
-    require_type(options, PlanOptions, "options", remedy='Give PlanOptions(preset="cpu", ...)')
     workers = whole_number(workers, "workers", least=0)
     stages = None if stages is None else names_of(stages, "stages")
-    _check(options)
     budget = int(MEMORY_SHARE * free_bytes()) if stages != () else 0
     source = CaseReader(dataset, budget_bytes=budget)
     found = fingerprint(
