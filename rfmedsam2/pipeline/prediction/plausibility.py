@@ -1,4 +1,4 @@
-"""Whether an image is of the kind that a model was trained on, by modality and intensities, or one of those images."""
+"""Whether an image is of the kind that a model was trained on, by modality, intensities and size, or one of those."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ AIR_HU = -200
 SAMPLED_VOXELS = 200_000
 FEW, MANY = 0.001, 0.05
 """Shares of voxels: fewer inside the training foreground's range, or more of air in an image that has none, are odd."""
+ODD_SIZE = 10
+"""Factor between the longest sides of an image and of the training images that another unit of length explains."""
 
 
 def doubts_about(volume: Volume, plan: Plan, *, paths: Sequence[Path] = ()) -> tuple[str, ...]:
@@ -32,7 +34,7 @@ def doubts_about(volume: Volume, plan: Plan, *, paths: Sequence[Path] = ()) -> t
         plan: the plan that the model was trained with.
         paths: the files of the volume, one or one per channel; none for an image in memory.
     """
-    found: list[str] = []
+    found = [doubt] if (doubt := _doubt_about_size(volume, plan)) else []
     for number, (name, statistics) in enumerate(zip(plan.channels, plan.intensities, strict=True)):
         kind = modality_named(name)
         scanner = modality_of(paths[number]) if number < len(paths) else None
@@ -54,6 +56,20 @@ def modality_named(channel: str) -> str | None:
     words = re.split(r"[^a-z0-9]+", channel.lower())
     kinds = [kind for kind, name in NAMES.items() if any(re.fullmatch(name, word) for word in words)]
     return kinds[0] if len(kinds) == 1 else None
+
+
+def _doubt_about_size(volume: Volume, plan: Plan) -> str | None:
+    """The longest side alone: one slice, or a slab, of a body that the model knows raises no doubt."""
+    usual = [
+        n * mm for stage in plan.stages.values() for n, mm in zip(stage.median_shape, stage.spacing_mm, strict=True)
+    ]
+    own = max(n * mm for n, mm in zip(volume.grid.shape_zyx, volume.grid.spacing_zyx_mm, strict=True))
+    if not usual or max(usual) / ODD_SIZE <= own <= max(usual) * ODD_SIZE:
+        return None
+    return (
+        f"The image's longest side is {own:.3g} mm and the training images' {max(usual):.3g} mm: its spacing may be in "
+        "another unit"
+    )
 
 
 def _doubt_about(channel: np.ndarray, training: IntensityStatistics, kind: str | None) -> str | None:

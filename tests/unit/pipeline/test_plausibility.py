@@ -13,7 +13,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from rfmedsam2.pipeline.prediction.plausibility import doubts_about, modality_named
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
-from rfmedsam2.records.plan import Plan
+from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.store.formats.dicom_files import modality_of
 from rfmedsam2.volume import Volume
 
@@ -26,7 +26,10 @@ def plan_of(*channels: str, low: float, high: float) -> Plan:
     """A plan without stages: what is compared are channel names and the training foreground's range."""
     found = IntensityStatistics(mean=0, median=0, std=1, min=low, max=high, percentile_00_5=low, percentile_99_5=high)
     return Plan.model_construct(
-        channels=channels, intensities=(found,) * len(channels), labels=LabelSet(names={"background": 0, "a": 1})
+        channels=channels,
+        intensities=(found,) * len(channels),
+        labels=LabelSet(names={"background": 0, "a": 1}),
+        stages={},
     )
 
 
@@ -111,3 +114,15 @@ def test_only_dicom_has_a_modality(tmp_path):
     dicom(tmp_path / "0.dcm", "SEG")  # a segmentation beside its images
     assert modality_of(tmp_path) == "MR"
     assert modality_of(tmp_path / "0.dcm") is None
+
+
+@pytest.mark.parametrize(
+    ("spacing", "odd"),
+    [((5, 1, 1), False), ((0.1, 1, 1), False), ((5e-9, 1e-9, 1e-9), True), ((5000, 1000, 1000), True)],
+)
+def test_an_image_of_another_unit_of_length_is_doubted(spacing, odd):
+    """Metres or nanometres taken for millimetres: the network sees one voxel, or pixels of a wall."""
+    stage = Stage.model_construct(median_shape=(40, 160, 160), spacing_mm=(5.0, 1.5, 1.5))
+    plan = CT_PLAN.model_copy(update={"stages": {"3d_fullres": stage}})
+    found = doubts_about(Volume.from_numpy(CT[None], spacing_zyx_mm=spacing), plan)
+    assert [("longest side" in doubt) for doubt in found] == ([True] if odd else [])
