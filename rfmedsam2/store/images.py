@@ -281,13 +281,14 @@ def _known_ending(path: Path) -> str:
     ending = image_ending(path) if path.is_file() else None
     if path.is_dir() and not is_dicom_folder(path):
         files = sorted(file.name for file in path.iterdir() if image_ending(file))
-        raise ImageError(
-            "The folder holds no DICOM series",
-            where=path,
-            expected="one image: a file, or a folder with the DICOM files of a series",
-            found=f"images such as {files[0]}" if files else "no DICOM file",
-            remedy="Give the files of one case" if files else None,
-        )
+        if files:  # else the reader of DICOM looks into deeper folders
+            raise ImageError(
+                "The folder holds no DICOM series",
+                where=path,
+                expected="one image: a file, or a folder with the DICOM files of a series",
+                found=f"images such as {files[0]}",
+                remedy="Give the files of one case",
+            )
     if path.is_dir() or ending == ".dcm" or (ending is None and is_dicom_file(path)):
         return ".dcm"
     if ending is None:

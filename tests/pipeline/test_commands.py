@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_an_edited_plan_is_kept_when_planned_anew(raw_root, root_of):
     words = ("-d", 900, "--preset", "cpu", "--no-preprocess", "--root", root)
     run_ok("plan_and_preprocess", *words)
     path = next((root / "preprocessed").rglob("rfmed_cpu.json"))
-    edited = [path.read_text().replace('"epochs": 20', f'"epochs": {epochs}') for epochs in (30, 40)]
+    edited = [re.sub(r'"epochs": \d+', f'"epochs": {epochs}', path.read_text()) for epochs in (30, 40)]
     for content in edited:
         path.write_text(content)
         assert "it is kept as rfmed_cpu.json.older" in run_ok("plan_and_preprocess", *words).out

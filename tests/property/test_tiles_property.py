@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfmedsam2.inference.sliding_window import gaussian_weights, tile_starts
+from rfmedsam2.errors import PlanError
+from rfmedsam2.inference.sliding_window import LEAST_STRIDE, gaussian_weights, tile_starts
 
 
 @given(patch=st.integers(1, 300), extra=st.integers(0, 700), step=st.floats(0.05, 1.0))
 def test_tiles_cover_the_image_without_leaving_it(patch: int, extra: int, step: float) -> None:
     size = patch + extra
+    if patch * step < LEAST_STRIDE:
+        with pytest.raises(PlanError, match="step size is out of range"):
+            tile_starts((size,), (patch,), step)
+        return
     (starts,) = tile_starts((size,), (patch,), step)
     assert starts[0] == 0
     assert starts[-1] == size - patch

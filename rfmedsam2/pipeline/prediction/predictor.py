@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -28,7 +29,7 @@ from rfmedsam2.pipeline.prediction.inputs import BoxInput, ImageInput, as_boxes,
 from rfmedsam2.pipeline.prediction.plausibility import doubts_about
 from rfmedsam2.records.base import renamed
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import RFMedSam2Config
+from rfmedsam2.records.model import ModelConfig, RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PredictingModel
 from rfmedsam2.store.images import require_label_ending
@@ -39,6 +40,8 @@ from rfmedsam2.volume import Volume
 
 logger = logging.getLogger(__name__)
 OPTIONS = "Give PredictOptions(mirror=False, ...)"
+NEWER_FIELDS = ("step0", "crossfit", "disturbance", "gate_learning_rate", "step2_mask_prompt", "given_boxes")
+"""Fields of RFMedSAM 2 since version 0.2. Label maps that 0.1 predicted stay valid where these are at their default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -287,11 +290,23 @@ class Predictor:
 def _what_predicting_needs(record: CheckpointRecord) -> dict[str, object]:
     plan = record.plan.model_dump(mode="json", include={"channels", "labels", "reorient", "transpose_forward"})
     stage = record.plan.stages[record.stage].model_dump(
-        mode="json", include={"spacing_mm", "patch_size", "normalization", "resampling", "model"}
+        mode="json", include={"spacing_mm", "patch_size", "normalization", "resampling"}
     )
+    stage["model"] = _model_dump(record.plan.stages[record.stage].model)
     intensities = [i.model_dump(mode="json") for i in record.plan.intensities]
     mirror = list(record.plan.stages[record.stage].augmentation.mirror_axes)
     return {**plan, **stage, "intensities": intensities, "mirror_axes": mirror, "stage": record.stage}
+
+
+def _model_dump(model: ModelConfig) -> dict[str, object]:
+    """A model's fields without those that 0.1 did not have, where they mean what 0.1 did."""
+    newer: dict[str, Any] = {}
+    if isinstance(model, RFMedSam2Config):
+        defaults = RFMedSam2Config.model_fields
+        newer = {name: True for name in NEWER_FIELDS if getattr(model, name) == defaults[name].default}
+        if not model.adapters.channels:
+            newer["adapters"] = {"channels"}
+    return model.model_dump(mode="json", exclude=newer)
 
 
 def _require_same_model(first: CheckpointRecord, other: CheckpointRecord, *, where: Path) -> None:

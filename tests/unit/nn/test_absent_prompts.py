@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_rfmedsam2 import network, patch
+from support.small_rfmedsam2 import network, patch
 from torch import Tensor
 
 from rfmedsam2.prompts import Prompts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_rfmedsam2 import small_unet
+from support.small_rfmedsam2 import small_unet
 from torch import Tensor
 
 from rfmedsam2.inference.refined_tiles import RefinedTiles, Request, Tiling

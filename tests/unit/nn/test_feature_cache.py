@@ -130,7 +130,7 @@ def test_a_tally_counts_since_the_one_before() -> None:
 
 
 def test_an_encoder_that_learns_keeps_no_features() -> None:
-    with pytest.raises(RecordError, match=r"encoder that learns(.|\n)*model.adapters.encoder false"):
+    with pytest.raises(RecordError, match=r"encoder that learns(.|\n)*model.adapters.encoder and .channels false"):
         Stage.parse(changed(stage_of(), "model", "adapters", "encoder", to=True))
 
 

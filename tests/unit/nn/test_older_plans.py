@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_rfmedsam2 import NO_ADAPTERS, network, small_unet
+from support.small_rfmedsam2 import NO_ADAPTERS, network, small_unet
 from torch import Tensor
 
 from rfmedsam2.nn.refinement_state import (
