@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
@@ -12,7 +14,7 @@ from rfmedsam2.records.plan import Compute, Sampling
 NO_ADAPTERS = AdapterConfig(blocks="none", convolutions="none")
 
 
-def small_unet(dimensions: int = 3, **fields: object) -> UNetConfig:
+def small_unet(dimensions: int = 3, **fields: Any) -> UNetConfig:
     return UNetConfig(
         features=(4, 8),
         kernel_sizes=((3,) * dimensions,) * 2,
@@ -23,8 +25,8 @@ def small_unet(dimensions: int = 3, **fields: object) -> UNetConfig:
     )
 
 
-def config(**fields: object) -> RFMedSam2Config:
-    given: dict[str, object] = {
+def config(**fields: Any) -> RFMedSam2Config:
+    given: dict[str, Any] = {
         "unet": small_unet(),
         "backbone": "nano",
         "frame_size": 32,
@@ -41,7 +43,7 @@ def network(
     regions: bool = False,
     compute: Compute | None = None,
     sampling: Sampling | None = None,
-    **fields: object,
+    **fields: Any,
 ) -> RFMedSam2:
     torch.manual_seed(0)
     return RFMedSam2(
