@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a report page on any machine: own environment, a synthetic abdominal CT data set with BTCV's 13 labels,
-# plan, preprocess, train, predict, evaluate, report. About 5 minutes on 2 cores after the installation.
+# plan, preprocess, train, predict, evaluate, report. About 7 minutes on 2 cores after the installation.
 #
 #   scripts/quickstart.sh [FOLDER]     results go to FOLDER (default: ./rfmed_quickstart)
 #
