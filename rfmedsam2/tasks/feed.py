@@ -60,7 +60,7 @@ class PatchFeed:
 
     def validation(self) -> Iterator[PatchBatch]:
         """The validation batches on the device, always the same."""
-        batches = self._stage.validation.patches_while_training
+        batches = validation_batches(self._stage)
         for step in self._track(range(batches), "validation patches", batches):
             yield to_device(self._validation.batch(step), self._runtime.device)
 
@@ -84,3 +84,13 @@ class PatchFeed:
             ranks=self._runtime.world_size if augment else 1,
             step0=self._step0,
         )
+
+
+def validation_batches(stage: Stage) -> int:
+    """Number of validation batches: the plan's, but no more than training steps since the last validation.
+
+    A training of a few steps would otherwise spend nearly all of its time on them.
+    """
+    train = stage.train
+    steps = train.iterations_per_epoch * min(train.epochs, train.validate_every_epochs)
+    return min(stage.validation.patches_while_training, steps)

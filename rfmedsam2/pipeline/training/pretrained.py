@@ -9,7 +9,7 @@ from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, checkpoints_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.checkpoints import read_weights
@@ -24,6 +24,8 @@ FILES: dict[Backbone, str] = {
     "lite_medsam": "lite_medsam.pth",
 }
 """File names of the published weights of each backbone."""
+STEP0 = "unet."
+"""Names of Step 0's tensors in a checkpoint of RFMedSAM 2 begin so."""
 
 
 def load_pretrained(network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | None, unet: Path | None) -> list[str]:
@@ -34,7 +36,8 @@ def load_pretrained(network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | No
         plan: plan of the network.
         fold: fold to be trained.
         sam: published weights of its backbone.
-        unet: a trained U-Net for Step 0: a checkpoint, a fold's folder, or a model folder (whose same fold is used).
+        unet: a trained U-Net for Step 0, or an RFMedSAM 2 that has one: a checkpoint, a fold's folder, or a model
+            folder (whose same fold is used).
 
     Returns:
         Sentences about what was loaded and what is randomly initialized.
@@ -72,20 +75,26 @@ def _load_unet(network: RFMedSam2, plan: Plan, path: Path, *, fold: str) -> list
         path = checkpoints_of(path, folds=[fold])[0]
     record = read_record_of(path)
     _require_same_step0(network, plan, record, path)
-    network.unet.load_state_dict(read_weights(path))
-    notes = [f"{path}: Step 0 starts from this U-Net (step {record.step})"]
+    weights, whose = read_weights(path), "this U-Net"
+    if isinstance(record.plan.stages[record.stage].model, RFMedSam2Config):
+        whose = "the U-Net in this RFMedSAM 2"
+        weights = {name.removeprefix(STEP0): weight for name, weight in weights.items() if name.startswith(STEP0)}
+    network.unet.load_state_dict(weights)
+    notes = [f"{path}: Step 0 starts from {whose} (step {record.step})"]
     if record.fold != fold:
         notes.append(f"It was trained on fold {record.fold}, on cases that are in the validation set of fold {fold}")
     return notes
 
 
 def _require_same_step0(network: RFMedSam2, plan: Plan, record: CheckpointRecord, path: Path) -> None:
-    stage = record.plan.stages[record.stage]
-    own = network.config.unet
+    model = record.plan.stages[record.stage].model
+    given = model.unet if isinstance(model, RFMedSam2Config) else model
     faults = []
-    if not isinstance(stage.model, UNetConfig):
-        faults.append((f"a model of kind {stage.model.kind}", "a U-Net"))
-    elif stage.model != own:
+    if isinstance(model, RFMedSam2Config) and given is None:
+        faults.append((f"an RFMedSAM 2 with generator {model.generator}, which has none", "a U-Net"))
+    elif not isinstance(given, UNetConfig):
+        faults.append((f"a model of kind {model.kind}", "a U-Net"))
+    elif given != network.config.unet:
         faults.append(("another network", "the U-Net of the plan"))
     if record.plan.labels != plan.labels:
         faults.append((f"classes {', '.join(record.plan.labels.foreground)}", ", ".join(plan.labels.foreground)))

@@ -174,6 +174,31 @@ def test_step_0_starts_from_a_trained_unet_of_the_same_plan(layout, tmp_path):
         train(elsewhere, wider, "3d_fullres", options=options)
 
 
+def test_step_0_starts_from_another_rfmedsam2(layout):
+    first = train(layout, planned(layout), "3d_fullres", options=QUIET)
+    gated = planned(layout, **VARIANTS["gated"])
+    network = build_stage(gated, gated.stages["3d_fullres"])
+    notes = load_pretrained(network, gated, fold="0", sam=None, unet=first.folder)
+    assert "starts from the U-Net in this RFMedSAM 2 (step 2)" in notes[1]
+    trained = read_weights(first.folder / "checkpoint_final.safetensors")
+    own = network.unet.state_dict()
+    assert all(torch.equal(tensor, trained[f"unet.{name}"]) for name, tensor in own.items())
+    wider = planned(layout, unet=UNetConfig(**(unet().model_dump() | {"features": (8, 8)})))
+    with pytest.raises(CheckpointError, match="another network"):
+        load_pretrained(build_stage(wider, wider.stages["3d_fullres"]), wider, fold="0", sam=None, unet=first.folder)
+
+
+def test_an_rfmedsam2_without_a_unet_is_named(layout):
+    boxes = planned(layout, **VARIANTS["reference_boxes"])
+    first = train(layout, boxes, "3d_fullres", options=QUIET)
+    plan = planned(layout)
+    network = build_stage(plan, plan.stages["3d_fullres"])
+    with pytest.raises(
+        CheckpointError, match=r"Expected a U-Net. Found an RFMedSAM 2 with generator gt, which has none"
+    ):
+        load_pretrained(network, plan, fold="0", sam=None, unet=first.folder)
+
+
 def test_a_plain_unet_takes_no_weights_of_sam2(layout, tmp_path):
     plan = planned(layout)
     alone = plan.stages["3d_fullres"].model_copy(update={"model": unet()})

@@ -26,6 +26,7 @@ from rfmedsam2.records.plan import (
     Validation,
 )
 from rfmedsam2.store.preprocessed import CaseStore
+from rfmedsam2.system.progress import Silent
 from rfmedsam2.tasks.unet import UNetTask, overlap_counts, scores_of
 from rfmedsam2.transforms.prepare import Restore
 
@@ -188,3 +189,25 @@ def test_validating_leaves_the_model_as_it_was(phantom_store):
 def test_a_case_that_is_not_there_is_a_sentence(phantom_store):
     with pytest.raises(StoreError, match="absent"):
         next(iter(task_on(phantom_store, tiny_plan(), ids=("absent",)).batches(0)))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "every", "expected"), [(1, 1, 1, 1), (3, 2, 2, 4), (1, 4, 5, 4), (9, 50, 1, 20)]
+)
+def test_validation_never_exceeds_the_training_before_it(phantom_store, epochs, steps, every, expected):
+    plan = tiny_plan()
+    train = TrainConfig(epochs=epochs, iterations_per_epoch=steps, validate_every_epochs=every, workers=0)
+    changes = {"train": train, "validation": Validation(patches_while_training=20)}
+    plan = plan.model_copy(update={"stages": {"3d_fullres": plan.stages["3d_fullres"].model_copy(update=changes)}})
+    seen: list[tuple[str, int, int]] = []
+
+    class Shown(Silent):
+        def __call__(self, items, description, total, /):
+            items = list(items)
+            seen.append((description, total, len(items)))
+            return items
+
+    split = Split(train=("phantom",), val=("phantom",))
+    runtime = Runtime(device=torch.device("cpu"))
+    UNetTask(plan, "3d_fullres", store=phantom_store, split=split, runtime=runtime, track=Shown()).validate()
+    assert seen == [("validation patches", expected, expected)]
