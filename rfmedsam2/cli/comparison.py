@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from rfmedsam2.choices import ComparedMetric
 from rfmedsam2.cli.command import command, layout_of, tell, tell_json
 from rfmedsam2.cli.flag_groups import LabelNames, Scoring
 from rfmedsam2.cli.flags import AsJson
@@ -19,7 +20,7 @@ def compare(
     *,
     references: Annotated[Path | None, arg(aliases=("-g",), metavar="DIR")] = None,
     output: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None,
-    metric: Literal["dsc", "iou", "nsd", "hd95_mm"] = "dsc",
+    metric: ComparedMetric = "dsc",
     labels: LabelNames = LabelNames(),
     scoring: Scoring = Scoring(),
     overwrite: bool = False,

@@ -16,12 +16,13 @@ from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.system.terminal import plain
 
 if TYPE_CHECKING:
+    from rfmedsam2.choices import ComparedMetric
     from rfmedsam2.pipeline.datasets.amos22_submission import SubmissionReport
     from rfmedsam2.pipeline.doctor import DoctorReport
     from rfmedsam2.pipeline.training.model_summary import Summary
     from rfmedsam2.records.model import ModelConfig
     from rfmedsam2.records.plan import Plan
-    from rfmedsam2.records.report import ComparedMetric, Comparison, Evaluation, Interval, PairedMean
+    from rfmedsam2.records.report import Comparison, Evaluation, Interval, PairedMean
 
 # names are shown as they are: nothing in them is markup, an emoji's name or a number to be colored
 out = Console(markup=False, emoji=False, highlight=False)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from rfmedsam2.choices import Backbone, Preset
+from rfmedsam2.choices import Backbone, Preset, Step0Training
 from rfmedsam2.cli.flags import AsJson, DatasetName, Device, PlanName, Root, Set, Workers
 
 
@@ -114,7 +114,7 @@ class InitialWeights:
         arg(metavar="PATH", help="A trained U-Net (checkpoint or model folder) that Step 0 starts from."),
     ] = None
     step0: Annotated[
-        Literal["joint", "crossfit"] | None,
+        Step0Training | None,
         arg(
             help="Train Step 0 together with Steps 1 and 2, or before them: crossfit gives them logits of U-Nets that "
             "were not trained on the case. Default: the plan's choice.",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Union
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from rfmedsam2.choices import Backbone
+from rfmedsam2.choices import Backbone, Step0Training
 from rfmedsam2.records.base import Record
 from rfmedsam2.records.extension import Extension
 
@@ -154,7 +154,7 @@ class RFMedSam2Config(Record):
     """tiny, small, base_plus: attention windows of 8, 4, 16, 8 positions instead of 8, 4, 14, 7. No padding at
     256 and 512 pixels, a third faster; but the published weights were trained with the latter."""
     adapters: AdapterConfig = AdapterConfig()
-    step0: Literal["joint", "crossfit"] = "joint"
+    step0: Step0Training = "joint"
     """How Step 0's U-Net is trained. joint: with Steps 1 and 2. crossfit: beforehand, and Steps 1 and 2 learn from
     fixed logits of U-Nets that were not trained on the case, which have the errors of new cases."""
     crossfit: CrossFit = CrossFit()

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, Literal
 
+from rfmedsam2.choices import ComparedMetric
 from rfmedsam2.errors import MissingPackageError, shortlist
 from rfmedsam2.records.base import Record, VersionedRecord
 
-_TITLES = {"dsc": "DSC", "iou": "IoU", "nsd": "NSD", "hd95_mm": "HD95"}
-
-ComparedMetric = Literal["dsc", "iou", "nsd", "hd95_mm"]
+TITLES: dict[ComparedMetric, str] = {"dsc": "DSC", "iou": "IoU", "nsd": "NSD", "hd95_mm": "HD95"}
+LOWER_IS_BETTER: tuple[ComparedMetric, ...] = ("hd95_mm",)
 
 
 class ClassMetrics(Record):
@@ -88,7 +88,7 @@ class Evaluation(VersionedRecord):
         """One sentence for all metrics with the same scores."""
         scores = [(name, found) for case in self.cases for name, found in case.classes.items()]
         defined: dict[tuple[int, int], list[str]] = {}
-        for metric, title in _TITLES.items():
+        for metric, title in TITLES.items():
             names = [name for name, found in scores if getattr(found, metric) is not None]
             defined.setdefault((len(names), len(set(names))), []).append(title)
         for (count, classes), metrics in defined.items():

@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
+from rfmedsam2.choices import ComparedMetric
 from rfmedsam2.errors import UsageError, shortlist
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty
 from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENCE, MINIMUM_CASES, bootstrap
@@ -21,14 +21,13 @@ from rfmedsam2.pipeline.evaluation.evaluate import evaluate, ids_of
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.evaluation.score_plot import differences_png
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.report import ComparedMetric, Comparison, Evaluation, PairedCase, PairedMean
+from rfmedsam2.records.report import LOWER_IS_BETTER, TITLES, Comparison, Evaluation, PairedCase, PairedMean
 from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.csv_text import write_rows
 from rfmedsam2.system.progress import Track
 
-METRICS: tuple[ComparedMetric, ...] = get_args(ComparedMetric)
+METRICS = tuple(TITLES)
 FILES = ("comparison.json", "comparison.csv", "comparison.png")
-LOWER_IS_BETTER: tuple[ComparedMetric, ...] = ("hd95_mm",)
 SAME_SCORE = 1e-9
 """Scores that differ by less are a tie: means over classes of equal scores may differ by rounding."""
 SAME_VOLUME = 1e-6
@@ -68,7 +67,8 @@ def compare(
         DatasetError: label maps have faults; lists all of them.
     """
     paths = (Path(first), Path(second))
-    known = [_cases_of(path, references) for path in paths]
+    given = [_given(path, references) for path in paths]
+    known = [found if isinstance(found, set) else {case.id for case in found.cases} for found in given]
     in_both = known[0] & known[1]
     wanted = sorted(in_both if cases is None else in_both & set(cases))
     absent = [] if cases is None else sorted(set(cases) - in_both)
@@ -80,11 +80,10 @@ def compare(
             expected="label maps of the same names, each with a reference, or evaluations of the same cases",
         )
     scored = partial(evaluate, cases=wanted, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty, workers=workers)
+    folder = Path("" if references is None else references)  # where it is None, all that is given are evaluations
     found = [
-        Evaluation.load(_metrics_file(path))
-        if references is None or not _label_maps(path)
-        else scored(path, references, labels, progress=progress)
-        for path in paths
+        entry if isinstance(entry, Evaluation) else scored(path, folder, labels, progress=progress)
+        for path, entry in zip(paths, given, strict=True)
     ]
     _require_same_rules(found[0], found[1])
     only = ([], []) if cases is not None else (sorted(known[0] - known[1]), sorted(known[1] - known[0]))
@@ -228,15 +227,16 @@ def _require_same_references(found: tuple[Evaluation, Evaluation], ids: list[str
         )
 
 
-def _cases_of(path: Path, references: str | Path | None) -> set[str]:
-    """Ids of the cases of an evaluation, or of the label maps that have a reference."""
+def _given(path: Path, references: str | Path | None) -> set[str] | Evaluation:
+    """Ids of the label maps that have a reference, or an evaluation."""
     if not path.exists():
         raise UsageError("The predictions or their evaluation do not exist", where=path, remedy="Check the path")
-    maps = _label_maps(path)
+    maps = ids_of(path) if path.is_dir() else set()
     if references is not None and maps:
         return maps & ids_of(Path(references))
-    if _metrics_file(path).is_file():
-        return {case.id for case in Evaluation.load(_metrics_file(path)).cases}
+    metrics = path / "metrics.json" if path.is_dir() else path
+    if metrics.is_file():
+        return Evaluation.load(metrics)
     if maps:
         raise UsageError(
             "Label maps need references to be scored", where=path, remedy="Name the folder of references with -g"
@@ -244,14 +244,6 @@ def _cases_of(path: Path, references: str | Path | None) -> set[str]:
     raise UsageError(
         "There is nothing to compare", where=path, expected="label maps, or the metrics.json of rfmed_evaluate"
     )
-
-
-def _label_maps(path: Path) -> set[str]:
-    return ids_of(path) if path.is_dir() else set()
-
-
-def _metrics_file(path: Path) -> Path:
-    return path / "metrics.json" if path.is_dir() else path
 
 
 def _number(value: float | None) -> float:

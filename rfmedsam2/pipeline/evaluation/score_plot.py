@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rfmedsam2.records.report import ComparedMetric, Comparison, Evaluation
+from rfmedsam2.choices import ComparedMetric
+from rfmedsam2.records.report import LOWER_IS_BETTER, TITLES, Comparison, Evaluation
 from rfmedsam2.reporting.training_curves import INK, SERIES, Theme, as_png, new_figure, styled
 
 
@@ -35,9 +36,6 @@ def spread_png(evaluation: Evaluation, metric: str, label: str, *, theme: Theme 
     return as_png(figure)
 
 
-TITLES: dict[ComparedMetric, str] = {"dsc": "DSC", "iou": "IoU", "nsd": "NSD", "hd95_mm": "HD95, mm"}
-
-
 def differences_png(comparison: Comparison, metric: ComparedMetric, *, theme: Theme = "light") -> bytes:
     """One row per class and one for their mean: a dot per case at B minus A, and the mean with its interval, as PNG."""
     rows = {**{name: means[metric] for name, means in comparison.classes.items()}, "mean": comparison.mean[metric]}
@@ -59,6 +57,7 @@ def differences_png(comparison: Comparison, metric: ComparedMetric, *, theme: Th
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
-    better = "left" if metric == "hd95_mm" else "right"
-    ax.set_xlabel(f"{TITLES[metric]}: B minus A in each case (B is better on the {better})")
+    better = "left" if metric in LOWER_IS_BETTER else "right"
+    unit = ", mm" if metric.endswith("_mm") else ""
+    ax.set_xlabel(f"{TITLES[metric]}{unit}: B minus A in each case (B is better on the {better})")
     return as_png(figure)
