@@ -19,11 +19,12 @@ from rfmedsam2.geometry import Shape
 from rfmedsam2.records.case import StoredFile
 from rfmedsam2.system.atomic import atomic
 
-REBUILT = "Run rfmed_plan_and_preprocess again: it rebuilds damaged cases"
 BLOCK_BYTES = 128 * 1024
 CHUNK_BYTES = 4 * 1024**2
 
 Ranges = Sequence[tuple[int, int]]
+Look = tuple[int, int]
+"""Size and modification time of a file."""
 
 
 def packed(array: np.ndarray, patch: Sequence[int]) -> bytes:
@@ -57,8 +58,14 @@ def put(path: Path, content: bytes) -> StoredFile:
     return StoredFile(size=len(content), crc32=zlib.crc32(content), modified_ns=path.stat().st_mtime_ns)
 
 
-def read_packed(path: Path, ranges: tuple[slice, ...]) -> np.ndarray:
+def read_packed(path: Path, ranges: tuple[slice, ...], *, what: str, remedy: str) -> np.ndarray:
     """Read a part of a blosc2 file.
+
+    Args:
+        path: the file.
+        ranges: one slice for each axis.
+        what: the file in words, which begin the error's sentence.
+        remedy: what makes a damaged file again.
 
     Raises:
         StoreError: the file cannot be read.
@@ -68,7 +75,7 @@ def read_packed(path: Path, ranges: tuple[slice, ...]) -> np.ndarray:
         array: Any = cast(Any, blosc2).open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
         return array[ranges]
     except (OSError, RuntimeError, ValueError) as error:
-        raise StoreError(f"A preprocessed case cannot be read ({error})", where=path, remedy=REBUILT) from error
+        raise StoreError(f"{what} cannot be read ({error})", where=path, remedy=remedy) from error
 
 
 def cut(shape: Sequence[int], patch: Sequence[int], itemsize: int) -> tuple[Shape, Shape]:
@@ -93,8 +100,24 @@ def cut(shape: Sequence[int], patch: Sequence[int], itemsize: int) -> tuple[Shap
     return (block[0], block[1], block[2]), (chunk[0], chunk[1], chunk[2])
 
 
-def look(path: Path) -> tuple[int, int] | None:
-    """Size and modification time of a file, None if there is none."""
+def verified(path: Path, file: StoredFile | None, seen: dict[Path, Look]) -> bool:
+    """Whether a file is as written: compared with its checksum, unless it looks as it did when it was last compared.
+
+    Args:
+        path: the file.
+        file: what was written.
+        seen: how files looked when they were compared; this one is added.
+    """
+    now = look(path)
+    if now is None or seen.get(path) != now:
+        if now is None or not as_written(path, file):
+            return False
+        seen[path] = now
+    return True
+
+
+def look(path: Path) -> Look | None:
+    """How a file looks, None if there is none."""
     try:
         status = path.stat()
     except OSError:

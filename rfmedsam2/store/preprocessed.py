@@ -19,11 +19,12 @@ import numpy as np
 from rfmedsam2.errors import RecordError, StoreError
 from rfmedsam2.geometry import Shape
 from rfmedsam2.records.case import CaseGeometry, CaseRecord, ForegroundClass, SourceFile
-from rfmedsam2.store.packed_arrays import REBUILT, Ranges, as_written, look, looks_unchanged, packed, put, read_packed
+from rfmedsam2.store.packed_arrays import Look, Ranges, as_written, looks_unchanged, packed, put, read_packed, verified
 from rfmedsam2.system.atomic import PARTIAL, read_record, write_record, writing_to
 
 IMAGE, LABEL, FOREGROUND, RECORD = ".b2nd", "_label.b2nd", "_foreground.npy", ".json"
 OTHER_IMAGE = ".image.b2nd"
+REBUILT = "Run rfmed_plan_and_preprocess again: it rebuilds damaged cases"
 
 Location = tuple[int, int, np.ndarray]
 """(key, number of voxels in the case, sampled flat indices) of one class."""
@@ -91,7 +92,7 @@ class StoredCase:
 
     def _read(self, suffix: str, ranges: tuple[slice, ...]) -> np.ndarray:
         path = self._verified(suffix)
-        patch = read_packed(path, ranges)
+        patch = read_packed(path, ranges, what="A preprocessed case", remedy=REBUILT)
         self._verified(suffix)  # once more: the file may have been replaced meanwhile
         return patch
 
@@ -99,8 +100,8 @@ class StoredCase:
         return {"folder": self.folder, "record": self.record}
 
     @cached_property
-    def _checked(self) -> dict[str, tuple[int, int] | None]:
-        """Suffix -> size and modification time of the files already compared with their checksums."""
+    def _seen(self) -> dict[Path, Look]:
+        """How the files looked that were already compared with their checksums."""
         return {}
 
     def _verified(self, suffix: str) -> Path:
@@ -110,11 +111,8 @@ class StoredCase:
             StoreError: the file is missing or differs from what was written.
         """
         path = self.folder / (self.id + suffix)
-        now = look(path)
-        if now is None or self._checked.get(suffix) != now:
-            if not as_written(path, self.record.files.get(suffix)):
-                raise self._unusable(path)
-            self._checked[suffix] = now
+        if not verified(path, self.record.files.get(suffix), self._seen):
+            raise self._unusable(path)
         return path
 
     def _unusable(self, path: Path) -> StoreError:

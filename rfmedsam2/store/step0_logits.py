@@ -17,7 +17,7 @@ import numpy as np
 from rfmedsam2.errors import RecordError, StoreError
 from rfmedsam2.geometry import Shape
 from rfmedsam2.records.case import CaseRecord, Step0Record
-from rfmedsam2.store.packed_arrays import Ranges, as_written, look, looks_unchanged, packed, put, read_packed
+from rfmedsam2.store.packed_arrays import Look, Ranges, looks_unchanged, packed, put, read_packed, verified
 from rfmedsam2.system.atomic import read_record, write_record, writing_to
 
 ARRAY, RECORD = ".b2nd", ".json"
@@ -45,16 +45,14 @@ class StoredLogits:
             StoreError: the file is missing, damaged, or has been replaced.
         """
         path = self.folder / (self.record.id + ARRAY)
-        now = look(path)
-        if now is None or self._checked.get("look") != now:
-            if not as_written(path, self.record.file):
-                raise StoreError("Stored logits of Step 0 are damaged or missing", where=path, remedy=REMEDY)
-            self._checked["look"] = now
-        return read_packed(path, (slice(None), *(slice(*limits) for limits in box))).astype(np.float32)
+        if not verified(path, self.record.file, self._seen):
+            raise StoreError("Stored logits of Step 0 are damaged or missing", where=path, remedy=REMEDY)
+        ranges = (slice(None), *(slice(*limits) for limits in box))
+        return read_packed(path, ranges, what="A file of Step 0's logits", remedy=REMEDY).astype(np.float32)
 
     @cached_property
-    def _checked(self) -> dict[str, tuple[int, int] | None]:
-        """Size and modification time of the file that was compared with its checksum."""
+    def _seen(self) -> dict[Path, Look]:
+        """How the file looked when it was compared with its checksum."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,8 +14,10 @@ import rfmedsam2.store.preprocessed as cases
 from rfmedsam2.errors import StoreError
 from rfmedsam2.records.case import CaseGeometry, SourceFile
 from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.store import packed_arrays
 from rfmedsam2.store.packed_arrays import cut
 from rfmedsam2.store.preprocessed import CaseStore
+from rfmedsam2.store.step0_logits import LogitsStore
 from rfmedsam2.transforms.foreground import sample_foreground
 
 SHAPE = (21, 40, 37)
@@ -243,8 +245,8 @@ def test_a_bit_that_the_disk_has_changed_is_noticed_by_who_reads_the_case(store,
 def test_a_file_is_compared_with_its_checksum_once_and_anew_in_another_process(store, monkeypatch):
     write(store)
     compared: list[str] = []
-    real = cases.as_written
-    monkeypatch.setattr(cases, "as_written", lambda path, file: compared.append(path.name) or real(path, file))
+    real = packed_arrays.as_written
+    monkeypatch.setattr(packed_arrays, "as_written", lambda path, file: compared.append(path.name) or real(path, file))
     case = store.open("case_1")
     for _ in range(3):
         case.image_patch([(0, 4)] * 3)
@@ -319,3 +321,22 @@ def test_regions_and_the_ignore_label_have_their_own_locations():
     found = {f.key: f for f in sample_foreground(label, labels)}
     assert {k: len(f.index) for k, f in found.items()} == {1: 2800, 2: 800, -1: 3200}
     assert set(np.unique(label.reshape(-1)[found[-1].index])) == {0, 1, 2}
+
+
+def test_logits_that_cannot_be_read_name_the_command_that_makes_them_again(store, tmp_path, monkeypatch):
+    write(store)
+    logits = LogitsStore(tmp_path / "step0", (16, 32, 32))
+    whole = [(0, n) for n in SHAPE]
+    class_map = np.random.default_rng(1).normal(size=(2, *SHAPE)).astype(np.float32)
+    logits.write("case_1", class_map, store.open("case_1").record, weights="w", settings="s")
+    stored = logits.open("case_1")
+    assert np.array_equal(stored.patch(whole), class_map.astype(np.float16))
+    file = logits.folder / "case_1.b2nd"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(StoreError, match=r"logits.*damaged.*case_1\.b2nd.*rfmed_train"):
+        stored.patch(whole)
+    # as written, but blosc2 does not understand it
+    file.write_bytes(b"something else")
+    monkeypatch.setattr(packed_arrays, "as_written", lambda *_: True)
+    with pytest.raises(StoreError, match=r"logits cannot be read.*case_1\.b2nd.*rfmed_train"):
+        stored.patch(whole)
