@@ -174,18 +174,19 @@ class SamAutomaticMaskGenerator(PlainGenerator):
         min_mask_region_area: int = 0,
         output_mode: str = "binary_mask",
     ) -> None:
-        _require_numbers(
-            points_per_batch=points_per_batch,
-            pred_iou_thresh=pred_iou_thresh,
-            stability_score_thresh=stability_score_thresh,
-            stability_score_offset=stability_score_offset,
-            box_nms_thresh=box_nms_thresh,
-            crop_n_layers=crop_n_layers,
-            crop_nms_thresh=crop_nms_thresh,
-            crop_overlap_ratio=crop_overlap_ratio,
-            crop_n_points_downscale_factor=crop_n_points_downscale_factor,
-            min_mask_region_area=min_mask_region_area,
-        )
+        numbers: dict[str, Any] = {
+            "points_per_batch": points_per_batch,
+            "pred_iou_thresh": pred_iou_thresh,
+            "stability_score_thresh": stability_score_thresh,
+            "stability_score_offset": stability_score_offset,
+            "box_nms_thresh": box_nms_thresh,
+            "crop_n_layers": crop_n_layers,
+            "crop_nms_thresh": crop_nms_thresh,
+            "crop_overlap_ratio": crop_overlap_ratio,
+            "crop_n_points_downscale_factor": crop_n_points_downscale_factor,
+            "min_mask_region_area": min_mask_region_area,
+        }
+        _require_numbers(**numbers)
         _require_grids(points_per_side, point_grids, layers=crop_n_layers + 1)
         if output_mode not in OUTPUT_MODES:
             raise UsageError("Unknown output_mode", expected=f"one of {', '.join(OUTPUT_MODES)}", found=output_mode)
@@ -195,22 +196,7 @@ class SamAutomaticMaskGenerator(PlainGenerator):
             sides = [int(points_per_side / crop_n_points_downscale_factor**i) for i in range(crop_n_layers + 1)]
             point_grids = [build_point_grid(side) if side else np.zeros((0, 2)) for side in sides]
         predictor = SamPredictor(model)  # refuses what is not a SAM
-        super().__init__(
-            model,
-            points_per_side=None,
-            points_per_batch=points_per_batch,
-            pred_iou_thresh=pred_iou_thresh,
-            stability_score_thresh=stability_score_thresh,
-            stability_score_offset=stability_score_offset,
-            box_nms_thresh=box_nms_thresh,
-            crop_n_layers=crop_n_layers,
-            crop_nms_thresh=crop_nms_thresh,
-            crop_overlap_ratio=crop_overlap_ratio,
-            crop_n_points_downscale_factor=crop_n_points_downscale_factor,
-            point_grids=point_grids,
-            min_mask_region_area=min_mask_region_area,
-            output_mode=output_mode,
-        )
+        super().__init__(model, points_per_side=None, point_grids=point_grids, output_mode=output_mode, **numbers)
         self.predictor = predictor
         self._multimask = True
 
