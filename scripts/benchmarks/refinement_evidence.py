@@ -33,9 +33,12 @@ from _harness.usage import installed_program, run_measured
 from rfmedsam2.pipeline.evaluation.compare import compare
 from rfmedsam2.records.report import Comparison
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.raw import open_dataset
 
 STAGE = "3d_fullres"
 PLAN = "evidence"
+UNET = "step0"
+"""Name of the predictions of a U-Net alone, as of the first step of a refined one."""
 
 
 def main() -> None:
@@ -97,10 +100,11 @@ class Bench:
         self._plan()
         figures = self._figures()
         used = self._rfmed("train", *self._training(figures), "--no-validate")  # after an interruption: of the rest
-        steps = [()] if self.row.backbone is None else [("--step", step) for step in (0, 1, 2)]
-        boxes = [] if self.row.backbone is None else [("--boxes", self._cases("labelsTr"))]
-        for words in [*steps, *boxes]:
-            name = "".join(str(word).strip("-") for word in words[:2] if not isinstance(word, Path)) or "step0"
+        predictions: dict[str, tuple[object, ...]] = {UNET: ()}
+        if self.row.backbone is not None:
+            predictions = {f"step{step}": ("--step", step) for step in (0, 1, 2)}
+            predictions["boxes"] = ("--boxes", self._cases("labelsTr"))
+        for name, words in predictions.items():
             self._score(name, *words)
         done = {"row": self.row.name, "fold": self.fold, "train_cpu_minutes": round(used / 60, 1), **figures}
         record.write_text(json.dumps(done))
@@ -138,24 +142,24 @@ class Bench:
         budget = 60 * (self.minutes or self.row.minutes)
         if not self.row.crossfit:
             return {"iterations": math.floor(budget / self._step_seconds())}
-        unet = self._step_seconds("model.crossfit.iterations", others=PARTS + 1)
+        unet = self._step_seconds(of_unets=True) / (PARTS + 1)
         unet_steps = math.floor(UNET_SHARE * budget / (PARTS + 1) / unet)
         each = self._step_seconds()
         return {"unet_iterations": unet_steps, "iterations": math.floor((1 - UNET_SHARE) * budget / each)}
 
-    def _step_seconds(self, field: str | None = None, *, others: int = 1) -> float:
-        """Processor seconds of a training step: of the U-Nets if their field is named, else of the training itself."""
+    def _step_seconds(self, *, of_unets: bool = False) -> float:
+        """Processor seconds of a step of the training itself, or of all U-Nets together that it is given logits of."""
         used = []
         for steps in (STEPS_SMALL, STEPS_LARGE):
-            unet = steps if field else STEPS_SMALL
-            own = STEPS_SMALL if field else steps
+            unet = steps if of_unets else STEPS_SMALL
+            own = STEPS_SMALL if of_unets else steps
             words = self._training({"unet_iterations": unet, "iterations": own})
             elsewhere = {"nnUNet_raw": self.layout.raw, "nnUNet_preprocessed": self.layout.preprocessed}
             results = self.root / "rehearsal" / f"{unet}_{own}"
             program = [installed_program("rfmed_train"), *words, "--no-validate", "--restart"]
             env = {key: str(path) for key, path in (elsewhere | {"nnUNet_results": results}).items()}
             used.append(run_measured(program, env=env).cpu_s)
-        return max(1e-3, (used[1] - used[0]) / (STEPS_LARGE - STEPS_SMALL) / others)
+        return max(1e-3, (used[1] - used[0]) / (STEPS_LARGE - STEPS_SMALL))
 
     def _training(self, figures: Mapping[str, int]) -> list[object]:
         words: list[object] = [self.dataset.name, STAGE, self.fold, "-p", PLAN]
@@ -178,9 +182,9 @@ class Bench:
         folder = self.root / "validation" / part
         folder.mkdir(parents=True, exist_ok=True)
         names = json.loads(self.layout.splits_file(self.dataset.name).read_text())[self.fold]["val"]
-        for path in sorted((self.dataset / part).iterdir()):
-            ids = (path.name.split(".")[0], path.name.split(".")[0].rsplit("_", 1)[0])
-            if any(name in names for name in ids) and not (folder / path.name).exists():
+        cases = [case for case in open_dataset(self.dataset).training if case.id in names]
+        for path in [file for case in cases for file in (case.images if part == "imagesTr" else (case.label,))]:
+            if not (folder / path.name).exists():
                 (folder / path.name).symlink_to(path.resolve())
         return folder
 
@@ -194,7 +198,7 @@ def summarize(work: Path, fold: int) -> dict[str, Any]:
     """Compare every step of every finished row with the U-Net alone; write evidence.csv and evidence.png."""
     found: dict[str, Comparison] = {}
     for row in ROWS.values():
-        base = work / f"{row.baseline}_fold{fold}" / "predicted" / "step0" / "scores"
+        base = work / f"{row.baseline}_fold{fold}" / "predicted" / UNET / "scores"
         for scores in sorted((work / f"{row.name}_fold{fold}" / "predicted").glob("*/scores")):
             if row.backbone is not None and base.is_dir() and (scores / "metrics.json").is_file():
                 found[f"{row.name} {scores.parent.name}"] = compare(base, scores)
