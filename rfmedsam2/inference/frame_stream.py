@@ -100,7 +100,7 @@ class FrameStream:
         at = now.active + (len(memory.rows) - len(part.logits))
         evidence = None if now.evidence is None else _rows(now.evidence, now.active)
         logits = _rows(now.logits, now.active)
-        final = self.network.refiner.second(now.features, logits, memory, evidence=evidence, at=at)
+        final = self.network.refiner.second(now.features, logits, memory, evidence=evidence, at=at).logits
         return _with_rows(now.logits, now.active, final)
 
     def _remembered(self, part: _Part, first: Step1Output | None) -> Memory:

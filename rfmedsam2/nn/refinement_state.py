@@ -7,7 +7,7 @@ logit per region.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -67,22 +67,54 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepMasks:
+    """What SAM 2 itself answered in a step, before it was composed with Step 0's class map.
+
+    Attributes:
+        objects: (q, 2) long, (frame, class).
+        boxes: (q, 4) their box prompts in pixels of SAM 2's frames.
+        masks: (q, 4s, 4s) mask logits.
+    """
+
+    objects: Tensor
+    boxes: Tensor
+    masks: Tensor
+
+    def first(self, count: int) -> StepMasks:
+        """The first objects alone."""
+        return StepMasks(objects=self.objects[:count], boxes=self.boxes[:count], masks=self.masks[:count])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step1Output:
     """Output of Step 1.
 
     Attributes:
         logits: (N, K, H, W) class map.
         drawn: the decoded objects, q altogether.
-        masks: (q, 4s, 4s) SAM 2's mask logits.
+        decoded: SAM 2's masks of these.
         pointers: (q, C) object pointers.
         scores: (q,) object score logits.
     """
 
     logits: Tensor
     drawn: DrawnObjects
-    masks: Tensor
+    decoded: StepMasks
     pointers: Tensor
     scores: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step2Output:
+    """Output of Step 2.
+
+    Attributes:
+        logits: (N, K, H, W) class map.
+        decoded: SAM 2's masks; None: no object was decoded.
+    """
+
+    logits: Tensor
+    decoded: StepMasks | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +127,7 @@ class StepOutputs:
         scores: (q,) object score logits of Step 1.
         objects: (q, 2) (frame, class) of these scores.
         frames: (B * D,) bool, the frames that count in the losses of Steps 1 and 2; None: all.
+        decoded: step -> SAM 2's masks of the objects that were decoded with gradients.
         found: (N, K, 4) boxes predicted by a generator, xyxy in [0, 1] of the frame; None for other generators.
         presence: (N, K) presence logits of these boxes.
     """
@@ -103,6 +136,7 @@ class StepOutputs:
     scores: Tensor | None = None
     objects: Tensor | None = None
     frames: Tensor | None = None
+    decoded: dict[int, StepMasks] = field(default_factory=dict)
     found: Tensor | None = None
     presence: Tensor | None = None
 

@@ -25,6 +25,8 @@ from rfmedsam2.nn.refinement_state import (
     RefinementInput,
     Size,
     Step1Output,
+    Step2Output,
+    StepMasks,
     downsample,
     log_odds,
     prompts_of,
@@ -67,25 +69,29 @@ class Refiner:
             with torch.no_grad():
                 more = self._decoded(features, start, drawn.context, torch.zeros_like(drawn.context[:, 0]).bool())
             results = [torch.cat(both) for both in zip(results, more, strict=True)]
-        masks, pointers, scores = results
+        boxes, masks, pointers, scores = results
         objects, asked = drawn.objects, None
         if self.config.output == "detail" and start.masks is not None:
             asked = start.masks[objects[:, 0], objects[:, 1]]
         values = self._output(masks, objects, size_of(start.base_logits), evidence=start.evidence, asked=asked, step=1)
         logits = scatter_masks(start.base_logits, objects, values)
-        return Step1Output(logits=logits, drawn=drawn, masks=masks, pointers=pointers, scores=scores)
+        decoded = StepMasks(objects=objects, boxes=boxes, masks=masks)
+        return Step1Output(logits=logits, drawn=drawn, decoded=decoded, pointers=pointers, scores=scores)
 
     def _decoded(
         self, features: FrameFeatures, start: RefinementInput, objects: Tensor, absent: Tensor
     ) -> list[Tensor]:
-        """Masks (q, 4s, 4s), pointers (q, C), scores (q,) of objects; `absent` (q,): which are not on their frame."""
+        """Boxes (q, 4), masks (q, 4s, 4s), pointers (q, C), scores (q,); `absent` (q,): which their frame lacks."""
         sam, size = self.sam, size_of(start.base_logits)
         prompts = start.prompts
         if absent.any():  # their boxes, from a generator, are resized as well
             prompts = Prompts(boxes=prompts.boxes, present=torch.ones_like(prompts.present))
         boxes = self._prompts(prompts, objects, size)
         if not len(objects):
-            return [boxes.new_zeros(0, *shape) for shape in ((4 * sam.side, 4 * sam.side), (sam.channels,), ())]
+            return [
+                boxes,
+                *(boxes.new_zeros(0, *shape) for shape in ((4 * sam.side, 4 * sam.side), (sam.channels,), ())),
+            ]
         pads = self.config.generator == "gt" and bool(absent.any())
 
         def chunk(part: Tensor, boxes: Tensor, absent: Tensor) -> tuple[Tensor, ...]:
@@ -101,7 +107,8 @@ class Refiner:
 
         count = chunk_size(self.compute.memory_mb, self._object_sizes().decode(training=torch.is_grad_enabled()))
         chunks = zip(objects.split(count), boxes.split(count), absent.split(count), strict=True)
-        return [torch.cat(results) for results in zip(*(self.run(chunk, *part) for part in chunks), strict=True)]
+        results = zip(*(self.run(chunk, *part) for part in chunks), strict=True)
+        return [boxes, *(torch.cat(parts) for parts in results)]
 
     def encode_memory(self, features: FrameFeatures, first: Step1Output, volumes: int) -> Memory:
         """Memories of Step 1's masks; the N frames are D consecutive ones of each of `volumes`.
@@ -120,7 +127,7 @@ class Refiner:
         count = chunk_size(self.compute.memory_mb, self._object_sizes().encode_memory(training=torch.is_grad_enabled()))
         maps = []
         for own in (slice(learned), slice(learned, None)):
-            parts = zip(*(t[own].split(count) for t in (objects, first.masks, first.scores)), strict=True)
+            parts = zip(*(t[own].split(count) for t in (objects, first.decoded.masks, first.scores)), strict=True)
             with torch.set_grad_enabled(torch.is_grad_enabled() and own.start is None):
                 maps += [self.run(chunk, *part) for part in parts if len(part[0])]
         rows = torch.full(first.logits.shape[:2], -1, dtype=torch.long, device=objects.device)
@@ -141,7 +148,7 @@ class Refiner:
         evidence: Tensor | None,
         at: Tensor | None = None,
         only: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Step2Output:
         """Step 2: decode the objects in Step 1's class map again, with memories.
 
         Args:
@@ -151,9 +158,6 @@ class Refiner:
             evidence: `RefinementInput.evidence` of the same frames.
             at: (n,) long, indices of the n frames of each volume in that window; None: all frames of it, in order.
             only: (N,) bool, frames whose objects are decoded; None: all.
-
-        Returns:
-            (N, K, H, W) class map.
         """
         prompts = prompts_of(logits, regions=self.regions)
         at = torch.arange(len(memory.rows), device=logits.device) if at is None else at
@@ -161,18 +165,19 @@ class Refiner:
         wanted = prompts.present & (rows >= 0)
         objects = (wanted if only is None else wanted & only[:, None]).nonzero()
         if not len(objects):
-            return logits
+            return Step2Output(logits=logits, decoded=None)
         boxes = self._prompts(prompts, objects, size_of(logits))
         against_all = self.config.step2_mask_prompt == "one_against_rest" and not self.regions
         total = self._total(logits) if against_all and self.config.mask_prompt else None
-        values = self._with_memory(features, logits, total, memory, objects=objects, boxes=boxes, at=at)
+        masks = self._with_memory(features, logits, total, memory, objects=objects, boxes=boxes, at=at)
         asked = None
         if self.config.output == "detail" and self.config.mask_prompt:
             asked = self._odds(logits, total, objects)
         if evidence is not None and self.config.output == "correct":
             evidence = logits
-        values = self._output(values, objects, size_of(logits), evidence=evidence, asked=asked, step=2)
-        return scatter_masks(logits, objects, values)
+        values = self._output(masks, objects, size_of(logits), evidence=evidence, asked=asked, step=2)
+        decoded = StepMasks(objects=objects, boxes=boxes, masks=masks)
+        return Step2Output(logits=scatter_masks(logits, objects, values), decoded=decoded)
 
     def _with_memory(
         self,

@@ -239,16 +239,20 @@ class RFMedSam2(nn.Module):
                 logits[0] = with_background(start.base_logits, count, regions=self.regions)
         first = self.refiner.first(features, start, drawn)
         logits[1] = with_background(first.logits, count, regions=self.regions)
+        learned = len(drawn.learned)
+        decoded = {1: first.decoded.first(learned)}
         if last > 1:
             memory = self.refiner.encode_memory(features, first, count)
             second = self.refiner.second(features, first.logits, memory, evidence=start.evidence, only=drawn.frames)
-            logits[2] = with_background(second, count, regions=self.regions)
-        learned = len(drawn.learned)
+            logits[2] = with_background(second.logits, count, regions=self.regions)
+            if second.decoded is not None:
+                decoded[2] = second.decoded
         return StepOutputs(
             logits=logits,
             scores=first.scores[:learned],
             objects=drawn.learned,
             frames=drawn.frames,
+            decoded=decoded,
             found=start.found,
             presence=start.presence,
         )

@@ -113,6 +113,17 @@ class Disturbance(Record):
     """Probability that Step 2 is not given the memory of a neighboring slice."""
 
 
+class RefinementLoss(Record):
+    """What Steps 1 and 2 learn from besides their class maps."""
+
+    own_masks: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of cross-entropy + Dice of SAM 2's masks by themselves, each object against all else: trains the decoder
+    while the gates of `output` gated are still shut, and for boxes from a person, whose masks stand alone."""
+    box_margin: Annotated[float, Field(ge=0)] | None = None
+    """Losses of Steps 1 and 2 count voxels in the boxes of the decoded prompts alone, widened by this share of their
+    sides; None: whole slices."""
+
+
 class RFMedSam2Config(Record):
     """RFMedSAM 2: a prompt generator (Step 0), SAM 2 on its prompts (Step 1), SAM 2 with memory (Step 2)."""
 
@@ -159,6 +170,7 @@ class RFMedSam2Config(Record):
     fixed logits of U-Nets that were not trained on the case, which have the errors of new cases."""
     crossfit: CrossFit = CrossFit()
     disturbance: Disturbance = Disturbance()
+    refinement_loss: RefinementLoss = RefinementLoss()
 
     @property
     def dimensions(self) -> int:

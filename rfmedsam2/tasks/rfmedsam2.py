@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rfmedsam2 import models
@@ -16,15 +15,8 @@ from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.inference.refined_tiles import Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
 from rfmedsam2.inference.sliding_window import Execution
-from rfmedsam2.losses import (
-    LossFunction,
-    deep_supervision_losses,
-    generalized_box_iou_loss,
-    loss_of,
-    memberships,
-)
+from rfmedsam2.losses import deep_supervision_losses, loss_of, memberships
 from rfmedsam2.nn.disturbance import with_noise
-from rfmedsam2.nn.refinement_state import StepOutputs
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.dataset import LabelSet
@@ -34,6 +26,13 @@ from rfmedsam2.store.step0_logits import LogitsStore
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.tasks.feed import PatchFeed
 from rfmedsam2.tasks.patches import PatchBatch
+from rfmedsam2.tasks.refinement_losses import (
+    counted_voxels,
+    generator_losses,
+    losses_of_part,
+    object_score_loss,
+    own_mask_losses,
+)
 from rfmedsam2.tasks.unet import overlap_counts, scores_of
 
 logger = logging.getLogger(__name__)
@@ -97,18 +96,21 @@ class RFMedSam2Task:
         reference = reference_prompts(batch.target, self.plan.labels)
         steps = self.model.steps(batch.image, self._given(reference), step0=self._disturbed(batch.step0))
         parts: dict[str, Tensor] = {}
+        counted = counted_voxels(steps, (batch.image.shape[-2], batch.image.shape[-1]), self.model.config)
         for number, logits in steps.logits.items():
             if number == 0 and batch.step0 is not None:
                 continue
-            if isinstance(logits, Tensor) and number and steps.frames is not None:
+            if isinstance(logits, Tensor) and number in counted:
                 together = self.stage.loss.batch_dice
-                found = losses_of_frames(logits.float(), batch.target, steps.frames, self._loss, together=together)
+                found = losses_of_part(logits.float(), batch.target, counted[number], self._loss, together=together)
             elif isinstance(logits, Tensor):
                 found = self._loss(logits.float(), batch.target)
             else:
                 lowest = self.stage.loss.lowest_level
                 found = deep_supervision_losses(logits, batch.target, self._loss, lowest=lowest)
             parts |= {f"step{number}/{name}": part for name, part in found.items()}
+        if self.model.config.refinement_loss.own_masks:
+            parts |= own_mask_losses(steps, reference_members(batch.target, self.plan.labels), self.model.config)
         parts |= generator_losses(steps, reference, batch.image.shape[-1])
         return parts | (object_score_loss(steps, reference) if self.model.config.object_scores else {})
 
@@ -174,62 +176,22 @@ class RFMedSam2Task:
 @torch.no_grad()
 def reference_prompts(target: Tensor, labels: LabelSet) -> Prompts:
     """Boxes and presence from reference labels (B, D, H, W), for the B * D frames."""
-    clean = target if labels.ignore is None else torch.where(target != labels.ignore, target, 0)
-    clean = clean.clamp_min(0).flatten(0, 1)
-    members = memberships(clean, labels)
+    members = _memberships(target, labels)
     if labels.has_regions:
         return prompts_from_members(members)
     return prompts_from_labels(members.to(torch.uint8).argmax(1), len(labels.values) - 1)
 
 
-def generator_losses(steps: StepOutputs, reference: Prompts, size: int) -> dict[str, Tensor]:
-    """Losses of box generators: presence (binary cross-entropy), L1 and generalized IoU of the boxes.
-
-    Args:
-        steps: outputs of the network.
-        reference: boxes in pixels of frames of side `size`.
-        size: side length of the frames in pixels.
-    """
-    parts: dict[str, Tensor] = {}
-    if steps.presence is not None:
-        parts["step0/presence"] = F.binary_cross_entropy_with_logits(steps.presence.float(), reference.present.float())
-    if steps.found is not None:
-        found = steps.found.float()[reference.present]
-        wanted = reference.boxes[reference.present] / max(1, size - 1)
-        # a sum over an empty selection is 0 and stays connected to the graph
-        count = max(1, len(found))
-        parts["step0/box_l1"] = (found - wanted).abs().sum() / count
-        parts["step0/box_giou"] = generalized_box_iou_loss(found, wanted).sum() / count
-    return parts
+@torch.no_grad()
+def reference_members(target: Tensor, labels: LabelSet) -> Tensor:
+    """Masks (B * D, K, H, W) bool of the foreground classes in reference labels (B, D, H, W)."""
+    members = _memberships(target, labels)
+    return members if labels.has_regions else members[:, 1:]
 
 
-def losses_of_frames(
-    logits: Tensor, target: Tensor, frames: Tensor, loss: LossFunction, *, together: bool
-) -> dict[str, Tensor]:
-    """Losses of some frames, as if each volume were these alone.
-
-    Args:
-        logits: (B, outputs, D, H, W).
-        target: (B, D, H, W) label values.
-        frames: (B * D,) bool.
-        loss: loss of patches.
-        together: the frames of all volumes are one patch (batch Dice), else the losses of volumes are averaged.
-    """
-    chosen = frames.unflatten(0, (len(logits), -1))
-    parts = [(own[:, rows], labels[rows]) for own, labels, rows in zip(logits, target, chosen, strict=True)]
-    parts = [(own, labels) for own, labels in parts if len(labels)]
-    if together:
-        parts = [(torch.cat([own for own, _ in parts], 1), torch.cat([labels for _, labels in parts]))]
-    found = [loss(own[None], labels[None]) for own, labels in parts]
-    return {name: torch.stack([part[name] for part in found]).mean() for name in found[0]}
-
-
-def object_score_loss(steps: StepOutputs, reference: Prompts) -> dict[str, Tensor]:
-    """Binary cross-entropy of the decoder's object scores: 1 where the class is on the slice, 0 where it is not."""
-    if steps.scores is None or steps.objects is None or not len(steps.scores):
-        return {}
-    present = reference.present[steps.objects[:, 0], steps.objects[:, 1]]
-    return {"step1/object_score": F.binary_cross_entropy_with_logits(steps.scores.float(), present.float())}
+def _memberships(target: Tensor, labels: LabelSet) -> Tensor:
+    clean = target if labels.ignore is None else torch.where(target != labels.ignore, target, 0)
+    return memberships(clean.clamp_min(0).flatten(0, 1), labels)
 
 
 def scores_by_step(totals: dict[int, np.ndarray], labels: LabelSet) -> dict[str, float]:

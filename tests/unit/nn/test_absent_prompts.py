@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.plan import Sampling
-from rfmedsam2.tasks.rfmedsam2 import object_score_loss
+from rfmedsam2.tasks.refinement_losses import object_score_loss
 
 FRAMES, CLASSES = 8, 2
 GENERATORS = ["gt", "scored_object_queries", "point_embeddings"]

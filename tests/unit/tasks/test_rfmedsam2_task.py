@@ -10,7 +10,7 @@ import torch
 from rfmedsam2.losses import segmentation_losses
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import SegmentationLoss
-from rfmedsam2.tasks.rfmedsam2 import losses_of_frames
+from rfmedsam2.tasks.refinement_losses import losses_of_part
 
 LABELS = LabelSet(names={"background": 0, "a": 1, "b": 2})
 
@@ -23,7 +23,7 @@ def test_only_the_frames_that_were_drawn_count(together: bool) -> None:
     target = torch.randint(3, (3, 6, 8, 8), generator=draw)
     frames = torch.zeros(3, 6, dtype=torch.bool)
     frames[0, 1:4] = frames[2, 3:5] = True
-    found = losses_of_frames(logits, target, frames.flatten(), loss, together=together)
+    found = losses_of_part(logits, target, frames.flatten(), loss, together=together)
     sum(found.values()).backward()
     assert logits.grad is not None
     assert torch.equal(logits.grad.abs().sum((1, 3, 4)) > 0, frames)
@@ -40,6 +40,6 @@ def test_only_the_frames_that_were_drawn_count(together: bool) -> None:
 def test_all_frames_are_the_loss_of_the_patch() -> None:
     loss = partial(segmentation_losses, labels=LABELS, config=SegmentationLoss())
     logits, target = torch.randn(2, 3, 4, 8, 8), torch.randint(3, (2, 4, 8, 8))
-    found = losses_of_frames(logits, target, torch.ones(8, dtype=torch.bool), loss, together=True)
+    found = losses_of_part(logits, target, torch.ones(8, dtype=torch.bool), loss, together=True)
     for name, part in loss(logits, target).items():
         torch.testing.assert_close(found[name], part)
