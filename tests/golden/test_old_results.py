@@ -103,6 +103,7 @@ def test_a_broken_training_goes_on_to_the_same_weights(format_1, copy_of) -> Non
     root = copy_of("medical/root")
     fold = root / "results" / PHANTOM / "cpu__3d_fullres" / "fold_0"
     whole = read_weights(fold / "checkpoint_final.safetensors")
+    unbroken = (fold / "metrics.jsonl").read_text()
     shutil.rmtree(fold)
     shutil.copytree(format_1 / "medical" / "broken_fold_0", fold)
     start = read_weights(fold / "checkpoint_latest.safetensors")
@@ -112,11 +113,20 @@ def test_a_broken_training_goes_on_to_the_same_weights(format_1, copy_of) -> Non
     assert lines.startswith((format_1 / "medical" / "broken_fold_0" / "metrics.jsonl").read_text())
     events = [json.loads(line) for line in lines.splitlines()]
     assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 31))
+    expected = [json.loads(line) for line in unbroken.splitlines()]
+    assert losses_of(events) == pytest.approx(losses_of(expected), rel=1e-5)
     resumed = read_weights(fold / "checkpoint_final.safetensors")
+    # an instance norm takes away the bias of the convolution before it: what is left of its gradient is rounding, which
+    # other processors do otherwise
+    names = [name for name in whole if not name.endswith("all_modules.0.bias")]
     far, near = (
-        max(float((weights[name] - whole[name]).abs().max()) for name in whole) for weights in (start, resumed)
+        max(float((weights[name] - whole[name]).abs().max()) for name in names) for weights in (start, resumed)
     )
     assert near < 1e-3 < far / 20, (near, far)
+
+
+def losses_of(events: list[dict]) -> list[float]:
+    return [event["loss"] for event in events if event["event"] == "step"]
 
 
 def test_a_refiner_masks_the_same(format_1, tmp_path) -> None:

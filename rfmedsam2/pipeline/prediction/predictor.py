@@ -40,7 +40,10 @@ from rfmedsam2.volume import Volume
 
 logger = logging.getLogger(__name__)
 OPTIONS = "Give PredictOptions(mirror=False, ...)"
-NEWER_FIELDS = ("step0", "crossfit", "disturbance", "gate_learning_rate", "step2_mask_prompt", "given_boxes")
+NEWER_FIELDS = (
+    *("step0", "crossfit", "disturbance", "refinement_loss"),
+    *("gate_learning_rate", "step2_mask_prompt", "given_boxes"),
+)
 """Fields of RFMedSAM 2 since version 0.2. Label maps that 0.1 predicted stay valid where these are at their default."""
 
 
