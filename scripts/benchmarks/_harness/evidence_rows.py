@@ -69,6 +69,8 @@ def _rows() -> list[Row]:
             rows.append(Row(name=f"{prefix}_unet", dataset=dataset, few=few))
             backbones: tuple[LightBackbone, ...] = ("nano", "lite_medsam")
             rows += [Row(name=f"{prefix}_{name}", dataset=dataset, backbone=name, few=few) for name in backbones]
+            learned = ("model.refinement_loss.own_masks=1", "model.refinement_loss.box_margin=0.25")
+            rows.append(replace(rows[-2], name=f"{prefix}_nano_own_masks", changes=learned))
     rows.append(Row(name="oasis_mobile_sam", dataset="oasis", backbone="mobile_sam"))
     whole = next(row for row in rows if row.name == "oasis_lite_medsam")
     ablations = {

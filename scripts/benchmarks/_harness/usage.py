@@ -19,6 +19,8 @@ import psutil
 
 T = TypeVar("T")
 SAMPLING_S = 0.1
+PAUSE_PER_SAMPLE = 50
+"""Pauses are this many times as long as a sample took: counting the shared pages of many processes is slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,13 +146,16 @@ class _Watcher(threading.Thread):
 
     def run(self) -> None:
         """Sample until `finish` is called."""
-        while not self._done.wait(SAMPLING_S):
+        pause = SAMPLING_S
+        while not self._done.wait(pause):
+            started = time.thread_time()
             self.peak = max(self.peak, self._held())
             if self._limit is not None and self.peak >> 20 > self._limit:
                 self.stopped = True
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._pid, signal.SIGKILL)
                 return
+            pause = max(SAMPLING_S, PAUSE_PER_SAMPLE * (time.thread_time() - started))
 
     def finish(self) -> None:
         """Stop sampling."""
