@@ -128,7 +128,8 @@ def why_empty(sample: Sample) -> str:
         most = int(read_mask_values(sample.mask.path).max(initial=0))
         if most > 0:
             remedy = "--mask-rule any takes every value but 0"
-            return f"the mask is empty: its largest value is {most}, and object pixels are above 128 ({remedy})"
+            scale = "above 128" if most < 256 else "above half of 65535, as it has 16 bits"
+            return f"the mask is empty: its largest value is {most}, and object pixels are {scale} ({remedy})"
     return "the mask is empty"
 
 

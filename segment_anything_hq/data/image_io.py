@@ -35,18 +35,26 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_ground_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
-    """Read a mask of any color mode.
+    """Read a mask of any color mode; what is transparent is background, unless everything is equally so.
 
     Returns:
         (H, W) int8: 1 object, 0 background, -1 ignored.
 
     Raises:
-        ImageError: the file is missing, damaged or not an image.
+        ImageError: the file is missing, damaged or not an image, or its values do not allow this rule.
     """
-    values = read_mask_values(path)
+    with _opened(path) as image:
+        values, kind = _mask_values(image, path), image.format
     if rule == "any":
+        if kind == "JPEG" and len(np.unique(values)) > 2:
+            raise ImageError(
+                "Every value but 0 is to be object, but JPEG compression changes the 0 of the background",
+                where=path,
+                found=f"{len(np.unique(values))} values",
+                remedy="Save the masks as PNG from their source, or leave --mask-rule out: object above 128",
+            )
         return np.asarray((values > 0).any(-1), np.int8)
-    first = values[..., 0]
+    first = _as_8_bits(values, path)[..., 0]
     ground_truth = (first > 128).astype(np.int8)
     if rule == "ignore_128":
         ground_truth[first == 128] = IGNORE
@@ -54,13 +62,13 @@ def read_ground_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
 
 
 def read_mask_values(path: Path) -> np.ndarray:
-    """Read the raw values of a mask, gray (H, W, 1) or RGB (H, W, 3), uint8, without transparency.
+    """Read the values of a mask as stored, gray (H, W, 1) or RGB (H, W, 3), uint8 or wider; transparent pixels are 0.
 
     Raises:
-        ImageError: the file is missing, damaged or not an image.
+        ImageError: the file is missing, damaged or not an image, or holds negative numbers.
     """
     with _opened(path) as image:
-        return _channels(image, path)
+        return _mask_values(image, path)
 
 
 def image_size(path: Path, *, upright: bool = True) -> tuple[int, int]:
@@ -111,11 +119,10 @@ def _image_error(path: Path, error: BaseException) -> ImageError:
 
 
 def _channels(image: Image.Image, path: Path) -> np.ndarray:
-    """(H, W, 1) or (H, W, 3) uint8."""
+    """Without transparency: (H, W, 1) or (H, W, 3) uint8."""
     mode = image.mode
     if mode.startswith("I"):
-        values = np.asarray(image)[..., None]
-        return (values >> 8 if values.max(initial=0) > 255 else values).astype(np.uint8)
+        return _as_8_bits(_whole_numbers(image, path), path)
     if mode == "F":
         raise ImageError("The image holds floating-point numbers", where=path, expected="8 or 16 bits per channel")
     if mode in ("L", "1", "LA", "La"):
@@ -125,3 +132,31 @@ def _channels(image: Image.Image, path: Path) -> np.ndarray:
     if mode != "RGB":
         image = image.convert("RGB")
     return np.array(image)
+
+
+def _mask_values(image: Image.Image, path: Path) -> np.ndarray:
+    """(H, W, 1) or (H, W, 3), uint8 or wider: as stored, on black where the image is transparent."""
+    if image.mode.startswith("I"):
+        return _whole_numbers(image, path)
+    values = _channels(image, path)
+    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
+        alpha = np.asarray(image.convert("RGBA"))[..., 3:]
+        if (alpha != alpha[0, 0]).any():
+            return (values * (alpha / 255)).round().astype(np.uint8)
+    return values
+
+
+def _whole_numbers(image: Image.Image, path: Path) -> np.ndarray:
+    """(H, W, 1) of 16 or 32 bits."""
+    values = np.asarray(image)[..., None]
+    if values.min(initial=0) < 0:
+        raise ImageError("The image holds negative numbers", where=path, expected="0 and above", found=values.min())
+    return values
+
+
+def _as_8_bits(values: np.ndarray, path: Path) -> np.ndarray:
+    """uint8: values above 255 are taken for 16 bits."""
+    most = values.max(initial=0)
+    if most > np.iinfo(np.uint16).max:
+        raise ImageError("The image holds numbers of 32 bits", where=path, expected="at most 65535", found=most)
+    return (values >> 8 if most > np.iinfo(np.uint8).max else values).astype(np.uint8)

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from rfmedsam2.errors import DatasetError, ImageError
+from segment_anything_hq.choices import MaskRule
 from segment_anything_hq.data.checks import check_set, check_sets, total
 from segment_anything_hq.data.coco import coco_lvis, open_annotations
 from segment_anything_hq.data.coco_masks import counts_mask, polygons_mask
@@ -181,6 +182,44 @@ def test_mask_values_follow_the_mask_rule(tmp_path: Path) -> None:
     assert read_ground_truth(path, "any").tolist() == [[0, 1, 1, 1, 1, 1]]
     colored = save(tmp_path / "b.png", np.array([[[0, 0, 9], [0, 0, 0]]], np.uint8))
     assert read_ground_truth(colored, "any").tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("rule", ["above_128", "any"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_is_background(tmp_path: Path, mode: str, rule: MaskRule) -> None:
+    """A white shape on a transparent ground, whose hidden color may be anything; and an opacity that says nothing."""
+    shape = Image.new("L", (8, 6), 255)
+    shape.putalpha(Image.fromarray(mask()))
+    shape.convert(mode).save(tmp_path / "a.png")
+    assert np.array_equal(read_ground_truth(tmp_path / "a.png", rule), mask() // 255)
+    for opacity in (0, 90):
+        gray = Image.fromarray(mask())
+        gray.putalpha(opacity)
+        gray.convert(mode).save(tmp_path / "b.png")
+        assert np.array_equal(read_ground_truth(tmp_path / "b.png", rule), mask() // 255)
+
+
+@pytest.mark.parametrize(("dtype", "ending"), [("uint16", "png"), ("uint16", "tif"), ("int32", "tif")])
+def test_numbers_of_objects_are_never_rounded_to_background(tmp_path: Path, dtype: str, ending: str) -> None:
+    most = 70_000 if dtype == "int32" else 65_535
+    path = save(tmp_path / f"a.{ending}", np.array([[0, 1, 255, 256, most]], dtype))
+    assert read_ground_truth(path, "any").tolist() == [[0, 1, 1, 1, 1]]
+    if dtype == "int32":
+        with pytest.raises(ImageError, match=r"32 bits.*at most 65535.*Found 70000"):
+            read_ground_truth(path)
+        with pytest.raises(ImageError, match="32 bits"):
+            read_image(path)
+        with pytest.raises(ImageError, match=r"negative numbers.*Found -1"):
+            read_ground_truth(save(tmp_path / "b.tif", np.array([[0, -1]], dtype)))
+    else:
+        assert read_ground_truth(path).tolist() == [[0, 0, 0, 0, 1]]
+
+
+def test_compression_with_loss_makes_no_object_of_the_background(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", mask(shape=(24, 24)))
+    with pytest.raises(ImageError, match=r"Every value but 0 is to be object, but JPEG.*as PNG from their source"):
+        read_ground_truth(path, "any")
+    assert np.array_equal(read_ground_truth(path), mask(shape=(24, 24)) // 255)
 
 
 def test_ritm_sets_use_their_own_mask_rules(tmp_path: Path) -> None:
