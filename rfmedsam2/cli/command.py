@@ -260,5 +260,6 @@ def say_memory(need: MemoryNeed) -> None:
 def end_if_stopped(progress: Progress) -> None:
     """Exit with the code that schedulers expect if a signal stopped the training."""
     if progress.status == "stopped":
-        tell(f"Stopped by {progress.signal} after step {progress.step}; run the same command again to resume.")
+        by = progress.signal or "another process of this training"
+        tell(f"Stopped by {by} after step {progress.step}; run the same command again to resume.")
         sys.exit(128 + getattr(signal.Signals, str(progress.signal), signal.SIGTERM))

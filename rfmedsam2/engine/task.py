@@ -87,6 +87,7 @@ class Progress:
     status: Literal["finished", "stopped"]
     """stopped: by a signal; the same command resumes."""
     signal: str | None
+    """The signal that stopped it; None: not stopped, or another rank got it."""
     step: int
     epoch: int
     best: float | None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence, TiffImagePlugin, UnidentifiedImageError
 from pydantic import ConfigDict
 
 from rfmedsam2.errors import ImageError, RecordError, UsageError
@@ -22,7 +22,10 @@ ONE_PLANE_ENDINGS = (".png", ".bmp")
 RASTER_ENDINGS = (*ONE_PLANE_ENDINGS, ".tif", ".tiff")
 _STACKS = (".tif", ".tiff")
 _FORMATS = ("PNG", "BMP", "TIFF")  # some of Pillow's other decoders start external programs
-_BITS, _SAMPLE_FORMAT = 258, 339  # TIFF tags; 2 is signed
+_BITS, _MEANING, _SAMPLES, _PLANES, _TILE, _KIND = 258, 262, 277, 284, 322, 339  # TIFF tags
+_SIGNED, _FLOATING = 2, 3
+_ITK_BITS = {1: (8, 16, 32), _SIGNED: (8, 16, 32), _FLOATING: (32,)}
+"""By kind of TIFF, what ITK reads as stored: 64 bits it refuses, half precision it takes for integers."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _MODES = {
@@ -99,7 +102,7 @@ def is_for_pillow(path: Path) -> bool:
     crash on a damaged TIFF. Pillow knows neither doubles nor colors of 16 bits.
 
     Raises:
-        ImageError: an animated PNG.
+        ImageError: an animated PNG, or a TIFF of a kind that neither reads as it is.
     """
     if path.suffix.lower() == ".bmp":
         return True
@@ -109,11 +112,66 @@ def is_for_pillow(path: Path) -> bool:
         return False
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            return image.mode in _MODES
+            if image.mode in _MODES and _pillow_keeps(image):
+                return True
     except UnidentifiedImageError:
-        return False  # of a kind that Pillow does not know, or damaged
+        pass  # of a kind that Pillow does not know, or damaged
     except _UNREADABLE:
         return True
+    _require_kind_of_itk(path)
+    return False
+
+
+def _pillow_keeps(image: Image.Image) -> bool:
+    """Whether Pillow reads the samples of an open TIFF as they are: it makes 8 bits of wider colors."""
+    tags = getattr(image, "tag_v2", {})
+    samples, bits = int(tags.get(_SAMPLES, 1)), tuple(tags.get(_BITS, (1,)))
+    if samples == 1:
+        return bits[0] in (1, 2, 4, 8, 16, 32)
+    return image.mode in ("RGB", "RGBA") and samples == len(image.mode) and set(bits) == {8}
+
+
+def _is_inverted_by_pillow(image: Image.Image) -> bool:
+    """Whether low values are shown white, and Pillow gives values for display instead of the stored ones."""
+    return image.mode == "L" and getattr(image, "tag_v2", {}).get(_MEANING) == 0
+
+
+def _require_kind_of_itk(path: Path) -> None:
+    """Check that ITK reads a TIFF as it is stored: it mistakes tiles and planes of colors for photographs.
+
+    Raises:
+        ImageError: a kind that it gives other values of, or refuses.
+    """
+    try:
+        tags = _tags(path)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, UnidentifiedImageError):
+        return  # damaged: ITK says so
+    samples, kind = int(tags.get(_SAMPLES, 1)), int(tags.get(_KIND, (1,))[0])
+    bits = tuple(tags.get(_BITS, (1,)))
+    in_planes = samples > 1 and tags.get(_PLANES) == 2
+    laid_out = "in tiles" if _TILE in tags else "in planes of one color" if in_planes else None
+    if samples in (1, 3, 4) and bits[0] in _ITK_BITS.get(kind, ()) and laid_out is None:
+        return
+    of = {_SIGNED: "signed integers", _FLOATING: "floating-point numbers"}.get(kind, "integers")
+    raise ImageError(
+        "This kind of TIFF is not supported",
+        where=path,
+        expected="8, 16 or 32 bits; one channel, or three or four pixel by pixel",
+        found=f"{samples} channel(s) of {of} of {bits[0]} bits" + ("" if laid_out is None else f", {laid_out}"),
+        remedy="Save each channel as a file of its own, or without tiles, in 16 bits or 32-bit floating point",
+    )
+
+
+def _tags(path: Path) -> TiffImagePlugin.ImageFileDirectory_v2:
+    """Tags of the first page."""
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        if head[2:4] in (b"\x2b\0", b"\0\x2b"):  # BigTIFF
+            head += stream.read(8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+        stream.seek(tags.next)
+        tags.load(stream)
+    return tags
 
 
 def _has_transparent_color(path: Path) -> bool:
@@ -162,7 +220,7 @@ def read_pillow(path: Path) -> tuple[np.ndarray, ImageHeader]:
         header = _header(path, image)
         require_memory(path, header)
         try:
-            planes = [np.array(p.convert("RGB") if p.mode == "P" else p) for p in ImageSequence.Iterator(image)]
+            planes = [_stored(plane) for plane in ImageSequence.Iterator(image)]
         except _UNREADABLE as error:
             raise damaged(path, str(error)) from error
     _require_alike(path, planes)
@@ -171,21 +229,31 @@ def read_pillow(path: Path) -> tuple[np.ndarray, ImageHeader]:
     return np.ascontiguousarray(array), header
 
 
+def _stored(plane: Image.Image) -> np.ndarray:
+    """(Y, X), or colors (Y, X, C)."""
+    array = np.array(plane.convert("RGB") if plane.mode == "P" else plane)
+    return 255 - array if _is_inverted_by_pillow(plane) else array
+
+
 def _require_alike(path: Path, planes: Sequence[np.ndarray]) -> None:
-    first = planes[0].shape
-    other = next((number for number, plane in enumerate(planes) if plane.shape != first), None)
+    first = planes[0]
+    other = next(
+        (n for n, plane in enumerate(planes) if (plane.shape, plane.dtype) != (first.shape, first.dtype)), None
+    )
     if other is not None:
         raise ImageError(
             "The pages of the file are not the planes of one volume",
             where=path,
             expected=f"pages like the first, {_in_words(first)}",
-            found=f"page {other + 1} of {len(planes)}, {_in_words(planes[other].shape)}",
+            found=f"page {other + 1} of {len(planes)}, {_in_words(planes[other])}",
             remedy="Save the planes alone, without previews or smaller copies",
         )
 
 
-def _in_words(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]} x {shape[0]} pixels" + (f" of {shape[2]} channels" if len(shape) > 2 else "")
+def _in_words(plane: np.ndarray) -> str:
+    shape = plane.shape
+    channels = f" of {shape[2]} channels" if len(shape) > 2 else ""
+    return f"{shape[1]} x {shape[0]} pixels{channels}, {plane.dtype}"
 
 
 def stored_indices(path: Path) -> np.ndarray | None:
@@ -221,7 +289,7 @@ def _header(path: Path, image: Image.Image) -> ImageHeader:
     tags = getattr(image, "tag_v2", None)
     if tags is not None and channels == 1 and dtype != "float32" and (bits := tags.get(_BITS, (1,))[0]) > 1:
         # Pillow keeps the bits of integers, not always their type
-        dtype = f"{'int' if tags.get(_SAMPLE_FORMAT, (1,))[0] == 2 else 'uint'}{max(bits, 8)}"
+        dtype = f"{'int' if tags.get(_KIND, (1,))[0] == _SIGNED else 'uint'}{max(bits, 8)}"
     planes = getattr(image, "n_frames", 1)
     known = stack_spacing(path) if planes > 1 else (FLAT_SPACING_MM, 1.0, 1.0)
     grid = Grid(shape_zyx=(planes, image.height, image.width), spacing_zyx_mm=known or (1.0, 1.0, 1.0))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -78,16 +80,78 @@ def test_an_animation_is_not_an_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("second", "found"), [(COLORS[:3, :3, 0], "page 2 of 2, 3 x 3 pixels"), (COLORS, "6 x 5 pixels of 3 channels")]
+    ("second", "found"),
+    [
+        (COLORS[:3, :3, 0], "page 2 of 2, 3 x 3 pixels, uint8"),
+        (COLORS, "6 x 5 pixels of 3 channels"),
+        (COLORS[..., 0].astype(np.uint16) * 9, "page 2 of 2, 6 x 5 pixels, uint16"),
+    ],
 )
 def test_pages_of_another_size_are_not_planes(tmp_path: Path, second: np.ndarray, found: str) -> None:
     first = Image.fromarray(COLORS[..., 0])
     first.save(tmp_path / "a.tif", save_all=True, append_images=[Image.fromarray(second)])
     with pytest.raises(
-        ImageError, match=rf"not the planes of one volume.*first, 6 x 5 pixels. Found .*{found}"
+        ImageError, match=rf"not the planes of one volume.*first, 6 x 5 pixels, uint8. Found .*{found}"
     ) as caught:
         read_image(tmp_path / "a.tif")
     assert not isinstance(caught.value, TruncatedImageError)
+
+
+def write_tiff(path: Path, pixels: np.ndarray, *, meaning: int, in_planes: bool = False, tiled: bool = False) -> Path:
+    """A TIFF of one strip, or of one tile of 16 x 16, from (Y, X, C) or, in planes, (C, Y, X)."""
+    shape = np.moveaxis(pixels, 0, -1).shape if in_planes else pixels.shape
+    bytes_each, kind = pixels.dtype.itemsize, {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
+    data, parts = np.ascontiguousarray(pixels).tobytes(), shape[2] if in_planes else 1
+    starts = [8 + n * (len(data) // parts) for n in range(parts)]
+    where = {324: starts, 325: [len(data)], 322: [16], 323: [16]} if tiled else {273: starts, 278: [shape[0]]}
+    where |= {} if tiled else {279: [len(data) // parts] * parts}
+    tags = {256: [shape[1]], 257: [shape[0]], 258: [8 * bytes_each] * shape[2], 259: [1], 262: [meaning]}
+    tags |= {277: [shape[2]], 284: [1 + in_planes], 339: [kind] * shape[2]} | where
+    extra, entries, end = b"", b"", 8 + len(data)
+    for tag, values in sorted(tags.items()):
+        packed = struct.pack(f"<{len(values)}I", *values)
+        if len(values) > 1:
+            extra, packed = extra + packed, struct.pack("<I", end + len(extra))
+        entries += struct.pack("<HHI", tag, 4, len(values)) + packed
+    head = struct.pack("<2sHI", b"II", 42, end + len(extra))
+    path.write_bytes(head + data + extra + struct.pack("<H", len(tags)) + entries + bytes(4))
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_values_of_a_tiff_are_the_stored_ones(tmp_path: Path, dtype: str, channels: int) -> None:
+    """Pillow makes 8 bits of colors of 16, and shows low values white where the file asks for it."""
+    pixels = (np.arange(5 * 6 * channels).reshape(5, 6, channels) * (500 if dtype == "uint16" else 2)).astype(dtype)
+    for meaning in (0, 1) if channels == 1 else (2,):
+        path = write_tiff(tmp_path / f"{meaning}.tif", pixels, meaning=meaning)
+        volume, header = read_image(path)
+        assert volume.array.dtype == header.dtype == read_header(path).dtype == dtype
+        assert np.array_equal(volume.array[:, 0], np.moveaxis(pixels, -1, 0))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "layout", "found"),
+    [
+        (np.ones((5, 6, 2), np.uint16), {"meaning": 1}, "2 channel.s. of integers of 16 bits"),
+        (np.ones((5, 6, 1), np.float16), {"meaning": 1}, "1 channel.s. of floating-point numbers of 16 bits"),
+        (np.ones((5, 6, 1), np.float64), {"meaning": 1}, "floating-point numbers of 64 bits"),
+        (np.ones((3, 5, 6), np.uint16), {"meaning": 2, "in_planes": True}, "of 16 bits, in planes of one color"),
+        (np.ones((4, 5, 6), np.uint16), {"meaning": 1, "in_planes": True}, "4 channel.s..*in planes of one color"),
+        (np.ones((16, 16, 3), np.uint16), {"meaning": 2, "tiled": True}, "3 channel.s..*of 16 bits, in tiles"),
+    ],
+)
+def test_kinds_of_tiff_that_no_reader_knows_are_sentences(
+    tmp_path: Path, pixels: np.ndarray, layout: dict[str, Any], found: str
+) -> None:
+    """ITK reads halves as integers, leaves out the second of two channels, and makes 8 bits of tiled colors."""
+    path = write_tiff(tmp_path / "a.tif", pixels, **layout)
+    for read in (read_header, read_image):
+        with pytest.raises(
+            ImageError, match=rf"This kind of TIFF is not supported.*{found}.*Save each channel"
+        ) as caught:
+            read(path)
+        assert not isinstance(caught.value, TruncatedImageError)
 
 
 def test_a_fourth_axis_of_nothing_is_not_used(tmp_path: Path) -> None:
