@@ -91,6 +91,26 @@ def test_an_edited_plan_is_kept_when_planned_anew(raw_root, root_of):
     assert "kept as" not in run_ok("plan_and_preprocess", *words).out
 
 
+@pytest.mark.parametrize(("old", "stage", "new"), [("a", "b_3d_fullres", "a_b"), ("a_b", "3d_fullres", "a")])
+def test_two_plans_never_share_a_folder(raw_root, root_of, tmp_path, old, stage, new):
+    """The cases of `a` with `b_3d_fullres` and of `a_b` with `3d_fullres` would lie in `a_b_3d_fullres`."""
+    root = root_of(raw_root)
+    words = ("plan_and_preprocess", "--no-preprocess", "--root", root)
+    run_ok(*words, "--preset", "cpu", "-p", old)
+    path = root / "preprocessed" / PHANTOM / f"{old}.json"
+    content = path.read_text()
+    path.write_text(content.replace('"3d_fullres": {', f'"{stage}": {{'))
+    other = "3d_fullres" if new == "a_b" else "b_3d_fullres"
+    (tmp_path / "new.json").write_text(content.replace('"3d_fullres": {', f'"{other}": {{'))
+    told = run(*words, "--published", tmp_path / "new.json", "-p", new)
+    assert told.code == 2
+    assert "Two plans would have one folder for their cases or models" in told.err
+    assert f"{PHANTOM}/a_b_3d_fullres. Found {new} with {other}, {old} with {stage}. Choose another plan" in told.err
+    assert not path.with_name(f"{new}.json").exists()
+    run_ok(*words, "--published", tmp_path / "new.json", "-p", "c")
+    run_ok(*words, "--preset", "cpu", "-p", old)
+
+
 def test_planning_alone_preprocesses_nothing(raw_root, root_of):
     root = root_of(raw_root)
     done = run_ok(

@@ -240,9 +240,11 @@ def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
     """Write plan and dataset.json; a different plan of this name, such as an edited one, is renamed and kept.
 
     Raises:
-        UsageError: a file of another program (nnU-Net may use the same folder) has this name.
+        UsageError: a file of another program (nnU-Net may use the same folder) has this name, or a plan of another name
+            has cases or models in the same folder.
     """
     path, notes = layout.plan_file(dataset.name, plan.name), []
+    _require_own_folders(path.parent, layout, plan)
     if _is_foreign(path):
         raise UsageError(
             "The file exists and is not a plan of this package", where=path, remedy="Choose another plan name with -p"
@@ -257,6 +259,30 @@ def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
     with atomic(path.with_name("dataset.json")) as temporary:
         temporary.write_bytes(described)
     return notes
+
+
+def _require_own_folders(folder: Path, layout: Layout, plan: Plan) -> None:
+    """Check that no folder of the plan is another's: the cases of `a` with `b_c` and of `a_b` with `c` are in `a_b_c`."""
+
+    def folders(of: Plan) -> dict[Path, str]:
+        places = (layout.cases_folder, layout.model_folder)
+        return {place(plan.dataset, of.name, stage): stage for place in places for stage in of.stages}
+
+    for path in folder.glob("*.json"):
+        if path.stem == plan.name or not (path.stem.startswith(plan.name) or plan.name.startswith(path.stem)):
+            continue
+        try:
+            other = read_record(path, Plan).model_copy(update={"name": path.stem})
+        except RecordError:
+            continue
+        shared = folders(plan).keys() & folders(other).keys()
+        if shared:
+            raise UsageError(
+                "Two plans would have one folder for their cases or models",
+                where=min(shared),
+                found=f"{plan.name} with {folders(plan)[min(shared)]}, {other.name} with {folders(other)[min(shared)]}",
+                remedy="Choose another plan name with -p",
+            )
 
 
 def _is_the_same(path: Path, plan: Plan) -> bool:
