@@ -1,14 +1,43 @@
-"""Arguments of the Python API, checked where they come in: paths, names, choices and numbers."""
+"""Arguments of the Python API, checked where they come in; and how messages name options, there and in commands."""
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 
 from rfmedsam2.errors import UsageError, type_name
+
+_as_flags = False
+
+
+@contextmanager
+def options_as_flags() -> Iterator[None]:
+    """Let messages name options as a command line has them, inside the `with` block."""
+    global _as_flags
+    before, _as_flags = _as_flags, True
+    try:
+        yield
+    finally:
+        _as_flags = before
+
+
+def option(name: str, value: object = None, *, flag: str | None = None) -> str:
+    """An option as its user writes it: `overwrite=True` in Python, `--overwrite` in a command.
+
+    Args:
+        name: of the argument or field.
+        value: what it is to be, a tuple for several words; None: the name alone.
+        flag: in a command, if not the name.
+    """
+    if not _as_flags:
+        return name if value is None else f"{name}={value!r}"
+    flag = flag or "--" + name.replace("_", "-")
+    words = map(str, value) if isinstance(value, tuple) else () if value in (None, True) else (str(value),)
+    return " ".join((flag, *words))
 
 
 def path_of(value: object, name: str) -> Path:

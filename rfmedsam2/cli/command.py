@@ -26,6 +26,7 @@ from typing_extensions import get_type_hints
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
 
+from rfmedsam2.arguments import options_as_flags
 from rfmedsam2.errors import RfMedSamError, UsageError, sentences
 from rfmedsam2.system.terminal import SafeStream, is_read, plain_lines
 
@@ -55,7 +56,7 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
 
     def run() -> None:
         _understand_every_name()
-        with _safe_streams(name):
+        with _safe_streams(name), options_as_flags():
             answer()
 
     def answer() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rfmedsam2.arguments import option
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import CheckpointError, shortlist
 from rfmedsam2.records.checkpoint import TrainedRecord
@@ -200,7 +201,7 @@ def _check_same_training(path: Path, saved: TrainedRecord, now: TrainedRecord, c
             "The checkpoint is of another training",
             where=path,
             found=f"other settings ({shortlist(faults, separator='; ')})",
-            remedy="Use the same plan and flags as before, or start over with --restart",
+            remedy=f"Use the same plan and options as before, or start over with {option('restart', True)}",
         )
 
 

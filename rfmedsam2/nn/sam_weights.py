@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.nn.loading import LoadReport, described, load_weights, require_backbone
 from rfmedsam2.nn.sam import NAMES, VITS, SamBackbone, SamSegmenter, Trained
@@ -51,7 +52,7 @@ def build_sam(
             where=where,
             expected="mobile_sam.pt, lite_medsam.pth, sam_vit_b, sam_vit_l or sam_vit_h",
             found=described(weights),
-            remedy="Give files of SAM 2 with --sam2" if any("trunk" in key for key in weights) else None,
+            remedy=f"Give files of SAM 2 with {option('sam2')}" if any("trunk" in key for key in weights) else None,
         )
     sam = SamSegmenter(backbone, frame_size=frame_size, best_of_three=best_of_three, trained=trained)
     load_sam(sam, weights, where=where)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import DatasetError, ImageError, RfMedSamError
 from segment_anything_hq.data.coco import Annotation
 from segment_anything_hq.data.datasets import Fault, ImageSet, MaskFile, Sample
@@ -127,7 +128,7 @@ def why_empty(sample: Sample) -> str:
     if isinstance(sample.mask, MaskFile) and sample.mask.rule != "any":
         most = int(read_mask_values(sample.mask.path).max(initial=0))
         if most > 0:
-            remedy = "--mask-rule any takes every value but 0"
+            remedy = f"{option('rule', 'any', flag='--mask-rule')} takes every value but 0"
             scale = "above 128" if most < 256 else "above half of 65535, as it has 16 bits"
             return f"the mask is empty: its largest value is {most}, and object pixels are {scale} ({remedy})"
     return "the mask is empty"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import ImageError
 from rfmedsam2.system.ordinary_files import require_ordinary
 from segment_anything_hq.choices import MaskRule
@@ -51,7 +52,8 @@ def read_ground_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
                 "Every value but 0 is to be object, but JPEG compression changes the 0 of the background",
                 where=path,
                 found=f"{len(np.unique(values))} values",
-                remedy="Save the masks as PNG from their source, or leave --mask-rule out: object above 128",
+                remedy="Save the masks as PNG from their source, or leave "
+                f"{option('rule', flag='--mask-rule')} out: object above 128",
             )
         return np.asarray((values > 0).any(-1), np.int8)
     first = _as_8_bits(values, path)[..., 0]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import DatasetError, UsageError
 from segment_anything_hq.choices import MaskRule
 from segment_anything_hq.data.coco import coco_lvis
@@ -89,17 +90,19 @@ def split_held_out(sets: Sequence[ImageSet], share: float) -> tuple[tuple[ImageS
 
 def _require_words(words: Sequence[str], rule: MaskRule | None) -> Sequence[str]:
     if not words:
-        raise UsageError("No data were given", expected=f"--data FOLDER, or NAME=FOLDER with {', '.join(NAMES)}")
+        raise UsageError("No data were given", expected=f"FOLDER, or NAME=FOLDER with {', '.join(NAMES)}")
     named = [word for word in words if _is_named(word) and word.partition("=")[0] in NAMES]
     if rule is not None and named:
+        asked = option("rule", rule, flag="--mask-rule")
         if len(named) == len(words):
             raise UsageError(
                 "Collections have their own mask rules",
-                where=f"--mask-rule {rule}",
+                where=asked,
                 found=", ".join(named),
-                remedy="Leave --mask-rule out, or give the folders of images and masks without NAME=",
+                remedy=f"Leave {option('rule', flag='--mask-rule')} out, or give folders of images and masks "
+                "without NAME=",
             )
-        logger.warning("--mask-rule %s is applied to folders only; %s: own rules", rule, ", ".join(named))
+        logger.warning("%s is applied to folders only; %s: own rules", asked, ", ".join(named))
     return words
 
 

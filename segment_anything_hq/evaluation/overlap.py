@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import UsageError, shortlist
 from segment_anything_hq.data.content import seen_images
 from segment_anything_hq.data.datasets import ImageSet
@@ -30,16 +31,17 @@ def trained_on(
             raise UsageError(
                 "The checkpoint does not say which images it was trained on, so nothing is known to be held out",
                 where=model,
-                remedy="Train it again with this version, or evaluate without --held-out on data that it has not seen",
+                remedy=f"Train it again with this version, or evaluate without {option('held_out')} on data that it "
+                "has not seen",
             )
         return {}
     seen = seen_images(sets, training_images)
     if seen and held_out is not None:
         raise UsageError(
-            f"The held-out part of --held-out {held_out:g} holds training images",
+            f"The held-out part of {option('held_out', held_out)} holds training images",
             where=model,
             found=shortlist(counted(seen)),
-            remedy="Give the share and all the data of the training, or evaluate without --held-out",
+            remedy=f"Give the share and all the data of the training, or evaluate without {option('held_out')}",
         )
     return seen
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import UsageError
 from rfmedsam2.system.atomic import write_record
 from rfmedsam2.system.progress import Track, silent
@@ -113,7 +114,11 @@ def run_protocols(
     """
     rules = parse_protocols(names, clicks=clicks)
     if not sets and set(rules) != {SAT}:
-        raise UsageError("These protocols need data", found=", ".join(rules), remedy="Give data with --data")
+        raise UsageError(
+            "These protocols need data",
+            found=", ".join(rules),
+            remedy=f"Give them with {option('sets', flag='--data')}",
+        )
     evaluations: dict[str, ProtocolResult] = {}
     seconds: dict[str, float] = {}
     latency = None
@@ -163,7 +168,7 @@ def require_no_evaluation(out: Path, names: Sequence[str], *, overwrite: bool) -
             "This folder already holds an evaluation",
             where=out,
             found=", ".join(there),
-            remedy="Choose another folder, or add --overwrite",
+            remedy=f"Choose another folder, or add {option('overwrite', True)}",
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import RfMedSamError, UsageError, shortlist
 from rfmedsam2.nn.segmenter import Embedded
 from rfmedsam2.system.atomic import atomic, write_record
@@ -61,7 +62,7 @@ def require_free_outputs(out: Path, objects: Sequence[PromptedObject], *, overwr
         )
     existing = [] if overwrite else [path.name for path in targets if path.exists()]
     if existing:
-        remedy = "Choose another folder, or add --overwrite"
+        remedy = f"Choose another folder, or add {option('overwrite', True)}"
         raise UsageError("These files already exist", where=out, found=shortlist(existing), remedy=remedy)
 
 
@@ -104,7 +105,7 @@ def predict_files(
             f"{len(faults)} of {len(by_image)} images were not predicted",
             where=out,
             found="; ".join(faults),
-            remedy="Fix these images and run the same command with --overwrite",
+            remedy=f"Fix these images and predict again with {option('overwrite', True)}",
         )
     return record
 

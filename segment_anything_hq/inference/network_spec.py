@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import UsageError, sentences
 from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import weights_sha256
@@ -115,11 +116,12 @@ def resolve_spec(spec: NetworkSpec) -> ResolvedSpec:
     if spec.method is None:
         raise UsageError(
             "No network was given",
-            expected="METHOD with --backbone and --weights, or a checkpoint of samhq_train with --model",
+            expected=f"METHOD with {option('backbone')} and {option('weights')}, or a checkpoint of samhq_train with "
+            f"{option('model')}",
             remedy=f"METHOD is one of {', '.join([*METHODS, 'sam', 'sam2'])}",
         )
     if spec.backbone is None:
-        raise UsageError(f"{spec.method} needs a backbone", expected="--backbone NAME")
+        raise UsageError(f"{spec.method} needs a backbone", expected=option("backbone"))
     frame_size = FRAME_SIZE if spec.frame_size is None else spec.frame_size
     return _with_weights(spec, spec.method, spec.backbone, frame_size)
 
@@ -180,7 +182,8 @@ def _with_weights(
         raise UsageError(
             f"{method} on {backbone} needs the weights of {backbone}",
             where=spec.model,
-            expected="--weights FILE, " + (f"as in training: {record.base}" if record else "as published"),
+            expected=f"{option('weights')}: a file, "
+            + (f"as in training: {record.base}" if record else "as published"),
             remedy="A checkpoint holds the trained weights only, not the frozen base" if record else None,
         )
     return ResolvedSpec(
@@ -203,7 +206,7 @@ def _notes(spec: ResolvedSpec, network: Network) -> tuple[str, ...]:
         return ()
     report = getattr(network, "load_report", None)
     if spec.method in REFINERS or (report is not None and report.missing):
-        return (f"The part that {spec.method} adds to its base is untrained: give a checkpoint with --model",)
+        return (f"The part that {spec.method} adds to its base is untrained: give a checkpoint with {option('model')}",)
     if spec.method in ("sam_decoder", "sam2_decoder"):
-        return ("The mask decoder is the published one, not fine-tuned: give a checkpoint with --model",)
+        return (f"The mask decoder is the published one, not fine-tuned: give a checkpoint with {option('model')}",)
     return ()

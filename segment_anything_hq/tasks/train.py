@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rfmedsam2.arguments import option
 from rfmedsam2.engine.checkpoint import provenance
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.run_folder import training_folder
@@ -179,7 +180,7 @@ def _require_own_plan(path: Path, plan: RefinerPlan) -> None:
         raise UsageError(
             "The output folder holds another plan, which this training would replace",
             where=path,
-            remedy="Choose another folder with -o, or move the plan",
+            remedy=f"Choose another folder with {option('folder', flag='-o')}, or move the plan",
         )
 
 
@@ -189,11 +190,11 @@ def _check(plan: RefinerPlan, options: RefinerTrainOptions) -> None:
             f"{plan.method} needs pretrained weights of its base",
             where=plan.backbone,
             expected="its published weights (sam_vit_b_01ec64.pth, mobile_sam.pt, sam2.1_hiera_large.pt ...)",
-            remedy="Give their file with --weights",
+            remedy=f"Give their file with {option('weights')}",
         )
     if options.cache is not None and plan.views_per_object is None:
         raise UsageError(
-            "--cache requires a finite number of augmented views per object",
+            f"{option('cache')} requires a finite number of augmented views per object",
             found="views_per_object null",
-            remedy="Add --set views_per_object=4, or leave --cache out",
+            remedy=f"Plan with views_per_object=4, or leave {option('cache')} out",
         )

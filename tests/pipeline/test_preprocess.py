@@ -224,7 +224,7 @@ def test_a_case_with_an_error_is_refused_by_name_and_left_out_on_request(toy, ha
     else:
         label = nib.load(toy.label("toy_2"))
         nib.save(nib.Nifti1Image(np.asarray(label.dataobj) * 4, label.affine), toy.label("toy_2"))
-    with pytest.raises(DatasetError, match=r"(?s)toy_2.*--skip-faulty"):
+    with pytest.raises(DatasetError, match=r"(?s)toy_2.*skip_faulty=True"):
         fingerprint(toy.dataset(), toy.layout)
     assert not toy.layout.preprocessed.exists()
     whole = fingerprint(toy.dataset(), toy.layout, skip_faulty=True)

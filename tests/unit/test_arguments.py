@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -30,11 +33,16 @@ from rfmedsam2 import (
     plan_and_preprocess,
     train,
 )
+from rfmedsam2.arguments import option, options_as_flags
 from rfmedsam2.errors import GeometryError, ImageError, PlanError, UsageError
 from rfmedsam2.inference.sliding_window import tile_starts
 from segment_anything_hq import InteractivePredictor, load_model
 
 SPACING = (2.0, 0.8, 0.9)
+OURS = Path(__file__).resolve().parents[2]
+OF_COMMANDS = ("cli/", "doctor.py")
+COMMANDS = ("rfmed_", "samhq_", "pip install", "container", "gdcmconv", "dcmconv", "ffmpeg")
+"""A text may quote the flag of a command that it names."""
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +245,46 @@ def test_clicks_and_networks_of_images_are_checked(caplog) -> None:
             clicks.click(3, 4, positive=positive)  # type: ignore[arg-type]
     assert clicks.click(3, 4, positive=np.bool_(False)).shape == (20, 30)
     assert clicks.prompt.labels == (0,)
+
+
+def spoken(module: Path) -> Iterator[str]:
+    """Texts of a module that somebody may read: no docstrings, no names of flags handed to `option`."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    silent = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr | ast.keyword)}
+    silent -= {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg != "flag"
+    }  # remedy="..."
+    whole = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    silent |= {id(part) for text in whole for part in text.values}
+    yield from ("".join(_plain(part) for part in text.values) for text in whole)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in silent:
+            yield node.value
+
+
+def _plain(part: ast.expr) -> str:
+    return part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else "_"
+
+
+def test_no_message_of_the_api_names_flags_of_a_command() -> None:
+    """They go through `option`, which knows who asks."""
+    found = []
+    for package in ("rfmedsam2", "segment_anything_hq"):
+        for module in (OURS / package).rglob("*.py"):
+            if not any(part in module.as_posix() for part in OF_COMMANDS):
+                flags = (text for text in spoken(module) if re.search(r"(?<![\w-])(--[a-z]|-[a-z]\b)", text))
+                found += [f"{module.name}: {text}" for text in flags if not any(name in text for name in COMMANDS)]
+    assert found == []
+
+
+def test_an_option_is_named_as_its_user_writes_it() -> None:
+    assert option("overwrite", True) == "overwrite=True"
+    assert option("preset", "cpu") == "preset='cpu'"
+    assert option("out", flag="-o") == "out"
+    with options_as_flags():
+        assert option("overwrite", True) == "--overwrite"
+        assert option("preset", "cpu") == "--preset cpu"
+        assert option("held_out", 0.1) == "--held-out 0.1"
+        assert option("changes", ("a=1", "b=2"), flag="--set") == "--set a=1 b=2"
+        assert option("out", flag="-o") == "-o"
+    assert option("changes", ("a=1",), flag="--set") == "changes=('a=1',)"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import StoreError, UsageError
 from rfmedsam2.records.base import dump_json
 from rfmedsam2.records.dataset import DatasetJson
@@ -30,7 +31,7 @@ def new_dataset(raw: Path, name: str, *, force: bool = False) -> Iterator[Path]:
         raise UsageError(
             "The dataset exists already",
             where=target,
-            remedy="Choose another name or raw folder, or replace it with --force",
+            remedy=f"Choose another name or raw folder, or replace it with {option('force', True)}",
         )
     if raw.exists() and not raw.is_dir():
         remedy = "Choose another raw folder"

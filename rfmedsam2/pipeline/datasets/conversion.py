@@ -17,6 +17,7 @@ from typing import Any, Literal
 import nibabel
 import numpy as np
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError
 from rfmedsam2.pipeline.datasets.builder import new_dataset, write_dataset_json
 from rfmedsam2.store.formats.image_header import grids_differ
@@ -273,7 +274,9 @@ def _transfer(source: Path, target: Path, how: Placement) -> None:
     except OSError as error:
         if how != "copy" and error.errno in {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK}:
             raise StoreError(
-                f"A file cannot be linked ({error.strerror})", where=source, remedy="Copy instead (--place copy)"
+                f"A file cannot be linked ({error.strerror})",
+                where=source,
+                remedy=f"Copy instead ({option('place', 'copy')})",
             ) from error
         raise
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import DatasetError, UsageError, shortlist
 from rfmedsam2.pipeline.datasets.conversion import (
     ENDING,
@@ -169,7 +170,7 @@ def _dataset_name(home: Path, content: dict[str, Any], dataset_id: int | None) -
         raise UsageError(
             "The dataset has no valid number or name",
             where=home,
-            expected="a folder like Task04_Hippocampus, or a number from 1 to 999 (--dataset-id)",
+            expected=f"a folder like Task04_Hippocampus, or a number from 1 to 999 ({option('dataset_id')})",
             found=home.name if dataset_id is None else dataset_id,
         )
     return f"Dataset{number:03d}_{name}"

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import DatasetError, RecordError, UsageError, shortlist
 from rfmedsam2.pipeline.datasets.published_splits import PUBLISHED, published_split
 from rfmedsam2.records.base import dump_json
@@ -85,10 +86,10 @@ def groups_of(dataset: SplittableDataset, pattern: str | None = None) -> dict[st
     try:
         matches = {case.id: re.search(pattern, case.id) for case in dataset.training}
     except re.error as error:
-        raise UsageError(f"--group-regex is not a regular expression ({error})", where=pattern) from None
+        raise UsageError(f"{option('group_regex')} is not a regular expression ({error})", where=pattern) from None
     if not any(matches.values()):
         raise UsageError(
-            "--group-regex matches no case id",
+            f"{option('group_regex')} matches no case id",
             where=pattern,
             found=shortlist(matches, limit=3),
             remedy="Let its first capture group match the patient, for instance '(sub\\d+)_'",

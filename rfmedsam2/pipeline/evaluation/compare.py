@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rfmedsam2.arguments import option
 from rfmedsam2.choices import ComparedMetric
 from rfmedsam2.errors import UsageError, shortlist
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty
@@ -205,7 +206,8 @@ def _require_same_rules(a: Evaluation, b: Evaluation) -> None:
                 "A and B were scored by different rules",
                 where=what,
                 found=f"{getattr(a, what)} in A, {getattr(b, what)} in B",
-                remedy="Evaluate both with the same --tolerance and --both-empty, or give label maps and -g",
+                remedy=f"Evaluate both with the same {option('nsd_tolerance_mm', flag='--tolerance')} and "
+                f"{option('both_empty')}, or give label maps and {option('references', flag='-g')}",
             )
 
 
@@ -223,7 +225,8 @@ def _require_same_references(found: tuple[Evaluation, Evaluation], ids: list[str
         raise UsageError(
             "A and B were scored against different references: volumes of the reference labels differ",
             found=f"{len(differ)} of {len(ids)} case(s): {shortlist(differ)}",
-            remedy="Evaluate both against the same label maps, or give the label maps and -g",
+            remedy="Evaluate both against the same label maps, or give the label maps and "
+            f"{option('references', flag='-g')}",
         )
 
 
@@ -239,7 +242,9 @@ def _given(path: Path, references: str | Path | None) -> set[str] | Evaluation:
         return Evaluation.load(metrics)
     if maps:
         raise UsageError(
-            "Label maps need references to be scored", where=path, remedy="Name the folder of references with -g"
+            "Label maps need references to be scored",
+            where=path,
+            remedy=f"Name the folder of references with {option('references', flag='-g')}",
         )
     raise UsageError(
         "There is nothing to compare", where=path, expected="label maps, or the metrics.json of rfmed_evaluate"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import DatasetError, ImageError, RecordError, UsageError, require_type
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
@@ -85,7 +86,7 @@ def numbered(*label_maps: np.ndarray) -> LabelSet:
             "The label maps hold too many values to be scored by number",
             expected=f"at most {MANY_VALUES} different values",
             found=len(values),
-            remedy="Check that these are label maps, or name the values that are meant with --labels",
+            remedy=f"Check that these are label maps, or name the values that are meant with {option('labels')}",
         )
     return LabelSet(names={"background": 0, **{str(value): value for value in values}})
 

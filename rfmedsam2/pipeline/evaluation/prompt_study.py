@@ -18,6 +18,7 @@ import torch
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
+from rfmedsam2.arguments import option
 from rfmedsam2.choices import Backbone
 from rfmedsam2.errors import CheckpointError, DatasetError, UsageError, shortlist
 from rfmedsam2.inference.video_tracking import VideoSegmenter, as_published
@@ -156,7 +157,7 @@ def chosen_look(dataset: RawDataset, options: StudyOptions) -> Look:
         channels = tuple(i for i, name in enumerate(names) if wanted.lower() in (name.lower(), str(i)))[:1]
     if not channels:
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        raise UsageError("The channel does not exist", where=wanted, expected=f"one of {listed} (--channel)")
+        raise UsageError("The channel does not exist", where=wanted, expected=f"one of {listed} ({option('channel')})")
     return Look(channels=channels, names=tuple(names[i] for i in channels), window=options.window)
 
 
@@ -203,14 +204,18 @@ def write_study(folder: Path, study: PromptStudy) -> None:
 def _require_something(dataset: RawDataset, options: StudyOptions, *, checkpoints: int) -> None:
     if not checkpoints:
         raise UsageError(
-            "No checkpoints were given", expected="checkpoints of SAM or SAM 2", remedy="Give --sam or --sam2 FILE"
+            "No checkpoints were given",
+            expected="checkpoints of SAM or SAM 2",
+            remedy=f"Give {option('sam')} or {option('sam2')}",
         )
     if not options.prompts or not options.prompted:
         raise UsageError("No prompts were chosen", expected="at least one kind of prompt and of prompted slices")
     if options.cases is not None and options.cases < 1:
-        raise UsageError("The number of cases is too small", expected="1 or more (--cases)", found=options.cases)
+        raise UsageError(
+            "The number of cases is too small", expected=f"1 or more ({option('cases')})", found=options.cases
+        )
     if options.window is not None and options.window[0] >= options.window[1]:
-        raise UsageError("The window must have LOW < HIGH", expected="--window LOW HIGH", found=options.window)
+        raise UsageError("The window must have LOW < HIGH", where=option("window"), found=options.window)
     CaseReader(dataset).check_file_layout()
     if not dataset.json.label_set.foreground:
         raise DatasetError("The dataset declares no foreground class", where=dataset.folder / "dataset.json")
@@ -228,7 +233,7 @@ def _load(path: Path, *, sam2: bool, options: StudyOptions) -> tuple[str, SamMod
             where=path,
             expected="sam2.1_hiera_*.pt or sam2_hiera_*.pt of tiny, small, base_plus or large",
             found=f"{len(weights)} tensors ({shortlist(weights, limit=3)})",
-            remedy="Give files of SAM with --sam" if sam_backbone(weights) is not None else None,
+            remedy=f"Give files of SAM with {option('sam')}" if sam_backbone(weights) is not None else None,
         )
     base = build_base(backbone, frame_size=options.frame_size)
     report = load_sam2(base, weights, where=path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import sentences
 from rfmedsam2.records.dataset import REGION_REMEDY
 from rfmedsam2.records.fingerprint import Fingerprint
@@ -24,7 +25,7 @@ def notes_on_labels(plan: Plan, fingerprint: Fingerprint) -> list[str]:
     if any(counts) and ct and not fingerprint.skip_unlabeled:
         notes.append(
             f"{sum(counts)} voxels of {sum(count > 0 for count in counts)} case(s) have the ignore label {ignore}. As "
-            "in nnU-Net, they count as foreground in the statistics that CT is normalized by; --skip-unlabeled leaves "
-            "them out."
+            "in nnU-Net, they count as foreground in the statistics that CT is normalized by; "
+            f"{option('skip_unlabeled', True)} leaves them out."
         )
     return notes

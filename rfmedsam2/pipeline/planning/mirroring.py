@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from rfmedsam2.arguments import option
 from rfmedsam2.geometry import Grid
 from rfmedsam2.records.plan import Plan, Stage
 
@@ -40,9 +41,10 @@ def note_on_mirroring(plan: Plan, grid: Grid) -> list[str]:
     if not names or not changes:
         return []
     pair = f"{names[0]} and {len(names) - 1} more labels" if len(names) > 2 else " and ".join(names)
+    wanted = tuple(change.replace(", ", ",") for change in changes)
     note = (
         f"{pair} distinguish left and right, and training mirrors this axis. If the anatomy is symmetric, as in a "
-        f"brain, the network cannot learn the sides: add --set {' '.join(changes).replace(', ', ',')}"
+        f"brain, the network cannot learn the sides: add {option('changes', wanted, flag='--set')}"
     )
     return [note]
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import Self
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import PlanError, UsageError
 from rfmedsam2.pipeline.planning.presets import get_preset
 from rfmedsam2.records.base import Record
@@ -178,7 +179,7 @@ def import_nnunet_plans(
         raise PlanError(
             f"nnU-Net's plans use unsupported features ({'; '.join(faults)})",
             where=path,
-            remedy="Import other configurations, or plan again with --preset nnunet",
+            remedy=f"Import other configurations, or plan again with {option('preset', 'nnunet')}",
         )
     channels = range(len(dataset.channels))
     return Plan.parse(

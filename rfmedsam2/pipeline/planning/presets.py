@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
+from rfmedsam2.arguments import option
 from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.planning.topology import FeatureWidths
@@ -253,7 +254,7 @@ def get_rfmedsam2_preset(preset: str) -> RFMedSam2Preset:
         "This preset is nnU-Net's and has no settings for RFMedSAM 2",
         where=preset,
         expected=f"one of {', '.join(REFINEMENTS)}",
-        remedy="Choose another --preset, or leave out --model rfmedsam2",
+        remedy=f"Choose another {option('preset')}, or leave out {option('model', 'rfmedsam2')}",
     )
 
 

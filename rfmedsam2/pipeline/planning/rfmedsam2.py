@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from rfmedsam2.arguments import option
 from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import PlanError
 from rfmedsam2.geometry import Triple
@@ -74,7 +75,7 @@ def refined_plan(
         raise PlanError(
             "RFMedSAM 2 needs volumes of several slices, and these cases are single slices",
             where=dataset.name,
-            remedy="Plan a U-Net for them (--model unet)",
+            remedy=f"Plan a U-Net for them ({option('model', 'unet')})",
         )
     labels = dataset.json.label_set
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from typing_extensions import Self
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import ImageError, UsageError, shortlist
 from rfmedsam2.inference.box_prompts import BoxPrompts, classes_of
 from rfmedsam2.records.box_prompts import BoxPrompt, BoxPromptFile
@@ -45,7 +46,9 @@ class BoxSource:
             _require_all(ids, files, where=path, found=describe_contents(path), kind="label map")
             return cls(labels=files, boxes={})
         if not path.exists():
-            raise UsageError("The folder or file of boxes does not exist", where=path, remedy="Check --boxes")
+            raise UsageError(
+                "The folder or file of boxes does not exist", where=path, remedy=f"Check {option('boxes')}"
+            )
         if image_ending(path):
             if len(cases) != 1:
                 raise UsageError(

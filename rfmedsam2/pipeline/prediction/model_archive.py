@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, TrainedModel, Which, checkpoints_of
 from rfmedsam2.records.archive import Manifest
@@ -94,7 +95,9 @@ def import_model(archive: Path, results: Path, *, force: bool = False) -> Traine
         target = results / first.plan.dataset / f"{first.plan.name}__{first.stage}"
         if target.exists() and not force:
             raise UsageError(
-                "The model already exists", where=target, remedy="Replace it with --force, or move it away first"
+                "The model already exists",
+                where=target,
+                remedy=f"Replace it with {option('force', True)}, or move it away first",
             )
         with writing_to(target):
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import RecordError, RfMedSamError, StoreError, UsageError, shortlist
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case, file_stem
@@ -110,14 +111,14 @@ class Outputs:
         inputs = {file.resolve() for case in cases for path in case.images for file in _files_of(path)}
         for file in (file for case in cases for file in label_files(self.target(case))):
             if file.resolve() in inputs:
-                remedy = "Choose another output folder with -o"
+                remedy = f"Choose another output folder with {option('out', flag='-o')}"
                 raise UsageError("The prediction would overwrite an input", where=file, remedy=remedy)
         beside = {(path if path.is_dir() else path.parent).resolve() for case in cases for path in case.images}
         if self.file is None and self.folder.resolve() in beside:
             raise UsageError(
                 "The label maps would lie among the images, where they would be taken for images of the same cases",
                 where=self.folder,
-                remedy="Choose another output folder with -o",
+                remedy=f"Choose another output folder with {option('out', flag='-o')}",
             )
         if self._overwrite:
             return
@@ -131,9 +132,10 @@ class Outputs:
             if probabilities and not self.is_corrected(case) and is_taken(extra) and not self.is_ours(extra):
                 there.append(extra.name)
         if there:
-            remedy = "Choose another place with -o, or replace them with --overwrite"
+            remedy = f"Choose another place with {option('out', flag='-o')}, or replace them with "
+            remedy += option("overwrite", True)
             if any(image_ending(Path(name)) is not None for name in there):
-                remedy += "; --continue keeps these label maps as they are"
+                remedy += f"; {option('continue_', True, flag='--continue')} keeps these label maps as they are"
             raise UsageError(
                 f"{len(there)} file(s) would be replaced that are not listed in {PREDICTIONS}, or that were changed "
                 "since it was written",

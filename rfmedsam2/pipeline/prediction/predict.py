@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import RfMedSamError, UsageError, shortlist
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.volume import PreparedCase
@@ -153,7 +154,8 @@ def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track
             f"{len(faults)} of {len(cases)} cases were not predicted",
             where=run.outputs.folder,
             found="; ".join(faults),
-            remedy="Fix these cases and run the same command with --continue: finished cases are kept",
+            remedy="Fix these cases and predict again with "
+            f"{option('continue_', True, flag='--continue')}: finished cases are kept",
         )
     return written, kept
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import DatasetError, RecordError, UsageError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, FaultyCaseError, files_digest
 from rfmedsam2.records.case import SourceFile
@@ -72,7 +73,7 @@ def fingerprint(
         raise UsageError(
             "The dataset declares no ignore label, so no voxel is unlabeled",
             where=raw.folder / "dataset.json",
-            remedy="Leave --skip-unlabeled out",
+            remedy=f"Leave {option('skip_unlabeled')} out",
         )
     left_out = _left_out(source, source.layout_faults(), skip=skip_faulty)
     path = layout.fingerprint_file(raw.name)
@@ -111,7 +112,7 @@ def _left_out(source: CaseReader, faults: Sequence[Fault], *, skip: bool) -> dic
         require_no_errors(
             faults,
             where=source.dataset.folder,
-            remedy=f"{REMEDY}; or go on without them: --skip-faulty",
+            remedy=f"{REMEDY}; or go on without them: {option('skip_faulty', True)}",
         )
     found: dict[str, str] = {}
     for fault in faults:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rfmedsam2 import extensions
-from rfmedsam2.arguments import names_of, path_of, whole_number
+from rfmedsam2.arguments import names_of, option, path_of, whole_number
 from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import ExtensionError, RecordError, UsageError, require_type
 from rfmedsam2.geometry import Triple
@@ -198,7 +198,7 @@ def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> P
 
 
 def _planned_by_extension(dataset: RawDataset, found: Fingerprint, planner: str, name: str | None) -> Plan:
-    named = Extension.parse({"name": planner}, where=f"--planner {planner}")
+    named = Extension.parse({"name": planner}, where=option("planner", planner))
     plan = extensions.make("planner", named, dataset=dataset, fingerprint=found, name=name)
     if not isinstance(plan, Plan):
         raise ExtensionError("A planner gave no plan", where=planner, expected="Plan", found=type(plan).__name__)
@@ -216,13 +216,19 @@ def _check(options: PlanOptions) -> None:
     if len(given) > 1 or (given and asked):
         raise UsageError(
             "A plan is imported from a file, made by another package's planner, or made here, but only one of these",
-            found=", ".join("--" + name.removesuffix("_zyx_mm").replace("_", "-") for name in [*given, *asked]),
-            remedy="Leave one out; single fields can be changed with --set",
+            found=", ".join(map(_named, [*given, *asked])),
+            remedy=f"Leave one out; single fields can be changed with {option('changes', flag='--set')}",
         )
     if options.backbone is not None and options.model == "unet":
         raise UsageError(
-            "A U-Net has no backbone", where=f"--backbone {options.backbone}", remedy="Add --model rfmedsam2"
+            "A U-Net has no backbone",
+            where=option("backbone", options.backbone),
+            remedy=f"Add {option('model', 'rfmedsam2')}",
         )
+
+
+def _named(field: str) -> str:
+    return option(field, flag="--" + field.removesuffix("_zyx_mm").replace("_", "-"))
 
 
 def _notes_on(plan: Plan) -> list[str]:
@@ -230,8 +236,10 @@ def _notes_on(plan: Plan) -> list[str]:
     models = [stage.model for stage in plan.stages.values() if isinstance(stage.model, RFMedSam2Config)]
     published = {model.backbone for model in models if model.backbone != "nano"}
     return [
-        f"The backbone {backbone} starts from published weights: give their file to rfmed_train with --sam2. Without "
-        "it there are no weights to freeze: --set 3d_fullres.model.freeze_backbone=false trains it from scratch."
+        f"The backbone {backbone} starts from published weights: give their file to the training ("
+        f"{option('sam', flag='--sam2')}). Without "
+        "it there are no weights to freeze: "
+        f"{option('changes', ('3d_fullres.model.freeze_backbone=false',), flag='--set')} trains it from scratch."
         for backbone in sorted(published)
     ]
 
@@ -247,7 +255,9 @@ def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
     _require_own_folders(path.parent, layout, plan)
     if _is_foreign(path):
         raise UsageError(
-            "The file exists and is not a plan of this package", where=path, remedy="Choose another plan name with -p"
+            "The file exists and is not a plan of this package",
+            where=path,
+            remedy=f"Choose another plan name with {option('plan_name', flag='-p')}",
         )
     if path.is_file() and not _is_the_same(path, plan):
         kept = _unused(path)
@@ -262,7 +272,7 @@ def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
 
 
 def _require_own_folders(folder: Path, layout: Layout, plan: Plan) -> None:
-    """Check that no folder of the plan is another's: the cases of `a` with `b_c` and of `a_b` with `c` are in `a_b_c`."""
+    """Check that no folder is another plan's: the cases of `a` with `b_c` and of `a_b` with `c` are in `a_b_c`."""
 
     def folders(of: Plan) -> dict[Path, str]:
         places = (layout.cases_folder, layout.model_folder)
@@ -281,7 +291,7 @@ def _require_own_folders(folder: Path, layout: Layout, plan: Plan) -> None:
                 "Two plans would have one folder for their cases or models",
                 where=min(shared),
                 found=f"{plan.name} with {folders(plan)[min(shared)]}, {other.name} with {folders(other)[min(shared)]}",
-                remedy="Choose another plan name with -p",
+                remedy=f"Choose another plan name with {option('plan_name', flag='-p')}",
             )
 
 

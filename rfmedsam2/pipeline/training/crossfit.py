@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rfmedsam2.arguments import option
 from rfmedsam2.engine.checkpoint import differences, provenance
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.runtime import Runtime
@@ -96,7 +97,8 @@ def parts_of(
                 "There are fewer training cases than parts for cross-fitting Step 0",
                 expected=f"at least {folds} cases of different patients, for {folds} parts",
                 found=words,
-                remedy="Set model.crossfit.folds to at most that number (at least 2), or train with --step0 joint",
+                remedy="Set model.crossfit.folds to at most that number (at least 2), or train with "
+                f"{option('model.step0', 'joint', flag='--step0')}",
             )
         parts = [part.val for part in make_splits(of_case, folds=folds)]
     found = [
@@ -260,7 +262,8 @@ class CrossFitting:
                 where=logits.folder,
                 expected=f"{needed / 1e9:.3g} GB for {len(missing)} case(s) of {classes} class(es)",
                 found=f"{free / 1e9:.3g} GB free",
-                remedy="Free space on that disk, choose another --root, or train with --step0 joint",
+                remedy=f"Free space on that disk, choose another {option('root')}, or train with "
+                f"{option('model.step0', 'joint', flag='--step0')}",
             )
 
     def _settings(self) -> str:

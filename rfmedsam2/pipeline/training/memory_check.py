@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import PlanError
 from rfmedsam2.pipeline.planning.memory_estimate import total_gib
 from rfmedsam2.pipeline.training.model_summary import summary
@@ -42,7 +43,7 @@ def check_memory(plan: Plan, stage: str, available_bytes: int, *, half: bool = F
 
 def _remedy(stage: Stage) -> str:
     words = [f"a smaller batch_size (now {stage.batch_size})"] if stage.batch_size > 1 else []
-    words.append(f"a smaller patch (now {' x '.join(map(str, stage.patch_size))}): another --preset")
+    words.append(f"a smaller patch (now {' x '.join(map(str, stage.patch_size))}): another {option('preset')}")
     if isinstance(stage.model, RFMedSam2Config):
         words.append(f"a smaller model.frame_size (now {stage.model.frame_size}) or backbone")
         if not stage.compute.checkpointing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rfmedsam2.arguments import option
 from rfmedsam2.choices import Backbone
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
@@ -56,8 +57,9 @@ def load_pretrained(network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | No
         raise UsageError(
             "The plan freezes pre-trained weights, but none were given",
             where=f"backbone {backbone}",
-            expected=f"--sam2 {FILES[backbone]}" if backbone in FILES else "a backbone with published weights",
-            remedy="Give the file with --sam2, or train from scratch: --set STAGE.model.freeze_backbone=false",
+            expected=FILES.get(backbone, "a backbone with published weights"),
+            remedy=f"Give the file with {option('sam', flag='--sam2')}, or train from scratch: "
+            f"{option('changes', ('STAGE.model.freeze_backbone=false',), flag='--set')}",
         )
     else:
         notes.append(f"{backbone} is trained from scratch")
@@ -106,5 +108,6 @@ def _require_same_step0(network: RFMedSam2, plan: Plan, record: CheckpointRecord
             where=path,
             expected="; ".join(wanted for _, wanted in faults),
             found="; ".join(found for found, _ in faults),
-            remedy="Train it with the same preset, patch and dataset, or leave --unet out to train Step 0 from scratch",
+            remedy="Train it with the same preset, patch and dataset, or leave "
+            f"{option('unet')} out to train Step 0 from scratch",
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rfmedsam2 import extensions
-from rfmedsam2.arguments import path_of
+from rfmedsam2.arguments import option, path_of
 from rfmedsam2.engine.checkpoint import provenance
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.run_folder import training_folder
@@ -192,15 +192,15 @@ def _step0(job: _Job, runtime: Runtime, options: TrainOptions, track: Track) -> 
         return None
     if options.unet is not None:
         raise UsageError(
-            "--step0 crossfit trains the U-Nets of Step 0 itself",
-            found=f"--unet {options.unet}",
-            remedy="Leave out --unet, or train with --step0 joint",
+            f"{option('model.step0', 'crossfit', flag='--step0')} trains the U-Nets of Step 0 itself",
+            found=option("unet", str(options.unet)),
+            remedy=f"Leave out {option('unet')}, or train with {option('model.step0', 'joint', flag='--step0')}",
         )
     if job.config.extensions.augmentation:
         raise UsageError(
             "Augmentations of other packages cannot move fixed logits of Step 0 with the image",
             where=f"{job.plan.name}, {job.stage}.extensions.augmentation",
-            remedy="Remove them, or train with --step0 joint",
+            remedy=f"Remove them, or train with {option('model.step0', 'joint', flag='--step0')}",
         )
     others = read_splits(job.layout.splits_file(job.plan.dataset)) if job.fold.isdigit() else []
     groups = {} if job.raw is None else groups_of(job.raw)
@@ -228,9 +228,9 @@ def _task(job: _Job, runtime: Runtime, options: TrainOptions, track: Track, step
     if custom is not None or not isinstance(config.model, RFMedSam2Config):
         if options.sam is not None or options.unet is not None:
             raise UsageError(
-                "--sam2 and --unet only apply to plans that are trained as RFMedSAM 2",
+                f"{option('sam', flag='--sam2')} and {option('unet')} only apply to plans trained as RFMedSAM 2",
                 where=f"{plan.name}, {stage}",
-                remedy="Leave these flags out, or plan with --model rfmedsam2",
+                remedy=f"Leave them out, or plan with {option('model', 'rfmedsam2')}",
             )
         if custom is not None:
             return extensions.make("task", custom, plan=plan, stage_name=stage, **given)

@@ -251,9 +251,9 @@ def _require_alike(path: Path, planes: Sequence[np.ndarray]) -> None:
 
 
 def _in_words(plane: np.ndarray) -> str:
-    shape = plane.shape
-    channels = f" of {shape[2]} channels" if len(shape) > 2 else ""
-    return f"{shape[1]} x {shape[0]} pixels{channels}, {plane.dtype}"
+    height, width, *channels = plane.shape
+    of = f" of {channels[0]} channels" if channels else ""
+    return f"{width} x {height} pixels{of}, {plane.dtype}"
 
 
 def stored_indices(path: Path) -> np.ndarray | None:

@@ -246,7 +246,7 @@ def test_a_checkpoint_knows_its_images_and_is_not_resumed_with_others(sets, tmp_
     assert not set(record.training_images) & set(digests_of(held).values())
     train_refiner(plan_of("hq_sam"), tuple(reversed(training)), held, tmp_path, CPU)  # the same images
     for other in (sets, held):
-        with pytest.raises(CheckpointError, match=r"another training.*training images was .*digest.*--restart"):
+        with pytest.raises(CheckpointError, match=r"another training.*training images was .*digest.*restart=True"):
             train_refiner(plan_of("hq_sam"), other, held, tmp_path, CPU)
 
 

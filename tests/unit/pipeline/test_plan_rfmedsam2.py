@@ -129,7 +129,7 @@ def test_what_the_planner_cannot_do_is_a_sentence():
         plan_rfmedsam2(*described(), preset="nnunet")
     with pytest.raises(UsageError, match="The preset does not exist: huge"):
         plan_rfmedsam2(*described(), preset="huge")  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match=r"single slices.*--model unet"):
+    with pytest.raises(PlanError, match=r"single slices.*model='unet'"):
         plan_rfmedsam2(*described(shape=(1, 64, 64)))
     with pytest.raises(PlanError, match=r"no class besides background.*dataset\.json of Dataset001_A"):
         plan_rfmedsam2(*described(classes=0))
@@ -169,10 +169,10 @@ def test_a_plan_without_classes_is_refused():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"backbone": "nano"}, r"A U-Net has no backbone: --backbone nano.*--model rfmedsam2"),
-        ({"published": "a.json", "model": "rfmedsam2", "preset": "cpu"}, r"--published, --preset, --model"),
-        ({"published": "a.json", "nnunet_plans": "b.json"}, r"--nnunet-plans, --published"),
-        ({"nnunet_plans": "b.json", "spacing_zyx_mm": (1, 1, 1)}, r"--nnunet-plans, --spacing"),
+        ({"backbone": "nano"}, r"A U-Net has no backbone: backbone='nano'. Add model='rfmedsam2'"),
+        ({"published": "a.json", "model": "rfmedsam2", "preset": "cpu"}, r"Found published, preset, model"),
+        ({"published": "a.json", "nnunet_plans": "b.json"}, r"Found nnunet_plans, published"),
+        ({"nnunet_plans": "b.json", "spacing_zyx_mm": (1, 1, 1)}, r"Found nnunet_plans, spacing_zyx_mm"),
         ({"plan_name": "a/b"}, r"Invalid plan name"),
     ],
 )

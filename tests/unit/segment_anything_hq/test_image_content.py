@@ -92,7 +92,7 @@ def test_training_images_are_counted_by_set(tmp_path):
     assert counted(seen) == ["2 of 5 images of data"]
     assert trained_on(sets, None, model=tmp_path / "m", held_out=None) == {}
     assert trained_on(sets, None, model=None, held_out=0.1) == {}  # published weights: their images are unknown
-    with pytest.raises(UsageError, match=r" --held-out 0\.1 holds training images.*2 of 5 images of data"):
+    with pytest.raises(UsageError, match=r" held_out=0\.1 holds training images.*2 of 5 images of data"):
         trained_on(sets, trained, model=tmp_path / "m", held_out=0.1)
     with pytest.raises(UsageError, match="does not say which images"):
         trained_on(sets, None, model=tmp_path / "m", held_out=0.1)
@@ -103,9 +103,9 @@ def test_a_mask_rule_that_nothing_would_follow_is_refused(tmp_path, caplog):
     folder = make(tmp_path / "data", 1)
     named = f"grabcut={tmp_path}"
     for opened in (open_data, list_data):
-        with pytest.raises(UsageError, match=r"Collections have their own mask rules: --mask-rule any.*grabcut="):
+        with pytest.raises(UsageError, match=r"Collections have their own mask rules: rule='any'.*grabcut="):
             opened([named], rule="any")
     list_data([named])
     assert list_data([str(folder), named], rule="any")[0].samples[0].mask.rule == "any"
-    assert "--mask-rule any is applied to folders only; grabcut=" in caplog.text
+    assert "rule='any' is applied to folders only; grabcut=" in caplog.text
     assert open_data([str(folder)])[0].samples[0].mask.rule == "above_128"

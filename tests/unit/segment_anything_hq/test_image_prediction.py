@@ -276,7 +276,7 @@ def test_nothing_is_overwritten_unasked_and_images_never(tmp_path, images):
         require_free_outputs(images[0].parent, objects, overwrite=True)
     require_free_outputs(tmp_path / "new", objects, overwrite=False)
     predict_files(loaded("sam"), objects, tmp_path / "new")
-    with pytest.raises(UsageError, match=r"already exist.*a\.png, predictions\.json.*--overwrite"):
+    with pytest.raises(UsageError, match=r"already exist.*a\.png, predictions\.json.*overwrite=True"):
         require_free_outputs(tmp_path / "new", objects, overwrite=False)
     require_free_outputs(tmp_path / "new", objects, overwrite=True)
 
@@ -358,9 +358,9 @@ def test_choices_that_do_not_fit_are_sentences(tmp_path):
     checkpoint(tmp_path / "model.pt")
     torch.save(build("sam", "vit_nano", frame_size=64).state_dict(), tmp_path / "other.pt")
     said = {
-        r"No network was given.*METHOD with --backbone and --weights.*hq_sam": {},
+        r"No network was given.*METHOD with backbone and weights.*hq_sam": {},
         r"sam needs a backbone": {"method": "sam"},
-        r"hq_sam on vit_b needs the weights of vit_b.*--weights": {"method": "hq_sam", "backbone": "vit_b"},
+        r"hq_sam on vit_b needs the weights of vit_b.*Expected weights": {"method": "hq_sam", "backbone": "vit_b"},
         r"another method than given.*Expected hq_sam\. Found sam_ref": {"model": "model.pt", "method": "hq_sam"},
         r"another backbone than given.*Expected vit_b\. Found vit_nano": {"model": "model.pt", "backbone": "vit_b"},
         r"another frame size than given.*Expected 128\. Found 64": {"model": "model.pt", "frame_size": 128},

@@ -88,7 +88,7 @@ def test_all_faults_are_listed_at_once(folder: Path) -> None:
     assert faults["empty.png"] == "the mask is empty"
     assert faults["ones.png"] == (
         "the mask is empty: its largest value is 1, and object pixels are above 128 "
-        "(--mask-rule any takes every value but 0)"
+        "(rule='any' takes every value but 0)"
     )
     assert faults["full.png"] == "the mask covers the whole image"
     assert "cannot be read" in faults["cut.jpg"]
