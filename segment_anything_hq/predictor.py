@@ -94,12 +94,19 @@ class SamPredictor(PlainPredictor):
         Args:
             transformed_image: (1, 3, h, w) of 0 to 255, its longer side the encoder's.
             original_image_size: its (H, W) before.
+
+        Raises:
+            ImageError: another shape, or values that are not finite.
+            UsageError: no size.
         """
         shape, side = tuple(np.shape(transformed_image)), self.model.image_encoder.img_size
         if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != side:
             raise ImageError(
                 "This image is not resized for the encoder", expected=f"(1, 3, h, w) of longer side {side}", found=shape
             )
+        sizes = np.asarray(original_image_size)
+        whole = sizes.shape == (2,) and sizes.dtype.kind in "iu" and sizes.min() > 0
+        _expect("original_image_size cannot be used", bool(whole), "(H, W) in pixels", original_image_size)
         self.reset_image()
         self.original_size = original_image_size
         self.input_size = shape[-2:]

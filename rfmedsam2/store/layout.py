@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from rfmedsam2.arguments import path_of
+from rfmedsam2.arguments import path_of, whole_number
 from rfmedsam2.errors import UsageError
+from rfmedsam2.system.file_names import NAMES, is_file_name
 
 DATASET_FOLDER = re.compile(r"Dataset(\d{3,})_(.+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The three folders that all commands work in."""
+    """The three folders that all commands work in.
+
+    Methods that give the place of a file or folder raise UsageError for what is no plain name: a number, a path.
+    """
 
     raw: Path
     preprocessed: Path
@@ -75,27 +79,39 @@ class Layout:
 
     def plan_file(self, dataset: str, plan: str) -> Path:
         """JSON file of a plan."""
-        return self.preprocessed / dataset / f"{plan}.json"
+        return self.preprocessed / _name(dataset, "dataset") / f"{_name(plan, 'plan')}.json"
 
     def splits_file(self, dataset: str) -> Path:
         """splits_final.json, as nnU-Net writes it."""
-        return self.preprocessed / dataset / "splits_final.json"
+        return self.preprocessed / _name(dataset, "dataset") / "splits_final.json"
 
     def fingerprint_file(self, dataset: str) -> Path:
         """Our dataset fingerprint; nnU-Net's dataset_fingerprint.json may be in the same folder."""
-        return self.preprocessed / dataset / "rfmed_fingerprint.json"
+        return self.preprocessed / _name(dataset, "dataset") / "rfmed_fingerprint.json"
 
     def cases_folder(self, dataset: str, plan: str, stage: str) -> Path:
         """Folder of the preprocessed cases of one stage."""
-        return self.preprocessed / dataset / f"{plan}_{stage}"
+        return self.preprocessed / _name(dataset, "dataset") / f"{_name(plan, 'plan')}_{_name(stage, 'stage')}"
 
     def model_folder(self, dataset: str, plan: str, stage: str) -> Path:
         """Folder of the trained folds of one stage."""
-        return self.results / dataset / f"{plan}__{stage}"
+        return self.results / _name(dataset, "dataset") / f"{_name(plan, 'plan')}__{_name(stage, 'stage')}"
 
-    def fold_folder(self, dataset: str, plan: str, stage: str, fold: str) -> Path:
+    def fold_folder(self, dataset: str, plan: str, stage: str, fold: str | int) -> Path:
         """Folder of one trained fold: a number, "all", or the name of a split."""
-        return self.model_folder(dataset, plan, stage) / f"fold_{fold}"
+        name = _name(fold, "fold") if isinstance(fold, str) else str(whole_number(fold, "fold", least=0))
+        return self.model_folder(dataset, plan, stage) / f"fold_{name}"
+
+
+def _name(value: object, what: str) -> str:
+    """A name that becomes part of a path, as it is.
+
+    Raises:
+        UsageError: a number, None, a path.
+    """
+    if isinstance(value, str) and is_file_name(value):
+        return value
+    raise UsageError(f"{what} is not a name", expected=NAMES, found=f"{value!r:.80}")
 
 
 def _suggestion(wanted: str, known: list[str]) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from segment_anything.modeling import Sam as SamBase
 from torch import Tensor
 
+from rfmedsam2.errors import ImageError
 from rfmedsam2.nn.loading import LoadReport
 from rfmedsam2.nn.segmenter import IMAGENET_MEAN, IMAGENET_STD
 from segment_anything_hq.modeling.image_encoder import ImageEncoderViT
@@ -50,6 +51,17 @@ class Sam(SamBase):
         # the base class is typed for its own encoder and decoder
         super().__init__(image_encoder, prompt_encoder, mask_decoder, pixel_mean, pixel_std)  # pyright: ignore[reportArgumentType]
         self.load_report: LoadReport | None = None
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Normalize and pad an image (..., 3, h, w) of 0 to 255 to the encoder's size.
+
+        Raises:
+            ImageError: values are NaN or infinite.
+        """
+        if not x.isfinite().all():
+            found = f"{int((~x.isfinite()).sum())} of {x.numel()} are not"
+            raise ImageError("The image holds NaN or infinity", expected="finite numbers", found=found)
+        return super().preprocess(x)
 
     @torch.no_grad()
     def forward(

@@ -115,6 +115,30 @@ def test_options_are_checked_when_they_are_given(model: Path, predictor: Predict
     assert PredictOptions(threads=np.int64(2)).threads == 2
 
 
+@pytest.mark.parametrize("given", [None, 5, 5.5, b"x", ["a"], "", "a/b", "..", True])
+def test_a_layout_gives_places_of_names_only(given, tmp_path: Path) -> None:
+    layout = Layout.under(tmp_path)
+    calls = {
+        "dataset": [
+            lambda: layout.plan_file(given, "p"),
+            lambda: layout.splits_file(given),
+            lambda: layout.fingerprint_file(given),
+            lambda: layout.cases_folder(given, "p", "s"),
+            lambda: layout.model_folder(given, "p", "s"),
+        ],
+        "plan": [lambda: layout.plan_file("D", given), lambda: layout.cases_folder("D", given, "s")],
+        "stage": [lambda: layout.cases_folder("D", "p", given), lambda: layout.model_folder("D", "p", given)],
+        "fold": [] if given == 5 else [lambda: layout.fold_folder("D", "p", "s", given)],
+    }
+    for name, tried in calls.items():
+        for call in tried:
+            with pytest.raises(
+                UsageError, match=rf"^{name} (is not a name. Expected a plain name|must be a whole number)"
+            ):
+                call()
+    assert layout.fold_folder("D", "p", "s", np.int64(3)) == tmp_path / "results/D/p__s/fold_3"  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("step_size", [1e-9, 0.01, 0.0, -1.0, float("nan"), 1.01])
 def test_tiles_that_begin_at_the_same_voxels_again_are_refused(step_size: float) -> None:
     with pytest.raises(PlanError, match=r"step size is out of range. Expected 0.031 to 1 for a patch of 8 x 16 x 16"):

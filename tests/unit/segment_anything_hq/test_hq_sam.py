@@ -183,6 +183,27 @@ def test_images_that_are_not_in_color_get_a_sentence(sam: HqSam, image: np.ndarr
         segment_anything_hq.SamPredictor(sam).set_image(image)
 
 
+def test_resized_images_without_values_or_sizes_get_a_sentence(sam: HqSam) -> None:
+    """As a whole batch of them does, too."""
+    predictor = segment_anything_hq.SamPredictor(sam)
+    frame = torch.zeros(1, 3, 96, 128)
+    predictor.set_torch_image(frame, (90, 120))
+    assert predictor.is_image_set
+    for value in (float("nan"), float("inf"), -float("inf")):
+        wrong = frame.clone()
+        wrong[0, 1, 5, :3] = value
+        with pytest.raises(
+            ImageError, match=r"holds NaN or infinity. Expected finite numbers. Found 3 of 36864 are not"
+        ):
+            predictor.set_torch_image(wrong, (90, 120))
+        assert not predictor.is_image_set
+        with pytest.raises(ImageError, match="holds NaN or infinity"):
+            predictor.model([{"image": wrong[0], "original_size": (90, 120)}], multimask_output=False)
+    for size in (None, 90, (90,), (90, 120, 3), (90.0, 120.0), (0, 120), "90"):
+        with pytest.raises(UsageError, match=r"original_size|original_image_size cannot be used. Expected .H, W."):
+            predictor.set_torch_image(frame, size)  # type: ignore[arg-type]
+
+
 def test_prompts_that_cannot_be_used_get_a_sentence(sam: HqSam) -> None:
     predictor = segment_anything_hq.SamPredictor(sam)
     with pytest.raises(RuntimeError, match="There is no image yet"):
