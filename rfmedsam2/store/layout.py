@@ -25,7 +25,7 @@ DATASET_FOLDER = re.compile(r"Dataset(\d{3,})_(.+)")
 class Layout:
     """The three folders that all commands work in.
 
-    Methods that give the place of a file or folder raise UsageError for what is no plain name: a number, a path.
+    Methods that give the place of a file or folder raise UsageError for what is not a plain name: a number, a path.
     """
 
     raw: Path
