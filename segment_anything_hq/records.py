@@ -121,6 +121,8 @@ class RefinerRecord(TrainedRecord):
     """Digest of the frozen weights that the trained ones belong to."""
     training_images: tuple[str, ...] | None = None
     """Digests of the images that were trained on, ascending (`data.content`); None: unknown, in earlier versions."""
+    training_looks: tuple[str, ...] = ()
+    """What these images look like, ascending (`data.looks`); empty: unknown."""
 
     def identity(self) -> dict[str, Any]:
         """The plan without its training settings, base and images: what must agree to resume a training."""
@@ -214,6 +216,8 @@ class EvaluationRecord(VersionedRecord):
     trained_on: dict[str, tuple[int, int]] = Field(default_factory=dict)
     """Set name -> number of its evaluated images that the network was trained on, and of all of them; sets without such
     images are left out."""
+    looks_trained_on: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """Likewise, images of other files that look like one that the network was trained on."""
     protocols: dict[str, ResultRecord]
     latency: LatencyRecord | None
     code_version: str

@@ -75,6 +75,7 @@ def evaluate(
         overwrite: Replace an existing evaluation.
     """
     from rfmedsam2.cli.progress import bars
+    from segment_anything_hq.data.looks import saved_again
     from segment_anything_hq.evaluation.interactive import ClickedPredictor
     from segment_anything_hq.evaluation.overlap import counted, trained_on
     from segment_anything_hq.evaluation.run import (
@@ -95,14 +96,19 @@ def evaluate(
         say("Note: the checkpoint does not say which images it was trained on; these may be among them.")
     for phrase in counted(seen):
         say(f"Warning: the network was trained on {phrase}: scores of training images say nothing about new ones.")
+    alike = saved_again(sets, named.training_looks, named.training_images or ())
+    for phrase in counted(alike):
+        say(f"Warning: {phrase} look like images that the network was trained on, saved again.")
     chosen = network.load(named)
     predictor = ClickedPredictor(InteractivePredictor(chosen.network, fit=chosen.fit))
     found = run_protocols(predictor, sets, tuple(rules), clicks=protocols.clicks, seed=protocols.seed, track=bars)
     record = _record(chosen, found, sets, seed=protocols.seed, chosen_data=images)
-    record = record.model_copy(update={"trained_on": seen})
+    record = record.model_copy(update={"trained_on": seen, "looks_trained_on": alike})
     about = {**record.network, "data": ", ".join(f"{n} ({k})" for n, k in record.data.items()), "device": record.device}
     if seen:
         about["trained on"] = ", ".join(counted(seen))
+    if alike:
+        about["look like training images"] = ", ".join(counted(alike))
     files = write_results(output, found, record, about=about)
     if as_json:
         tell_json(record.to_json())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,24 @@ def read_mask_values(path: Path) -> np.ndarray:
     """
     with _opened(path) as image:
         return _mask_values(image, path)
+
+
+def read_thumbnails(path: Path, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Read small gray copies of an image, upright, each (H, W) uint8; a JPEG is decoded no larger than needed.
+
+    Args:
+        path: the image.
+        shapes: H and W of each, far below 64.
+
+    Raises:
+        ImageError: the file is missing, damaged or not an image.
+    """
+    with _opened(path) as image:
+        image.draft("L", (64, 64))
+        upright = ImageOps.exif_transpose(image)
+        channels = _channels(upright, path)
+        gray = Image.fromarray(channels if channels.shape[2] == 3 else channels[..., 0]).convert("L")
+        return [np.asarray(gray.resize((width, height), Image.Resampling.BOX)) for height, width in shapes]
 
 
 def image_size(path: Path, *, upright: bool = True) -> tuple[int, int]:

@@ -56,6 +56,7 @@ class ResolvedSpec:
         model: checkpoint with the trained weights.
         seed: seed of random weights; with `model`, the seed of its training, which drew the same base.
         training_images: digests of the images that `model` was trained on; None: unknown.
+        training_looks: what these images look like; empty: unknown.
     """
 
     method: Method | ZeroShot
@@ -66,6 +67,7 @@ class ResolvedSpec:
     model: Path | None
     seed: int = 0
     training_images: tuple[str, ...] | None = None
+    training_looks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +197,7 @@ def _with_weights(
         model=spec.model,
         seed=record.plan.train.seed if record else 0,
         training_images=record.training_images if record else None,
+        training_looks=record.training_looks if record else (),
     )
 
 

@@ -24,6 +24,7 @@ from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq import models
 from segment_anything_hq.data.content import digests_of, seen_images
 from segment_anything_hq.data.datasets import ImageSet
+from segment_anything_hq.data.looks import looks_of, saved_again
 from segment_anything_hq.records import RefinerPlan, RefinerRecord
 from segment_anything_hq.tasks.refiner import RefinerTask
 
@@ -111,7 +112,7 @@ def train_refiner(
         training_folder(folder, runtime, restart=options.restart),
     ):
         if runtime.is_main:
-            _note_seen(validation, known["training_images"])
+            _note_seen(validation, known["training_images"], known["training_looks"])
         task = RefinerTask(
             plan,
             network,
@@ -123,7 +124,7 @@ def train_refiner(
         )
         begun = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
         if begun and not _records_images(folder):
-            known["training_images"] = None
+            known["training_images"], known["training_looks"] = None, ()
             logger.warning(UNKNOWN_IMAGES)
         if not begun:
             _require_own_plan(folder / PLAN, plan)
@@ -152,13 +153,16 @@ def _what_is_known(
         "base": "new" if options.weights is None else options.weights.name,
         "base_sha256": models.base_sha256(network),
         "training_images": tuple(sorted(set(digests_of(training).values()))),
+        "training_looks": tuple(sorted(set(looks_of(training).values()))),
     }
 
 
-def _note_seen(validation: Sequence[ImageSet], images: Collection[str]) -> None:
-    """Warn of validation images that are training images."""
+def _note_seen(validation: Sequence[ImageSet], images: Collection[str], looks: Sequence[str]) -> None:
+    """Warn of validation images that are training images, or look like them."""
     for name, (seen, every) in seen_images(validation, images).items():
         logger.warning("%d of %d validation images of %s are also training images", seen, every, name)
+    for name, (alike, every) in saved_again(validation, looks, images).items():
+        logger.warning("%d of %d validation images of %s look like training images", alike, every, name)
 
 
 def _records_images(folder: Path) -> bool:

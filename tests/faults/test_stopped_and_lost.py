@@ -84,6 +84,13 @@ def test_ranks_killed_one_after_the_other_end_all_and_cost_nothing(
         assert "Traceback" not in other.text()
         assert not list(root.rglob(".lock")) or lost == 0  # a killed rank leaves the file, but no lock
     both = ranks(root, launcher, tmp_path)
+    begun = read_record_of(root / FOLD / "checkpoint_latest.safetensors").step
+    both[1].until(lambda: saved(root, begun + 1))
+    both[1].signal(signal.SIGTERM)  # to one of them: all save and leave
+    assert [rank.wait() for rank in both] == [143, 143], both[0].text()
+    assert "Stopped by another process of this training after step" in both[0].text()
+    assert "Stopped by SIGTERM after step" in both[1].text()
+    both = ranks(root, launcher, tmp_path)
     assert [rank.wait() for rank in both] == [0, 0], both[0].text()
     assert weights(root) == weights(unbroken)
     assert not list(root.rglob(".lock"))

@@ -158,6 +158,24 @@ def test_two_folds_train_at_once(planned_root, trained_root, root_of, launcher: 
     assert not list(root.rglob(".lock"))
 
 
+def test_predictions_read_a_model_that_a_training_writes(planned_root, root_of, launcher: Launcher, tmp_path, whole):
+    """Each finds whole checkpoints, and labels of one step."""
+    root = root_of(planned_root)
+    often = ("--set", "3d_fullres.train.checkpoint_minutes=1e-9")
+    words = ("3d_fullres", 0, "--epochs", 60, "--iterations", 2, "--no-validate", *often, "--root", root)
+    training = launcher.start("train", *words, folder=tmp_path)
+    training.until(lambda: (root / FOLD / "checkpoint_best.safetensors").exists())
+    images = root / "raw" / "Dataset900_PhantomCT" / "imagesTs"
+    for number, kind in enumerate(("latest", "best", "final") * (4 if whole else 1)):
+        out = tmp_path / str(number)
+        said = launcher.finished(
+            "predict", "-i", images, "-o", out, "--checkpoint", kind, "--root", root, folder=tmp_path
+        )
+        assert "Predicted 2 case(s)" in said
+    training.signal(signal.SIGTERM)
+    assert training.wait() == 143, training.text()
+
+
 def test_two_predictions_run_at_once(trained_root, launcher: Launcher, tmp_path):
     images = trained_root / "raw" / "Dataset900_PhantomCT" / "imagesTs"
     words = ("-i", images, "--root", trained_root, "-o")

@@ -221,7 +221,7 @@ def test_a_file_that_changes_while_it_is_used(raw_root, root_of, monkeypatch):
         (("3d_fullres", "fold", 7), "7"),
         (("3d_fullres", "fold", "../../x"), "../../x"),
         (("3d_fullres", "fold", 0, "-p", "nonesuch"), "nonesuch"),
-        (("3d_fullres", "fold", 0, "-p", "../../x"), "x.json"),
+        (("3d_fullres", "fold", 0, "-p", "../../x"), "plan is not a name"),
         (("3d_fullres", "fold", 0, "--device", "tpu"), "tpu"),
         (("3d_fullres", "fold", 0, "--device", "cuda:99"), "cuda:99"),
         (("3d_fullres", "fold", 0, "--epochs", 0), "epochs"),

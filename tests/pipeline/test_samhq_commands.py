@@ -287,6 +287,11 @@ def test_evaluating_on_training_images_is_marked_or_refused(data, tmp_path):
     assert record["trained_on"] == {}
     count = record["data"]["moved"]
     assert 0 < count < 10
+    alike = record["looks_trained_on"]["moved"]  # all are one image, in more or less light
+    assert 0 < alike[0] <= alike[1] == count
+    assert (
+        f"Warning: {alike[0]} of {count} images of moved look like images that the network was trained on" in held.err
+    )
     every = run_ok(*words, "-o", tmp_path / "every")
     sentence = f"{10 - count} of 10 images of moved"
     assert f"the network was trained on {sentence}" in every.err

@@ -22,6 +22,7 @@ from segment_anything_hq import models
 from segment_anything_hq.choices import Backbone, Method
 from segment_anything_hq.data.content import digests_of
 from segment_anything_hq.data.datasets import ImageSet
+from segment_anything_hq.data.looks import looks_of
 from segment_anything_hq.data.open_data import open_data, split_held_out
 from segment_anything_hq.records import METHODS, ON_SAM2, RefinerPlan, RefinerRecord
 from segment_anything_hq.tasks.defaults import default_plan
@@ -105,6 +106,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(method: Method, se
 import os, signal, sys, pathlib
 import torch
 from segment_anything_hq.records import RefinerPlan
+from segment_anything_hq.data.looks import looks_of
 from segment_anything_hq.data.open_data import open_data
 from segment_anything_hq.tasks.refiner import RefinerTask
 from segment_anything_hq.tasks.train import RefinerTrainOptions, train_refiner
@@ -244,6 +246,7 @@ def test_a_checkpoint_knows_its_images_and_is_not_resumed_with_others(sets, tmp_
     record = read_header(tmp_path / FINAL, RefinerRecord).record
     assert record.training_images == tuple(sorted(digests_of(training).values()))
     assert not set(record.training_images) & set(digests_of(held).values())
+    assert record.training_looks == tuple(sorted(set(looks_of(training).values())))
     train_refiner(plan_of("hq_sam"), tuple(reversed(training)), held, tmp_path, CPU)  # the same images
     for other in (sets, held):
         with pytest.raises(CheckpointError, match=r"another training.*training images was .*digest.*restart=True"):

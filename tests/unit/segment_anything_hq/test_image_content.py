@@ -12,6 +12,7 @@ from PIL import Image
 from rfmedsam2.errors import ImageError, UsageError
 from segment_anything_hq.data.content import content_digest, digests_of, seen_images
 from segment_anything_hq.data.datasets import ImageSet
+from segment_anything_hq.data.looks import looks_of, saved_again
 from segment_anything_hq.data.open_data import list_data, open_data, split_held_out
 from segment_anything_hq.evaluation.overlap import counted, trained_on
 
@@ -97,6 +98,59 @@ def test_training_images_are_counted_by_set(tmp_path):
     with pytest.raises(UsageError, match="does not say which images"):
         trained_on(sets, None, model=tmp_path / "m", held_out=0.1)
     assert trained_on(sets, ["0" * 16], model=tmp_path / "m", held_out=0.1) == {}
+
+
+def photographs(folder: Path, names: str) -> Path:
+    """Smooth images of noise, another for every name, each with a mask."""
+    for name in names:
+        small = np.random.default_rng(ord(name)).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+        for part, image in (("images", Image.fromarray(small)), ("masks", Image.new("L", (8, 6), 255))):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            image.resize((160, 120), Image.Resampling.BICUBIC).save(folder / part / f"{name}.png")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["recompressed", "bmp", "jpeg", "poor_jpeg", "half", "gray", "turned"])
+def test_photographs_that_were_saved_again_are_recognized(tmp_path, how):
+    here, there = photographs(tmp_path / "here", "abcdef"), photographs(tmp_path / "there", "efgh")
+    ending = {"bmp": "bmp", "jpeg": "jpg", "poor_jpeg": "jpg", "turned": "jpg"}.get(how, "png")
+    for path in sorted((there / "images").iterdir()):
+        image = Image.open(path).copy()
+        path.unlink()
+        image = image.resize((80, 60)) if how == "half" else image.convert("L") if how == "gray" else image
+        image = image.transpose(Image.Transpose.ROTATE_90) if how == "turned" else image
+        exif = Image.Exif()
+        exif[0x0112] = 6 if how == "turned" else 1
+        options = {"jpg": {"quality": 50 if how == "poor_jpeg" else 95, "exif": exif}, "png": {"compress_level": 1}}
+        image.save(path.with_suffix(f".{ending}"), **options.get(ending, {}))
+    trained, sets = open_data([str(here)]), open_data([str(there)])
+    assert seen_images(sets, contents(trained)) == {}
+    looks = sorted(looks_of(trained).values())
+    assert saved_again(sets, looks, contents(trained)) == {"there": (2, 4)}
+    assert saved_again(trained, looks, contents(trained)) == {}  # the same files
+    assert saved_again(sets, (), contents(trained)) == {}
+
+
+def test_images_without_any_shade_do_not_look_like_each_other(tmp_path):
+    for name, level in (("here", 0), ("there", 255)):
+        (photographs(tmp_path / name, "a") / "images" / "a.png").unlink()
+        Image.new("RGB", (160, 120), (level,) * 3).save(tmp_path / name / "images" / "a.png")
+    looks = sorted(looks_of(open_data([str(tmp_path / "here")])).values())
+    assert saved_again(open_data([str(tmp_path / "there")]), looks, ()) == {}
+
+
+def test_links_and_other_folders_change_no_content(tmp_path):
+    here = photographs(tmp_path / "here", "abcd")
+    linked = tmp_path / "deep" / "er"
+    (linked / "images").mkdir(parents=True)
+    (linked / "masks").symlink_to(here / "masks")
+    for path in (here / "images").iterdir():
+        (linked / "images" / path.name).symlink_to(path)
+    trained = open_data([str(here)])
+    assert seen_images(open_data([str(linked)]), contents(trained)) == {"er": (4, 4)}
+    both = open_data([str(here), str(linked)])
+    kept, held = split_held_out(both, 0.5)
+    assert not contents(kept) & contents(held)
 
 
 def test_a_mask_rule_that_nothing_would_follow_is_refused(tmp_path, caplog):
