@@ -51,6 +51,7 @@ DEATH_SECONDS = 2.0
 MEMORY_SIGNALS = {getattr(signal, name, None) for name in ("SIGKILL", "SIGBUS")}
 """Signals that kill a worker when memory, or shared memory, runs out."""
 REMEDY = "Run the same command again to resume, with fewer workers (train.workers, 0: none) if memory is short"
+UNGUARDED = "Its traceback stands above. A program that trains must do so below: if __name__ == '__main__':"
 
 
 def batches(
@@ -240,7 +241,7 @@ class _WorkerPool:
             f"Data loading worker {index} (pid {process.pid}) was killed or died ({cause})",
             where=self._work(index),
             found=f"{size}{free / 2**30:.1f} GiB of memory are free now",
-            remedy=REMEDY,
+            remedy=REMEDY if code is None or code <= 0 else UNGUARDED,
         )
 
     def _work(self, index: int) -> str:

@@ -49,6 +49,12 @@ def die_at_3(number):
     return draw(number)
 
 
+def leave_at_3(number):
+    if number == 3:
+        os._exit(1)  # as a worker does that imports a program which trains when it is imported
+    return draw(number)
+
+
 def stall_at_2(number):
     if number == 2:
         time.sleep(600)
@@ -148,6 +154,12 @@ def test_a_killed_worker_is_told_before_the_timeout():
     assert time.monotonic() - began < 100  # and not the timeout; a loaded machine takes seconds
     for part in (r"pid ", "SIGKILL, probably out of memory", "batch 3 (case_3)", "GiB", "fewer workers"):
         assert part in str(caught.value)
+
+
+def test_a_worker_that_ends_by_itself_names_the_guard_of_a_program():
+    with pytest.raises(WorkerError, match=r"exit code 1.*traceback stands above.*if __name__ == '__main__':") as caught:
+        take(leave_at_3, workers=2)
+    assert "fewer workers" not in str(caught.value)
 
 
 def test_a_worker_killed_while_the_main_process_works_does_not_break_into_that_work(alone, caplog):
