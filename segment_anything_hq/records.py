@@ -246,5 +246,9 @@ class PrecisionRecord(VersionedRecord):
     """Number of images evaluated."""
     boxes: int
     """Number of boxes given as prompts."""
+    trained_on: int = 0
+    """Number of these images that the network was trained on."""
+    looks_trained_on: int = 0
+    """Likewise, images of other files that look like one that the network was trained on."""
     figures: dict[str, float | None]
     """Average precision, 0 to 1, by name (AP, AP50 ...); None if there are no objects of that size."""

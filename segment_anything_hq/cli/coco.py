@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from rfmedsam2.cli.command import command, tell, tell_json
+from rfmedsam2.cli.command import command, say, tell, tell_json
 from rfmedsam2.cli.flags import AsJson
 from rfmedsam2.errors import UsageError
 from segment_anything_hq.cli.flag_groups import DetectedBoxes, NetworkChoice
+
+if TYPE_CHECKING:
+    from segment_anything_hq.data.datasets import ImageSet
 
 
 def evaluate_coco(
@@ -31,7 +35,10 @@ def evaluate_coco(
     from rfmedsam2.cli.console import table
     from rfmedsam2.cli.progress import bars
     from rfmedsam2.system.atomic import write_record
+    from segment_anything_hq.data.content import seen_images
+    from segment_anything_hq.data.looks import saved_again
     from segment_anything_hq.evaluation.average_precision import average_precision
+    from segment_anything_hq.evaluation.overlap import counted
     from segment_anything_hq.records import PrecisionRecord
 
     named = network.resolved()
@@ -47,6 +54,13 @@ def evaluate_coco(
         max_images=boxes.max_images,
         track=bars,
     )
+    known = named.training_images or ()
+    evaluated = _image_set(boxes.annotations.name, found.files)
+    seen, alike = seen_images([evaluated], known), saved_again([evaluated], named.training_looks, known)
+    for phrase in counted(seen):
+        say(f"Warning: the network was trained on {phrase}: scores of training images say nothing about new ones.")
+    for phrase in counted(alike):
+        say(f"Warning: {phrase} look like images that the network was trained on, saved again.")
     metrics = {name: None if math.isnan(value) else value for name, value in found.metrics.items()}
     record = PrecisionRecord(
         network=chosen.facts(),
@@ -54,6 +68,8 @@ def evaluate_coco(
         detections=None if boxes.detections is None else boxes.detections.name,
         images=found.images,
         boxes=found.boxes,
+        trained_on=seen.get(evaluated.name, (0, 0))[0],
+        looks_trained_on=alike.get(evaluated.name, (0, 0))[0],
         figures=metrics,
     )
     if output is not None:
@@ -66,6 +82,14 @@ def evaluate_coco(
     table(f"Masks from {source}: {found.boxes} in {found.images} images", list(metrics), [row])
     if output is not None:
         tell(f"Written: {output}")
+
+
+def _image_set(name: str, images: Sequence[Path]) -> ImageSet:
+    """The images as a set, whose masks are not read."""
+    from segment_anything_hq.data.datasets import ImageSet, MaskFile, Sample
+
+    samples = (Sample(id=image.name, image=image, mask=MaskFile(path=image)) for image in images)
+    return ImageSet(name=name, samples=tuple(samples))
 
 
 evaluate_coco_command = command(evaluate_coco, family="samhq")

@@ -39,13 +39,18 @@ class Precision:
 
     Attributes:
         metrics: value, 0 to 1, by the names in `METRICS`; NaN if there are no such objects.
-        images: number of images evaluated.
+        files: the images evaluated.
         boxes: number of boxes given as prompts.
     """
 
     metrics: dict[str, float]
-    images: int
+    files: tuple[Path, ...]
     boxes: int
+
+    @property
+    def images(self) -> int:
+        """Number of images evaluated."""
+        return len(self.files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,15 +102,17 @@ def average_precision(
     if not chosen:
         raise DatasetError("The file contains no boxes", where=detections or annotations)
     results: list[dict[str, Any]] = []
+    files: list[Path] = []
     for image in track(chosen, "images", len(chosen)):
         path = image_file(ground_truth.imgs[image], images)
         if path is None:
             name = ground_truth.imgs[image]["file_name"]
             raise DatasetError("An annotated image is missing", where=images, expected=f"a file {name}")
         results += _predict(network, read_image(path), boxes_by_image[image], fit)
+        files.append(path)
     return Precision(
         metrics=_count(ground_truth, results, chosen),
-        images=len(chosen),
+        files=tuple(files),
         boxes=sum(len(boxes_by_image[image]) for image in chosen),
     )
 

@@ -102,6 +102,31 @@ def test_the_command_writes_what_it_found(coco) -> None:
     assert "already exists" in run_error("evaluate_coco", *words)
 
 
+def test_training_images_are_marked(coco, tmp_path: Path) -> None:
+    """The first image is one of the training's, the second another one of them, compressed anew."""
+    data = tmp_path / "data"
+    for part in ("images", "masks"):
+        (data / part).mkdir(parents=True)
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[8:40, 10:50] = 255
+    for number in BOXES:
+        small = np.random.default_rng(number).integers(0, 256, (7, 7, 3)).astype(np.uint8)
+        image = Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        image.save(data / "images" / f"{number}.png")
+        image.save(coco.root / f"{number}.png", compress_level=6 if number == 1 else 0)
+        Image.fromarray(mask).save(data / "masks" / f"{number}.png")
+    tiny = ("--set", "train.workers=0", "train.iterations_per_epoch=1", "train.epochs=1")
+    size = ("-b", "vit_nano", "--frame-size", SIDE)
+    run_ok("train", "hq_sam", *size, "--data", data, "--held-out", 0, *tiny, "--device", "cpu", "-o", tmp_path / "run")
+    out = tmp_path / "ap.json"
+    words = ("-m", tmp_path / "run" / "checkpoint_final.safetensors", "--annotations", coco.path, "-i", coco.root)
+    said = run_ok("evaluate_coco", *words, "-o", out).err
+    assert "Warning: the network was trained on 1 of 2 images of instances.json" in said
+    assert "Warning: 1 of 2 images of instances.json look like images that the network was trained on" in said
+    record = json.loads(out.read_text())
+    assert (record["trained_on"], record["looks_trained_on"]) == (1, 1)
+
+
 def test_wrong_files_are_errors(coco) -> None:
     def fails(match: str, **changes) -> None:
         with pytest.raises(DatasetError, match=match):
