@@ -89,6 +89,8 @@ class RFMedSam2(nn.Module):
             frame_size=config.frame_size,
             fitted_windows=config.fitted_windows,
             object_scores=config.object_scores,
+            memory_layers=config.memory_layers,
+            memory_width=config.memory_width,
         )
         if config.output == "correct" and config.backbone == "nano":
             _silence(base)

@@ -151,6 +151,11 @@ class RFMedSam2Config(Record):
     detail: SAM 2's, plus what the mask prompt holds beyond that resolution. gated: Step 0's logits plus SAM 2's times a
     gate, one per step and class, that is learned and starts at 0; memories are of the masks that result. correct: the
     class map of the step before plus SAM 2's output, and memories of that output alone (older plans)."""
+    memory_layers: Count | None = None
+    """Layers of memory attention, for backbones whose memory has no published weights; None: the backbone's (sam2's 4
+    for light SAMs, as in older plans; nano has 2)."""
+    memory_width: Count | None = None
+    """Hidden width of these layers' MLPs; None: the backbone's (sam2's 2048 for light SAMs, as in older plans)."""
     gate_learning_rate: Positive = 0.01
     """Learning rate of the gates of `output` gated, which follows the schedule of all others."""
     step2_mask_prompt: Literal["class_map", "one_against_rest"] = "class_map"
@@ -202,6 +207,9 @@ class RFMedSam2Config(Record):
             raise ValueError(f"frame_size {self.frame_size} is not a multiple of 32")
         if self.output != "replace" and self.generator not in ("unet", "hierarchical_masks"):
             raise ValueError(f"output {self.output} needs a generator that predicts masks, not {self.generator}")
+        new_memory = self.memory_layers is not None or self.memory_width is not None
+        if new_memory and self.backbone not in (*LIGHT_BACKBONES, "nano"):
+            raise ValueError(f"memory_layers and memory_width are those of {self.backbone}'s published weights")
         if self.step0 == "crossfit" and (self.unet is None or self.unet.dimensions != 3):
             raise ValueError("step0 crossfit needs generator unet, with a 3D U-Net")
         if not self.propagate_loss and self.generator != "unet":

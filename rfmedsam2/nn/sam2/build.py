@@ -43,7 +43,13 @@ class Base(SAM2Base):
 
 
 def build_base(
-    backbone: Backbone, *, frame_size: int, fitted_windows: bool = False, object_scores: bool = True
+    backbone: Backbone,
+    *,
+    frame_size: int,
+    fitted_windows: bool = False,
+    object_scores: bool = True,
+    memory_layers: int | None = None,
+    memory_width: int | None = None,
 ) -> Base:
     """Build SAM 2 with freshly initialized weights.
 
@@ -56,13 +62,15 @@ def build_base(
         fitted_windows: see `RFMedSam2Config.fitted_windows`.
         object_scores: for backbones with SAM's decoder: add SAM 2's token and head that predict whether the object is
             present. Without them it is exactly SAM's decoder; SAM 2's own decoder always has them.
+        memory_layers: layers of memory attention; None: the backbone's.
+        memory_width: hidden width of their MLPs; None: the backbone's.
 
     Raises:
         PlanError: the frame size is not a multiple of 32, or too small for the backbone.
     """
     if frame_size < 32 or frame_size % 32:
         raise PlanError("Invalid frame size for SAM 2", expected="a multiple of 32 pixels", found=frame_size)
-    sizes = sizes_of(backbone, fitted_windows=fitted_windows)
+    sizes = sizes_of(backbone, fitted_windows=fitted_windows, memory_layers=memory_layers, memory_width=memory_width)
     with _TablesOnCpu():
         base = Base(
             image_encoder=_image_encoder(sizes, frame_size),

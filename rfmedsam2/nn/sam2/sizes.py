@@ -93,8 +93,24 @@ NANO = Sizes(
 )
 
 
-def sizes_of(backbone: Backbone, *, fitted_windows: bool = False) -> Sizes:
-    """Sizes of a backbone; `fitted_windows` only affects tiny, small and base_plus."""
+def sizes_of(
+    backbone: Backbone,
+    *,
+    fitted_windows: bool = False,
+    memory_layers: int | None = None,
+    memory_width: int | None = None,
+) -> Sizes:
+    """Sizes of a backbone, with another memory attention where one is given.
+
+    `fitted_windows` only affects tiny, small and base_plus.
+    """
+    sizes = _sizes_of(backbone, fitted_windows=fitted_windows)
+    return replace(
+        sizes, memory_layers=memory_layers or sizes.memory_layers, memory_width=memory_width or sizes.memory_width
+    )
+
+
+def _sizes_of(backbone: Backbone, *, fitted_windows: bool = False) -> Sizes:
     match backbone:
         case "sam2_tiny" | "sam2_small" | "sam2_base_plus" | "sam2_large":
             hiera = HIERA[backbone]

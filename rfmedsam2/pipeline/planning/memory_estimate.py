@@ -110,7 +110,8 @@ def _refinement_terms(model: RFMedSam2Config, stage: Stage, *, classes: int, hal
 
 def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, objects: int, half: bool) -> MemoryTerm:
     """SAM 2's activations: those of one chunk with checkpointing, else all."""
-    sizes, share = sizes_of(model.backbone), 0.5 if half else 1.0
+    sizes = sizes_of(model.backbone, memory_layers=model.memory_layers, memory_width=model.memory_width)
+    share = 0.5 if half else 1.0
     sizing = ObjectSizes(
         side=model.frame_size // 16,
         channels=sizes.channels,

@@ -11,6 +11,7 @@ from test_plan import BODY_CT, BTCV, HIPPOCAMPUS, SAGITTAL, described
 from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import PlanError, RecordError, UsageError
 from rfmedsam2.models import build_stage
+from rfmedsam2.nn.sam2.sizes import sizes_of
 from rfmedsam2.pipeline.planning.plan import plan
 from rfmedsam2.pipeline.planning.presets import REFINEMENTS
 from rfmedsam2.pipeline.planning.rfmedsam2 import enlarged_side, plan_rfmedsam2
@@ -73,6 +74,30 @@ def test_light_backbones_stay_frozen_and_correct_the_prompts(backbone):
     assert (model.frame_size, model.output, model.freeze_backbone) == (256, "gated", True)
     assert (model.adapters.encoder, model.adapters.blocks, stage.batch_size) == (False, "dwconv", 1)
     assert planned(HIPPOCAMPUS, "default", backbone)[1].adapters.encoder
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "width"), [("mobile_sam", 2, 512), ("lite_medsam", 2, 512), ("nano", 2, 128)]
+)
+def test_a_memory_without_published_weights_is_small(backbone, layers, width):
+    stage, model = planned(HIPPOCAMPUS, "cpu", backbone)
+    assert (model.memory_layers, model.memory_width) == ((2, 512) if backbone != "nano" else (None, None))
+    wanted = stage.model_copy(update={"model": model})
+    network = build_stage(plan_rfmedsam2(*described(**HIPPOCAMPUS), preset="cpu", backbone=backbone), wanted)
+    attention = network.sam.base.memory_attention
+    assert (attention.num_layers, attention.layers[0].linear1.out_features) == (layers, width)
+
+
+def test_published_memories_and_those_of_older_plans_keep_their_sizes():
+    assert planned(HIPPOCAMPUS, "cpu", "sam2_tiny")[1].memory_layers is None
+    older = planned(HIPPOCAMPUS, "cpu", "lite_medsam")[1].model_dump(
+        mode="json", exclude={"memory_layers", "memory_width"}
+    )
+    model = RFMedSam2Config.parse(older)
+    sizes = sizes_of(model.backbone, memory_layers=model.memory_layers, memory_width=model.memory_width)
+    assert (sizes.memory_layers, sizes.memory_width) == (4, 2048)
+    with pytest.raises(RecordError, match="those of sam2_tiny's published weights"):
+        RFMedSam2Config.parse(older | {"backbone": "sam2_tiny", "memory_width": 512})
 
 
 @pytest.mark.parametrize("backbone", ["nano", "lite_medsam", "mobile_sam", "sam2_tiny", "sam2_large"])
