@@ -120,6 +120,14 @@ class InitialWeights:
             "were not trained on the case. Default: the plan's choice.",
         ),
     ] = None
+    cache: Annotated[
+        str | None,
+        arg(
+            metavar="views=N",
+            help="Train on N augmented patches of every case, whose features from the frozen image encoder are "
+            "computed once and kept on disk. Default: the plan's choice.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,7 @@ def train(
     fields = {"epochs": schedule.epochs, "iterations_per_epoch": schedule.iterations, "learning_rate": schedule.lr}
     changes = [f"{stage}.train.{field}={value}" for field, value in fields.items() if value is not None]
     chosen = resolve.planned(layout, name, plan.plan, stage=stage, changes=[*changes, *plan.set_])
-    chosen = with_step0(chosen, stage, start.step0)
+    chosen = with_refinement(chosen, stage, step0=start.step0, cache=start.cache)
     folder = layout.fold_folder(name, chosen.name, stage, fold)
     say(what_is_trained(chosen, stage, fold, folder, restart=run.restart))
     with bars.training():
@@ -317,21 +317,33 @@ def training_words(words: Sequence[str]) -> tuple[str | None, str, str]:
     )
 
 
-def with_step0(plan: Plan, stage: str, step0: str | None) -> Plan:
-    """The plan with its Step 0 trained in this way; None: as the plan says.
+def with_refinement(plan: Plan, stage: str, *, step0: str | None = None, cache: str | None = None) -> Plan:
+    """The plan with its Step 0 trained in this way, and frozen features cached; None: as the plan says.
+
+    Args:
+        plan: the plan.
+        stage: name of its stage.
+        step0: joint or crossfit.
+        cache: views=N.
 
     Raises:
-        UsageError: the plan is not RFMedSAM 2's.
+        UsageError: the plan is not RFMedSAM 2's, or `cache` has another form.
+        RecordError: features of this plan's encoder cannot be cached.
     """
-    if step0 is None:
-        return plan
-    if plan.stages[stage].model.kind != "rfmedsam2":
+    given = {"--step0": step0, "--cache": cache}
+    if plan.stages[stage].model.kind != "rfmedsam2" and any(given.values()):
         raise UsageError(
-            "--step0 only applies to plans of RFMedSAM 2",
+            f"{' and '.join(name for name, value in given.items() if value)} only apply to plans of RFMedSAM 2",
             where=f"{plan.name}, {stage}",
-            remedy="Leave it out, or plan with --model rfmedsam2",
+            remedy="Leave out, or plan with --model rfmedsam2",
         )
-    return plan.with_overrides(f"{stage}.model.step0={step0}")
+    changes = [] if step0 is None else [f"{stage}.model.step0={step0}"]
+    if cache is not None:
+        name, _, number = cache.partition("=")
+        if name != "views" or not number.isdecimal():
+            raise UsageError("--cache has another form", expected="views=N, such as views=4 (0: none)", found=cache)
+        changes.append(f"{stage}.model.cached_views={int(number)}")
+    return plan.with_overrides(*changes) if changes else plan
 
 
 def what_is_trained(plan: Plan, stage: str, fold: str, folder: Path, *, restart: bool) -> str:

@@ -7,7 +7,7 @@ these memories come from Step 1, Step 2 is one batched call over all objects, no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from rfmedsam2.nn.refiner import Refiner
 from rfmedsam2.nn.sam2.adapted import inject, remove
 from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.light_weights import load_light
-from rfmedsam2.nn.sam2.model import Sam2
+from rfmedsam2.nn.sam2.model import Pyramid, Sam2
 from rfmedsam2.nn.sam2.types import FrameFeatures
 from rfmedsam2.nn.sam2.weights import load_sam2, memory_parameters, pretrained_parameters
 from rfmedsam2.nn.unet import UNet
@@ -159,6 +159,14 @@ class RFMedSam2(nn.Module):
 
     def encode(self, frames: Tensor) -> FrameFeatures:
         """(N, M, H, W) -> features; frames are resized to the frame size and encoded in chunks."""
+        return self.sam.features(self._levels(frames, self.sam.pyramid))
+
+    @torch.no_grad()
+    def frozen_levels(self, frames: Tensor) -> tuple[Tensor, ...]:
+        """What a frozen image encoder computes for frames (N, M, H, W), to be cached and given to `steps`."""
+        return self._levels(frames, self.sam.frozen)
+
+    def _levels(self, frames: Tensor, encode: Callable[[Tensor], Pyramid]) -> Pyramid:
         size = self.config.frame_size
         training = self.config.gradients_in_encoder and torch.is_grad_enabled()
         side = frames.shape[-1]
@@ -170,7 +178,7 @@ class RFMedSam2(nn.Module):
             part = self.channel_adapter(part)
             if resized:
                 part = F.interpolate(part, (size, size), mode="bilinear", align_corners=False)
-            return self.sam.pyramid(part)
+            return encode(part)
 
         def encoded(frames: Tensor) -> tuple[Tensor, ...]:
             levels = [self.refiner.run(chunk, part) for part in frames.split(count)]
@@ -178,7 +186,7 @@ class RFMedSam2(nn.Module):
 
         with torch.set_grad_enabled(training):
             fine, middle, embedding = encoded(frames) if self.cache is None else self.cache.levels(frames, encoded)
-        return self.sam.features((fine, middle, embedding))
+        return fine, middle, embedding
 
     def start_from_logits(self, logits: Tensor) -> RefinementInput:
         """Refinement input from Step 0's logits (N, outputs, H, W)."""
@@ -204,7 +212,13 @@ class RFMedSam2(nn.Module):
     # ---- whole patches
 
     def steps(
-        self, volumes: Tensor, boxes: Prompts | None = None, *, last: int | None = None, step0: Tensor | None = None
+        self,
+        volumes: Tensor,
+        boxes: Prompts | None = None,
+        *,
+        last: int | None = None,
+        step0: Tensor | None = None,
+        levels: tuple[Tensor, ...] | None = None,
     ) -> StepOutputs:
         """Run the steps on patches (B, M, D, H, W).
 
@@ -214,6 +228,7 @@ class RFMedSam2(nn.Module):
                 the presence to decode by while training (what the reference holds), else their own.
             last: last step to run; None: all steps.
             step0: fixed class maps (B, K, D, H, W) instead of the U-Net's; None: the U-Net runs.
+            levels: `frozen_levels` of the B * D frames, in any precision; None: they are encoded.
         """
         last = self.last_step if last is None else min(last, self.last_step)
         count, size = len(volumes), (volumes.shape[-2], volumes.shape[-1])
@@ -228,13 +243,13 @@ class RFMedSam2(nn.Module):
             start = self.start_from_logits(full.transpose(1, 2).flatten(0, 1))
             start = start if boxes is None else self.with_boxes(start, boxes)
             drawn = self._drawn(start, count)
-            features = self._encoded(frames, drawn)
+            features = self._encoded(frames, drawn, levels)
         elif self.config.generator == "gt":
             start = self.start(None, size, boxes)
             drawn = self._drawn(start, count)
-            features = self._encoded(frames, drawn)
+            features = self._encoded(frames, drawn, levels)
         else:
-            features = self.encode(frames)
+            features = self.encode(frames) if levels is None else self._features_of(levels)
             start = self.start(features, size, boxes)
             drawn = self._drawn(start, count)
             if self.config.generator == "hierarchical_masks":
@@ -268,15 +283,21 @@ class RFMedSam2(nn.Module):
             return all_objects(present)
         return draw_objects(present, volumes, sampling=self.sampling, config=self.config)
 
-    def _encoded(self, frames: Tensor, drawn: DrawnObjects) -> FrameFeatures:
+    def _features_of(self, levels: Sequence[Tensor], used: Tensor | None = None) -> FrameFeatures:
+        """Features of cached levels, of the frames `used` (n,); None: of all."""
+        fine, middle, embedding = (level if used is None else level[used] for level in levels)
+        return self.sam.features_of((fine.float(), middle.float(), embedding.float()))
+
+    def _encoded(self, frames: Tensor, drawn: DrawnObjects, levels: Sequence[Tensor] | None) -> FrameFeatures:
         """Features of the frames with objects to decode; of all if objects are not drawn in runs of frames."""
         objects = drawn.objects
         if not self.sampling.prompted_runs or not len(objects):
-            return self.encode(frames)
+            return self.encode(frames) if levels is None else self._features_of(levels)
         used = objects[:, 0].unique()
         rows = torch.full((len(frames),), -1, device=used.device)
         rows[used] = torch.arange(len(used), device=used.device)
-        return replace(self.encode(frames[used]), rows=rows)
+        features = self.encode(frames[used]) if levels is None else self._features_of(levels, used)
+        return replace(features, rows=rows)
 
     def start(self, features: FrameFeatures | None, size: Size, boxes: Prompts | None) -> RefinementInput:
         """Refinement input without a U-Net: from given boxes, or from a generator on the frames' features."""

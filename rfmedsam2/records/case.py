@@ -117,3 +117,11 @@ class Step0Record(VersionedRecord):
     def made_from(self) -> tuple[str, str, str]:
         """Case, weights and settings."""
         return self.case, self.weights, self.settings
+
+
+class ViewsRecord(VersionedRecord):
+    """What the cached features of a fold's augmented views were made from."""
+
+    format: Literal[1] = 1
+    settings: dict[str, str]
+    """By name: weights of the encoder, sizes, augmentation, Step 0."""

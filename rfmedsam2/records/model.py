@@ -170,6 +170,9 @@ class RFMedSam2Config(Record):
     """tiny, small, base_plus: attention windows of 8, 4, 16, 8 positions instead of 8, 4, 14, 7. No padding at
     256 and 512 pixels, a third faster; but the published weights were trained with the latter."""
     adapters: AdapterConfig = AdapterConfig()
+    cached_views: Whole = 0
+    """Number of augmented patches of every training case that are trained on, whose features from the frozen encoder
+    are computed once and kept on disk; 0: every patch is drawn and augmented anew."""
     step0: Step0Training = "joint"
     """How Step 0's U-Net is trained. joint: with Steps 1 and 2. crossfit: beforehand, and Steps 1 and 2 learn from
     fixed logits of U-Nets that were not trained on the case, which have the errors of new cases."""
@@ -212,6 +215,12 @@ class RFMedSam2Config(Record):
             raise ValueError(f"memory_layers and memory_width are those of {self.backbone}'s published weights")
         if self.step0 == "crossfit" and (self.unet is None or self.unet.dimensions != 3):
             raise ValueError("step0 crossfit needs generator unet, with a 3D U-Net")
+        if self.cached_views and self.gradients_in_encoder:
+            raise ValueError(
+                f"cached_views {self.cached_views} (0: keep none), but features of an image encoder that learns cannot "
+                "be kept: set freeze_backbone true, adapters.encoder and .channels false, with a backbone that has "
+                "published weights"
+            )
         if not self.propagate_loss and self.generator != "unet":
             raise ValueError(f"generator {self.generator} needs propagate_loss; only unet works without it")
         return self

@@ -10,9 +10,11 @@ from rfmedsam2.engine.loader import batches
 from rfmedsam2.engine.runtime import Runtime, to_device
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Split, Stage
+from rfmedsam2.store.frozen_features.views import ViewStore
 from rfmedsam2.store.preprocessed import CaseStore, StoredCase
 from rfmedsam2.store.step0_logits import LogitsStore
 from rfmedsam2.system.progress import Track, silent
+from rfmedsam2.tasks.cached_views import ViewSource
 from rfmedsam2.tasks.patches import PatchBatch, PatchSource
 
 
@@ -42,8 +44,18 @@ class PatchFeed:
     ) -> None:
         self._track, self._step0 = track, step0
         self._stage, self._labels, self._store, self._split, self._runtime = stage, labels, store, split, runtime
-        self._training = self._source(split.train, augment=True)
+        self._augmented = self._source(split.train, augment=True)
+        self._training: PatchSource | ViewSource = self._augmented
         self._validation = self._source(split.val, augment=False)
+
+    def view(self, name: str, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """View `number` of a training case, see `PatchSource.view`."""
+        return self._augmented.view(name, number)
+
+    def use_views(self, views: ViewStore) -> None:
+        """Train on cached views of the training cases from now on."""
+        size, seed, rank = self._stage.batch_size, self._stage.train.seed, self._runtime.rank
+        self._training = ViewSource(views, self._split.train, batch_size=size, seed=seed, rank=rank)
 
     def training(self, start: int) -> Iterator[PatchBatch]:
         """Training batches from number `start` on; batch i depends only on (seed, rank, i)."""

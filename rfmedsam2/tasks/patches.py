@@ -6,6 +6,8 @@ the volume are padded (image 0, label -1 "outside").
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rfmedsam2.engine.rng import preserved, seed_all
 from rfmedsam2.errors import RfMedSamError, StoreError
 from rfmedsam2.extensions import make
 from rfmedsam2.records.dataset import LabelSet
@@ -33,12 +36,14 @@ class PatchBatch:
     """One batch: image (B, C, ...) float32, target (B, ...) int16 label values, ids of the cases.
 
     `step0`: fixed class maps of Step 0 (B, K, ...) float32 at the same places, if the source has them.
+    `levels`: frozen features of the B * D slices, of each level (B * D, channels, h, w) float16, if they are cached.
     """
 
     image: Tensor
     target: Tensor
     ids: tuple[str, ...]
     step0: Tensor | None = None
+    levels: tuple[Tensor, ...] | None = None
 
 
 class PatchSource:
@@ -93,7 +98,9 @@ class PatchSource:
         """
         rng = self._rng(step)
         ids = self._drawn(rng)
-        images, targets, logits = zip(*(self._sample(name, slot, rng) for slot, name in enumerate(ids)), strict=True)
+        images, targets, logits = zip(
+            *(self._sample(name, self._forced(slot), rng) for slot, name in enumerate(ids)), strict=True
+        )
         return PatchBatch(
             image=torch.stack(images),
             target=torch.stack(targets),
@@ -118,13 +125,26 @@ class PatchSource:
 
         Its place is drawn from `rng`; random changes come from the global generators.
         """
-        return self._sample(name, slot, rng)[:2]
+        return self._sample(name, self._forced(slot), rng)[:2]
 
-    def _sample(self, name: str, slot: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    def view(self, name: str, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """View `number` of a case, the same at every call: image, target, and Step 0's class map if there is one.
+
+        Views of a case contain foreground as often as samples of a batch. The global generators stay as they were.
+        """
+        place, share = zlib.crc32(name.encode()), self._stage.sampling.oversample_foreground
+        count = place % 100 + number
+        seed = (self._seed, place, number)
+        with preserved():
+            seed_all(*seed)
+            forced = math.floor((count + 1) * share) > math.floor(count * share)
+            return self._sample(name, forced, np.random.default_rng(seed))
+
+    def _sample(self, name: str, forced: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         """The patch as `sample` gives it, and Step 0's class map (K, *patch), moved and flipped as the image is."""
         try:
             case = self._open(name)
-            box = self._box(case, self._forced(slot), rng)
+            box = self._box(case, forced, rng)
             image, label = read_padded(case, box)
             logits = None if self._step0 is None else self._read_logits(self._step0, name, box)
         except RfMedSamError:

@@ -21,6 +21,7 @@ from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan, Split
+from rfmedsam2.store.frozen_features.views import ViewStore
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.step0_logits import LogitsStore
 from rfmedsam2.system.progress import Track, silent
@@ -91,10 +92,20 @@ class RFMedSam2Task:
         """Training batches from number `start` on."""
         return self._feed.training(start)
 
+    def view(self, name: str, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """An augmented view of a training case: image (C, D, H, W), target, Step 0's fixed class map if any."""
+        return self._feed.view(name, number)
+
+    def use_views(self, views: ViewStore) -> None:
+        """Train on cached views, whose frozen features are read instead of computed."""
+        self._feed.use_views(views)
+
     def loss(self, batch: PatchBatch) -> dict[str, Tensor]:
         """Cross-entropy and Dice of every step, and the losses of the prompt generator."""
         reference = reference_prompts(batch.target, self.plan.labels)
-        steps = self.model.steps(batch.image, self._given(reference), step0=self._disturbed(batch.step0))
+        steps = self.model.steps(
+            batch.image, self._given(reference), step0=self._disturbed(batch.step0), levels=batch.levels
+        )
         parts: dict[str, Tensor] = {}
         counted = counted_voxels(steps, (batch.image.shape[-2], batch.image.shape[-1]), self.model.config)
         for number, logits in steps.logits.items():

@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.errors import UsageError
 from rfmedsam2.nn.segmenter import Embedded
-from rfmedsam2.store.checkpoints import weights_sha256
-from rfmedsam2.system.atomic import atomic, writing_to
+from rfmedsam2.store.frozen_features.tensor_files import UnusableTensorsError, read_tensors, write_tensors
 from segment_anything_hq.models import Network, base_sha256
 from segment_anything_hq.nn.hq_sam import HqSam
 from segment_anything_hq.nn.mask_refinement import Views
@@ -125,29 +122,15 @@ class EmbeddingCache:
     def _read(self, path: Path, key: str) -> Frozen | None:
         """A frame's tensors; None if the file is missing or unusable."""
         try:
-            with safe_open(path, framework="pt", device="cpu") as stream:
-                metadata = stream.metadata() or {}
-                if (
-                    set(stream.keys()) != set(self._names)
-                    or metadata.get("frame") != key
-                    or metadata.get("of") != self._key
-                ):
-                    logger.warning("%s belongs to another frame or network; encoding the frame again", path)
-                    return None
-                row = {name: stream.get_tensor(name) for name in self._names}
-            if weights_sha256(row) == metadata.get("sha256"):
-                return row
-            logger.warning("%s is damaged (its digest does not match); encoding the frame again", path)
+            return read_tensors(path, {"of": self._key, "frame": key}, self._names)
         except FileNotFoundError:
             pass
-        except (SafetensorError, CheckpointError, OSError) as error:
-            logger.warning("%s cannot be read (%s); encoding the frame again", path, error)
+        except UnusableTensorsError as error:
+            logger.warning("%s %s; encoding the frame again", path, error)
         return None
 
     def _write(self, path: Path, key: str, row: Frozen) -> None:
-        metadata = {"format": "pt", "of": self._key, "frame": key, "sha256": weights_sha256(row)}
-        with atomic(path) as temporary, writing_to(path):
-            temporary.write_bytes(save(row, metadata))
+        write_tensors(path, row, {"of": self._key, "frame": key})
 
 
 def _cached_fields(network: Network) -> tuple[str, ...]:

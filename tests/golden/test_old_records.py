@@ -13,7 +13,7 @@ from rfmedsam2.pipeline.datasets.splits import read_splits
 from rfmedsam2.records.archive import Manifest
 from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.box_prompts import BoxPromptFile
-from rfmedsam2.records.case import CaseRecord, Step0Record
+from rfmedsam2.records.case import CaseRecord, Step0Record, ViewsRecord
 from rfmedsam2.records.checkpoint import CheckpointRecord, TaskRecord, TrainedRecord
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import Fingerprint
@@ -62,7 +62,12 @@ CHECKPOINTS: dict[str, type[TrainedRecord]] = {
     "medical/broken_fold_0/checkpoint_latest.safetensors": CheckpointRecord,
     "natural/training/checkpoint_final.safetensors": RefinerRecord,
 }
-INTRODUCED: dict[type[VersionedRecord], str] = {TaskRecord: "0.2.0", Comparison: "0.2.0", Step0Record: "0.2.0"}
+INTRODUCED: dict[type[VersionedRecord], str] = {
+    TaskRecord: "0.2.0",
+    Comparison: "0.2.0",
+    Step0Record: "0.2.0",
+    ViewsRecord: "0.2.0",
+}
 """Kinds of record that version 0.1 did not have, with the version whose format 1 is their first."""
 
 

@@ -6,12 +6,15 @@ The official modules are run as the official video predictor runs them (`SAM2Bas
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
 from torch import Tensor, nn
 
 from rfmedsam2.nn.sam2.positions import SinePositions
+from rfmedsam2.nn.sam2.tiny_vit import TinyVitEncoder
 from rfmedsam2.nn.sam2.types import DecodedMasks, FrameFeatures, ObjectPrompts
 
 Pyramid = tuple[Tensor, Tensor, Tensor]
@@ -57,11 +60,33 @@ class Sam2(nn.Module):
         fine, middle, embedding = self.base.image_encoder(frames)["backbone_fpn"]
         return fine, middle, embedding
 
+    def frozen(self, frames: Tensor) -> Pyramid:
+        """What a frozen encoder computes for frames (N, 3, S, S), for `features_of`; TinyViT's before its laterals."""
+        encoder = self.base.image_encoder
+        return encoder.levels(frames) if isinstance(encoder, TinyVitEncoder) else self.pyramid(frames)
+
     def features(self, pyramid: Pyramid) -> FrameFeatures:
         """Features for the mask decoder, whose convolutions reduce the channels of the finer levels."""
         fine, middle, embedding = pyramid
         decoder = self.base.sam_mask_decoder
         return FrameFeatures(embedding=embedding, middle=decoder.conv_s1(middle), fine=decoder.conv_s0(fine))
+
+    def features_of(self, levels: Pyramid) -> FrameFeatures:
+        """`features` of what `frozen` gave, equal up to rounding.
+
+        A lateral and the decoder's convolution after it are one convolution, a fourth of the work at stride 4.
+        """
+        encoder, decoder = self.base.image_encoder, self.base.sam_mask_decoder
+        if not isinstance(encoder, TinyVitEncoder):
+            return self.features(levels)
+        fine, middle, embedding = levels
+        finer = [
+            F.conv2d(level, *_composed(lateral, reduce))
+            for level, lateral, reduce in zip(
+                (fine, middle), encoder.laterals, (decoder.conv_s0, decoder.conv_s1), strict=True
+            )
+        ]
+        return FrameFeatures(embedding=embedding, middle=finer[1], fine=finer[0])
 
     def decode(
         self, features: FrameFeatures, prompts: ObjectPrompts, *, embedding: Tensor | None = None
@@ -145,3 +170,11 @@ class Sam2(nn.Module):
             return sparse, encoder.mask_downscaling(prompts.masks[:, None]), positions
         none = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         return sparse, none.expand(count, -1, self.side, self.side), positions
+
+
+def _composed(first: Any, second: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of two 1x1 convolutions as one."""
+    with torch.autocast(first.weight.device.type, enabled=False):
+        weight = second.weight.flatten(1) @ first.weight.flatten(1)
+        bias = F.linear(first.bias, second.weight.flatten(1), second.bias)
+    return weight[..., None, None], bias

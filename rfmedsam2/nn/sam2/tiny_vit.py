@@ -270,17 +270,18 @@ class TinyVitEncoder(nn.Module):
 
     def forward(self, frames: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """See the class."""
+        fine, middle, embedding = self.levels(frames)
+        levels = [self.laterals[0](fine), self.laterals[1](middle), embedding]
+        positions = [self.position_encoding(level).to(level.dtype) for level in levels]
+        return {"vision_features": levels[-1], "vision_pos_enc": positions, "backbone_fpn": levels}
+
+    def levels(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is published of the pyramid: stages of 64 and 128 channels before their laterals, and the embedding."""
         size = (self.seen(frames.shape[-1]),) * 2
         if tuple(frames.shape[-2:]) != size:
             frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
         fine, middle, last = self.stages(scaled(frames, self.scaling))
-        levels = [
-            self.laterals[0](self._at(fine, stride=4)),
-            self.laterals[1](self._at(middle, stride=8)),
-            self._at(self.neck(last), stride=16),
-        ]
-        positions = [self.position_encoding(level).to(level.dtype) for level in levels]
-        return {"vision_features": levels[-1], "vision_pos_enc": positions, "backbone_fpn": levels}
+        return self._at(fine, stride=4), self._at(middle, stride=8), self._at(self.neck(last), stride=16)
 
     def seen(self, side: int) -> int:
         """Side length of the stem's input for frames of `side`."""

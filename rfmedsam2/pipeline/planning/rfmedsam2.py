@@ -26,7 +26,7 @@ because that makes the encoder four times as expensive."""
 LARGEST_FRAME = 1024
 PLAIN_CHANNELS = (1, 3)
 """Numbers of channels that SAM sees unmixed; others are averaged until the channel adapter has learned."""
-NEW_MEMORY = {"memory_layers": 2, "memory_width": 512}
+NEW_MEMORY_LAYERS, NEW_MEMORY_WIDTH = 2, 512
 """Memory attention of light SAMs, which no published weights fill: SAM 2's 4 layers of width 2048 take three times as
 long, and half of a training step on frozen features."""
 GIVEN_BOX_SHARE = 0.25
@@ -122,7 +122,8 @@ def model_of(
         given_boxes="replace",
         freeze_backbone=backbone != "nano",
         adapters=AdapterConfig(encoder=adapt_encoder, channels=learn_channels),
-        **(NEW_MEMORY if backbone in LIGHT_BACKBONES else {}),
+        memory_layers=NEW_MEMORY_LAYERS if backbone in LIGHT_BACKBONES else None,
+        memory_width=NEW_MEMORY_WIDTH if backbone in LIGHT_BACKBONES else None,
     )
     if backbone != "nano":
         return config

@@ -30,6 +30,7 @@ from rfmedsam2.pipeline.training.case_checks import require_current, require_pre
 from rfmedsam2.pipeline.training.crossfit import CrossFitting, Step0, parts_of
 from rfmedsam2.pipeline.training.memory_check import check_memory
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
+from rfmedsam2.pipeline.training.view_cache import ViewCaching
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import RFMedSam2Config
@@ -37,6 +38,7 @@ from rfmedsam2.records.plan import Plan, Split, Stage
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.reporting.training_curves import progress_png
 from rfmedsam2.store.checkpoint_header import FINAL, LATEST
+from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import shared_lock
 from rfmedsam2.store.preprocessed import CaseStore
@@ -244,6 +246,20 @@ def _task(job: _Job, runtime: Runtime, options: TrainOptions, track: Track, step
             unet = job.layout.fold_folder(plan.dataset, plan.name, config.starts_from, fold) / FINAL
         for note in load_pretrained(task.model, plan, fold=fold, sam=options.sam, unet=unet):
             logger.warning(note) if runtime.is_main else None
+    if config.model.cached_views:
+        if began:  # the frozen weights are those that the training began with
+            newest = next(path for name in (LATEST, FINAL) if (path := folder / name).is_file())
+            task.model.load_state_dict(read_weights(newest))
+        views = ViewCaching(
+            folder=job.store.folder / f"views_fold_{fold}",
+            task=task,
+            store=job.store,
+            split=job.split,
+            step0=None if step0 is None else step0.digest,
+            runtime=runtime,
+            track=track,
+        ).run()
+        task.use_views(views)
     return task
 
 
