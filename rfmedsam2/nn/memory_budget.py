@@ -98,10 +98,18 @@ class ObjectSizes:
         return max(FLOAT * max(attention, mlp), self.decode(training=False))
 
 
-def frame_bytes(backbone: str, frame_size: int, *, side: int, training: bool) -> int:
-    """Bytes per frame of image encoding; `side`: side length of frames before they are resized to `frame_size`."""
+def frame_bytes(backbone: str, frame_size: int, *, side: int, training: bool, encoder_size: int | None = None) -> int:
+    """Bytes per frame of image encoding.
+
+    Args:
+        backbone: the backbone.
+        frame_size: of the decoder.
+        side: side length of frames before they are resized.
+        training: with gradients.
+        encoder_size: see `RFMedSam2Config.encoder_size`.
+    """
     encoder = ENCODERS[backbone]
-    seen = seen_side(side, frame_size) if backbone == "lite_medsam" else frame_size
+    seen = encoder_size or (seen_side(side, frame_size) if backbone == "lite_medsam" else frame_size)
     seen = max(seen, encoder.least_side)
     kept = encoder.kept if training else encoder.alive
     return int(kept * 2**20 * (seen / 256) ** 2)

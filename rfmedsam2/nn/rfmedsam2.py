@@ -89,6 +89,7 @@ class RFMedSam2(nn.Module):
             frame_size=config.frame_size,
             fitted_windows=config.fitted_windows,
             object_scores=config.object_scores,
+            encoder_size=config.encoder_size,
             memory_layers=config.memory_layers,
             memory_width=config.memory_width,
         )
@@ -158,7 +159,7 @@ class RFMedSam2(nn.Module):
         return [_as_volumes(result, len(volumes)) for result in results]
 
     def encode(self, frames: Tensor) -> FrameFeatures:
-        """(N, M, H, W) -> features; frames are resized to the frame size and encoded in chunks."""
+        """(N, M, H, W) -> features; frames are resized to the encoder's size and encoded in chunks."""
         return self.sam.features(self._levels(frames, self.sam.pyramid))
 
     @torch.no_grad()
@@ -167,10 +168,16 @@ class RFMedSam2(nn.Module):
         return self._levels(frames, self.sam.frozen)
 
     def _levels(self, frames: Tensor, encode: Callable[[Tensor], Pyramid]) -> Pyramid:
-        size = self.config.frame_size
+        size = self.config.encoder_size or self.config.frame_size
         training = self.config.gradients_in_encoder and torch.is_grad_enabled()
         side = frames.shape[-1]
-        each = frame_bytes(self.config.backbone, size, side=side, training=training)
+        each = frame_bytes(
+            self.config.backbone,
+            self.config.frame_size,
+            side=side,
+            training=training,
+            encoder_size=self.config.encoder_size,
+        )
         count = chunk_size(self.refiner.compute.memory_mb, each)
         resized = side != size and not self.sam.resizes_frames
 

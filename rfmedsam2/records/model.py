@@ -134,6 +134,10 @@ class RFMedSam2Config(Record):
     backbone: Backbone = "sam2_large"
     frame_size: Annotated[int, Field(ge=32)]
     """Side length in pixels of SAM 2's square input frames, a multiple of 32; slices of another size are resized."""
+    encoder_size: Annotated[int, Field(ge=32)] | None = None
+    """Side length in pixels at which frames are shown to a light SAM's image encoder; its features are averaged to the
+    grid of `frame_size`. None: MobileSAM's is `frame_size`, LiteMedSAM's the slice's own, up to 256. LiteMedSAM was
+    trained on 256 and MobileSAM on 1024 pixels; the time grows with the area."""
     refinements: Literal[1, 2] = 2
     """Steps after Step 0: 1 ends with Step 1 (Fig. 4(4e)), 2 with memory (Fig. 4(4f))."""
     strategy: MemoryStrategy = "preceding"
@@ -213,6 +217,8 @@ class RFMedSam2Config(Record):
         new_memory = self.memory_layers is not None or self.memory_width is not None
         if new_memory and self.backbone not in (*LIGHT_BACKBONES, "nano"):
             raise ValueError(f"memory_layers and memory_width are those of {self.backbone}'s published weights")
+        if self.encoder_size is not None:
+            self._require_encoder_size(self.encoder_size)
         if self.step0 == "crossfit" and (self.unet is None or self.unet.dimensions != 3):
             raise ValueError("step0 crossfit needs generator unet, with a 3D U-Net")
         if self.cached_views and self.gradients_in_encoder:
@@ -224,6 +230,13 @@ class RFMedSam2Config(Record):
         if not self.propagate_loss and self.generator != "unet":
             raise ValueError(f"generator {self.generator} needs propagate_loss; only unet works without it")
         return self
+
+    def _require_encoder_size(self, size: int) -> None:
+        if self.backbone not in LIGHT_BACKBONES:
+            raise ValueError(f"encoder_size is for {' and '.join(LIGHT_BACKBONES)}; {self.backbone} sees frame_size")
+        least = self.frame_size if self.backbone == "mobile_sam" else self.frame_size // 4
+        if size < least or size % 32:
+            raise ValueError(f"encoder_size {size} is not a multiple of 32, or below {least}, the decoder's grid")
 
 
 class CustomConfig(Extension):

@@ -48,6 +48,7 @@ def build_base(
     frame_size: int,
     fitted_windows: bool = False,
     object_scores: bool = True,
+    encoder_size: int | None = None,
     memory_layers: int | None = None,
     memory_width: int | None = None,
 ) -> Base:
@@ -62,6 +63,7 @@ def build_base(
         fitted_windows: see `RFMedSam2Config.fitted_windows`.
         object_scores: for backbones with SAM's decoder: add SAM 2's token and head that predict whether the object is
             present. Without them it is exactly SAM's decoder; SAM 2's own decoder always has them.
+        encoder_size: see `RFMedSam2Config.encoder_size`.
         memory_layers: layers of memory attention; None: the backbone's.
         memory_width: hidden width of their MLPs; None: the backbone's.
 
@@ -73,7 +75,7 @@ def build_base(
     sizes = sizes_of(backbone, fitted_windows=fitted_windows, memory_layers=memory_layers, memory_width=memory_width)
     with _TablesOnCpu():
         base = Base(
-            image_encoder=_image_encoder(sizes, frame_size),
+            image_encoder=_image_encoder(sizes, frame_size, encoder_size),
             memory_attention=_memory_attention(sizes, frame_size // STRIDE),
             memory_encoder=_memory_encoder(sizes),
             **_flags(frame_size, sizes, object_scores=object_scores or not sizes.from_sam),
@@ -116,9 +118,9 @@ def _flags(frame_size: int, sizes: Sizes, *, object_scores: bool) -> dict[str, A
     }
 
 
-def _image_encoder(sizes: Sizes, frame_size: int) -> nn.Module:
+def _image_encoder(sizes: Sizes, frame_size: int, encoder_size: int | None) -> nn.Module:
     if sizes.hiera is None:
-        return build_tiny_vit_encoder(frame_size, scaling=sizes.scaling)
+        return build_tiny_vit_encoder(frame_size, scaling=sizes.scaling, seen_size=encoder_size)
     trunk = _hiera(sizes.hiera)
     neck = FpnNeck(
         position_encoding=SinePositions(sizes.channels),

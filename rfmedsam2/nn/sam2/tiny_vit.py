@@ -248,6 +248,8 @@ class TinyVitEncoder(nn.Module):
         frame_size: S, side length of the frames in pixels.
         scaling: "unit" first scales each frame to [0, 1] over all its channels, as LiteMedSAM was
             trained; "none" expects normalized frames (MobileSAM: ImageNet's mean and standard deviation).
+        seen_size: side length at which frames are encoded, whatever theirs; None: see `seen`. There is no embedding of
+            absolute positions, so that any size will do.
         strided: whether the stem has stride 4 (MobileSAM) or no strides (LiteMedSAM).
 
     Shapes:
@@ -256,8 +258,11 @@ class TinyVitEncoder(nn.Module):
         one the neck's output; "vision_pos_enc", a sine encoding for each.
     """
 
-    def __init__(self, *, frame_size: int, scaling: Scaling = "none", strided: bool = True) -> None:
+    def __init__(
+        self, *, frame_size: int, scaling: Scaling = "none", strided: bool = True, seen_size: int | None = None
+    ) -> None:
         super().__init__()
+        self.seen_size = seen_size
         self.scaling: Scaling = scaling
         self.frame_size = frame_size
         self.strided = strided
@@ -285,6 +290,8 @@ class TinyVitEncoder(nn.Module):
 
     def seen(self, side: int) -> int:
         """Side length of the stem's input for frames of `side`."""
+        if self.seen_size is not None:
+            return self.seen_size
         return self.frame_size if self.strided else seen_side(side, self.frame_size)
 
     def stages(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,12 +315,15 @@ class TinyVitEncoder(nn.Module):
         return features if features.shape[-1] == side else F.adaptive_avg_pool2d(features, side)
 
 
-def build_tiny_vit_encoder(frame_size: int, scaling: Scaling = "none") -> TinyVitEncoder:
+def build_tiny_vit_encoder(
+    frame_size: int, scaling: Scaling = "none", *, seen_size: int | None = None
+) -> TinyVitEncoder:
     """Build the encoder for frames of `frame_size` x `frame_size`, randomly initialized.
 
     Args:
         frame_size: a multiple of 32, at least 64.
         scaling: "none" for MobileSAM's; "unit" for LiteMedSAM's, which scales each frame and has its own stem.
+        seen_size: see `TinyVitEncoder`.
 
     Raises:
         PlanError: the size is not a multiple of 32, or below 64.
@@ -322,7 +332,7 @@ def build_tiny_vit_encoder(frame_size: int, scaling: Scaling = "none") -> TinyVi
         raise PlanError(
             "Invalid frame size for TinyViT", expected="a multiple of 32, at least 64", found=str(frame_size)
         )
-    return TinyVitEncoder(frame_size=frame_size, scaling=scaling, strided=scaling == "none")
+    return TinyVitEncoder(frame_size=frame_size, scaling=scaling, strided=scaling == "none", seen_size=seen_size)
 
 
 def scaled(frames: Tensor, scaling: Scaling) -> Tensor:

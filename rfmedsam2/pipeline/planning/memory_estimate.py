@@ -121,7 +121,13 @@ def _working_term(model: RFMedSam2Config, stage: Stage, *, frames: int, objects:
     )
     sees = model.memory_frames * (2 if model.strategy == "both" else 1) + 1
     learns = model.gradients_in_encoder
-    frame = frame_bytes(model.backbone, model.frame_size, side=stage.patch_size[-1], training=learns)
+    frame = frame_bytes(
+        model.backbone,
+        model.frame_size,
+        side=stage.patch_size[-1],
+        training=learns,
+        encoder_size=model.encoder_size,
+    )
     parts = [(frames if learns else 0, frame), (objects, sizing.decode())]
     if model.refinements > 1:
         parts += [(objects, sizing.encode_memory()), (objects, sizing.condition_on_memory(sees, training=True))]

@@ -43,6 +43,7 @@ OPTIONS = "Give PredictOptions(mirror=False, ...)"
 NEWER_FIELDS = (
     *("step0", "crossfit", "disturbance", "refinement_loss"),
     *("gate_learning_rate", "step2_mask_prompt", "given_boxes"),
+    *("memory_layers", "memory_width", "encoder_size", "cached_views"),
 )
 """Fields of RFMedSAM 2 since version 0.2. Label maps that 0.1 predicted stay valid where these are at their default."""
 

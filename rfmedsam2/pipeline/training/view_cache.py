@@ -113,7 +113,7 @@ class ViewCaching:
         return {
             "encoder": f"{model.config.backbone} with weights {weights_sha256(frozen)[:16]}",
             "patch": "x".join(map(str, stage.patch_size)),
-            "frame size": str(model.config.frame_size),
+            "frame size": f"{model.config.frame_size}, encoder size {model.config.encoder_size or 'its own'}",
             "augmentation": hashlib.sha256(repr(changes).encode()).hexdigest()[:16],
             "seed": str(stage.train.seed),
             "precision": str(self.runtime.precision).removeprefix("torch."),
@@ -126,7 +126,7 @@ def view_bytes(task: RFMedSam2Task) -> int:
     stage, model = task.stage, task.model
     channels, voxels = model.channel_adapter.channels, math.prod(stage.patch_size)
     given = voxels * (4 * channels + 2 + (4 * model.classes if model.config.step0 == "crossfit" else 0))
-    size = model.config.frame_size
+    size = stage.patch_size[-1]
     with torch.inference_mode():
         levels = model.frozen_levels(torch.zeros(1, channels, size, size, device=next(model.parameters()).device))
     return given + stage.patch_size[0] * sum(2 * level.numel() for level in levels)

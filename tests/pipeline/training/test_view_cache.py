@@ -173,6 +173,7 @@ def test_views_of_a_case_that_was_preprocessed_anew_are_made_anew(layout: Layout
 OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "weights": ("encoder mobile_sam with weights", {}, {"change": 0.01}),
     "size": ("frame size 96", {"frame_size": 96}, {}),
+    "encoder's size": ("frame size 64, encoder size 128", {"encoder_size": 128}, {}),
     "augmentation": ("augmentation", {"augmentation": Augmentation(scale=(0.9, 1.1))}, {}),
     "step 0": ("step 0 abc", {}, {"step0": "abc"}),
 }

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.small_rfmedsam2 import config, network
 
-from rfmedsam2.errors import PlanError
+from rfmedsam2.choices import Backbone
+from rfmedsam2.errors import PlanError, RecordError
 from rfmedsam2.nn.sam2.tiny_vit import Scaling, build_tiny_vit_encoder, scaled
+from rfmedsam2.records.model import RFMedSam2Config
 
 
 @pytest.mark.parametrize(
@@ -91,3 +94,33 @@ def test_unit_scaling_is_per_frame_and_safe_on_flat_frames() -> None:
 def test_sizes_that_do_not_fit_are_refused(size: int) -> None:
     with pytest.raises(PlanError, match="multiple of 32"):
         build_tiny_vit_encoder(size)
+
+
+@pytest.mark.parametrize(("backbone", "own"), [("mobile_sam", 96), ("lite_medsam", 64)])
+def test_the_encoder_can_be_shown_another_size_than_the_decoder(backbone: Backbone, own: int) -> None:
+    torch.manual_seed(0)
+    frames = torch.randn(2, 1, 32, 32)
+    plain, shown = (
+        network(backbone=backbone, frame_size=64, encoder_size=size, freeze_backbone=True).eval()
+        for size in (None, own)
+    )
+    shown.load_state_dict(plain.state_dict())
+    sizes: list[torch.Size] = []
+    shown.sam.base.image_encoder.patch_embed.register_forward_hook(lambda _, given, __: sizes.append(given[0].shape))
+    with torch.no_grad():
+        before, after = plain.encode(frames), shown.encode(frames)
+        alone = shown.encode(frames[1:])
+    assert {tuple(size[-2:]) for size in sizes} == {(own, own)}
+    for name in ("embedding", "middle", "fine"):
+        one, two = getattr(before, name), getattr(after, name)
+        assert one.shape == two.shape
+        torch.testing.assert_close(two[1:], getattr(alone, name), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before.embedding, after.embedding, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"), [("nano", 64), ("sam2_tiny", 64), ("mobile_sam", 32), ("lite_medsam", 72)]
+)
+def test_sizes_that_the_encoder_cannot_be_shown_are_refused(backbone: Backbone, size: int) -> None:
+    with pytest.raises(RecordError, match="encoder_size"):
+        RFMedSam2Config.parse(config(backbone=backbone, frame_size=64).model_dump(mode="json") | {"encoder_size": size})
