@@ -59,6 +59,12 @@ class Tiles:
         int | None, arg(metavar="N", help="Number of tiles per forward pass, instead of the plan's.")
     ] = None
     skip_empty: Annotated[bool, arg(help="Skip tiles without body: faster on scans with much surrounding air.")] = False
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        arg(
+            help="Of the networks; auto: 16 bit on a GPU, fp32 on a CPU, where bf16 pays with AMX or AVX512-BF16 only."
+        ),
+    ] = "auto"
     device: Device = "auto"
 
 

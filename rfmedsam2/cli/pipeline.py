@@ -185,6 +185,7 @@ def predict(
             mirror=None if tiles.mirror is None else tiles.mirror == "on",
             tile_batch=tiles.tile_batch,
             skip_empty=tiles.skip_empty,
+            precision=tiles.precision,
             step=refinement.step,
         )
         predictor = Predictor.load(

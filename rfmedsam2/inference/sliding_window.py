@@ -60,7 +60,8 @@ class Execution:
     """How tiles are computed; independent of the model.
 
     Attributes:
-        precision: precision on CUDA; auto: bf16 if the GPU supports it, else fp16. CPU and MPS use fp32.
+        precision: of the networks; auto: on CUDA bf16 if the GPU supports it, else fp16. On a CPU all but bf16 is fp32,
+            which is auto, too. MPS uses fp32.
         skip_empty: skip tiles in which every channel is constant (range <= `EMPTY_RANGE` after normalization, such as
             air in a clipped CT). Voxels without any other tile become background: `EMPTY_LOGIT` for class 0 and
             -`EMPTY_LOGIT` for the others (for all, with regions). Other voxels are averaged over the remaining tiles.
@@ -341,7 +342,9 @@ class _Ensemble:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Autocast for CUDA at this precision; networks on other devices run in float32."""
+    """Autocast for CUDA at this precision, and for a CPU in bf16 if this is asked for; else networks run in float32."""
+    if device.type == "cpu" and precision == "bf16":
+        return torch.autocast("cpu", dtype=torch.bfloat16)
     if device.type != "cuda" or precision == "fp32":
         return nullcontext()
     half = precision == "fp16" or (precision == "auto" and not torch.cuda.is_bf16_supported())

@@ -45,7 +45,7 @@ class PredictOptions:
         tile_batch: number of tiles per forward pass.
         skip_empty: whether to skip tiles without body; see `sliding_window.Execution`.
         step: step whose result to return, for models with several (RFMedSAM 2: 0, 1, 2); None: the last step.
-        precision: precision of the networks on CUDA.
+        precision: precision of the networks; see `sliding_window.Execution`.
         threads: number of planes resampled or exported in parallel; None: the machine's cores, at most 8.
     """
 

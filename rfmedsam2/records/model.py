@@ -176,7 +176,7 @@ class RFMedSam2Config(Record):
     adapters: AdapterConfig = AdapterConfig()
     cached_views: Whole = 0
     """Number of augmented patches of every training case that are trained on, whose features from the frozen encoder
-    are computed once and kept on disk; 0: every patch is drawn and augmented anew."""
+    are computed once and kept on disk; 0: every patch is drawn and augmented for itself."""
     step0: Step0Training = "joint"
     """How Step 0's U-Net is trained. joint: with Steps 1 and 2. crossfit: beforehand, and Steps 1 and 2 learn from
     fixed logits of U-Nets that were not trained on the case, which have the errors of new cases."""

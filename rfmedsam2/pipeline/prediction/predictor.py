@@ -22,6 +22,7 @@ from rfmedsam2.arguments import path_of
 from rfmedsam2.errors import CheckpointError, UsageError, require_type, type_name
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.refinement import require_possible
+from rfmedsam2.inference.sliding_window import Precision
 from rfmedsam2.inference.volume import PredictOptions, PreparedCase, predict_prepared, preprocess_case
 from rfmedsam2.models import load_network
 from rfmedsam2.pipeline.prediction.checkpoints import Which, checkpoints_of
@@ -150,7 +151,7 @@ class Predictor:
             "step_size": inference.step_size,
             "mirror": inference.mirror,
             "skip_empty": self.options.skip_empty,
-            "precision": self.options.precision if self.device.type == "cuda" else "fp32",
+            "precision": precision_on(self.device, self.options.precision),
         }
         if isinstance(self.config.model, RFMedSam2Config):
             settings["step"] = self.config.model.refinements if self.options.step is None else self.options.step
@@ -289,6 +290,12 @@ class Predictor:
         if out is not None:
             prediction.save(out)
         return prediction.labels
+
+
+def precision_on(device: torch.device, precision: Precision) -> str:
+    """The precision asked for, as far as it makes a difference on this device."""
+    differs = device.type == "cuda" or (device.type == "cpu" and precision == "bf16")
+    return precision if differs else "fp32"
 
 
 def _what_predicting_needs(record: CheckpointRecord) -> dict[str, object]:

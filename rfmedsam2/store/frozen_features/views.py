@@ -77,7 +77,7 @@ class ViewStore:
                     where=self.folder,
                     expected="; ".join(f"{name} {self.settings.get(name, 'none')}" for name in changed),
                     found="; ".join(f"{name} {before.get(name, 'none')}" for name in changed),
-                    remedy="Delete this folder to compute them anew, or train with what they were made from",
+                    remedy="Delete this folder to compute them again, or train with what they were made from",
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,7 @@ def test_views_that_are_there_are_kept_and_more_are_added(layout: Layout, monkey
     assert views.read(name, 1).label.shape == (8, 32, 32)
 
 
-def test_views_of_a_case_that_was_preprocessed_anew_are_made_anew(layout: Layout) -> None:
+def test_views_of_a_case_that_was_preprocessed_again_are_made_again(layout: Layout) -> None:
     made = caching(layout, planned(layout))
     views = made.run()
     assert views.is_made(made.split.train[0], 0, made.store.open(made.split.train[0]).record.contents)

@@ -169,6 +169,22 @@ def test_gaussian_is_positive_and_peaks_at_the_center() -> None:
     assert weights[4, 4, 0] == weights.max() == 1
 
 
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_a_cpu_computes_in_bf16_only_where_it_is_asked_for(precision, expected) -> None:
+    torch.manual_seed(0)
+    net, seen = nn.Conv3d(1, 2, 3, padding=1), set()
+    net.register_forward_hook(lambda *given: seen.add(given[2].dtype))
+    image = noise(1, 20, 21, 22)
+    exact = predict_logits([net], image, **settings())
+    seen.clear()
+    found = predict_logits([net], image, **settings(execution=Execution(precision=precision)))
+    assert seen == {expected}
+    assert float((found - exact).abs().max()) < 0.05
+    assert torch.equal(found, exact) is (expected == torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_what_the_cpu_gives() -> None:
