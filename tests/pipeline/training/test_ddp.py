@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,17 +23,40 @@ from rfmedsam2.store.checkpoints import read_all, read_weights
 TESTS = Path(__file__).resolve().parents[2]
 
 
-def launch(folder, mode):
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    worker = str(TESTS / "support" / "ddp_worker.py")
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", worker, str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    return subprocess.run([*command, mode], env=environment, timeout=180, capture_output=True, text=True)
+@dataclass(frozen=True)
+class Done:
+    """A launcher that has ended."""
+
+    returncode: int
+    stderr: str
+
+
+Launch = Callable[[Path, str], Done]
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
+def launch() -> Iterator[Launch]:
+    """Two ranks in a folder, in one of the modes of `ddp_worker`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    command = [sys.executable, str(TESTS / "support" / "ddp_worker.py")]
+    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def launched(folder: Path, mode: str) -> Done:
+        folder.mkdir(exist_ok=True)
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps([str(folder), mode]) + "\n")
+        server.stdin.flush()
+        code = server.stdout.readline()
+        assert code, "the launchers' server has ended"
+        return Done(int(code), (folder / f"{mode}.txt").read_text())
+
+    yield launched
+    server.communicate()  # the end of its input ends it
+
+
+@pytest.fixture(scope="module")
+def together(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp") / "run"
     done = launch(folder, "plain")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -61,7 +87,7 @@ def test_two_ranks_learn_what_one_process_does_with_both_batches(together, alone
 
 
 @pytest.mark.parametrize("mode", [pytest.param(m, marks=pytest.mark.whole) if i else m for i, m in enumerate(BRANCHES)])
-def test_a_part_without_gradient_on_one_rank_in_some_steps_neither_hangs_nor_parts_the_ranks(tmp_path, mode):
+def test_a_part_without_gradient_on_one_rank_in_some_steps_neither_hangs_nor_parts_the_ranks(launch, tmp_path, mode):
     done = launch(tmp_path / "two", mode)
     assert done.returncode == 0, done.stderr[-3000:]
     texts = [(tmp_path / "two" / f"rank_{n}.txt").read_text() for n in (0, 1)]
@@ -77,7 +103,7 @@ def test_a_part_without_gradient_on_one_rank_in_some_steps_neither_hangs_nor_par
     assert not torch.allclose(before, ours["branch.weight"], atol=1e-3)
 
 
-def test_whatever_ends_a_training_the_same_command_goes_on_exactly(tmp_path, together):
+def test_whatever_ends_a_training_the_same_command_goes_on_exactly(launch, tmp_path, together):
     """Divergence, a signal to one rank, a killed rank: all ranks end, and nothing of it can be seen after."""
     done = launch(tmp_path, "diverge")
     assert done.returncode != 0
