@@ -21,11 +21,13 @@ make_environment() {
     fi
     # shellcheck disable=SC1091
     source "$folder/bin/activate"
+    unset PYTHONDONTWRITEBYTECODE
     stamp="$folder/installed"
     wanted="$(cat pyproject.toml) $requirement"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
         echo "Installing $requirement (torch is large: a few minutes the first time)"
-        local install=(python -m pip install --quiet --disable-pip-version-check)
+        # pip would compile 16,000 modules, one after the other; Python compiles and keeps those that are imported
+        local install=(python -m pip install --quiet --disable-pip-version-check --no-compile)
         "${install[@]}" --upgrade pip
         # sam2 is a source package that is built with torch: torch comes first, or pip downloads a second one for the build.
         # Its CUDA extension fills holes of masks; nothing here uses it, and it would need a compiler.

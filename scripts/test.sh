@@ -17,6 +17,14 @@ make_environment "${RFMED_VENV:-.venv}" ".[test]"
 
 ruff check .
 ruff format --check .
-pyright
+# types are checked beside the tests; what is wrong with them stands below what is wrong with those
+types="$(mktemp)"
+pyright >"$types" 2>&1 &
+checking=$!
+trap 'kill "$checking" 2>/dev/null || true; rm -f "$types"' EXIT
+status=0
 # files stay on one process, as their fixtures do; the order of the files is that of tests/conftest.py
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+wait "$checking" || status=1
+cat "$types"
+exit "$status"

@@ -189,6 +189,7 @@ def controlled() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
+@pytest.mark.whole
 def test_a_training_of_images_goes_on_when_its_reader_leaves(tmp_path) -> None:
     process = start(TRAIN_IMAGES, *images(tmp_path, epochs=2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
@@ -207,7 +208,8 @@ def test_a_training_into_a_full_log_is_finished(root_of, planned_root) -> None:
     assert read_record_of(checkpoint).step == 2
 
 
-@pytest.mark.parametrize("how", [pytest.param("closed pipe", marks=pytest.mark.whole), "SIGHUP"])
+@pytest.mark.whole
+@pytest.mark.parametrize("how", ["closed pipe", "SIGHUP"])
 def test_ranks_under_torchrun(how, root_of, planned_root) -> None:
     """The launcher's output goes where the ranks' goes; a hang-up reaches launcher, ranks and workers."""
     root = root_of(planned_root)
