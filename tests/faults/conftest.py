@@ -7,9 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.blank_charts import draw_no_charts
 from support.commands import PLANNING, run_ok
 from support.live_process import Launcher
 from support.shared import made_once
+
+
+@pytest.fixture(autouse=True)
+def _trainings_draw_no_chart(monkeypatch) -> None:
+    draw_no_charts(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

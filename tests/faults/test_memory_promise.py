@@ -57,8 +57,16 @@ KINDS = {
         shape_xyz=(320, 320, 40), channels=1, dtype="float32", spacing_xyz=(0.7, 0.7, 5), target_zyx=(5, 0.6, 0.6)
     ),
 }
-SHORT = [("resampled", 1), ("resampled", 4), ("channels", 2)]
-LONG = [("resampled", 2), ("channels", 1), ("channels", 4), ("anisotropic", 1), ("anisotropic", 2), ("anisotropic", 4)]
+SHORT = [("resampled", 1), ("channels", 2)]
+LONG = [
+    ("resampled", 4),
+    ("resampled", 2),
+    ("channels", 1),
+    ("channels", 4),
+    ("anisotropic", 1),
+    ("anisotropic", 2),
+    ("anisotropic", 4),
+]
 
 
 def made(root: Path, kind: Shapes) -> Path:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from support.blank_charts import draw_no_charts
 from support.commands import TINY, run_ok
 from support.shared import made_once
 
-from rfmedsam2.pipeline.evaluation import report
-from rfmedsam2.reporting import training_curves
-
 PHANTOM = "Dataset900_PhantomCT"
 WITH_CHARTS = ("test_readme_examples.py", "test_train.py")
-"""Files of the tests that end with charts as users get them; tests/unit/pipeline/test_report.py looks at each."""
+"""Files of the tests that end with charts as users get them."""
 
 
 @pytest.fixture(autouse=True)
 def _other_trainings_draw_no_chart(request, monkeypatch) -> None:
-    """Three charts take longer than a training of two steps, and there are hundreds of these."""
-    if request.path.name in WITH_CHARTS:
-        return
-    blank = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(blank, "PNG")
-    for module in (training_curves, report):
-        monkeypatch.setattr(module, "training_png", lambda training, *, theme="light": blank.getvalue())
+    if request.path.name not in WITH_CHARTS:
+        draw_no_charts(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

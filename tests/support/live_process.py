@@ -136,6 +136,8 @@ def _serve() -> None:
         importlib.import_module(f"rfmedsam2.{name}")
     for name in ("preprocessing.plan_and_preprocess", "training.train"):  # and with it, predicting
         importlib.import_module(f"rfmedsam2.pipeline.{name}")
+    importlib.import_module("torch._dynamo")  # by every optimizer
+    importlib.import_module("support.blank_charts").draw_no_charts(setattr)
 
     running: set[int] = set()
     for line in sys.stdin:
