@@ -236,9 +236,8 @@ def _notes_on(plan: Plan) -> list[str]:
     models = [stage.model for stage in plan.stages.values() if isinstance(stage.model, RFMedSam2Config)]
     published = {model.backbone for model in models if model.backbone != "nano"}
     return [
-        f"The backbone {backbone} starts from published weights: give their file to the training ("
-        f"{option('sam', flag='--sam2')}). Without "
-        "it there are no weights to freeze: "
+        f"The backbone {backbone} starts from published weights: give their file to rfmed_train with "
+        f"{option('sam', flag='--sam2')}. Without it there are no weights to freeze: "
         f"{option('changes', ('3d_fullres.model.freeze_backbone=false',), flag='--set')} trains it from scratch."
         for backbone in sorted(published)
     ]
