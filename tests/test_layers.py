@@ -23,7 +23,7 @@ VOLUMES = (
     "records",
     "extensions volume",
     "losses metrics nn store transforms",
-    "engine inference models pipeline.datasets pipeline.doctor",
+    "engine inference models pipeline.datasets pipeline.doctor pipeline.nnunet",
     "reporting tasks pipeline.planning pipeline.prediction",
     "pipeline.preprocessing",
     "pipeline.evaluation",

@@ -18,6 +18,7 @@ from typing import get_args
 from rfmedsam2.arguments import option
 from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import UsageError
+from rfmedsam2.pipeline.nnunet.plans import NNUNET_TRAIN
 from rfmedsam2.pipeline.planning.topology import FeatureWidths
 from rfmedsam2.records.plan import (
     AdamW,
@@ -94,7 +95,7 @@ class UNetPreset:
 
 
 def _nnunet(plan_name: str, volume: PatchSizing, slice_: PatchSizing) -> UNetPreset:
-    return UNetPreset(plan_name=plan_name, volume=volume, slice=slice_, train=TrainConfig(learning_rate=1e-2))
+    return UNetPreset(plan_name=plan_name, volume=volume, slice=slice_, train=NNUNET_TRAIN)
 
 
 def _resenc(size: str, budget_3d: float, budget_2d: float) -> UNetPreset:

@@ -18,9 +18,9 @@ from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import ExtensionError, RecordError, UsageError, require_type
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets.splits import groups_of, load_or_make_splits, warnings_of
+from rfmedsam2.pipeline.nnunet.plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.label_notes import notes_on_labels
 from rfmedsam2.pipeline.planning.mirroring import note_on_mirroring
-from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset
 from rfmedsam2.pipeline.planning.plan import plan as make_plan
 from rfmedsam2.pipeline.planning.rfmedsam2 import plan_rfmedsam2

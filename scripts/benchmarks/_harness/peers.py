@@ -21,7 +21,7 @@ from _harness.usage import Usage, installed_program, run_measured
 from rfmedsam2 import models
 from rfmedsam2.nn.unet import load_nnunet_weights
 from rfmedsam2.pipeline.datasets.phantom import make_phantom
-from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
+from rfmedsam2.pipeline.nnunet.plans import import_nnunet_plans
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.store.checkpoints import write_checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
+from rfmedsam2.pipeline.nnunet.plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.plan import plan
 from rfmedsam2.pipeline.planning.topology import feature_map_size, topology_of
 from rfmedsam2.records.dataset import DatasetJson

@@ -12,8 +12,8 @@ import pytest
 
 from rfmedsam2.choices import Preset
 from rfmedsam2.errors import PlanError, RecordError, RfMedSamError, UsageError
+from rfmedsam2.pipeline.nnunet.plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning import topology
-from rfmedsam2.pipeline.planning.nnunet_plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset
 from rfmedsam2.pipeline.planning.plan import channel_normalizations, plan
 from rfmedsam2.pipeline.planning.presets import PRESETS

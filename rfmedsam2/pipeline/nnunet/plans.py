@@ -12,15 +12,16 @@ from typing_extensions import Self
 
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import PlanError, UsageError
-from rfmedsam2.pipeline.planning.presets import get_preset
 from rfmedsam2.records.base import Record
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import Augmentation, Plan, SegmentationLoss, Stage
+from rfmedsam2.records.plan import Augmentation, Plan, SegmentationLoss, Stage, TrainConfig
 from rfmedsam2.system.atomic import read_record
 
 LOGGER = logging.getLogger(__name__)
+NNUNET_TRAIN = TrainConfig(learning_rate=1e-2)
+"""Training settings of nnUNetTrainer, which are not in its plans."""
 NORMALIZATIONS = {
     "CTNormalization": "ct",
     "ZScoreNormalization": "zscore",
@@ -284,7 +285,6 @@ def _stage(configuration: _Configuration, source: _NnunetPlans, where: str) -> S
         spacing = (source.original_median_spacing_after_transp[0], *spacing)
         shape = (source.original_median_shape_after_transp[0], *shape)
     schemes = zip(configuration.normalization_schemes, configuration.use_mask_for_norm, strict=True)
-    nnunet = get_preset("nnunet")
     return Stage.parse(
         {
             "spacing_mm": spacing,
@@ -296,8 +296,7 @@ def _stage(configuration: _Configuration, source: _NnunetPlans, where: str) -> S
             "augmentation": Augmentation(mirror_axes=tuple(range(dimensions))),
             "model": _network(configuration.architecture, dimensions, where),
             "loss": SegmentationLoss(batch_dice=configuration.batch_dice),
-            "train": nnunet.train,
-            "inference": nnunet.inference,
+            "train": NNUNET_TRAIN,
         },
         where=where,
     )
