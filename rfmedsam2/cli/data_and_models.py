@@ -161,21 +161,27 @@ def export_model(
 
 
 def import_model(
-    archive: Annotated[Positional[Path], arg(metavar="ZIP")], *, force: bool = False, root: Root = None
+    source: Annotated[Positional[Path], arg(metavar="ZIP|DIR")], *, force: bool = False, root: Root = None
 ) -> None:
-    """Unpack a model made by rfmed_export_model, after checking every hash.
+    """Import a model made by rfmed_export_model, or models that nnU-Net v2 trained; nothing in them is executed.
 
     Args:
-        archive: The zip file.
+        source: A zip file, or of nnU-Net's also a folder: with plans.json and fold_0 ..., or all of nnUNet_results.
         force: Replace a model of the same name.
     """
     from rfmedsam2.cli.progress import bars
     from rfmedsam2.pipeline.prediction import model_archive
+    from rfmedsam2.pipeline.prediction.nnunet_import import import_nnunet_models
+    from rfmedsam2.store.archive import is_our_archive
 
     results = layout_of(root).results
-    with bars.working(f"Unpacking {archive}"):
-        model = model_archive.import_model(archive, results, force=force)
-    tell(f"Imported: {model.folder} (fold(s) {', '.join(model.folds)})")
+    if not source.is_dir() and is_our_archive(source):
+        with bars.working(f"Unpacking {source}"):
+            models = [model_archive.import_model(source, results, force=force)]
+    else:
+        models = import_nnunet_models(source, results, force=force, track=bars)
+    for model in models:
+        tell(f"Imported: {model.folder} (fold(s) {', '.join(model.folds)})")
 
 
 def doctor(*, root: Root = None, as_json: AsJson = False) -> None:

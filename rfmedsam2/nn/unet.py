@@ -14,7 +14,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 from typing_extensions import Self, assert_never
 
-from rfmedsam2.errors import CheckpointError
+from rfmedsam2.errors import CheckpointError, shortlist
 from rfmedsam2.nn.attention import TransformerBlock
 from rfmedsam2.records.model import UNetConfig
 
@@ -62,22 +62,34 @@ class UNet(nn.Module):
 
 
 def load_nnunet_weights(network: UNet, weights: Mapping[str, torch.Tensor]) -> None:
-    """Load the state dict of nnU-Net's own network of the same architecture; duplicate names are ignored.
+    """Load the state dict of nnU-Net's own network of the same architecture.
 
     Raises:
-        CheckpointError: a tensor is missing or has a different shape.
+        CheckpointError: as in `own_weights`.
+    """
+    network.load_state_dict(own_weights(network, weights))
+
+
+def own_weights(network: UNet, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a U-Net in the state dict of nnU-Net's own network, which has most of them under several names.
+
+    Raises:
+        CheckpointError: a tensor is missing or has a different shape, or there is one that the U-Net lacks.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in weights]
     shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
-    if missing or shapes:
+    known = {weights[name].data_ptr() for name in own if name in weights}
+    others = [name for name, tensor in weights.items() if name not in own and tensor.data_ptr() not in known]
+    if missing or shapes or others:
+        counts = f"{len(missing)} missing, {len(shapes)} of another shape, {len(others)} unexpected"
         raise CheckpointError(
             "The weights are of another network",
             expected=f"{len(own)} tensors of this architecture",
-            found=f"{len(missing)} missing, {len(shapes)} of another shape, first {(missing + shapes)[0]}",
+            found=f"{counts}: {shortlist([*missing, *shapes, *others])}",
             remedy="Use the plans.json that these weights were trained with",
         )
-    network.load_state_dict({name: weights[name] for name in own})
+    return {name: weights[name] for name in own}
 
 
 def _library_network(config: UNetConfig, channels: int, outputs: int) -> PlainConvUNet | ResidualEncoderUNet:

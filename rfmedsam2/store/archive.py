@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -19,10 +20,15 @@ from typing import IO
 from rfmedsam2.errors import CheckpointError, RecordError, RfMedSamError, shortlist
 from rfmedsam2.records.archive import ArchivedFile, Manifest
 from rfmedsam2.system.atomic import atomic, writing_to
+from rfmedsam2.system.file_names import is_file_name
 
 MANIFEST = "manifest.json"
 MEMBER = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9_.-]{0,99}/){0,2}[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.(?:safetensors|json)")
 """Names of members: relative, at most two folders deep, plain characters, .safetensors or .json."""
+NNUNET_MEMBER = re.compile(
+    r"(?:.*/)?(?:plans\.json|dataset\.json|fold_(?:[0-9]{1,4}|all)/checkpoint_(?:final|best)\.pth)"
+)
+"""What is unpacked of an archive of nnU-Net's; its other files are left in it."""
 MAX_MEMBERS = 200
 MAX_BYTES = 64 << 30
 """Limit for all members together, unpacked; far above any model, far below a zip bomb."""
@@ -114,6 +120,58 @@ def unpack_archive(path: Path, folder: Path) -> Manifest:
     return manifest
 
 
+def is_our_archive(path: Path) -> bool:
+    """Whether a zip file has a manifest of `write_archive`.
+
+    Raises:
+        CheckpointError: it does not exist, or is not a zip file.
+    """
+    with _opened(path) as archive:
+        return MANIFEST in archive.namelist()
+
+
+def unpack_nnunet_archive(path: Path, folder: Path) -> None:
+    """Unpack the models of an archive by nnUNetv2_export_model_to_zip into an empty folder: plans and checkpoints.
+
+    Raises:
+        CheckpointError: not a zip, truncated, without a model of nnU-Net, unsafe names or sizes.
+        StoreError: the folder cannot be written, the disk is full.
+    """
+    with _opened(path) as archive:
+        members = [member for member in archive.infolist() if NNUNET_MEMBER.fullmatch(member.filename)]
+        if not any(member.filename.endswith(".pth") for member in members):
+            raise CheckpointError(
+                "This zip file holds no trained model",
+                where=path,
+                expected=f"{MANIFEST}, or plans.json and fold_0/checkpoint_final.pth of nnU-Net",
+                found=shortlist(archive.namelist()) or "an empty zip",
+                remedy="Archives are made with rfmed_export_model, or with nnUNetv2_export_model_to_zip",
+            )
+        if len(members) > MAX_MEMBERS or sum(member.file_size for member in members) > MAX_BYTES:
+            raise _too_large(path, members)
+        for member in members:
+            parts = member.filename.split("/")
+            if not all(is_file_name(part) for part in parts):
+                raise CheckpointError(
+                    "The archive holds a file whose name is not allowed", where=path, found=repr(member.filename)
+                )
+            _checked_kind(member, where=path)
+            target = folder.joinpath(*parts)
+            with writing_to(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, target.open("xb") as out:
+                    shutil.copyfileobj(source, out, _BLOCK)
+
+
+def _too_large(path: Path, members: Sequence[zipfile.ZipInfo]) -> CheckpointError:
+    return CheckpointError(
+        "The archive is too large to be a model",
+        where=path,
+        expected=f"at most {MAX_MEMBERS} files and {MAX_BYTES >> 30} GiB",
+        found=f"{len(members)} files and {sum(member.file_size for member in members) / 2**30:.1f} GiB",
+    )
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
@@ -144,12 +202,7 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
             remedy="Archives are made with rfmed_export_model",
         )
     if len(members) > MAX_MEMBERS or sum(m.file_size for m in members) > MAX_BYTES:
-        raise CheckpointError(
-            "The archive is too large to be a model",
-            where=path,
-            expected=f"at most {MAX_MEMBERS} files and {MAX_BYTES >> 30} GiB",
-            found=f"{len(members)} files and {sum(m.file_size for m in members) / 2**30:.1f} GiB",
-        )
+        raise _too_large(path, members)
     for member in members:
         _checked_member(member, where=path)
     if len({name.lower() for name in names}) != len(names):
@@ -173,6 +226,11 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
 
 def _checked_member(member: zipfile.ZipInfo, *, where: Path) -> None:
     _checked_name(member.filename, where=where)
+    _checked_kind(member, where=where)
+
+
+def _checked_kind(member: zipfile.ZipInfo, *, where: Path) -> None:
+    """Check that a member is a plain file of a plausible size."""
     mode = member.external_attr >> 16
     if mode & 0o170000 not in (0, 0o100000):
         raise CheckpointError(

@@ -22,6 +22,9 @@ RecordT = TypeVar("RecordT", bound=TrainedRecord)
 FINAL, BEST, LATEST = (f"checkpoint_{name}.safetensors" for name in ("final", "best", "latest"))
 CHECKPOINTS = (FINAL, BEST, LATEST)
 """File names of a fold's checkpoints, in order of preference."""
+NNUNET_FINAL, NNUNET_BEST, NNUNET_LATEST = (f"checkpoint_{name}.pth" for name in ("final", "best", "latest"))
+NNUNET_CHECKPOINTS = (NNUNET_FINAL, NNUNET_BEST, NNUNET_LATEST)
+"""The same of nnU-Net."""
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
 METADATA = {"format", "record", "record_sha256", "state", "rest_sha256"}

@@ -6,7 +6,7 @@ Nothing in them can execute: PyTorch files are read with `weights_only=True`, wh
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from rfmedsam2.system.ordinary_files import require_ordinary
 
 ENVELOPES = ("model", "state_dict", "model_state_dict")
 """Keys under which training programs store the weights beside other entries."""
+TORCH_FILES = (b"PK\x03\x04", b"\x80\x02")
+"""How files of torch.save begin, the newer and the older kind."""
 REMEDY = "Download it again from where it was published"
 
 
@@ -33,8 +35,8 @@ def read_published(path: Path) -> dict[str, torch.Tensor]:
     start = _first_bytes(path)
     if start[8:9] == b"{":
         content: object = _read_safetensors(path)
-    elif start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        content = _read_torch(path)
+    elif start.startswith(TORCH_FILES):
+        content = read_torch_file(path)
     else:
         raise _foreign(path, _disguise(start))
     content = _unwrapped(_unwrapped(content))
@@ -76,9 +78,22 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"The file of weights is damaged ({error})", where=path, remedy=REMEDY) from None
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch_file(path: Path, *, allowed: Sequence[type] = ()) -> Any:
+    """The content of a file of torch.save, onto the CPU.
+
+    Args:
+        path: the file.
+        allowed: classes that it may construct besides tensors, by their names. The unpickler calls these, not what
+            the file means, so they can be harmless ones of the same name.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, damaged, or would construct anything else.
+    """
+    if not _first_bytes(path).startswith(TORCH_FILES):
+        raise _foreign(path, _disguise(_first_bytes(path)))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - a foreign file: its bytes decide which kind torch's loader raises
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:

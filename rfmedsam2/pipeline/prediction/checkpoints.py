@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from rfmedsam2.errors import CheckpointError, UsageError
-from rfmedsam2.store.checkpoint_header import BEST, CHECKPOINTS, FINAL, LATEST
+from rfmedsam2.store.checkpoint_header import (
+    BEST,
+    CHECKPOINTS,
+    FINAL,
+    LATEST,
+    NNUNET_BEST,
+    NNUNET_CHECKPOINTS,
+    NNUNET_FINAL,
+    NNUNET_LATEST,
+)
 from rfmedsam2.store.layout import DATASET_FOLDER
 
 Which = Literal["final", "best", "latest"]
 FOLD = "fold_"
+NAMES = {"final": (FINAL, LATEST), "best": (BEST,), "latest": (LATEST,)}
+NNUNET_NAMES = {"final": (NNUNET_FINAL, NNUNET_LATEST), "best": (NNUNET_BEST,), "latest": (NNUNET_LATEST,)}
+"""Files that may be meant by a word, in order of preference; those of nnU-Net in its models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +65,17 @@ def find_models(results: Path, dataset: str | None = None) -> list[TrainedModel]
     return models
 
 
-def folds_of(model_folder: Path) -> list[str]:
-    """Names of the folds (`fold_NAME`) with a checkpoint, sorted."""
+def folds_of(model_folder: Path, names: Sequence[str] = CHECKPOINTS) -> list[str]:
+    """Names of the folds (`fold_NAME`) with a checkpoint of one of these file names, sorted."""
     if not model_folder.is_dir():
         return []
     folders = sorted(p for p in model_folder.iterdir() if p.is_dir() and p.name.startswith(FOLD))
-    return [p.name[len(FOLD) :] for p in folders if any((p / name).is_file() for name in CHECKPOINTS)]
+    return [p.name[len(FOLD) :] for p in folders if any((p / name).is_file() for name in names)]
+
+
+def is_nnunet_model(folder: Path) -> bool:
+    """Whether a folder holds a model that nnU-Net trained: its plans and a fold with a checkpoint."""
+    return (folder / "plans.json").is_file() and bool(folds_of(folder, NNUNET_CHECKPOINTS))
 
 
 def checkpoints_of(
@@ -67,7 +84,7 @@ def checkpoints_of(
     """One checkpoint file per fold.
 
     Args:
-        model_folder: results/DATASET/PLAN__STAGE.
+        model_folder: results/DATASET/PLAN__STAGE, or a model that nnU-Net trained.
         folds: names of folds; None: all found, except "all" (trained on every case) if there are others.
         checkpoint: final (latest if training has not ended), best, or latest.
 
@@ -78,8 +95,11 @@ def checkpoints_of(
     if checkpoint not in get_args(Which):
         raise UsageError("Unknown checkpoint", where=checkpoint, expected=f"one of {', '.join(get_args(Which))}")
     known = folds_of(model_folder)
+    names = NAMES
+    if not known and is_nnunet_model(model_folder):
+        known, names = folds_of(model_folder, NNUNET_CHECKPOINTS), NNUNET_NAMES
     if not known:
-        is_fold = any((model_folder / name).is_file() for name in CHECKPOINTS)
+        is_fold = any((model_folder / name).is_file() for name in (*CHECKPOINTS, *NNUNET_CHECKPOINTS))
         raise UsageError(
             "This is the folder of one fold, not of a model" if is_fold else "The folder holds no trained model",
             where=model_folder,
@@ -98,7 +118,7 @@ def checkpoints_of(
             expected=f"one or several of {', '.join(known)}",
             found=", ".join(missing) or "none",
         )
-    return [_checkpoint(model_folder / f"{FOLD}{fold}", checkpoint) for fold in dict.fromkeys(wanted)]
+    return [_checkpoint(model_folder / f"{FOLD}{fold}", checkpoint, names) for fold in dict.fromkeys(wanted)]
 
 
 def _default_folds(known: list[str]) -> list[str]:
@@ -106,11 +126,10 @@ def _default_folds(known: list[str]) -> list[str]:
     return numbered or [fold for fold in known if fold != "all"] or known
 
 
-def _checkpoint(folder: Path, which: Which) -> Path:
-    candidates = {"final": (FINAL, LATEST), "best": (BEST,), "latest": (LATEST,)}[which]
-    for name in candidates:
+def _checkpoint(folder: Path, which: Which, names: Mapping[str, Sequence[str]]) -> Path:
+    for name in names[which]:
         if (folder / name).is_file():
             return folder / name
-    there = ", ".join(name for name in CHECKPOINTS if (folder / name).is_file())
+    there = ", ".join(name for every in names.values() for name in every[:1] if (folder / name).is_file())
     remedy = f"Choose another checkpoint than {which}"
     raise CheckpointError(f"The fold has no {which} checkpoint", where=folder, found=there, remedy=remedy)

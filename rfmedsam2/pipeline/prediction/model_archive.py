@@ -92,32 +92,62 @@ def import_model(archive: Path, results: Path, *, force: bool = False) -> Traine
         manifest = unpack_archive(archive, unpacked)
         records = _checked_folds(archive, manifest, unpacked)
         first = records[0]
-        target = results / first.plan.dataset / f"{first.plan.name}__{first.stage}"
-        if target.exists() and not force:
-            raise UsageError(
-                "The model already exists",
-                where=target,
-                remedy=f"Replace it with {option('force', True)}, or move it away first",
-            )
-        with writing_to(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                target.rename(work / "replaced")
-            try:
-                unpacked.rename(target)
-            except OSError:
-                if (work / "replaced").exists():
-                    (work / "replaced").rename(target)
-                raise
+        return placed(unpacked, first, folds=[record.fold for record in records], results=results, force=force)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def placed(
+    unpacked: Path, record: CheckpointRecord, *, folds: Sequence[str], results: Path, force: bool
+) -> TrainedModel:
+    """Move a checked model folder to its place below a results folder; a model that it replaces is kept on failure.
+
+    Args:
+        unpacked: folder with the folds, on the same disk.
+        record: record of one of its checkpoints.
+        folds: names of the folds.
+        results: root/results.
+        force: replace an existing model.
+
+    Raises:
+        UsageError: the model already exists.
+        StoreError: the folder cannot be written.
+    """
+    target = require_place(record, results=results, force=force)
+    with writing_to(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replaced = unpacked.parent / "replaced"
+        if target.exists():
+            target.rename(replaced)
+        try:
+            unpacked.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
     return TrainedModel(
-        dataset=first.plan.dataset,
-        plan=first.plan.name,
-        stage=first.stage,
-        folds=tuple(sorted(record.fold for record in records)),
+        dataset=record.plan.dataset,
+        plan=record.plan.name,
+        stage=record.stage,
+        folds=tuple(sorted(folds)),
         folder=target,
     )
+
+
+def require_place(record: CheckpointRecord, *, results: Path, force: bool) -> Path:
+    """The folder of a model, which may be there only if it is to be replaced.
+
+    Raises:
+        UsageError: the model already exists.
+    """
+    target = results / record.plan.dataset / f"{record.plan.name}__{record.stage}"
+    if target.exists() and not force:
+        raise UsageError(
+            "The model already exists",
+            where=target,
+            remedy=f"Replace it with {option('force', True)}, or move it away first",
+        )
+    return target
 
 
 def _manifest(records: Sequence[CheckpointRecord], files: dict[str, Path]) -> Manifest:
@@ -161,11 +191,11 @@ def _checked_folds(archive: Path, manifest: Manifest, folder: Path) -> list[Chec
         if said != (plan.dataset, plan.name, record.stage, record.fold, record.weights_sha256):
             raise CheckpointError("A checkpoint does not match the manifest", where=f"{archive}: {name}")
         records.append(record)
-    _require_dataset_name(archive, records[0].plan.dataset)
+    require_dataset_name(archive, records[0].plan.dataset)
     return records
 
 
-def _require_dataset_name(archive: Path, name: str) -> None:
+def require_dataset_name(archive: Path, name: str) -> None:
     """Check that the model appears where models are looked for; that names are plain is checked by their records."""
     if DATASET_FOLDER.fullmatch(name) is None:
         raise CheckpointError(

@@ -24,7 +24,8 @@ from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.refinement import require_possible
 from rfmedsam2.inference.sliding_window import Precision
 from rfmedsam2.inference.volume import PredictOptions, PreparedCase, predict_prepared, preprocess_case
-from rfmedsam2.models import load_network
+from rfmedsam2.models import build_without_weights, load_network
+from rfmedsam2.pipeline.nnunet.models import read_fold
 from rfmedsam2.pipeline.prediction.checkpoints import Which, checkpoints_of
 from rfmedsam2.pipeline.prediction.inputs import BoxInput, ImageInput, as_boxes, as_volume, paths_of, straightened
 from rfmedsam2.pipeline.prediction.plausibility import doubts_about
@@ -33,6 +34,7 @@ from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import ModelConfig, RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PredictingModel
+from rfmedsam2.store.checkpoint_header import NNUNET_CHECKPOINTS
 from rfmedsam2.store.images import require_label_ending
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.progress import Track, silent
@@ -82,7 +84,8 @@ class Predictor:
         """Load a model.
 
         Args:
-            source: a model folder (results/DATASET/PLAN__STAGE), a checkpoint file, or several files to average.
+            source: a model folder (results/DATASET/PLAN__STAGE, or one that nnU-Net trained), a checkpoint file, or
+                several files to average.
             folds: folds of a model folder; None: all found (see `checkpoints.checkpoints_of`).
             checkpoint: for a model folder: final (latest if training has not ended), best or latest.
             device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
@@ -103,7 +106,7 @@ class Predictor:
         if not paths:
             raise UsageError("No checkpoint was given", expected="at least one file")
         place = choose_device(device)
-        loaded = [load_network(path, device=place) for path in paths]
+        loaded = [_loaded(path, place) for path in paths]
         records = tuple(record for record, _ in loaded)
         for path, record in zip(paths[1:], records[1:], strict=True):
             _require_same_model(records[0], record, where=path)
@@ -296,6 +299,16 @@ def precision_on(device: torch.device, precision: Precision) -> str:
     """The precision asked for, as far as it makes a difference on this device."""
     differs = device.type == "cuda" or (device.type == "cpu" and precision == "bf16")
     return precision if differs else "fp32"
+
+
+def _loaded(path: Path, device: torch.device) -> tuple[CheckpointRecord, nn.Module]:
+    """A checkpoint's record and network, in evaluation mode on `device`."""
+    if path.name not in NNUNET_CHECKPOINTS:
+        return load_network(path, device=device)
+    record, weights = read_fold(path)
+    network = build_without_weights(record.plan, record.plan.stages[record.stage])
+    network.load_state_dict(weights, assign=True)
+    return record, network.eval().to(device)
 
 
 def _what_predicting_needs(record: CheckpointRecord) -> dict[str, object]:

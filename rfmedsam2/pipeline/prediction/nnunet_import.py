@@ -1,0 +1,110 @@
+"""Importing models that nnU-Net v2 trained, from a folder or from an archive of nnUNetv2_export_model_to_zip."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.pipeline.nnunet.models import read_fold
+from rfmedsam2.pipeline.prediction.checkpoints import FOLD, TrainedModel, folds_of, is_nnunet_model
+from rfmedsam2.pipeline.prediction.model_archive import placed, require_dataset_name, require_place
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.store.archive import unpack_nnunet_archive
+from rfmedsam2.store.checkpoint_header import BEST, FINAL, NNUNET_BEST, NNUNET_FINAL
+from rfmedsam2.store.checkpoints import write_checkpoint
+from rfmedsam2.system.atomic import writing_to
+from rfmedsam2.system.progress import Track, silent
+
+IMPORTED = {NNUNET_FINAL: FINAL, NNUNET_BEST: BEST}
+DEPTHS = ("", "*", "*/*")
+"""Where models lie below nnUNet_results, a dataset's folder, or the folder of a model itself."""
+
+
+def import_nnunet_models(
+    source: Path, results: Path, *, force: bool = False, track: Track = silent
+) -> list[TrainedModel]:
+    """Import all models of nnU-Net in a folder or zip file: every fold's final and best weights, and nothing else.
+
+    All of them are read and checked before any is moved into place.
+
+    Args:
+        source: a model folder (with plans.json and fold_0 ...), a folder of such up to nnUNet_results, or a zip file.
+        results: root/results.
+        force: replace existing models (which are kept if anything fails).
+        track: shows the folds.
+
+    Raises:
+        UsageError: there is no such model, or it already exists.
+        CheckpointError: an archive or a checkpoint is damaged or unsafe, or of another network than its plans.
+        PlanError: the plans use features that this package does not support.
+        StoreError: the folder cannot be written, the disk is full.
+    """
+    with writing_to(results):
+        results.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as cleaning:
+
+        def workplace() -> Path:
+            with writing_to(results):
+                folder = Path(tempfile.mkdtemp(prefix=".import-", dir=results))
+            cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
+            return folder
+
+        folder = source
+        if source.is_file():
+            folder = workplace()
+            unpack_nnunet_archive(source, folder)
+        models = []
+        for model in _models_in(folder, source):
+            converted = workplace() / "model"
+            models.append((converted, _converted(model, converted, track)))
+        places = [require_place(records[0], results=results, force=force) for _, records in models]
+        if len(set(places)) < len(places):
+            raise UsageError("Two models would have the same name", where=source, found=f"{sorted(places)[0].name}")
+        return [
+            placed(converted, records[0], folds=[record.fold for record in records], results=results, force=force)
+            for converted, records in models
+        ]
+
+
+def _models_in(folder: Path, source: Path) -> list[Path]:
+    found = [path for depth in DEPTHS for path in sorted([folder] if not depth else folder.glob(depth))]
+    models = [path for path in found if path.is_dir() and is_nnunet_model(path)]
+    if not models:
+        raise UsageError(
+            "Found no trained model of nnU-Net" if source.exists() else "The file or folder does not exist",
+            where=source,
+            expected="a folder with plans.json, dataset.json and fold_0/checkpoint_final.pth, or a zip file of it",
+        )
+    return models
+
+
+def _converted(model: Path, folder: Path, track: Track) -> list[CheckpointRecord]:
+    """Write our checkpoints of all folds; gives a record per fold."""
+    records: dict[str, CheckpointRecord] = {}
+    folds = folds_of(model, tuple(IMPORTED))
+    if not folds:
+        raise CheckpointError(
+            "The model has only checkpoints of a training that goes on",
+            where=model,
+            expected=f"fold_0/{NNUNET_FINAL} or fold_0/{NNUNET_BEST}",
+        )
+    for fold in track(folds, "folds imported", len(folds)):
+        for name, ours in IMPORTED.items():
+            if (model / f"{FOLD}{fold}" / name).is_file():
+                record, weights = read_fold(model / f"{FOLD}{fold}" / name)
+                tensors = {f"model/{key}": tensor for key, tensor in weights.items()}
+                write_checkpoint(folder / f"{FOLD}{fold}" / ours, record, tensors, {})
+                records.setdefault(fold, record)
+    first, *others = records.values()
+    require_dataset_name(model, first.plan.dataset)
+    for record in others:
+        if record.plan != first.plan or record.stage != first.stage:
+            raise CheckpointError(
+                "The folds are of different trainings",
+                where=model,
+                found=f"{first.plan.name} {first.stage} and {record.plan.name} {record.stage}, or other mirroring",
+            )
+    return list(records.values())

@@ -1,0 +1,228 @@
+"""Models that nnU-Net trained predict here what nnU-Net predicts with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from support.commands import run_error, run_ok
+
+from rfmedsam2 import Predictor
+from rfmedsam2.inference.volume import PredictOptions
+from rfmedsam2.pipeline.prediction.nnunet_import import import_nnunet_models
+
+NAME = "Dataset001_Blobs"
+PROGRAM = Path(__file__).resolve().parents[2] / "support" / "nnunet_training.py"
+MODELS = "nnUNetTrainer__nnUNetPlans__"
+
+
+def write_blobs(folder: Path, cases: int = 6) -> None:
+    """A dataset of bright boxes and balls in noise, anisotropic, in nnU-Net's raw layout."""
+    draw = np.random.default_rng(0)
+    z, y, x = np.mgrid[:20, :36, :32]
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    for case in range(cases):
+        center, corner = draw.uniform([5, 8, 8], [14, 16, 24]), draw.integers([3, 20, 4], [10, 26, 20])
+        label = (((z - center[0]) * 2) ** 2 + (y - center[1]) ** 2 + (x - center[2]) ** 2 < 45).astype(np.uint8)
+        low, high = corner, corner + np.array([6, 8, 9])
+        label[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = 2
+        image = draw.normal(100, 20, label.shape) + np.array([0, 90, -70])[label]
+        affine = np.diag([1.0, 1.0, 2.0, 1.0])
+        nib.save(nib.Nifti1Image(image.T.astype(np.float32), affine), folder / f"imagesTr/blob_{case}_0000.nii.gz")
+        nib.save(nib.Nifti1Image(label.T, affine), folder / f"labelsTr/blob_{case}.nii.gz")
+    content = {
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0, "ball": 1, "box": 2},
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with raw, results/Dataset001_Blobs/nnUNetTrainer__..., model.zip, and nnU-Net's predictions by stage."""
+    folder = tmp_path_factory.mktemp("nnunet")
+    write_blobs(folder / "raw" / NAME)
+    places = {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}
+    quiet = {"nnUNet_compile": "f", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder)], env=os.environ | places | quiet, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return folder
+
+
+def model_of(trained: Path, stage: str) -> Path:
+    return trained / "results" / NAME / (MODELS + stage)
+
+
+def labels_of(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj).T
+
+
+def images_of(trained: Path) -> list[Path]:
+    return [trained / "raw" / NAME / "imagesTr" / f"blob_{case}_0000.nii.gz" for case in range(2)]
+
+
+@pytest.mark.parametrize("stage", ["3d_fullres", "2d"])
+@pytest.mark.parametrize("folds", ["all", "one"])
+def test_its_models_predict_the_same(trained: Path, stage: str, folds: str) -> None:
+    one = folds == "one"
+    theirs = trained / (f"{stage}_one_fold" if one else stage)
+    options = PredictOptions(mirror=not one)
+    predictor = Predictor.load(model_of(trained, stage), folds=["0"] if one else None, device="cpu", options=options)
+    assert len(predictor.networks) == (1 if one or stage == "2d" else 3)
+    assert predictor.config.augmentation.mirror_axes == ((0, 1) if stage == "2d" else (0, 1, 2))
+    differing = total = found = 0
+    for case, image in enumerate(images_of(trained)):
+        mine = predictor(image, probabilities=True)
+        expected = labels_of(theirs / f"blob_{case}.nii.gz")
+        differing, total = differing + int((mine.labels != expected).sum()), total + expected.size
+        found += int((expected > 0).sum())
+        with np.load(theirs / f"blob_{case}.npz") as content:
+            apart = np.abs(np.asarray(mine.probabilities, np.float32) - content["probabilities"])
+        # nnU-Net sums up tiles in half precision, whose logits beyond 16 are 0.016 apart
+        assert np.quantile(apart, 0.9999) < 5e-3
+        assert apart.max() < 1e-2
+    assert found > 300  # it has learned something
+    assert differing <= 1e-4 * total
+
+
+def test_the_command_takes_its_folder(trained: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    shutil.copy(images_of(trained)[0], images)
+    model = model_of(trained, "3d_fullres")
+    run_ok(
+        "predict", "-i", images, "-o", tmp_path / "out", "-m", model, "-f", "0", "--mirror", "off", "--device", "cpu"
+    )
+    mine, theirs = labels_of(tmp_path / "out/blob_0.nii.gz"), labels_of(trained / "3d_fullres_one_fold/blob_0.nii.gz")
+    assert (mine != theirs).mean() <= 1e-4
+    record = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert "checkpoint_final.pth" in json.dumps(record)
+
+
+@pytest.mark.parametrize("source", ["results", "model", "zip"])
+def test_a_folder_or_an_archive_is_imported(trained: Path, tmp_path: Path, source: str) -> None:
+    given = {"results": trained / "results", "model": model_of(trained, "2d"), "zip": trained / "model.zip"}[source]
+    shown = run_ok("import_model", given, "--root", tmp_path)
+    home = tmp_path / "results" / NAME
+    stages = ("2d",) if source == "model" else ("2d", "3d_fullres")
+    assert sorted(path.name for path in home.iterdir()) == [f"rfmed_nnUNetPlans__{stage}" for stage in stages]
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [NAME]
+    assert shown.out.count("Imported:") == len(stages)
+    imported = Predictor.load(home / "rfmed_nnUNetPlans__2d", folds=["0"], device="cpu")
+    direct = Predictor.load(model_of(trained, "2d"), folds=["0"], device="cpu")
+    assert imported.records[0].weights_sha256 == direct.records[0].weights_sha256
+    assert np.array_equal(imported.predict_file(images_of(trained)[0]), direct.predict_file(images_of(trained)[0]))
+    weights = sum(tensor.numel() * 4 for tensor in direct.networks[0].state_dict().values())
+    final = home / "rfmed_nnUNetPlans__2d" / "fold_0" / "checkpoint_final.safetensors"
+    assert weights < final.stat().st_size < weights + 200_000
+    if source == "results":
+        assert "already exists" in run_error("import_model", given, "--root", tmp_path)
+        assert (home / "rfmed_nnUNetPlans__3d_fullres" / "fold_2" / "checkpoint_best.safetensors").is_file()
+
+
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_of(trained, "2d"), tmp_path / "model"))
+
+
+def rewritten(path: Path, change) -> None:
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+def test_another_network_is_named_with_its_tensors(trained: Path, tmp_path: Path) -> None:
+    model = copied(trained, tmp_path)
+    checkpoint = model / "fold_0" / "checkpoint_final.pth"
+
+    def change(content: dict) -> None:
+        weights = content["network_weights"]
+        weights["head.extra.weight"] = torch.ones(3)
+        del weights["decoder.seg_layers.0.weight"]
+        content["trainer_name"] = "nnUNetTrainerOfMine"
+
+    rewritten(checkpoint, change)
+    found = run_error("import_model", model, "--root", tmp_path / "root")
+    for word in ("head.extra.weight", "decoder.seg_layers.0.weight", "nnUNetTrainerOfMine", "1 missing"):
+        assert word in found
+    assert list((tmp_path / "root" / "results").iterdir()) == []
+
+
+class Harmful:
+    """Would write a file if it were unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_checkpoint_is_executed(trained: Path, tmp_path: Path) -> None:
+    model, trace = copied(trained, tmp_path), tmp_path / "executed"
+    rewritten(model / "fold_0" / "checkpoint_final.pth", lambda content: content.update(logging=Harmful(trace)))
+    found = run_error("import_model", model, "--root", tmp_path / "root")
+    assert "could execute code" in found
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other"])
+def test_a_damaged_checkpoint_is_a_sentence(trained: Path, tmp_path: Path, damage: str) -> None:
+    model = copied(trained, tmp_path)
+    checkpoint = model / "fold_0" / "checkpoint_final.pth"
+    content = checkpoint.read_bytes()
+    if damage == "other":
+        torch.save({"state_dict": {"a": torch.ones(1)}}, checkpoint)
+    else:
+        checkpoint.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    found = run_error("import_model", model, "--root", tmp_path / "root")
+    assert "checkpoint_final.pth" in found
+    assert list((tmp_path / "root" / "results").iterdir()) == []
+
+
+def test_an_archive_may_not_leave_its_folder(trained: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "bad.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+        out.write(model_of(trained, "2d") / "fold_0" / "checkpoint_final.pth", "../fold_0/checkpoint_final.pth")
+    found = run_error("import_model", archive, "--root", tmp_path / "root")
+    assert "name is not allowed" in found
+    assert not (tmp_path / "root" / "fold_0").exists()
+
+
+def test_what_holds_no_model_is_said(tmp_path: Path) -> None:
+    assert "Found no trained model" in run_error("import_model", tmp_path, "--root", tmp_path)
+    assert "does not exist" in run_error("import_model", tmp_path / "none.zip", "--root", tmp_path)
+
+
+def test_folds_of_different_trainings_are_not_one_model(trained: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(model_of(trained, "3d_fullres"), tmp_path / "model"))
+    rewritten(
+        model / "fold_1" / "checkpoint_final.pth", lambda content: content.update(inference_allowed_mirroring_axes=(0,))
+    )
+    assert "different trainings" in run_error("import_model", model, "--root", tmp_path / "root")
+    with pytest.raises(Exception, match="mirror"):
+        Predictor.load(model, device="cpu")
+
+
+def test_a_wrapped_network_has_the_same_names(trained: Path, tmp_path: Path) -> None:
+    model = copied(trained, tmp_path)
+
+    def change(content: dict) -> None:
+        content["network_weights"] = {f"module.{name}": value for name, value in content["network_weights"].items()}
+
+    rewritten(model / "fold_0" / "checkpoint_final.pth", change)
+    (imported,) = import_nnunet_models(model, tmp_path / "results")
+    assert imported.folds == ("0",)
