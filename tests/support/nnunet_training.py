@@ -12,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -34,6 +35,7 @@ class SmallTrainer(nnUNetTrainer):
 def main() -> None:
     """Make the models, then predict the first two cases with each."""
     out = Path(sys.argv[1])
+    np.random.seed(0)  # noqa: NPY002 - the one that nnU-Net draws patches with
     torch.manual_seed(0)
     # new interpreters for its pools would take longer than all their work
     contexts = multiprocessing.get_context

@@ -93,8 +93,8 @@ def test_its_models_predict_the_same(trained: Path, stage: str, folds: str) -> N
         with np.load(theirs / f"blob_{case}.npz") as content:
             apart = np.abs(np.asarray(mine.probabilities, np.float32) - content["probabilities"])
         # nnU-Net sums up tiles in half precision, whose logits beyond 16 are 0.016 apart
-        assert np.quantile(apart, 0.9999) < 5e-3
-        assert apart.max() < 1e-2
+        assert np.quantile(apart, 0.999) < 5e-3
+        assert apart.max() < 0.016
     assert found > 300  # it has learned something
     assert differing <= 1e-4 * total
 
