@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from rfmedsam2.errors import PlanError, WorkerError
 from rfmedsam2.system.devices import choose_device
+from rfmedsam2.system.memory import keep_freed_memory
 from rfmedsam2.system.ranks import ranks_of, require_team
 
 T = TypeVar("T")
@@ -117,6 +118,8 @@ def start_runtime(
         world_size=ranks.world_size,
         local_world_size=ranks.local_world_size,
     )
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if ranks.world_size == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,12 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None
 
+_KEEPING = {
+    -3: 32 << 20,  # M_MMAP_THRESHOLD: its largest value; larger blocks are mapped anew as before
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: unused memory at the end of the heap that is kept
+    -2: 64 << 20,  # M_TOP_PAD: the heap grows by so much at a time
+}
+"""Options of glibc's mallopt (malloc.h)."""
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
 
@@ -49,6 +57,24 @@ def free_bytes() -> int:
     leaves. cgroup limits can be lower than physical memory; exceeding them gets the process OOM-killed.
     """
     return max(0, min(psutil.virtual_memory().available, *group_bytes(), *_limit_bytes()))
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep freed memory for this process's next request, instead of giving it back to the system.
+
+    A training step on a CPU allocates and frees the same large tensors over and over. By default glibc maps each anew,
+    and the system must clear every page of it: a tenth of the processor time of a small U-Net's training.
+
+    Returns:
+        Whether it does now: only glibc can, and it is left alone where the user has set its variables.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        return False
+    return all(mallopt(option, value) for option, value in _KEEPING.items())
 
 
 def total_bytes() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import platform
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from support.fresh_interpreters import run_each
 
 from rfmedsam2.system.memory import free_bytes, group_bytes, memory_ran_out, memory_words, total_bytes
 
@@ -119,3 +121,28 @@ def test_other_errors_are_not_of_memory(make: Callable[[], object]) -> None:
 
 def test_what_is_used_and_free_is_told() -> None:
     assert re.fullmatch(r"\d+\.\d GiB in use by this process, \d+\.\d GiB more available", memory_words())
+
+
+PAGES = """
+import os, resource
+import numpy as np
+from rfmedsam2.system.memory import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        np.ones(2_000_000)  # 16 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can")
+def test_freed_memory_is_used_again_unless_the_user_chose_otherwise() -> None:
+    codes = {
+        "kept": f"{PAGES}\nmade = keep_freed_memory(); faults(); answer = [made, faults()]",
+        "chosen": f"{PAGES}\nos.environ['MALLOC_ARENA_MAX'] = '1'\nanswer = [keep_freed_memory(), 0]",
+    }
+    found = {name: answer for name, (answer, _) in run_each(codes).items()}
+    assert found["chosen"] == [False, 0]
+    made, again = found["kept"]
+    assert made
+    assert again < 2_000  # pages: every array has 3,900
