@@ -119,7 +119,7 @@ def start_runtime(
         local_world_size=ranks.local_world_size,
     )
     if chosen.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(os.environ)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if ranks.world_size == 1:

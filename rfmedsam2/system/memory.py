@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,7 @@ except ImportError:  # Windows has no such limits
     resource = None
 
 _KEEPING = {
-    -3: 32 << 20,  # M_MMAP_THRESHOLD: its largest value; larger blocks are mapped anew as before
+    -3: 32 << 20,  # M_MMAP_THRESHOLD: its largest value; larger blocks are mapped as before
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: unused memory at the end of the heap that is kept
     -2: 64 << 20,  # M_TOP_PAD: the heap grows by so much at a time
 }
@@ -59,16 +58,19 @@ def free_bytes() -> int:
     return max(0, min(psutil.virtual_memory().available, *group_bytes(), *_limit_bytes()))
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(environment: Mapping[str, str]) -> bool:
     """Let the C library keep freed memory for this process's next request, instead of giving it back to the system.
 
-    A training step on a CPU allocates and frees the same large tensors over and over. By default glibc maps each anew,
+    A training step on a CPU allocates and frees the same large tensors over and over. By default glibc maps each again,
     and the system must clear every page of it: a tenth of the processor time of a small U-Net's training.
+
+    Args:
+        environment: the environment variables.
 
     Returns:
         Whether it does now: only glibc can, and it is left alone where the user has set its variables.
     """
-    if any(name.startswith("MALLOC_") for name in os.environ):
+    if any(name.startswith("MALLOC_") for name in environment):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -124,7 +124,7 @@ def test_what_is_used_and_free_is_told() -> None:
 
 
 PAGES = """
-import os, resource
+import resource
 import numpy as np
 from rfmedsam2.system.memory import keep_freed_memory
 def faults():
@@ -138,8 +138,8 @@ def faults():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can")
 def test_freed_memory_is_used_again_unless_the_user_chose_otherwise() -> None:
     codes = {
-        "kept": f"{PAGES}\nmade = keep_freed_memory(); faults(); answer = [made, faults()]",
-        "chosen": f"{PAGES}\nos.environ['MALLOC_ARENA_MAX'] = '1'\nanswer = [keep_freed_memory(), 0]",
+        "kept": f"{PAGES}\nmade = keep_freed_memory({{}}); faults(); answer = [made, faults()]",
+        "chosen": f"{PAGES}\nanswer = [keep_freed_memory({{'MALLOC_ARENA_MAX': '1'}}), 0]",
     }
     found = {name: answer for name, (answer, _) in run_each(codes).items()}
     assert found["chosen"] == [False, 0]
