@@ -21,6 +21,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,7 +130,8 @@ class Bench:
 
     def _changes(self) -> tuple[str, ...]:
         own = (f"model.crossfit.folds={PARTS}", "model.step0=crossfit") if self.row.crossfit else ()
-        return (*own, *self.row.changes)
+        cached = (f"model.cached_views={self.row.cached_views}",) if self.row.cached_views else ()
+        return (*own, *cached, *self.row.changes)
 
     def _figures(self) -> dict[str, int]:
         """Numbers of iterations that fill the row's processor time, kept for a run that goes on."""
@@ -140,26 +142,30 @@ class Bench:
 
     def _measured_figures(self) -> dict[str, int]:
         budget = 60 * (self.minutes or self.row.minutes)
+        rehearsed = {"unet_iterations": STEPS_SMALL, "iterations": STEPS_SMALL}
+        longer = rehearsed | {"iterations": STEPS_LARGE}
+        first = self._rehearsed("steps", rehearsed)
+        again = self._rehearsed("steps", rehearsed)  # with the U-Nets, logits and features that are there now
+        each = _per_step(again, self._rehearsed("steps", longer))
         if not self.row.crossfit:
-            return {"iterations": math.floor(budget / self._step_seconds())}
-        unet = self._step_seconds(of_unets=True) / (PARTS + 1)
-        unet_steps = math.floor(UNET_SHARE * budget / (PARTS + 1) / unet)
-        each = self._step_seconds()
-        return {"unet_iterations": unet_steps, "iterations": math.floor((1 - UNET_SHARE) * budget / each)}
+            return {"iterations": math.floor(budget / each)}
+        more = self._rehearsed("unets", rehearsed | {"unet_iterations": STEPS_LARGE})
+        unets = _per_step(first, more)
+        made = max(0.0, first - again - STEPS_SMALL * unets)  # logits of all cases, and cached features
+        return {
+            "unet_iterations": math.floor(UNET_SHARE * budget / unets),
+            "iterations": max(1, math.floor(((1 - UNET_SHARE) * budget - made) / each)),
+        }
 
-    def _step_seconds(self, *, of_unets: bool = False) -> float:
-        """Processor seconds of a step of the training itself, or of all U-Nets together that it is given logits of."""
-        used = []
-        for steps in (STEPS_SMALL, STEPS_LARGE):
-            unet = steps if of_unets else STEPS_SMALL
-            own = STEPS_SMALL if of_unets else steps
-            words = self._training({"unet_iterations": unet, "iterations": own})
-            elsewhere = {"nnUNet_raw": self.layout.raw, "nnUNet_preprocessed": self.layout.preprocessed}
-            results = self.root / "rehearsal" / f"{unet}_{own}"
-            program = [installed_program("rfmed_train"), *words, "--no-validate", "--restart"]
-            env = {key: str(path) for key, path in (elsewhere | {"nnUNet_results": results}).items()}
-            used.append(run_measured(program, env=env).cpu_s)
-        return max(1e-3, (used[1] - used[0]) / (STEPS_LARGE - STEPS_SMALL))
+    def _rehearsed(self, name: str, figures: Mapping[str, int]) -> float:
+        """Processor seconds of a short training in folders of its own, which keeps what trainings share."""
+        folder = self.root / "rehearsal" / name
+        if not folder.exists():
+            shutil.copytree(self.layout.preprocessed, folder / "preprocessed")
+        program = [installed_program("rfmed_train"), *self._training(figures), "--no-validate", "--restart"]
+        places = {"raw": self.layout.raw, "preprocessed": folder / "preprocessed", "results": folder / "results"}
+        env = {f"nnUNet_{part}": str(path) for part, path in places.items()}
+        return run_measured(program, env=env).cpu_s
 
     def _training(self, figures: Mapping[str, int]) -> list[object]:
         words: list[object] = [self.dataset.name, STAGE, self.fold, "-p", PLAN]
@@ -192,6 +198,11 @@ class Bench:
         """Run a command of ours; gives its processor seconds."""
         print(f"rfmed_{name}", *words, file=sys.stderr, flush=True)
         return run_measured([installed_program(f"rfmed_{name}"), *words, "--root", self.root]).cpu_s
+
+
+def _per_step(shorter: float, longer: float) -> float:
+    """Processor seconds of one step, from those of two trainings."""
+    return max(1e-3, (longer - shorter) / (STEPS_LARGE - STEPS_SMALL))
 
 
 def summarize(work: Path, fold: int) -> dict[str, Any]:

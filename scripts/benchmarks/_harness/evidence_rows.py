@@ -19,6 +19,10 @@ UNET_SHARE = 0.6
 """Part of a row's processor time that goes into Step 0, cross-fitted or not."""
 PARTS = 2
 """U-Nets of the cross-fitting, besides the one of all cases."""
+VIEWS = {"hippocampus": 0, "oasis": 1}
+VIEWS_OF_FEW = 2
+"""Cached views of every training case where published weights make features that stay the same. One takes as long as
+two steps and pays from its third use on: not where there are more cases than steps."""
 STEPS_SMALL, STEPS_LARGE = 5, 25
 """Two lengths of training whose difference gives the processor seconds of one step."""
 
@@ -45,6 +49,13 @@ class Row:
     def minutes(self) -> float:
         """Processor minutes of training."""
         return MINUTES_OF_FEW if self.few else MINUTES
+
+    @property
+    def cached_views(self) -> int:
+        """Views whose features are computed once."""
+        if self.backbone not in WEIGHTS:
+            return 0
+        return VIEWS_OF_FEW if self.few else VIEWS[self.dataset]
 
     @property
     def crossfit(self) -> bool:
