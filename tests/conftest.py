@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     listen()
+    if hasattr(signal, "SIGHUP"):  # under nohup, children would inherit that it is ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.addinivalue_line("markers", "slow: takes seconds: not with --quick")
     config.addinivalue_line("markers", "whole: takes its time: only with --whole")
 

@@ -116,6 +116,7 @@ FREE = {
     "TrainedCases.train": "compared with ids",
     "TrainedCases.val": "compared with ids",
     "VerifyReport.dataset": "shown",
+    "ViewsRecord.settings": "compared with those of a training",
 }
 """Text in records that never becomes part of a path that is written, and why."""
 EVERYWHERE = {"code_version", "torch_version", "created", "device", "weights_sha256", "scores", "sha256"}

@@ -215,7 +215,9 @@ def _require_something(dataset: RawDataset, options: StudyOptions, *, checkpoint
             "The number of cases is too small", expected=f"1 or more ({option('cases')})", found=options.cases
         )
     if options.window is not None and options.window[0] >= options.window[1]:
-        raise UsageError("The window must have LOW < HIGH", where=option("window"), found=options.window)
+        raise UsageError(
+            "The window must have LOW < HIGH", where=option("window", flag="--window LOW HIGH"), found=options.window
+        )
     CaseReader(dataset).check_file_layout()
     if not dataset.json.label_set.foreground:
         raise DatasetError("The dataset declares no foreground class", where=dataset.folder / "dataset.json")

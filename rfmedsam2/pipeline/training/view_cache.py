@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from rfmedsam2.arguments import option
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import StoreError
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
@@ -101,7 +102,8 @@ class ViewCaching:
                 where=self.folder,
                 expected=f"{needed / 1e9:.3g} GB for {len(missing)} view(s) of {each / 1e6:.3g} MB",
                 found=f"{free / 1e9:.3g} GB free",
-                remedy="Free space on that disk, choose another --root, or fewer views: --cache views=1",
+                remedy=f"Free space on that disk, choose another {option('root')}, or fewer views: "
+                + option("model.cached_views=1", flag="--cache views=1"),
             )
 
     def _settings(self) -> dict[str, str]:

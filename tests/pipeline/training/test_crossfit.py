@@ -202,5 +202,5 @@ def test_the_command_trains_it_whole(layout: Layout, tmp_path: Path) -> None:
 
 
 def test_it_trains_its_own_unets(layout: Layout, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="crossfit trains the U-Nets"):
+    with pytest.raises(UsageError, match=r"step0='crossfit' trains the U-Nets"):
         train(layout, crossfit_plan(layout), STAGE, options=TrainOptions(device="cpu", unet=tmp_path / "unet"))
