@@ -96,7 +96,7 @@ def _check_sizes(sample: Sample) -> tuple[list[Fault], bool]:
     try:
         size = image_size(sample.image)
         if isinstance(sample.mask, MaskFile):
-            return _size_faults(sample, size, image_size(sample.mask.path, upright=False)), False
+            return _size_faults(sample, size, image_size(sample.mask.path)), False
         if isinstance(sample.mask, Annotation):
             return _size_faults(sample, size, sample.mask.size), False
     except ImageError as error:

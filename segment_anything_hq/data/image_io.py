@@ -37,7 +37,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_ground_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
-    """Read a mask of any color mode; what is transparent is background, unless everything is equally so.
+    """Read a mask of any color mode, upright; what is transparent is background, unless everything is equally so.
 
     Returns:
         (H, W) int8: 1 object, 0 background, -1 ignored.
@@ -46,11 +46,20 @@ def read_ground_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
         ImageError: the file is missing, damaged or not an image, or its values do not allow this rule.
     """
     with _opened(path) as image:
-        values, kind = _mask_values(image, path), image.format
-    if rule == "any":
-        if kind == "JPEG" and len(np.unique(values)) > 2:
+        if rule == "any" and _is_narrowed(image):
             raise ImageError(
-                "Every value but 0 is to be object, but JPEG compression changes the 0 of the background",
+                "Every value but 0 is to be object, but of 16 bits per color only the upper 8 are read",
+                where=path,
+                expected="one channel, or 8 bits per channel",
+                found=f"{len(image.getbands())} channels of 16 bits",
+                remedy="Save the masks as gray PNG from their source",
+            )
+        compression = _loses(image, path)
+        values = _mask_values(image, path)
+    if rule == "any":
+        if compression is not None and len(np.unique(values)) > 2:
+            raise ImageError(
+                f"Every value but 0 is to be object, but {compression} compression changes the 0 of the background",
                 where=path,
                 found=f"{len(np.unique(values))} values",
                 remedy="Save the masks as PNG from their source, or leave "
@@ -92,19 +101,16 @@ def read_thumbnails(path: Path, shapes: Sequence[tuple[int, int]]) -> list[np.nd
         return [np.asarray(gray.resize((width, height), Image.Resampling.BOX)) for height, width in shapes]
 
 
-def image_size(path: Path, *, upright: bool = True) -> tuple[int, int]:
-    """Read height and width from a file's header.
-
-    Args:
-        path: an image or a mask.
-        upright: apply the EXIF orientation, as `read_image` does; False: the stored size, as masks are read.
+def image_size(path: Path) -> tuple[int, int]:
+    """Read the height and width of an image or a mask, upright, from a file's header.
 
     Raises:
         ImageError: the file is missing, damaged or not an image.
     """
     with _opened(path) as image:
         width, height = image.size
-        turned = upright and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        # Pillow gives the upright size of a TIFF itself
+        turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 
@@ -120,6 +126,8 @@ class _opened:  # noqa: N801  used as a function
             self.image = Image.open(self.path, formats=_FORMATS)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise _image_error(self.path, error) from error
+        if self.image.format == "TIFF":
+            self.image.filename = ""  # Pillow garbles a TIFF turned by 90 degrees if it maps the file into memory
         return self.image
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -156,15 +164,31 @@ def _channels(image: Image.Image, path: Path) -> np.ndarray:
 
 
 def _mask_values(image: Image.Image, path: Path) -> np.ndarray:
-    """(H, W, 1) or (H, W, 3), uint8 or wider: as stored, on black where the image is transparent."""
+    """(H, W, 1) or (H, W, 3), uint8 or wider: the stored values, upright, on black where the image is transparent."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         return _whole_numbers(image, path)
     values = _channels(image, path)
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
         alpha = np.asarray(image.convert("RGBA"))[..., 3:]
         if (alpha != alpha[0, 0]).any():
-            return (values * (alpha / 255)).round().astype(np.uint8)
+            # rounded up: a little of 1 is not background
+            return np.asarray((values.astype(np.uint32) * alpha + 254) // 255, np.uint8)
     return values
+
+
+def _is_narrowed(image: Image.Image) -> bool:
+    """Whether Pillow drops the lower half of 16 bits, as it does of colors, and of gray beside transparency."""
+    sixteen = image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    return sixteen and not image.mode.startswith("I")
+
+
+def _loses(image: Image.Image, path: Path) -> str | None:
+    """The compression of a file, if it changes values."""
+    if image.format == "JPEG" or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
+        return "JPEG"
+    # the mark of WebP without loss
+    return "WebP" if image.format == "WEBP" and b"VP8L" not in path.read_bytes() else None
 
 
 def _whole_numbers(image: Image.Image, path: Path) -> np.ndarray:

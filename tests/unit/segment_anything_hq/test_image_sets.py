@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
+from tifffile import imwrite
 
 from rfmedsam2.errors import DatasetError, ImageError
 from segment_anything_hq.choices import MaskRule
@@ -175,6 +178,23 @@ def test_the_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert image_size(tmp_path / "a.jpg") == (8, 6)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
+def test_a_mask_is_turned_as_its_image_is(tmp_path: Path, ending: str, orientation: int) -> None:
+    """Both files say how they are turned: the object stays on its pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = mask()
+    stored[5, 6:] = 255
+    path = save(tmp_path / f"a.{ending}", stored, exif=exif, **({"lossless": True} if ending == "webp" else {}))
+    found = read_ground_truth(path)
+    turned = stored.T if orientation > 4 else stored
+    rows, columns = ((1, 1), (1, -1), (-1, -1), (-1, 1))[(orientation - 1) % 4]
+    assert np.array_equal(found, turned[::rows, ::columns] // 255)
+    assert np.array_equal(found, read_image(path)[..., 0] // 255)
+    assert image_size(path) == found.shape == ((8, 6) if orientation > 4 else (6, 8))
+
+
 def test_mask_values_follow_the_mask_rule(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", np.array([[0, 1, 127, 128, 129, 255]], np.uint8))
     assert read_ground_truth(path).tolist() == [[0, 0, 0, 0, 1, 1]]
@@ -199,6 +219,15 @@ def test_what_is_transparent_is_background(tmp_path: Path, mode: str, rule: Mask
         assert np.array_equal(read_ground_truth(tmp_path / "b.png", rule), mask() // 255)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("opacity", [1, 100, 254])
+def test_a_little_of_an_object_is_object(tmp_path: Path, mode: str, opacity: int) -> None:
+    shape = Image.fromarray(mask(1)).convert(mode)
+    shape.putalpha(Image.fromarray(mask(opacity)))
+    shape.save(tmp_path / "a.png")
+    assert np.array_equal(read_ground_truth(tmp_path / "a.png", "any"), mask(1))
+
+
 @pytest.mark.parametrize(("dtype", "ending"), [("uint16", "png"), ("uint16", "tif"), ("int32", "tif")])
 def test_numbers_of_objects_are_never_rounded_to_background(tmp_path: Path, dtype: str, ending: str) -> None:
     most = 70_000 if dtype == "int32" else 65_535
@@ -215,11 +244,44 @@ def test_numbers_of_objects_are_never_rounded_to_background(tmp_path: Path, dtyp
         assert read_ground_truth(path).tolist() == [[0, 0, 0, 0, 1]]
 
 
-def test_compression_with_loss_makes_no_object_of_the_background(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.jpg", mask(shape=(24, 24)))
-    with pytest.raises(ImageError, match=r"Every value but 0 is to be object, but JPEG.*as PNG from their source"):
+@pytest.mark.parametrize("number", [1, 129, 255])
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_per_color_are_no_numbers_of_objects(tmp_path: Path, ending: str, number: int) -> None:
+    """Pillow reads the upper 8 of their bits: 255 and less would become background."""
+    colors = np.stack([mask(1).astype(np.uint16) * number] * 3, -1)
+    path = tmp_path / f"a.{ending}"
+    (write_png if ending == "png" else imwrite)(path, colors)
+    with pytest.raises(ImageError, match=r"of 16 bits per color only the upper 8.*Found 3 channels.*as gray PNG"):
         read_ground_truth(path, "any")
-    assert np.array_equal(read_ground_truth(path), mask(shape=(24, 24)) // 255)
+    (write_png if ending == "png" else imwrite)(path, np.where(colors > 0, 65535, 0).astype(np.uint16))
+    assert np.array_equal(read_ground_truth(path), mask(1))
+
+
+def write_png(path: Path, colors: np.ndarray) -> None:
+    """A PNG of (H, W, 3) uint16, which Pillow does not write."""
+    height, width = colors.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colors)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    parts = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize(
+    ("ending", "options", "name"),
+    [("jpg", {}, "JPEG"), ("webp", {"quality": 50}, "WebP"), ("tif", {"compression": "jpeg", "quality": 50}, "JPEG")],
+)
+def test_compression_with_loss_makes_no_object_of_the_background(
+    tmp_path: Path, ending: str, options: dict[str, Any], name: str
+) -> None:
+    path = save(tmp_path / f"a.{ending}", mask(shape=(24, 24)), **options)
+    with pytest.raises(ImageError, match=rf"Every value but 0 is to be object, but {name}.*as PNG from their source"):
+        read_ground_truth(path, "any")
+    assert np.abs(read_ground_truth(path) - mask(shape=(24, 24)) // 255).sum() <= 2
+    labels = save(tmp_path / "b.webp", mask(1) + mask(2), lossless=True)
+    assert np.array_equal(read_ground_truth(labels, "any"), mask(1))
 
 
 def test_ritm_sets_use_their_own_mask_rules(tmp_path: Path) -> None:
