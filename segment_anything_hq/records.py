@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -130,6 +131,14 @@ class RefinerRecord(TrainedRecord):
         images = self.training_images
         digest = images and f"{len(images)}, digest {hashlib.sha256(' '.join(images).encode()).hexdigest()[:8]}"
         return {"plan": plan, "base_sha256": self.base_sha256, "training images": digest}
+
+
+def trained_images(records: Sequence[RefinerRecord]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Digests and looks of the images that any of some checkpoints was trained on; no digests: one does not say."""
+    looks = tuple(sorted({look for record in records for look in record.training_looks}))
+    if not records or any(record.training_images is None for record in records):
+        return None, looks
+    return tuple(sorted({digest for record in records for digest in record.training_images or ()})), looks
 
 
 class PredictedObject(Record):

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import RfMedSamError, UsageError, shortlist
@@ -119,7 +118,6 @@ def _predict_image(
     transform = make_transform((image.shape[0], image.shape[1]), loaded.network.frame_size, loaded.fit)
     with torch.inference_mode():
         embedded = embed(loaded.network, image, transform)
-        _wait(embedded.embedding)
     taken = round(time.perf_counter() - started, 4)
     found: dict[str, PredictedObject] = {}
     for prompted, mask, seconds in _predict_in_batches(loaded.network, embedded, transform, group):
@@ -190,9 +188,3 @@ def _record(prompted: PromptedObject, found: ObjectMask, seconds: float) -> Pred
         pixels=int(found.mask.sum()),
         seconds=round(seconds, 4),
     )
-
-
-def _wait(tensor: Tensor) -> None:
-    """Wait until the device has computed a tensor, so that its time is attributed correctly."""
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)

@@ -88,14 +88,20 @@ def make_transform(size: tuple[int, int], frame_size: int, fit: Fit) -> ImageTra
 def embed(segmenter: Any, image: np.ndarray, transform: ImageTransform) -> Embedded:
     """Encode one image, including what a method precomputes for many prompts.
 
+    The device has computed it when this returns, so that its time is not counted with the first prompt.
+
     Args:
         segmenter: a `Segmenter` and `nn.Module`, in evaluation mode, on its device.
         image: (H, W, 3) uint8 RGB, of the transform's size.
         transform: the image's transform to the segmenter's frame.
     """
-    embedded = segmenter.encode(segmenter.normalize(transform.pixels(image).to(device_of(segmenter))))
+    device = device_of(segmenter)
+    embedded = segmenter.encode(segmenter.normalize(transform.pixels(image).to(device)))
     prepare = getattr(segmenter, "prepare", None)
-    return embedded if prepare is None else prepare(embedded)
+    embedded = embedded if prepare is None else prepare(embedded)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return embedded
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -15,7 +15,7 @@ from segment_anything_hq.choices import Backbone, Method, ZeroShot
 from segment_anything_hq.inference.image_transform import Fit
 from segment_anything_hq.models import Network, build, fit_of, load_trained
 from segment_anything_hq.nn.hq_sam import FRAME_SIZE
-from segment_anything_hq.records import METHODS, RefinerRecord
+from segment_anything_hq.records import METHODS, RefinerRecord, trained_images
 
 REFINERS = ("sam_ref", "sam2_ref", "sam2_refiner")
 NANO = "nano"
@@ -55,7 +55,7 @@ class ResolvedSpec:
         decoder: checkpoint of the base's fine-tuned mask decoder.
         model: checkpoint with the trained weights.
         seed: seed of random weights; with `model`, the seed of its training, which drew the same base.
-        training_images: digests of the images that `model` was trained on; None: unknown.
+        training_images: digests of the images that `model` and `decoder` were trained on; None: unknown.
         training_looks: what these images look like; empty: unknown.
     """
 
@@ -106,7 +106,7 @@ class LoadedNetwork:
 
 
 def resolve_spec(spec: NetworkSpec) -> ResolvedSpec:
-    """Check that a specification is complete and consistent; reads only the checkpoint's header.
+    """Check that a specification is complete and consistent; reads only the headers of checkpoints.
 
     Raises:
         UsageError: the method, backbone or weights are missing, or the checkpoint has another method, backbone or frame
@@ -188,6 +188,10 @@ def _with_weights(
             + (f"as in training: {record.base}" if record else "as published"),
             remedy="A checkpoint holds the trained weights only, not the frozen base" if record else None,
         )
+    records = [] if record is None else [record]
+    if spec.decoder is not None and method in REFINERS:
+        records.append(read_header(spec.decoder, RefinerRecord).record)
+    images, looks = trained_images(records)
     return ResolvedSpec(
         method=method,
         backbone=backbone,
@@ -196,8 +200,8 @@ def _with_weights(
         decoder=spec.decoder,
         model=spec.model,
         seed=record.plan.train.seed if record else 0,
-        training_images=record.training_images if record else None,
-        training_looks=record.training_looks if record else (),
+        training_images=images,
+        training_looks=looks,
     )
 
 

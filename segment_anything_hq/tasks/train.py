@@ -25,7 +25,7 @@ from segment_anything_hq import models
 from segment_anything_hq.data.content import digests_of, seen_images
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.data.looks import looks_of, saved_again
-from segment_anything_hq.records import RefinerPlan, RefinerRecord
+from segment_anything_hq.records import RefinerPlan, RefinerRecord, trained_images
 from segment_anything_hq.tasks.refiner import RefinerTask
 
 logger = logging.getLogger(__name__)
@@ -147,13 +147,18 @@ def train_refiner(
 def _what_is_known(
     plan: RefinerPlan, network: models.Network, training: Sequence[ImageSet], options: RefinerTrainOptions
 ) -> dict[str, Any]:
-    """Fields of a checkpoint's record that are the same at every step."""
+    """Fields of a checkpoint's record that are the same at every step; the decoder's images were trained on, too."""
+    images, looks = set(digests_of(training).values()), set(looks_of(training).values())
+    complete = True
+    if options.decoder is not None:
+        before, alike = trained_images([read_header(options.decoder, RefinerRecord).record])
+        complete, images, looks = before is not None, images.union(before or ()), looks.union(alike)
     return {
         "plan": plan,
         "base": "new" if options.weights is None else options.weights.name,
         "base_sha256": models.base_sha256(network),
-        "training_images": tuple(sorted(set(digests_of(training).values()))),
-        "training_looks": tuple(sorted(set(looks_of(training).values()))),
+        "training_images": tuple(sorted(images)) if complete else None,
+        "training_looks": tuple(sorted(looks)),
     }
 
 

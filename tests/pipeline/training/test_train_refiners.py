@@ -24,7 +24,8 @@ from segment_anything_hq.data.content import digests_of
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.data.looks import looks_of
 from segment_anything_hq.data.open_data import open_data, split_held_out
-from segment_anything_hq.records import METHODS, ON_SAM2, RefinerPlan, RefinerRecord
+from segment_anything_hq.inference.network_spec import NetworkSpec, resolve_spec
+from segment_anything_hq.records import METHODS, ON_SAM2, RefinerPlan, RefinerRecord, trained_images
 from segment_anything_hq.tasks.defaults import default_plan
 from segment_anything_hq.tasks.object_feed import ObjectSource
 from segment_anything_hq.tasks.train import RefinerTrainOptions, train_refiner
@@ -251,6 +252,25 @@ def test_a_checkpoint_knows_its_images_and_is_not_resumed_with_others(sets, tmp_
     for other in (sets, held):
         with pytest.raises(CheckpointError, match=r"another training.*training images was .*digest.*restart=True"):
             train_refiner(plan_of("hq_sam"), other, held, tmp_path, CPU)
+
+
+def test_what_the_decoder_was_trained_on_was_trained_on(sets, tmp_path: Path, caplog) -> None:
+    earlier, later = split_held_out(sets, 0.5)
+    train_refiner(plan_of("sam_decoder"), earlier, (), tmp_path / "decoder", CPU)
+    decoder = tmp_path / "decoder" / FINAL
+    tuned = resolve_spec(NetworkSpec(method="sam_ref", backbone="vit_nano", decoder=decoder))
+    assert tuned.training_images == tuple(sorted(digests_of(earlier).values()))
+    options = RefinerTrainOptions(device="cpu", decoder=decoder, score_base=False)
+    train_refiner(plan_of("sam_ref"), later, earlier, tmp_path / "refined", options)
+    count = len(digests_of(earlier))
+    assert f"{count} of {count} validation images of {sets[0].name} are also training images" in caplog.text
+    refined = resolve_spec(NetworkSpec(model=tmp_path / "refined" / FINAL, decoder=decoder))
+    assert refined.training_images == tuple(sorted(digests_of(sets).values()))
+    assert refined.training_looks == tuple(sorted(set(looks_of(sets).values())))
+    both = [read_header(path, RefinerRecord).record for path in (decoder, tmp_path / "refined" / FINAL)]
+    assert both[1].training_images == refined.training_images
+    unknown = both[0].model_copy(update={"training_images": None})
+    assert trained_images([both[1], unknown]) == (None, refined.training_looks)
 
 
 def test_validation_on_training_images_is_a_warning(sets, tmp_path: Path, caplog) -> None:

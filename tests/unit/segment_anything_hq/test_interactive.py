@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from segment_anything_hq.data.prompt_files import read_prompts
 from segment_anything_hq.evaluation.interactive import ClickedPredictor
 from segment_anything_hq.evaluation.latency import sat_latency
 from segment_anything_hq.evaluation.protocols import BoxRule
+from segment_anything_hq.inference.image_transform import embed
 from segment_anything_hq.inference.interactive import InteractivePredictor
 from segment_anything_hq.nn.sam_ref import SamRef
 from segment_anything_hq.prompts.prompt import Click, Prompt
@@ -77,6 +79,22 @@ def test_latency_is_measured_with_the_mask_before_on_an_image_that_is_encoded(sa
     assert all(prompted.points.shape[1] == 1 for _, prompted in measured)  # one point each, as in SegNext
     # the mask before is that of the point before, as a click of the evaluation gets it
     assert all(torch.equal(prompted.masks, previous.logits) for previous, prompted in measured[1:])
+
+
+def test_an_image_is_encoded_when_that_is_said(monkeypatch) -> None:
+    """A GPU works on after the call: what is left would be counted as time of the first click."""
+    waited: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(device.type))
+    for kind in ("cpu", "cuda"):
+        segmenter = SimpleNamespace(
+            parameters=lambda kind=kind: iter([SimpleNamespace(device=torch.device(kind))]),
+            normalize=lambda pixels: pixels,
+            encode=lambda pixels: pixels,
+            prepare=lambda embedded: (embedded, len(waited)),
+        )
+        framing = SimpleNamespace(pixels=lambda _: SimpleNamespace(to=lambda device: device.type))
+        assert embed(segmenter, np.zeros((4, 4, 3), np.uint8), framing) == (kind, 0)
+    assert waited == ["cuda"]
 
 
 def test_undo_gives_the_answer_before(sam, picture) -> None:
