@@ -79,8 +79,7 @@ def own_weights(network: UNet, weights: Mapping[str, torch.Tensor]) -> dict[str,
     own = network.state_dict()
     missing = [name for name in own if name not in weights]
     shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
-    known = {weights[name].data_ptr() for name in own if name in weights}
-    others = [name for name, tensor in weights.items() if name not in own and tensor.data_ptr() not in known]
+    others = [name for name in weights if _own_name(name) not in own]
     if missing or shapes or others:
         counts = f"{len(missing)} missing, {len(shapes)} of another shape, {len(others)} unexpected"
         raise CheckpointError(
@@ -89,7 +88,15 @@ def own_weights(network: UNet, weights: Mapping[str, torch.Tensor]) -> dict[str,
             found=f"{counts}: {shortlist([*missing, *shapes, *others])}",
             remedy="Use the plans.json that these weights were trained with",
         )
-    return {name: weights[name] for name in own}
+    # nnU-Net too loads weights of any precision into a network of single precision
+    return {name: weights[name].to(tensor.dtype) for name, tensor in own.items()}
+
+
+def _own_name(name: str) -> str:
+    """The name that stays (see `_keep_modules_once`) of a tensor in nnU-Net's state dict."""
+    # found by names, as tensors that were converted, averaged or copied no longer share their memory
+    name = name.removeprefix("decoder.") if name.startswith("decoder.encoder.") else name
+    return name.replace(".conv.", ".all_modules.0.").replace(".norm.", ".all_modules.1.")
 
 
 def _library_network(config: UNetConfig, channels: int, outputs: int) -> PlainConvUNet | ResidualEncoderUNet:

@@ -12,6 +12,7 @@ import shutil
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,6 +150,7 @@ def unpack_nnunet_archive(path: Path, folder: Path) -> None:
             )
         if len(members) > MAX_MEMBERS or sum(member.file_size for member in members) > MAX_BYTES:
             raise _too_large(path, members)
+        _require_different_names(path, members)
         for member in members:
             parts = member.filename.split("/")
             if not all(is_file_name(part) for part in parts):
@@ -205,8 +207,7 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
         raise _too_large(path, members)
     for member in members:
         _checked_member(member, where=path)
-    if len({name.lower() for name in names}) != len(names):
-        raise CheckpointError("The archive holds two files of the same name", where=path)
+    _require_different_names(path, members)
     try:
         manifest = Manifest.from_json(archive.read(MANIFEST), where=f"{path}: {MANIFEST}")
     except RecordError as error:
@@ -227,6 +228,12 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
 def _checked_member(member: zipfile.ZipInfo, *, where: Path) -> None:
     _checked_name(member.filename, where=where)
     _checked_kind(member, where=where)
+
+
+def _require_different_names(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    counts = Counter(member.filename.lower() for member in members)
+    for name in (name for name, count in counts.items() if count > 1):
+        raise CheckpointError("The archive holds two files of the same name", where=path, found=name)
 
 
 def _checked_kind(member: zipfile.ZipInfo, *, where: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -78,7 +79,7 @@ def read_nnunet_checkpoint(path: Path) -> NnunetCheckpoint:
     if not isinstance(weights, Mapping) or not isinstance(settings, Mapping):
         lacking = [name for name in ("network_weights", "init_args") if not isinstance(content.get(name), Mapping)]
         raise _foreign(path, f"none of this name: {', '.join(lacking)}")
-    tensors = {_unwrapped(str(name)): value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    tensors = {_unwrapped(str(name)): value for name, value in weights.items() if _is_dense(value)}
     configuration, axes = settings.get("configuration"), content.get("inference_allowed_mirroring_axes") or ()
     if not isinstance(configuration, str) or len(tensors) != len(weights) or not tensors:
         raise _foreign(path, "entries of other kinds")
@@ -92,6 +93,10 @@ def read_nnunet_checkpoint(path: Path) -> NnunetCheckpoint:
         mirror_axes=tuple(axes),
         epochs=epochs if type(epochs) is int and epochs >= 0 else 0,
     )
+
+
+def _is_dense(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
 
 
 def _unwrapped(name: str) -> str:

@@ -166,7 +166,10 @@ def import_nnunet_plans(
     unknown = [stage for stage in stages or () if stage not in resolved]
     if unknown:
         raise UsageError(
-            "The configuration does not exist", where=", ".join(unknown), expected=f"one of {', '.join(resolved)}"
+            "The configuration does not exist",
+            where=path,
+            expected=f"one or several of {', '.join(resolved)}",
+            found=", ".join(unknown),
         )
     cascaded = [stage for stage, plain in resolved.items() if plain.get("previous_stage")]
     if stages is None and cascaded:

@@ -99,6 +99,13 @@ def checkpoints_of(
     if not known and is_nnunet_model(model_folder):
         known, names = folds_of(model_folder, NNUNET_CHECKPOINTS), NNUNET_NAMES
     if not known:
+        if folds_of(model_folder, NNUNET_CHECKPOINTS):
+            raise UsageError(
+                "The model lacks the plans that nnU-Net wrote beside its folds",
+                where=model_folder,
+                expected="plans.json and dataset.json",
+                remedy="Copy the whole folder of the model, as nnU-Net left it in nnUNet_results",
+            )
         is_fold = any((model_folder / name).is_file() for name in (*CHECKPOINTS, *NNUNET_CHECKPOINTS))
         raise UsageError(
             "This is the folder of one fold, not of a model" if is_fold else "The folder holds no trained model",

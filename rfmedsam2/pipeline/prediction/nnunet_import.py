@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.errors import CheckpointError, PlanError, UsageError
 from rfmedsam2.pipeline.nnunet.models import read_fold
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, TrainedModel, folds_of, is_nnunet_model
 from rfmedsam2.pipeline.prediction.model_archive import placed, require_dataset_name, require_place
@@ -18,9 +19,10 @@ from rfmedsam2.store.checkpoints import write_checkpoint
 from rfmedsam2.system.atomic import writing_to
 from rfmedsam2.system.progress import Track, silent
 
+LOGGER = logging.getLogger(__name__)
 IMPORTED = {NNUNET_FINAL: FINAL, NNUNET_BEST: BEST}
-DEPTHS = ("", "*", "*/*")
-"""Where models lie below nnUNet_results, a dataset's folder, or the folder of a model itself."""
+DEPTHS = ("", "*", "*/*", "*/*/*")
+"""Where models lie: the folder of one, of a dataset, nnUNet_results, or what holds that, as in a zip of it."""
 
 
 def import_nnunet_models(
@@ -28,7 +30,9 @@ def import_nnunet_models(
 ) -> list[TrainedModel]:
     """Import all models of nnU-Net in a folder or zip file: every fold's final and best weights, and nothing else.
 
-    All of them are read and checked before any is moved into place.
+    All of them are read and checked before any is moved into place. Beside others, those that cannot be imported by
+    their kind (second stages of a cascade, trainings that have saved no final or best weights) are left out with a
+    warning; a damaged one stops the import.
 
     Args:
         source: a model folder (with plans.json and fold_0 ...), a folder of such up to nnUNet_results, or a zip file.
@@ -39,7 +43,7 @@ def import_nnunet_models(
     Raises:
         UsageError: there is no such model, or it already exists.
         CheckpointError: an archive or a checkpoint is damaged or unsafe, or of another network than its plans.
-        PlanError: the plans use features that this package does not support.
+        PlanError: the plans of all models use features that this package does not support.
         StoreError: the folder cannot be written, the disk is full.
     """
     with writing_to(results):
@@ -56,10 +60,17 @@ def import_nnunet_models(
         if source.is_file():
             folder = workplace()
             unpack_nnunet_archive(source, folder)
-        models = []
+        models, left_out = [], []
         for model in _models_in(folder, source):
             converted = workplace() / "model"
-            models.append((converted, _converted(model, converted, track)))
+            try:
+                models.append((converted, _converted(model, converted, track)))
+            except PlanError as error:
+                left_out.append(error)
+        if not models:
+            raise left_out[0]
+        for error in left_out:
+            LOGGER.warning("Left out: %s", error)
         places = [require_place(records[0], results=results, force=force) for _, records in models]
         if len(set(places)) < len(places):
             raise UsageError("Two models would have the same name", where=source, found=f"{sorted(places)[0].name}")
@@ -78,19 +89,22 @@ def _models_in(folder: Path, source: Path) -> list[Path]:
             where=source,
             expected="a folder with plans.json, dataset.json and fold_0/checkpoint_final.pth, or a zip file of it",
         )
-    return models
+    finished = [model for model in models if folds_of(model, tuple(IMPORTED))]
+    if not finished:
+        raise CheckpointError(
+            "The model has only checkpoints of a training that goes on",
+            where=models[0],
+            expected=f"fold_0/{NNUNET_FINAL} or fold_0/{NNUNET_BEST}",
+        )
+    if unfinished := [str(model) for model in models if model not in finished]:
+        LOGGER.warning("Left out, as their trainings go on: %s", ", ".join(unfinished))
+    return finished
 
 
 def _converted(model: Path, folder: Path, track: Track) -> list[CheckpointRecord]:
     """Write our checkpoints of all folds; gives a record per fold."""
     records: dict[str, CheckpointRecord] = {}
     folds = folds_of(model, tuple(IMPORTED))
-    if not folds:
-        raise CheckpointError(
-            "The model has only checkpoints of a training that goes on",
-            where=model,
-            expected=f"fold_0/{NNUNET_FINAL} or fold_0/{NNUNET_BEST}",
-        )
     for fold in track(folds, "folds imported", len(folds)):
         for name, ours in IMPORTED.items():
             if (model / f"{FOLD}{fold}" / name).is_file():

@@ -226,3 +226,63 @@ def test_a_wrapped_network_has_the_same_names(trained: Path, tmp_path: Path) -> 
     rewritten(model / "fold_0" / "checkpoint_final.pth", change)
     (imported,) = import_nnunet_models(model, tmp_path / "results")
     assert imported.folds == ("0",)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_copied_or_halved_weights_have_the_same_names(trained: Path, tmp_path: Path, precision: torch.dtype) -> None:
+    """Tensors that nnU-Net has under several names no longer share their memory then."""
+    model = copied(trained, tmp_path)
+    checkpoint = model / "fold_0" / "checkpoint_final.pth"
+
+    def change(content: dict) -> None:
+        weights = content["network_weights"]
+        content["network_weights"] = {name: value.to(precision, copy=True) for name, value in weights.items()}
+
+    rewritten(checkpoint, change)
+    expected = torch.load(checkpoint, weights_only=False)["network_weights"]
+    (network,) = Predictor.load(model, device="cpu").networks
+    for name, value in network.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected[name].float())
+
+
+def test_tensors_without_storage_are_refused(trained: Path, tmp_path: Path) -> None:
+    model = copied(trained, tmp_path)
+    weights = {"a": torch.ones(2).to_sparse()}
+    rewritten(model / "fold_0" / "checkpoint_final.pth", lambda content: content["network_weights"].update(weights))
+    assert "entries of other kinds" in run_error("import_model", model, "--root", tmp_path / "root")
+
+
+@pytest.mark.parametrize("kind", ["cascade", "training"])
+def test_what_cannot_be_imported_is_left_out_beside_others(
+    trained: Path, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = tmp_path / "top" / "nnUNet_results" / NAME
+    for name in ("good", "left"):
+        shutil.copytree(model_of(trained, "2d"), home / name)
+    if kind == "cascade":
+        plans = json.loads((home / "left" / "plans.json").read_text())
+        plans["configurations"]["2d"]["previous_stage"] = "3d_lowres"
+        (home / "left" / "plans.json").write_text(json.dumps(plans))
+    else:
+        (home / "left/fold_0/checkpoint_final.pth").rename(home / "left/fold_0/checkpoint_latest.pth")
+        (home / "left/fold_0/checkpoint_best.pth").unlink()
+    shown = run_ok("import_model", tmp_path / "top", "--root", tmp_path)
+    assert "Left out" in caplog.text
+    assert str(home / "left") in caplog.text
+    assert shown.out.count("Imported:") == 1
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [NAME]
+
+
+def test_an_archive_with_two_files_of_a_name_is_refused(trained: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "twice.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+        for name in ("D/plans.json", "d/plans.json", "D/fold_0/checkpoint_final.pth"):
+            out.writestr(name, b"{}")
+    assert "two files of the same name" in run_error("import_model", archive, "--root", tmp_path / "root")
+
+
+def test_a_model_without_its_plans_is_said(trained: Path, tmp_path: Path) -> None:
+    model = copied(trained, tmp_path)
+    (model / "plans.json").unlink()
+    assert "plans.json" in run_error("predict", "-i", tmp_path, "-o", tmp_path / "out", "-m", model)
