@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.small_rfmedsam2 import small_unet
 from torch import Tensor
 
 from rfmedsam2.inference.refined_tiles import Tiling
@@ -17,17 +18,11 @@ from rfmedsam2.nn.sam2.memory_selection import select
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import MemoryBank
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config
 from rfmedsam2.records.plan import Inference, SegmentationLoss
 
 LABELS = LabelSet.model_validate({"names": {"background": 0, "a": 1, "b": 2}})
-UNET = UNetConfig(
-    features=(4, 8),
-    kernel_sizes=((3, 3, 3),) * 2,
-    strides=((1, 1, 1), (2, 2, 2)),
-    encoder_blocks=(1, 1),
-    decoder_blocks=(1,),
-)
+UNET = small_unet()
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,12 @@ from rfmedsam2.engine.checkpoint import differences, provenance
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.engine.task import Progress, Run
-from rfmedsam2.errors import CheckpointError, StoreError, UsageError
+from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.inference.sliding_window import predict_logits
 from rfmedsam2.models import load_network
 from rfmedsam2.nn.refinement_state import relative_to_background
 from rfmedsam2.pipeline.datasets.splits import make_splits
+from rfmedsam2.pipeline.training.disk_check import require_room
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
 from rfmedsam2.records.model import CrossFit, RFMedSam2Config
 from rfmedsam2.records.plan import Compute, Plan, Split, Stage, TrainConfig
@@ -254,17 +254,15 @@ class CrossFitting:
         missing = [case for case in missing if not (logits.folder / (case + ARRAY)).is_file()]
         classes = len(self.plan.labels.foreground)
         shapes = [self.store.open(case).shape for case in missing]
-        needed = sum(math.prod(shape) * classes * LOGIT_BYTES for shape in shapes)
-        free = shutil.disk_usage(self.store.folder).free
-        if needed > free:
-            raise StoreError(
-                "The disk has too little room for the logits of Step 0",
-                where=logits.folder,
-                expected=f"{needed / 1e9:.3g} GB for {len(missing)} case(s) of {classes} class(es)",
-                found=f"{free / 1e9:.3g} GB free",
-                remedy=f"Free space on that disk, choose another {option('root')}, or train with "
-                f"{option('model.step0', 'joint', flag='--step0')}",
-            )
+        joint = option("model.step0", "joint", flag="--step0")
+        require_room(
+            sum(math.prod(shape) * classes * LOGIT_BYTES for shape in shapes),
+            logits.folder,
+            what="the logits of Step 0",
+            amount=f"{len(missing)} case(s) of {classes} class(es)",
+            instead=f"choose another {option('root')}, or train with {joint}",
+            disk=self.store.folder,
+        )
 
     def _settings(self) -> str:
         """Digest of what the logits depend on besides case and weights."""

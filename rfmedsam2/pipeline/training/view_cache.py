@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,8 @@ import torch
 
 from rfmedsam2.arguments import option
 from rfmedsam2.engine.runtime import Runtime
-from rfmedsam2.errors import StoreError
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
+from rfmedsam2.pipeline.training.disk_check import require_room
 from rfmedsam2.records.plan import Split, Stage
 from rfmedsam2.store.checkpoints import weights_sha256
 from rfmedsam2.store.frozen_features.views import View, ViewStore, half
@@ -95,16 +94,15 @@ class ViewCaching:
     def _require_room(self, missing: list[tuple[str, int]]) -> None:
         """Check that what is missing fits the disk, before anything is computed."""
         each = view_bytes(self.task)
-        needed, free = each * len(missing), shutil.disk_usage(self.store.folder).free
-        if needed > free:
-            raise StoreError(
-                "The disk has too little room for cached features",
-                where=self.folder,
-                expected=f"{needed / 1e9:.3g} GB for {len(missing)} view(s) of {each / 1e6:.3g} MB",
-                found=f"{free / 1e9:.3g} GB free",
-                remedy=f"Free space on that disk, choose another {option('root')}, or fewer views: "
-                + option("model.cached_views=1", flag="--cache views=1"),
-            )
+        fewer = option("model.cached_views=1", flag="--cache views=1")
+        require_room(
+            each * len(missing),
+            self.folder,
+            what="cached features",
+            amount=f"{len(missing)} view(s) of {each / 1e6:.3g} MB",
+            instead=f"choose another {option('root')}, or fewer views: {fewer}",
+            disk=self.store.folder,
+        )
 
     def _settings(self) -> dict[str, str]:
         stage, model = self._stage, self._model

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.commands import run_error, run_ok
+from support.small_rfmedsam2 import small_unet
 
 from rfmedsam2.engine.log import read_events
 from rfmedsam2.errors import StoreError, UsageError
@@ -18,7 +19,7 @@ from rfmedsam2.models import load_network
 from rfmedsam2.nn.refinement_state import relative_to_background
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import CrossFit, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import CrossFit, RFMedSam2Config
 from rfmedsam2.records.plan import Compute, Plan, TrainConfig, Validation
 from rfmedsam2.store.checkpoint_header import FINAL, read_header
 from rfmedsam2.store.checkpoints import read_weights
@@ -28,13 +29,7 @@ from rfmedsam2.store.step0_logits import LogitsStore
 
 PHANTOM, STAGE, NAME = "Dataset900_PhantomCT", "3d_fullres", "rfmed_cpu"
 QUIET = TrainOptions(device="cpu", validate=False)
-UNET = UNetConfig(
-    features=(4, 8),
-    kernel_sizes=((3, 3, 3),) * 2,
-    strides=((1, 1, 1), (2, 2, 2)),
-    encoder_blocks=(1, 1),
-    decoder_blocks=(1,),
-)
+UNET = small_unet()
 AUGMENTED = ("rotation_probability", "scale_probability", "noise_probability")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.small_rfmedsam2 import small_unet
 
 from rfmedsam2.cli.pipeline import with_refinement
 from rfmedsam2.engine.runtime import Runtime
@@ -16,7 +17,7 @@ from rfmedsam2.errors import RecordError, StoreError, UsageError
 from rfmedsam2.pipeline.training import train as training
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.pipeline.training.view_cache import ViewCaching, view_bytes
-from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config
 from rfmedsam2.records.plan import Augmentation, Compute, Plan, Sampling, Split, TrainConfig, Validation
 from rfmedsam2.store.frozen_features.views import ViewStore
 from rfmedsam2.store.layout import Layout
@@ -28,13 +29,7 @@ from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
 
 PHANTOM = "Dataset900_PhantomCT"
 STAGE = "3d_fullres"
-UNET = UNetConfig(
-    features=(4, 8),
-    kernel_sizes=((3, 3, 3),) * 2,
-    strides=((1, 1, 1), (2, 2, 2)),
-    encoder_blocks=(1, 1),
-    decoder_blocks=(1,),
-)
+UNET = small_unet()
 
 
 @pytest.fixture
