@@ -18,7 +18,6 @@ from rfmedsam2.nn.unet import UNet
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Stage
-from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.checkpoints import read_weights
 
 
@@ -89,7 +88,7 @@ def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tup
         CheckpointError: the file is unreadable or damaged, or its weights do not match the network of its plan.
         ExtensionError: its network is another package's, which is not installed.
     """
-    record = read_record_of(checkpoint)
+    record, weights = read_weights(checkpoint)
     stage = record.plan.stages.get(record.stage)
     if stage is None:
         raise CheckpointError(
@@ -100,7 +99,7 @@ def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tup
         )
     network = build_without_weights(record.plan, stage)
     try:
-        network.load_state_dict(read_weights(checkpoint), assign=True)
+        network.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise CheckpointError(
             f"The checkpoint's weights do not match the network of its plan ({' '.join(str(error).split())[:300]})",

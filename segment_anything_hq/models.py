@@ -11,7 +11,6 @@ from rfmedsam2.arguments import path_of, whole_number
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
 from rfmedsam2.nn.sam import SamBackbone, SamSegmenter
 from rfmedsam2.nn.sam_weights import load_sam
-from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import read_weights, weights_sha256
 from rfmedsam2.store.published_weights import read_published
 from rfmedsam2.system.devices import choose_device
@@ -150,8 +149,9 @@ def load_trained(network: Network, path: Path) -> RefinerRecord:
     Raises:
         CheckpointError: the checkpoint is damaged, of another method or size, or was trained on another base.
     """
-    record, part = read_header(path, RefinerRecord).record, TrainedPart(network)
-    weights, wanted = read_weights(path, RefinerRecord), part.state_dict()
+    record, weights = read_weights(path, RefinerRecord)
+    part = TrainedPart(network)
+    wanted = part.state_dict()
     if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in wanted.items()}:
         raise CheckpointError(
             "This checkpoint belongs to another network",

@@ -69,14 +69,30 @@ def read_header(path: Path, kind: type[RecordT]) -> CheckpointHeader[RecordT]:
             unknown format.
     """
     header = _json_header(path)
-    metadata = header.pop("__metadata__", None)
+    return parse_header(header.pop("__metadata__", None), tuple(header), kind, where=path)
+
+
+def parse_header(
+    metadata: object, tensors: tuple[str, ...], kind: type[RecordT], *, where: Path
+) -> CheckpointHeader[RecordT]:
+    """Check the metadata of a checkpoint that is open already.
+
+    Args:
+        metadata: the safetensors metadata, text by name.
+        tensors: names of the tensors.
+        kind: class of its record.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: it is not one of ours, damaged, or of an unknown format.
+    """
     wanted = ("record", "state", "rest_sha256")
     if not isinstance(metadata, dict) or not all(isinstance(metadata.get(k), str) for k in wanted):
         raise CheckpointError(
             "This safetensors file is not a checkpoint of this package",
-            where=path,
+            where=where,
             expected="a header with record and state",
-            found=f"{len(header)} tensors without record and state",
+            found=f"{len(tensors)} tensors without record and state",
             remedy=REMEDY,
         )
     # files written by the first version have no digest of the record
@@ -84,19 +100,19 @@ def read_header(path: Path, kind: type[RecordT]) -> CheckpointHeader[RecordT]:
     if not metadata.keys() <= METADATA or (digest is not None and digest != record_sha256(metadata["record"])):
         raise CheckpointError(
             "The record in this checkpoint does not match its digest: the file was damaged or modified",
-            where=path,
+            where=where,
             remedy="Copy it again, or use another checkpoint of the same folder",
         )
     try:
-        record = kind.from_json(metadata["record"], where=path)
+        record = kind.from_json(metadata["record"], where=where)
         state = parse_json(metadata["state"])
     except RecordError as error:
-        raise CheckpointError(f"The checkpoint's record cannot be used ({error})", where=path) from None
+        raise CheckpointError(f"The checkpoint's record cannot be used ({error})", where=where) from None
     except JsonError as error:
-        raise CheckpointError(f"The checkpoint's training state is damaged ({error})", where=path) from None
+        raise CheckpointError(f"The checkpoint's training state is damaged ({error})", where=where) from None
     if not isinstance(state, dict):
-        raise CheckpointError("The checkpoint's training state is damaged", where=path, found=type(state).__name__)
-    return CheckpointHeader(record=record, state=state, rest_sha256=metadata["rest_sha256"], tensors=tuple(header))
+        raise CheckpointError("The checkpoint's training state is damaged", where=where, found=type(state).__name__)
+    return CheckpointHeader(record=record, state=state, rest_sha256=metadata["rest_sha256"], tensors=tensors)
 
 
 def record_sha256(text: str) -> str:

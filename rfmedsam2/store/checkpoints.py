@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Generic, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
-from rfmedsam2.store.checkpoint_header import CheckpointHeader, RecordT, read_header, record_sha256
+from rfmedsam2.store.checkpoint_header import CheckpointHeader, RecordT, parse_header, read_header, record_sha256
 from rfmedsam2.system.atomic import atomic, writing_to
 
 MODEL = "model/"
@@ -85,13 +87,22 @@ def write_checkpoint(
     return record
 
 
-def read_weights(path: Path, kind: type[TrainedRecord] = CheckpointRecord) -> dict[str, torch.Tensor]:
-    """Read the model's tensors by their state-dict names, onto the CPU; nothing else is read.
+@overload
+def read_weights(path: Path) -> tuple[CheckpointRecord, dict[str, torch.Tensor]]: ...
+@overload
+def read_weights(path: Path, kind: type[RecordT]) -> tuple[RecordT, dict[str, torch.Tensor]]: ...
+def read_weights(
+    path: Path, kind: type[TrainedRecord] = CheckpointRecord
+) -> tuple[TrainedRecord, dict[str, torch.Tensor]]:
+    """Read the record and the model's tensors by their state-dict names, onto the CPU; nothing else is read.
+
+    Both are of the same step, also where a training replaces the file meanwhile.
 
     Raises:
         CheckpointError: as in `read_header`, and if the weights do not match the record's digest.
     """
-    return _read_weights(path, read_header(path, kind))
+    with _opened(path, kind) as file:
+        return file.header.record, file.weights()
 
 
 @overload
@@ -106,9 +117,10 @@ def read_all(
     Raises:
         CheckpointError: as in `read_weights`, and if optimizer or RNG state do not match their digest.
     """
-    header = read_header(path, kind)
-    tensors = {MODEL + name: tensor for name, tensor in _read_weights(path, header).items()}
-    tensors |= _read_tensors(path, [name for name in header.tensors if not name.startswith(MODEL)])
+    with _opened(path, kind) as file:
+        header = file.header
+        tensors = {MODEL + name: tensor for name, tensor in file.weights().items()}
+        tensors |= {name: file.tensors.get_tensor(name) for name in header.tensors if not name.startswith(MODEL)}
     if _rest_sha256(json.dumps(header.state), tensors) != header.rest_sha256:
         raise _changed(path, "training state")
     return header.record, tensors, header.state
@@ -119,18 +131,30 @@ def weights_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
     return _sha256("", state_dict)
 
 
-def _read_weights(path: Path, header: CheckpointHeader[Any]) -> dict[str, torch.Tensor]:
-    names = [name for name in header.tensors if name.startswith(MODEL)]
-    weights = {name.removeprefix(MODEL): tensor for name, tensor in _read_tensors(path, names).items()}
-    if weights_sha256(weights) != header.record.weights_sha256:
-        raise _changed(path, "weights")
-    return weights
+@dataclass(frozen=True)
+class _OpenedCheckpoint(Generic[RecordT]):
+    """Header and tensors of one opened file: `tensors` stays on it when another takes its place."""
+
+    path: Path
+    header: CheckpointHeader[RecordT]
+    tensors: Any
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's tensors by their state-dict names, checked."""
+        names = [name for name in self.header.tensors if name.startswith(MODEL)]
+        weights = {name.removeprefix(MODEL): self.tensors.get_tensor(name) for name in names}
+        if weights_sha256(weights) != self.header.record.weights_sha256:
+            raise _changed(self.path, "weights")
+        return weights
 
 
-def _read_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+@contextmanager
+def _opened(path: Path, kind: type[RecordT]) -> Iterator[_OpenedCheckpoint[RecordT]]:
+    read_header(path, kind)  # says of a file that is no checkpoint what it is
     try:
-        with safe_open(path, framework="pt", device="cpu") as stream:
-            return {name: stream.get_tensor(name) for name in names}
+        with safe_open(path, framework="pt", device="cpu") as tensors:
+            header = parse_header(tensors.metadata(), tuple(tensors.keys()), kind, where=path)
+            yield _OpenedCheckpoint(path, header, tensors)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"The checkpoint's tensors cannot be read ({error})", where=path) from None
 

@@ -102,11 +102,11 @@ def test_planning_again_keeps_fingerprint_and_splits_and_puts_the_plan_aside(cop
 def test_a_broken_training_goes_on_to_the_same_weights(format_1, copy_of) -> None:
     root = copy_of("medical/root")
     fold = root / "results" / PHANTOM / "cpu__3d_fullres" / "fold_0"
-    whole = read_weights(fold / "checkpoint_final.safetensors")
+    whole = read_weights(fold / "checkpoint_final.safetensors")[1]
     unbroken = (fold / "metrics.jsonl").read_text()
     shutil.rmtree(fold)
     shutil.copytree(format_1 / "medical" / "broken_fold_0", fold)
-    start = read_weights(fold / "checkpoint_latest.safetensors")
+    start = read_weights(fold / "checkpoint_latest.safetensors")[1]
     words = ("3d_fullres", "fold", 0, "--epochs", 3, "--iterations", 10, "--lr", 0.02, "--no-validate", "-p", "cpu")
     run_ok("train", *words, "--device", "cpu", "--root", root)
     lines = (fold / "metrics.jsonl").read_text()
@@ -115,7 +115,7 @@ def test_a_broken_training_goes_on_to_the_same_weights(format_1, copy_of) -> Non
     assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 31))
     expected = [json.loads(line) for line in unbroken.splitlines()]
     assert losses_of(events) == pytest.approx(losses_of(expected), rel=1e-5)
-    resumed = read_weights(fold / "checkpoint_final.safetensors")
+    resumed = read_weights(fold / "checkpoint_final.safetensors")[1]
     # an instance norm takes away the bias of the convolution before it: what is left of its gradient is rounding, which
     # other processors do otherwise
     names = [name for name in whole if not name.endswith("all_modules.0.bias")]

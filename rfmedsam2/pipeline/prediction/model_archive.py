@@ -52,16 +52,19 @@ def export_model(
         work = Path(tempfile.mkdtemp(prefix=".export-", dir=out.parent))
     try:
         files: dict[str, Path] = {}
-        for path, record in zip(paths, records, strict=True):
+        stored: list[CheckpointRecord] = []
+        for path in paths:
+            record, weights = read_weights(path)  # a training may have gone on since the records were compared
+            stored.append(record)
             fold = f"{FOLD}{record.fold}"
             name = f"{fold}/{FINAL}"
             files[name] = work / name
-            weights = {f"model/{key}": tensor for key, tensor in read_weights(path).items()}
+            tensors = {f"model/{key}": tensor for key, tensor in weights.items()}
             # ids of cases may tell whose they are
-            write_checkpoint(files[name], record.model_copy(update={"cases": None}), weights, {})
+            write_checkpoint(files[name], record.model_copy(update={"cases": None}), tensors, {})
             extras = [path.parent / extra for extra in EXTRAS]
             files |= {f"{fold}/{extra.name}": extra for extra in extras if extra.is_file()}
-        manifest = _manifest(records, files)
+        manifest = _manifest(stored, files)
         write_archive(out, manifest, files)
     finally:
         shutil.rmtree(work, ignore_errors=True)

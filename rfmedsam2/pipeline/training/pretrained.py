@@ -12,7 +12,6 @@ from rfmedsam2.pipeline.prediction.checkpoints import FOLD, checkpoints_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.published_weights import read_published
 
@@ -75,9 +74,9 @@ def _load_unet(network: RFMedSam2, plan: Plan, path: Path, *, fold: str) -> list
         path = checkpoints_of(path.parent, folds=[path.name.removeprefix(FOLD)])[0]
     elif not path.is_file():
         path = checkpoints_of(path, folds=[fold])[0]
-    record = read_record_of(path)
+    record, weights = read_weights(path)
     _require_same_step0(network, plan, record, path)
-    weights, whose = read_weights(path), "this U-Net"
+    whose = "this U-Net"
     if isinstance(record.plan.stages[record.stage].model, RFMedSam2Config):
         whose = "the U-Net in this RFMedSAM 2"
         weights = {name.removeprefix(STEP0): weight for name, weight in weights.items() if name.startswith(STEP0)}

@@ -249,7 +249,7 @@ def _task(job: _Job, runtime: Runtime, options: TrainOptions, track: Track, step
     if config.model.cached_views:
         if began:  # the frozen weights are those that the training began with
             newest = next(path for name in (LATEST, FINAL) if (path := folder / name).is_file())
-            task.model.load_state_dict(read_weights(newest))
+            task.model.load_state_dict(read_weights(newest)[1])
         views = ViewCaching(
             folder=job.store.folder / f"views_fold_{fold}",
             task=task,

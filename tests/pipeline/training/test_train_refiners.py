@@ -79,7 +79,7 @@ def test_every_method_trains_and_comes_back(method: Method, sets, tmp_path: Path
     assert result.before is not None
     assert result.before.keys() == result.progress.scores.keys()
 
-    trained = read_weights(tmp_path / FINAL, RefinerRecord)
+    trained = read_weights(tmp_path / FINAL, RefinerRecord)[1]
     again = models.build(method, plan.backbone, frame_size=SIDE)
     again.load_state_dict(before)
     models.load_trained(again, tmp_path / FINAL)
@@ -127,7 +127,7 @@ train_refiner(plan, open_data([sys.argv[2]]), (), pathlib.Path(sys.argv[3]), Ref
     assert (broken / LATEST).is_file()
     train_refiner(plan, sets, (), broken, CPU)
     train_refiner(plan, sets, (), whole, CPU)
-    one, other = (read_weights(folder / FINAL, RefinerRecord) for folder in (broken, whole))
+    one, other = (read_weights(folder / FINAL, RefinerRecord)[1] for folder in (broken, whole))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -183,7 +183,7 @@ def test_embeddings_that_are_kept_change_nothing(sets, tmp_path: Path) -> None:
         cache = None if folder.name == "without" else tmp_path / "kept"
         train_refiner(plan, sets, (), folder, RefinerTrainOptions(device="cpu", cache=cache))
     assert list((tmp_path / "kept").rglob("*.safetensors"))
-    weights = [read_weights(folder / FINAL, RefinerRecord) for folder in folders]
+    weights = [read_weights(folder / FINAL, RefinerRecord)[1] for folder in folders]
     assert all(torch.equal(weights[0][n], w[n]) for w in weights[1:] for n in weights[0])
 
 
@@ -195,7 +195,7 @@ def test_a_decoder_is_tuned_first_and_refined_then(sets, tmp_path: Path) -> None
     # a nano base is new every time: the same seed gives the one that was trained
     torch.manual_seed(first.train.seed)
     refined = models.build("sam_ref", "vit_nano", frame_size=SIDE, decoder=tmp_path / "decoder" / FINAL)
-    own = read_weights(tmp_path / "decoder" / FINAL, RefinerRecord)
+    own = read_weights(tmp_path / "decoder" / FINAL, RefinerRecord)[1]
     state = refined.state_dict()
     assert all(torch.equal(state[f"base.{name}"], tensor) for name, tensor in own.items())
     assert not any(name.startswith("base.") for name, _ in refined.trained_parameters())

@@ -122,7 +122,7 @@ def test_runs_of_prompts_and_given_boxes_train(layout, share):
     sampling = Sampling(max_prompted_objects=6, prompted_runs=True, given_box_share=share)
     stage = stage.model_copy(update={"sampling": sampling})
     result = train(layout, plan.model_copy(update={"stages": {"3d_fullres": stage}}), "3d_fullres", options=QUIET)
-    gates = read_weights(result.folder / "checkpoint_final.safetensors")["gates.weight"]
+    gates = read_weights(result.folder / "checkpoint_final.safetensors")[1]["gates.weight"]
     # boxes that are given replace Step 0's masks, past the gates
     assert bool(gates.any()) is (share == 0)
 
@@ -166,7 +166,7 @@ def test_step_0_starts_from_a_trained_unet_of_the_same_plan(layout, tmp_path):
         load_pretrained(network, plan, fold="1", sam=None, unet=first.folder.parent)
     assert "in the validation set of fold 1" in load_pretrained(network, plan, fold="1", sam=None, unet=first.folder)[2]
     own = network.unet.state_dict()
-    assert all(torch.equal(tensor, own[name]) for name, tensor in read_weights(checkpoint).items())
+    assert all(torch.equal(tensor, own[name]) for name, tensor in read_weights(checkpoint)[1].items())
     wider = planned(layout, unet=UNetConfig(**(unet().model_dump() | {"features": (8, 8)})))
     options = TrainOptions(device="cpu", validate=False, unet=checkpoint)
     elsewhere = Layout(raw=layout.raw, preprocessed=layout.preprocessed, results=tmp_path / "others")
@@ -180,7 +180,7 @@ def test_step_0_starts_from_another_rfmedsam2(layout):
     network = build_stage(gated, gated.stages["3d_fullres"])
     notes = load_pretrained(network, gated, fold="0", sam=None, unet=first.folder)
     assert "starts from the U-Net in this RFMedSAM 2 (step 2)" in notes[1]
-    trained = read_weights(first.folder / "checkpoint_final.safetensors")
+    trained = read_weights(first.folder / "checkpoint_final.safetensors")[1]
     own = network.unet.state_dict()
     assert all(torch.equal(tensor, trained[f"unet.{name}"]) for name, tensor in own.items())
     wider = planned(layout, unet=UNetConfig(**(unet().model_dump() | {"features": (8, 8)})))

@@ -81,7 +81,7 @@ def test_final_and_best_hold_weights_alone_and_latest_everything(tmp_path):
         assert state == {}
     latest = read_all(tmp_path / "checkpoint_latest.safetensors")[1]
     assert {n.split("/")[0] for n in latest} == {"model", "optimizer", "random"}
-    weights = read_weights(tmp_path / "checkpoint_final.safetensors")
+    weights = read_weights(tmp_path / "checkpoint_final.safetensors")[1]
     assert all(torch.equal(t, weights[n]) for n, t in task.model.state_dict().items())
     best = read_record_of(tmp_path / "checkpoint_best.safetensors")
     scores = {e["step"]: e["scores"] for e in timeless(tmp_path) if e["event"] == "validation"}
@@ -254,7 +254,7 @@ def test_a_compiled_model_keeps_the_names_of_its_weights(tmp_path, monkeypatch):
     task = ToyTask(config)
     fit(task, config, make_run(tmp_path))
     assert task.model._compiled_call_impl is not None
-    assert set(read_weights(tmp_path / "checkpoint_final.safetensors")) == set(ToyTask(config).model.state_dict())
+    assert set(read_weights(tmp_path / "checkpoint_final.safetensors")[1]) == set(ToyTask(config).model.state_dict())
 
 
 def test_deterministic_mode_is_put_back_and_refuses_in_a_sentence(tmp_path):

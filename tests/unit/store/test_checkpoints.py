@@ -15,7 +15,8 @@ import torch
 from support.toy_task import make_record
 
 from rfmedsam2.errors import CheckpointError, StoreError
-from rfmedsam2.store.checkpoint_header import read_record_of, record_sha256
+from rfmedsam2.store import checkpoints
+from rfmedsam2.store.checkpoint_header import read_header, read_record_of, record_sha256
 from rfmedsam2.store.checkpoints import read_all, read_weights, weights_sha256, write_checkpoint
 
 
@@ -56,9 +57,22 @@ def test_everything_comes_back_bit_for_bit(path):
 
 
 def test_weights_come_without_prefix_and_without_the_rest(path):
-    weights = read_weights(path)
+    weights = read_weights(path)[1]
     assert set(weights) == {n.removeprefix("model/") for n in tensors() if n.startswith("model/")}
     assert weights_sha256(weights) == read_record_of(path).weights_sha256
+
+
+def test_record_and_weights_are_of_one_step_while_a_training_writes(path, monkeypatch):
+    def read_and_replace(path, kind):
+        header = read_header(path, kind)
+        write_checkpoint(path, make_record(step=6), {"model/a.weight": torch.ones(2)}, {"later": True})
+        return header
+
+    monkeypatch.setattr(checkpoints, "read_header", read_and_replace)
+    record, found, state = read_all(path)
+    assert (record.step, list(found), state) == (6, ["model/a.weight"], {"later": True})
+    record, weights = read_weights(path)
+    assert (record.step, record.weights_sha256) == (6, weights_sha256(weights))
 
 
 def test_other_readers_of_safetensors_can_read_it(path):
