@@ -6,23 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import ImageError
 from rfmedsam2.system.ordinary_files import require_ordinary
 from segment_anything_hq.choices import MaskRule
+from segment_anything_hq.data.doubts import warn_of_mask, warn_once
 from segment_anything_hq.prompts.clicks import IGNORE
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pbm", ".pgm", ".ppm")
 # only these decoders: some of Pillow's others start external programs
-_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+DARK = 2**13
+"""Images of 16 bits below this value may hold 12 bits, which are the lower ones."""
+_BITS, _MEANING, _PLANES, _KIND = 258, 262, 284, 339  # TIFF tags
 
 
 def read_image(path: Path) -> np.ndarray:
     """Read an image of any color mode.
 
-    Gray and palette images become RGB, transparency is dropped, 16 bits become 8, and the EXIF orientation is applied.
+    Gray and palette images become RGB, transparency is dropped, 16 bits become 8, and the EXIF orientation is applied;
+    of several pages, or of an animation, the first is read, with a warning.
 
     Returns:
         (H, W, 3) uint8, RGB.
@@ -31,6 +36,8 @@ def read_image(path: Path) -> np.ndarray:
         ImageError: the file is missing, damaged or not an image.
     """
     with _opened(path) as image:
+        if (pages := _pages(image)) > 1:
+            warn_once(path, "Only the first image of a file is read", f"of {pages}")
         image = ImageOps.exif_transpose(image)
         channels = _channels(image, path)
     return np.ascontiguousarray(np.broadcast_to(channels, (*channels.shape[:2], 3)))
@@ -39,13 +46,23 @@ def read_image(path: Path) -> np.ndarray:
 def read_ground_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
     """Read a mask of any color mode, upright; what is transparent is background, unless everything is equally so.
 
+    Values that hint at another meaning are warned of (`data.doubts`).
+
     Returns:
         (H, W) int8: 1 object, 0 background, -1 ignored.
 
     Raises:
-        ImageError: the file is missing, damaged or not an image, or its values do not allow this rule.
+        ImageError: the file is missing, damaged or not an image, holds several, or its values do not allow this rule.
     """
     with _opened(path) as image:
+        if (pages := _pages(image)) > 1:
+            raise ImageError(
+                "The file holds several masks",
+                where=path,
+                expected="one mask per file",
+                found=f"{pages} of {image.width} x {image.height} pixels",
+                remedy="Save each as a file of its own, named like its image with _1, _2 ... added",
+            )
         if rule == "any" and _is_narrowed(image):
             raise ImageError(
                 "Every value but 0 is to be object, but of 16 bits per color only the upper 8 are read",
@@ -65,11 +82,13 @@ def read_ground_truth(path: Path, rule: MaskRule = "above_128") -> np.ndarray:
                 remedy="Save the masks as PNG from their source, or leave "
                 f"{option('rule', flag='--mask-rule')} out: object above 128",
             )
-        return np.asarray((values > 0).any(-1), np.int8)
-    first = _as_8_bits(values, path)[..., 0]
-    ground_truth = (first > 128).astype(np.int8)
-    if rule == "ignore_128":
-        ground_truth[first == 128] = IGNORE
+        ground_truth = np.asarray((values > 0).any(-1), np.int8)
+    else:
+        first = _as_8_bits(values, path)[..., 0]
+        ground_truth = (first > 128).astype(np.int8)
+        if rule == "ignore_128":
+            ground_truth[first == 128] = IGNORE
+    warn_of_mask(path, values, ground_truth, rule, exact=compression is None)
     return ground_truth
 
 
@@ -128,6 +147,12 @@ class _opened:  # noqa: N801  used as a function
             raise _image_error(self.path, error) from error
         if self.image.format == "TIFF":
             self.image.filename = ""  # Pillow garbles a TIFF turned by 90 degrees if it maps the file into memory
+            self.image.info["meaning"] = self.image.tag_v2.get(_MEANING)  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                _require_kept_values(self.image, self.path)
+            except ImageError:
+                self.image.close()
+                raise
         return self.image
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -147,11 +172,45 @@ def _image_error(path: Path, error: BaseException) -> ImageError:
     )
 
 
+def _require_kept_values(image: Image.Image, path: Path) -> None:
+    """Check that Pillow reads the values of a TIFF as they are stored.
+
+    Raises:
+        ImageError: it takes negative numbers of 8 bits for large ones, and halves of 16 bits for colors.
+    """
+    tags: dict = getattr(image, "tag_v2", {})
+    bits, found = tags.get(_BITS, (1,)), None
+    if tags.get(_KIND, (1,))[0] == 2 and bits[0] == 8:
+        found = "8 bits with a sign"
+    elif tags.get(_PLANES) == 2 and len(bits) > 1 and bits[0] > 8:
+        found = f"{len(bits)} channels of {bits[0]} bits, one after the other"
+    if found is not None:
+        raise ImageError(
+            "This kind of TIFF is not supported",
+            where=path,
+            expected="8 bits without a sign, 16 bits, or colors pixel by pixel",
+            found=found,
+            remedy="Save it as PNG from its source",
+        )
+
+
+def _pages(image: Image.Image) -> int:
+    """Number of images in a file; those of another size, and those behind a JPEG, are previews."""
+    if image.format == "MPO" or getattr(image, "n_frames", 1) == 1:
+        return 1
+    sizes = [page.size for page in ImageSequence.Iterator(image)]
+    image.seek(0)
+    return sizes.count(image.size)
+
+
 def _channels(image: Image.Image, path: Path) -> np.ndarray:
     """Without transparency: (H, W, 1) or (H, W, 3) uint8."""
     mode = image.mode
     if mode.startswith("I"):
-        return _as_8_bits(_whole_numbers(image, path), path)
+        values = _whole_numbers(image, path)
+        if np.iinfo(np.uint8).max < (most := values.max(initial=0)) < DARK:
+            warn_once(path, "An image of 16 bits is nearly black", f"its largest value is {most} of 65535")
+        return _as_8_bits(values, path)
     if mode == "F":
         raise ImageError("The image holds floating-point numbers", where=path, expected="8 or 16 bits per channel")
     if mode in ("L", "1", "LA", "La"):
@@ -166,14 +225,17 @@ def _channels(image: Image.Image, path: Path) -> np.ndarray:
 def _mask_values(image: Image.Image, path: Path) -> np.ndarray:
     """(H, W, 1) or (H, W, 3), uint8 or wider: the stored values, upright, on black where the image is transparent."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        return _whole_numbers(image, path)
-    values = _channels(image, path)
+    whole = image.mode.startswith("I")
+    values = _whole_numbers(image, path) if whole else _channels(image, path)
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
-        alpha = np.asarray(image.convert("RGBA"))[..., 3:]
+        if whole:
+            alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+        else:
+            alpha = np.asarray(image.convert("RGBA"))[..., 3:]
         if (alpha != alpha[0, 0]).any():
             # rounded up: a little of 1 is not background
-            return np.asarray((values.astype(np.uint32) * alpha + 254) // 255, np.uint8)
+            seen = ((values.astype(np.uint32) * alpha + 254) // 255).astype(values.dtype)
+            return seen if seen.any() else alpha  # a black shape on a transparent ground
     return values
 
 
@@ -185,7 +247,7 @@ def _is_narrowed(image: Image.Image) -> bool:
 
 def _loses(image: Image.Image, path: Path) -> str | None:
     """The compression of a file, if it changes values."""
-    if image.format == "JPEG" or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
+    if image.format in ("JPEG", "MPO") or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
         return "JPEG"
     # the mark of WebP without loss
     return "WebP" if image.format == "WEBP" and b"VP8L" not in path.read_bytes() else None
@@ -194,6 +256,8 @@ def _loses(image: Image.Image, path: Path) -> str | None:
 def _whole_numbers(image: Image.Image, path: Path) -> np.ndarray:
     """(H, W, 1) of 16 or 32 bits."""
     values = np.asarray(image)[..., None]
+    if values.dtype == np.uint16 and image.info.get("meaning") == 0:
+        values = np.iinfo(np.uint16).max - values  # 0 is white: Pillow inverts 8 bits only
     if values.min(initial=0) < 0:
         raise ImageError("The image holds negative numbers", where=path, expected="0 and above", found=values.min())
     return values

@@ -20,7 +20,7 @@ NAMES = (*COLLECTIONS, *COCO_LVIS)
 
 
 def open_data(words: Sequence[str], *, rule: MaskRule | None = None) -> tuple[ImageSet, ...]:
-    """Open image sets.
+    """Open image sets; what is left out of a set, such as images without masks, is warned of.
 
     Args:
         words: each NAME=FOLDER, with a known collection (`NAMES`) and its root, or a FOLDER of images and masks, either
@@ -31,7 +31,13 @@ def open_data(words: Sequence[str], *, rule: MaskRule | None = None) -> tuple[Im
         DatasetError: a folder is missing, or a set has no samples.
         UsageError: a name is unknown, no data were given, or a rule for collections alone.
     """
-    return tuple(images.require_samples() for word in _require_words(words, rule) for images in _opened(word, rule))
+    sets = tuple(images.require_samples() for word in _require_words(words, rule) for images in _opened(word, rule))
+    for images in sets:
+        if images.faults:
+            first, count = images.faults[0], len(images.faults)
+            more = f", and {count - 1} more" if count > 1 else ""
+            logger.warning("Left out of %s: %s%s. samhq_check_data lists everything", images.name, first, more)
+    return sets
 
 
 def list_data(words: Sequence[str], *, rule: MaskRule | None = None) -> tuple[ImageSet, ...]:

@@ -30,6 +30,8 @@ from segment_anything_hq.tasks.refiner import RefinerTask
 
 logger = logging.getLogger(__name__)
 PLAN = "plan.json"
+LOOKED_AT = 16
+"""Masks of a set that are looked at before the first step."""
 UNKNOWN_IMAGES = (
     "A version before 0.2 began this training, and did not record its images. It held out images by name, this one by "
     "content: held-out images may have been trained on before"
@@ -112,6 +114,7 @@ def train_refiner(
         training_folder(folder, runtime, restart=options.restart),
     ):
         if runtime.is_main:
+            _note_doubts(training)
             _note_seen(validation, known["training_images"], known["training_looks"])
         task = RefinerTask(
             plan,
@@ -160,6 +163,13 @@ def _what_is_known(
         "training_images": tuple(sorted(images)) if complete else None,
         "training_looks": tuple(sorted(looks)),
     }
+
+
+def _note_doubts(training: Sequence[ImageSet]) -> None:
+    """Read some masks of every set here, to warn of what they may mean: workers that load batches do not."""
+    for images in training:
+        for sample in images.samples[:: max(1, len(images.samples) // LOOKED_AT)]:
+            sample.ground_truth()
 
 
 def _note_seen(validation: Sequence[ImageSet], images: Collection[str], looks: Sequence[str]) -> None:
