@@ -113,7 +113,7 @@ def read_thumbnails(path: Path, shapes: Sequence[tuple[int, int]]) -> list[np.nd
         ImageError: the file is missing, damaged or not an image.
     """
     with _opened(path) as image:
-        image.draft("L", (64, 64))
+        image.draft("L", (128, 128))  # 64 changes some looks
         upright = ImageOps.exif_transpose(image)
         channels = _channels(upright, path)
         gray = Image.fromarray(channels if channels.shape[2] == 3 else channels[..., 0]).convert("L")

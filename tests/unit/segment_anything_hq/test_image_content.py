@@ -163,3 +163,18 @@ def test_a_mask_rule_that_nothing_would_follow_is_refused(tmp_path, caplog):
     assert list_data([str(folder), named], rule="any")[0].samples[0].mask.rule == "any"
     assert "rule='any' is applied to folders only; grabcut=" in caplog.text
     assert open_data([str(folder)])[0].samples[0].mask.rule == "above_128"
+
+
+def test_a_jpeg_looks_like_its_own_pixels(tmp_path):
+    """Decoding a JPEG small saves time, and must not change where a nearly even sky becomes darker."""
+    for number in range(30):
+        small = np.random.default_rng(number).integers(118, 128, (6, 8, 3)).astype(np.uint8)
+        image = Image.fromarray(small).resize((400, 300), Image.Resampling.BICUBIC)
+        for part in ("here", "there"):
+            (tmp_path / part / "masks").mkdir(parents=True, exist_ok=True)
+            (tmp_path / part / "images").mkdir(exist_ok=True)
+            Image.new("L", image.size, 255).save(tmp_path / part / "masks" / f"{number}.png")
+        image.save(tmp_path / "here" / "images" / f"{number}.jpg", quality=90)
+        Image.open(tmp_path / "here" / "images" / f"{number}.jpg").save(tmp_path / "there" / "images" / f"{number}.png")
+    looks = sorted(looks_of(open_data([str(tmp_path / "here")])).values())
+    assert saved_again(open_data([str(tmp_path / "there")]), looks, ()) == {"there": (30, 30)}
