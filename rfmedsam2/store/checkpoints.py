@@ -150,7 +150,7 @@ class _OpenedCheckpoint(Generic[RecordT]):
 
 @contextmanager
 def _opened(path: Path, kind: type[RecordT]) -> Iterator[_OpenedCheckpoint[RecordT]]:
-    read_header(path, kind)  # says of a file that is no checkpoint what it is
+    read_header(path, kind)  # says what a file is that is not a checkpoint
     try:
         with safe_open(path, framework="pt", device="cpu") as tensors:
             header = parse_header(tensors.metadata(), tuple(tensors.keys()), kind, where=path)
