@@ -138,25 +138,34 @@ def submit(
 
 def export_model(
     *,
-    output: Annotated[Path, arg(aliases=("-o",), metavar="ZIP")],
+    output: Annotated[Path, arg(aliases=("-o",), metavar="ZIP|DIR")],
+    to: Literal["zip", "nnunet"] = "zip",
     model: ModelChoice = ModelChoice(),
     overwrite: bool = False,
 ) -> None:
-    """Pack a trained model into one zip file with a manifest and hashes.
+    """Pack a trained model into one zip file with a manifest and hashes, or write it for nnUNetv2_predict.
 
     Args:
-        output: The zip.
-        overwrite: Replace a file of another kind, too.
+        output: The zip; with --to nnunet a folder such as nnUNet_results, where the model gets its own.
+        to: What to write; nnunet takes plain and residual U-Nets.
+        overwrite: Replace what the command did not make, too.
     """
     from rfmedsam2.cli.progress import bars
     from rfmedsam2.cli.replacing import require_replaceable
     from rfmedsam2.pipeline.prediction import model_archive
     from rfmedsam2.store.archive import read_manifest
 
+    folds = model.folds or None
+    if to == "nnunet":
+        from rfmedsam2.pipeline.prediction.nnunet_export import export_nnunet_model
+
+        written = export_nnunet_model(model.folder(), output, folds=folds, overwrite=overwrite, track=bars)
+        tell(f"Written: {written}")
+        return
     require_replaceable((output,), read_manifest, overwrite=overwrite)
     folder = model.folder()
     with bars.working(f"Packing {folder}"):
-        manifest = model_archive.export_model(folder, output, folds=model.folds or None)
+        manifest = model_archive.export_model(folder, output, folds=folds)
     tell(f"Written: {output} ({len(manifest.files)} file(s) of {folder})")
 
 

@@ -16,6 +16,7 @@ from typing_extensions import Self, assert_never
 
 from rfmedsam2.errors import CheckpointError, shortlist
 from rfmedsam2.nn.attention import TransformerBlock
+from rfmedsam2.nn.meta_device import skip_init
 from rfmedsam2.records.model import UNetConfig
 
 CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -90,6 +91,22 @@ def own_weights(network: UNet, weights: Mapping[str, torch.Tensor]) -> dict[str,
         )
     # nnU-Net too loads weights of any precision into a network of single precision
     return {name: weights[name].to(tensor.dtype) for name, tensor in own.items()}
+
+
+def nnunet_weights(
+    config: UNetConfig, weights: Mapping[str, torch.Tensor], *, channels: int, outputs: int
+) -> dict[str, torch.Tensor]:
+    """The state dict of nnU-Net's own network: the U-Net's tensors, most of them under several names.
+
+    Args:
+        config: topology and blocks of the network.
+        weights: state dict of the `UNet`.
+        channels: number of input channels.
+        outputs: number of output channels.
+    """
+    with skip_init():
+        names = _library_network(config, channels, outputs).state_dict()
+    return {name: weights[_own_name(name)] for name in names}
 
 
 def _own_name(name: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,11 +32,11 @@ class InUseError(UsageError):
 
 
 @contextmanager
-def exclusive_lock(folder: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
+def exclusive_lock(folder: Path, *, wait_seconds: float = 0.0) -> Iterator[bool]:
     """Lock `folder` against other runs inside the `with` block, and remove partial files that a killed run left there.
 
     The folder is created if it does not exist, and removed again if nothing was put into it. On file systems without
-    locks a warning is logged and nothing is locked.
+    locks a warning is logged and nothing is locked, which the `with` block gets.
 
     Args:
         folder: the folder.
@@ -53,7 +55,7 @@ def exclusive_lock(folder: Path, *, wait_seconds: float = 0.0) -> Iterator[None]
                 for partial in folder.glob(PARTIAL + "*"):
                     with suppress(OSError):
                         partial.unlink()
-            yield
+            yield locked
         finally:
             # removed while still locked: a process that opened it meanwhile finds it gone and tries again
             with suppress(OSError):
@@ -63,6 +65,32 @@ def exclusive_lock(folder: Path, *, wait_seconds: float = 0.0) -> Iterator[None]
         with suppress(OSError):
             for empty in created:
                 empty.rmdir()
+
+
+@contextmanager
+def workplace(home: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `home`, removed at the end, and with it those of the same prefix that killed runs left there.
+
+    Args:
+        home: created if it does not exist.
+        prefix: how names of such folders begin.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    with writing_to(home):
+        home.mkdir(parents=True, exist_ok=True)
+        for left in home.glob(f"{prefix}*"):
+            with suppress(InUseError, StoreError), exclusive_lock(left) as locked:
+                if locked:  # else it may be another run's
+                    shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+    try:
+        # another run that begins may be looking at the new folder
+        with exclusive_lock(folder, wait_seconds=5.0):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reading the checkpoints of nnU-Net v2's trainers (.pth), without executing or importing anything that they name.
+"""The checkpoints of nnU-Net v2's trainers (.pth): read without executing or importing what they name, and written.
 
 Besides tensors they hold the training's log, whose NumPy scalars torch's restricted loader refuses. Their constructors
 are replaced by classes that keep nothing; whatever else a file wants to construct is refused by its name.
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.store.published_weights import read_torch_file
+from rfmedsam2.system.atomic import atomic, writing_to
 
 LOGGED = (
     *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
@@ -93,6 +94,33 @@ def read_nnunet_checkpoint(path: Path) -> NnunetCheckpoint:
         mirror_axes=tuple(axes),
         epochs=epochs if type(epochs) is int and epochs >= 0 else 0,
     )
+
+
+def write_nnunet_checkpoint(path: Path, checkpoint: NnunetCheckpoint, settings: Mapping[str, Any]) -> None:
+    """Write what nnU-Net predicts with, atomically; no optimizer state, so it can start a training but not resume one.
+
+    Args:
+        path: fold_X/checkpoint_final.pth.
+        checkpoint: no axes mean that nothing is flipped.
+        settings: the trainer's arguments besides the configuration: plans, fold, dataset_json.
+
+    Raises:
+        StoreError: the folder cannot be written, the disk is full.
+    """
+    content = {
+        "network_weights": checkpoint.weights,
+        "init_args": {**settings, "configuration": checkpoint.configuration},
+        "trainer_name": checkpoint.trainer,
+        # None, not (): its predictor takes their maximum
+        "inference_allowed_mirroring_axes": checkpoint.mirror_axes or None,
+        "current_epoch": checkpoint.epochs,
+    }
+    with atomic(path) as temporary, writing_to(path), temporary.open("wb") as stream:
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:
+            # torch ends its zip file after an error too, which fails again and hides the first one
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _is_dense(value: object) -> TypeGuard[torch.Tensor]:

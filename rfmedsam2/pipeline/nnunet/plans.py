@@ -312,7 +312,9 @@ def _resampling(configuration: _Configuration) -> dict[str, Any]:
         "order_label": label.get("order", 1),
         "order_logits": logits.get("order", 1),
         "order_z": image.get("order_z", 0),
-        "anisotropy_threshold": NEVER_SEPARATE if image.get("force_separate_z") is False else 3.0,
+        "anisotropy_threshold": NEVER_SEPARATE
+        if image.get("force_separate_z") is False
+        else image.get("separate_z_anisotropy_threshold", 3.0),
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +15,16 @@ from rfmedsam2.store.archive import describe, unpack_archive, write_archive
 from rfmedsam2.store.checkpoint_header import FINAL, read_record_of
 from rfmedsam2.store.checkpoints import read_all, read_weights, write_checkpoint
 from rfmedsam2.store.layout import DATASET_FOLDER
+from rfmedsam2.store.lock import exclusive_lock, workplace
 from rfmedsam2.system.atomic import writing_to
 from rfmedsam2.version import __version__
 
 EXTRAS = ("metrics.json", "summary.json")
 """Files of a fold that are exported with its checkpoint if they exist."""
+IMPORTING, EXPORTING = ".import-", ".export-"
+"""How names of folders begin that hold an unfinished model."""
+PLACING_SECONDS = 60.0
+"""How long to wait for another run that moves a model into place."""
 
 
 def export_model(
@@ -47,10 +50,7 @@ def export_model(
         raise CheckpointError(
             "The folds are of different models", where=model_folder, found="; ".join(" ".join(n) for n in sorted(names))
         )
-    with writing_to(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".export-", dir=out.parent))
-    try:
+    with workplace(out.parent, EXPORTING) as work:
         files: dict[str, Path] = {}
         stored: list[CheckpointRecord] = []
         for path in paths:
@@ -66,8 +66,6 @@ def export_model(
             files |= {f"{fold}/{extra.name}": extra for extra in extras if extra.is_file()}
         manifest = _manifest(stored, files)
         write_archive(out, manifest, files)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return manifest
 
 
@@ -86,18 +84,13 @@ def import_model(archive: Path, results: Path, *, force: bool = False) -> Traine
         UsageError: the model already exists.
         StoreError: the folder cannot be written, the disk is full.
     """
-    with writing_to(results):
-        results.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".import-", dir=results))
-    try:
+    with workplace(results, IMPORTING) as work:
         unpacked = work / "model"
         unpacked.mkdir()
         manifest = unpack_archive(archive, unpacked)
         records = _checked_folds(archive, manifest, unpacked)
         first = records[0]
         return placed(unpacked, first, folds=[record.fold for record in records], results=results, force=force)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def placed(
@@ -116,18 +109,10 @@ def placed(
         UsageError: the model already exists.
         StoreError: the folder cannot be written.
     """
-    target = require_place(record, results=results, force=force)
-    with writing_to(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replaced = unpacked.parent / "replaced"
-        if target.exists():
-            target.rename(replaced)
-        try:
-            unpacked.rename(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
+    target = results / record.plan.dataset / f"{record.plan.name}__{record.stage}"
+    with exclusive_lock(target.parent, wait_seconds=PLACING_SECONDS):
+        require_place(record, results=results, force=force)
+        move_into_place(unpacked, target)
     return TrainedModel(
         dataset=record.plan.dataset,
         plan=record.plan.name,
@@ -135,6 +120,25 @@ def placed(
         folds=tuple(sorted(folds)),
         folder=target,
     )
+
+
+def move_into_place(folder: Path, target: Path) -> None:
+    """Move a folder to its place on the same disk; what it replaces ends up beside its old place, or stays on failure.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    replaced = folder.parent / "replaced"
+    with writing_to(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            target.rename(replaced)
+        try:
+            folder.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
 
 
 def require_place(record: CheckpointRecord, *, results: Path, force: bool) -> Path:

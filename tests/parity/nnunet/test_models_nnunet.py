@@ -3,76 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from support.blobs import NAME, images_of, labels_of
 from support.commands import run_error, run_ok
 
 from rfmedsam2 import Predictor
 from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.pipeline.prediction.nnunet_import import import_nnunet_models
 
-NAME = "Dataset001_Blobs"
-PROGRAM = Path(__file__).resolve().parents[2] / "support" / "nnunet_training.py"
 MODELS = "nnUNetTrainer__nnUNetPlans__"
-
-
-def write_blobs(folder: Path, cases: int = 6) -> None:
-    """A dataset of bright boxes and balls in noise, anisotropic, in nnU-Net's raw layout."""
-    draw = np.random.default_rng(0)
-    z, y, x = np.mgrid[:20, :36, :32]
-    for part in ("imagesTr", "labelsTr"):
-        (folder / part).mkdir(parents=True)
-    for case in range(cases):
-        center, corner = draw.uniform([5, 8, 8], [14, 16, 24]), draw.integers([3, 20, 4], [10, 26, 20])
-        label = (((z - center[0]) * 2) ** 2 + (y - center[1]) ** 2 + (x - center[2]) ** 2 < 45).astype(np.uint8)
-        low, high = corner, corner + np.array([6, 8, 9])
-        label[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = 2
-        image = draw.normal(100, 20, label.shape) + np.array([0, 90, -70])[label]
-        affine = np.diag([1.0, 1.0, 2.0, 1.0])
-        nib.save(nib.Nifti1Image(image.T.astype(np.float32), affine), folder / f"imagesTr/blob_{case}_0000.nii.gz")
-        nib.save(nib.Nifti1Image(label.T, affine), folder / f"labelsTr/blob_{case}.nii.gz")
-    content = {
-        "channel_names": {"0": "MRI"},
-        "labels": {"background": 0, "ball": 1, "box": 2},
-        "numTraining": cases,
-        "file_ending": ".nii.gz",
-    }
-    (folder / "dataset.json").write_text(json.dumps(content))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with raw, results/Dataset001_Blobs/nnUNetTrainer__..., model.zip, and nnU-Net's predictions by stage."""
-    folder = tmp_path_factory.mktemp("nnunet")
-    write_blobs(folder / "raw" / NAME)
-    places = {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}
-    quiet = {"nnUNet_compile": "f", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)], env=os.environ | places | quiet, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return folder
 
 
 def model_of(trained: Path, stage: str) -> Path:
     return trained / "results" / NAME / (MODELS + stage)
-
-
-def labels_of(path: Path) -> np.ndarray:
-    return np.asarray(nib.load(path).dataobj).T
-
-
-def images_of(trained: Path) -> list[Path]:
-    return [trained / "raw" / NAME / "imagesTr" / f"blob_{case}_0000.nii.gz" for case in range(2)]
 
 
 @pytest.mark.parametrize("stage", ["3d_fullres", "2d"])
