@@ -8,13 +8,13 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 - its usual name
 from nibabel.spatialimages import SpatialImage
 from typing_extensions import Self
 
 from rfmedsam2.arrays import as_array
 from rfmedsam2.errors import GeometryError, ImageError, UsageError, require_type, type_name
 from rfmedsam2.geometry import IDENTITY, Grid, scaled, spacing_of, triple_of
+from rfmedsam2.simpleitk import sitk
 
 Array = np.ndarray | Sequence[Any] | Any
 """A NumPy array, a tensor of torch, or nested lists of numbers."""

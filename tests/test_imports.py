@@ -74,6 +74,10 @@ def test_work_without_networks_loads_no_torch(module: str, loaded_by: LoadedBy) 
     assert "torch" not in loaded_by(f"import {module}")
 
 
+def test_nifti_files_are_prepared_without_simpleitk(loaded_by: LoadedBy) -> None:
+    assert not loaded_by(f"import {WITHOUT_NETWORKS[0]}") & {"SimpleITK", "pandas", "matplotlib"}
+
+
 def test_training_starts_without_what_few_trainings_use(loaded_by: LoadedBy) -> None:
     assert not loaded_by(TRAINING) & {"torchvision", "torch._dynamo", "monai", "timm"}
 

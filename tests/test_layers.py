@@ -19,7 +19,7 @@ MOST_FILES = 15
 # line import each other.
 VOLUMES = (
     "errors choices version",
-    "arguments arrays geometry prompts system",
+    "arguments arrays geometry prompts simpleitk system",
     "records",
     "extensions volume",
     "losses metrics nn store transforms",

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pydicom
-import SimpleITK as sitk  # noqa: N813
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import pixel_array
 from pydicom.uid import (
@@ -35,6 +34,7 @@ from pydicom.uid import (
 )
 
 from rfmedsam2.errors import ImageError
+from rfmedsam2.simpleitk import sitk
 from rfmedsam2.store.formats.dicom_files import DicomFile, NativePixels, syntax_of, text, whole_number
 from rfmedsam2.store.formats.image_header import TruncatedImageError
 

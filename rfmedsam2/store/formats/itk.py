@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
 
 from rfmedsam2.errors import GeometryError, ImageError, StoreError
 from rfmedsam2.geometry import Grid
+from rfmedsam2.simpleitk import sitk
 from rfmedsam2.store.formats.decompression import damaged
 from rfmedsam2.store.formats.image_header import (
     FLAT_SPACING_MM,

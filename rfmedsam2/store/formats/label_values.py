@@ -8,8 +8,8 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
 
+from rfmedsam2.simpleitk import sitk
 from rfmedsam2.store.formats.image_header import NotLabelsError
 
 SLICER_ENDING = ".seg.nrrd"
