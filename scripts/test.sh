@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What must hold before a change lands: own environment, ruff, pyright and the tests, on two processes. Three levels:
 #
-#   scripts/test.sh --quick    units, properties and laws without what is slow: about 3 minutes on 2 cores
+#   scripts/test.sh --quick    units, properties and laws without what is slow: below 2 minutes on 2 cores
 #   scripts/test.sh            everything, faults in their short form: about 11 minutes on 2 cores (what .ci/run calls)
 #   scripts/test.sh --whole    also all kills, places and surroundings of tests/faults: nightly, an hour or more
 #

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 from support.fresh_interpreters import run_each
 
+pytestmark = pytest.mark.slow
+
 TRAINING_CODE = ("rfmedsam2.engine", "rfmedsam2.tasks", "rfmedsam2.losses", "rfmedsam2.transforms.augment")
 AUGMENTERS = ("batchgenerators", "batchgeneratorsv2")
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from rfmedsam2.metrics.volumes import case_metrics, surface_distances
 from rfmedsam2.records.dataset import LabelSet
 
+pytestmark = pytest.mark.slow
+
 LABELS = LabelSet(names={"background": 0, "a": 1, "b": 2})
 SPACINGS = st.tuples(*(st.sampled_from([0.5, 0.7123, 1.0, 2.0, 3.3]) for _ in range(3)))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfmedsam2.pipeline.datasets.phantom import phantom_case
+
+pytestmark = pytest.mark.slow
 
 
 @settings(max_examples=30, deadline=None)

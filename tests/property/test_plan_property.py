@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,8 @@ from rfmedsam2.pipeline.planning.spacing import coarsened
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from rfmedsam2.system.file_names import is_file_name
+
+pytestmark = pytest.mark.slow
 
 SHAPES = st.tuples(*[st.integers(1, 700)] * 3)
 SPACINGS = st.tuples(*[st.floats(0.2, 12, allow_nan=False)] * 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,8 @@ from rfmedsam2.transforms.crop import nonzero_box, outside_mask
 from rfmedsam2.transforms.prepare import prepare
 from rfmedsam2.transforms.resample import nearest_index, resample_image, resample_label
 from rfmedsam2.volume import Volume
+
+pytestmark = pytest.mark.slow
 
 SIZE = st.integers(1, 9)
 SPACING = st.floats(0.3, 6.0)

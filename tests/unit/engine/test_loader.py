@@ -25,6 +25,8 @@ from rfmedsam2.engine.loader import batches, default_workers
 from rfmedsam2.engine.rng import capture
 from rfmedsam2.errors import ImageError, UsageError, WorkerError
 
+pytestmark = pytest.mark.slow
+
 
 def draw(number):
     """Draws from every global generator, and sums in a way that several threads would round differently."""

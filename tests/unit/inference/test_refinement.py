@@ -19,6 +19,8 @@ from rfmedsam2.prompts import Prompts, prompts_from_labels
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Inference
 
+pytestmark = pytest.mark.slow
+
 UNET = UNetConfig(
     features=(4, 8),
     kernel_sizes=((3, 3, 3), (3, 3, 3)),

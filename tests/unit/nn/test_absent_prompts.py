@@ -11,6 +11,8 @@ from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.plan import Sampling
 from rfmedsam2.tasks.refinement_losses import object_score_loss
 
+pytestmark = pytest.mark.slow
+
 FRAMES, CLASSES = 8, 2
 GENERATORS = ["gt", "scored_object_queries", "point_embeddings"]
 

@@ -17,6 +17,8 @@ from rfmedsam2.prompts import Prompts, prompts_from_labels
 from rfmedsam2.records.model import Backbone
 from rfmedsam2.records.plan import Inference
 
+pytestmark = pytest.mark.slow
+
 FRAMES, SIDE, CLASSES = 5, 32, 3
 
 

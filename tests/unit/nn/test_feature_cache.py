@@ -15,6 +15,8 @@ from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config
 from rfmedsam2.records.plan import Augmentation, Compute, Normalization, Stage
 
+pytestmark = pytest.mark.slow
+
 STILL = Augmentation().model_copy(
     update={name: 0.0 for name in Augmentation.model_fields if name.endswith("_probability")} | {"mirror_axes": (0,)}
 )

@@ -13,6 +13,8 @@ from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.plan import Sampling
 
+pytestmark = pytest.mark.slow
+
 VOLUMES, FRAMES, CLASSES = 2, 16, 4
 RUNS = Sampling(max_prompted_objects=24, prompted_runs=True)
 

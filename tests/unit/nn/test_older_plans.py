@@ -28,6 +28,8 @@ from rfmedsam2.prompts import resized
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Compute, Sampling
 
+pytestmark = pytest.mark.slow
+
 FRAME, SIZE = 64, (32, 32)
 OLD = {
     "kind": "rfmedsam2",

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from rfmedsam2.nn.prompt_generators import HierarchicalMasks, ObjectQueries, PointEmbeddings
 from rfmedsam2.nn.sam2.types import FrameFeatures
 
+pytestmark = pytest.mark.slow
+
 CLASSES, CHANNELS, SIDE = 3, 32, 4
 
 

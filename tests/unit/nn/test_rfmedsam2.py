@@ -20,6 +20,8 @@ from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.records.model import AdapterConfig
 from rfmedsam2.records.plan import Compute, Sampling
 
+pytestmark = pytest.mark.slow
+
 
 def test_class_maps_keep_the_softmax_of_the_network() -> None:
     logits = torch.randn(2, 4, 3, 3)

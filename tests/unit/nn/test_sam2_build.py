@@ -10,6 +10,8 @@ from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.nn.sam2.model import Sam2
 from rfmedsam2.nn.sam2.types import ObjectPrompts
 
+pytestmark = pytest.mark.slow
+
 BOXES = torch.tensor([[2.0, 3.0, 20.0, 30.0], [5.0, 5.0, 31.0, 31.0]])
 LIGHT = ("mobile_sam", "lite_medsam")
 

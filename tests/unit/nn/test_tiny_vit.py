@@ -11,6 +11,8 @@ from rfmedsam2.errors import PlanError, RecordError
 from rfmedsam2.nn.sam2.tiny_vit import Scaling, build_tiny_vit_encoder, scaled
 from rfmedsam2.records.model import RFMedSam2Config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("size", "scaling", "seen"),

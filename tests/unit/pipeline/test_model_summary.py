@@ -18,6 +18,8 @@ from rfmedsam2.pipeline.training.memory_check import check_memory
 from rfmedsam2.pipeline.training.model_summary import summary
 from rfmedsam2.records.plan import Plan
 
+pytestmark = pytest.mark.slow
+
 PLANS = Path(__file__).resolve().parents[3] / "plans"
 GIB = 2**30
 

@@ -29,6 +29,8 @@ from rfmedsam2.records.report import Evaluation
 from rfmedsam2.reporting.training_curves import progress_png, read_training, training_png
 from rfmedsam2.store.checkpoints import weights_sha256, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<script>alert(1)</script>"
 LABELS = LabelSet(names={"background": 0, "organ": 1, HOSTILE: 2})
 SPACING = (3.0, 1.0, 1.0)

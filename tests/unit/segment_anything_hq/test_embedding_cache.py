@@ -19,6 +19,8 @@ from segment_anything_hq import models
 from segment_anything_hq.inference.embedding_cache import EmbeddingCache
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64
 METHODS = [
     ("hq_sam", "vit_nano"),

@@ -19,6 +19,8 @@ from segment_anything_hq.nn.sam2_base import Sam2Segmenter
 from segment_anything_hq.nn.sam2_refiner import RefinerConfig, SAM2Refiner
 from segment_anything_hq.tasks.losses import mask_losses
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64
 IMAGES = torch.tensor([1, 0, 1])
 POINTS = torch.tensor([[[10.0, 12.0], [40.0, 50.0]], [[30.0, 31.0], [2.0, 3.0]], [[60.0, 5.0], [33.0, 20.0]]])

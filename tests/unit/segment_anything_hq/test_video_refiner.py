@@ -17,6 +17,8 @@ from segment_anything_hq.nn.sam2_base import Sam2Segmenter
 from segment_anything_hq.nn.sam2_refiner import SAM2Refiner
 from segment_anything_hq.video.predictor import VideoPredictor
 
+pytestmark = pytest.mark.slow
+
 SIZE, HEIGHT, WIDTH = 64, 48, 80
 BOX = [10, 8, 50, 40]
 

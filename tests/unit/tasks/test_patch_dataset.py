@@ -101,6 +101,7 @@ def test_the_callers_random_numbers_are_left_alone(folder) -> None:
     assert (np.random.rand(2) == expected[1]).all()  # noqa: NPY002
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # torch, on a single core
 def test_a_plain_loader_collates_them_whatever_its_workers(folder) -> None:
     dataset = PatchDataset(folder, make_plan(), "3d_fullres", length=6)
     here, there = (list(DataLoader(dataset, batch_size=3, num_workers=n)) for n in (0, 2))
