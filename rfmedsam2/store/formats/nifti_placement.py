@@ -1,9 +1,9 @@
 """Where the voxels of a NIfTI file lie: read as ITK reads it, beside nibabel's reading where that differs.
 
 ITK takes the sform if its axes are perpendicular and it has code 1, equals the qform, or stands alone; else the qform.
-Without either the axes run to the left, to the back and up from the origin. Spacing is pixdim, lengths are converted to
-mm. nibabel takes the sform whenever there is one, and converts no units. (itkNiftiImageIO.cxx of ITK 5.4, checked
-against SimpleITK 2.5.)
+(Straight forms that only mirror each other count as equal.) Without either the axes run to the left, to the back and up
+from the origin. Spacing is pixdim, lengths are converted to mm. nibabel takes the sform whenever there is one, and
+converts no units. (itkNiftiImageIO.cxx of ITK 5.4, checked against SimpleITK 2.5.)
 """
 
 from __future__ import annotations
@@ -148,7 +148,15 @@ def _itk_prefers(sform: np.ndarray, qform: np.ndarray, code: int) -> bool:
     """Whether ITK takes the sform where there are both."""
     axes = sform[:3, :3] / np.linalg.norm(sform[:3, :3], axis=0)
     perpendicular = np.abs(axes @ axes.T - np.eye(3)).max() <= _PERPENDICULAR
-    return bool(perpendicular) and (code == 1 or np.abs(sform - qform).max() <= _SAME_FORM)
+    return bool(perpendicular) and (code == 1 or np.abs(_unsigned(sform) - _unsigned(qform)).max() <= _SAME_FORM)
+
+
+def _unsigned(form: np.ndarray) -> np.ndarray:
+    """A form without the directions of its axes if it is straight: ITK compares singular vectors, which have none."""
+    off_axis = form[:3, :3] - np.diag(np.diag(form)[:3])
+    if np.abs(off_axis).max() > _SAME_FORM:
+        return form  # of others rounding decides
+    return np.hstack([np.abs(form[:, :3]), form[:, 3:]])
 
 
 def _scales_agree(grid: Grid, zooms: tuple[float, float, float], *, flat: bool) -> bool:

@@ -125,6 +125,21 @@ def test_any_codes_units_and_forms_are_read_as_by_itk(tmp_path: Path) -> None:
     assert 40 < ambiguous < 140
 
 
+@pytest.mark.parametrize("sform", [1, 2, 4])
+@pytest.mark.parametrize("signs", [(-1, -1, 1), (1, -1, -1), (1, 1, -1), (-1, -1, -1)])
+@pytest.mark.parametrize("mm", [0, 1])
+def test_straight_forms_with_opposite_axes_are_read_as_by_itk(
+    tmp_path: Path, mm: float, signs: tuple[int, int, int], sform: int
+) -> None:
+    """From the same origin ITK takes them for one form, and reads the sform."""
+    mirrored = moved(AFFINE, mm)
+    mirrored[:3, :3] *= signs
+    path = write(tmp_path / "a.nii", sform=sform, q_affine=mirrored)
+    grid = read_header(path).grid
+    assert_same(grid, by_itk(path))
+    assert (grid.mismatch(by_nibabel(path)) is None) is (sform == 1 or mm == 0)
+
+
 @pytest.mark.parametrize("unit", ["meter", "micron"])
 @pytest.mark.parametrize("codes", [(1, 0), (0, 1), (0, 0)])
 def test_lengths_in_other_units_become_mm(tmp_path: Path, unit: str, codes: tuple[int, int]) -> None:
