@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ ONE_PLANE_ENDINGS = (".png", ".bmp")
 RASTER_ENDINGS = (*ONE_PLANE_ENDINGS, ".tif", ".tiff")
 _STACKS = (".tif", ".tiff")
 _FORMATS = ("PNG", "BMP", "TIFF")  # some of Pillow's other decoders start external programs
-_BITS, _MEANING, _SAMPLES, _PLANES, _TILE, _KIND = 258, 262, 277, 284, 322, 339  # TIFF tags
+_BITS, _MEANING, _TEXT, _SAMPLES, _PLANES, _TILE, _KIND = 258, 262, 270, 277, 284, 322, 339  # TIFF tags
 _SIGNED, _FLOATING = 2, 3
 _ITK_BITS = {1: (8, 16, 32), _SIGNED: (8, 16, 32), _FLOATING: (32,)}
 """By kind of TIFF, what ITK reads as stored: 64 bits it refuses, half precision it takes for integers."""
@@ -102,7 +103,7 @@ def is_for_pillow(path: Path) -> bool:
     crash on a damaged TIFF. Pillow knows neither doubles nor colors of 16 bits.
 
     Raises:
-        ImageError: an animated PNG, or a TIFF of a kind that neither reads as it is.
+        ImageError: an animated PNG, a TIFF of several volumes, or of a kind that neither reads as it is.
     """
     if path.suffix.lower() == ".bmp":
         return True
@@ -112,14 +113,47 @@ def is_for_pillow(path: Path) -> bool:
         return False
     try:
         with Image.open(path, formats=_FORMATS) as image:
+            _require_planes(path, image)
             if image.mode in _MODES and _pillow_keeps(image):
                 return True
+    except ImageError:
+        raise
     except UnidentifiedImageError:
         pass  # of a kind that Pillow does not know, or damaged
     except _UNREADABLE:
         return True
     _require_kind_of_itk(path)
     return False
+
+
+def _require_planes(path: Path, image: Image.Image) -> None:
+    """Check that the pages of a TIFF are the planes of one volume, not also channels or moments.
+
+    Raises:
+        ImageError: they are, as ImageJ, OME-TIFF or tifffile wrote beside them.
+    """
+    axes = _axes_of_pages(str(getattr(image, "tag_v2", {}).get(_TEXT, "")))
+    long = [name for name, length in axes.items() if length > 1]
+    if (len(long) > 1 or "channels" in long) and math.prod(axes.values()) == getattr(image, "n_frames", 1):
+        raise ImageError(
+            "The pages of the file are not the planes of one volume",
+            where=path,
+            expected="one channel at one moment",
+            found=", ".join(f"{name} {axes[name]}" for name in long),
+            remedy="Save each channel of each moment as a file of its own (CASE_0000.tif, CASE_0001.tif ...)",
+        )
+
+
+def _axes_of_pages(text: str) -> dict[str, int]:
+    """Lengths of the axes that the pages of a TIFF run along, from its description; empty if it does not say."""
+    if text.startswith("ImageJ="):
+        return {name: int(n) for name, n in re.findall(r"^(channels|slices|frames)=(\d{1,9})\s*$", text, re.MULTILINE)}
+    if (pixels := re.search(r"<(?:\w+:)?Pixels\b[^>]*>", text)) is not None:
+        names = {"C": "channels", "Z": "slices", "T": "frames"}
+        return {names[a]: int(n) for a, n in re.findall(r'\bSize([CZT])="(\d{1,9})"', pixels[0])}
+    if (shape := re.fullmatch(r'\{"shape": \[([\d, ]{1,200})\].*\}', text.strip())) is not None:
+        return {f"axis {axis}": int(n) for axis, n in enumerate(shape[1].split(",")[:-2])}
+    return {}
 
 
 def _pillow_keeps(image: Image.Image) -> bool:

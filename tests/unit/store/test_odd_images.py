@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from PIL import Image
+from tifffile import imwrite
 
 from rfmedsam2.errors import ImageError
 from rfmedsam2.store.formats.image_header import NotLabelsError, TruncatedImageError
@@ -116,6 +118,25 @@ def write_tiff(path: Path, pixels: np.ndarray, *, meaning: int, in_planes: bool 
     head = struct.pack("<2sHI", b"II", 42, end + len(extra))
     path.write_bytes(head + data + extra + struct.pack("<H", len(tags)) + entries + bytes(4))
     return path
+
+
+@pytest.mark.parametrize("axes", [{"T": 2, "Z": 3}, {"Z": 3, "C": 2}, {"C": 2}])
+@pytest.mark.parametrize("program", ["imagej", "ome", "tifffile"])
+def test_channels_and_moments_are_no_planes(tmp_path: Path, program: str, axes: dict[str, int]) -> None:
+    def save(name: str, pixels: np.ndarray, letters: str) -> Path:
+        more = {} if program == "tifffile" else {program: True, "metadata": {"axes": letters}}
+        imwrite(tmp_path / name, pixels, photometric="rgb" if letters.endswith("S") else "minisblack", **more)
+        return tmp_path / name
+
+    shape = (*axes.values(), 8, 9)
+    pixels = np.arange(math.prod(shape), dtype=np.uint16).reshape(shape)
+    if program != "tifffile" or len(axes) > 1:  # tifffile itself writes lengths alone
+        with pytest.raises(ImageError, match=r"not the planes of one volume.*one channel at one moment.*Found .* 2"):
+            read_image(save("a.tif", pixels, "".join(axes) + "YX"))
+    volume = pixels.reshape(-1, 8, 9)
+    assert np.array_equal(read_image(save("b.tif", volume, "ZYX"))[0].array[0], volume)
+    colors = np.stack([volume.astype(np.uint8)] * 3, -1)
+    assert read_image(save("c.tif", colors, "ZYXS"))[0].array.shape == (3, *volume.shape)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
