@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, ClassVar
-from unicodedata import normalize
+from unicodedata import category, normalize
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
@@ -96,7 +96,7 @@ def _ambiguous(labels: dict[str, int | tuple[int, ...]]) -> list[str]:
     names: dict[frozenset[int], list[str]] = {}
     alike: dict[str, list[str]] = {}
     for name in labels:
-        alike.setdefault(" ".join(normalize("NFC", name).split()), []).append(name)
+        alike.setdefault(_shown(name), []).append(name)
     for name, value in ((name, value) for name, value in labels.items() if name != "ignore"):
         names.setdefault(frozenset(value if isinstance(value, tuple) else (value,)), []).append(name)
     faults = [f"names that look the same: {', '.join(map(repr, same))}" for same in alike.values() if len(same) > 1]
@@ -107,11 +107,16 @@ def _ambiguous(labels: dict[str, int | tuple[int, ...]]) -> list[str]:
         shown = " and ".join(map(str, sorted(values)))
         if len(same) > 1:
             faults.append(f"{len(same)} names for the value {shown}: {', '.join(map(repr, same))}")
-        if not all(name.strip() for name in same):
+        if not all(map(_shown, same)):
             faults.append(f"the value {shown} has an empty name")
         if min(values) < 0:
             faults.append(f"{same[0]!r} has the value {shown}, and label maps hold no negative values")
     return faults
+
+
+def _shown(name: str) -> str:
+    """What can be seen of a name: accents as one character, one space for several, nothing of invisible characters."""
+    return " ".join("".join(c for c in normalize("NFC", name) if category(c) != "Cf").split())
 
 
 class DatasetJson(Record):

@@ -106,9 +106,9 @@ def is_taken(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, UTF-8."""
+    """Write a text file atomically, UTF-8; what is not text, as in names of files from older systems, is escaped."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def title_of(kind: type) -> str:

@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def write_rows(stream: TextIO, rows: Iterable[Iterable[object]], *, line_end: str = "\r\n") -> None:
-    """Write rows; None is an empty cell, text that a spreadsheet would compute is marked as text."""
+    """Write rows; None is an empty cell, text like a formula is marked, bytes of file names are escaped."""
     csv.writer(stream, lineterminator=line_end).writerows([_cell(value) for value in row] for row in rows)
 
 
@@ -27,6 +27,7 @@ def plain_cell(text: str) -> str:
 
 
 def _cell(value: object) -> object:
-    if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value):
+    if not isinstance(value, str):
         return value
-    return f"'{value}"
+    value = value.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are not UTF-8
+    return f"'{value}" if _FORMULA.match(value) and not _NUMBER.fullmatch(value) else value

@@ -110,6 +110,8 @@ def test_regions_are_outputs_of_their_own():
         ({"background": 0, "a": 1, "ignore": 1}, None, "ignore label must differ"),
         ({"background": 0, "liver": 6, "spleen": 6}, None, "labels: 2 names for the value 6: 'liver', 'spleen'"),
         ({"background": 0, "a": 1, "a ": 2}, None, "names that look the same: 'a', 'a '"),
+        ({"background": 0, "a": 1, "a\u200b": 2}, None, "names that look the same"),
+        ({"background": 0, "\u200b": 1}, None, "the value 1 has an empty name"),
         ({"background": 0, "caf\u00e9": 1, "cafe\u0301": 2}, None, "names that look the same"),
         ({"background": 0, "a": [], "b": 2}, None, "'a' has no value"),
         ({"background": 0, "air": 0, "a": 1}, None, "2 names for the value 0: 'background', 'air'"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -292,3 +294,16 @@ def test_a_name_like_a_formula_is_text_in_the_csv(tmp_path: Path) -> None:
         rows = list(csv.reader(stream))[1:]
     assert {(row[0], row[1]) for row in rows} == {("'=1+1", "'@a")}
     assert {row[3] for row in rows if row[2] == "dsc"} == {"1.0"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
+def test_names_that_are_not_utf_8_are_scored_and_written(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Archives of older systems unpack to such names; Python reads them as half characters."""
+    old = os.fsdecode(b"caf\xe9")
+    for folder in folders:
+        (folder / "case_0.nii.gz").rename(folder / f"{old}.nii.gz")
+    predictions = folders[0].rename(tmp_path / old)
+    evaluation = evaluate(predictions, folders[1], LABELS, out=tmp_path / f"out{old}")
+    assert [c.id for c in evaluation.cases] == [old, "case_1", "case_2"]
+    assert read_record(tmp_path / f"out{old}" / "metrics.json", Evaluation) == evaluation
+    assert r"caf\udce9" in (tmp_path / f"out{old}" / "metrics.csv").read_text(encoding="utf-8")

@@ -37,6 +37,10 @@ def test_numbers_and_nothing_are_written_as_always():
     assert written(-0.5, 3, None, -1e-7) == ["-0.5", "3", "", "-1e-07"]
 
 
+def test_a_name_that_is_not_text_is_escaped():
+    assert written("caf\udce9", "=\udce9") == [r"caf\udce9", r"'=\udce9"]
+
+
 def test_only_one_module_writes_csv():
     others = [
         path.relative_to(ROOT).as_posix()
