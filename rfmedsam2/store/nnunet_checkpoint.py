@@ -84,7 +84,8 @@ def read_nnunet_checkpoint(path: Path) -> NnunetCheckpoint:
     configuration, axes = settings.get("configuration"), content.get("inference_allowed_mirroring_axes") or ()
     if not isinstance(configuration, str) or len(tensors) != len(weights) or not tensors:
         raise _foreign(path, "entries of other kinds")
-    if not isinstance(axes, (tuple, list)) or not all(type(axis) is int and 0 <= axis < 3 for axis in axes):
+    plain = isinstance(axes, (tuple, list)) and all(type(axis) is int and 0 <= axis < 3 for axis in axes)
+    if not plain or len(set(axes)) < len(axes):
         raise _foreign(path, f"inference_allowed_mirroring_axes {axes!r}")
     epochs = content.get("current_epoch")
     return NnunetCheckpoint(

@@ -64,11 +64,37 @@ def read_fold(checkpoint: Path) -> tuple[CheckpointRecord, dict[str, torch.Tenso
     return record, weights
 
 
+def same_model(record: CheckpointRecord, first: CheckpointRecord, *, where: Path) -> CheckpointRecord:
+    """The record of another checkpoint of a model by the name that the first one has.
+
+    Trainers that differ in their name alone, such as in the number of epochs, train one model.
+
+    Raises:
+        CheckpointError: the checkpoints differ in their configuration or mirroring.
+    """
+    plan = record.plan.model_copy(update={"name": first.plan.name})
+    if record.stage != first.stage or plan != first.plan:
+        raise CheckpointError(
+            "The checkpoints of the folder are of different trainings",
+            where=where,
+            found=f"{first.plan.name} {first.stage} and {record.plan.name} {record.stage}, or other mirroring",
+            remedy="Move those of other trainings out of the folder",
+        )
+    return record.model_copy(update={"plan": plan})
+
+
 def _plan(folder: Path, found: NnunetCheckpoint) -> Plan:
     """The plan of the checkpoint's configuration, with the mirroring that its trainer allowed."""
     stages = [found.configuration]
     plan = import_nnunet_plans(folder / PLANS, read_dataset_json(folder / DATASET), stages=stages)
     stage = plan.stages[found.configuration]
+    if any(axis >= len(stage.patch_size) for axis in found.mirror_axes):
+        raise CheckpointError(
+            "The checkpoint mirrors an axis that its patches do not have",
+            where=f"{folder}, {found.configuration}",
+            expected=f"axes below {len(stage.patch_size)}",
+            found=f"inference_allowed_mirroring_axes {found.mirror_axes}",
+        )
     stage = stage.model_copy(
         update={
             "augmentation": stage.augmentation.model_copy(update={"mirror_axes": found.mirror_axes}),

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
-from rfmedsam2.pipeline.nnunet.models import read_fold
+from rfmedsam2.pipeline.nnunet.models import read_fold, same_model
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, TrainedModel, folds_of, is_nnunet_model
-from rfmedsam2.pipeline.prediction.model_archive import placed, require_dataset_name, require_place
+from rfmedsam2.pipeline.prediction.model_archive import IMPORTING, placed, require_dataset_name, require_place
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.store.archive import unpack_nnunet_archive
 from rfmedsam2.store.checkpoint_header import BEST, FINAL, NNUNET_BEST, NNUNET_FINAL
 from rfmedsam2.store.checkpoints import write_checkpoint
-from rfmedsam2.system.atomic import writing_to
+from rfmedsam2.store.lock import workplace
 from rfmedsam2.system.progress import Track, silent
 
 LOGGER = logging.getLogger(__name__)
@@ -46,23 +44,14 @@ def import_nnunet_models(
         PlanError: the plans of all models use features that this package does not support.
         StoreError: the folder cannot be written, the disk is full.
     """
-    with writing_to(results):
-        results.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as cleaning:
-
-        def workplace() -> Path:
-            with writing_to(results):
-                folder = Path(tempfile.mkdtemp(prefix=".import-", dir=results))
-            cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
-            return folder
-
+    with ExitStack() as working:
         folder = source
         if source.is_file():
-            folder = workplace()
+            folder = working.enter_context(workplace(results, IMPORTING))
             unpack_nnunet_archive(source, folder)
         models, left_out = [], []
         for model in _models_in(folder, source):
-            converted = workplace() / "model"
+            converted = working.enter_context(workplace(results, IMPORTING)) / "model"
             try:
                 models.append((converted, _converted(model, converted, track)))
             except PlanError as error:
@@ -107,18 +96,13 @@ def _converted(model: Path, folder: Path, track: Track) -> list[CheckpointRecord
     folds = folds_of(model, tuple(IMPORTED))
     for fold in track(folds, "folds imported", len(folds)):
         for name, ours in IMPORTED.items():
-            if (model / f"{FOLD}{fold}" / name).is_file():
-                record, weights = read_fold(model / f"{FOLD}{fold}" / name)
+            path = model / f"{FOLD}{fold}" / name
+            if path.is_file():
+                record, weights = read_fold(path)
+                if records:
+                    record = same_model(record, next(iter(records.values())), where=path)
                 tensors = {f"model/{key}": tensor for key, tensor in weights.items()}
                 write_checkpoint(folder / f"{FOLD}{fold}" / ours, record, tensors, {})
                 records.setdefault(fold, record)
-    first, *others = records.values()
-    require_dataset_name(model, first.plan.dataset)
-    for record in others:
-        if record.plan != first.plan or record.stage != first.stage:
-            raise CheckpointError(
-                "The folds are of different trainings",
-                where=model,
-                found=f"{first.plan.name} {first.stage} and {record.plan.name} {record.stage}, or other mirroring",
-            )
+    require_dataset_name(model, next(iter(records.values())).plan.dataset)
     return list(records.values())

@@ -14,7 +14,7 @@ import pytest
 
 from rfmedsam2.errors import StoreError, UsageError
 from rfmedsam2.store import lock
-from rfmedsam2.store.lock import LOCK, InUseError, exclusive_lock, shared_lock
+from rfmedsam2.store.lock import LOCK, InUseError, exclusive_lock, shared_lock, workplace
 from rfmedsam2.system.atomic import PARTIAL
 
 HOLD = """
@@ -132,3 +132,20 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
         (tmp_path / "result").touch()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{PARTIAL}of-another", "result"]
     assert f"{tmp_path} cannot be locked ({os.strerror(number)}): do not start a second run in it" in caplog.text
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
+def test_folders_that_killed_runs_left_are_removed_and_those_of_others_stay(tmp_path, monkeypatch, locks):
+    left = tmp_path / ".import-left" / "model"
+    left.mkdir(parents=True)
+    with workplace(tmp_path, ".import-") as first:
+        assert not left.exists()
+        left.mkdir(parents=True)
+        if not locks:
+            monkeypatch.setattr(lock, "fcntl", None)
+        with workplace(tmp_path, ".import-") as second:
+            assert first.is_dir()
+            assert second != first
+            assert left.exists() is not locks
+    assert not first.exists()
+    assert not second.exists()
