@@ -114,14 +114,15 @@ def _require_sound_environment(environment: Mapping[str, str]) -> None:
     from rfmedsam2.system.ranks import ranks_of
 
     ranks_of(environment)
-    threads = environment.get("OMP_NUM_THREADS", "")
-    if threads and not re.fullmatch(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*", threads, re.ASCII):
-        raise UsageError(
-            "The environment variable OMP_NUM_THREADS is not valid",
-            expected="a number of threads from 1",
-            found=repr(threads[:40]),
-            remedy="Set it to a number, or unset it to use all cores",
-        )
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        threads = environment.get(name, "")
+        if threads and not re.fullmatch(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*", threads, re.ASCII):
+            raise UsageError(
+                f"The environment variable {name} is not valid",
+                expected="a number of threads from 1",
+                found=repr(threads[:40]),
+                remedy="Set it to a number, or unset it to use all cores",
+            )
 
 
 def _understand_every_name() -> None:

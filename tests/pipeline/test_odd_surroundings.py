@@ -149,12 +149,19 @@ def test_paths_that_the_system_refuses_to_image_commands_are_sentences(name, tmp
 # ---------------------------------------------------------------- variables
 
 
-@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize(
+    "name", ["OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]
+)
 @pytest.mark.parametrize("text", ["abc", "-3", "1;2", "9" * 50 + "x"])
 def test_variables_of_nonsense_are_named(name: str, text: str) -> None:
     told = run_error("doctor", environment={name: text})
     assert f"The environment variable {name} is not valid" in told
     assert repr(text[:40]) in told
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "NUMBA_NUM_THREADS"])
+def test_no_threads_are_a_sentence(name: str) -> None:
+    assert f"The environment variable {name} is not valid" in run_error("doctor", environment={name: "0"})
 
 
 @pytest.mark.parametrize("threads", ["", "3", "4,2", " 2 , 1 ", "128"])
