@@ -98,7 +98,7 @@ def grouped(
 
 
 def numbered_like_channels(ids: Iterable[str]) -> dict[str, list[str]]:
-    """Ids that nnU-Net would read as the channels 0, 1, ... of one case: name of that case -> ids, at least two."""
+    """Ids that nnU-Net would read as channel 0 and others of one case: name of that case -> ids, at least two."""
     numbered: dict[str, list[str]] = {}
     for case in sorted(ids):
         if match := _SUFFIXED.fullmatch(case):
@@ -106,7 +106,7 @@ def numbered_like_channels(ids: Iterable[str]) -> dict[str, list[str]]:
     return {
         name: found
         for name, found in numbered.items()
-        if 1 < len(found) <= MANY_CHANNELS and found == [f"{name}_{n:04d}" for n in range(len(found))]
+        if len(found) > 1 and found[0] == f"{name}_0000" and found[-1] < f"{name}_{MANY_CHANNELS:04d}"
     }
 
 

@@ -87,6 +87,14 @@ def _in_folder(folder: Path, channels: int, ending: str | None) -> tuple[Case, .
             found=describe_contents(folder),
             remedy=remedy,
         )
+    if others := [path.name for path in sorted(set(list_images(folder, None)).difference(entries))]:
+        logger.warning(
+            "%d image(s) are left out, because their names do not end in %s like the others: %s. Name them one by one, "
+            "or convert them",
+            len(others),
+            ending,
+            shortlist(others),
+        )
     return _cases(entries, channels, ending, where=folder)
 
 

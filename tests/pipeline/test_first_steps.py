@@ -62,7 +62,9 @@ def test_some_of_the_cases_are_scored_by_name(raw_root, tmp_path, caplog):
     words = ("-p", some, "-g", labels, "-o", tmp_path / "scores", "--root", raw_root)
     sentence = run_error("evaluate", *words)
     assert f"phantom_001: no prediction in {some}\n" in sentence
-    assert f"phantom_005: no prediction in {some}\nCorrect these files, or name the cases to score (cases)." in sentence
+    assert (
+        f"phantom_005: no prediction in {some}\nCorrect these files, or name the cases to score (--cases)" in sentence
+    )
     run_ok("evaluate", *words, "--cases", "phantom_002")
     found = json.loads((tmp_path / "scores" / "metrics.json").read_text(encoding="utf-8"))
     assert [case["id"] for case in found["cases"]] == ["phantom_002"]

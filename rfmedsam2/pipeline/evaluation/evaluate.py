@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from rfmedsam2.arguments import choice_of, names_of, number_from_zero, path_of, whole_number
+from rfmedsam2.arguments import choice_of, names_of, number_from_zero, option, path_of, whole_number
 from rfmedsam2.errors import DatasetError, RfMedSamError, UsageError
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, absent_class, case_metrics, empty_policy
 from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENCE, MINIMUM_CASES, summarize
@@ -245,5 +245,5 @@ def _all_faults(faults: Sequence[str]) -> DatasetError:
     return DatasetError(
         f"{len(faults)} fault(s); nothing was written",
         found="\n  ".join(["", *shown, ""]).rstrip(" "),
-        remedy="Correct these files, or name the cases to score (cases)",
+        remedy=f"Correct these files, or name the cases to score ({option('cases')})",
     )

@@ -170,6 +170,18 @@ def test_folder_with_or_without_channel_suffix(tmp_path: Path, ending: str | Non
     assert found == {"a": ["a_0000.nii.gz"], "b": ["b.nii.gz"]}
 
 
+def test_images_of_other_formats_are_not_left_out_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "a_0000.nii.gz", "b_0000.nii", "c.NII.GZ", "d.mha", "e.nii.gz", "notes.txt")
+    assert [c.id for c in find_cases(tmp_path, channels=1, file_ending=".nii.gz")] == ["a", "e"]
+    (message,) = caplog.messages
+    assert message.startswith("3 image(s) are left out, because their names do not end in .nii.gz")
+    assert "b_0000.nii, c.NII.GZ, d.mha" in message
+    caplog.clear()
+    assert [c.id for c in find_cases(tmp_path, channels=1, file_ending=None)] == ["a", "b", "c", "d", "e"]
+    assert [c.id for c in find_cases(tmp_path, channels=1, file_ending=".nrrd")] == ["a", "b", "c", "d", "e"]
+    assert not caplog.messages
+
+
 def test_numbered_single_channel_files_are_not_taken_for_channels(tmp_path: Path) -> None:
     touch(tmp_path, *(f"amos_{i:04d}.nii.gz" for i in range(3)))
     assert [c.id for c in find_cases(tmp_path, channels=1, file_ending=None)] == ["amos_0000", "amos_0001", "amos_0002"]
@@ -180,6 +192,7 @@ def test_numbered_single_channel_files_are_not_taken_for_channels(tmp_path: Path
     [
         (("a_0000", "a_0001"), 1, ["a_0000, a_0001 are predicted as 2 cases", "channels of one case, a:"]),
         (("a_0000", "a_0001", "b"), 1, ["a_0000, a_0001 are predicted as 2 cases"]),
+        (("a_0000", "a_0002"), 1, ["a_0000, a_0002 are predicted as 2 cases"]),
         (("a_0001", "a_0002"), 1, []),  # numbered from 1: nobody's channels
         (("a_0000", "b_0000"), 1, []),
         (tuple(f"amos_{i:04d}" for i in range(40)), 1, []),
