@@ -126,7 +126,7 @@ def prepare(volume: Volume, plan: Plan, stage: str, *, label: np.ndarray | None 
         raise ImageError("Label values are too large", expected="at most 32767", found=int(label.max()))
     box = nonzero_box(volume.array)
     restore = _restore(volume.grid, box, plan, config)
-    _require_reasonable_size(restore, channels=volume.array.shape[0])
+    _require_reasonable_size(restore, config.patch_size, channels=volume.array.shape[0])
     # crop and transpose are views and commute; the only copy is the conversion to float32
     cropped = _planned_view(volume.array, restore)
     marks = None if label is None else _planned_view(label.reshape((1, *volume.grid.shape_zyx)), restore)[0]
@@ -181,11 +181,13 @@ def _restore(grid: Grid, box: Box, plan: Plan, stage: Stage) -> Restore:
     )
 
 
-def _require_reasonable_size(restore: Restore, *, channels: int) -> None:
+def _require_reasonable_size(restore: Restore, patch_size: Sequence[int], *, channels: int) -> None:
     """Raise before an image is resampled to a size that does not fit into memory, or that no real spacing gives."""
     before, after = math.prod(restore.shape_cropped), math.prod(restore.shape_planned)
     need = 4 * channels * after
-    enlarged = after > max(MOST_ENLARGED * before, _FEW_VOXELS)
+    patch = (1,) * (3 - len(patch_size)) + tuple(patch_size)
+    predicted = math.prod(map(max, restore.shape_planned, patch))  # a needle is padded to patches
+    enlarged = after > MOST_ENLARGED * before and predicted > max(_FEW_VOXELS, 2 * math.prod(patch))
     if not enlarged and need <= _SURELY_FITS:
         return
     limit = None

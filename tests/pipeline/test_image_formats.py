@@ -184,7 +184,7 @@ def test_an_image_that_two_programs_place_differently_is_predicted_with_a_warnin
     assert "a.nii.gz: ITK and nibabel place this image differently" in caplog.text
 
 
-@pytest.mark.parametrize("spacing", [(500, 500, 500), (1, 9000, 9000), (1.5, 700, 700)])
+@pytest.mark.parametrize("spacing", [(500, 500, 500), (1, 9000, 9000), (1.5, 700, 700), (20000, 1, 1)])
 def test_a_spacing_beyond_reason_is_refused_before_it_is_resampled(predictor, spacing) -> None:
     with pytest.raises(GeometryError, match=r"too large when it is resampled.*4 x 4 x 4 voxels.*Check the spacing"):
         predictor.predict_array(np.random.default_rng(0).random((4, 4, 4)), spacing_zyx_mm=spacing)
