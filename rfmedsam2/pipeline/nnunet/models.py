@@ -14,7 +14,6 @@ from rfmedsam2.pipeline.nnunet.plans import import_nnunet_plans
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.checkpoints import weights_sha256
 from rfmedsam2.store.nnunet_checkpoint import NnunetCheckpoint, read_nnunet_checkpoint
 from rfmedsam2.store.raw import read_dataset_json
 from rfmedsam2.version import __version__
@@ -24,7 +23,7 @@ DEFAULT_TRAINER = "nnUNetTrainer"
 
 
 def read_fold(checkpoint: Path) -> tuple[CheckpointRecord, dict[str, torch.Tensor]]:
-    """Record and weights of a fold, the weights by our names.
+    """Record and weights of a fold, the weights by our names; the record has no digest of them, which takes its time.
 
     Args:
         checkpoint: MODEL/fold_X/checkpoint_final.pth; plans.json and dataset.json are read from MODEL.
@@ -56,7 +55,7 @@ def read_fold(checkpoint: Path) -> tuple[CheckpointRecord, dict[str, torch.Tenso
         stage=found.configuration,
         fold=checkpoint.parent.name.removeprefix("fold_"),
         step=found.epochs * stage.train.iterations_per_epoch,
-        weights_sha256=weights_sha256(weights),
+        weights_sha256="",
         code_version=__version__,
         torch_version=torch.__version__,
         created=datetime.fromtimestamp(checkpoint.stat().st_mtime, timezone.utc).isoformat(timespec="seconds"),

@@ -35,6 +35,7 @@ from rfmedsam2.records.model import ModelConfig, RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PredictingModel
 from rfmedsam2.store.checkpoint_header import NNUNET_CHECKPOINTS
+from rfmedsam2.store.checkpoints import weights_sha256
 from rfmedsam2.store.images import require_label_ending
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.progress import Track, silent
@@ -308,6 +309,7 @@ def _loaded(path: Path, device: torch.device) -> tuple[CheckpointRecord, nn.Modu
     record, weights = read_fold(path)
     network = build_without_weights(record.plan, record.plan.stages[record.stage])
     network.load_state_dict(weights, assign=True)
+    record = record.model_copy(update={"weights_sha256": weights_sha256(weights)})
     return record, network.eval().to(device)
 
 
