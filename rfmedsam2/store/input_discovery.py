@@ -191,6 +191,8 @@ def _json_list(text: str) -> _Listed:
     if isinstance(data, list) and all(isinstance(p, str) for p in data):
         return {}, data
     if isinstance(data, list):
+        if not all({"id", "images"} <= set(entry) for entry in data):
+            raise ValueError('an entry lacks "id" or "images"')
         data = {entry["id"]: entry["images"] for entry in data}
     named = {str(case): [files] if isinstance(files, str) else list(files) for case, files in data.items()}
     if not all(isinstance(p, str) for files in named.values() for p in files):
