@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -43,24 +43,29 @@ def build_stage(plan: Plan, stage: Stage | str, *, cache_features: bool = False)
     """
     require_type(plan, Plan, "plan", remedy="Load it with Plan.load(path)")
     stage = stage if isinstance(stage, Stage) else plan.stage(stage)
-    channels, labels, deep = len(plan.channels), plan.labels, stage.loss.deep_supervision
+    channels, outputs = len(plan.channels), plan.labels.num_outputs
+    return _built(plan, stage, channels=channels, outputs=outputs, cache_features=cache_features)
+
+
+def _built(plan: Plan, stage: Stage, *, channels: int, outputs: int, cache_features: bool = False) -> nn.Module:
+    deep = stage.loss.deep_supervision
     match stage.model:
         case UNetConfig() as config:
-            return UNet(config, channels=channels, outputs=labels.num_outputs, deep_supervision=deep)
+            return UNet(config, channels=channels, outputs=outputs, deep_supervision=deep)
         case RFMedSam2Config() as config:
             limit_mb = stage.compute.cache_features_mb if cache_features else 0
             return RFMedSam2(
                 config,
                 channels=channels,
-                outputs=labels.num_outputs,
-                regions=labels.has_regions,
+                outputs=outputs,
+                regions=plan.labels.has_regions,
                 compute=stage.compute,
                 sampling=stage.sampling,
                 deep_supervision=deep,
                 cache=FeatureCache(limit_mb) if limit_mb else None,
             )
         case CustomConfig() as config:
-            shape = {"channels": channels, "outputs": labels.num_outputs, "patch_size": stage.patch_size}
+            shape = {"channels": channels, "outputs": outputs, "patch_size": stage.patch_size}
             network = make("network", config, **shape)
             if not isinstance(network, nn.Module):
                 found = type(network).__name__
@@ -77,8 +82,30 @@ def build_without_weights(plan: Plan, stage: Stage) -> nn.Module:
 
     Nothing is initialized: parameters have shapes alone, except those of an extension, which may need numbers.
     """
-    with nullcontext() if isinstance(stage.model, CustomConfig) else skip_init():
+    with _without_weights(stage):
         return build_stage(plan, stage)
+
+
+def shapes_of(
+    plan: Plan, stage: Stage, *, channels: int | None = None, outputs: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a stage's network, by name; as it would be with other channels or outputs.
+
+    Args:
+        plan: the plan.
+        stage: one of its stages.
+        channels: input channels; None: the plan's.
+        outputs: output channels; None: the plan's.
+    """
+    channels = len(plan.channels) if channels is None else channels
+    outputs = plan.labels.num_outputs if outputs is None else outputs
+    with _without_weights(stage):
+        network = _built(plan, stage, channels=channels, outputs=outputs)
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def _without_weights(stage: Stage) -> AbstractContextManager[None]:
+    return nullcontext() if isinstance(stage.model, CustomConfig) else skip_init()
 
 
 def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tuple[CheckpointRecord, nn.Module]:

@@ -106,8 +106,20 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """What a training of RFMedSAM 2 starts from."""
+    """What a training starts from."""
 
+    weights: Annotated[
+        Path | None,
+        arg(
+            metavar="MODEL",
+            help="A trained model to fine-tune: model folder, fold or checkpoint, ours or nnU-Net's. Output layers "
+            "of other classes start from scratch.",
+        ),
+    ] = None
+    encoder_rate: Annotated[
+        float | None,
+        arg(metavar="FACTOR", help="Learning rate of the U-Net's encoder as a factor of --lr; 0 freezes it."),
+    ] = None
     sam2: Annotated[
         Path | None,
         arg(
@@ -216,6 +228,10 @@ class GivenDecisions:
     published: Annotated[
         Path | None,
         arg(metavar="FILE", help="Adapt one of our plans, as in the folder plans/, to this dataset's intensities."),
+    ] = None
+    plan_of: Annotated[
+        Path | None,
+        arg(metavar="MODEL", help="Take over the plan of a trained model, ours or nnU-Net's, to fine-tune it here."),
     ] = None
     planner: Annotated[
         str | None,

@@ -84,6 +84,7 @@ def plan_and_preprocess(
         changes=planning.set_,
         nnunet_plans=given.nnunet_plans,
         published=given.published,
+        plan_of=given.plan_of,
         planner=given.planner,
         spacing_zyx_mm=given.spacing,
         group_regex=data.group_regex,
@@ -127,6 +128,7 @@ def train(
     changes = [f"{stage}.train.{field}={value}" for field, value in fields.items() if value is not None]
     chosen = resolve.planned(layout, name, plan.plan, stage=stage, changes=[*changes, *plan.set_])
     chosen = with_refinement(chosen, stage, step0=start.step0, cache=start.cache)
+    chosen = with_encoder_rate(chosen, stage, start.encoder_rate)
     folder = layout.fold_folder(name, chosen.name, stage, fold)
     say(what_is_trained(chosen, stage, fold, folder, restart=run.restart))
     with bars.training():
@@ -138,6 +140,7 @@ def train(
             restart=run.restart,
             validate=run.validate,
             tensorboard=run.tensorboard,
+            weights=start.weights,
             sam=start.sam2,
             unet=start.unet,
             progress=bars,
@@ -345,6 +348,27 @@ def with_refinement(plan: Plan, stage: str, *, step0: str | None = None, cache: 
             raise UsageError("--cache has another form", expected="views=N, such as views=4 (0: none)", found=cache)
         changes.append(f"{stage}.model.cached_views={int(number)}")
     return plan.with_overrides(*changes) if changes else plan
+
+
+def with_encoder_rate(plan: Plan, stage: str, factor: float | None) -> Plan:
+    """The plan with another learning rate of its U-Net's encoder; `factor`: of the rest's, None: as the plan says.
+
+    Raises:
+        UsageError: the plan's network has no encoder that is known.
+        RecordError: the factor is negative.
+    """
+    encoders = {"unet": "encoder.", "rfmedsam2": "unet.encoder."}
+    kind = plan.stages[stage].model.kind
+    if factor is None:
+        return plan
+    if kind not in encoders:
+        raise UsageError(
+            "--encoder-rate does not know the encoder of this network",
+            where=f"{plan.name}, {stage}",
+            found=kind,
+            remedy=f"Name its parameters: --set '{stage}.train.rate_factors={{\"NAME.\": {factor}}}'",
+        )
+    return plan.with_overrides(f"{stage}.train.rate_factors={json.dumps({encoders[kind]: factor})}")
 
 
 def what_is_trained(plan: Plan, stage: str, fold: str, folder: Path, *, restart: bool) -> str:

@@ -65,6 +65,8 @@ class CheckpointRecord(TrainedRecord):
     """None in checkpoints of version 0.1, and in exported models, which name nobody's cases."""
     step0: str | None = None
     """Digest of the fixed logits of Step 0 that it learns from; None: it learns from none."""
+    started_from: str | None = None
+    """`weights_sha256` of the trained model that it was fine-tuned from; None: from none."""
 
     @model_validator(mode="after")
     def _stage_is_planned(self) -> Self:

@@ -24,8 +24,6 @@ from rfmedsam2.system.file_names import FileEnding, Name
 
 TAKEN_NAMES = ("dataset", "splits_final", "splits_named", "rfmed_fingerprint", "dataset_fingerprint")
 """Names of other files in the folder of plans."""
-
-
 PLAN_NAMES = f"at most 100 letters, digits and . + - _ (no two together), but not {', '.join(TAKEN_NAMES)}"
 
 
@@ -174,6 +172,8 @@ class TrainConfig(Record):
     learning_rate: Positive = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 3e-5
     optimizer: Annotated[Sgd | AdamW, Field(discriminator="kind")] = Sgd()
+    rate_factors: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Factors of `learning_rate` by the beginning of parameters' names (`encoder.`): the longest counts, 0 freezes."""
     schedule: Annotated[
         PolySchedule | WarmupPolySchedule | StepSchedule | OneCycleSchedule, Field(discriminator="kind")
     ] = PolySchedule()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rfmedsam2 import models
-from rfmedsam2.engine.optimizers import build_optimizer
+from rfmedsam2.engine.optimizers import build_optimizer, freeze, rate_groups
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.inference.refined_tiles import Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
@@ -73,6 +73,7 @@ class RFMedSam2Task:
         assert isinstance(model, RFMedSam2)
         if step0 is not None and model.unet is not None:
             model.unet.requires_grad_(False)
+        freeze(model, self.stage.train.rate_factors)
         self.model: RFMedSam2 = model.to(runtime.device)
         self._loss = loss_of(self.stage, plan.labels)
         self._feed = PatchFeed(
@@ -80,13 +81,13 @@ class RFMedSam2Task:
         )
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Optimizer with one learning rate for adapters, prompt generator and all else, but gates, if there are any."""
-        gates = self.model.gates
-        if gates is None:
-            return build_optimizer(self.model.parameters(), self.stage.train)
-        others = [p for name, p in self.model.named_parameters() if not name.startswith("gates.")]
-        own = {"params": list(gates.parameters()), "lr": self.model.config.gate_learning_rate, "weight_decay": 0.0}
-        return build_optimizer([{"params": others}, own], self.stage.train)
+        """Optimizer with the plan's learning rates; that of gates, if there are any, is their own."""
+        gates, config = self.model.gates, self.stage.train
+        groups = rate_groups(((n, p) for n, p in self.model.named_parameters() if not n.startswith("gates.")), config)
+        if gates is not None:
+            rate = self.model.config.gate_learning_rate
+            groups.append({"params": list(gates.parameters()), "lr": rate, "weight_decay": 0.0})
+        return build_optimizer(groups, config)
 
     def batches(self, start: int) -> Iterator[PatchBatch]:
         """Training batches from number `start` on."""

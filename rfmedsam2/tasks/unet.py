@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rfmedsam2 import models
-from rfmedsam2.engine.optimizers import build_optimizer
+from rfmedsam2.engine.optimizers import build_optimizer, freeze, rate_groups
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.inference.sliding_window import Execution, predict_logits
 from rfmedsam2.losses import deep_supervision_losses, loss_of, memberships
@@ -51,12 +51,13 @@ class UNetTask:
         self._runtime, self._track = runtime, track
         torch.manual_seed(self.stage.train.seed)  # the same first weights on every rank
         self.model: nn.Module = models.build_stage(plan, self.stage).to(runtime.device)
+        freeze(self.model, self.stage.train.rate_factors)
         self._loss = loss_of(self.stage, plan.labels)
         self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime, track=track)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Optimizer with one learning rate for all parameters."""
-        return build_optimizer(self.model.parameters(), self.stage.train)
+        """Optimizer of all parameters, with the plan's learning rates."""
+        return build_optimizer(rate_groups(self.model.named_parameters(), self.stage.train), self.stage.train)
 
     def batches(self, start: int) -> Iterator[PatchBatch]:
         """Training batches from number `start` on."""

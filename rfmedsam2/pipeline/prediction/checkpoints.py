@@ -128,6 +128,31 @@ def checkpoints_of(
     return [_checkpoint(model_folder / f"{FOLD}{fold}", checkpoint, names) for fold in dict.fromkeys(wanted)]
 
 
+def checkpoint_of(source: Path, *, fold: str | None = None) -> Path:
+    """The checkpoint of one trained network, ours or nnU-Net's.
+
+    Args:
+        source: a checkpoint, the folder of a fold, or a model folder.
+        fold: of a model folder, this one if it was trained, else the first; None: the first.
+
+    Raises:
+        UsageError: there is no model.
+        CheckpointError: the fold has no checkpoint of a training that has ended, or goes on.
+    """
+    if source.is_file():
+        if source.suffix == ".zip":
+            raise UsageError(
+                "A model archive is not a checkpoint",
+                where=source,
+                remedy="Import it with rfmed_import_model, and give the folder of the imported model",
+            )
+        return source
+    if source.is_dir() and source.name.startswith(FOLD):
+        return checkpoints_of(source.parent, folds=[source.name.removeprefix(FOLD)])[0]
+    every = checkpoints_of(source)
+    return next((path for path in every if path.parent.name == f"{FOLD}{fold}"), every[0])
+
+
 def _default_folds(known: list[str]) -> list[str]:
     numbered = [fold for fold in known if fold.isdigit()]
     return numbered or [fold for fold in known if fold != "all"] or known

@@ -27,6 +27,7 @@ from rfmedsam2.pipeline.planning.rfmedsam2 import plan_rfmedsam2
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.pipeline.preprocessing.fingerprint import WRITING_SECONDS, fingerprint
 from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed, memory_need
+from rfmedsam2.pipeline.preprocessing.plan_of_model import plan_of_model
 from rfmedsam2.pipeline.preprocessing.preprocess import PreprocessSummary, preprocess_locked, writable_cases
 from rfmedsam2.records.extension import Extension
 from rfmedsam2.records.fingerprint import Fingerprint
@@ -57,6 +58,7 @@ class PlanOptions:
         changes: overrides FIELD=VALUE, applied to the finished plan.
         nnunet_plans: nnU-Net's plans.json to import instead of planning.
         published: one of our plans (as in plans/) to adapt instead of planning.
+        plan_of: a trained model, ours or nnU-Net's, whose plan is taken over to fine-tune it on this dataset.
         planner: planner of an installed package; None: our own.
         spacing_zyx_mm: target spacing; None: nnU-Net's rule.
         group_regex: regular expression; ids with the same first capture group are one patient.
@@ -73,6 +75,7 @@ class PlanOptions:
     changes: tuple[str, ...] = ()
     nnunet_plans: Path | None = None
     published: Path | None = None
+    plan_of: Path | None = None
     planner: str | None = None
     spacing_zyx_mm: Triple | None = None
     group_regex: str | None = None
@@ -82,7 +85,7 @@ class PlanOptions:
     tell: Callable[[MemoryNeed], None] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("nnunet_plans", "published"):  # programs give text, too
+        for name in ("nnunet_plans", "published", "plan_of"):  # programs give text, too
             object.__setattr__(self, name, None if (path := getattr(self, name)) is None else path_of(path, name))
 
 
@@ -176,6 +179,8 @@ def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> P
     elif options.published is not None:
         plan = adapt_plan_to_dataset(read_record(options.published, Plan), dataset, found)
         plan = plan.model_copy(update={"name": options.plan_name or plan.name})
+    elif options.plan_of is not None:
+        plan = plan_of_model(options.plan_of, dataset, found, name=options.plan_name)
     elif options.planner is not None:
         plan = _planned_by_extension(dataset, found, options.planner, options.plan_name)
     elif options.model == "rfmedsam2":
@@ -212,10 +217,10 @@ def _check(options: PlanOptions) -> None:
     default = PlanOptions()
     planning = ("preset", "model", "backbone", "spacing_zyx_mm")
     asked = [name for name in planning if getattr(options, name) != getattr(default, name)]
-    given = [name for name in ("nnunet_plans", "published", "planner") if getattr(options, name) is not None]
+    given = [name for name in ("nnunet_plans", "published", "plan_of", "planner") if getattr(options, name) is not None]
     if len(given) > 1 or (given and asked):
         raise UsageError(
-            "A plan is imported from a file, made by another package's planner, or made here, but only one of these",
+            "A plan is made here, taken from a file or a model, or made by another package, but only one of these",
             found=", ".join(map(_named, [*given, *asked])),
             remedy=f"Leave one out; single fields can be changed with {option('changes', flag='--set')}",
         )

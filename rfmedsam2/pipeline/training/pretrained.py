@@ -28,7 +28,9 @@ STEP0 = "unet."
 """Names of Step 0's tensors in a checkpoint of RFMedSAM 2 begin so."""
 
 
-def load_pretrained(network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | None, unet: Path | None) -> list[str]:
+def load_pretrained(
+    network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | None, unet: Path | None, known: bool = False
+) -> list[str]:
     """Load the initial weights of a training.
 
     Args:
@@ -38,6 +40,7 @@ def load_pretrained(network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | No
         sam: published weights of its backbone.
         unet: a trained U-Net for Step 0, or an RFMedSAM 2 that has one: a checkpoint, a fold's folder, or a model
             folder (whose same fold is used).
+        known: whether the backbone has weights already.
 
     Returns:
         Sentences about what was loaded and what is randomly initialized.
@@ -52,6 +55,8 @@ def load_pretrained(network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | No
         report = network.load_backbone(read_published(sam), where=sam)
         new = f", {len(report.missing)} tensors are randomly initialized" if report.missing else ""
         notes.append(f"{sam}: {len(report.loaded)} tensors loaded into {backbone}{new}")
+    elif known:
+        pass
     elif network.config.freeze_backbone:
         raise UsageError(
             "The plan freezes pre-trained weights, but none were given",

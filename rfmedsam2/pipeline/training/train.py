@@ -28,6 +28,7 @@ from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.training.case_checks import require_current, require_preprocessed, require_same_cases
 from rfmedsam2.pipeline.training.crossfit import CrossFitting, Step0, parts_of
+from rfmedsam2.pipeline.training.fine_tuning import require_same_start, start_from
 from rfmedsam2.pipeline.training.memory_check import check_memory
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
 from rfmedsam2.pipeline.training.view_cache import ViewCaching
@@ -37,7 +38,7 @@ from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Split, Stage
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.reporting.training_curves import progress_png
-from rfmedsam2.store.checkpoint_header import FINAL, LATEST
+from rfmedsam2.store.checkpoint_header import FINAL, LATEST, read_record_of
 from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import shared_lock
@@ -62,6 +63,7 @@ class TrainOptions:
         restart: start over; existing results are moved aside.
         validate: whether to predict and score the validation cases at the end.
         tensorboard: whether to write TensorBoard events.
+        weights: a trained model to fine-tune: a checkpoint, a fold's folder or a model folder, ours or nnU-Net's.
         sam: published weights of the backbone (RFMedSAM 2).
         unet: a trained U-Net that Step 0 starts from (RFMedSAM 2).
         progress: True: bars of steps, validation patches and cases, in terminal or notebook; a `Track`: shown by it.
@@ -71,12 +73,13 @@ class TrainOptions:
     restart: bool = False
     validate: bool = True
     tensorboard: bool = False
+    weights: Path | None = None
     sam: Path | None = None
     unet: Path | None = None
     progress: bool | Track = False
 
     def __post_init__(self) -> None:
-        for name in ("sam", "unet"):  # programs give text, too
+        for name in ("weights", "sam", "unet"):  # programs give text, too
             object.__setattr__(self, name, None if (path := getattr(self, name)) is None else path_of(path, name))
 
 
@@ -146,10 +149,13 @@ def train(
         if isinstance(step0, Progress):
             return TrainResult(folder=folder, progress=step0, evaluation=None, seconds=time.monotonic() - began)
         task = _task(job, runtime, options, track, step0)
+        started_from = _start(job, task, runtime, options, step0)
+        _use_views(job, task, runtime, track, step0)
+        logits = None if step0 is None else step0.digest
         run = Run(
             folder=folder,
             record=lambda step, scores: describe(
-                plan, stage, fold, step=step, scores=scores, cases=cases, step0=step0.digest if step0 else None
+                plan, stage, fold, step=step, scores=scores, cases=cases, step0=logits, started_from=started_from
             ),
             runtime=runtime,
             track=track,
@@ -161,11 +167,7 @@ def train(
         if runtime.is_main:
             progress_png(folder)
             if progress.status == "finished":
-                if options.validate and (raw := _raw_dataset(layout, plan, needed=True)) is not None:
-                    # training takes hours, in which somebody may have corrected labels
-                    scored = {name: store.open(name).record for name in split.val}
-                    require_current(scored, raw, plan, stage, where=store.folder, track=silent)
-                evaluation = _finish(layout, plan, folder, split, runtime, options, track)
+                evaluation = _finish(job, folder, runtime, options, track)
     return TrainResult(folder=folder, progress=progress, evaluation=evaluation, seconds=time.monotonic() - began)
 
 
@@ -185,6 +187,12 @@ class _Job:
     @property
     def config(self) -> Stage:
         return self.plan.stages[self.stage]
+
+    @property
+    def newest(self) -> Path | None:
+        """The checkpoint that this training goes on from; None if it begins."""
+        folder = self.layout.fold_folder(self.plan.dataset, self.plan.name, self.stage, self.fold)
+        return next((path for name in (LATEST, FINAL) if (path := folder / name).is_file()), None)
 
 
 def _step0(job: _Job, runtime: Runtime, options: TrainOptions, track: Track) -> Step0 | Progress | None:
@@ -221,46 +229,62 @@ def _step0(job: _Job, runtime: Runtime, options: TrainOptions, track: Track) -> 
 
 
 def _task(job: _Job, runtime: Runtime, options: TrainOptions, track: Track, step0: Step0 | None) -> Task[Any]:
-    """Make the task of a stage; loads initial weights unless a checkpoint of this training exists."""
-    plan, stage, config, fold = job.plan, job.stage, job.config, job.fold
-    folder = job.layout.fold_folder(plan.dataset, plan.name, stage, fold)
-    began = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
-    custom = config.extensions.task
+    """Make the task of a stage."""
+    plan, stage, config = job.plan, job.stage, job.config
     given: dict[str, Any] = {"store": job.store, "split": job.split, "runtime": runtime}
-    if custom is not None or not isinstance(config.model, RFMedSam2Config):
-        if options.sam is not None or options.unet is not None:
-            raise UsageError(
-                f"{option('sam', flag='--sam2')} and {option('unet')} only apply to plans trained as RFMedSAM 2",
-                where=f"{plan.name}, {stage}",
-                remedy=f"Leave them out, or plan with {option('model', 'rfmedsam2')}",
-            )
-        if custom is not None:
-            return extensions.make("task", custom, plan=plan, stage_name=stage, **given)
-        return UNetTask(plan, stage, track=track, **given)
-    check_memory(plan, stage, runtime.free_bytes(), half=runtime.precision != torch.float32)
-    logits = None if step0 is None else step0.store
-    task = RFMedSam2Task(plan, stage, track=track, step0=logits, **given)
-    if not began:
+    if config.extensions.task is None and isinstance(config.model, RFMedSam2Config):
+        check_memory(plan, stage, runtime.free_bytes(), half=runtime.precision != torch.float32)
+        return RFMedSam2Task(plan, stage, track=track, step0=None if step0 is None else step0.store, **given)
+    if options.sam is not None or options.unet is not None:
+        raise UsageError(
+            f"{option('sam', flag='--sam2')} and {option('unet')} only apply to plans trained as RFMedSAM 2",
+            where=f"{plan.name}, {stage}",
+            remedy=f"Leave them out, or plan with {option('model', 'rfmedsam2')}",
+        )
+    if config.extensions.task is not None:
+        return extensions.make("task", config.extensions.task, plan=plan, stage_name=stage, **given)
+    return UNetTask(plan, stage, track=track, **given)
+
+
+def _start(job: _Job, task: Task[Any], runtime: Runtime, options: TrainOptions, step0: Step0 | None) -> str | None:
+    """Load initial weights, unless a checkpoint of this training exists; gives the digest of the fine-tuned model."""
+    plan, config, fold = job.plan, job.config, job.fold
+    newest = job.newest
+    if runtime.any(newest is not None):
+        begun = None if newest is None else read_record_of(newest).started_from
+        if options.weights is not None:
+            require_same_start(newest or options.weights, begun, options.weights, fold=fold)
+        return begun
+    digest, notes = None, list[str]()
+    if options.weights is not None:
+        digest, notes = start_from(task.model, plan, config, options.weights, fold=fold)
+    if isinstance(task, RFMedSam2Task) and isinstance(config.model, RFMedSam2Config):
         unet = options.unet if step0 is None else step0.weights
-        if unet is None and config.starts_from is not None:
+        if unet is None and options.weights is None and config.starts_from is not None:
             unet = job.layout.fold_folder(plan.dataset, plan.name, config.starts_from, fold) / FINAL
-        for note in load_pretrained(task.model, plan, fold=fold, sam=options.sam, unet=unet):
-            logger.warning(note) if runtime.is_main else None
-    if config.model.cached_views:
-        if began:  # the frozen weights are those that the training began with
-            newest = next(path for name in (LATEST, FINAL) if (path := folder / name).is_file())
-            task.model.load_state_dict(read_weights(newest)[1])
-        views = ViewCaching(
-            folder=job.store.folder / f"views_fold_{fold}",
-            task=task,
-            store=job.store,
-            split=job.split,
-            step0=None if step0 is None else step0.digest,
-            runtime=runtime,
-            track=track,
-        ).run()
-        task.use_views(views)
-    return task
+        known = options.weights is not None
+        notes += load_pretrained(task.model, plan, fold=fold, sam=options.sam, unet=unet, known=known)
+    for note in notes:
+        logger.warning(note) if runtime.is_main else None
+    return digest
+
+
+def _use_views(job: _Job, task: Task[Any], runtime: Runtime, track: Track, step0: Step0 | None) -> None:
+    """Compute the frozen features of cached views, if the plan asks for them."""
+    if not isinstance(task, RFMedSam2Task) or not task.model.config.cached_views:
+        return
+    if (newest := job.newest) is not None:  # the frozen weights are those that the training began with
+        task.model.load_state_dict(read_weights(newest)[1])
+    views = ViewCaching(
+        folder=job.store.folder / f"views_fold_{job.fold}",
+        task=task,
+        store=job.store,
+        split=job.split,
+        step0=None if step0 is None else step0.digest,
+        runtime=runtime,
+        track=track,
+    ).run()
+    task.use_views(views)
 
 
 def describe(
@@ -272,6 +296,7 @@ def describe(
     scores: dict[str, float],
     cases: TrainedCases | None = None,
     step0: str | None = None,
+    started_from: str | None = None,
 ) -> CheckpointRecord:
     """Make the record of a checkpoint; the digest is filled in when it is written."""
     return CheckpointRecord(
@@ -280,6 +305,7 @@ def describe(
         fold=fold,
         cases=cases,
         step0=step0,
+        started_from=started_from,
         step=step,
         scores=scores,
         **provenance(),
@@ -322,20 +348,22 @@ def validate_fold(
     return scores
 
 
-def _finish(
-    layout: Layout, plan: Plan, folder: Path, split: Split, runtime: Runtime, options: TrainOptions, track: Track
-) -> Evaluation | None:
+def _finish(job: _Job, folder: Path, runtime: Runtime, options: TrainOptions, track: Track) -> Evaluation | None:
+    layout, plan, split, store = job.layout, job.plan, job.split, job.store
     evaluation = None
     if options.validate:
-        device = str(runtime.device)
-        evaluation = validate_fold(layout, plan, folder, split, device=device, track=track)
-    raw = layout.raw / plan.dataset / "imagesTr"
+        if (raw := _raw_dataset(layout, plan, needed=True)) is not None:
+            # training takes hours, in which somebody may have corrected labels
+            scored = {name: store.open(name).record for name in split.val}
+            require_current(scored, raw, plan, job.stage, where=store.folder, track=silent)
+        evaluation = validate_fold(layout, plan, folder, split, device=str(runtime.device), track=track)
+    images = layout.raw / plan.dataset / "imagesTr"
     write_report(
         folder / "report.html",
         title=f"{plan.dataset}: {plan.name}, {folder.name}",
         training=folder,
         evaluation=evaluation,
-        images=raw if raw.is_dir() else None,
+        images=images if images.is_dir() else None,
         labels=plan.labels,
     )
     return evaluation

@@ -16,6 +16,7 @@ from support.commands import run_error, run_ok
 from rfmedsam2 import Predictor
 from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.pipeline.prediction.nnunet_import import import_nnunet_models
+from rfmedsam2.store.checkpoints import read_weights
 
 MODELS = "nnUNetTrainer__nnUNetPlans__"
 
@@ -81,6 +82,24 @@ def test_a_folder_or_an_archive_is_imported(trained: Path, tmp_path: Path, sourc
     if source == "results":
         assert "already exists" in run_error("import_model", given, "--root", tmp_path)
         assert (home / "rfmed_nnUNetPlans__3d_fullres" / "fold_2" / "checkpoint_best.safetensors").is_file()
+
+
+def test_its_model_is_fine_tuned_by_its_own_plan(trained: Path, tmp_path: Path) -> None:
+    model = model_of(trained, "2d")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / NAME).symlink_to(trained / "raw" / NAME)
+    run_ok("plan_and_preprocess", "--plan-of", model, "-c", "2d", "-p", "tuned", "--root", tmp_path)
+    words = ("2d", 0, "--epochs", 1, "--iterations", 1, "--lr", 1e-12, "--no-validate", "--root", tmp_path)
+    few = ("--set", "2d.train.workers=0", "2d.validation.patches_while_training=1")
+    run_ok("train", *words, "--weights", model, *few)
+    record, own = read_weights(tmp_path / "results" / NAME / "tuned__2d" / "fold_0" / "checkpoint_final.safetensors")
+    theirs = Predictor.load(model, folds=["0"], device="cpu")
+    assert record.started_from == theirs.records[0].weights_sha256
+    assert record.plan.stages["2d"].patch_size == theirs.config.patch_size
+    assert record.plan.intensities == theirs.plan.intensities
+    given = theirs.networks[0].state_dict()
+    assert own.keys() == given.keys()
+    assert all(torch.allclose(own[name], given[name], atol=1e-6) for name in own)
 
 
 def copied(trained: Path, tmp_path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,18 @@ def test_step_0_starts_from_another_rfmedsam2(layout):
     wider = planned(layout, unet=UNetConfig(**(unet().model_dump() | {"features": (8, 8)})))
     with pytest.raises(CheckpointError, match="another network"):
         load_pretrained(build_stage(wider, wider.stages["3d_fullres"]), wider, fold="0", sam=None, unet=first.folder)
+
+
+def test_a_trained_rfmedsam2_is_fine_tuned_as_a_whole(layout, tmp_path):
+    first = train(layout, planned(layout), "3d_fullres", options=QUIET)
+    record, given = read_weights(first.folder / "checkpoint_final.safetensors")
+    elsewhere = Layout(raw=layout.raw, preprocessed=layout.preprocessed, results=tmp_path / "tuned")
+    slow = planned(layout).with_overrides("3d_fullres.train.learning_rate=1e-12")
+    tuned = train(elsewhere, slow, "3d_fullres", options=replace(QUIET, weights=first.folder))
+    after, own = read_weights(tuned.folder / "checkpoint_final.safetensors")
+    assert after.started_from == record.weights_sha256
+    assert own.keys() == given.keys()
+    assert all(torch.allclose(own[name].float(), given[name].float(), atol=1e-6) for name in own)
 
 
 def test_an_rfmedsam2_without_a_unet_is_named(layout):
