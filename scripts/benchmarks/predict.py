@@ -13,24 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import shutil
-import sys
-from pathlib import Path
 
-import numpy as np
-from _harness import stub_network
 from _harness.peers import STAGE, Sides, add_side_arguments, set_up_sides, write_models
-from _harness.usage import Usage, run_measured
-
-from rfmedsam2.store.images import read_label
-
-NNUNET = (
-    "nnunetv2.inference.predict_from_raw_data:nnUNetPredictor._internal_maybe_mirror_and_predict",
-    "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
-)
-OURS = ("rfmedsam2.inference.sliding_window:_Ensemble.__call__", "rfmedsam2.cli.pipeline:predict_command")
-"""The method that runs the network, and the command."""
+from _harness.predictions import NNUNET, OURS, differences, timed_prediction
 
 
 def main() -> None:
@@ -42,8 +27,8 @@ def main() -> None:
     with set_up_sides(args) as sides:
         write_models(sides)
         volumes = len(list((sides.raw / "imagesTs").iterdir()))
-        peer, peer_s = one_side(sides, NNUNET, nnunet_words(sides, mirror=args.mirror))
-        mine, mine_s = one_side(sides, OURS, our_words(sides, mirror=args.mirror))
+        peer, peer_s = timed_prediction(sides, NNUNET, nnunet_words(sides, mirror=args.mirror))
+        mine, mine_s = timed_prediction(sides, OURS, our_words(sides, mirror=args.mirror))
         different, voxels = differences(sides.work / "preds_nnunet", sides.work / "preds_ours")
     for name, usage, network in (("nnunetv2", peer, peer_s), ("ours", mine, mine_s)):
         print(f"{name}: {volumes} volumes, {usage}, of it {network:.1f} s in the network")
@@ -52,15 +37,6 @@ def main() -> None:
     figures = {"name": "predict", "ours": round(ours, 2), "peer": round(theirs, 2), "ratio": round(theirs / ours, 2)}
     figures |= {"ours_mib": mine.peak_mib, "peer_mib": peer.peak_mib}
     print(json.dumps({**figures, "ratio_memory": round(peer.peak_mib / mine.peak_mib, 2)}))
-
-
-def one_side(sides: Sides, side: tuple[str, str], words: list[object]) -> tuple[Usage, float]:
-    """Resources that a side used, and the seconds of its network."""
-    shutil.rmtree(str(words[words.index("-o") + 1]), ignore_errors=True)
-    usage = run_measured([sys.executable, Path(stub_network.__file__), *side, *words], env=sides.nnunet_variables)
-    told = re.search(rf"{stub_network.SECONDS_PREFIX} ([\d.]+)", usage.output)
-    assert told is not None, usage.output
-    return usage, float(told[1])
 
 
 def nnunet_words(sides: Sides, *, mirror: bool) -> list[object]:
@@ -74,16 +50,6 @@ def our_words(sides: Sides, *, mirror: bool) -> list[object]:
     """Arguments of rfmed_predict."""
     places = ["-i", sides.raw / "imagesTs", "-o", sides.work / "preds_ours", "-m", sides.work / "model"]
     return [*places, "--device", "cpu", "--mirror", "on" if mirror else "off"]
-
-
-def differences(theirs: Path, ours: Path) -> tuple[int, int]:
-    """Number of differing voxels, and of all voxels."""
-    different, voxels = 0, 0
-    for path in sorted(theirs.glob("*.nii.gz")):
-        expected, found = (read_label(folder / path.name)[0].array for folder in (theirs, ours))
-        different += int(np.count_nonzero(expected != found))
-        voxels += expected.size
-    return different, voxels
 
 
 if __name__ == "__main__":

@@ -61,6 +61,11 @@ class Sides:
         return self.work / "nnunet" / "preprocessed" / self.raw.name
 
     @property
+    def nnunet_model(self) -> Path:
+        """The model in nnU-Net's results."""
+        return self.work / "nnunet" / "results" / self.raw.name / TRAINED
+
+    @property
     def nnunet_variables(self) -> dict[str, str]:
         """What nnU-Net's commands read from the environment."""
         folders = {f"nnUNet_{name}": str(self.work / "nnunet" / name) for name in ("raw", "preprocessed", "results")}
@@ -110,25 +115,46 @@ def _phantom(work: Path, *, quick: bool) -> Path:
     return next(raw.iterdir())
 
 
-def write_volume(path: Path, source: Path, slices: int) -> None:
-    """Write a volume of `slices` slices that repeats those of `source` back and forth, so that it has no jumps."""
+def write_volume(
+    path: Path, source: Path, slices: int, *, plane: int | None = None, spacing_mm: float | None = None
+) -> None:
+    """Write a volume of `slices` slices that repeats those of `source` back and forth, so that it has no jumps.
+
+    Args:
+        path: the file.
+        source: a volume.
+        slices: number of slices.
+        plane: side of the middle of each slice that is kept; None: all of it.
+        spacing_mm: of all axes; None: that of `source`.
+    """
     image = sitk.ReadImage(str(source))
     array = sitk.GetArrayViewFromImage(image)
+    if plane is not None:
+        y, x = (max(0, n - plane) // 2 for n in array.shape[1:])
+        array = array[:, y : y + plane, x : x + plane]
     period = 2 * len(array) - 2
     places = np.arange(slices) % period
     longer = sitk.GetImageFromArray(array[np.where(places < len(array), places, period - places)])
-    longer.SetSpacing(image.GetSpacing())
+    longer.SetSpacing(image.GetSpacing() if spacing_mm is None else (spacing_mm,) * 3)
     path.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(longer, str(path), useCompression=True, compressionLevel=1)
 
 
-def write_models(sides: Sides, *, classes: int | None = None, features: Sequence[int] = (2, 4)) -> Path:
-    """Plan with nnU-Net, then write one small random U-Net as a model for both sides; return our model folder.
+def write_models(
+    sides: Sides,
+    *,
+    classes: int | None = None,
+    features: Sequence[int] | None = (2, 4),
+    spacing_mm: float | None = None,
+) -> Path:
+    """Plan with nnU-Net, then write one random U-Net as a model for both sides; return our model folder.
 
     Args:
         sides: folders.
         classes: number of labels including background; None: those of the dataset.
-        features: channels per stage of the U-Net; few, so that the cost of everything else shows.
+        features: channels per stage of the U-Net; few, so that the cost of everything else shows. None: nnU-Net's
+            own network.
+        spacing_mm: planned spacing of all axes; None: nnU-Net's.
     """
     plans_file = sides.nnunet_folder / "nnUNetPlans.json"
     if not plans_file.is_file():
@@ -137,10 +163,17 @@ def write_models(sides: Sides, *, classes: int | None = None, features: Sequence
     dataset: dict[str, Any] = json.loads((sides.raw / "dataset.json").read_text())
     if classes is not None:
         dataset["labels"] = {"background": 0, **{f"organ {i}": i for i in range(1, classes)}}
-    theirs = sides.work / "nnunet" / "results" / sides.raw.name / TRAINED
+    theirs = sides.nnunet_model
     (theirs / "fold_0").mkdir(parents=True, exist_ok=True)
     (theirs / "dataset.json").write_text(json.dumps(dataset))
-    (theirs / "plans.json").write_text(json.dumps(_small(json.loads(plans_file.read_text()), features)))
+    plans = json.loads(plans_file.read_text())
+    plans["configurations"] = {STAGE: plans["configurations"][STAGE]}
+    if features is not None:
+        # a shallow, narrow U-Net at full resolution; the patch is unchanged
+        shrink(plans["configurations"][STAGE], features, stride=(1, 2, 2), layers=1)
+    if spacing_mm is not None:
+        plans["configurations"][STAGE]["spacing"] = [spacing_mm] * 3
+    (theirs / "plans.json").write_text(json.dumps(plans))
     plan = import_nnunet_plans(
         theirs / "plans.json", read_record(theirs / "dataset.json", DatasetJson), stages=(STAGE,)
     )
@@ -173,11 +206,3 @@ def write_models(sides: Sides, *, classes: int | None = None, features: Sequence
     tensors = {f"model/{name}": tensor for name, tensor in network.state_dict().items()}
     write_checkpoint(mine / "fold_0" / "checkpoint_final.safetensors", record, tensors, {})
     return mine
-
-
-def _small(plans: dict[str, Any], features: Sequence[int]) -> dict[str, Any]:
-    """The plans with a shallow, narrow U-Net at full resolution; patch and spacing are unchanged."""
-    stage = plans["configurations"][STAGE]
-    shrink(stage, features, stride=(1, 2, 2), layers=1)
-    plans["configurations"] = {STAGE: stage}
-    return plans
