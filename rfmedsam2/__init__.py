@@ -55,8 +55,9 @@ if TYPE_CHECKING:
     from rfmedsam2.pipeline.preprocessing.plan_and_preprocess import PlanOptions, plan_and_preprocess
     from rfmedsam2.pipeline.training.train import TrainOptions, train
     from rfmedsam2.records.box_prompts import BoxPrompt
-    from rfmedsam2.records.plan import Plan, TrainConfig
+    from rfmedsam2.records.plan import Plan
     from rfmedsam2.records.report import Comparison, Evaluation
+    from rfmedsam2.records.training import TrainConfig
     from rfmedsam2.store.layout import Layout
     from rfmedsam2.store.raw import open_dataset
     from rfmedsam2.tasks.patch_dataset import PatchDataset
@@ -68,7 +69,7 @@ _HOMES = {
     "Volume": "rfmedsam2.volume",
     "BoxPrompt": "rfmedsam2.records.box_prompts",
     "Plan": "rfmedsam2.records.plan",
-    "TrainConfig": "rfmedsam2.records.plan",
+    "TrainConfig": "rfmedsam2.records.training",
     "Comparison": "rfmedsam2.records.report",
     "Evaluation": "rfmedsam2.records.report",
     "Layout": "rfmedsam2.store.layout",

@@ -11,8 +11,7 @@ from typing import Any
 
 from rfmedsam2.errors import ExtensionError, RfMedSamError
 from rfmedsam2.records.base import Record
-from rfmedsam2.records.extension import Extension
-from rfmedsam2.records.model import CustomConfig
+from rfmedsam2.records.model import CustomConfig, Extension
 from rfmedsam2.records.plan import Stage
 from rfmedsam2.system.entry_points import Kind, Registered, find
 

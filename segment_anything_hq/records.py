@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from rfmedsam2.records.base import Record, VersionedRecord, renamed
 from rfmedsam2.records.checkpoint import TrainedRecord
-from rfmedsam2.records.plan import TrainConfig
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.system.file_names import FileName
 from segment_anything_hq.choices import Backbone, Method, ZeroShot
 

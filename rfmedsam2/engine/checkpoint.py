@@ -16,7 +16,7 @@ from rfmedsam2.arguments import option
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import CheckpointError, shortlist
 from rfmedsam2.records.checkpoint import TrainedRecord
-from rfmedsam2.records.plan import TrainConfig
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.store.checkpoint_header import read_header
 from rfmedsam2.store.checkpoints import read_all, write_checkpoint
 from rfmedsam2.version import __version__

@@ -38,7 +38,7 @@ from rfmedsam2.engine.step_metrics import PendingMetrics, StepMetrics, reduce_as
 from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.engine.time_left import TimeLeft
 from rfmedsam2.errors import DivergedError, UsageError
-from rfmedsam2.records.plan import TrainConfig
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.store.checkpoint_header import BEST, FINAL, LATEST
 from rfmedsam2.store.checkpoints import read_all
 from rfmedsam2.system.progress import StepReport

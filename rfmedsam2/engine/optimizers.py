@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import assert_never
 
 from rfmedsam2.errors import PlanError, shortlist
-from rfmedsam2.records.plan import AdamW, Sgd, TrainConfig
+from rfmedsam2.records.training import AdamW, Sgd, TrainConfig
 
 
 def freeze(model: nn.Module, factors: Mapping[str, float]) -> None:

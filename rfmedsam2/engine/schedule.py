@@ -7,13 +7,7 @@ import math
 from torch.optim import Optimizer
 from typing_extensions import assert_never
 
-from rfmedsam2.records.plan import (
-    OneCycleSchedule,
-    PolySchedule,
-    StepSchedule,
-    TrainConfig,
-    WarmupPolySchedule,
-)
+from rfmedsam2.records.training import OneCycleSchedule, PolySchedule, StepSchedule, TrainConfig, WarmupPolySchedule
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rfmedsam2.records.plan import TrainConfig
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.system.progress import Speed
 
 

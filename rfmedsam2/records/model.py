@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Union
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 from typing_extensions import Self
 
 from rfmedsam2.choices import Backbone, Step0Training
 from rfmedsam2.records.base import Record
-from rfmedsam2.records.extension import Extension
 
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -237,6 +236,32 @@ class RFMedSam2Config(Record):
         least = self.frame_size if self.backbone == "mobile_sam" else self.frame_size // 4
         if size < least or size % 32:
             raise ValueError(f"encoder_size {size} is not a multiple of 32, or below {least}, the decoder's grid")
+
+
+ExtensionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)]
+"""As it stands before the "=" of an entry point."""
+
+
+class Extension(Record):
+    """One extension, by the name under which an installed package registers it."""
+
+    name: ExtensionName
+    package: ExtensionName | None = None
+    """Distribution that it comes from: what to install where it is missing, and which is meant where two packages
+    register the name."""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Checked by the extension's own record, where it has one."""
+
+
+class StageExtensions(Record):
+    """What a stage takes from other packages, beside its network (model kind `custom`)."""
+
+    task: Extension | None = None
+    """Trains in the place of ours."""
+    loss: Extension | None = None
+    """In the place of cross-entropy + Dice, at every supervised resolution."""
+    augmentation: tuple[Extension, ...] = ()
+    """Applied to training patches in this order, after `augmentation` of the stage."""
 
 
 class CustomConfig(Extension):

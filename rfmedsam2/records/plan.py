@@ -16,10 +16,10 @@ from typing_extensions import Self
 from rfmedsam2.errors import PlanError, type_name
 from rfmedsam2.records.base import Record, VersionedRecord, renamed
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.extension import StageExtensions
 from rfmedsam2.records.fingerprint import IntensityStatistics
-from rfmedsam2.records.model import Count, Decay, ModelConfig, Positive, Probability, RFMedSam2Config, Whole
+from rfmedsam2.records.model import Count, ModelConfig, Positive, Probability, RFMedSam2Config, StageExtensions, Whole
 from rfmedsam2.records.overrides import with_overrides
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.system.file_names import FileEnding, Name
 
 TAKEN_NAMES = ("dataset", "splits_final", "splits_named", "rfmed_fingerprint", "dataset_fingerprint")
@@ -112,90 +112,6 @@ class SegmentationLoss(Record):
     """Level weights halve per level and sum to 1 (appendix G, eq. 2)."""
     lowest_level: bool = False
     """Whether the lowest level has a weight, as in eq. 2; false: none, as in nnU-Net."""
-
-
-class Sgd(Record):
-    """Stochastic gradient descent."""
-
-    kind: Literal["sgd"] = "sgd"
-    momentum: Decay = 0.99
-    nesterov: bool = True
-
-
-class AdamW(Record):
-    """Adam with decoupled weight decay."""
-
-    kind: Literal["adamw"] = "adamw"
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Positive = 1e-8
-
-
-class PolySchedule(Record):
-    """lr = lr0 * (1 - t/T) ** power, t in epochs (appendix G, eq. 1) or iterations."""
-
-    kind: Literal["poly"] = "poly"
-    power: Positive = 0.9
-    per: Literal["epoch", "iteration"] = "epoch"
-
-
-class WarmupPolySchedule(Record):
-    """Linear warm-up from `start_factor`, then poly per iteration over the rest."""
-
-    kind: Literal["warmup_poly"] = "warmup_poly"
-    warmup_iterations: Whole = 1500
-    start_factor: Annotated[float, Field(ge=0)] = 0.01
-    power: Positive = 0.9
-
-
-class StepSchedule(Record):
-    """Multiply by `gamma` when each epoch of `milestones` begins."""
-
-    kind: Literal["step"] = "step"
-    milestones: tuple[int, ...] = (10,)
-    gamma: Positive = 0.1
-
-
-class OneCycleSchedule(Record):
-    """One cycle per iteration: cosine up to the full rate over `warmup_share` of the steps, cosine down after."""
-
-    kind: Literal["one_cycle"] = "one_cycle"
-    warmup_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    start_factor: Positive = 0.04
-    end_factor: Annotated[float, Field(ge=0)] = 4e-6
-
-
-class TrainConfig(Record):
-    """Settings of the training loop; nothing about the model."""
-
-    epochs: Count = 1000
-    iterations_per_epoch: Count = 250
-    learning_rate: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 3e-5
-    optimizer: Annotated[Sgd | AdamW, Field(discriminator="kind")] = Sgd()
-    rate_factors: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    """Factors of `learning_rate` by the beginning of parameters' names (`encoder.`): the longest counts, 0 freezes."""
-    schedule: Annotated[
-        PolySchedule | WarmupPolySchedule | StepSchedule | OneCycleSchedule, Field(discriminator="kind")
-    ] = PolySchedule()
-    accumulation: Count = 1
-    """Micro-batches per optimizer step."""
-    clip_norm: Positive | None = 12.0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 if the hardware supports it (GPUs, CPUs with AMX, AVX512-BF16), else fp16 on GPUs, fp32 elsewhere."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA, if a trial step succeeds."""
-    seed: Whole = 0
-    deterministic: bool = False
-    checkpoint_minutes: Positive = 10.0
-    validate_every_epochs: Count = 1
-    workers: Whole | None = None
-    """Data loading processes; None: chosen from cores and memory, 0: load in the main process."""
-    worker_timeout_seconds: Positive = 300.0
-
-    @property
-    def iterations(self) -> int:
-        """Number of optimizer steps of the whole training."""
-        return self.epochs * self.iterations_per_epoch
 
 
 class Validation(Record):

@@ -27,7 +27,7 @@ from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.engine.task import Run
-from rfmedsam2.records.plan import TrainConfig
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.system.progress import OnStep
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rfmedsam2.errors import PlanError
-from rfmedsam2.records.plan import AdamW, StepSchedule, TrainConfig, WarmupPolySchedule
+from rfmedsam2.records.training import AdamW, StepSchedule, TrainConfig, WarmupPolySchedule
 from segment_anything_hq.choices import Backbone, Method
 from segment_anything_hq.records import (
     METHODS,

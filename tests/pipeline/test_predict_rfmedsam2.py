@@ -24,16 +24,8 @@ from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
-from rfmedsam2.records.plan import (
-    Augmentation,
-    Compute,
-    Inference,
-    Normalization,
-    Plan,
-    Stage,
-    TrainConfig,
-    Validation,
-)
+from rfmedsam2.records.plan import Augmentation, Compute, Inference, Normalization, Plan, Stage, Validation
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.checkpoints import write_checkpoint
 from rfmedsam2.store.layout import Layout

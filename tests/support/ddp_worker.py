@@ -22,7 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.errors import RfMedSamError
-from rfmedsam2.records.plan import Sgd
+from rfmedsam2.records.training import Sgd
 from rfmedsam2.store.checkpoints import weights_sha256
 from support.toy_task import BranchingTask, ToyTask, branching_config, make_config, make_run
 

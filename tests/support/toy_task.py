@@ -16,7 +16,8 @@ from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.engine.task import Run
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.plan import AdamW, Plan, Sgd, TrainConfig
+from rfmedsam2.records.plan import Plan
+from rfmedsam2.records.training import AdamW, Sgd, TrainConfig
 from rfmedsam2.store.checkpoint_header import read_record_of
 
 

@@ -12,7 +12,8 @@ from rfmedsam2.errors import RecordError
 from rfmedsam2.records.base import dump_json
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import AdamW, Normalization, Sgd, Stage, StepSchedule, TrainConfig, WarmupPolySchedule
+from rfmedsam2.records.plan import Normalization, Stage
+from rfmedsam2.records.training import AdamW, Sgd, StepSchedule, TrainConfig, WarmupPolySchedule
 
 NETWORK = UNetConfig(
     features=(8, 16),

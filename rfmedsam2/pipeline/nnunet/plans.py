@@ -16,7 +16,8 @@ from rfmedsam2.records.base import Record
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import Augmentation, Plan, SegmentationLoss, Stage, TrainConfig
+from rfmedsam2.records.plan import Augmentation, Plan, SegmentationLoss, Stage
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.system.atomic import read_record
 
 LOGGER = logging.getLogger(__name__)

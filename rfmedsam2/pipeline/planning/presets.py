@@ -20,15 +20,8 @@ from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.nnunet.plans import NNUNET_TRAIN
 from rfmedsam2.pipeline.planning.topology import FeatureWidths
-from rfmedsam2.records.plan import (
-    AdamW,
-    Augmentation,
-    Inference,
-    SegmentationLoss,
-    TrainConfig,
-    Validation,
-    WarmupPolySchedule,
-)
+from rfmedsam2.records.plan import Augmentation, Inference, SegmentationLoss, Validation
+from rfmedsam2.records.training import AdamW, TrainConfig, WarmupPolySchedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

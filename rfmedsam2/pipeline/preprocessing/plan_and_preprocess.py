@@ -29,9 +29,8 @@ from rfmedsam2.pipeline.preprocessing.fingerprint import WRITING_SECONDS, finger
 from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed, memory_need
 from rfmedsam2.pipeline.preprocessing.plan_of_model import plan_of_model
 from rfmedsam2.pipeline.preprocessing.preprocess import PreprocessSummary, preprocess_locked, writable_cases
-from rfmedsam2.records.extension import Extension
 from rfmedsam2.records.fingerprint import Fingerprint
-from rfmedsam2.records.model import RFMedSam2Config
+from rfmedsam2.records.model import Extension, RFMedSam2Config
 from rfmedsam2.records.plan import PLAN_NAMES, Plan, Split, is_plan_name
 from rfmedsam2.store.images import read_header
 from rfmedsam2.store.layout import Layout

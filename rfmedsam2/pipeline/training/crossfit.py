@@ -32,7 +32,8 @@ from rfmedsam2.pipeline.datasets.splits import make_splits
 from rfmedsam2.pipeline.training.disk_check import require_room
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
 from rfmedsam2.records.model import CrossFit, RFMedSam2Config
-from rfmedsam2.records.plan import Compute, Plan, Split, Stage, TrainConfig
+from rfmedsam2.records.plan import Compute, Plan, Split, Stage
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.store.checkpoint_header import FINAL, LATEST, read_header
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import exclusive_lock

@@ -19,7 +19,7 @@ from support.tiny_model import make_plan, write_model
 from rfmedsam2 import Predictor
 from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.extension import Extension, StageExtensions
+from rfmedsam2.records.model import Extension, StageExtensions
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.checkpoints import read_weights, write_checkpoint
 

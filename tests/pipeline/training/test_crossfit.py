@@ -20,7 +20,8 @@ from rfmedsam2.nn.refinement_state import relative_to_background
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import CrossFit, RFMedSam2Config
-from rfmedsam2.records.plan import Compute, Plan, TrainConfig, Validation
+from rfmedsam2.records.plan import Compute, Plan, Validation
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.store.checkpoint_header import FINAL, read_header
 from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.layout import Layout

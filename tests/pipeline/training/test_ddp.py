@@ -17,7 +17,7 @@ from support.ddp_worker import BRANCHES
 from support.toy_task import BranchingTask, ToyTask, branching_config, make_config, make_run, timeless, weights_of
 
 from rfmedsam2.engine.fit import fit
-from rfmedsam2.records.plan import Sgd
+from rfmedsam2.records.training import Sgd
 from rfmedsam2.store.checkpoints import read_all, read_weights
 
 TESTS = Path(__file__).resolve().parents[2]

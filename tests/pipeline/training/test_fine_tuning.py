@@ -14,7 +14,8 @@ from rfmedsam2.engine.optimizers import freeze, rate_groups
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
 from rfmedsam2.pipeline.training.fine_tuning import start_from
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.plan import Plan, Stage, TrainConfig
+from rfmedsam2.records.plan import Plan, Stage
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.store.checkpoint_header import FINAL, read_record_of
 from rfmedsam2.store.checkpoints import read_weights
 

@@ -14,7 +14,7 @@ from support.toy_task import ToyTask, make_config, make_run, timeless, weights_o
 
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.errors import CheckpointError, UsageError
-from rfmedsam2.records.plan import PolySchedule, Sgd
+from rfmedsam2.records.training import PolySchedule, Sgd
 from rfmedsam2.store.checkpoints import read_all
 
 TESTS = Path(__file__).resolve().parents[2]

@@ -15,7 +15,8 @@ from rfmedsam2.models import build_stage
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
-from rfmedsam2.records.plan import Compute, Plan, Sampling, Split, Stage, TrainConfig, Validation
+from rfmedsam2.records.plan import Compute, Plan, Sampling, Split, Stage, Validation
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.preprocessed import CaseStore

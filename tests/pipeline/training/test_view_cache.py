@@ -18,7 +18,8 @@ from rfmedsam2.pipeline.training import train as training
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.pipeline.training.view_cache import ViewCaching, view_bytes
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config
-from rfmedsam2.records.plan import Augmentation, Compute, Plan, Sampling, Split, TrainConfig, Validation
+from rfmedsam2.records.plan import Augmentation, Compute, Plan, Sampling, Split, Validation
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.store.frozen_features.views import ViewStore
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.preprocessed import CaseStore

@@ -18,7 +18,7 @@ from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.rng import capture
 from rfmedsam2.engine.runtime import Runtime, choose_precision, start_runtime, to_device
 from rfmedsam2.errors import DivergedError, PlanError, UsageError
-from rfmedsam2.records.plan import PolySchedule, Sgd
+from rfmedsam2.records.training import PolySchedule, Sgd
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.checkpoints import read_all, read_weights
 from rfmedsam2.system.devices import choose_device

@@ -7,7 +7,7 @@ import torch
 
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.schedule import learning_rate_factor, set_learning_rate
-from rfmedsam2.records.plan import (
+from rfmedsam2.records.training import (
     AdamW,
     OneCycleSchedule,
     PolySchedule,

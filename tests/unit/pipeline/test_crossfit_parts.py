@@ -9,7 +9,8 @@ from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.datasets.splits import make_splits
 from rfmedsam2.pipeline.training.crossfit import parts_of, unet_plan
 from rfmedsam2.records.model import CrossFit, RFMedSam2Config, UNetConfig
-from rfmedsam2.records.plan import Split, TrainConfig
+from rfmedsam2.records.plan import Split
+from rfmedsam2.records.training import TrainConfig
 
 CASES = {f"c{i:02}": f"p{i // 2}" for i in range(20)}  # two of each patient
 

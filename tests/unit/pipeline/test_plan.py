@@ -20,7 +20,8 @@ from rfmedsam2.pipeline.planning.presets import PRESETS
 from rfmedsam2.pipeline.planning.spacing import target_spacing
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
-from rfmedsam2.records.plan import AdamW, Plan, Sgd
+from rfmedsam2.records.plan import Plan
+from rfmedsam2.records.training import AdamW, Sgd
 
 NAME = "Dataset001_A"
 HIPPOCAMPUS = {"shape": (36, 50, 35), "spacing": (1, 1, 1), "classes": 2, "channels": ("MRI",), "cases": 260}

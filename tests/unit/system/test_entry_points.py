@@ -10,7 +10,7 @@ from support.toy_task import make_plan
 from rfmedsam2.errors import ExtensionError, RecordError
 from rfmedsam2.extensions import make
 from rfmedsam2.models import build_stage
-from rfmedsam2.records.extension import Extension
+from rfmedsam2.records.model import Extension
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.system.entry_points import find, installed
 

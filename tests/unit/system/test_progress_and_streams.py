@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfmedsam2.engine.time_left import TimeLeft
-from rfmedsam2.records.plan import TrainConfig
+from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.system.progress import OnStep, Speed, StepReport, silent
 from rfmedsam2.system.progress_bars import ProgressBars, progress_bars
 from rfmedsam2.system.terminal import SafeStream, plain, plain_lines

@@ -14,17 +14,8 @@ from rfmedsam2.pipeline.datasets.phantom import phantom_case
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.model import UNetConfig
-from rfmedsam2.records.plan import (
-    AdamW,
-    Augmentation,
-    Normalization,
-    Plan,
-    SegmentationLoss,
-    Split,
-    Stage,
-    TrainConfig,
-    Validation,
-)
+from rfmedsam2.records.plan import Augmentation, Normalization, Plan, SegmentationLoss, Split, Stage, Validation
+from rfmedsam2.records.training import AdamW, TrainConfig
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.system.progress import Silent
 from rfmedsam2.tasks.unet import UNetTask, overlap_counts, scores_of
