@@ -1,8 +1,13 @@
-"""Record of a folder of predictions (predictions.json): models, options and source images."""
+"""Records of predictions: models, options and images (predictions.json), and the rule that postprocesses them."""
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.dataset import LabelSet
@@ -67,3 +72,66 @@ class PredictionsRecord(VersionedRecord):
     def label_set(self) -> LabelSet:
         """The labels as a `LabelSet`."""
         return LabelSet(names=self.labels, regions_class_order=self.regions_class_order, ignore=self.ignore)
+
+
+POSTPROCESSING = "postprocessing.json"
+"""File of a rule in the folder of the model whose label maps it is applied to."""
+
+
+class PostprocessingStep(Record):
+    """One change of a label map. What is removed becomes background.
+
+    Components are connected by faces, edges or corners (26 neighbors), holes by faces. keep_largest keeps the largest
+    component, and those of the same size. drop_small removes components below `smallest_ml`. fill_holes gives
+    background that is enclosed on all sides the value that is most frequent around it.
+    """
+
+    action: Literal["keep_largest", "drop_small", "fill_holes"]
+    of: str | None = None
+    """A class or region; None: the whole foreground, as one mask."""
+    smallest_ml: Annotated[float, Field(gt=0)] | None = None
+    """Of drop_small: volume in ml."""
+    gain: float | None = None
+    """Rise of the mean DSC with this step in validation, of `of`, or of all classes; no part of the rule."""
+
+    @model_validator(mode="after")
+    def _volume_belongs_to_drop_small(self) -> Self:
+        if (self.smallest_ml is None) == (self.action == "drop_small"):
+            raise ValueError(f"{self.action} {'needs' if self.action == 'drop_small' else 'has no'} smallest_ml")
+        return self
+
+    def __str__(self) -> str:
+        volume = "" if self.smallest_ml is None else f" below {self.smallest_ml:g} ml"
+        return f"{self.action.replace('_', ' ')} of {self.of or 'the foreground'}{volume}"
+
+
+class PostprocessingRule(VersionedRecord):
+    """Changes that are made to every label map of a dataset, one after the other."""
+
+    format: Literal[1] = 1
+    dataset: Name
+    labels: dict[str, int | tuple[int, ...]]
+    """Class name -> value in the label maps, or the values of a region."""
+    regions_class_order: tuple[int, ...] | None = None
+    ignore: int | None = None
+    steps: tuple[PostprocessingStep, ...]
+    cases: int = 0
+    """Number of validation cases that the steps were learned on; 0: written by hand."""
+
+    @model_validator(mode="after")
+    def _classes_are_known(self) -> Self:
+        unknown = sorted({step.of for step in self.steps if step.of is not None} - set(self.label_set.foreground))
+        if unknown:
+            raise ValueError(f"steps name classes that labels does not: {', '.join(unknown)}")
+        return self
+
+    @property
+    def label_set(self) -> LabelSet:
+        """The labels as a `LabelSet`."""
+        return LabelSet(names=self.labels, regions_class_order=self.regions_class_order, ignore=self.ignore)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the rule does, whatever it was learned on."""
+        steps = [step.model_dump(mode="json", exclude={"gain"}) for step in self.steps]
+        return hashlib.sha256(json.dumps([sorted(self.label_set.foreground.items()), steps]).encode()).hexdigest()

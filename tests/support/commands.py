@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from rfmedsam2.cli import comparison, data_and_models, pipeline, plans, zero_shot
+from rfmedsam2.cli import comparison, data_and_models, pipeline, plans, selection, zero_shot
 
 OURS = ("RFMED_ROOT", "RFMED_DATASET", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
@@ -41,7 +41,7 @@ class Outcome:
 
 def run(name: str, *words: object, environment: Mapping[str, object] | None = None) -> Outcome:
     """Run rfmed_NAME; an exception that a user would see as a traceback goes through to the test."""
-    modules = (pipeline, comparison, data_and_models, plans, zero_shot)
+    modules = (pipeline, comparison, data_and_models, plans, selection, zero_shot)
     entry = next(found for module in modules if (found := getattr(module, f"{name}_command", None)))
     out, err = io.StringIO(), io.StringIO()
     code = 0
