@@ -38,6 +38,7 @@ class PredictOutput:
     overwrite: Annotated[
         bool, arg(help="Replace also files that predictions.json does not list, or that were changed since.")
     ] = False
+    postprocessing: Annotated[bool, arg(help="Do not apply the model's postprocessing rule.")] = True
     as_json: AsJson = False
 
 

@@ -192,7 +192,12 @@ def predict(
             step=refinement.step,
         )
         predictor = Predictor.load(
-            folder, folds=model.folds or None, checkpoint=tiles.checkpoint, device=tiles.device, options=options
+            folder,
+            folds=model.folds or None,
+            checkpoint=tiles.checkpoint,
+            device=tiles.device,
+            options=options,
+            postprocessing=output.postprocessing,
         )
     say(f"Model: {folder}, fold(s) {', '.join(m.fold for m in predictor.models)}, on {predictor.device}")
     source = input_[0] if len(input_) == 1 else list(input_)
@@ -244,8 +249,7 @@ def evaluate(
     from rfmedsam2.records.report import Evaluation
 
     require_replaceable((output / "metrics.json", output / "metrics.csv"), Evaluation.load, overwrite=overwrite)
-    layout = layout_of(labels.root)
-    names = resolve.labels_for(layout, os.environ, dataset=labels.dataset, file=labels.labels)
+    names = resolve.labels_for(layout_of(labels.root), os.environ, dataset=labels.dataset, file=labels.labels)
     result = verb.evaluate(
         predictions,
         references,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from support.commands import run_error, run_ok, unfinished_files
 from support.tiny_model import NAME, make_plan, write_image, write_model
+
+from rfmedsam2.pipeline.prediction.predictor import Predictor
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2}
 STEPS = [{"action": "keep_largest", "of": "liver"}, {"action": "drop_small", "smallest_ml": 0.03}]
@@ -109,3 +112,87 @@ def test_the_record_of_predictions_goes_along(tmp_path) -> None:
     run_ok(*words)  # its own files are replaced
     (tmp_path / "out" / "a.nii.gz").write_bytes((tmp_path / "in" / "a.nii.gz").read_bytes())
     assert "changed" in run_error(*words)
+
+
+@pytest.fixture(scope="module")
+def model_and_images(tmp_path_factory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("ruled")
+    folder = root / NAME / "rfmed__3d_fullres"
+    for fold in ("0", "1"):
+        write_model(folder, make_plan(), fold=fold)
+    for seed in (0, 1):
+        write_image(root / "images" / f"case{seed}_0000.nii.gz", seed)
+    return folder, root / "images"
+
+
+@pytest.fixture
+def ruled(model_and_images, tmp_path) -> Path:
+    folder = tmp_path / "results" / NAME / "rfmed__3d_fullres"
+    shutil.copytree(model_and_images[0], folder)
+    write_rule(
+        folder / "postprocessing.json", steps=[{"action": "keep_largest"}, {"action": "keep_largest", "of": "liver"}]
+    )
+    return folder
+
+
+def test_a_model_applies_its_rule_and_says_so(model_and_images, ruled, tmp_path) -> None:
+    plain, images = model_and_images
+    run_ok("predict", "-i", images, "-o", tmp_path / "plain", "-m", plain)
+    run_ok("predict", "-i", images, "-o", tmp_path / "without", "-m", ruled, "--no-postprocessing")
+    run_ok("predict", "-i", images, "-o", tmp_path / "ruled", "-m", ruled)
+    rule = ruled / "postprocessing.json"
+    run_ok("postprocess", "-i", tmp_path / "plain", "-o", tmp_path / "later", "--rule", rule)
+    records = {
+        name: json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("plain", "without", "ruled")
+    }
+    assert records["plain"]["made_by"] == records["without"]["made_by"] != records["ruled"]["made_by"]
+    assert "postprocessing" not in records["plain"]["options"]
+    assert len(records["ruled"]["options"]["postprocessing"]) == 64
+    assert set(records["ruled"]["cases"]["case0"]["seconds"]) >= {"network", "postprocess"}
+    changed = 0
+    for name in ("case0.nii.gz", "case1.nii.gz"):
+        maps = {
+            folder: np.asarray(nib.load(tmp_path / folder / name).dataobj)
+            for folder in ("plain", "without", "ruled", "later")
+        }
+        np.testing.assert_array_equal(maps["plain"], maps["without"])
+        np.testing.assert_array_equal(maps["ruled"], maps["later"])
+        changed += int((maps["ruled"] != maps["plain"]).sum())
+        image = nib.load(images / name.replace(".nii", "_0000.nii"))
+        predictor = Predictor.load(ruled, device="cpu")
+        np.testing.assert_array_equal(predictor.predict_nibabel(image).get_fdata(), maps["ruled"])
+        assert Predictor.load(ruled, device="cpu", postprocessing=False).rule is None
+    assert changed
+
+
+def test_continuing_does_not_mix_rules(model_and_images, ruled, tmp_path) -> None:
+    words = ("predict", "-i", model_and_images[1], "-o", tmp_path / "out", "-m", ruled, "--continue")
+    run_ok(*words, "--no-postprocessing")
+    assert "Predicted 2 case(s)" in run_ok(*words).out
+    assert "Predicted 0 case(s)" in run_ok(*words).out
+    write_rule(ruled / "postprocessing.json", steps=[{"action": "fill_holes"}])
+    assert "Predicted 2 case(s)" in run_ok(*words).out
+
+
+def test_an_archive_carries_the_rule(ruled, tmp_path, caplog) -> None:
+    archive, root = tmp_path / "model.zip", tmp_path / "other"
+    run_ok("export_model", "-m", ruled, "-o", archive)
+    run_ok("import_model", archive, "--root", root)
+    there = root / "results" / NAME / "rfmed__3d_fullres" / "postprocessing.json"
+    assert there.read_bytes() == (ruled / "postprocessing.json").read_bytes()
+    run_ok("export_model", "-m", ruled, "-o", tmp_path / "n", "--to", "nnunet")
+    assert "rfmed_postprocess --rule" in caplog.text
+
+
+def test_a_model_with_a_rule_of_another_dataset_is_refused_unless_it_is_left_out(
+    model_and_images, ruled, tmp_path
+) -> None:
+    write_rule(ruled / "postprocessing.json", labels={"background": 0, "liver": 1, "kidney": 2}, steps=[])
+    words = ("predict", "-i", model_and_images[1], "-o", tmp_path / "out", "-m", ruled)
+    assert "a postprocessing rule of another dataset" in run_error(*words)
+    assert "a postprocessing rule of another dataset" in run_error(
+        "export_model", "-m", ruled, "-o", tmp_path / "m.zip"
+    )
+    (ruled / "postprocessing.json").write_text("{")
+    assert "is not valid JSON" in run_error(*words)
+    run_ok(*words, "--no-postprocessing")

@@ -8,9 +8,10 @@ from pathlib import Path
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, TrainedModel, Which, checkpoints_of
+from rfmedsam2.pipeline.prediction.postprocessing import rule_of_model
 from rfmedsam2.records.archive import Manifest
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.prediction import PredictingModel
+from rfmedsam2.records.prediction import POSTPROCESSING, PredictingModel
 from rfmedsam2.store.archive import describe, unpack_archive, write_archive
 from rfmedsam2.store.checkpoint_header import FINAL, read_record_of
 from rfmedsam2.store.checkpoints import read_all, read_weights, write_checkpoint
@@ -30,7 +31,7 @@ PLACING_SECONDS = 60.0
 def export_model(
     model_folder: Path, out: Path, *, folds: Sequence[str] | None = None, checkpoint: Which = "final"
 ) -> Manifest:
-    """Pack the weights of a model into a zip file, without optimizer and RNG state and without ids of cases.
+    """Pack the weights and the postprocessing rule of a model into a zip file, without optimizer, RNG and ids of cases.
 
     Args:
         model_folder: results/DATASET/PLAN__STAGE.
@@ -64,6 +65,8 @@ def export_model(
             write_checkpoint(files[name], record.model_copy(update={"cases": None}), tensors, {})
             extras = [path.parent / extra for extra in EXTRAS]
             files |= {f"{fold}/{extra.name}": extra for extra in extras if extra.is_file()}
+        if rule_of_model(model_folder, stored[0].plan.labels) is not None:
+            files[POSTPROCESSING] = model_folder / POSTPROCESSING
         manifest = _manifest(stored, files)
         write_archive(out, manifest, files)
     return manifest
@@ -72,7 +75,7 @@ def export_model(
 def import_model(archive: Path, results: Path, *, force: bool = False) -> TrainedModel:
     """Unpack a model below a results folder, atomically.
 
-    Every checkpoint is read and checked before anything is moved into place.
+    Every checkpoint, and the postprocessing rule, is read and checked before anything is moved into place.
 
     Args:
         archive: a zip file made by `export_model`.
@@ -90,6 +93,7 @@ def import_model(archive: Path, results: Path, *, force: bool = False) -> Traine
         manifest = unpack_archive(archive, unpacked)
         records = _checked_folds(archive, manifest, unpacked)
         first = records[0]
+        rule_of_model(unpacked, first.plan.labels)
         return placed(unpacked, first, folds=[record.fold for record in records], results=results, force=force)
 
 

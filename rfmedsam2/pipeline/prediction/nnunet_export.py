@@ -20,6 +20,7 @@ from rfmedsam2.pipeline.prediction.checkpoints import FOLD, NNUNET_NAMES, checkp
 from rfmedsam2.pipeline.prediction.model_archive import EXPORTING, PLACING_SECONDS, move_into_place
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.prediction import POSTPROCESSING
 from rfmedsam2.store.checkpoint_header import BEST, NNUNET_BEST, NNUNET_FINAL, read_record_of
 from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.lock import exclusive_lock, workplace
@@ -92,6 +93,8 @@ def export_nnunet_model(
             move_into_place(folder, target)
     if (step := first.plan.stages[first.stage].inference.step_size) != STEP_SIZE:
         LOGGER.warning("The plan predicts with other tiles than nnU-Net: use nnUNetv2_predict -step_size %s", step)
+    if is_taken(rule := model_folder / POSTPROCESSING):
+        LOGGER.warning("The postprocessing rule is left out: apply it with rfmed_postprocess --rule %s", rule)
     return target
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import numpy as np
 
 from rfmedsam2.errors import RfMedSamError, UsageError, shortlist
 from rfmedsam2.geometry import Grid
+from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.pipeline.prediction.outputs import Outputs
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import POSTPROCESSING, PREDICTIONS, PostprocessingRule, PredictionsRecord
 from rfmedsam2.store.case_files import Case, file_stem
 from rfmedsam2.store.images import digest_of, image_ending, read_label, write_label
 from rfmedsam2.store.raw import read_dataset_json
-from rfmedsam2.system.atomic import read_record, write_record
+from rfmedsam2.system.atomic import is_taken, read_record, write_record
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.postprocess import postprocess
@@ -67,11 +69,20 @@ def rule_of_model(folder: Path, labels: LabelSet) -> PostprocessingRule | None:
         UsageError: the rule is of another dataset.
     """
     path = folder / POSTPROCESSING
-    if not path.is_file():
+    if not is_taken(path):
         return None
     rule = read_record(path, PostprocessingRule)
     require_same_labels(rule, labels, where=path)
     return rule
+
+
+def postprocessed(prediction: Prediction, rule: PostprocessingRule) -> Prediction:
+    """A prediction with the labels that a rule makes of it."""
+    started = time.perf_counter()
+    voxel_ml = voxel_ml_of(prediction.grid)
+    labels = postprocess(prediction.labels, rule.steps, prediction.classes, voxel_ml=voxel_ml)
+    seconds = {**prediction.seconds, "postprocess": time.perf_counter() - started}
+    return replace(prediction, labels=labels, seconds=seconds)
 
 
 def postprocess_folder(

@@ -29,11 +29,12 @@ from rfmedsam2.pipeline.nnunet.models import read_fold
 from rfmedsam2.pipeline.prediction.checkpoints import Which, checkpoints_of
 from rfmedsam2.pipeline.prediction.inputs import BoxInput, ImageInput, as_boxes, as_volume, paths_of, straightened
 from rfmedsam2.pipeline.prediction.plausibility import doubts_about
+from rfmedsam2.pipeline.prediction.postprocessing import postprocessed, rule_of_model
 from rfmedsam2.records.base import renamed
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import ModelConfig, RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
-from rfmedsam2.records.prediction import PredictingModel
+from rfmedsam2.records.prediction import PostprocessingRule, PredictingModel
 from rfmedsam2.store.checkpoint_header import NNUNET_CHECKPOINTS
 from rfmedsam2.store.checkpoints import weights_sha256
 from rfmedsam2.store.images import require_label_ending
@@ -65,12 +66,14 @@ class Predictor:
         checkpoints: the files that they were loaded from.
         records: records of these files.
         options: options of prediction; `predictor.using(...)` returns a predictor with others and the same weights.
+        rule: postprocessing of every label map; None: there is none.
     """
 
     networks: tuple[nn.Module, ...]
     checkpoints: tuple[Path, ...]
     records: tuple[CheckpointRecord, ...]
     options: PredictOptions
+    rule: PostprocessingRule | None = None
 
     @classmethod
     def load(
@@ -81,6 +84,7 @@ class Predictor:
         checkpoint: Which = "final",
         device: str | torch.device = "auto",
         options: PredictOptions | None = None,
+        postprocessing: bool = True,
     ) -> Self:
         """Load a model.
 
@@ -91,10 +95,12 @@ class Predictor:
             checkpoint: for a model folder: final (latest if training has not ended), best or latest.
             device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
             options: options of prediction.
+            postprocessing: whether to apply the rule of a model folder (postprocessing.json) to its label maps.
 
         Raises:
-            UsageError: the model, a fold or the device does not exist.
+            UsageError: the model, a fold or the device does not exist, or the rule is of another dataset.
             CheckpointError: a checkpoint is damaged, or of another plan than the first.
+            RecordError: the rule is damaged.
         """
         files = [source] if isinstance(source, (str, Path)) else source
         if not isinstance(files, Sequence) or not all(isinstance(path, (str, Path)) for path in files):
@@ -102,8 +108,9 @@ class Predictor:
         if options is not None:
             require_type(options, PredictOptions, "options", remedy=OPTIONS)
         paths = [Path(path) for path in files]
-        if isinstance(source, (str, Path)) and not paths[0].is_file():
-            paths = checkpoints_of(paths[0], folds=folds, checkpoint=checkpoint)
+        folder = paths[0] if isinstance(source, (str, Path)) and not paths[0].is_file() else None
+        if folder is not None:
+            paths = checkpoints_of(folder, folds=folds, checkpoint=checkpoint)
         if not paths:
             raise UsageError("No checkpoint was given", expected="at least one file")
         place = choose_device(device)
@@ -112,7 +119,13 @@ class Predictor:
         for path, record in zip(paths[1:], records[1:], strict=True):
             _require_same_model(records[0], record, where=path)
         networks = tuple(network for _, network in loaded)
-        return cls(networks=networks, checkpoints=tuple(paths), records=records, options=options or PredictOptions())
+        return cls(
+            networks=networks,
+            checkpoints=tuple(paths),
+            records=records,
+            options=options or PredictOptions(),
+            rule=rule_of_model(folder, records[0].plan.labels) if folder is not None and postprocessing else None,
+        )
 
     def __repr__(self) -> str:
         folds = ", ".join(record.fold for record in self.records)
@@ -161,6 +174,8 @@ class Predictor:
             settings["step"] = self.config.model.refinements if self.options.step is None else self.options.step
             # the boxes themselves are part of each case's input
             settings["boxes"] = "given" if boxes else "own"
+        if self.rule is not None:
+            settings["postprocessing"] = self.rule.digest
         return settings
 
     def made_by(self, *, boxes: bool = False) -> str:
@@ -233,9 +248,9 @@ class Predictor:
     def predict_prepared(
         self, prepared_case: PreparedCase, *, probabilities: Path | bool = False, track: Track = silent
     ) -> Prediction:
-        """Second half of a prediction; see `inference.volume.predict_prepared`."""
+        """Second half of a prediction, then the rule; see `inference.volume.predict_prepared`."""
         require_type(prepared_case, PreparedCase, "prepared_case", remedy="Make one with predictor.prepare(volume)")
-        return predict_prepared(
+        prediction = predict_prepared(
             self.networks,
             prepared_case,
             self.plan,
@@ -244,6 +259,7 @@ class Predictor:
             probabilities=probabilities,
             track=track,
         )
+        return prediction if self.rule is None else postprocessed(prediction, self.rule)
 
     def predict_array(
         self,
