@@ -151,12 +151,23 @@ class InitialWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRun:
-    """How the training runs; nothing here changes what is learned."""
+    """How the training runs, and where; nothing here changes what is learned."""
 
     restart: Annotated[bool, arg(help="Start over; existing results are moved to a folder beside it.")] = False
     validate: Annotated[
         bool, arg(help="Do not predict and score the validation cases as whole volumes at the end.")
     ] = True
+    validate_only: Annotated[
+        bool, arg(help="Do not train: predict and score the validation cases with the trained weights.")
+    ] = False
+    checkpoint: Annotated[
+        Literal["final", "best"],
+        arg(help="With --validate-only: which weights; the best are scored apart, in validation_best."),
+    ] = "final"
+    name: Annotated[
+        str | None,
+        arg(metavar="NAME", help="Train into PLAN-NAME__CONFIGURATION: several trainings of one plan and its cases."),
+    ] = None
     tensorboard: Annotated[bool, arg(help="Also write TensorBoard events (needs the extra `tensorboard`).")] = False
     device: Device = "auto"
 

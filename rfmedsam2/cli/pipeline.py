@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,11 +26,13 @@ from rfmedsam2.cli.flag_groups import (
     TrainRun,
 )
 from rfmedsam2.cli.flags import AsJson, DatasetName, ModelChoice, Root, Workers
+from rfmedsam2.cli.training_flags import named, training_words, what_is_trained, with_encoder_rate, with_refinement
 from rfmedsam2.errors import UsageError, shortlist
 from rfmedsam2.system.ranks import ranks_of
 
 if TYPE_CHECKING:
     from rfmedsam2.records.plan import Plan
+    from rfmedsam2.store.layout import Layout
 
 
 def verify(*, dataset: DatasetName = None, root: Root = None, workers: Workers = 2, as_json: AsJson = False) -> None:
@@ -121,14 +121,17 @@ def train(
     from rfmedsam2.cli import resolve
     from rfmedsam2.cli.progress import bars
 
-    named, stage, fold = training_words(words)
+    given, stage, fold = training_words(words)
     layout = layout_of(plan.root)
-    name = resolve.dataset_name(layout, named or plan.dataset, os.environ, among="preprocessed")
+    name = resolve.dataset_name(layout, given or plan.dataset, os.environ, among="preprocessed")
     fields = {"epochs": schedule.epochs, "iterations_per_epoch": schedule.iterations, "learning_rate": schedule.lr}
     changes = [f"{stage}.train.{field}={value}" for field, value in fields.items() if value is not None]
     chosen = resolve.planned(layout, name, plan.plan, stage=stage, changes=[*changes, *plan.set_])
     chosen = with_refinement(chosen, stage, step0=start.step0, cache=start.cache)
-    chosen = with_encoder_rate(chosen, stage, start.encoder_rate)
+    chosen = named(with_encoder_rate(chosen, stage, start.encoder_rate), run.name, layout)
+    if run.validate_only:
+        _validate(layout, chosen, stage, fold, run)
+        return
     folder = layout.fold_folder(name, chosen.name, stage, fold)
     say(what_is_trained(chosen, stage, fold, folder, restart=run.restart))
     with bars.training():
@@ -159,6 +162,23 @@ def train(
 
         show_scores(result.evaluation)
         tell(f"Report: {result.folder / 'report.html'}")
+
+
+def _validate(layout: Layout, plan: Plan, stage: str, fold: str, run: TrainRun) -> None:
+    """Score the trained weights of a fold on its validation cases."""
+    from rfmedsam2.cli.console import show_scores
+    from rfmedsam2.cli.progress import bars
+
+    with bars.working(f"Validating {plan.dataset}, plan {plan.name}, {stage}, fold {fold}"):
+        from rfmedsam2.pipeline.training.validation import VALIDATION, validate
+
+    scores = validate(layout, plan, stage, fold=fold, checkpoint=run.checkpoint, device=run.device, progress=bars)
+    folder = layout.fold_folder(plan.dataset, plan.name, stage, fold) / VALIDATION[run.checkpoint]
+    if scores is None:
+        tell(f"Predicted, but not scored: {folder}")
+    else:
+        show_scores(scores)
+        tell(f"Scores: {folder / 'metrics.csv'}")
 
 
 def predict(
@@ -298,98 +318,6 @@ def report(
         evaluation /= "metrics.json"
     write_report(output, title=title or output.stem, training=training, evaluation=evaluation, images=images)
     tell(f"Written: {output}")
-
-
-_CONFIGURATION = re.compile(r"[23]d(_\w+)?")
-
-
-def training_words(words: Sequence[str]) -> tuple[str | None, str, str]:
-    """Dataset, configuration and fold of `3d_fullres fold 0`, `BTCV 3d_fullres 0`, `3d_fullres 0`, also without a fold.
-
-    Raises:
-        UsageError: no words, or more than three.
-    """
-    rest = [word for word in words if word != "fold"]
-    if len(rest) == 1:
-        return None, rest[0], "0"
-    if len(rest) == 2 and _CONFIGURATION.fullmatch(rest[1]) and not _CONFIGURATION.fullmatch(rest[0]):
-        return rest[0], rest[1], "0"
-    if len(rest) == 2:
-        return None, rest[0], rest[1]
-    if len(rest) == 3:
-        return rest[0], rest[1], rest[2]
-    raise UsageError(
-        "The configuration to train is missing",
-        expected="a configuration and a fold: rfmed_train 3d_fullres fold 0, or rfmed_train BTCV 3d_fullres 0",
-        found=" ".join(words) or "nothing",
-    )
-
-
-def with_refinement(plan: Plan, stage: str, *, step0: str | None = None, cache: str | None = None) -> Plan:
-    """The plan with its Step 0 trained in this way, and frozen features cached; None: as the plan says.
-
-    Args:
-        plan: the plan.
-        stage: name of its stage.
-        step0: joint or crossfit.
-        cache: views=N.
-
-    Raises:
-        UsageError: the plan is not RFMedSAM 2's, or `cache` has another form.
-        RecordError: features of this plan's encoder cannot be cached.
-    """
-    given = {"--step0": step0, "--cache": cache}
-    if plan.stages[stage].model.kind != "rfmedsam2" and any(given.values()):
-        raise UsageError(
-            f"{' and '.join(name for name, value in given.items() if value)} only apply to plans of RFMedSAM 2",
-            where=f"{plan.name}, {stage}",
-            remedy="Leave out, or plan with --model rfmedsam2",
-        )
-    changes = [] if step0 is None else [f"{stage}.model.step0={step0}"]
-    if cache is not None:
-        name, _, number = cache.partition("=")
-        if name != "views" or not number.isdecimal():
-            raise UsageError("--cache has another form", expected="views=N, such as views=4 (0: none)", found=cache)
-        changes.append(f"{stage}.model.cached_views={int(number)}")
-    return plan.with_overrides(*changes) if changes else plan
-
-
-def with_encoder_rate(plan: Plan, stage: str, factor: float | None) -> Plan:
-    """The plan with another learning rate of its U-Net's encoder; `factor`: of the rest's, None: as the plan says.
-
-    Raises:
-        UsageError: the plan's network has no encoder that is known.
-        RecordError: the factor is negative.
-    """
-    encoders = {"unet": "encoder.", "rfmedsam2": "unet.encoder."}
-    kind = plan.stages[stage].model.kind
-    if factor is None:
-        return plan
-    if kind not in encoders:
-        raise UsageError(
-            "--encoder-rate does not know the encoder of this network",
-            where=f"{plan.name}, {stage}",
-            found=kind,
-            remedy=f"Name its parameters: --set '{stage}.train.rate_factors={{\"NAME.\": {factor}}}'",
-        )
-    return plan.with_overrides(f"{stage}.train.rate_factors={json.dumps({encoders[kind]: factor})}")
-
-
-def what_is_trained(plan: Plan, stage: str, fold: str, folder: Path, *, restart: bool) -> str:
-    """One line: the data, the network, its patch, how long, and whether an interrupted training goes on."""
-    config = plan.stages[stage]
-    model = config.model
-    network = {"unet": "U-Net", "rfmedsam2": f"RFMedSAM 2 on {getattr(model, 'backbone', '')}"}.get(
-        model.kind, model.kind
-    )
-    patch = " x ".join(map(str, config.patch_size))
-    latest = folder / "checkpoint_latest.safetensors"
-    goes_on = "; goes on from its last checkpoint" if latest.is_file() and not restart else ""
-    return (
-        f"Training {plan.dataset}, plan {plan.name}, {stage}, fold {fold}: {network}, patch {patch}, "
-        f"batch {config.batch_size}, {config.train.epochs} epoch(s) of {config.train.iterations_per_epoch} step(s)"
-        f"{goes_on}"
-    )
 
 
 verify_command = command(verify)

@@ -12,7 +12,7 @@ from rfmedsam2.records.base import Record, VersionedRecord
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.system.file_names import Name
 
-STAGE_CHANGEABLE = {"train", "validation", "inference", "compute"}
+STAGE_CHANGEABLE = {"train", "validation", "inference", "compute", "cases_of"}
 """Fields of a Stage that may change on resume; `train` is compared separately."""
 
 

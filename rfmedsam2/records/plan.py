@@ -163,6 +163,8 @@ class Stage(Record):
     inference: Inference = Inference()
     compute: Compute = Compute()
     extensions: StageExtensions = StageExtensions()
+    cases_of: Name | None = None
+    """Plan of the same dataset whose preprocessed cases are used, because it prepares them alike; None: its own."""
     starts_from: Name | None = None
     """Name of the stage whose predictions are input to this one (cascade)."""
 
@@ -252,6 +254,25 @@ class Plan(VersionedRecord):
         if not is_plan_name(name):
             raise ValueError(f"{name!r} cannot be a plan's name: {PLAN_NAMES}")
         return name
+
+    def cases_plan(self, stage: str) -> str:
+        """Name of the plan whose preprocessed cases a stage uses.
+
+        Raises:
+            PlanError: the stage does not exist.
+        """
+        return self.stage(stage).cases_of or self.name
+
+    def variant(self, name: str) -> Plan:
+        """The plan for a training of its own: named PLAN-NAME, with the preprocessed cases of this one.
+
+        Raises:
+            PlanError: PLAN-NAME cannot be a plan's name.
+        """
+        if not is_plan_name(f"{self.name}-{name}"):
+            raise PlanError("Invalid name of a training", where=name, expected=PLAN_NAMES)
+        stages = {key: s.model_copy(update={"cases_of": s.cases_of or self.name}) for key, s in self.stages.items()}
+        return self.model_copy(update={"name": f"{self.name}-{name}", "stages": stages})
 
     def with_overrides(self, *assignments: str, name: str | None = None) -> Plan:
         """The plan with some figures changed.

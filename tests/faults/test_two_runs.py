@@ -98,14 +98,21 @@ def test_two_plans_of_one_dataset_are_made_at_once(raw_root, planned_root, root_
         told = launcher.finished(str(name), *words, "-p", "other", folder=tmp_path)
     assert "Preprocessed: 5 new" in told
     assert first.wait() == 0, first.text()
-    both = [launcher.start(str(name), *words, "-p", plan, folder=tmp_path) for plan in ("third", "fourth")]
+    # of spacings of their own: else they would use the cases that are there
+    spacings = {plan: f"3d_fullres.spacing_mm=[{mm},{mm},{mm}]" for plan, mm in (("third", 7), ("fourth", 8))}
+    both = [
+        launcher.start(str(name), *PLANNING, change, "-p", plan, "--root", root, folder=tmp_path)
+        for plan, change in spacings.items()
+    ]
     for process in both:
         assert process.wait() == 0, process.text()
         assert "Preprocessed: 5 new" in process.text()
     expected = contents(planned_root / CASES)
     assert len(expected) == 5
-    for plan in ("rfmed_cpu", "other", "third", "fourth"):
+    for plan in ("rfmed_cpu", "other"):
         assert contents(root / CASES.with_name(f"{plan}_3d_fullres")) == expected
+    for plan in spacings:
+        assert contents(root / CASES.with_name(f"{plan}_3d_fullres")).keys() == expected.keys()
     splits = CASES.with_name("splits_final.json")
     assert (root / splits).read_bytes() == (planned_root / splits).read_bytes()
 

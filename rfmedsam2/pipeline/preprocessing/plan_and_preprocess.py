@@ -29,6 +29,7 @@ from rfmedsam2.pipeline.preprocessing.fingerprint import WRITING_SECONDS, finger
 from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed, memory_need
 from rfmedsam2.pipeline.preprocessing.plan_of_model import plan_of_model
 from rfmedsam2.pipeline.preprocessing.preprocess import PreprocessSummary, preprocess_locked, writable_cases
+from rfmedsam2.pipeline.preprocessing.shared_cases import sharing_cases
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import Extension, RFMedSam2Config
 from rfmedsam2.records.plan import PLAN_NAMES, Plan, Split, is_plan_name
@@ -148,7 +149,7 @@ def plan_and_preprocess(
         track=track,
     )
     dataset = source.dataset  # without cases that were left out
-    plan = _planned(dataset, found, options)
+    plan = sharing_cases(_planned(dataset, found, options), layout, [case.id for case in dataset.training])
     wanted = tuple(stages) if stages is not None else tuple(s for s in plan.stages if s != "2d") or tuple(plan.stages)
     for stage in wanted:
         plan.stage(stage)  # before anything is written
@@ -158,6 +159,11 @@ def plan_and_preprocess(
             notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
             notes += _write(dataset, layout, plan) + _notes_on(plan)
         notes += [f"Case {name} was left out ({errors})." for name, errors in found.left_out.items()]
+        notes += [
+            f"{stage} uses the preprocessed cases of plan {plan.cases_plan(stage)}, which prepares them alike."
+            for stage in wanted
+            if plan.stages[stage].cases_of is not None
+        ]
         notes += notes_on_labels(plan, found)
         notes += note_on_mirroring(plan, read_header(dataset.training[0].images[0]).grid)
         done = None

@@ -135,7 +135,7 @@ def preprocess_locked(
 
 def _stores(plan: Plan, stages: Sequence[str], layout: Layout, dataset: str) -> dict[str, CaseStore]:
     return {
-        stage: CaseStore(layout.cases_folder(dataset, plan.name, stage), plan.stage(stage).patch_size)
+        stage: CaseStore(layout.cases_folder(dataset, plan.cases_plan(stage), stage), plan.stage(stage).patch_size)
         for stage in stages
     }
 

@@ -21,16 +21,13 @@ from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, require_type
 from rfmedsam2.pipeline.datasets.splits import get_split, groups_of, read_splits
-from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
-from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.evaluation.report import write_report
-from rfmedsam2.pipeline.prediction.predict import predict_files
-from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.training.case_checks import require_current, require_preprocessed, require_same_cases
 from rfmedsam2.pipeline.training.crossfit import CrossFitting, Step0, parts_of
 from rfmedsam2.pipeline.training.fine_tuning import require_same_start, start_from
 from rfmedsam2.pipeline.training.memory_check import check_memory
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
+from rfmedsam2.pipeline.training.validation import validate_fold
 from rfmedsam2.pipeline.training.view_cache import ViewCaching
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
 from rfmedsam2.records.fingerprint import Fingerprint
@@ -51,7 +48,6 @@ from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
 from rfmedsam2.tasks.unet import UNetTask
 
 logger = logging.getLogger(__name__)
-VALIDATION = "validation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +129,7 @@ def train(
     began = time.monotonic()
     config = plan.stage(stage)
     extensions.check(config)
-    store = CaseStore(layout.cases_folder(plan.dataset, plan.name, stage), config.patch_size)
+    store = CaseStore(layout.cases_folder(plan.dataset, plan.cases_plan(stage), stage), config.patch_size)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
     with ExitStack() as held:
         held.enter_context(shared_lock(store.folder))
@@ -276,7 +272,7 @@ def _use_views(job: _Job, task: Task[Any], runtime: Runtime, track: Track, step0
     if (newest := job.newest) is not None:  # the frozen weights are those that the training began with
         task.model.load_state_dict(read_weights(newest)[1])
     views = ViewCaching(
-        folder=job.store.folder / f"views_fold_{job.fold}",
+        folder=job.layout.cases_folder(job.plan.dataset, job.plan.name, job.stage) / f"views_fold_{job.fold}",
         task=task,
         store=job.store,
         split=job.split,
@@ -310,42 +306,6 @@ def describe(
         scores=scores,
         **provenance(),
     )
-
-
-def validate_fold(
-    layout: Layout, plan: Plan, folder: Path, split: Split, *, device: str, track: Track = silent
-) -> Evaluation | None:
-    """Predict the raw images of a fold's validation cases and score them; None if the raw dataset does not exist.
-
-    Predictions and scores are written to folder/validation; cases that the same model has already predicted are kept. A
-    model prompted with boxes gets those of the reference labels, so its score is an upper bound.
-    """
-    raw = layout.raw / plan.dataset
-    if not raw.is_dir():
-        logger.warning("The raw dataset is not in %s: skipping validation on whole volumes", raw)
-        return None
-    wanted = set(split.val)
-    inputs = [case for case in open_dataset(raw).training if case.id in wanted]
-    predictor = Predictor.load([folder / FINAL], device=device)
-    out = folder / VALIDATION
-    labels = {case.id: case.label for case in inputs}
-    references = {path.parent for path in labels.values() if path is not None}
-    model, boxes = predictor.config.model, None
-    if isinstance(model, RFMedSam2Config) and model.generator == "gt":
-        if len(references) != 1:
-            logger.warning("Labels are in several folders: predict with rfmed_predict --boxes")
-            return None
-        boxes = next(iter(references))
-    predict_files(predictor, inputs, out, boxes=boxes, continue_=True, overwrite=True, track=track)
-    if len(references) != 1:
-        logger.warning("Labels are in several folders: score the predictions in %s with rfmed_evaluate", out)
-        return None
-    # the labels may lie in another dataset's folder, whose dataset.json says nothing about these
-    table = LabelTable(labels=plan.labels, source=f"the plan {plan.name}")
-    scores = evaluate(out, references.pop(), table, cases=sorted(wanted), progress=track)
-    scores = scores.model_copy(update={"trained_on": tuple(sorted(wanted & set(split.train)))})
-    write_evaluation(out, scores)
-    return scores
 
 
 def _finish(job: _Job, folder: Path, runtime: Runtime, options: TrainOptions, track: Track) -> Evaluation | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.small_rfmedsam2 import small_unet
 
-from rfmedsam2.cli.pipeline import with_refinement
+from rfmedsam2.cli.training_flags import with_refinement
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import RecordError, StoreError, UsageError
 from rfmedsam2.pipeline.training import train as training

@@ -11,9 +11,9 @@ from typing_extensions import get_type_hints
 from tyro.constructors import PrimitiveConstructorSpec
 
 from rfmedsam2.cli.command import _light
-from rfmedsam2.cli.pipeline import training_words
 from rfmedsam2.cli.replacing import require_replaceable
 from rfmedsam2.cli.resolve import dataset_name, labels_for, places, planned, trained_model
+from rfmedsam2.cli.training_flags import training_words
 from rfmedsam2.errors import RecordError, UsageError
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import read_record
