@@ -16,7 +16,7 @@ from rfmedsam2.pipeline.prediction.checkpoints import checkpoint_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.store.checkpoint_header import NNUNET_CHECKPOINTS
-from rfmedsam2.store.checkpoints import read_weights
+from rfmedsam2.store.checkpoints import read_weights, weights_sha256
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -36,8 +36,10 @@ def read_model(source: Path, *, fold: str) -> tuple[Path, CheckpointRecord, dict
         CheckpointError: the checkpoint is damaged, or of a network that cannot be used.
     """
     path = checkpoint_of(source, fold=fold)
-    record, weights = read_fold(path) if path.name in NNUNET_CHECKPOINTS else read_weights(path)
-    return path, record, weights
+    if path.name not in NNUNET_CHECKPOINTS:
+        return path, *read_weights(path)
+    record, weights = read_fold(path)
+    return path, record.model_copy(update={"weights_sha256": weights_sha256(weights)}), weights
 
 
 def start_from(network: nn.Module, plan: Plan, stage: Stage, source: Path, *, fold: str) -> tuple[str, list[str]]:
@@ -63,7 +65,7 @@ def start_from(network: nn.Module, plan: Plan, stage: Stage, source: Path, *, fo
     path, record, given = read_model(source, fold=fold)
     own = network.state_dict()
     wanted = _shapes(own)
-    fresh = _from_scratch(plan, stage, record.plan, wanted)
+    fresh = _from_scratch(plan, stage, record, wanted)
     fitting = {name: tensor for name, tensor in given.items() if name in wanted and name not in fresh}
     others = [name for name, tensor in fitting.items() if tuple(tensor.shape) != wanted[name]]
     if others or not fitting:
@@ -111,13 +113,13 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _from_scratch(plan: Plan, stage: Stage, theirs: Plan, wanted: Shapes) -> set[str]:
+def _from_scratch(plan: Plan, stage: Stage, theirs: CheckpointRecord, wanted: Shapes) -> set[str]:
     """Names of the tensors that mean something else in the model: their size depends on classes or channels."""
-    outputs, channels = plan.labels.num_outputs, len(plan.channels)
-    fresh: set[str] = set()
-    if plan.labels.foreground != theirs.labels.foreground or plan.labels.num_outputs != theirs.labels.num_outputs:
+    outputs, channels = plan.labels.num_outputs, plan.inputs_of(stage)
+    given, fresh = theirs.plan, set[str]()
+    if given.labels.foreground != plan.labels.foreground or given.labels.num_outputs != plan.labels.num_outputs:
         fresh |= _differing(wanted, models.shapes_of(plan, stage, outputs=outputs + 1))
-    if channels != len(theirs.channels):
+    if channels != given.inputs_of(given.stages[theirs.stage]):
         fresh |= _differing(wanted, models.shapes_of(plan, stage, channels=channels + 1))
     return fresh
 
