@@ -35,7 +35,7 @@ def build_stage(plan: Plan, stage: Stage | str, *, cache_features: bool = False)
 
     Returns:
         A module whose `forward` returns logits (B, outputs, *patch) for (B, channels, *patch), or in training mode with
-        deep supervision a list of them, highest resolution first.
+        deep supervision a list of them, highest resolution first. Channels: `plan.inputs_of(stage)`.
 
     Raises:
         UsageError: not a plan.
@@ -43,7 +43,7 @@ def build_stage(plan: Plan, stage: Stage | str, *, cache_features: bool = False)
     """
     require_type(plan, Plan, "plan", remedy="Load it with Plan.load(path)")
     stage = stage if isinstance(stage, Stage) else plan.stage(stage)
-    channels, outputs = len(plan.channels), plan.labels.num_outputs
+    channels, outputs = plan.inputs_of(stage), plan.labels.num_outputs
     return _built(plan, stage, channels=channels, outputs=outputs, cache_features=cache_features)
 
 
@@ -97,7 +97,7 @@ def shapes_of(
         channels: input channels; None: the plan's.
         outputs: output channels; None: the plan's.
     """
-    channels = len(plan.channels) if channels is None else channels
+    channels = plan.inputs_of(stage) if channels is None else channels
     outputs = plan.labels.num_outputs if outputs is None else outputs
     with _without_weights(stage):
         network = _built(plan, stage, channels=channels, outputs=outputs)

@@ -87,6 +87,19 @@ class Refinement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cascade:
+    """For second stages of a cascade only."""
+
+    previous_stage: Annotated[
+        Path | None,
+        arg(
+            metavar="FOLDER",
+            help="The first stage's label maps (CASE + ending), instead of the first stage's model beside this one.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanChoice:
     """Which plan of which dataset."""
 

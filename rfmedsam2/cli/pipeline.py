@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from rfmedsam2.cli.command import command, end_if_stopped, layout_of, say, say_memory, tell, tell_json
 from rfmedsam2.cli.flag_groups import (
+    Cascade,
     GivenDecisions,
     InitialWeights,
     LabelNames,
@@ -188,6 +189,7 @@ def predict(
     model: ModelChoice = ModelChoice(),
     tiles: Tiles = Tiles(),
     refinement: Refinement = Refinement(),
+    cascade: Cascade = Cascade(),
 ) -> None:
     """Predict label maps for images: a folder, files, a list (.csv .json .txt) or a DICOM series.
 
@@ -218,6 +220,7 @@ def predict(
             device=tiles.device,
             options=options,
             postprocessing=output.postprocessing,
+            previous=cascade.previous_stage,
         )
     say(f"Model: {folder}, fold(s) {', '.join(m.fold for m in predictor.models)}, on {predictor.device}")
     source = input_[0] if len(input_) == 1 else list(input_)

@@ -29,6 +29,7 @@ from rfmedsam2.records.plan import Inference, Plan, Stage
 from rfmedsam2.store.orientation import Orientation, reoriented
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.prepare import Prepared, prepare
+from rfmedsam2.transforms.previous_stage import with_previous_labels
 from rfmedsam2.volume import Volume
 
 
@@ -86,6 +87,8 @@ class PreparedCase:
         orientation: how the volume was reoriented; None: not at all.
         seconds: duration of preprocessing.
         boxes: its box prompts, on the planned grid.
+        waiting: of a cascade, all of the volume, which is preprocessed for the second stage when the first, for which
+            `prepared` is, has given its labels.
     """
 
     prepared: Prepared
@@ -93,10 +96,17 @@ class PreparedCase:
     orientation: Orientation | None
     seconds: float
     boxes: Prompts | None = None
+    waiting: Volume | None = None
 
 
 def preprocess_case(
-    volume: Volume, plan: Plan, stage: str, *, boxes: BoxPrompts | None = None, threads: int | None = None
+    volume: Volume,
+    plan: Plan,
+    stage: str,
+    *,
+    boxes: BoxPrompts | None = None,
+    previous: np.ndarray | None = None,
+    threads: int | None = None,
 ) -> PreparedCase:
     """Do everything that comes before the network; no device is touched.
 
@@ -105,6 +115,7 @@ def preprocess_case(
         plan: the plan that the network was trained with.
         stage: name of the stage.
         boxes: box prompts in the volume's axes: a label map (Z, Y, X), or a list of boxes.
+        previous: for the second stage of a cascade, the first's label map (Z, Y, X) in the volume's axes.
         threads: number of planes resampled in parallel.
 
     Raises:
@@ -117,7 +128,8 @@ def preprocess_case(
     grid, orientation = volume.grid, None
     if plan.reorient is not None:
         volume, orientation = reoriented(volume, plan.reorient)
-    prepared = prepare(volume, plan, stage, threads=threads or 1)
+        previous = None if previous is None else orientation.apply(previous)
+    prepared = prepare(volume, plan, stage, label=previous, threads=threads or 1)
     # one sum is cheap, and NaN and infinity propagate to it
     if not np.isfinite(prepared.image.sum(dtype=np.float64)):
         raise ImageError(
@@ -126,6 +138,8 @@ def preprocess_case(
             found=f"{volume.array.min():g} to {volume.array.max():g}",
             remedy="Scale the image, for instance to the range of the training images",
         )
+    if previous is not None:
+        prepared = with_previous_labels(prepared, plan.labels)
     prompts = None
     if boxes is not None:
         resampling = plan.stage(stage).resampling

@@ -166,7 +166,9 @@ class Stage(Record):
     cases_of: Name | None = None
     """Plan of the same dataset whose preprocessed cases are used, because it prepares them alike; None: its own."""
     starts_from: Name | None = None
-    """Name of the stage whose predictions are input to this one (cascade)."""
+    """RFMedSAM 2: name of the stage whose trained U-Net Step 0 starts from."""
+    previous_stage: Name | None = None
+    """Cascade: name of the stage whose labels are input to this one, one-hot behind the channels of the image."""
 
     @property
     def is_2d(self) -> bool:
@@ -185,6 +187,12 @@ class Stage(Record):
                 raise ValueError(f"patch axis {axis} is {size}, not a multiple of the network's total stride {step}")
         if isinstance(self.model, RFMedSam2Config) and self.patch_size[1] != self.patch_size[2]:
             raise ValueError(f"RFMedSAM 2 needs square slices, but the patch is {self.patch_size} (z, y, x)")
+        return self
+
+    @model_validator(mode="after")
+    def _cascade_is_of_unets(self) -> Self:
+        if self.previous_stage is not None and self.model.kind != "unet":
+            raise ValueError(f"previous_stage {self.previous_stage}, but the second stage of a cascade is a U-Net")
         return self
 
     @model_validator(mode="after")
@@ -304,6 +312,10 @@ class Plan(VersionedRecord):
                 expected=f"one of {', '.join(self.stages)}",
             )
         return self.stages[name]
+
+    def inputs_of(self, stage: Stage) -> int:
+        """Channels that a stage's network is given: the image's, and in a cascade one per foreground label."""
+        return len(self.channels) + (0 if stage.previous_stage is None else len(self.labels.values) - 1)
 
     @property
     def transpose_backward(self) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rfmedsam2.engine.rng import preserved, seed_all
-from rfmedsam2.errors import RfMedSamError, StoreError
+from rfmedsam2.errors import PlanError, RfMedSamError, StoreError
 from rfmedsam2.extensions import make
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Stage
@@ -44,6 +44,20 @@ class PatchBatch:
     ids: tuple[str, ...]
     step0: Tensor | None = None
     levels: tuple[Tensor, ...] | None = None
+
+
+def require_trainable(stage: Stage) -> None:
+    """Refuse second stages of a cascade, whose patches would lack the labels of the first.
+
+    Raises:
+        PlanError: the stage is one.
+    """
+    if stage.previous_stage is not None:
+        raise PlanError(
+            "The second stage of a cascade can be predicted with, but not yet trained here",
+            where=f"previous_stage {stage.previous_stage}",
+            remedy="Train 3d_fullres or 3d_lowres, or train the cascade with nnU-Net: rfmed_predict takes its models",
+        )
 
 
 class PatchSource:
@@ -74,6 +88,7 @@ class PatchSource:
         ranks: int = 1,
         step0: LogitsStore | None = None,
     ) -> None:
+        require_trainable(stage)
         self._step0, self._logits = step0, dict[str, StoredLogits]()
         self._store, self._ids, self._stage, self._labels = store, tuple(ids), stage, labels
         self._seed, self._rank, self._ranks = seed, rank, ranks

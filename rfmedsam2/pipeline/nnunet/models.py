@@ -39,7 +39,7 @@ def read_fold(checkpoint: Path) -> tuple[CheckpointRecord, dict[str, torch.Tenso
     stage = plan.stages[found.configuration]
     assert isinstance(stage.model, UNetConfig)
     with skip_init():
-        network = UNet(stage.model, channels=len(plan.channels), outputs=plan.labels.num_outputs)
+        network = UNet(stage.model, channels=plan.inputs_of(stage), outputs=plan.labels.num_outputs)
     try:
         weights = own_weights(network, found.weights)
     except CheckpointError as error:

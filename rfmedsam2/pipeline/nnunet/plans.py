@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,6 @@ from rfmedsam2.records.plan import Augmentation, Plan, SegmentationLoss, Stage
 from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.system.atomic import read_record
 
-LOGGER = logging.getLogger(__name__)
 NNUNET_TRAIN = TrainConfig(learning_rate=1e-2)
 """Training settings of nnUNetTrainer, which are not in its plans."""
 NORMALIZATIONS = {
@@ -152,7 +150,7 @@ def import_nnunet_plans(
         dataset: the dataset.json beside it (plans do not contain channels, labels and file ending).
         fingerprint: digest of this package's fingerprint of the dataset, if there is one.
         name: name of the plan; None: rfmed_ and nnU-Net's plans_name (plans_name is taken by nnU-Net's files).
-        stages: configurations to import; None: all except second stages of a cascade.
+        stages: configurations to import; None: all.
 
     Returns:
         A plan with nnU-Net's training settings.
@@ -172,10 +170,7 @@ def import_nnunet_plans(
             expected=f"one or several of {', '.join(resolved)}",
             found=", ".join(unknown),
         )
-    cascaded = [stage for stage, plain in resolved.items() if plain.get("previous_stage")]
-    if stages is None and cascaded:
-        LOGGER.warning("Left out of %s: %s (cascades are not supported)", path.name, ", ".join(cascaded))
-    wanted = [stage for stage in resolved if stage not in cascaded] if stages is None else list(stages)
+    wanted = list(resolved if stages is None else stages)
     parsed = {stage: _Configuration.parse(resolved[stage], where=f"{path}, {stage}") for stage in wanted}
     faults = [f"{stage}: {fault}" for stage in wanted for fault in _unsupported(parsed[stage])]
     if source.label_manager != "LabelManager":
@@ -252,7 +247,7 @@ def _resamplings(configuration: _Configuration) -> list[tuple[str, dict[str, Any
 
 def _unsupported(configuration: _Configuration) -> list[str]:
     """List the unsupported features of a configuration."""
-    faults = ["the second stage of a cascade"] if configuration.previous_stage else []
+    faults = list[str]()
     if configuration.preprocessor_name not in PREPROCESSORS:
         faults.append(f"preprocessor {configuration.preprocessor_name}")
     faults += [f"normalization {s}" for s in configuration.normalization_schemes if s not in NORMALIZATIONS]
@@ -301,6 +296,7 @@ def _stage(configuration: _Configuration, source: _NnunetPlans, where: str) -> S
             "model": _network(configuration.architecture, dimensions, where),
             "loss": SegmentationLoss(batch_dice=configuration.batch_dice),
             "train": NNUNET_TRAIN,
+            "previous_stage": configuration.previous_stage,
         },
         where=where,
     )

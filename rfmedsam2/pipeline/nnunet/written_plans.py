@@ -110,7 +110,9 @@ def _reader(plan: Plan) -> str | None:
 def _configuration(stage: Stage, model: UNetConfig, identifier: str) -> dict[str, Any]:
     axes = len(stage.patch_size)
     how = stage.resampling
+    previous = {} if stage.previous_stage is None else {"previous_stage": stage.previous_stage}
     return {
+        **previous,
         "data_identifier": identifier,
         "preprocessor_name": "DefaultPreprocessor",
         "batch_size": stage.batch_size,

@@ -28,6 +28,7 @@ from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.plan import Normalization, Plan, Stage
 
+CASCADE = "3d_cascade_fullres"
 SMALL_AFTER_CROP = 0.75
 """If the median fraction of voxels left by the crop is below this, z-score statistics use the non-zero mask."""
 NORMALIZATION_OF_CHANNEL = {
@@ -89,8 +90,8 @@ def plan(
         spacing_zyx_mm: target spacing of 3d_fullres in the axis order of the files; None: nnU-Net's rule.
 
     Returns:
-        A plan with the stages 3d_fullres, 3d_lowres (if cases are much larger than the patch) and 2d; only 2d if
-        the median case is a single slice.
+        A plan with the stages 3d_fullres, 3d_lowres and 3d_cascade_fullres (if cases are much larger than the patch)
+        and 2d; only 2d if the median case is a single slice.
 
     Raises:
         UsageError: the preset does not exist.
@@ -213,6 +214,7 @@ def _volume_stages(stats: DatasetStats, preset: UNetPreset) -> dict[str, Stage]:
             median_shape=stats.spacing_mm / low_spacing * stats.median_shape,
             batch_dice=False if dice is None else dice,
         )
+        stages[CASCADE] = stages["3d_fullres"].model_copy(update={"previous_stage": "3d_lowres"})
     return stages
 
 

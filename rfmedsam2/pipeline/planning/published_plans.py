@@ -13,7 +13,7 @@ from rfmedsam2.errors import UsageError
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets import amos22, btcv
 from rfmedsam2.pipeline.datasets.label_tables import AMOS22_LABELS, BTCV_LABELS
-from rfmedsam2.pipeline.planning.plan import plan
+from rfmedsam2.pipeline.planning.plan import CASCADE, plan
 from rfmedsam2.pipeline.planning.presets import get_rfmedsam2_preset
 from rfmedsam2.pipeline.planning.rfmedsam2 import refined_plan
 from rfmedsam2.pipeline.planning.topology import FeatureWidths, topology_of
@@ -122,7 +122,9 @@ PUBLISHED: dict[str, PublishedPlan] = {
     "btcv_patch_8x512": PublishedPlan(data=BTCV, patch=(8, 512, 512)),
     # Table 7: U-Nets on their own, and the same U-Nets as Step 0
     "btcv_unet_attention": PublishedPlan(
-        data=BTCV, model="unet", changes=tuple(f"{s}.model.attention=true" for s in ("3d_fullres", "3d_lowres", "2d"))
+        data=BTCV,
+        model="unet",
+        changes=tuple(f"{s}.model.attention=true" for s in ("3d_fullres", "3d_lowres", CASCADE, "2d")),
     ),
     "btcv_step0_2d": PublishedPlan(data=BTCV, flat_unet=True),
     "btcv_step0_2d_attention": PublishedPlan(data=BTCV, flat_unet=True, changes=(ATTENTION,)),

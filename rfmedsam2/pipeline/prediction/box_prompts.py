@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from typing_extensions import Self
 
 from rfmedsam2.arguments import option
@@ -42,7 +43,7 @@ class BoxSource:
         """
         ids = [case.id for case in cases]
         if path.is_dir():
-            files = _by_case([entry for entry in list_images(path, None) if entry.is_file()], ids)
+            files = label_maps_by_case(path, ids)
             _require_all(ids, files, where=path, found=describe_contents(path), kind="label map")
             return cls(labels=files, boxes={})
         if not path.exists():
@@ -80,12 +81,7 @@ class BoxSource:
         """
         if case.id not in self.labels:
             return self.boxes[case.id]
-        path = self.labels[case.id]
-        label, label_header = read_label(path)
-        differ = grids_differ(header, label_header)
-        if differ is not None and not differ[1]:
-            raise ImageError("A label map is not on the grid of its image", where=path, found=differ[0])
-        return label.array[0]
+        return label_map_on(header, self.labels[case.id])
 
     def digest(self, case: Case) -> bytes:
         """SHA-256 of the boxes of a case."""
@@ -95,9 +91,27 @@ class BoxSource:
         return hashlib.sha256(text.encode()).digest()
 
 
-def _by_case(paths: Iterable[Path], ids: Collection[str]) -> dict[str, Path]:
+def label_map_on(header: ImageHeader, path: Path) -> np.ndarray:
+    """Read a label map (Z, Y, X) that lies on the grid of an image.
+
+    Raises:
+        ImageError: it cannot be read, or is on another grid.
+    """
+    label, label_header = read_label(path)
+    differ = grids_differ(header, label_header)
+    if differ is not None and not differ[1]:
+        raise ImageError("A label map is not on the grid of its image", where=path, found=differ[0])
+    return label.array[0]
+
+
+def label_maps_by_case(folder: Path, ids: Collection[str]) -> dict[str, Path]:
+    """The label maps in a folder that belong to cases, by their ids.
+
+    Raises:
+        UsageError: a case has two.
+    """
     found: dict[str, Path] = {}
-    for path in paths:
+    for path in (entry for entry in list_images(folder, None) if entry.is_file()):
         case = file_stem(path, None)
         if case in found and case in ids:
             names = f"{found[case].name} and {path.name}"

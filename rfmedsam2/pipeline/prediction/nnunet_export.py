@@ -121,7 +121,7 @@ def _as_nnunet(record: CheckpointRecord, weights: Mapping[str, Tensor], trainer:
     plan, stage = record.plan, record.plan.stages[record.stage]
     assert isinstance(stage.model, UNetConfig)
     return NnunetCheckpoint(
-        weights=nnunet_weights(stage.model, weights, channels=len(plan.channels), outputs=plan.labels.num_outputs),
+        weights=nnunet_weights(stage.model, weights, channels=plan.inputs_of(stage), outputs=plan.labels.num_outputs),
         configuration=record.stage,
         trainer=trainer,
         mirror_axes=_mirrored(record),

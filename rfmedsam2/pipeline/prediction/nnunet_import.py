@@ -29,8 +29,8 @@ def import_nnunet_models(
     """Import all models of nnU-Net in a folder or zip file: every fold's final and best weights, and nothing else.
 
     All of them are read and checked before any is moved into place. Beside others, those that cannot be imported by
-    their kind (second stages of a cascade, trainings that have saved no final or best weights) are left out with a
-    warning; a damaged one stops the import.
+    their kind (plans with features that this package does not support, trainings that have saved no final or best
+    weights) are left out with a warning; a damaged one stops the import.
 
     Args:
         source: a model folder (with plans.json and fold_0 ...), a folder of such up to nnUNet_results, or a zip file.

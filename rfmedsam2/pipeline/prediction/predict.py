@@ -17,6 +17,7 @@ from rfmedsam2.errors import RfMedSamError, UsageError, shortlist
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.volume import PreparedCase
 from rfmedsam2.pipeline.prediction.box_prompts import BoxSource
+from rfmedsam2.pipeline.prediction.cascade import FirstStageLabels
 from rfmedsam2.pipeline.prediction.outputs import Outputs
 from rfmedsam2.pipeline.prediction.plausibility import doubts_about, trained_ids
 from rfmedsam2.pipeline.prediction.predictor import Predictor
@@ -102,7 +103,8 @@ def predict_files(
         RfMedSamError: cases were not predicted; names each and the reason. All others are written.
     """
     started = time.perf_counter()
-    predictor.require_possible(boxes=boxes is not None)
+    previous = predictor.previous if isinstance(predictor.previous, Path) else None
+    predictor.require_possible(boxes=boxes is not None, previous=previous is not None)
     outputs = Outputs(out, ending=predictor.plan.file_ending, overwrite=overwrite, continue_=continue_)
     with outputs.locked():
         run = _Run(predictor, outputs, probabilities=probabilities, continue_=continue_, prompted=boxes is not None)
@@ -117,6 +119,8 @@ def predict_files(
             )
         if boxes is not None:
             run.boxes = BoxSource.open(boxes, cases, predictor.plan.labels)
+        if previous is not None:
+            run.previous = FirstStageLabels.open(previous, cases, predictor.plan.labels)
         written, kept = _predict_all(run, cases, workers=workers, track=track)
     corrected = tuple(outputs.target(case) for case in cases if case.id in run.corrected)
     return PredictionSummary(
@@ -173,6 +177,7 @@ class _Run:
         self.settings = predictor.settings(boxes=prompted)
         self.made_by = predictor.made_by(boxes=prompted)
         self.boxes: BoxSource | None = None
+        self.previous: FirstStageLabels | None = None
         self.known = dict(outputs.known)
         self.corrected: set[str] = set()
         """Cases whose label map of somebody else is kept."""
@@ -185,13 +190,15 @@ class _Run:
             return None
         for image in case.images:
             _check_header(image)  # hashing and reading a large file take minutes
-        digest = digest_of(case.images, also=b"" if self.boxes is None else self.boxes.digest(case)).hex()
+        also = b"".join(source.digest(case) for source in (self.boxes, self.previous) if source is not None)
+        digest = digest_of(case.images, also=also).hex()
         if self.continue_ and self._is_reusable(case, digest):
             return None
         volume, header = read_case(case, channels=len(self.predictor.plan.channels))
         seconds = time.perf_counter() - started
         boxes = None if self.boxes is None else self.boxes.of(case, header)
-        prepared = self.predictor.prepare(volume, boxes=boxes)
+        previous = None if self.previous is None else self.previous.of(case, header)
+        prepared = self.predictor.prepare(volume, boxes=boxes, previous=previous)
         doubts = doubts_about(volume, self.predictor.plan, paths=case.images)
         for doubt in doubts:
             logger.warning("%s: %s", case.id, doubt)

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -18,21 +17,28 @@ from nibabel.spatialimages import SpatialImage
 from torch import nn
 from typing_extensions import Self
 
-from rfmedsam2.arguments import path_of
-from rfmedsam2.errors import CheckpointError, UsageError, require_type, type_name
+from rfmedsam2.arguments import option, path_of
+from rfmedsam2.errors import UsageError, require_type, type_name
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.refinement import require_possible
 from rfmedsam2.inference.sliding_window import Precision
 from rfmedsam2.inference.volume import PredictOptions, PreparedCase, predict_prepared, preprocess_case
 from rfmedsam2.models import build_without_weights, load_network
 from rfmedsam2.pipeline.nnunet.models import read_fold
+from rfmedsam2.pipeline.prediction.cascade import (
+    first_stage_folder,
+    no_first_stage,
+    require_cascade,
+    require_label_map,
+)
 from rfmedsam2.pipeline.prediction.checkpoints import Which, checkpoints_of
+from rfmedsam2.pipeline.prediction.identity import require_same_model, what_predicting_needs
 from rfmedsam2.pipeline.prediction.inputs import BoxInput, ImageInput, as_boxes, as_volume, paths_of, straightened
 from rfmedsam2.pipeline.prediction.plausibility import doubts_about
 from rfmedsam2.pipeline.prediction.postprocessing import postprocessed, rule_of_model
 from rfmedsam2.records.base import renamed
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import ModelConfig, RFMedSam2Config
+from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PostprocessingRule, PredictingModel
 from rfmedsam2.store.checkpoint_header import NNUNET_CHECKPOINTS
@@ -45,12 +51,6 @@ from rfmedsam2.volume import Volume
 
 logger = logging.getLogger(__name__)
 OPTIONS = "Give PredictOptions(mirror=False, ...)"
-NEWER_FIELDS = (
-    *("step0", "crossfit", "disturbance", "refinement_loss"),
-    *("gate_learning_rate", "step2_mask_prompt", "given_boxes"),
-    *("memory_layers", "memory_width", "encoder_size", "cached_views"),
-)
-"""Fields of RFMedSAM 2 since version 0.2. Label maps that 0.1 predicted stay valid where these are at their default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -67,6 +67,8 @@ class Predictor:
         records: records of these files.
         options: options of prediction; `predictor.using(...)` returns a predictor with others and the same weights.
         rule: postprocessing of every label map; None: there is none.
+        previous: for the second stage of a cascade, the first, or a folder of its label maps, which `predict_files`
+            reads; None: there is none.
     """
 
     networks: tuple[nn.Module, ...]
@@ -74,6 +76,7 @@ class Predictor:
     records: tuple[CheckpointRecord, ...]
     options: PredictOptions
     rule: PostprocessingRule | None = None
+    previous: Predictor | Path | None = None
 
     @classmethod
     def load(
@@ -85,8 +88,9 @@ class Predictor:
         device: str | torch.device = "auto",
         options: PredictOptions | None = None,
         postprocessing: bool = True,
+        previous: str | Path | None = None,
     ) -> Self:
-        """Load a model.
+        """Load a model, and with the second stage of a cascade all folds of the first, whose model lies beside it.
 
         Args:
             source: a model folder (results/DATASET/PLAN__STAGE, or one that nnU-Net trained), a checkpoint file, or
@@ -96,6 +100,7 @@ class Predictor:
             device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
             options: options of prediction.
             postprocessing: whether to apply the rule of a model folder (postprocessing.json) to its label maps.
+            previous: a folder of the label maps of a cascade's first stage, in place of its model.
 
         Raises:
             UsageError: the model, a fold or the device does not exist, or the rule is of another dataset.
@@ -117,14 +122,20 @@ class Predictor:
         loaded = [_loaded(path, place) for path in paths]
         records = tuple(record for record, _ in loaded)
         for path, record in zip(paths[1:], records[1:], strict=True):
-            _require_same_model(records[0], record, where=path)
+            require_same_model(records[0], record, where=path)
         networks = tuple(network for _, network in loaded)
+        options = options or PredictOptions()
+        first = None if previous is None else path_of(previous, "previous")
+        if first is None and (beside := _first_stage(paths[0], records[0])) is not None and beside.is_dir():
+            first = Predictor.load(beside, device=place, options=options, postprocessing=False)
+            require_cascade(records[0], first.records[0], where=beside)
         return cls(
             networks=networks,
             checkpoints=tuple(paths),
             records=records,
-            options=options or PredictOptions(),
+            options=options,
             rule=rule_of_model(folder, records[0].plan.labels) if folder is not None and postprocessing else None,
+            previous=first,
         )
 
     def __repr__(self) -> str:
@@ -176,12 +187,15 @@ class Predictor:
             settings["boxes"] = "given" if boxes else "own"
         if self.rule is not None:
             settings["postprocessing"] = self.rule.digest
+        if self.config.previous_stage is not None:
+            # label maps that are given are part of each case's input, too
+            settings["previous_stage"] = self.previous.made_by() if isinstance(self.previous, Predictor) else "given"
         return settings
 
     def made_by(self, *, boxes: bool = False) -> str:
         """SHA-256 of the weights of all folds, the relevant part of the plan, and `settings`."""
         # the key is that of plans of format 1: label maps that were predicted with those stay valid
-        needs = renamed(_what_predicting_needs(self.records[0]), {"normalization": "normalisation"})
+        needs = renamed(what_predicting_needs(self.records[0]), {"normalization": "normalisation"})
         parts = [sorted(r.weights_sha256 for r in self.records), needs]
         return hashlib.sha256(json.dumps([*parts, self.settings(boxes=boxes)], sort_keys=True).encode()).hexdigest()
 
@@ -192,15 +206,26 @@ class Predictor:
             UsageError: the options are not `PredictOptions`.
         """
         require_type(options, PredictOptions, "options", remedy=OPTIONS)
-        return replace(self, options=options)
+        previous = self.previous.using(options) if isinstance(self.previous, Predictor) else self.previous
+        return replace(self, options=options, previous=previous)
 
-    def require_possible(self, *, boxes: bool) -> None:
-        """Check that the model supports the options, and accepts or has the boxes.
+    def require_possible(self, *, boxes: bool, previous: bool = False) -> None:
+        """Check that the model supports the options, and accepts or has the boxes and a first stage's label maps.
 
         Raises:
-            UsageError: `options.step` is not produced by this model, or boxes are missing or not accepted.
+            UsageError: `options.step` is not produced by this model, boxes or labels of a first stage are missing or
+                not accepted.
         """
         require_possible(self.config.model, step=self.options.step, boxes=boxes)
+        first = self.config.previous_stage
+        if first is not None and not previous and not isinstance(self.previous, Predictor):
+            raise no_first_stage(self.checkpoints[0], self.stage, first)
+        if first is None and previous:
+            raise UsageError(
+                "The model is not the second stage of a cascade, and cannot use the labels of a first",
+                where=f"{self.plan.name}, {self.stage}",
+                remedy=f"Leave out {option('previous', flag='--previous-stage')}",
+            )
 
     def __call__(
         self,
@@ -208,6 +233,7 @@ class Predictor:
         *,
         spacing_zyx_mm: Sequence[float] | np.ndarray | None = None,
         boxes: BoxInput | None = None,
+        previous: np.ndarray | None = None,
         probabilities: bool = False,
         progress: bool | Track = False,
     ) -> Prediction:
@@ -221,6 +247,8 @@ class Predictor:
             spacing_zyx_mm: spacing of an array, mm; other images have their own.
             boxes: box prompts for RFMedSAM 2, in voxels of the image: a label map (Z, Y, X) whose boxes are taken
                 slice by slice, a `Volume` of one, or a list of `BoxPrompt` (or of its JSON form).
+            previous: for the second stage of a cascade, the first's labels (Z, Y, X), whole numbers, in the image's
+                axes; None: the first stage predicts them.
             probabilities: whether to return them: all classes at full resolution, 2 bytes per value.
             progress: True: a bar of tiles, in the terminal or notebook; a `Track`: shown by it.
 
@@ -231,25 +259,36 @@ class Predictor:
             PlanError: the number of channels differs from the plan's.
             GeometryError: a spacing, affine or direction is invalid.
         """
-        self.require_possible(boxes=boxes is not None)
+        self.require_possible(boxes=boxes is not None, previous=previous is not None)
         volume, header = as_volume(image, spacing_zyx_mm)
-        prepared_case = self.prepare(straightened(volume), boxes=boxes)
+        prepared_case = self.prepare(straightened(volume), boxes=boxes, previous=previous)
         for doubt in doubts_about(volume, self.plan, paths=paths_of(image)):
             logger.warning("%s", doubt)
         prediction = self.predict_prepared(prepared_case, probabilities=probabilities, track=progress_bars(progress))
         return replace(prediction, grid=volume.grid if header is None else header.source_grid, header=header)
 
-    def prepare(self, volume: Volume, *, boxes: BoxInput | None = None) -> PreparedCase:
+    def prepare(
+        self, volume: Volume, *, boxes: BoxInput | None = None, previous: np.ndarray | None = None
+    ) -> PreparedCase:
         """First half of a prediction, everything before the network; see `inference.volume.preprocess_case`."""
         require_type(volume, Volume, "volume", remedy="Make one with Volume.from_numpy, or call the predictor itself")
-        prompts = None if boxes is None else as_boxes(boxes, volume.grid)
-        return preprocess_case(volume, self.plan, self.stage, boxes=prompts, threads=self.options.threads)
+        if isinstance(self.previous, Predictor) and previous is None:
+            return replace(self.previous.prepare(volume), waiting=volume)
+        if previous is not None:
+            require_label_map(previous, volume.grid.shape_zyx, self.plan.labels, where="previous")
+        prompts, threads = None if boxes is None else as_boxes(boxes, volume.grid), self.options.threads
+        return preprocess_case(volume, self.plan, self.stage, boxes=prompts, previous=previous, threads=threads)
 
     def predict_prepared(
         self, prepared_case: PreparedCase, *, probabilities: Path | bool = False, track: Track = silent
     ) -> Prediction:
         """Second half of a prediction, then the rule; see `inference.volume.predict_prepared`."""
         require_type(prepared_case, PreparedCase, "prepared_case", remedy="Make one with predictor.prepare(volume)")
+        if isinstance(self.previous, Predictor) and (volume := prepared_case.waiting) is not None:
+            first = self.previous.predict_prepared(replace(prepared_case, waiting=None), track=track)
+            prepared_case = self.prepare(volume, previous=first.labels)
+            seconds = prepared_case.seconds + sum(first.seconds.values())
+            prepared_case = replace(prepared_case, seconds=seconds)
         prediction = predict_prepared(
             self.networks,
             prepared_case,
@@ -329,36 +368,6 @@ def _loaded(path: Path, device: torch.device) -> tuple[CheckpointRecord, nn.Modu
     return record, network.eval().to(device)
 
 
-def _what_predicting_needs(record: CheckpointRecord) -> dict[str, object]:
-    plan = record.plan.model_dump(mode="json", include={"channels", "labels", "reorient", "transpose_forward"})
-    stage = record.plan.stages[record.stage].model_dump(
-        mode="json", include={"spacing_mm", "patch_size", "normalization", "resampling"}
-    )
-    stage["model"] = _model_dump(record.plan.stages[record.stage].model)
-    intensities = [i.model_dump(mode="json") for i in record.plan.intensities]
-    mirror = list(record.plan.stages[record.stage].augmentation.mirror_axes)
-    return {**plan, **stage, "intensities": intensities, "mirror_axes": mirror, "stage": record.stage}
-
-
-def _model_dump(model: ModelConfig) -> dict[str, object]:
-    """A model's fields without those that 0.1 did not have, where they mean what 0.1 did."""
-    newer: dict[str, Any] = {}
-    if isinstance(model, RFMedSam2Config):
-        defaults = RFMedSam2Config.model_fields
-        newer = {name: True for name in NEWER_FIELDS if getattr(model, name) == defaults[name].default}
-        if not model.adapters.channels:
-            newer["adapters"] = {"channels"}
-    return model.model_dump(mode="json", exclude=newer)
-
-
-def _require_same_model(first: CheckpointRecord, other: CheckpointRecord, *, where: Path) -> None:
-    one, two = _what_predicting_needs(first), _what_predicting_needs(other)
-    differing = [name for name in one if one[name] != two[name]]
-    if differing:
-        raise CheckpointError(
-            "The checkpoints belong to different plans and cannot be averaged",
-            where=where,
-            expected=f"the plan {first.plan.name} and stage {first.stage} of the first checkpoint",
-            found=f"{other.plan.name}, {other.stage}; different {', '.join(differing)}",
-            remedy="Use folds of the same training",
-        )
+def _first_stage(checkpoint: Path, record: CheckpointRecord) -> Path | None:
+    previous = record.plan.stages[record.stage].previous_stage
+    return None if previous is None else first_stage_folder(checkpoint, record.stage, previous)

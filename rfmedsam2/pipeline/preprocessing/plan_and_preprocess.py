@@ -123,7 +123,8 @@ def plan_and_preprocess(
         dataset: the raw dataset.
         layout: the folder layout.
         options: options of planning.
-        stages: stages to preprocess; None: all of the plan except 2d, unless it is the only one; (): none.
+        stages: stages to preprocess; None: all of the plan except 2d, unless it is the only one, and second
+            stages of a cascade; (): none.
         workers: number of cases processed in parallel.
         track: progress display.
 
@@ -150,7 +151,8 @@ def plan_and_preprocess(
     )
     dataset = source.dataset  # without cases that were left out
     plan = sharing_cases(_planned(dataset, found, options), layout, [case.id for case in dataset.training])
-    wanted = tuple(stages) if stages is not None else tuple(s for s in plan.stages if s != "2d") or tuple(plan.stages)
+    first = tuple(name for name, stage in plan.stages.items() if name != "2d" and stage.previous_stage is None)
+    wanted = tuple(stages) if stages is not None else first or tuple(plan.stages)
     for stage in wanted:
         plan.stage(stage)  # before anything is written
     with writable_cases(source, plan, wanted, layout, track=track) as writable:

@@ -169,7 +169,7 @@ def _layers(plan: Plan, stage: Stage) -> tuple[Layer, ...]:
     model, outputs = stage.model, plan.labels.num_outputs
     match model:
         case UNetConfig():
-            return _unet_layers(model, stage.patch_size, channels=len(plan.channels), outputs=outputs)
+            return _unet_layers(model, stage.patch_size, channels=plan.inputs_of(stage), outputs=outputs)
         case RFMedSam2Config():
             refined = _sam_layers(model)
             if model.unet is None:

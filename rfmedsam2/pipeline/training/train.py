@@ -44,6 +44,7 @@ from rfmedsam2.store.raw import RawDataset, open_dataset
 from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.system.progress_bars import progress_bars
+from rfmedsam2.tasks.patches import require_trainable
 from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
 from rfmedsam2.tasks.unet import UNetTask
 
@@ -113,7 +114,7 @@ def train(
         options: options of the run.
 
     Raises:
-        PlanError: the stage does not exist.
+        PlanError: the stage does not exist, or is the second of a cascade.
         ExtensionError: the plan names an extension that is not installed.
         UsageError: the fold does not exist, cases are not preprocessed, or their files or settings have changed since;
             another run trains this fold, or makes its cases.
@@ -129,6 +130,7 @@ def train(
     began = time.monotonic()
     config = plan.stage(stage)
     extensions.check(config)
+    require_trainable(config)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.cases_plan(stage), stage), config.patch_size)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
     with ExitStack() as held:

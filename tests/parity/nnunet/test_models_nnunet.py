@@ -68,7 +68,11 @@ def test_a_folder_or_an_archive_is_imported(trained: Path, tmp_path: Path, sourc
     given = {"results": trained / "results", "model": model_of(trained, "2d"), "zip": trained / "model.zip"}[source]
     shown = run_ok("import_model", given, "--root", tmp_path)
     home = tmp_path / "results" / NAME
-    stages = ("2d",) if source == "model" else ("2d", "3d_fullres")
+    stages = {
+        "model": ("2d",),
+        "zip": ("2d", "3d_fullres"),
+        "results": ("2d", "3d_cascade_fullres", "3d_fullres", "3d_lowres"),
+    }[source]
     assert sorted(path.name for path in home.iterdir()) == [f"rfmed_nnUNetPlans__{stage}" for stage in stages]
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [NAME]
     assert shown.out.count("Imported:") == len(stages)
@@ -221,16 +225,16 @@ def test_tensors_without_storage_are_refused(trained: Path, tmp_path: Path) -> N
     assert "entries of other kinds" in run_error("import_model", model, "--root", tmp_path / "root")
 
 
-@pytest.mark.parametrize("kind", ["cascade", "training"])
+@pytest.mark.parametrize("kind", ["preprocessor", "training"])
 def test_what_cannot_be_imported_is_left_out_beside_others(
     trained: Path, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     home = tmp_path / "top" / "nnUNet_results" / NAME
     for name in ("good", "left"):
         shutil.copytree(model_of(trained, "2d"), home / name)
-    if kind == "cascade":
+    if kind == "preprocessor":
         plans = json.loads((home / "left" / "plans.json").read_text())
-        plans["configurations"]["2d"]["previous_stage"] = "3d_lowres"
+        plans["configurations"]["2d"]["preprocessor_name"] = "Mine"
         (home / "left" / "plans.json").write_text(json.dumps(plans))
     else:
         (home / "left/fold_0/checkpoint_final.pth").rename(home / "left/fold_0/checkpoint_latest.pth")

@@ -175,13 +175,15 @@ def test_the_residual_presets_plan_what_nnunet_plans(preset, planner, name, tmp_
 
 
 def assert_same(mine: Plan, theirs: dict[str, Any]) -> None:
-    configurations = {n: c for n, c in theirs["configurations"].items() if "inherits_from" not in c}
+    every = theirs["configurations"]
+    configurations = {name: {**every.get(own.get("inherits_from"), {}), **own} for name, own in every.items()}
     assert set(mine.stages) == set(configurations)
     assert list(mine.transpose_forward) == theirs["transpose_forward"]
     assert list(mine.transpose_backward) == theirs["transpose_backward"]
     for stage_name, their in configurations.items():
         stage, network = mine.stages[stage_name], their["architecture"]["arch_kwargs"]
         dimensions = len(their["patch_size"])
+        assert stage.previous_stage == their.get("previous_stage")
         assert list(stage.patch_size) == their["patch_size"], stage_name
         assert stage.batch_size == their["batch_size"], stage_name
         assert list(stage.spacing_mm[-dimensions:]) == pytest.approx(their["spacing"], rel=1e-12)

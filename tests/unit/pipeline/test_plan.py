@@ -20,7 +20,7 @@ from rfmedsam2.pipeline.planning.presets import PRESETS
 from rfmedsam2.pipeline.planning.spacing import target_spacing
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
-from rfmedsam2.records.plan import Plan
+from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.training import AdamW, Sgd
 
 NAME = "Dataset001_A"
@@ -108,7 +108,8 @@ def test_the_default_plan_of_btcv_is_the_papers():
     assert stage.model.features == (32, 64, 128, 256, 320, 320, 320)
     assert (stage.train.learning_rate, stage.train.optimizer) == (1e-3, Sgd(momentum=0.99, nesterov=True))
     assert stage.train.iterations == 250_000
-    assert list(found.stages) == ["3d_fullres", "3d_lowres", "2d"]
+    assert list(found.stages) == ["3d_fullres", "3d_lowres", "3d_cascade_fullres", "2d"]
+    assert found.stages["3d_cascade_fullres"] == stage.model_copy(update={"previous_stage": "3d_lowres"})
     assert found.stages["2d"].patch_size == (512, 512)
     assert found.stages["2d"].augmentation.mirror_axes == (0, 1)
 
@@ -328,12 +329,20 @@ def imported(path, **options) -> Plan:
     return import_nnunet_plans(path, described()[0].json, **options)
 
 
-def test_inherited_configurations_are_resolved_and_cascades_left_out(tmp_path):
+def test_inherited_configurations_are_resolved(tmp_path):
     found = imported(nnunet_file(tmp_path))
-    assert set(found.stages) == {"3d_fullres", "3d_fullres_bs4"}
-    assert found.stages["3d_fullres_bs4"] == found.stages["3d_fullres"].model_copy(update={"batch_size": 4})
-    assert found.stages["3d_fullres"].model.strides == ((1, 1, 1), (2, 2, 2), (2, 2, 2))
+    full, cascade = found.stages["3d_fullres"], found.stages["3d_cascade_fullres"]
+    assert found.stages["3d_fullres_bs4"] == full.model_copy(update={"batch_size": 4})
+    assert cascade == full.model_copy(update={"previous_stage": "3d_lowres"})
+    assert found.inputs_of(cascade) - found.inputs_of(full) == len(found.labels.foreground)
+    assert full.model.strides == ((1, 1, 1), (2, 2, 2), (2, 2, 2))
     assert found.reorient == "RAS"
+
+
+def test_the_second_stage_of_a_cascade_is_a_unet(tmp_path):
+    stage = imported(nnunet_file(tmp_path)).stages["3d_cascade_fullres"].model_dump(mode="json")
+    with pytest.raises(RecordError, match="previous_stage 3d_lowres, but"):
+        Stage.parse({**stage, "model": {"kind": "custom", "name": "other"}}, where="a plan")
 
 
 @pytest.mark.parametrize(
@@ -353,9 +362,7 @@ def test_what_cannot_be_had_is_listed_and_nothing_is_imported(tmp_path, change, 
         imported(nnunet_file(tmp_path, change))
 
 
-def test_a_cascade_that_is_asked_for_is_refused(tmp_path):
-    with pytest.raises(PlanError, match="second stage of a cascade"):
-        imported(nnunet_file(tmp_path), stages=["3d_cascade_fullres"])
+def test_configurations_that_do_not_exist_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"one or several of 3d_fullres.* Found 3d\."):
         imported(nnunet_file(tmp_path), stages=["3d"])
 

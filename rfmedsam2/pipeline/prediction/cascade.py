@@ -1,0 +1,130 @@
+"""The first stage of a cascade: where its model lies, and its label maps where they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from typing_extensions import Self
+
+from rfmedsam2.arguments import option
+from rfmedsam2.errors import CheckpointError, ImageError, UsageError, shortlist
+from rfmedsam2.pipeline.prediction.box_prompts import label_map_on, label_maps_by_case
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.store.case_files import Case, describe_contents
+from rfmedsam2.store.formats.image_header import ImageHeader
+from rfmedsam2.store.images import digest_of
+
+
+def first_stage_folder(checkpoint: Path, stage: str, previous: str) -> Path:
+    """The model of a cascade's first stage, beside the second's: PLAN__3d_lowres by PLAN__3d_cascade_fullres.
+
+    Args:
+        checkpoint: a fold's checkpoint of the second stage.
+        stage: name of the second stage.
+        previous: name of the first.
+    """
+    model = checkpoint.absolute().parent.parent
+    return model.with_name(model.name.removesuffix(stage).removesuffix("__") + f"__{previous}")
+
+
+def require_cascade(second: CheckpointRecord, first: CheckpointRecord, *, where: Path) -> None:
+    """Check that a model is the first stage of another.
+
+    Raises:
+        CheckpointError: it has other channels or labels, or needs a first stage itself.
+    """
+    differing = [f for f in ("channels", "labels") if getattr(first.plan, f) != getattr(second.plan, f)]
+    if differing or first.plan.stages[first.stage].previous_stage is not None:
+        raise CheckpointError(
+            "The model is not the first stage of this cascade",
+            where=where,
+            expected=f"the {second.plan.stages[second.stage].previous_stage} of {second.plan.name}",
+            found=f"other {' and '.join(differing)}" if differing else f"{first.stage}, a second stage itself",
+            remedy=f"Put the model there that {second.stage} was trained with",
+        )
+
+
+def no_first_stage(checkpoint: Path, stage: str, previous: str) -> UsageError:
+    """What to do for a second stage without its first."""
+    return UsageError(
+        f"The model is the second stage of a cascade and needs the labels of the first, {previous}",
+        where=checkpoint.parent.parent,
+        expected=f"the model of {previous} in {first_stage_folder(checkpoint, stage, previous)}",
+        remedy=f"Put it there, or give its label maps with {option('previous', 'FOLDER', flag='--previous-stage')}",
+    )
+
+
+def require_label_map(labels: np.ndarray, shape: Sequence[int], known: LabelSet, *, where: str) -> None:
+    """Check the label map of a first stage.
+
+    Raises:
+        ImageError: it has another shape than the image, or values that the model does not know.
+    """
+    if labels.shape != tuple(shape):
+        found = " x ".join(map(str, labels.shape))
+        raise ImageError(
+            "The first stage's label map has another shape than the image",
+            where=where,
+            expected=" x ".join(map(str, shape)),
+            found=found,
+        )
+    unknown = np.setdiff1d(np.unique(labels), known.values)
+    if unknown.size:
+        raise ImageError(
+            "The first stage's label map has values that the model does not know",
+            where=where,
+            expected=f"some of {', '.join(map(str, known.values))}",
+            found=shortlist(map(str, unknown.tolist())),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstStageLabels:
+    """Label maps of a first stage, one file per case."""
+
+    files: Mapping[str, Path]
+    labels: LabelSet
+
+    @classmethod
+    def open(cls, folder: Path, cases: Sequence[Case], labels: LabelSet) -> Self:
+        """Find the label maps of cases.
+
+        Args:
+            folder: holds CASE + ending, as `rfmed_predict` or `nnUNetv2_predict` writes them.
+            cases: the cases to predict.
+            labels: labels of the model.
+
+        Raises:
+            UsageError: the folder does not exist, or cases have no label map.
+        """
+        if not folder.is_dir():
+            raise UsageError("The folder of the first stage's label maps does not exist", where=folder)
+        files = label_maps_by_case(folder, [case.id for case in cases])
+        if lacking := [case.id for case in cases if case.id not in files]:
+            raise UsageError(
+                f"{len(lacking)} of {len(cases)} cases have no label map of the first stage",
+                where=folder,
+                expected=f"one for {shortlist(lacking)}",
+                found=describe_contents(folder),
+                remedy="Predict these cases with the first stage, or fewer with the second",
+            )
+        return cls(files=files, labels=labels)
+
+    def of(self, case: Case, header: ImageHeader) -> np.ndarray:
+        """The label map of a case, (Z, Y, X), given the header of its image.
+
+        Raises:
+            ImageError: it cannot be read, is not on the image's grid, or has values that the model does not know.
+        """
+        path = self.files[case.id]
+        found = label_map_on(header, path)
+        require_label_map(found, found.shape, self.labels, where=str(path))
+        return found
+
+    def digest(self, case: Case) -> bytes:
+        """SHA-256 of the label map of a case."""
+        return digest_of([self.files[case.id]])

@@ -1,0 +1,58 @@
+"""What a model's label maps depend on besides its weights, and whether folds agree in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rfmedsam2.errors import CheckpointError
+from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.model import ModelConfig, RFMedSam2Config
+
+NEWER_FIELDS = (
+    *("step0", "crossfit", "disturbance", "refinement_loss"),
+    *("gate_learning_rate", "step2_mask_prompt", "given_boxes"),
+    *("memory_layers", "memory_width", "encoder_size", "cached_views"),
+)
+"""Fields of RFMedSAM 2 since version 0.2. Label maps that 0.1 predicted stay valid where these are at their default."""
+
+
+def what_predicting_needs(record: CheckpointRecord) -> dict[str, object]:
+    """The part of a plan that label maps depend on, as plain data."""
+    plan = record.plan.model_dump(mode="json", include={"channels", "labels", "reorient", "transpose_forward"})
+    stage = record.plan.stages[record.stage].model_dump(
+        mode="json", include={"spacing_mm", "patch_size", "normalization", "resampling"}
+    )
+    stage["model"] = _model_dump(record.plan.stages[record.stage].model)
+    intensities = [i.model_dump(mode="json") for i in record.plan.intensities]
+    mirror = list(record.plan.stages[record.stage].augmentation.mirror_axes)
+    return {**plan, **stage, "intensities": intensities, "mirror_axes": mirror, "stage": record.stage}
+
+
+def _model_dump(model: ModelConfig) -> dict[str, object]:
+    """A model's fields without those that 0.1 did not have, where they mean what 0.1 did."""
+    newer: dict[str, Any] = {}
+    if isinstance(model, RFMedSam2Config):
+        defaults = RFMedSam2Config.model_fields
+        newer = {name: True for name in NEWER_FIELDS if getattr(model, name) == defaults[name].default}
+        if not model.adapters.channels:
+            newer["adapters"] = {"channels"}
+    return model.model_dump(mode="json", exclude=newer)
+
+
+def require_same_model(first: CheckpointRecord, other: CheckpointRecord, *, where: Path) -> None:
+    """Check that the folds of a model can be averaged.
+
+    Raises:
+        CheckpointError: they belong to different plans.
+    """
+    one, two = what_predicting_needs(first), what_predicting_needs(other)
+    differing = [name for name in one if one[name] != two[name]]
+    if differing:
+        raise CheckpointError(
+            "The checkpoints belong to different plans and cannot be averaged",
+            where=where,
+            expected=f"the plan {first.plan.name} and stage {first.stage} of the first checkpoint",
+            found=f"{other.plan.name}, {other.stage}; different {', '.join(differing)}",
+            remedy="Use folds of the same training",
+        )
