@@ -65,17 +65,22 @@ def _from_label_map(
             "A label map holds values unknown to the model", expected=labels.allowed_values, found=undeclared
         )
     turned = label if orientation is None else orientation.apply(label)
-    cropped = turned[tuple(slice(*limits) for limits in restore.box)].transpose(restore.transpose_forward)
-    axis = separate_axis(restore.spacing_source, restore.spacing_planned, resampling.anisotropy_threshold)
-    order, order_z = resampling.order_label, resampling.order_z
-    planned = resample_label(
-        np.ascontiguousarray(cropped, np.int32), restore.shape_planned, separate=axis, order=order, order_z=order_z
-    )
+    planned = planned_label(turned, restore, resampling)
     parts = [
         _boxes_on(planned[start : start + FRAMES_AT_ONCE], labels) for start in range(0, len(planned), FRAMES_AT_ONCE)
     ]
     boxes, present = (torch.cat([getattr(part, name) for part in parts]) for name in ("boxes", "present"))
     return Prompts(boxes=boxes, present=present)
+
+
+def planned_label(label: np.ndarray, restore: Restore, resampling: Resampling) -> np.ndarray:
+    """A label map (Z, Y, X), reoriented as its image, on the planned grid: (a, b, c) int32."""
+    cropped = label[tuple(slice(*limits) for limits in restore.box)].transpose(restore.transpose_forward)
+    axis = separate_axis(restore.spacing_source, restore.spacing_planned, resampling.anisotropy_threshold)
+    order, order_z = resampling.order_label, resampling.order_z
+    return resample_label(
+        np.ascontiguousarray(cropped, np.int32), restore.shape_planned, separate=axis, order=order, order_z=order_z
+    )
 
 
 def _boxes_on(frames: np.ndarray, labels: LabelSet) -> Prompts:

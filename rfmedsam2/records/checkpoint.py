@@ -65,6 +65,8 @@ class CheckpointRecord(TrainedRecord):
     """None in checkpoints of version 0.1, and in exported models, which name nobody's cases."""
     step0: str | None = None
     """Digest of the fixed logits of Step 0 that it learns from; None: it learns from none."""
+    previous_labels: str | None = None
+    """Digest of the first stage's labels that the second stage of a cascade learns from; None: it is none."""
     started_from: str | None = None
     """`weights_sha256` of the trained model that it was fine-tuned from; None: from none."""
 
@@ -75,10 +77,11 @@ class CheckpointRecord(TrainedRecord):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Plan, stage, fold and fixed logits; the cases are compared before training begins."""
+        """Plan, stage, fold, fixed logits and labels; the cases are compared before training begins."""
         plan = self.plan.model_dump(mode="json")
         plan.pop("fingerprint")  # versions make different digests of the same files
         stages = plan.pop("stages")
         stage = {k: v for k, v in stages[self.stage].items() if k not in STAGE_CHANGEABLE}
         own = {"stage": self.stage, "fold": self.fold, "plan": plan, f"plan.stages.{self.stage}": stage}
-        return own if self.step0 is None else {**own, "logits of Step 0": self.step0}
+        learnt = {"logits of Step 0": self.step0, "labels of the first stage": self.previous_labels}
+        return own | {name: digest for name, digest in learnt.items() if digest is not None}

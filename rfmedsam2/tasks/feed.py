@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from rfmedsam2.engine.loader import batches
@@ -12,10 +13,10 @@ from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Split, Stage
 from rfmedsam2.store.frozen_features.views import ViewStore
 from rfmedsam2.store.preprocessed import CaseStore, StoredCase
-from rfmedsam2.store.step0_logits import LogitsStore
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.tasks.cached_views import ViewSource
-from rfmedsam2.tasks.patches import PatchBatch, PatchSource
+from rfmedsam2.tasks.patches import NOTHING, Beside, PatchBatch, PatchSource
+from rfmedsam2.transforms.previous_stage import stacked
 
 
 class PatchFeed:
@@ -28,7 +29,7 @@ class PatchFeed:
         split: training and validation cases.
         runtime: device and ranks.
         track: shows the progress over what is validated on.
-        step0: fixed logits of Step 0 for all cases; None: batches have none.
+        beside: what there is of all cases besides images and labels.
     """
 
     def __init__(
@@ -40,9 +41,9 @@ class PatchFeed:
         split: Split,
         runtime: Runtime,
         track: Track = silent,
-        step0: LogitsStore | None = None,
+        beside: Beside = NOTHING,
     ) -> None:
-        self._track, self._step0 = track, step0
+        self._track, self._beside = track, beside
         self._stage, self._labels, self._store, self._split, self._runtime = stage, labels, store, split, runtime
         self._augmented = self._source(split.train, augment=True)
         self._training: PatchSource | ViewSource = self._augmented
@@ -84,6 +85,13 @@ class PatchFeed:
             label = torch.from_numpy(case.label_patch(tuple((0, n) for n in case.shape)))
             yield case, label.clamp_min(0)[None]
 
+    def whole_input(self, case: StoredCase) -> np.ndarray:
+        """What a network is given of a whole case, (C, *shape) float32: its image, in a cascade the first's labels."""
+        image, everything = case.image(), [(0, n) for n in case.shape]
+        if self._beside.previous is None:
+            return image
+        return stacked(image, self._beside.previous.open(case.id).patch(everything)[0], self._labels)
+
     def _source(self, ids: Sequence[str], *, augment: bool) -> PatchSource:
         return PatchSource(
             self._store,
@@ -94,7 +102,7 @@ class PatchFeed:
             seed=self._stage.train.seed + (0 if augment else 1),
             rank=self._runtime.rank if augment else 0,
             ranks=self._runtime.world_size if augment else 1,
-            step0=self._step0,
+            beside=self._beside,
         )
 
 

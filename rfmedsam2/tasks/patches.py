@@ -46,18 +46,20 @@ class PatchBatch:
     levels: tuple[Tensor, ...] | None = None
 
 
-def require_trainable(stage: Stage) -> None:
-    """Refuse second stages of a cascade, whose patches would lack the labels of the first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """What other networks made of the cases, in their voxels.
 
-    Raises:
-        PlanError: the stage is one.
+    Attributes:
+        step0: fixed logits of Step 0; None: batches have none.
+        previous: labels of a cascade's first stage, which go one-hot behind the image's channels; None: none.
     """
-    if stage.previous_stage is not None:
-        raise PlanError(
-            "The second stage of a cascade can be predicted with, but not yet trained here",
-            where=f"previous_stage {stage.previous_stage}",
-            remedy="Train 3d_fullres or 3d_lowres, or train the cascade with nnU-Net: rfmed_predict takes its models",
-        )
+
+    step0: LogitsStore | None = None
+    previous: LogitsStore | None = None
+
+
+NOTHING = Beside()
 
 
 class PatchSource:
@@ -72,7 +74,10 @@ class PatchSource:
         seed: seed of the whole training.
         rank: rank of this process.
         ranks: total number of processes; batch_size is per process.
-        step0: fixed logits of Step 0 for the same cases; None: batches have none.
+        beside: what there is of the same cases besides images and labels.
+
+    Raises:
+        PlanError: the stage is the second of a cascade, and there are no labels of the first.
     """
 
     def __init__(
@@ -86,21 +91,29 @@ class PatchSource:
         seed: int,
         rank: int = 0,
         ranks: int = 1,
-        step0: LogitsStore | None = None,
+        beside: Beside = NOTHING,
     ) -> None:
-        require_trainable(stage)
-        self._step0, self._logits = step0, dict[str, StoredLogits]()
+        step0, previous = beside.step0, beside.previous
+        if stage.previous_stage is not None and previous is None:
+            raise PlanError(
+                "Patches of the second stage of a cascade need the labels of the first",
+                where=f"previous_stage {stage.previous_stage}",
+                remedy="Train it with rfmed_train, or draw patches of another stage",
+            )
+        self._step0, self._previous = step0, previous
+        self._logits, self._labeled = dict[str, StoredLogits](), dict[str, StoredLogits]()
         self._store, self._ids, self._stage, self._labels = store, tuple(ids), stage, labels
         self._seed, self._rank, self._ranks = seed, rank, ranks
         self._cases: dict[str, StoredCase] = {}
         self._final = stage.patch_size
         self._read = read_size(stage.augmentation, self._final) if augment else tuple(self._final)
+        known = () if previous is None else labels.values[1:]
         if augment:
-            self._transforms = training_transforms(stage.augmentation, self._final, stage.normalization)
+            self._transforms = training_transforms(stage.augmentation, self._final, stage.normalization, previous=known)
             self._extensions = [make("augmentation", extension) for extension in stage.extensions.augmentation]
         else:
             self._extensions = []
-            self._transforms = plain_transforms(stage.normalization)
+            self._transforms = plain_transforms(stage.normalization, previous=known)
 
     def cases(self, step: int) -> tuple[str, ...]:
         """Ids of the cases of batch `step`, without reading them."""
@@ -161,6 +174,7 @@ class PatchSource:
             case = self._open(name)
             box = self._box(case, forced, rng)
             image, label = read_padded(case, box)
+            label = label[None] if self._previous is None else self._with_previous(self._previous, name, box, label)
             logits = None if self._step0 is None else self._read_logits(self._step0, name, box)
         except RfMedSamError:
             raise
@@ -171,11 +185,11 @@ class PatchSource:
                 remedy="Run rfmed_plan_and_preprocess again: it rebuilds damaged cases",
             ) from error
         if self._stage.is_2d:
-            image, label = image[:, 0], label[0]
+            image, label = image[:, 0], label[:, 0]
         given = {} if logits is None else {"regression_target": torch.from_numpy(logits)}
         changed = self._transforms(
             image=torch.from_numpy(np.ascontiguousarray(image)),
-            segmentation=torch.from_numpy(np.ascontiguousarray(label))[None],
+            segmentation=torch.from_numpy(np.ascontiguousarray(label)),
             **given,
         )
         image, label = changed["image"], changed["segmentation"][0]
@@ -190,6 +204,15 @@ class PatchSource:
         found = self._logits[name]
         inside, sides = _inside(box, found.shape)
         return np.pad(found.patch(inside) - OUTSIDE_LOGIT, [(0, 0), *sides])
+
+    def _with_previous(self, store: LogitsStore, name: str, box: Ranges, label: np.ndarray) -> np.ndarray:
+        """The label patch and the first stage's, (2, *patch) int16."""
+        if name not in self._labeled:
+            self._labeled[name] = store.open(name)
+        found = self._labeled[name]
+        inside, sides = _inside(box, found.shape)
+        own = found.patch(inside)[0].astype(np.int16)
+        return np.stack([label, np.pad(own, sides, constant_values=OUTSIDE_LABEL)])
 
     def _forced(self, slot: int) -> bool:
         """nnU-Net's rule over the batch of all ranks: its last fraction of samples must contain foreground."""

@@ -26,7 +26,7 @@ from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.step0_logits import LogitsStore
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.tasks.feed import PatchFeed
-from rfmedsam2.tasks.patches import PatchBatch
+from rfmedsam2.tasks.patches import Beside, PatchBatch
 from rfmedsam2.tasks.refinement_losses import (
     counted_voxels,
     generator_losses,
@@ -77,7 +77,13 @@ class RFMedSam2Task:
         self.model: RFMedSam2 = model.to(runtime.device)
         self._loss = loss_of(self.stage, plan.labels)
         self._feed = PatchFeed(
-            self.stage, labels=plan.labels, store=store, split=split, runtime=runtime, track=track, step0=step0
+            self.stage,
+            labels=plan.labels,
+            store=store,
+            split=split,
+            runtime=runtime,
+            track=track,
+            beside=Beside(step0=step0),
         )
 
     def optimizer(self) -> torch.optim.Optimizer:

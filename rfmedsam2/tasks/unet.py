@@ -20,9 +20,10 @@ from rfmedsam2.losses import deep_supervision_losses, loss_of, memberships
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.store.preprocessed import CaseStore
+from rfmedsam2.store.step0_logits import LogitsStore
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.tasks.feed import PatchFeed
-from rfmedsam2.tasks.patches import PatchBatch
+from rfmedsam2.tasks.patches import Beside, PatchBatch
 
 
 class UNetTask:
@@ -35,6 +36,7 @@ class UNetTask:
         split: training and validation cases.
         runtime: device and ranks.
         track: shows the progress of validation.
+        previous: labels of a cascade's first stage; None: the stage is not the second of a cascade.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class UNetTask:
         split: Split,
         runtime: Runtime,
         track: Track = silent,
+        previous: LogitsStore | None = None,
     ) -> None:
         self.plan, self.stage = plan, plan.stages[stage_name]
         self._runtime, self._track = runtime, track
@@ -53,7 +56,15 @@ class UNetTask:
         self.model: nn.Module = models.build_stage(plan, self.stage).to(runtime.device)
         freeze(self.model, self.stage.train.rate_factors)
         self._loss = loss_of(self.stage, plan.labels)
-        self._feed = PatchFeed(self.stage, labels=plan.labels, store=store, split=split, runtime=runtime, track=track)
+        self._feed = PatchFeed(
+            self.stage,
+            labels=plan.labels,
+            store=store,
+            split=split,
+            runtime=runtime,
+            track=track,
+            beside=Beside(previous=previous),
+        )
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Optimizer of all parameters, with the plan's learning rates."""
@@ -92,7 +103,7 @@ class UNetTask:
         for case, target in self._feed.whole_cases():
             logits = predict_logits(
                 [self.model],
-                case.image_patch(tuple((0, n) for n in case.shape)),
+                self._feed.whole_input(case),
                 patch_size=self.stage.patch_size,
                 inference=self.stage.inference,
                 mirror_axes=self.stage.augmentation.mirror_axes,

@@ -18,6 +18,11 @@ from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrig
 from batchgeneratorsv2.transforms.intensity.contrast import BGContrast, ContrastTransform
 from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
+    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+)
+from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
@@ -77,12 +82,24 @@ def read_size(config: Augmentation, patch_size: Sequence[int]) -> tuple[int, ...
 
 
 def training_transforms(
-    config: Augmentation, patch_size: Sequence[int], normalization: Sequence[Normalization]
+    config: Augmentation,
+    patch_size: Sequence[int],
+    normalization: Sequence[Normalization],
+    *,
+    previous: Sequence[int] = (),
 ) -> BasicTransform:
     """nnU-Net's training transforms with the plan's parameters.
 
     The result is called with `image` (C, *read_size) float32 and `segmentation` (1, *read_size) int16 tensors and
     returns a dict with both at `patch_size`; label -1 (outside) has become 0.
+
+    Args:
+        config: the plan's augmentation.
+        patch_size: of the stage.
+        normalization: of the image's channels.
+        previous: for the second stage of a cascade, the foreground labels: `segmentation` (2, ...) has the first
+            stage's labels behind the reference's, and they end up one-hot behind the image's channels, changed at
+            random.
     """
     flat = in_plane_only(patch_size)
     steps: list[BasicTransform] = [Convert3DTo2DTransform()] if flat else []
@@ -92,12 +109,47 @@ def training_transforms(
     steps += _intensity(config, low_resolution_ignores=(0,) if flat else None)
     if config.mirror_axes:
         steps.append(MirrorTransform(allowed_axes=tuple(a for a in config.mirror_axes if a < len(patch_size))))
-    return ComposeTransforms([*steps, *_closing(normalization)])
+    steps += [*_closing(normalization), *_one_hot(previous)]
+    return ComposeTransforms([*steps, *_mistakes(len(previous))] if previous else steps)
 
 
-def plain_transforms(normalization: Sequence[Normalization]) -> BasicTransform:
-    """Transforms of validation patches: label -1 (outside) becomes 0, nothing random."""
-    return ComposeTransforms(_closing(normalization))
+def plain_transforms(normalization: Sequence[Normalization], *, previous: Sequence[int] = ()) -> BasicTransform:
+    """Transforms of validation patches: label -1 (outside) becomes 0, nothing random; see `training_transforms`."""
+    return ComposeTransforms([*_closing(normalization), *_one_hot(previous)])
+
+
+def _one_hot(labels: Sequence[int]) -> list[BasicTransform]:
+    """Move the second label map to the image, with a channel for each label."""
+    if not labels:
+        return []
+    second: Any = {"source_channel_idx": 1, "remove_channel_from_source": True}
+    return [MoveSegAsOneHotToDataTransform(all_labels=list(labels), **second)]
+
+
+def _mistakes(channels: int) -> list[BasicTransform]:
+    """Random changes of a first stage's one-hot labels, the image's last channels; figures are nnU-Net's."""
+    last = range(-channels, 0)
+    shapes = _MovedBorders(channel_idx=list(last), strel_size=(1, 8), p_per_label=0.5)
+    parts = _MissingParts(
+        channel_idx=list(last), fill_with_other_class_p=0, dont_do_if_covers_more_than_x_percent=0.15, p_per_label=0.5
+    )
+    return [RandomTransform(shapes, apply_probability=0.4), RandomTransform(parts, apply_probability=0.2)]
+
+
+class _MovedBorders(ApplyRandomBinaryOperatorTransform):
+    """Begins with the same order of channels, which it shuffles in place: a patch depends on its seed alone."""
+
+    def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
+        self.channel_idx = sorted(self.channel_idx)
+        return super().get_parameters(**data_dict)
+
+
+class _MissingParts(RemoveRandomConnectedComponentFromOneHotEncodingTransform):
+    """The same."""
+
+    def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
+        self.channel_idx = sorted(self.channel_idx)
+        return super().get_parameters(**data_dict)
 
 
 def _spatial(config: Augmentation, target: tuple[int, ...], patch_size: Sequence[int]) -> BasicTransform:
@@ -128,8 +180,10 @@ class _Spatial(SpatialTransform):
     def _apply_to_segmentation(self, segmentation: torch.Tensor, **params: Any) -> torch.Tensor:
         grid = params.get("grid")
         # batchgeneratorsv2 releases without a tie-break choose labels by another rule
-        if grid is None or segmentation.shape[0] != 1 or segmentation.ndim != 4 or not hasattr(self, "seg_tiebreak"):
+        if grid is None or segmentation.ndim != 4 or not hasattr(self, "seg_tiebreak"):
             return super()._apply_to_segmentation(segmentation, **params)
+        if len(segmentation) > 1:
+            return torch.cat([self._apply_to_segmentation(channel[None], **params) for channel in segmentation])
         labels = np.ascontiguousarray(segmentation[0].numpy())
         reaches_outside = self._may_reach_outside(grid, segmentation.shape[1:])
         found, *values = distinct_labels(labels.ravel())

@@ -21,9 +21,14 @@ def with_previous_labels(prepared: Prepared, labels: LabelSet) -> Prepared:
         The same with an image (C + K, a, b, c) and no label map.
     """
     assert prepared.label is not None
-    channels, values = len(prepared.image), labels.values[1:]
-    image = np.empty((channels + len(values), *prepared.image.shape[1:]), np.float32)
-    image[:channels] = prepared.image
-    for channel, value in zip(image[channels:], values, strict=True):
-        np.equal(prepared.label, value, out=channel, casting="unsafe")
-    return replace(prepared, image=image, label=None)
+    return replace(prepared, image=stacked(prepared.image, prepared.label, labels), label=None)
+
+
+def stacked(image: np.ndarray, label: np.ndarray, labels: LabelSet) -> np.ndarray:
+    """The input (C + K, a, b, c) of an image (C, a, b, c) and a label map (a, b, c); see `with_previous_labels`."""
+    channels, values = len(image), labels.values[1:]
+    both = np.empty((channels + len(values), *image.shape[1:]), np.float32)
+    both[:channels] = image
+    for channel, value in zip(both[channels:], values, strict=True):
+        np.equal(label, value, out=channel, casting="unsafe")
+    return both

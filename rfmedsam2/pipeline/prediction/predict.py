@@ -103,7 +103,7 @@ def predict_files(
         RfMedSamError: cases were not predicted; names each and the reason. All others are written.
     """
     started = time.perf_counter()
-    previous = predictor.previous if isinstance(predictor.previous, Path) else None
+    previous = None if isinstance(predictor.previous, Predictor) else predictor.previous
     predictor.require_possible(boxes=boxes is not None, previous=previous is not None)
     outputs = Outputs(out, ending=predictor.plan.file_ending, overwrite=overwrite, continue_=continue_)
     with outputs.locked():
@@ -120,7 +120,8 @@ def predict_files(
         if boxes is not None:
             run.boxes = BoxSource.open(boxes, cases, predictor.plan.labels)
         if previous is not None:
-            run.previous = FirstStageLabels.open(previous, cases, predictor.plan.labels)
+            of = FirstStageLabels.open
+            run.previous = of(previous, cases, predictor.plan.labels) if isinstance(previous, Path) else previous
         written, kept = _predict_all(run, cases, workers=workers, track=track)
     corrected = tuple(outputs.target(case) for case in cases if case.id in run.corrected)
     return PredictionSummary(

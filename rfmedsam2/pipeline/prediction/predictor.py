@@ -26,6 +26,7 @@ from rfmedsam2.inference.volume import PredictOptions, PreparedCase, predict_pre
 from rfmedsam2.models import build_without_weights, load_network
 from rfmedsam2.pipeline.nnunet.models import read_fold
 from rfmedsam2.pipeline.prediction.cascade import (
+    FirstStageLabels,
     first_stage_folder,
     no_first_stage,
     require_cascade,
@@ -67,8 +68,8 @@ class Predictor:
         records: records of these files.
         options: options of prediction; `predictor.using(...)` returns a predictor with others and the same weights.
         rule: postprocessing of every label map; None: there is none.
-        previous: for the second stage of a cascade, the first, or a folder of its label maps, which `predict_files`
-            reads; None: there is none.
+        previous: for the second stage of a cascade, the first, or its label maps, which `predict_files` reads; None:
+            there is none.
     """
 
     networks: tuple[nn.Module, ...]
@@ -76,7 +77,7 @@ class Predictor:
     records: tuple[CheckpointRecord, ...]
     options: PredictOptions
     rule: PostprocessingRule | None = None
-    previous: Predictor | Path | None = None
+    previous: Predictor | FirstStageLabels | Path | None = None
 
     @classmethod
     def load(
@@ -88,7 +89,7 @@ class Predictor:
         device: str | torch.device = "auto",
         options: PredictOptions | None = None,
         postprocessing: bool = True,
-        previous: str | Path | None = None,
+        previous: FirstStageLabels | str | Path | None = None,
     ) -> Self:
         """Load a model, and with the second stage of a cascade all folds of the first, whose model lies beside it.
 
@@ -100,7 +101,7 @@ class Predictor:
             device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
             options: options of prediction.
             postprocessing: whether to apply the rule of a model folder (postprocessing.json) to its label maps.
-            previous: a folder of the label maps of a cascade's first stage, in place of its model.
+            previous: label maps of a cascade's first stage, or their folder, in place of its model.
 
         Raises:
             UsageError: the model, a fold or the device does not exist, or the rule is of another dataset.
@@ -125,7 +126,7 @@ class Predictor:
             require_same_model(records[0], record, where=path)
         networks = tuple(network for _, network in loaded)
         options = options or PredictOptions()
-        first = None if previous is None else path_of(previous, "previous")
+        first = path_of(previous, "previous") if isinstance(previous, str | Path) else previous
         if first is None and (beside := _first_stage(paths[0], records[0])) is not None and beside.is_dir():
             first = Predictor.load(beside, device=place, options=options, postprocessing=False)
             require_cascade(records[0], first.records[0], where=beside)

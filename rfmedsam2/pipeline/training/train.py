@@ -22,6 +22,7 @@ from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, require_type
 from rfmedsam2.pipeline.datasets.splits import get_split, groups_of, read_splits
 from rfmedsam2.pipeline.evaluation.report import write_report
+from rfmedsam2.pipeline.training.cascade import FirstStage, PreviousLabels
 from rfmedsam2.pipeline.training.case_checks import require_current, require_preprocessed, require_same_cases
 from rfmedsam2.pipeline.training.crossfit import CrossFitting, Step0, parts_of
 from rfmedsam2.pipeline.training.fine_tuning import require_same_start, start_from
@@ -44,7 +45,6 @@ from rfmedsam2.store.raw import RawDataset, open_dataset
 from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.system.progress_bars import progress_bars
-from rfmedsam2.tasks.patches import require_trainable
 from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
 from rfmedsam2.tasks.unet import UNetTask
 
@@ -114,7 +114,7 @@ def train(
         options: options of the run.
 
     Raises:
-        PlanError: the stage does not exist, or is the second of a cascade.
+        PlanError: the stage does not exist.
         ExtensionError: the plan names an extension that is not installed.
         UsageError: the fold does not exist, cases are not preprocessed, or their files or settings have changed since;
             another run trains this fold, or makes its cases.
@@ -130,7 +130,6 @@ def train(
     began = time.monotonic()
     config = plan.stage(stage)
     extensions.check(config)
-    require_trainable(config)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.cases_plan(stage), stage), config.patch_size)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
     with ExitStack() as held:
@@ -146,14 +145,15 @@ def train(
         step0 = _step0(job, runtime, options, track)
         if isinstance(step0, Progress):
             return TrainResult(folder=folder, progress=step0, evaluation=None, seconds=time.monotonic() - began)
-        task = _task(job, runtime, options, track, step0)
+        previous = _previous(job, runtime, track)
+        task = _task(job, runtime, options, track, step0, previous)
         started_from = _start(job, task, runtime, options, step0)
         _use_views(job, task, runtime, track, step0)
-        logits = None if step0 is None else step0.digest
+        learnt = {"step0": step0 and step0.digest, "previous_labels": previous and previous.digest}
         run = Run(
             folder=folder,
             record=lambda step, scores: describe(
-                plan, stage, fold, step=step, scores=scores, cases=cases, step0=logits, started_from=started_from
+                plan, stage, fold, step=step, scores=scores, cases=cases, started_from=started_from, **learnt
             ),
             runtime=runtime,
             track=track,
@@ -226,7 +226,36 @@ def _step0(job: _Job, runtime: Runtime, options: TrainOptions, track: Track) -> 
     ).run()
 
 
-def _task(job: _Job, runtime: Runtime, options: TrainOptions, track: Track, step0: Step0 | None) -> Task[Any]:
+def _previous(job: _Job, runtime: Runtime, track: Track) -> PreviousLabels | None:
+    """Take the first stage's labels to the second of a cascade."""
+    if job.config.previous_stage is None:
+        return None
+    if job.config.extensions.augmentation or job.config.extensions.task is not None:
+        raise UsageError(
+            "Tasks and augmentations of other packages do not know the second stage of a cascade",
+            where=f"{job.plan.name}, {job.stage}.extensions",
+            remedy="Remove them, or train another stage",
+        )
+    return FirstStage(
+        layout=job.layout,
+        plan=job.plan,
+        stage=job.stage,
+        fold=job.fold,
+        split=job.split,
+        store=job.store,
+        runtime=runtime,
+        track=track,
+    ).run()
+
+
+def _task(
+    job: _Job,
+    runtime: Runtime,
+    options: TrainOptions,
+    track: Track,
+    step0: Step0 | None,
+    previous: PreviousLabels | None,
+) -> Task[Any]:
     """Make the task of a stage."""
     plan, stage, config = job.plan, job.stage, job.config
     given: dict[str, Any] = {"store": job.store, "split": job.split, "runtime": runtime}
@@ -241,7 +270,7 @@ def _task(job: _Job, runtime: Runtime, options: TrainOptions, track: Track, step
         )
     if config.extensions.task is not None:
         return extensions.make("task", config.extensions.task, plan=plan, stage_name=stage, **given)
-    return UNetTask(plan, stage, track=track, **given)
+    return UNetTask(plan, stage, track=track, previous=None if previous is None else previous.store, **given)
 
 
 def _start(job: _Job, task: Task[Any], runtime: Runtime, options: TrainOptions, step0: Step0 | None) -> str | None:
@@ -294,6 +323,7 @@ def describe(
     scores: dict[str, float],
     cases: TrainedCases | None = None,
     step0: str | None = None,
+    previous_labels: str | None = None,
     started_from: str | None = None,
 ) -> CheckpointRecord:
     """Make the record of a checkpoint; the digest is filled in when it is written."""
@@ -303,6 +333,7 @@ def describe(
         fold=fold,
         cases=cases,
         step0=step0,
+        previous_labels=previous_labels,
         started_from=started_from,
         step=step,
         scores=scores,

@@ -9,6 +9,7 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from rfmedsam2.engine.rng import seed_all
 from rfmedsam2.records.plan import Augmentation, Normalization
 from rfmedsam2.transforms.augment import _Spatial, in_plane_only, read_size, rotation_range, training_transforms
 
@@ -60,6 +61,39 @@ def test_same_seed_gives_nnunets_patch(patch):
         center = tuple(slice((n - p) // 2, (n - p) // 2 + p) for n, p in zip(shape, patch, strict=True))
         changed += not torch.allclose(results[0]["image"], image[(slice(None), *center)])
     assert changed > 12, "nearly every patch should be changed in some way"
+
+
+@pytest.mark.parametrize("patch", [(16, 20, 24), (8, 32, 32), (32, 32)])
+def test_the_second_stage_of_a_cascade_is_given_nnunets_patch(patch):
+    """The first stage's labels lose parts and change their borders at random, one-hot behind the image."""
+    config, scheme = Augmentation(), (Normalization(kind="ct"),)
+    angle, flat = nnunet_settings(patch)
+    own = {"is_cascaded": True, "foreground_labels": [1, 2], "use_mask_for_norm": [False]}
+    axes = tuple(range(len(patch)))
+    ours = training_transforms(config, patch, scheme, previous=(1, 2))
+    plain = training_transforms(config, patch, scheme)
+    rng = torch.Generator().manual_seed(3)
+    shape = read_size(config, patch)
+    image = torch.randn(1, *shape, generator=rng)
+    label = torch.randint(-1, 3, (2, *(n // 4 + 1 for n in shape)), generator=rng).to(torch.int16)
+    for axis in range(1, label.ndim):
+        label = label.repeat_interleave(4, axis)
+    label = label[(slice(None), *(slice(n) for n in shape))].contiguous()
+    changed = 0
+    for seed in range(24):
+        # anew, as nnU-Net's keep the order of labels that they have shuffled
+        theirs = nnUNetTrainer.get_training_transforms(patch, (-angle, angle), None, axes, flat, **own)
+        results = []
+        for transforms, given in ((ours, label), (theirs, label), (plain, label[1:])):
+            seed_all(seed)
+            results.append(transforms(image=image.clone(), segmentation=given.clone()))
+        found, expected, unchanged = results
+        assert found["image"].shape == (3, *patch)
+        assert torch.equal(found["image"][1:], expected["image"][1:])
+        torch.testing.assert_close(found["image"][:1], expected["image"][:1], rtol=1e-3, atol=2e-3)
+        assert torch.equal(found["segmentation"], expected["segmentation"])
+        changed += not torch.equal(found["image"][1] == 1, unchanged["segmentation"][0] == 1)
+    assert 4 < changed < 24
 
 
 def test_no_rotation_and_scaling_reads_only_the_patch():

@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_and_a_changed_one_begins_again(layout: Layout, cap
 def test_a_stored_logit_moves_with_its_voxel(layout: Layout) -> None:
     """With logits that are the image itself, image and logits of an augmented patch are equal."""
     from rfmedsam2.engine.rng import seed_all
-    from rfmedsam2.tasks.patches import OUTSIDE_LOGIT, PatchSource
+    from rfmedsam2.tasks.patches import OUTSIDE_LOGIT, Beside, PatchSource
 
     plan = crossfit_plan(layout)
     stage = plan.stages[STAGE]
@@ -156,7 +156,9 @@ def test_a_stored_logit_moves_with_its_voxel(layout: Layout) -> None:
     for case in store.ids():
         stored = store.open(case)
         logits.write(case, stored.image() + OUTSIDE_LOGIT, stored.record, weights="w", settings="s")
-    source = PatchSource(store, store.ids(), stage, labels=plan.labels, augment=True, seed=3, step0=logits)
+    source = PatchSource(
+        store, store.ids(), stage, labels=plan.labels, augment=True, seed=3, beside=Beside(step0=logits)
+    )
     for number in range(4):
         seed_all(number)
         batch = source.batch(number)

@@ -9,9 +9,7 @@ from torch.utils.data import DataLoader
 
 from rfmedsam2.errors import PlanError, UsageError
 from rfmedsam2.geometry import Grid
-from rfmedsam2.pipeline.training.train import train
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.tasks.patch_dataset import PatchDataset
 from rfmedsam2.transforms.prepare import Restore
@@ -159,5 +157,3 @@ def test_wrong_arguments_are_sentences(folder, tmp_path) -> None:
     cascade = plan.with_overrides("3d_fullres.previous_stage=3d_lowres")
     with pytest.raises(PlanError, match="second stage of a cascade"):
         PatchDataset(folder, cascade, "3d_fullres")
-    with pytest.raises(PlanError, match="second stage of a cascade"):
-        train(Layout.under(tmp_path), cascade, "3d_fullres")
