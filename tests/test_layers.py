@@ -27,7 +27,7 @@ VOLUMES = (
     "reporting tasks pipeline.planning pipeline.prediction",
     "pipeline.preprocessing",
     "pipeline.evaluation",
-    "pipeline.training",
+    "pipeline.selection pipeline.training",
     "cli",
 )
 IMAGES = (

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from rfmedsam2.cli.command import command, tell, tell_json
-from rfmedsam2.cli.flags import AsJson, Workers
+from rfmedsam2.cli.command import command, layout_of, tell, tell_json
+from rfmedsam2.cli.flags import AsJson, DatasetName, Root, Workers
+
+if TYPE_CHECKING:
+    from rfmedsam2.records.report import Interval, Selection
 
 
 def postprocess(
@@ -46,4 +50,85 @@ def postprocess(
     tell(f"Processed {len(done)} label map(s), of which {changed} changed: {output}")
 
 
+def select(
+    *,
+    dataset: DatasetName = None,
+    plans: Annotated[
+        tuple[str, ...], arg(aliases=("-p",), metavar="NAME", help="Names of plans; default: all trained ones.")
+    ] = (),
+    folds: Annotated[
+        tuple[str, ...],
+        arg(aliases=("-f",), metavar="FOLD", help="Folds to compare on; default: all that any model has validated."),
+    ] = (),
+    postprocessing: Annotated[bool, arg(help="Do not learn a postprocessing rule.")] = True,
+    overwrite: bool = False,
+    root: Root = None,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Compare all trained models of a dataset by their cross-validation, and learn postprocessing for the best.
+
+    Args:
+        overwrite: Replace a postprocessing rule of the best model that was written by hand, too.
+    """
+    from rfmedsam2.cli import resolve
+    from rfmedsam2.cli.progress import bars
+    from rfmedsam2.pipeline.selection import select as verb
+
+    layout = layout_of(root)
+    name = resolve.dataset_name(layout, dataset, os.environ, among="raw")
+    found = verb.select(
+        layout,
+        name,
+        plans=plans,
+        folds=folds,
+        postprocessing=postprocessing,
+        overwrite=overwrite,
+        workers=workers,
+        track=bars,
+    )
+    if as_json:
+        tell_json(found.to_json())
+        return
+    _show(found)
+    tell(f"Written: {', '.join(str(layout.results / name / file) for file in verb.FILES)}")
+
+
+def _show(found: Selection) -> None:
+    """Print a table of the models, the best one first, and what was learned."""
+    from rfmedsam2.cli.console import table
+
+    by_fold = {(row.candidate, row.fold): row.dsc for row in found.scores if row.name == "mean"}
+    rows = [
+        [
+            one.name,
+            one.dsc.mean,
+            _span(one.dsc, "{:.3f}-{:.3f}"),
+            *(by_fold[one.name, fold] for fold in found.folds),
+            "best" if one.name == found.winner else _span(one.difference, "{:+.4f} to {:+.4f}"),
+            one.dsc.cases,
+        ]
+        for one in found.candidates
+    ]
+    columns = ("model", "DSC", "95% CI", *(f"fold {fold}" for fold in found.folds), "CI of - best", "cases")
+    table(f"{found.dataset}: mean DSC in cross-validation", columns, rows)
+    for name, what in found.left_out.items():
+        tell(f"Left out: {name}, which was not validated on {what}")
+    for note in found.notes:
+        tell(f"Note: {note}")
+    tell(f"Best: {found.winner}")
+    if found.unprocessed_dsc is not None and found.postprocessed_dsc is not None:
+        for step in found.rule.steps if found.rule else ():
+            tell(f"Postprocessing: {step} ({step.gain or 0:+.4f})")
+        change = f"{found.unprocessed_dsc:.4f} without, {found.postprocessed_dsc:.4f} with it"
+        tell(f"Mean DSC over classes: {change}" if found.rule else "Postprocessing: no step raises the scores")
+
+
+def _span(interval: Interval, form: str) -> str:
+    if interval.low is None or interval.high is None:
+        return "-"
+    return form.format(interval.low, interval.high)
+
+
 postprocess_command = command(postprocess)
+select_command = command(select)

@@ -74,21 +74,35 @@ def case_metrics(
     counts, boxes = confusion(reference, prediction, labels)
     position = {value: i for i, value in enumerate(labels.values)}
     voxel_ml = float(np.prod(spacing_zyx_mm)) / 1000.0
+    scores: dict[str, ClassMetrics] = {}
+    for name, (both, *sizes) in overlaps(counts, labels).items():
+        values = labels.foreground[name]
+        surfaces = None
+        if min(sizes) > 0:
+            box = _union_box(boxes[[position[value] for value in values]])
+            masks = _Masks(reference=reference, prediction=prediction, values=values, ignore=labels.ignore)
+            surfaces = _surfaces(masks, box, spacing_zyx_mm)
+        scores[name] = _scores(both, (sizes[0], sizes[1]), surfaces, voxel_ml, nsd_tolerance_mm, both_empty)
+    return scores
+
+
+def overlaps(counts: np.ndarray, labels: LabelSet) -> dict[str, tuple[int, int, int]]:
+    """Voxels of every foreground class (or region): in both label maps, in the reference, in the prediction.
+
+    Args:
+        counts: of `confusion`.
+        labels: names of the label values.
+    """
+    position = {value: i for i, value in enumerate(labels.values)}
     kept = counts[: len(position), : len(position)]
     # a voxel predicted as the ignore label has no class: it counts for the reference's volume only
     unclassified = counts[: len(position), len(position) :].sum(axis=1)
-    scores: dict[str, ClassMetrics] = {}
+    found: dict[str, tuple[int, int, int]] = {}
     for name, values in labels.foreground.items():
         rows = [position[value] for value in values]
         both = int(kept[np.ix_(rows, rows)].sum())
-        sizes = int(kept[rows].sum() + unclassified[rows].sum()), int(kept[:, rows].sum())
-        surfaces = None
-        if min(sizes) > 0:
-            box = _union_box(boxes[rows])
-            masks = _Masks(reference=reference, prediction=prediction, values=values, ignore=labels.ignore)
-            surfaces = _surfaces(masks, box, spacing_zyx_mm)
-        scores[name] = _scores(both, sizes, surfaces, voxel_ml, nsd_tolerance_mm, both_empty)
-    return scores
+        found[name] = both, int(kept[rows].sum() + unclassified[rows].sum()), int(kept[:, rows].sum())
+    return found
 
 
 def absent_class(both_empty: BothEmpty) -> ClassMetrics:

@@ -101,8 +101,13 @@ class PostprocessingStep(Record):
         return self
 
     def __str__(self) -> str:
+        what = {
+            "keep_largest": "keep the largest component",
+            "drop_small": "drop components",
+            "fill_holes": "fill holes",
+        }
         volume = "" if self.smallest_ml is None else f" below {self.smallest_ml:g} ml"
-        return f"{self.action.replace('_', ' ')} of {self.of or 'the foreground'}{volume}"
+        return f"{what[self.action]} of {self.of or 'the foreground'}{volume}"
 
 
 class PostprocessingRule(VersionedRecord):

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from rfmedsam2.choices import ComparedMetric
 from rfmedsam2.errors import MissingPackageError, shortlist
 from rfmedsam2.records.base import Record, VersionedRecord
+from rfmedsam2.records.prediction import PostprocessingRule
+from rfmedsam2.system.file_names import Name
 
 TITLES: dict[ComparedMetric, str] = {"dsc": "DSC", "iou": "IoU", "nsd": "NSD", "hd95_mm": "HD95"}
 LOWER_IS_BETTER: tuple[ComparedMetric, ...] = ("hd95_mm",)
@@ -112,10 +114,7 @@ class Evaluation(VersionedRecord):
         Raises:
             MissingPackageError: pandas is not installed.
         """
-        try:
-            pandas = import_module("pandas")  # only here: a record loads nothing heavy
-        except ImportError:
-            raise MissingPackageError("A table needs pandas", remedy="Run pip install pandas") from None
+        pandas = _pandas()
         names = tuple(ClassMetrics.model_fields)
         rows = [
             (case.id, name, *(getattr(scores, field) for field in names))
@@ -168,3 +167,73 @@ class Comparison(VersionedRecord):
     only_b: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     """Sentences on what the figures leave out."""
+
+
+class CandidateScore(Record):
+    """Scores of one candidate in one fold, or pooled over the cases of all folds, of one class or their mean."""
+
+    candidate: str
+    fold: str
+    """Name of a fold, or "all"."""
+    name: str
+    """A class or region, or "mean"."""
+    dsc: float | None
+    iou: float | None
+    nsd: float | None
+    hd95_mm: float | None
+    cases: int
+    """Number of cases with a defined DSC."""
+
+
+class Candidate(Record):
+    """A trained model whose folds were all validated."""
+
+    name: Name
+    """PLAN__STAGE, its folder in the results of the dataset."""
+    dsc: Interval
+    """Mean over the cases of all folds of each case's mean over classes, undefined scores left out."""
+    difference: Interval
+    """Mean over cases of its DSC minus the best candidate's, with its bootstrap confidence interval."""
+
+
+class Selection(VersionedRecord):
+    """Contents of selection.json: what cross-validation says of all trained models of a dataset."""
+
+    format: Literal[1] = 1
+    dataset: Name
+    folds: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+    """The best one first."""
+    left_out: dict[str, str]
+    """Model -> which of the folds it lacks."""
+    scores: tuple[CandidateScore, ...]
+    rule: PostprocessingRule | None
+    """What was learned for the best candidate; None: no step raised its scores, or nothing was learned."""
+    postprocessed_dsc: float | None = None
+    """Mean DSC of the best candidate with the rule, over classes of means over cases."""
+    unprocessed_dsc: float | None = None
+    """The same without the rule."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def winner(self) -> str:
+        """Name of the best candidate."""
+        return self.candidates[0].name
+
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame` with a row per candidate, fold and class; undefined scores are NaN.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        pandas = _pandas()
+        metrics = ["dsc", "iou", "nsd", "hd95_mm"]
+        frame = pandas.DataFrame([score.model_dump() for score in self.scores], columns=[*CandidateScore.model_fields])
+        return frame.astype(dict.fromkeys(metrics, float))
+
+
+def _pandas() -> Any:
+    try:
+        return import_module("pandas")  # only here: a record loads nothing heavy
+    except ImportError:
+        raise MissingPackageError("A table needs pandas", remedy="Run pip install pandas") from None

@@ -53,7 +53,7 @@ def test_a_rule_is_applied_in_world_volumes_and_the_input_stays(predictions, tmp
     rule = write_rule(tmp_path / "rule.json")
     done = run_ok("postprocess", "-i", predictions, "-o", tmp_path / "out", "--rule", rule)
     assert "Processed 2 label map(s), of which 2 changed" in done.out
-    assert "drop small of the foreground below 0.03 ml" in done.out
+    assert "drop components of the foreground below 0.03 ml" in done.out
     for name in ("a", "b"):
         assert counts(tmp_path / "out" / f"{name}.nii.gz") == [0, 20]
         written, given = (nib.load(folder / f"{name}.nii.gz") for folder in (tmp_path / "out", predictions))

@@ -91,6 +91,25 @@ def compare(
     return _compared(paths, (found[0], found[1]), wanted, only)
 
 
+def compare_evaluations(a: Evaluation, b: Evaluation, *, names: tuple[str, str]) -> Comparison:
+    """Compare two evaluations in memory on the cases that both have; see `compare`.
+
+    Args:
+        a: an evaluation.
+        b: another one.
+        names: what they are called.
+
+    Raises:
+        UsageError: no case or class is in both, or they were scored by different rules or against different references.
+    """
+    known = [{case.id for case in evaluation.cases} for evaluation in (a, b)]
+    if not known[0] & known[1]:
+        raise UsageError("Two evaluations have no case in common", where=", ".join(names))
+    _require_same_rules(a, b)
+    only = (sorted(known[0] - known[1]), sorted(known[1] - known[0]))
+    return _compared((Path(names[0]), Path(names[1])), (a, b), sorted(known[0] & known[1]), only)
+
+
 def write_comparison(folder: Path, comparison: Comparison, metric: ComparedMetric = "dsc") -> None:
     """Write comparison.json, comparison.csv (all cases) and comparison.png (of one metric), all or none.
 

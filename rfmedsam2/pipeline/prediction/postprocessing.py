@@ -62,7 +62,7 @@ def require_same_labels(rule: PostprocessingRule, labels: LabelSet, *, where: ob
 
 
 def rule_of_model(folder: Path, labels: LabelSet) -> PostprocessingRule | None:
-    """The rule in a model's folder; None if it has none.
+    """The rule in a model's folder; None if it has none, or one without steps.
 
     Raises:
         RecordError: the file is damaged.
@@ -73,7 +73,7 @@ def rule_of_model(folder: Path, labels: LabelSet) -> PostprocessingRule | None:
         return None
     rule = read_record(path, PostprocessingRule)
     require_same_labels(rule, labels, where=path)
-    return rule
+    return rule if rule.steps else None
 
 
 def postprocessed(prediction: Prediction, rule: PostprocessingRule) -> Prediction:
