@@ -6,7 +6,9 @@ import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from rfmedsam2.arguments import option
 from rfmedsam2.engine.checkpoint import differences
+from rfmedsam2.engine.log import EVENTS
 from rfmedsam2.errors import CheckpointError, DatasetError, StoreError, UsageError, shortlist
 from rfmedsam2.pipeline.preprocessing.case_source import Changes, changes_since
 from rfmedsam2.records.case import CaseRecord
@@ -93,7 +95,9 @@ def require_same_cases(folder: Path, cases: TrainedCases) -> None:
 
     Raises:
         CheckpointError: it was not; names the cases.
+        UsageError: the folder holds an imported model.
     """
+    _require_trained_here(folder)
     path = next((path for name in (LATEST, FINAL) if (path := folder / name).is_file()), None)
     if path is None:
         return
@@ -120,6 +124,23 @@ def require_same_cases(folder: Path, cases: TrainedCases) -> None:
             where=path,
             found=shortlist([*differ, *changed], separator="; "),
             remedy="Restore the splits and the cases as they were, or start over with rfmed_train --restart",
+        )
+
+
+def _require_trained_here(folder: Path) -> None:
+    """Check that the training in a folder, if it has ended, was not imported from elsewhere.
+
+    Raises:
+        UsageError: there are final weights without the metrics of their training.
+    """
+    if (folder / FINAL).is_file() and not (folder / EVENTS).is_file():
+        raise UsageError(
+            "This fold holds a model that was imported, which no training here goes on from",
+            where=folder,
+            remedy="Train beside it with "
+            + option("plan.variant(NAME)", flag="--name NAME")
+            + ", starting from it with "
+            f"{option('weights', str(folder))} if wanted; or put it aside with {option('restart', True)}",
         )
 
 

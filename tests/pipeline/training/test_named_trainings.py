@@ -79,6 +79,20 @@ def test_trainings_of_one_plan_have_names(root):
     assert "has this name already" in told
 
 
+def test_an_imported_model_is_not_trained_on_but_beside(trained):
+    fold = trained / FOLD
+    for name in ("metrics.jsonl", "metrics.csv", "checkpoint_latest.safetensors"):
+        (fold / name).unlink()
+    words = ("train", "3d_fullres", 0, *SHORT, "--no-validate", "--root", trained)
+    before = (fold / FINAL).read_bytes()
+    message = run_error(*words)
+    assert "This fold holds a model that was imported" in message
+    assert f"--name NAME, starting from it with --weights {fold} if wanted; or put it aside with --restart" in message
+    assert (fold / FINAL).read_bytes() == before
+    run_ok(*words, "--name", "tuned", "--weights", fold)
+    run_ok(*words, "--restart")
+
+
 def test_weights_are_validated_by_themselves(trained):
     words = ("train", "3d_fullres", 0, "--validate-only", "--device", "cpu", "--root", trained)
     fold = trained / FOLD
