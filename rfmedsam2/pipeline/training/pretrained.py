@@ -8,7 +8,7 @@ from rfmedsam2.arguments import option
 from rfmedsam2.choices import Backbone
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
-from rfmedsam2.pipeline.prediction.checkpoints import FOLD, checkpoints_of
+from rfmedsam2.pipeline.prediction.checkpoints import FOLD, checkpoint_of, checkpoints_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan
@@ -55,9 +55,7 @@ def load_pretrained(
         report = network.load_backbone(read_published(sam), where=sam)
         new = f", {len(report.missing)} tensors are randomly initialized" if report.missing else ""
         notes.append(f"{sam}: {len(report.loaded)} tensors loaded into {backbone}{new}")
-    elif known:
-        pass
-    elif network.config.freeze_backbone:
+    elif network.config.freeze_backbone and not known:
         raise UsageError(
             "The plan freezes pre-trained weights, but none were given",
             where=f"backbone {backbone}",
@@ -65,7 +63,7 @@ def load_pretrained(
             remedy=f"Give the file with {option('sam', flag='--sam2')}, or train from scratch: "
             f"{option('changes', ('STAGE.model.freeze_backbone=false',), flag='--set')}",
         )
-    else:
+    elif not known:
         notes.append(f"{backbone} is trained from scratch")
     if unet is not None:
         notes += _load_unet(network, plan, unet, fold=fold)
@@ -75,10 +73,8 @@ def load_pretrained(
 def _load_unet(network: RFMedSam2, plan: Plan, path: Path, *, fold: str) -> list[str]:
     if network.unet is None:
         raise UsageError("The plan has no U-Net to load into", where=path, expected="generator unet")
-    if path.name.startswith(FOLD) and path.is_dir():
-        path = checkpoints_of(path.parent, folds=[path.name.removeprefix(FOLD)])[0]
-    elif not path.is_file():
-        path = checkpoints_of(path, folds=[fold])[0]
+    single = path.is_file() or path.name.startswith(FOLD)
+    path = checkpoint_of(path) if single else checkpoints_of(path, folds=[fold])[0]
     record, weights = read_weights(path)
     _require_same_step0(network, plan, record, path)
     whose = "this U-Net"
