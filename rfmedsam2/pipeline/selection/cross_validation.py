@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import UsageError, shortlist
 from rfmedsam2.pipeline.evaluation.bootstrap import summarize
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, TrainedModel, find_models
@@ -61,7 +62,7 @@ class ValidatedModel:
                 "Folds have validation cases in common, which a mean would count twice",
                 where=self.model.folder,
                 found=shortlist(twice),
-                remedy="Name the folds of one cross-validation with -f",
+                remedy=f"Name the folds of one cross-validation with {option('folds', flag='-f')}",
             )
         classes, mean = summarize(cases, tuple(first.classes))
         trained = tuple(sorted(id for part in parts for id in part.trained_on))
