@@ -45,6 +45,11 @@ DISGUISES = (
 )
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that a training in a folder goes on from; None if none was written."""
+    return next((path for name in (LATEST, FINAL) if (path := folder / name).is_file()), None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointHeader(Generic[RecordT]):
     """The checkpoint's header, which precedes the tensor bytes."""

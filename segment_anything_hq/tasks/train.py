@@ -18,7 +18,7 @@ from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.engine.task import Progress, Run
 from rfmedsam2.errors import RecordError, RfMedSamError, UsageError
 from rfmedsam2.reporting.training_curves import progress_png
-from rfmedsam2.store.checkpoint_header import FINAL, LATEST, read_header
+from rfmedsam2.store.checkpoint_header import newest_checkpoint, read_header
 from rfmedsam2.system.atomic import read_record, write_text
 from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq import models
@@ -125,7 +125,7 @@ def train_refiner(
             cache=options.cache,
             track=options.track,
         )
-        begun = runtime.any(any((folder / name).is_file() for name in (LATEST, FINAL)))
+        begun = runtime.any(newest_checkpoint(folder) is not None)
         if begun and not _records_images(folder):
             known["training_images"], known["training_looks"] = None, ()
             logger.warning(UNKNOWN_IMAGES)
@@ -182,7 +182,7 @@ def _note_seen(validation: Sequence[ImageSet], images: Collection[str], looks: S
 
 def _records_images(folder: Path) -> bool:
     """Whether the checkpoint that is resumed says which images it was trained on."""
-    path = next((folder / name for name in (LATEST, FINAL) if (folder / name).is_file()), None)
+    path = newest_checkpoint(folder)
     try:
         return path is None or read_header(path, RefinerRecord).record.training_images is not None
     except RfMedSamError:

@@ -14,7 +14,7 @@ from rfmedsam2.pipeline.preprocessing.case_source import Changes, changes_since
 from rfmedsam2.records.case import CaseRecord
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
 from rfmedsam2.records.plan import Plan, Split
-from rfmedsam2.store.checkpoint_header import FINAL, LATEST, read_header
+from rfmedsam2.store.checkpoint_header import FINAL, newest_checkpoint, read_header
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import map_cases
@@ -98,7 +98,7 @@ def require_same_cases(folder: Path, cases: TrainedCases) -> None:
         UsageError: the folder holds an imported model.
     """
     _require_trained_here(folder)
-    path = next((path for name in (LATEST, FINAL) if (path := folder / name).is_file()), None)
+    path = newest_checkpoint(folder)
     if path is None:
         return
     try:

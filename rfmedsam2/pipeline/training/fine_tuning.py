@@ -15,7 +15,7 @@ from rfmedsam2.pipeline.nnunet.models import read_fold
 from rfmedsam2.pipeline.prediction.checkpoints import checkpoint_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.plan import Plan, Stage
-from rfmedsam2.store.checkpoint_header import NNUNET_CHECKPOINTS
+from rfmedsam2.store.checkpoint_header import NNUNET_CHECKPOINTS, read_record_of
 from rfmedsam2.store.checkpoints import read_weights, weights_sha256
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -98,7 +98,9 @@ def require_same_start(begun_in: Path, begun: str | None, source: Path, *, fold:
     Raises:
         CheckpointError: it was begun from another one, or from none.
     """
-    path, record, _ = read_model(source, fold=fold)
+    path = checkpoint_of(source, fold=fold)
+    # ours has its digest in the header
+    record = read_model(path, fold=fold)[1] if path.name in NNUNET_CHECKPOINTS else read_record_of(path)
     if record.weights_sha256 != begun:
         raise CheckpointError(
             "This training was begun from other weights",

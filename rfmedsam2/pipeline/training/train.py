@@ -36,7 +36,7 @@ from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Split, Stage
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.reporting.training_curves import progress_png
-from rfmedsam2.store.checkpoint_header import FINAL, LATEST, read_record_of
+from rfmedsam2.store.checkpoint_header import FINAL, newest_checkpoint, read_record_of
 from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import shared_lock
@@ -189,8 +189,7 @@ class _Job:
     @property
     def newest(self) -> Path | None:
         """The checkpoint that this training goes on from; None if it begins."""
-        folder = self.layout.fold_folder(self.plan.dataset, self.plan.name, self.stage, self.fold)
-        return next((path for name in (LATEST, FINAL) if (path := folder / name).is_file()), None)
+        return newest_checkpoint(self.layout.fold_folder(self.plan.dataset, self.plan.name, self.stage, self.fold))
 
 
 def _step0(job: _Job, runtime: Runtime, options: TrainOptions, track: Track) -> Step0 | Progress | None:
