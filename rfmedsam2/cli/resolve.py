@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from rfmedsam2.errors import UsageError
 from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_models
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.plan import TAKEN_NAMES, Plan
+from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.system.atomic import PARTIAL, read_record
+from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.json_text import parse_json
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
         PlanError: the stage does not exist in the plan.
     """
     folder = layout.preprocessed / dataset
-    others = {f"{name}.json" for name in TAKEN_NAMES}
-    names = sorted(path.stem for path in folder.glob("*.json") if path.name not in others and _is_plan(path))
+    names = [path.stem for path in layout.plan_files(dataset) if _is_plan(path)]
     if wanted is None and len(names) > 1 and "rfmed" in names:
         wanted = "rfmed"
     if wanted is None and len(names) == 1:
@@ -121,7 +120,7 @@ def _is_plan(path: Path) -> bool:
     try:
         content = parse_json(path.read_bytes())
     except (OSError, ValueError):
-        return not path.name.startswith(PARTIAL)
+        return True
     # a damaged file may lack either
     return isinstance(content, dict) and ("stages" in content or "format" in content)
 

@@ -233,6 +233,6 @@ def describe_contents(folder: Path) -> str:
 
 def closest_name(name: str, folder: Path) -> str | None:
     """The entry of a folder whose name is most similar to `name`, None if none is similar enough."""
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    names = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
     close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.6)
     return next((n for n in names if close and n.lower() == close[0]), None)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rfmedsam2.arguments import path_of, whole_number
 from rfmedsam2.errors import UsageError
+from rfmedsam2.records.plan import is_plan_name
 from rfmedsam2.system.file_names import NAMES, is_file_name
 
 DATASET_FOLDER = re.compile(r"Dataset(\d{3,})_(.+)")
@@ -80,6 +81,14 @@ class Layout:
     def plan_file(self, dataset: str, plan: str) -> Path:
         """JSON file of a plan."""
         return self.preprocessed / _name(dataset, "dataset") / f"{_name(plan, 'plan')}.json"
+
+    def plan_files(self, dataset: str) -> list[Path]:
+        """Files that may be plans of a dataset by their names, sorted; not one that another run is just writing.
+
+        A person's copy such as `rfmed (2).json` cannot be named in a command, so it is left out too.
+        """
+        found = (self.preprocessed / _name(dataset, "dataset")).glob("*.json")
+        return sorted(path for path in found if is_plan_name(path.stem))
 
     def splits_file(self, dataset: str) -> Path:
         """splits_final.json, as nnU-Net writes it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from support.commands import TINY, run, run_error, run_ok, unfinished_files
+from support.commands import PLANNING, TINY, run, run_error, run_ok, unfinished_files
 
 PHANTOM = "Dataset900_PhantomCT"
 COMMANDS = {
@@ -109,6 +109,20 @@ def test_two_plans_never_share_a_folder(raw_root, root_of, tmp_path, old, stage,
     assert not path.with_name(f"{new}.json").exists()
     run_ok(*words, "--published", tmp_path / "new.json", "-p", "c")
     run_ok(*words, "--preset", "cpu", "-p", old)
+
+
+@pytest.mark.parametrize("name", [".partial-uxgfl6jn-rfmed_cpu.json", "rfmed_cpu (2).json", "rfmed__cpu.json"])
+def test_a_plan_that_is_just_written_and_a_persons_copy_disturb_nothing(planned_root, root_of, name):
+    root = root_of(planned_root)
+    plan = root / "preprocessed" / PHANTOM / "rfmed_cpu.json"
+    whole = plan.read_text()
+    for fold, content in enumerate((whole, whole[:100])):
+        plan.with_name(name).write_text(content)
+        run_ok("plan_and_preprocess", *PLANNING, "-p", f"new{fold}", "--root", root)
+        shutil.rmtree(root / "preprocessed" / PHANTOM / "rfmed_cpu_3d_fullres")
+        plan.with_name(f"new{fold}.json").unlink()
+        run_ok("plan_and_preprocess", *PLANNING, "--root", root)
+        run_ok("train", "3d_fullres", fold, "--epochs", 1, "--iterations", 1, "--no-validate", "--root", root)
 
 
 def test_planning_alone_preprocesses_nothing(raw_root, root_of):

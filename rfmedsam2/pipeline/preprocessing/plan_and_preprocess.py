@@ -263,7 +263,7 @@ def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
             has cases or models in the same folder.
     """
     path, notes = layout.plan_file(dataset.name, plan.name), []
-    _require_own_folders(path.parent, layout, plan)
+    _require_own_folders(layout, plan)
     if _is_foreign(path):
         raise UsageError(
             "The file exists and is not a plan of this package",
@@ -282,14 +282,14 @@ def _write(dataset: RawDataset, layout: Layout, plan: Plan) -> list[str]:
     return notes
 
 
-def _require_own_folders(folder: Path, layout: Layout, plan: Plan) -> None:
+def _require_own_folders(layout: Layout, plan: Plan) -> None:
     """Check that no folder is another plan's: the cases of `a` with `b_c` and of `a_b` with `c` are in `a_b_c`."""
 
     def folders(of: Plan) -> dict[Path, str]:
         places = (layout.cases_folder, layout.model_folder)
         return {place(plan.dataset, of.name, stage): stage for place in places for stage in of.stages}
 
-    for path in folder.glob("*.json"):
+    for path in layout.plan_files(plan.dataset):
         if path.stem == plan.name or not (path.stem.startswith(plan.name) or plan.name.startswith(path.stem)):
             continue
         try:

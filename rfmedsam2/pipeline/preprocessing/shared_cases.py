@@ -42,7 +42,7 @@ def sharing_cases(plan: Plan, layout: Layout, cases: Collection[str]) -> Plan:
 
 
 def _others(plan: Plan, layout: Layout) -> Iterator[Plan]:
-    for path in sorted(layout.plan_file(plan.dataset, plan.name).parent.glob("*.json")):
+    for path in layout.plan_files(plan.dataset):
         if path.stem != plan.name:
             try:
                 yield read_record(path, Plan).model_copy(update={"name": path.stem})
