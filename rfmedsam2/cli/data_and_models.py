@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 
 from rfmedsam2.cli.command import command, layout_of, tell, tell_json
 from rfmedsam2.cli.flags import AsJson, ModelChoice, Root
+from rfmedsam2.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +160,18 @@ def export_model(
     if to == "nnunet":
         from rfmedsam2.pipeline.prediction.nnunet_export import export_nnunet_model
 
-        written = export_nnunet_model(model.folder(), output, folds=folds, overwrite=overwrite, track=bars)
+        (folder, *more) = model.sources()
+        if more:
+            raise UsageError("nnU-Net has no models that average others", remedy="Export them one by one")
+        written = export_nnunet_model(folder, output, folds=folds, overwrite=overwrite, track=bars)
         tell(f"Written: {written}")
         return
     require_replaceable((output,), read_manifest, overwrite=overwrite)
-    folder = model.folder()
-    with bars.working(f"Packing {folder}"):
-        manifest = model_archive.export_model(folder, output, folds=folds)
-    tell(f"Written: {output} ({len(manifest.files)} file(s) of {folder})")
+    sources = model.sources()
+    named = " + ".join(map(str, sources))
+    with bars.working(f"Packing {named}"):
+        manifest = model_archive.export_model(sources, output, folds=folds)
+    tell(f"Written: {output} ({len(manifest.files)} file(s) of {named})")
 
 
 def import_model(

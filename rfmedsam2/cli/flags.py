@@ -41,16 +41,21 @@ class ModelChoice:
         tuple[str, ...], arg(aliases=("-f",), metavar="FOLD", help="Folds; default: all trained ones.")
     ] = ()
     model: Annotated[
-        Path | None, arg(aliases=("-m",), metavar="DIR", help="Folder with fold_0 ..., instead of -d, -p and -c.")
-    ] = None
+        tuple[Path, ...],
+        arg(
+            aliases=("-m",),
+            metavar="PATH",
+            help="Folder with fold_0 ..., or archive, instead of -d, -p and -c; of several models the mean.",
+        ),
+    ] = ()
     root: Root = None
 
-    def folder(self) -> Path:
-        """The folder of the model that is meant."""
-        if self.model is not None:
+    def sources(self) -> tuple[Path, ...]:
+        """Folder or archive of the model that is meant, or of several that are averaged."""
+        if self.model:
             return self.model
         from rfmedsam2.cli import resolve
 
         layout = layout_of(self.root)
         named = {"dataset": self.dataset, "plan": self.plan, "configuration": self.configuration}
-        return resolve.trained_model(layout, os.environ, **named).folder
+        return (resolve.trained_model(layout, os.environ, **named).folder,)

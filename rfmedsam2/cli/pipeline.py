@@ -198,8 +198,9 @@ def predict(
     """
     from rfmedsam2.cli.progress import bars
 
-    folder = model.folder()
-    with bars.working(f"Loading {folder}"):
+    sources = model.sources()
+    named = " + ".join(map(str, sources))
+    with bars.working(f"Loading {named}"):
         from rfmedsam2.inference.volume import PredictOptions
         from rfmedsam2.pipeline.prediction.predict import predict_files
         from rfmedsam2.pipeline.prediction.predictor import Predictor
@@ -214,7 +215,7 @@ def predict(
             step=refinement.step,
         )
         predictor = Predictor.load(
-            folder,
+            sources,
             folds=model.folds or None,
             checkpoint=tiles.checkpoint,
             device=tiles.device,
@@ -222,7 +223,7 @@ def predict(
             postprocessing=output.postprocessing,
             previous=cascade.previous_stage,
         )
-    say(f"Model: {folder}, fold(s) {', '.join(m.fold for m in predictor.models)}, on {predictor.device}")
+    say(f"Model: {named}, fold(s) {', '.join(m.fold for m in predictor.models)}, on {predictor.device}")
     source = input_[0] if len(input_) == 1 else list(input_)
     cases = find_cases(source, channels=len(predictor.plan.channels), file_ending=predictor.plan.file_ending)
     done = predict_files(

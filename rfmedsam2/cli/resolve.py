@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_models
+from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_ensembles, find_models
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.layout import Layout
@@ -140,7 +140,7 @@ def trained_model(
     """
     wanted = dataset or environment.get("RFMED_DATASET")
     name = layout.dataset_name(wanted) if wanted else None
-    every = find_models(layout.results)
+    every = [*find_models(layout.results), *find_ensembles(layout.results)]
     fits = [
         m
         for m in every
@@ -151,7 +151,8 @@ def trained_model(
     if len(fits) == 1:
         return fits[0]
     shown = fits or every
-    listed = "; ".join(f"-d {m.dataset} -p {m.plan} -c {m.stage} (folds {', '.join(m.folds)})" for m in shown)
+    folds = [f" (folds {', '.join(m.folds)})" if m.folds else "" for m in shown]
+    listed = "; ".join(f"-d {m.dataset} -p {m.plan} -c {m.stage}{of}" for m, of in zip(shown, folds, strict=True))
     raise UsageError(
         "Several trained models match" if fits else f"No trained model {'matches' if every else 'was found'}",
         where=layout.results,

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
 from rfmedsam2.cli.command import command, layout_of, tell, tell_json
-from rfmedsam2.cli.flags import AsJson, DatasetName, Root, Workers
+from rfmedsam2.cli.flags import AsJson, DatasetName, Device, Root, Workers
 
 if TYPE_CHECKING:
     from rfmedsam2.records.report import Interval, Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What is compared."""
+
+    plans: Annotated[
+        tuple[str, ...], arg(aliases=("-p",), metavar="NAME", help="Names of plans; default: all trained ones.")
+    ] = ()
+    folds: Annotated[
+        tuple[str, ...],
+        arg(aliases=("-f",), metavar="FOLD", help="Folds to compare on; default: all that any model has validated."),
+    ] = ()
+    ensembles: Annotated[bool, arg(help="Do not predict pairs of models.")] = True
+    postprocessing: Annotated[bool, arg(help="Do not learn postprocessing rules.")] = True
+    device: Device = "auto"
 
 
 def postprocess(
@@ -53,45 +70,53 @@ def postprocess(
 def select(
     *,
     dataset: DatasetName = None,
-    plans: Annotated[
-        tuple[str, ...], arg(aliases=("-p",), metavar="NAME", help="Names of plans; default: all trained ones.")
-    ] = (),
-    folds: Annotated[
-        tuple[str, ...],
-        arg(aliases=("-f",), metavar="FOLD", help="Folds to compare on; default: all that any model has validated."),
-    ] = (),
-    postprocessing: Annotated[bool, arg(help="Do not learn a postprocessing rule.")] = True,
+    compared: Compared = Compared(),
+    archive: Annotated[Path | None, arg(aliases=("-o",), metavar="ZIP")] = None,
     overwrite: bool = False,
     root: Root = None,
     workers: Workers = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Compare all trained models of a dataset by their cross-validation, and learn postprocessing for the best.
+    """Compare all trained models of a dataset, and all pairs of them, by cross-validation; learn postprocessing.
+
+    Pairs are predicted on the validation cases of every fold, each model once. An ensemble is selected only if it is
+    better than the best single model by more than chance.
 
     Args:
-        overwrite: Replace a postprocessing rule of the best model that was written by hand, too.
+        archive: Also pack what is selected into this model archive, for rfmed_predict -m.
+        overwrite: Replace a postprocessing rule that was written by hand, and an archive of somebody else, too.
     """
     from rfmedsam2.cli import resolve
     from rfmedsam2.cli.progress import bars
+    from rfmedsam2.cli.replacing import require_replaceable
     from rfmedsam2.pipeline.selection import select as verb
+    from rfmedsam2.store.archive import read_manifest
 
+    if archive is not None:
+        require_replaceable((archive,), read_manifest, overwrite=overwrite)
     layout = layout_of(root)
     name = resolve.dataset_name(layout, dataset, os.environ, among="raw")
     found = verb.select(
         layout,
         name,
-        plans=plans,
-        folds=folds,
-        postprocessing=postprocessing,
-        overwrite=overwrite,
-        workers=workers,
+        plans=compared.plans,
+        folds=compared.folds,
+        options=verb.SelectOptions(
+            ensembles=compared.ensembles,
+            postprocessing=compared.postprocessing,
+            overwrite=overwrite,
+            archive=archive,
+            device=compared.device,
+            workers=workers,
+        ),
         track=bars,
     )
     if as_json:
         tell_json(found.to_json())
         return
     _show(found)
-    tell(f"Written: {', '.join(str(layout.results / name / file) for file in verb.FILES)}")
+    written = [*(layout.results / name / file for file in verb.FILES), *([archive] if archive else [])]
+    tell(f"Written: {', '.join(map(str, written))}")
 
 
 def _show(found: Selection) -> None:
@@ -117,6 +142,8 @@ def _show(found: Selection) -> None:
     for note in found.notes:
         tell(f"Note: {note}")
     tell(f"Best: {found.winner}")
+    if found.candidates[0].members:
+        tell(f"Predict with it: rfmed_predict -d {found.dataset} -p ensemble -c {found.winner} -i IMAGES -o OUT")
     if found.unprocessed_dsc is not None and found.postprocessed_dsc is not None:
         for step in found.rule.steps if found.rule else ():
             tell(f"Postprocessing: {step} ({step.gain or 0:+.4f})")

@@ -75,7 +75,7 @@ def labels_from_slabs(
         StoreError: the probabilities cannot be written.
     """
     taps = _taps(restore, resampling)
-    table = _table(labels)
+    table = label_table(labels)
     result = np.zeros(restore.source_grid.shape_zyx, dtype=table.dtype)
     inside = tuple(slice(start, stop) for start, stop in restore.box)
     view = result[inside].transpose(restore.transpose_forward)
@@ -190,7 +190,7 @@ def _taps(restore: Restore, resampling: Resampling) -> list[Taps]:
     return taps
 
 
-def _table(labels: LabelSet) -> np.ndarray:
+def label_table(labels: LabelSet) -> np.ndarray:
     """Label values by index of the winner: class, or region + 1 with 0 for none."""
     values = (0, *(labels.regions_class_order or ())) if labels.has_regions else labels.values
     return np.asarray(values, dtype=np.uint8 if max(values) <= 255 else np.uint16)

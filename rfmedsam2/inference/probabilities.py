@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,27 @@ from rfmedsam2.transforms.prepare import Restore
 
 CHUNK_PLANES = 8
 CHUNK_EDGE = 256
+
+
+def chunked(path: Path, shape: Sequence[int], chunks: Sequence[int]) -> Any:
+    """A new blosc2 file of float16, lightly compressed: (K, Z, Y, X)."""
+    return blosc2.empty(
+        tuple(shape),
+        dtype=np.dtype(np.float16),
+        urlpath=str(path),
+        mode="w",
+        chunks=tuple(chunks),
+        cparams={"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE]},
+    )
+
+
+def cannot_be_written(path: Path | None, error: RuntimeError) -> StoreError:
+    """What to do where a chunk cannot be written; blosc2 raises a RuntimeError for any error of the system."""
+    return StoreError(
+        f"The probabilities cannot be written ({error})",
+        where=path,
+        remedy="Free space on that disk, or predict without probabilities",
+    )
 
 
 class ProbabilityMap:
@@ -67,14 +89,7 @@ class ProbabilityMap:
         else:
             self._stack.enter_context(writing_to(self.path))
             temporary = self._stack.enter_context(atomic(self.path))
-            self.array = blosc2.empty(
-                shape,
-                dtype=np.dtype(np.float16),
-                urlpath=str(temporary),
-                mode="w",
-                chunks=(1, *(chunk[axis] for axis in back)),
-                cparams={"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE]},
-            )
+            self.array = chunked(temporary, shape, (1, *(chunk[axis] for axis in back)))
         self._begin()
         self._skip_to(self.box[self.axis][0])
         return self
@@ -123,12 +138,8 @@ class ProbabilityMap:
             block = np.ascontiguousarray(self.orientation.undo(planes))
             try:
                 self.array[tuple(place)] = block
-            except RuntimeError as error:  # raised by blosc2 for any system error
-                raise StoreError(
-                    f"The probabilities cannot be written ({error})",
-                    where=self.path,
-                    remedy="Free space on that disk, or predict without probabilities",
-                ) from error
+            except RuntimeError as error:
+                raise cannot_be_written(self.path, error) from error
             self._begin()
 
     def _begin(self) -> None:

@@ -87,8 +87,8 @@ class PreparedCase:
         orientation: how the volume was reoriented; None: not at all.
         seconds: duration of preprocessing.
         boxes: its box prompts, on the planned grid.
-        waiting: of a cascade, all of the volume, which is preprocessed for the second stage when the first, for which
-            `prepared` is, has given its labels.
+        waiting: all of the volume where more networks follow that need it preprocessed otherwise than `prepared`: the
+            second stage of a cascade, which also needs the first's labels, and the other models of an ensemble.
     """
 
     prepared: Prepared
@@ -259,6 +259,12 @@ def _slabs(
         regions=plan.labels.has_regions,
         execution=replace(execution, recycle=True),  # exported one by one
     )
+
+
+def precision_on(device: torch.device, precision: Precision) -> str:
+    """The precision asked for, as far as it makes a difference on this device."""
+    differs = device.type == "cuda" or (device.type == "cpu" and precision == "bf16")
+    return precision if differs else "fp32"
 
 
 def mirror_axes(stage: Stage) -> tuple[int, ...]:

@@ -18,6 +18,17 @@ class ArchivedFile(Record):
     sha256: str
 
 
+class ArchivedModel(Record):
+    """One model of an archived ensemble, or the first stage of a cascade among them."""
+
+    folder: Name
+    """Its folder in the archive."""
+    dataset: Name
+    plan: Name
+    stage: Name
+    models: tuple[PredictingModel, ...]
+
+
 class Manifest(VersionedRecord):
     """Contents of manifest.json, the first file in the archive."""
 
@@ -27,6 +38,9 @@ class Manifest(VersionedRecord):
     plan: Name
     stage: Name
     models: tuple[PredictingModel, ...]
+    """Empty for an ensemble."""
+    members: tuple[ArchivedModel, ...] = ()
+    """Of an ensemble."""
     code_version: str
     created: str
     """UTC, ISO 8601, of the newest checkpoint: the same model gives the same archive."""

@@ -74,6 +74,21 @@ class PredictionsRecord(VersionedRecord):
         return LabelSet(names=self.labels, regions_class_order=self.regions_class_order, ignore=self.ignore)
 
 
+ENSEMBLE = "ensemble.json"
+"""File that makes a folder an ensemble, a model that consists of others."""
+
+
+class EnsembleRecord(VersionedRecord):
+    """Contents of ensemble.json: the models whose probabilities are averaged."""
+
+    format: Literal[1] = 1
+    dataset: Name
+    members: Annotated[tuple[Name, ...], Field(min_length=2)]
+    """Folders of models, in the folder of this record or, where it has none of that name, beside that folder."""
+    folds: tuple[Name, ...] = ()
+    """Folds of each; none: all that are there."""
+
+
 POSTPROCESSING = "postprocessing.json"
 """File of a rule in the folder of the model whose label maps it is applied to."""
 

@@ -186,14 +186,22 @@ class CandidateScore(Record):
 
 
 class Candidate(Record):
-    """A trained model whose folds were all validated."""
+    """A trained model whose folds were all validated, or an ensemble of two of them."""
 
     name: Name
-    """PLAN__STAGE, its folder in the results of the dataset."""
+    """PLAN__STAGE, its folder in the results of the dataset; of an ensemble PLAN__STAGE+PLAN__STAGE."""
+    members: tuple[Name, ...] = ()
+    """Of an ensemble, its models."""
     dsc: Interval
     """Mean over the cases of all folds of each case's mean over classes, undefined scores left out."""
     difference: Interval
-    """Mean over cases of its DSC minus the best candidate's, with its bootstrap confidence interval."""
+    """Mean over cases of its DSC minus the selected candidate's, with its bootstrap confidence interval."""
+    rule: PostprocessingRule | None = None
+    """What was learned for it; None: no step raised its scores, or nothing was learned."""
+    unprocessed_dsc: float | None = None
+    """If a rule was to be learned, the mean over classes of means over cases of its DSC without the rule."""
+    postprocessed_dsc: float | None = None
+    """The same with the rule."""
 
 
 class Selection(VersionedRecord):
@@ -203,21 +211,23 @@ class Selection(VersionedRecord):
     dataset: Name
     folds: tuple[str, ...]
     candidates: tuple[Candidate, ...]
-    """The best one first."""
+    """The selected one first, then by their mean DSC."""
     left_out: dict[str, str]
     """Model -> which of the folds it lacks."""
     scores: tuple[CandidateScore, ...]
     rule: PostprocessingRule | None
-    """What was learned for the best candidate; None: no step raised its scores, or nothing was learned."""
+    """What was learned for the selected candidate; None: no step raised its scores, or nothing was learned."""
     postprocessed_dsc: float | None = None
-    """Mean DSC of the best candidate with the rule, over classes of means over cases."""
+    """Mean DSC of the selected candidate with the rule, over classes of means over cases."""
     unprocessed_dsc: float | None = None
     """The same without the rule."""
+    ensemble_gain: Interval | None = None
+    """Mean over cases of the DSC of the best ensemble minus that of the best single model, each with its rule."""
     notes: tuple[str, ...] = ()
 
     @property
     def winner(self) -> str:
-        """Name of the best candidate."""
+        """Name of the selected candidate."""
         return self.candidates[0].name
 
     def to_dataframe(self) -> Any:

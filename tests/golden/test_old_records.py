@@ -18,7 +18,7 @@ from rfmedsam2.records.checkpoint import CheckpointRecord, TaskRecord, TrainedRe
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.plan import Plan
-from rfmedsam2.records.prediction import PostprocessingRule, PredictionsRecord
+from rfmedsam2.records.prediction import EnsembleRecord, PostprocessingRule, PredictionsRecord
 from rfmedsam2.records.report import Comparison, Evaluation, Selection
 from rfmedsam2.records.study import PromptStudy
 from rfmedsam2.records.verify import VerifyReport
@@ -69,6 +69,7 @@ INTRODUCED: dict[type[VersionedRecord], str] = {
     ViewsRecord: "0.2.0",
     PostprocessingRule: "0.2.0",
     Selection: "0.2.0",
+    EnsembleRecord: "0.2.0",
 }
 """Kinds of record that version 0.1 did not have, with the version whose format 1 is their first."""
 

@@ -16,10 +16,12 @@ from support.tiny_model import NAME, make_plan, write_model
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.prediction.predictor import Predictor
+from rfmedsam2.pipeline.selection import rules
 from rfmedsam2.pipeline.selection import select as verb
 from rfmedsam2.records.report import Evaluation, Selection
 
 GOOD, POOR, HALF = "rfmed__3d_fullres", "rfmed__2d", "other__3d_fullres"
+SINGLE = "--no-ensembles"
 FOLDS = {"0": ("a", "b", "c"), "1": ("d", "e", "f")}
 
 
@@ -80,7 +82,7 @@ def selection_of(root: Path) -> Selection:
 
 
 def test_models_are_ranked_on_all_folds_and_the_best_gets_a_rule(root) -> None:
-    done = run_ok("select", "-d", "Tiny", "--root", root)
+    done = run_ok("select", "-d", "Tiny", SINGLE, "--root", root)
     assert f"Best: {GOOD}" in done.out
     assert f"Left out: {HALF}, which was not validated on fold(s) 1" in done.out
     assert "Postprocessing: drop components of the foreground below 0.1 ml" in done.out
@@ -106,7 +108,7 @@ def test_models_are_ranked_on_all_folds_and_the_best_gets_a_rule(root) -> None:
 
 
 def test_the_table_is_the_same_in_pandas_as_csv_and_on_screen(root) -> None:
-    done = run_ok("select", "-d", "Tiny", "--root", root, "--json")
+    done = run_ok("select", "-d", "Tiny", SINGLE, "--root", root, "--json")
     found = Selection.from_json(done.out)
     assert found == selection_of(root)
     csv = pd.read_csv(root / "results" / NAME / "selection.csv", dtype={"fold": str})
@@ -115,15 +117,15 @@ def test_the_table_is_the_same_in_pandas_as_csv_and_on_screen(root) -> None:
     fold = csv[(csv.candidate == POOR) & (csv.fold == "1") & (csv.name == "spleen")]
     part = Evaluation.load(root / "results" / NAME / POOR / "fold_1" / "validation" / "metrics.json")
     assert fold.dsc.item() == pytest.approx(part.classes["spleen"]["dsc"].mean)
-    shown = run_ok("select", "-d", "Tiny", "--root", root).out
+    shown = run_ok("select", "-d", "Tiny", SINGLE, "--root", root).out
     assert f"{found.candidates[1].dsc.mean:.4f}" in shown
     assert "fold 0" in shown
 
 
 def test_folds_and_plans_can_be_chosen(root) -> None:
-    run_ok("select", "-d", "Tiny", "-f", "0", "--root", root)
+    run_ok("select", "-d", "Tiny", SINGLE, "-f", "0", "--root", root)
     assert {one.name for one in selection_of(root).candidates} == {GOOD, POOR, HALF}
-    run_ok("select", "-d", "Tiny", "-f", "0", "-p", "other", "--root", root)
+    run_ok("select", "-d", "Tiny", SINGLE, "-f", "0", "-p", "other", "--root", root)
     assert [one.name for one in selection_of(root).candidates] == [HALF]
     assert "No model was trained with this plan" in run_error("select", "-d", "Tiny", "-p", "none", "--root", root)
     assert "validated for none of the models" in run_error("select", "-d", "Tiny", "-f", "7", "--root", root)
@@ -131,17 +133,17 @@ def test_folds_and_plans_can_be_chosen(root) -> None:
 
 def test_a_rule_by_hand_stays_and_a_learned_one_is_replaced(root) -> None:
     place = root / "results" / NAME / GOOD / "postprocessing.json"
-    run_ok("select", "-d", "Tiny", "--root", root)
+    run_ok("select", "-d", "Tiny", SINGLE, "--root", root)
     learned = place.read_text()
     hand = json.loads(learned) | {"cases": 0, "steps": [{"action": "fill_holes"}]}
     place.write_text(json.dumps(hand))
-    assert "was written by hand and stays" in run_ok("select", "-d", "Tiny", "--root", root).out
+    assert "was written by hand and stays" in run_ok("select", "-d", "Tiny", SINGLE, "--root", root).out
     assert json.loads(place.read_text()) == hand
-    run_ok("select", "-d", "Tiny", "--root", root, "--overwrite")
+    run_ok("select", "-d", "Tiny", SINGLE, "--root", root, "--overwrite")
     assert place.read_text() == learned
     for path in (root / "results" / NAME / GOOD).glob("fold_*/validation/*.nii.gz"):
         shutil.copy(root / "raw" / NAME / "labelsTr" / path.name, path)
-    assert "no step raises the scores" in run_ok("select", "-d", "Tiny", "--root", root).out
+    assert "no step raises the scores" in run_ok("select", "-d", "Tiny", SINGLE, "--root", root).out
     assert not place.exists()
 
 
@@ -149,21 +151,21 @@ def test_an_interrupted_selection_leaves_nothing_and_is_done_again(root, monkeyp
     def killed(*args, **options):
         raise KeyboardInterrupt
 
-    before = json.loads(run_ok("select", "-d", "Tiny", "--root", root, "--json").out)
+    before = json.loads(run_ok("select", "-d", "Tiny", SINGLE, "--root", root, "--json").out)
     results = root / "results" / NAME
     for name in ("selection.json", "selection.csv", f"{GOOD}/postprocessing.json"):
         (results / name).unlink()
     with monkeypatch.context() as broken:
-        broken.setattr(verb, "learn_rule", killed)
+        broken.setattr(rules, "learn_rule", killed)
         with pytest.raises(KeyboardInterrupt):
-            verb.select(verb.Layout.under(root), NAME)
+            verb.select(verb.Layout.under(root), NAME, options=verb.SelectOptions(ensembles=False))
     assert not {"selection.json", "selection.csv", "selection"} & {path.name for path in results.iterdir()}
     assert not unfinished_files(root)
-    assert json.loads(run_ok("select", "-d", "Tiny", "--root", root, "--json").out) == before
+    assert json.loads(run_ok("select", "-d", "Tiny", SINGLE, "--root", root, "--json").out) == before
 
 
 def test_what_cannot_be_selected_from_is_a_sentence(root) -> None:
-    words = ("select", "-d", "Tiny", "--root", root)
+    words = ("select", "-d", "Tiny", SINGLE, "--root", root)
     results = root / "results" / NAME
     (results / GOOD / "fold_1" / "validation" / "e.nii.gz").unlink()
     sentence = run_error(*words)

@@ -10,13 +10,20 @@ import numpy as np
 from typing_extensions import Self
 
 from rfmedsam2.arguments import option
-from rfmedsam2.errors import CheckpointError, ImageError, UsageError, shortlist
+from rfmedsam2.errors import CheckpointError, ImageError, RecordError, UsageError, shortlist
+from rfmedsam2.pipeline.datasets.splits import read_splits
 from rfmedsam2.pipeline.prediction.box_prompts import label_map_on, label_maps_by_case
+from rfmedsam2.pipeline.prediction.checkpoints import FOLD, VALIDATED, folds_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.plan import Plan
+from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
 from rfmedsam2.store.case_files import Case, describe_contents
+from rfmedsam2.store.checkpoint_header import FINAL, read_record_of
 from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import digest_of
+from rfmedsam2.store.layout import Layout
+from rfmedsam2.system.atomic import read_record
 
 
 def first_stage_folder(checkpoint: Path, stage: str, previous: str) -> Path:
@@ -29,6 +36,13 @@ def first_stage_folder(checkpoint: Path, stage: str, previous: str) -> Path:
     """
     model = checkpoint.absolute().parent.parent
     return model.with_name(model.name.removesuffix(stage).removesuffix("__") + f"__{previous}")
+
+
+def first_stage_beside(checkpoint: Path, record: CheckpointRecord) -> Path | None:
+    """The first stage's model that lies beside the second's; None: it is no second stage, or there is nothing."""
+    previous = record.plan.stages[record.stage].previous_stage
+    folder = None if previous is None else first_stage_folder(checkpoint, record.stage, previous)
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def require_cascade(second: CheckpointRecord, first: CheckpointRecord, *, where: Path) -> None:
@@ -128,3 +142,59 @@ class FirstStageLabels:
     def digest(self, case: Case) -> bytes:
         """SHA-256 of the label map of a case."""
         return digest_of([self.files[case.id]])
+
+
+def predictions_of_others(layout: Layout, plan: Plan, stage: str, cases: Sequence[str]) -> dict[str, Path]:
+    """The label map of each case that a fold of a stage has predicted which was not trained on the case.
+
+    Raises:
+        UsageError: there is none for some cases; names the folds to train.
+    """
+    model = layout.model_folder(plan.dataset, plan.name, stage)
+    found: dict[str, Path] = {}
+    for fold in sorted(folds_of(model, (FINAL,)), key=lambda name: (not name.isdigit(), name)):
+        folder = model / f"{FOLD}{fold}"
+        known = read_record_of(folder / FINAL).cases
+        try:
+            predicted = read_record(folder / VALIDATED / PREDICTIONS, PredictionsRecord).cases
+        except RecordError:
+            continue  # it was not validated
+        learned = set() if known is None else set(known.train)
+        for case, entry in predicted.items():
+            if case not in learned and (path := folder / VALIDATED / entry.file).is_file():
+                found.setdefault(case, path)
+    missing = [case for case in cases if case not in found]
+    if not missing:
+        return {case: found[case] for case in cases}
+    splits = read_splits(layout.splits_file(plan.dataset))
+    folds = [str(number) for number, split in enumerate(splits) if set(split.val) & set(missing)]
+    raise UsageError(
+        f"The second stage of a cascade learns from predictions of the first, {stage}, by folds that were not trained "
+        f"on the case, and {len(missing)} case(s) have none",
+        where=model,
+        expected=f"fold(s) {', '.join(folds)}, trained and validated" if folds else "a validated fold for each case",
+        found=f"nothing of {shortlist(missing)}",
+        remedy=f"Run rfmed_train {plan.dataset} {stage} {folds[0] if folds else 'FOLD'} -p {plan.name}, so for each",
+    )
+
+
+def first_stage_labels(layout: Layout, checkpoint: Path, cases: Sequence[str]) -> FirstStageLabels | None:
+    """What the second stage of a cascade is validated with: labels of the first by folds that did not see the case.
+
+    Args:
+        layout: the folder layout.
+        checkpoint: a fold's checkpoint.
+        cases: ids of the cases.
+
+    Returns:
+        None: the model is no second stage.
+
+    Raises:
+        UsageError: there is none for some cases; names the folds to train.
+    """
+    record = read_record_of(checkpoint)
+    previous = record.plan.stages[record.stage].previous_stage
+    if previous is None:
+        return None
+    files = predictions_of_others(layout, record.plan, previous, cases)
+    return FirstStageLabels(files=files, labels=record.plan.labels)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.records.prediction import ENSEMBLE, EnsembleRecord
 from rfmedsam2.store.checkpoint_header import (
     BEST,
     CHECKPOINTS,
@@ -19,9 +20,14 @@ from rfmedsam2.store.checkpoint_header import (
     NNUNET_LATEST,
 )
 from rfmedsam2.store.layout import DATASET_FOLDER
+from rfmedsam2.system.atomic import read_record
 
 Which = Literal["final", "best", "latest"]
 FOLD = "fold_"
+ENSEMBLE_PLAN = "ensemble"
+"""What stands for the plan in the name of an ensemble's folder: ensemble__NAME."""
+VALIDATED = "validation"
+"""Folder of a fold with label maps and scores of its validation cases."""
 NAMES = {"final": (FINAL, LATEST), "best": (BEST,), "latest": (LATEST,)}
 NNUNET_NAMES = {"final": (NNUNET_FINAL, NNUNET_LATEST), "best": (NNUNET_BEST,), "latest": (NNUNET_LATEST,)}
 """Files that may be meant by a word, in order of preference; those of nnU-Net in its models."""
@@ -63,6 +69,27 @@ def find_models(results: Path, dataset: str | None = None) -> list[TrainedModel]
             if plan and stage and folds:
                 models.append(TrainedModel(dataset=home.name, plan=plan, stage=stage, folds=folds, folder=folder))
     return models
+
+
+def find_ensembles(results: Path, dataset: str | None = None) -> list[TrainedModel]:
+    """All ensembles below a results folder, as `find_models` does; their folds are those of their models.
+
+    Raises:
+        RecordError: an ensemble.json is damaged.
+    """
+    homes = sorted(results.iterdir()) if results.is_dir() else []
+    names = [home for home in homes if DATASET_FOLDER.fullmatch(home.name) and dataset in (None, home.name)]
+    files = [file for home in names for file in sorted(home.glob(f"{ENSEMBLE_PLAN}__*/{ENSEMBLE}"))]
+    return [
+        TrainedModel(
+            dataset=file.parent.parent.name,
+            plan=ENSEMBLE_PLAN,
+            stage=file.parent.name.removeprefix(f"{ENSEMBLE_PLAN}__"),
+            folds=read_record(file, EnsembleRecord).folds,
+            folder=file.parent,
+        )
+        for file in files
+    ]
 
 
 def folds_of(model_folder: Path, names: Sequence[str] = CHECKPOINTS) -> list[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rfmedsam2.errors import CheckpointError
+from rfmedsam2.records.base import renamed
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import ModelConfig, RFMedSam2Config
+from rfmedsam2.records.prediction import PostprocessingRule
 
 NEWER_FIELDS = (
     *("step0", "crossfit", "disturbance", "refinement_loss"),
@@ -27,6 +32,19 @@ def what_predicting_needs(record: CheckpointRecord) -> dict[str, object]:
     intensities = [i.model_dump(mode="json") for i in record.plan.intensities]
     mirror = list(record.plan.stages[record.stage].augmentation.mirror_axes)
     return {**plan, **stage, "intensities": intensities, "mirror_axes": mirror, "stage": record.stage}
+
+
+def digest_of_model(records: Sequence[CheckpointRecord], settings: Mapping[str, object]) -> str:
+    """SHA-256 of the weights of all folds, the relevant part of the plan, and the settings of prediction."""
+    # the key is that of plans of format 1: label maps that were predicted with those stay valid
+    needs = renamed(what_predicting_needs(records[0]), {"normalization": "normalisation"})
+    parts = [sorted(record.weights_sha256 for record in records), needs, dict(settings)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_ensemble(models: Sequence[str], rule: PostprocessingRule | None) -> str:
+    """SHA-256 of the digests of all models, in any order, and of the rule of their label maps."""
+    return hashlib.sha256(json.dumps([sorted(models), rule.digest if rule else None]).encode()).hexdigest()
 
 
 def _model_dump(model: ModelConfig) -> dict[str, object]:

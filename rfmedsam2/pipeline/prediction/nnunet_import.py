@@ -9,7 +9,7 @@ from pathlib import Path
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
 from rfmedsam2.pipeline.nnunet.models import read_fold, same_model
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, TrainedModel, folds_of, is_nnunet_model
-from rfmedsam2.pipeline.prediction.model_archive import IMPORTING, placed, require_dataset_name, require_place
+from rfmedsam2.pipeline.prediction.model_archive import IMPORTING, place, place_of, require_dataset_name, require_place
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.store.archive import unpack_nnunet_archive
 from rfmedsam2.store.checkpoint_header import BEST, FINAL, NNUNET_BEST, NNUNET_FINAL
@@ -60,12 +60,22 @@ def import_nnunet_models(
             raise left_out[0]
         for error in left_out:
             LOGGER.warning("Left out: %s", error)
-        places = [require_place(records[0], results=results, force=force) for _, records in models]
+        places = [place_of(records[0], results) for _, records in models]
+        for target in places:
+            require_place(target, force=force)
         if len(set(places)) < len(places):
             raise UsageError("Two models would have the same name", where=source, found=f"{sorted(places)[0].name}")
+        for (converted, _), target in zip(models, places, strict=True):
+            place(converted, target, force=force)
         return [
-            placed(converted, records[0], folds=[record.fold for record in records], results=results, force=force)
-            for converted, records in models
+            TrainedModel(
+                dataset=records[0].plan.dataset,
+                plan=records[0].plan.name,
+                stage=records[0].stage,
+                folds=tuple(sorted(record.fold for record in records)),
+                folder=target,
+            )
+            for (_, records), target in zip(models, places, strict=True)
         ]
 
 

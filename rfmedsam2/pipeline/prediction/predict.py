@@ -52,14 +52,20 @@ class PredictionSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Ready:
-    """A case that was read and preprocessed."""
+class ReadCase:
+    """What is recorded of a case that was read.
 
-    prepared: PreparedCase
+    Attributes:
+        header: header of its first image, whose geometry its label map gets.
+        input_sha256: digest of all that its label map is made from.
+        read_seconds: duration of reading.
+        doubts: reasons to doubt that it is of the kind that the model was trained on.
+    """
+
     header: ImageHeader
     input_sha256: str
     read_seconds: float
-    doubts: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
 
 
 def predict_files(
@@ -107,9 +113,10 @@ def predict_files(
     predictor.require_possible(boxes=boxes is not None, previous=previous is not None)
     outputs = Outputs(out, ending=predictor.plan.file_ending, overwrite=overwrite, continue_=continue_)
     with outputs.locked():
-        run = _Run(predictor, outputs, probabilities=probabilities, continue_=continue_, prompted=boxes is not None)
+        run = Run(predictor, outputs, probabilities=probabilities, continue_=continue_, prompted=boxes is not None)
         _check(cases, run)
-        if seen := trained_ids(predictor.records, [case.id for case in cases]):
+        records = [record for member in predictor.members for record in member.records]
+        if seen := trained_ids(records, [case.id for case in cases]):
             logger.warning(
                 "The model was trained on %d of these %d ids (%s). If they are the same cases, their scores do not "
                 "tell how well it segments new ones",
@@ -132,7 +139,7 @@ def predict_files(
     )
 
 
-def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track) -> tuple[list[Path], list[Path]]:
+def _predict_all(run: Run, cases: Sequence[Case], *, workers: int, track: Track) -> tuple[list[Path], list[Path]]:
     """Predict and write; returns the written and the kept label maps."""
     written: list[Path] = []
     kept: list[Path] = []
@@ -141,12 +148,13 @@ def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track
         pending: tuple[Case, Future[Path]] | None = None
         for case, ready in track(_ahead(cases, run.load, max(1, workers)), "predict", len(cases)):
             try:
-                item = ready.result()
-                if item is None:
+                loaded = ready.result()
+                if loaded is None:
                     kept.append(run.outputs.target(case))
                     continue
+                item, prepared = loaded
                 probabilities = run.outputs.probabilities(case) if run.probabilities else False
-                prediction = run.predictor.predict_prepared(item.prepared, probabilities=probabilities, track=track)
+                prediction = run.predictor.predict_prepared(prepared, probabilities=probabilities, track=track)
                 if pending is not None:
                     _collect(*pending, written, faults)
                 pending = case, writer.submit(run.write, case, item, prediction)
@@ -165,7 +173,7 @@ def _predict_all(run: _Run, cases: Sequence[Case], *, workers: int, track: Track
     return written, kept
 
 
-class _Run:
+class Run:
     """One run: the model, where its label maps go, and the record of how they were made."""
 
     def __init__(
@@ -183,7 +191,7 @@ class _Run:
         self.corrected: set[str] = set()
         """Cases whose label map of somebody else is kept."""
 
-    def load(self, case: Case) -> _Ready | None:
+    def load(self, case: Case) -> tuple[ReadCase, PreparedCase] | None:
         """Read and preprocess a case; None if its label map is kept."""
         started = time.perf_counter()
         if self.outputs.is_corrected(case):
@@ -193,7 +201,7 @@ class _Run:
             _check_header(image)  # hashing and reading a large file take minutes
         also = b"".join(source.digest(case) for source in (self.boxes, self.previous) if source is not None)
         digest = digest_of(case.images, also=also).hex()
-        if self.continue_ and self._is_reusable(case, digest):
+        if self.continue_ and self.is_reusable(case, digest):
             return None
         volume, header = read_case(case, channels=len(self.predictor.plan.channels))
         seconds = time.perf_counter() - started
@@ -203,9 +211,9 @@ class _Run:
         doubts = doubts_about(volume, self.predictor.plan, paths=case.images)
         for doubt in doubts:
             logger.warning("%s: %s", case.id, doubt)
-        return _Ready(prepared=prepared, header=header, input_sha256=digest, read_seconds=seconds, doubts=doubts)
+        return ReadCase(header=header, input_sha256=digest, read_seconds=seconds, doubts=doubts), prepared
 
-    def write(self, case: Case, item: _Ready, prediction: Prediction) -> Path:
+    def write(self, case: Case, item: ReadCase, prediction: Prediction) -> Path:
         """Write the label map, then its entry, so that entries only refer to finished files."""
         started = time.perf_counter()
         target = self.outputs.target(case)
@@ -229,11 +237,11 @@ class _Run:
         return target
 
     def _record(self) -> PredictionsRecord:
-        plan = self.predictor.plan
+        plan, (plan_name, stage) = self.predictor.plan, self.predictor.name
         return PredictionsRecord(
             dataset=plan.dataset,
-            plan=plan.name,
-            stage=self.predictor.stage,
+            plan=plan_name,
+            stage=stage,
             labels=dict(plan.labels.names),
             regions_class_order=plan.labels.regions_class_order,
             ignore=plan.labels.ignore,
@@ -244,7 +252,8 @@ class _Run:
             cases=dict(sorted(self.known.items())),
         )
 
-    def _is_reusable(self, case: Case, digest: str) -> bool:
+    def is_reusable(self, case: Case, digest: str) -> bool:
+        """Whether the label map of a case is there, whole, and made from the same input by the same model."""
         entry, target = self.outputs.known.get(case.id), self.outputs.target(case)
         if entry is None or (entry.file, entry.made_by, entry.input_sha256) != (target.name, self.made_by, digest):
             return False
@@ -263,11 +272,11 @@ class _Run:
 
 
 def _ahead(
-    cases: Sequence[Case], load: Callable[[Case], _Ready | None], count: int
-) -> Iterator[tuple[Case, Future[_Ready | None]]]:
+    cases: Sequence[Case], load: Callable[[Case], tuple[ReadCase, PreparedCase] | None], count: int
+) -> Iterator[tuple[Case, Future[tuple[ReadCase, PreparedCase] | None]]]:
     """Iterate over cases with their pending results; loads at most `count` cases ahead."""
     with ThreadPoolExecutor(count, thread_name_prefix="read") as pool:
-        waiting: deque[tuple[Case, Future[_Ready | None]]] = deque()
+        waiting: deque[tuple[Case, Future[tuple[ReadCase, PreparedCase] | None]]] = deque()
         try:
             for case in cases:
                 waiting.append((case, pool.submit(load, case)))
@@ -279,7 +288,7 @@ def _ahead(
             pool.shutdown(cancel_futures=True)
 
 
-def _check(cases: Sequence[Case], run: _Run) -> None:
+def _check(cases: Sequence[Case], run: Run) -> None:
     if not cases:
         raise UsageError("There are no cases to predict", remedy="Check the input folder and the file endings in it")
     ids = Counter(case.id for case in cases)

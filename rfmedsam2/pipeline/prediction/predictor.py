@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -21,29 +21,26 @@ from rfmedsam2.arguments import option, path_of
 from rfmedsam2.errors import UsageError, require_type, type_name
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.refinement import require_possible
-from rfmedsam2.inference.sliding_window import Precision
-from rfmedsam2.inference.volume import PredictOptions, PreparedCase, predict_prepared, preprocess_case
-from rfmedsam2.models import build_without_weights, load_network
-from rfmedsam2.pipeline.nnunet.models import read_fold
+from rfmedsam2.inference.volume import PredictOptions, PreparedCase, precision_on, predict_prepared, preprocess_case
 from rfmedsam2.pipeline.prediction.cascade import (
     FirstStageLabels,
-    first_stage_folder,
+    first_stage_beside,
     no_first_stage,
     require_cascade,
     require_label_map,
 )
-from rfmedsam2.pipeline.prediction.checkpoints import Which, checkpoints_of
-from rfmedsam2.pipeline.prediction.identity import require_same_model, what_predicting_needs
+from rfmedsam2.pipeline.prediction.checkpoints import ENSEMBLE_PLAN, Which, checkpoints_of
+from rfmedsam2.pipeline.prediction.ensembles import ensemble_name, members_of, predict_mean, require_averageable
+from rfmedsam2.pipeline.prediction.identity import digest_of_ensemble, digest_of_model
 from rfmedsam2.pipeline.prediction.inputs import BoxInput, ImageInput, as_boxes, as_volume, paths_of, straightened
+from rfmedsam2.pipeline.prediction.model_archive import unpacked_model
+from rfmedsam2.pipeline.prediction.networks import networks_of
 from rfmedsam2.pipeline.prediction.plausibility import doubts_about
 from rfmedsam2.pipeline.prediction.postprocessing import postprocessed, rule_of_model
-from rfmedsam2.records.base import renamed
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PostprocessingRule, PredictingModel
-from rfmedsam2.store.checkpoint_header import NNUNET_CHECKPOINTS
-from rfmedsam2.store.checkpoints import weights_sha256
 from rfmedsam2.store.images import require_label_ending
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.progress import Track, silent
@@ -70,6 +67,7 @@ class Predictor:
         rule: postprocessing of every label map; None: there is none.
         previous: for the second stage of a cascade, the first, or its label maps, which `predict_files` reads; None:
             there is none.
+        others: further models of an ensemble, whose probabilities are averaged with those of this one.
     """
 
     networks: tuple[nn.Module, ...]
@@ -78,6 +76,7 @@ class Predictor:
     options: PredictOptions
     rule: PostprocessingRule | None = None
     previous: Predictor | FirstStageLabels | Path | None = None
+    others: tuple[Predictor, ...] = ()
 
     @classmethod
     def load(
@@ -94,8 +93,8 @@ class Predictor:
         """Load a model, and with the second stage of a cascade all folds of the first, whose model lies beside it.
 
         Args:
-            source: a model folder (results/DATASET/PLAN__STAGE, or one that nnU-Net trained), a checkpoint file, or
-                several files to average.
+            source: a model folder (results/DATASET/PLAN__STAGE, or one that nnU-Net trained), a model archive, a
+                checkpoint file, several files of one model to average, or several models, of which an ensemble is made.
             folds: folds of a model folder; None: all found (see `checkpoints.checkpoints_of`).
             checkpoint: for a model folder: final (latest if training has not ended), best or latest.
             device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
@@ -104,30 +103,50 @@ class Predictor:
             previous: label maps of a cascade's first stage, or their folder, in place of its model.
 
         Raises:
-            UsageError: the model, a fold or the device does not exist, or the rule is of another dataset.
-            CheckpointError: a checkpoint is damaged, or of another plan than the first.
-            RecordError: the rule is damaged.
+            UsageError: the model, a fold or the device does not exist, or the rule is of another dataset; models have
+                different labels or channels.
+            CheckpointError: an archive or a checkpoint is damaged, or of another plan than the first.
+            RecordError: the rule, or the record of an ensemble, is damaged.
         """
         files = [source] if isinstance(source, (str, Path)) else source
         if not isinstance(files, Sequence) or not all(isinstance(path, (str, Path)) for path in files):
             raise UsageError("This is not a model", expected="a model folder or checkpoints", found=type_name(source))
         if options is not None:
             require_type(options, PredictOptions, "options", remedy=OPTIONS)
-        paths = [Path(path) for path in files]
-        folder = paths[0] if isinstance(source, (str, Path)) and not paths[0].is_file() else None
+        with ExitStack() as unpacked:
+            paths = [unpacked.enter_context(unpacked_model(Path(path))) for path in files]
+            load = partial(cls._load_one, checkpoint=checkpoint, device=device, options=options)
+            if (members := members_of(paths)) is None:
+                return load(paths, folds=folds, postprocessing=postprocessing, previous=previous)
+            if previous is not None:
+                raise UsageError("An ensemble takes no label maps of a first stage: it predicts them itself")
+            wanted = members.folds if folds is None else folds
+            models = [load([folder], folds=wanted, postprocessing=False) for folder in members.folders]
+            home = members.home if postprocessing else None
+            return cls.averaging(models, None if home is None else rule_of_model(home, models[0].plan.labels))
+
+    @classmethod
+    def _load_one(
+        cls,
+        paths: Sequence[Path],
+        *,
+        folds: Sequence[str | int] | str | int | None,
+        checkpoint: Which,
+        device: str | torch.device,
+        options: PredictOptions | None,
+        postprocessing: bool,
+        previous: FirstStageLabels | str | Path | None = None,
+    ) -> Self:
+        """A model from its folder, or from checkpoints of its folds."""
+        folder = paths[0] if len(paths) == 1 and not paths[0].is_file() else None
         if folder is not None:
             paths = checkpoints_of(folder, folds=folds, checkpoint=checkpoint)
         if not paths:
             raise UsageError("No checkpoint was given", expected="at least one file")
-        place = choose_device(device)
-        loaded = [_loaded(path, place) for path in paths]
-        records = tuple(record for record, _ in loaded)
-        for path, record in zip(paths[1:], records[1:], strict=True):
-            require_same_model(records[0], record, where=path)
-        networks = tuple(network for _, network in loaded)
-        options = options or PredictOptions()
+        place, options = choose_device(device), options or PredictOptions()
+        records, networks = networks_of(paths, place)
         first = path_of(previous, "previous") if isinstance(previous, str | Path) else previous
-        if first is None and (beside := _first_stage(paths[0], records[0])) is not None and beside.is_dir():
+        if first is None and (beside := first_stage_beside(paths[0], records[0])) is not None:
             first = Predictor.load(beside, device=place, options=options, postprocessing=False)
             require_cascade(records[0], first.records[0], where=beside)
         return cls(
@@ -139,9 +158,33 @@ class Predictor:
             previous=first,
         )
 
+    @classmethod
+    def averaging(cls, models: Sequence[Self], rule: PostprocessingRule | None = None) -> Self:
+        """An ensemble of models in memory, on one device, without rules of their own.
+
+        Raises:
+            UsageError: they have different labels or channels.
+        """
+        first = models[0]
+        for other in models[1:]:
+            require_averageable(first.records[0], other.records[0], where=other.checkpoints[0].parent.parent)
+        return replace(first, rule=rule, others=tuple(replace(other, rule=None) for other in models[1:]))
+
     def __repr__(self) -> str:
         folds = ", ".join(record.fold for record in self.records)
-        return f"Predictor({self.plan.dataset}, {self.plan.name}, {self.stage}, folds {folds}, {self.device})"
+        return f"Predictor({self.plan.dataset}, {', '.join(self.name)}, folds {folds}, {self.device})"
+
+    @property
+    def members(self) -> tuple[Predictor, ...]:
+        """The models whose probabilities are averaged; of one model only itself."""
+        return (replace(self, others=(), rule=None), *self.others) if self.others else (self,)
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """Names of plan and stage; of an ensemble "ensemble", and the names of its models."""
+        if self.others:
+            return ENSEMBLE_PLAN, ensemble_name([member.records[0] for member in self.members])
+        return self.plan.name, self.stage
 
     @property
     def device(self) -> torch.device:
@@ -165,12 +208,13 @@ class Predictor:
 
     @property
     def models(self) -> tuple[PredictingModel, ...]:
-        """The identity of every fold."""
+        """The identity of every fold, of all models of an ensemble."""
         return tuple(
             PredictingModel(
                 fold=record.fold, step=record.step, weights_sha256=record.weights_sha256, checkpoint=path.name
             )
-            for path, record in zip(self.checkpoints, self.records, strict=True)
+            for member in self.members
+            for path, record in zip(member.checkpoints, member.records, strict=True)
         )
 
     def settings(self, *, boxes: bool = False) -> dict[str, float | int | bool | str]:
@@ -195,10 +239,9 @@ class Predictor:
 
     def made_by(self, *, boxes: bool = False) -> str:
         """SHA-256 of the weights of all folds, the relevant part of the plan, and `settings`."""
-        # the key is that of plans of format 1: label maps that were predicted with those stay valid
-        needs = renamed(what_predicting_needs(self.records[0]), {"normalization": "normalisation"})
-        parts = [sorted(r.weights_sha256 for r in self.records), needs]
-        return hashlib.sha256(json.dumps([*parts, self.settings(boxes=boxes)], sort_keys=True).encode()).hexdigest()
+        if self.others:
+            return digest_of_ensemble([member.made_by() for member in self.members], self.rule)
+        return digest_of_model(self.records, self.settings(boxes=boxes))
 
     def using(self, options: PredictOptions) -> Predictor:
         """A predictor with the same weights and other options.
@@ -208,7 +251,8 @@ class Predictor:
         """
         require_type(options, PredictOptions, "options", remedy=OPTIONS)
         previous = self.previous.using(options) if isinstance(self.previous, Predictor) else self.previous
-        return replace(self, options=options, previous=previous)
+        others = tuple(other.using(options) for other in self.others)
+        return replace(self, options=options, previous=previous, others=others)
 
     def require_possible(self, *, boxes: bool, previous: bool = False) -> None:
         """Check that the model supports the options, and accepts or has the boxes and a first stage's label maps.
@@ -217,6 +261,10 @@ class Predictor:
             UsageError: `options.step` is not produced by this model, boxes or labels of a first stage are missing or
                 not accepted.
         """
+        for other in self.others:
+            other.require_possible(boxes=boxes)
+        if boxes and self.others:
+            raise UsageError("An ensemble takes no boxes", remedy="Predict with one of its models")
         require_possible(self.config.model, step=self.options.step, boxes=boxes)
         first = self.config.previous_stage
         if first is not None and not previous and not isinstance(self.previous, Predictor):
@@ -273,6 +321,8 @@ class Predictor:
     ) -> PreparedCase:
         """First half of a prediction, everything before the network; see `inference.volume.preprocess_case`."""
         require_type(volume, Volume, "volume", remedy="Make one with Volume.from_numpy, or call the predictor itself")
+        if self.others:
+            return replace(self.members[0].prepare(volume), waiting=volume)
         if isinstance(self.previous, Predictor) and previous is None:
             return replace(self.previous.prepare(volume), waiting=volume)
         if previous is not None:
@@ -285,6 +335,9 @@ class Predictor:
     ) -> Prediction:
         """Second half of a prediction, then the rule; see `inference.volume.predict_prepared`."""
         require_type(prepared_case, PreparedCase, "prepared_case", remedy="Make one with predictor.prepare(volume)")
+        if self.others:
+            prediction = predict_mean(self.members, prepared_case, probabilities=probabilities, track=track)
+            return prediction if self.rule is None else postprocessed(prediction, self.rule)
         if isinstance(self.previous, Predictor) and (volume := prepared_case.waiting) is not None:
             first = self.previous.predict_prepared(replace(prepared_case, waiting=None), track=track)
             prepared_case = self.prepare(volume, previous=first.labels)
@@ -350,25 +403,3 @@ class Predictor:
         if out is not None:
             prediction.save(out)
         return prediction.labels
-
-
-def precision_on(device: torch.device, precision: Precision) -> str:
-    """The precision asked for, as far as it makes a difference on this device."""
-    differs = device.type == "cuda" or (device.type == "cpu" and precision == "bf16")
-    return precision if differs else "fp32"
-
-
-def _loaded(path: Path, device: torch.device) -> tuple[CheckpointRecord, nn.Module]:
-    """A checkpoint's record and network, in evaluation mode on `device`."""
-    if path.name not in NNUNET_CHECKPOINTS:
-        return load_network(path, device=device)
-    record, weights = read_fold(path)
-    network = build_without_weights(record.plan, record.plan.stages[record.stage])
-    network.load_state_dict(weights, assign=True)
-    record = record.model_copy(update={"weights_sha256": weights_sha256(weights)})
-    return record, network.eval().to(device)
-
-
-def _first_stage(checkpoint: Path, record: CheckpointRecord) -> Path | None:
-    previous = record.plan.stages[record.stage].previous_stage
-    return None if previous is None else first_stage_folder(checkpoint, record.stage, previous)

@@ -10,35 +10,34 @@ from pathlib import Path
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import UsageError, shortlist
 from rfmedsam2.pipeline.evaluation.bootstrap import summarize
-from rfmedsam2.pipeline.prediction.checkpoints import FOLD, TrainedModel, find_models
+from rfmedsam2.pipeline.prediction.checkpoints import FOLD, VALIDATED, TrainedModel, find_models
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import read_record
 
-VALIDATION = "validation"
-"""Folder of a fold with the label maps and scores of its validation cases."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidatedModel:
-    """A trained model with the evaluation of every fold that was validated.
+    """A trained model with the evaluation of every fold that was validated, or an ensemble of such models.
 
     Attributes:
         model: the model.
         folds: name of a fold -> scores of its validation cases.
+        members: of an ensemble, its models.
     """
 
     model: TrainedModel
     folds: dict[str, Evaluation]
+    members: tuple[ValidatedModel, ...] = ()
 
     @property
     def name(self) -> str:
-        """PLAN__STAGE."""
+        """PLAN__STAGE, joined by "+" for an ensemble."""
         return self.model.folder.name
 
     def validation(self, fold: str) -> Path:
         """Folder of a fold's label maps and metrics.json."""
-        return self.model.folder / f"{FOLD}{fold}" / VALIDATION
+        return self.model.folder / f"{FOLD}{fold}" / VALIDATED
 
     def pooled(self, folds: Sequence[str]) -> Evaluation:
         """One evaluation of the validation cases of all folds.
@@ -53,7 +52,7 @@ class ValidatedModel:
             raise UsageError(
                 "The folds were scored by different rules or for different classes",
                 where=self.model.folder,
-                remedy=f"Score them again with rfmed_evaluate into {FOLD}X/{VALIDATION}",
+                remedy=f"Score them again with rfmed_evaluate into {FOLD}X/{VALIDATED}",
             )
         cases = sorted((case for part in parts for case in part.cases), key=lambda case: case.id)
         ids = [case.id for case in cases]
@@ -117,7 +116,7 @@ def chosen_folds(models: Iterable[ValidatedModel], wanted: Sequence[str] = ()) -
     if not folds:
         raise UsageError(
             "No fold has been validated",
-            expected=f"{VALIDATION}/metrics.json in the folders of folds",
+            expected=f"{VALIDATED}/metrics.json in the folders of folds",
             found=f"{len(models)} model(s) without any",
             remedy="Run rfmed_train again, which validates a finished training",
         )
@@ -125,7 +124,7 @@ def chosen_folds(models: Iterable[ValidatedModel], wanted: Sequence[str] = ()) -
 
 
 def _validated(model: TrainedModel) -> ValidatedModel:
-    files = {fold: model.folder / f"{FOLD}{fold}" / VALIDATION / "metrics.json" for fold in model.folds}
+    files = {fold: model.folder / f"{FOLD}{fold}" / VALIDATED / "metrics.json" for fold in model.folds}
     return ValidatedModel(
         model=model, folds={fold: read_record(file, Evaluation) for fold, file in files.items() if file.is_file()}
     )

@@ -44,11 +44,19 @@ class ValidationCase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
-    """A rule, and the mean DSC of every class over the cases without and with it; NaN: undefined in all cases."""
+    """A rule, and the mean DSC of every class over the cases without and with it; NaN: undefined in all cases.
+
+    Attributes:
+        rule: the rule.
+        before: class -> mean DSC without it.
+        after: class -> mean DSC with it.
+        scores: case -> DSC of every class with it.
+    """
 
     rule: PostprocessingRule
     before: dict[str, float]
     after: dict[str, float]
+    scores: dict[str, tuple[float, ...]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,6 +133,7 @@ def learn_rule(
         rule=rule,
         before=dict(zip(names, before.tolist(), strict=True)),
         after=dict(zip(names, after.tolist(), strict=True)),
+        scores={case.id: tuple(row.tolist()) for case, row in zip(packed, scores, strict=True)},
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import ImageError
 from rfmedsam2.inference.box_prompts import planned_label
-from rfmedsam2.pipeline.training.validation import predictions_of_others
+from rfmedsam2.pipeline.prediction.cascade import predictions_of_others
 from rfmedsam2.records.case import CaseRecord
 from rfmedsam2.records.plan import Plan, Split, Stage
 from rfmedsam2.store.images import digest_of, read_label

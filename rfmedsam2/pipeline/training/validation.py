@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from rfmedsam2.errors import CheckpointError, RecordError, UsageError, require_type, shortlist
-from rfmedsam2.pipeline.datasets.splits import get_split, read_splits
+from rfmedsam2.errors import CheckpointError, require_type, shortlist
+from rfmedsam2.pipeline.datasets.splits import get_split
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
-from rfmedsam2.pipeline.prediction.cascade import FirstStageLabels
-from rfmedsam2.pipeline.prediction.checkpoints import FOLD, folds_of
+from rfmedsam2.pipeline.prediction.cascade import first_stage_labels
+from rfmedsam2.pipeline.prediction.checkpoints import VALIDATED
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Split
-from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.checkpoint_header import BEST, FINAL, read_record_of
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.raw import open_dataset
-from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.system.progress_bars import progress_bars
 
 logger = logging.getLogger(__name__)
 Which = Literal["final", "best"]
 CHECKPOINT = {"final": FINAL, "best": BEST}
-VALIDATION = {"final": "validation", "best": "validation_best"}
+VALIDATION = {"final": VALIDATED, "best": f"{VALIDATED}_best"}
 """Folders of the predictions and scores of each checkpoint."""
 
 
@@ -111,7 +108,7 @@ def validate_fold(
     wanted = set(split.val)
     inputs = [case for case in open_dataset(raw).training if case.id in wanted]
     path = folder / CHECKPOINT[checkpoint]
-    previous = _first_stage(layout, path, [case.id for case in inputs])
+    previous = first_stage_labels(layout, path, [case.id for case in inputs])
     predictor = Predictor.load([path], device=device, previous=previous)
     out = folder / VALIDATION[checkpoint]
     labels = {case.id: case.label for case in inputs}
@@ -132,46 +129,3 @@ def validate_fold(
     scores = scores.model_copy(update={"trained_on": tuple(sorted(wanted & set(split.train)))})
     write_evaluation(out, scores)
     return scores
-
-
-def predictions_of_others(layout: Layout, plan: Plan, stage: str, cases: Sequence[str]) -> dict[str, Path]:
-    """The label map of each case that a fold of a stage has predicted which was not trained on the case.
-
-    Raises:
-        UsageError: there is none for some cases; names the folds to train.
-    """
-    model = layout.model_folder(plan.dataset, plan.name, stage)
-    found: dict[str, Path] = {}
-    for fold in sorted(folds_of(model, (FINAL,)), key=lambda name: (not name.isdigit(), name)):
-        folder = model / f"{FOLD}{fold}"
-        known = read_record_of(folder / FINAL).cases
-        try:
-            predicted = read_record(folder / VALIDATION["final"] / PREDICTIONS, PredictionsRecord).cases
-        except RecordError:
-            continue  # it was not validated
-        learned = set() if known is None else set(known.train)
-        for case, entry in predicted.items():
-            if case not in learned and (path := folder / VALIDATION["final"] / entry.file).is_file():
-                found.setdefault(case, path)
-    missing = [case for case in cases if case not in found]
-    if not missing:
-        return {case: found[case] for case in cases}
-    splits = read_splits(layout.splits_file(plan.dataset))
-    folds = [str(number) for number, split in enumerate(splits) if set(split.val) & set(missing)]
-    raise UsageError(
-        f"The second stage of a cascade learns from predictions of the first, {stage}, by folds that were not trained "
-        f"on the case, and {len(missing)} case(s) have none",
-        where=model,
-        expected=f"fold(s) {', '.join(folds)}, trained and validated" if folds else "a validated fold for each case",
-        found=f"nothing of {shortlist(missing)}",
-        remedy=f"Run rfmed_train {plan.dataset} {stage} {folds[0] if folds else 'FOLD'} -p {plan.name}, so for each",
-    )
-
-
-def _first_stage(layout: Layout, checkpoint: Path, cases: Sequence[str]) -> FirstStageLabels | None:
-    record = read_record_of(checkpoint)
-    previous = record.plan.stages[record.stage].previous_stage
-    if previous is None:
-        return None
-    files = predictions_of_others(layout, record.plan, previous, cases)
-    return FirstStageLabels(files=files, labels=record.plan.labels)

@@ -8,7 +8,7 @@ import torch
 
 from rfmedsam2.errors import PlanError
 from rfmedsam2.geometry import Grid
-from rfmedsam2.inference.export import _Painter, _table, _taps, _targets, labels_from_slabs
+from rfmedsam2.inference.export import _Painter, _taps, _targets, label_table, labels_from_slabs
 from rfmedsam2.inference.probabilities import ProbabilityMap
 from rfmedsam2.inference.sliding_window import Slab
 from rfmedsam2.records.dataset import LabelSet
@@ -149,7 +149,7 @@ def test_the_device_path_gives_what_the_kernels_give(regions) -> None:
     logits = torch.from_numpy(random_logits(3, 8, 30, 35))
     how = restore((13, 41, 22), (8, 30, 35))
     taps = _taps(how, Resampling())
-    painter = _Painter(_table(labels), taps[1:], regions=regions)
+    painter = _Painter(label_table(labels), taps[1:], regions=regions)
     groups = _targets([Slab(start=0, logits=logits)], taps[0], how.shape_planned, 3)
     for target in next(groups):
         np.testing.assert_array_equal(painter(target), painter._on_device(target))

@@ -1,0 +1,210 @@
+"""Validation of all pairs of models: the mean of both networks of a fold on its validation cases.
+
+Each model predicts a case once, into a temporary file of probabilities; every pair averages two of these block by block
+and writes a label map. So n models cost n predictions of a case, and no probabilities stay on the disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from rfmedsam2.errors import RfMedSamError
+from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
+from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
+from rfmedsam2.pipeline.prediction.cascade import FirstStageLabels, first_stage_labels
+from rfmedsam2.pipeline.prediction.checkpoints import ENSEMBLE_PLAN, FOLD, VALIDATED, TrainedModel, checkpoints_of
+from rfmedsam2.pipeline.prediction.ensembles import BETWEEN, mean_prediction, temporary_maps
+from rfmedsam2.pipeline.prediction.outputs import Outputs
+from rfmedsam2.pipeline.prediction.predict import ReadCase, Run
+from rfmedsam2.pipeline.prediction.predictor import Predictor
+from rfmedsam2.pipeline.selection.cross_validation import ValidatedModel
+from rfmedsam2.records.model import RFMedSam2Config
+from rfmedsam2.records.report import Evaluation
+from rfmedsam2.store.case_files import Case
+from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.images import digest_of
+from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.raw import open_dataset, read_case
+from rfmedsam2.system.atomic import read_record
+from rfmedsam2.system.file_names import is_file_name
+from rfmedsam2.system.progress import Track, silent
+
+METRICS = "metrics.json"
+ENSEMBLES = "ensembles"
+"""Folder in a dataset's results with the label maps and scores of all pairs."""
+
+
+Pair = tuple[ValidatedModel, ValidatedModel]
+
+
+def pairs_of(models: Sequence[ValidatedModel]) -> list[Pair]:
+    """All pairs of models that can be averaged; one that only follows given boxes cannot."""
+    fit = [model for model in models if not _follows_boxes(model)]
+    return [pair for pair in itertools.combinations(fit, 2) if is_file_name(_name(pair))]
+
+
+def validate_pairs(
+    layout: Layout,
+    pairs: Sequence[Pair],
+    folds: Sequence[str],
+    *,
+    device: str = "auto",
+    workers: int = 1,
+    track: Track = silent,
+) -> list[ValidatedModel]:
+    """Predict and score the mean of each pair on the validation cases of both; finished cases are kept.
+
+    Args:
+        layout: the folder layout.
+        pairs: pairs of models of one dataset (see `pairs_of`).
+        folds: names of the folds, which all of them have validated.
+        device: auto, cpu, cuda, cuda:1, mps.
+        workers: number of cases scored in parallel.
+        track: progress display over cases, and over the tiles of each.
+
+    Raises:
+        UsageError: models have different labels or channels, or another run validates the same pairs.
+        RfMedSamError: a case cannot be read or predicted; what was predicted before is kept.
+        StoreError: there is too little room for the probabilities of one case.
+    """
+    found: list[dict[str, Evaluation]] = [{} for _ in pairs]
+    for fold in folds:
+        for scores, scored in zip(found, _validate_fold(layout, pairs, fold, device, workers, track), strict=True):
+            scores[fold] = scored
+    return [
+        ValidatedModel(model=_as_model(pair, layout, folds), folds=scores, members=pair)
+        for pair, scores in zip(pairs, found, strict=True)
+    ]
+
+
+def _follows_boxes(model: ValidatedModel) -> bool:
+    record = read_record_of(checkpoints_of(model.model.folder)[0])
+    network = record.plan.stages[record.stage].model
+    return isinstance(network, RFMedSam2Config) and network.generator == "gt"
+
+
+def _name(pair: Pair) -> str:
+    return BETWEEN.join(model.name for model in pair)
+
+
+def _as_model(pair: Pair, layout: Layout, folds: Sequence[str]) -> TrainedModel:
+    name, dataset = _name(pair), pair[0].model.dataset
+    folder = layout.results / dataset / ENSEMBLES / name
+    return TrainedModel(dataset=dataset, plan=ENSEMBLE_PLAN, stage=name, folds=tuple(folds), folder=folder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Network:
+    """A model's network of one fold, and the labels of the first stage if it is the second of a cascade."""
+
+    predictor: Predictor
+    previous: FirstStageLabels | None
+
+    @classmethod
+    def load(cls, layout: Layout, model: ValidatedModel, fold: str, device: str) -> _Network:
+        (path,) = checkpoints_of(model.model.folder, folds=[fold])
+        previous = first_stage_labels(layout, path, [case.id for case in model.folds[fold].cases])
+        return cls(predictor=Predictor.load([path], device=device, previous=previous), previous=previous)
+
+
+def _validate_fold(
+    layout: Layout,
+    pairs: Sequence[Pair],
+    fold: str,
+    device: str,
+    workers: int,
+    track: Track,
+) -> list[Evaluation]:
+    """Scores of all pairs in one fold."""
+    models = {model.name: model for pair in pairs for model in pair}
+    networks = {name: _Network.load(layout, model, fold, device) for name, model in models.items()}
+    training = open_dataset(layout.raw / pairs[0][0].model.dataset).training
+    with ExitStack() as stack:
+        runs: list[_PairRun] = []
+        for pair in pairs:
+            mean = Predictor.averaging([networks[model.name].predictor for model in pair])
+            folder = _as_model(pair, layout, [fold]).folder / f"{FOLD}{fold}" / VALIDATED
+            outputs = Outputs(folder, ending=mean.plan.file_ending, overwrite=True, continue_=True)
+            stack.enter_context(outputs.locked())
+            run = Run(mean, outputs, probabilities=False, continue_=True, prompted=False)
+            scored = [model.folds[fold] for model in pair]
+            common = {case.id for case in scored[0].cases} & {case.id for case in scored[1].cases}
+            trained = common & {id for evaluation in scored for id in evaluation.trained_on}
+            runs.append(_PairRun(names=(pair[0].name, pair[1].name), run=run, cases=common, trained_on=trained))
+        cases = [case for case in training if any(case.id in run.cases for run in runs)]
+        for case in track(cases, f"ensembles of fold {fold}", len(cases)):
+            _predict(case, networks, [run for run in runs if case.id in run.cases], track)
+        return [_scores(run, training, workers) for run in runs]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PairRun:
+    """What a pair predicts in a fold: the cases that both models have validated, and those that one was trained on."""
+
+    names: tuple[str, str]
+    run: Run
+    cases: set[str]
+    trained_on: set[str]
+
+
+def _predict(case: Case, networks: Mapping[str, _Network], pairs: Sequence[_PairRun], track: Track) -> None:
+    """Predict a case for all pairs that lack it."""
+    started = time.perf_counter()
+    also = b"".join(n.previous.digest(case) for n in networks.values() if n.previous is not None)
+    digest = digest_of(case.images, also=also).hex()
+    pairs = [pair for pair in pairs if not pair.run.is_reusable(case, digest)]
+    if not pairs:
+        return
+    try:
+        channels = len(pairs[0].run.predictor.plan.channels)
+        volume, header = read_case(case, channels=channels)
+        item = ReadCase(header=header, input_sha256=digest, read_seconds=time.perf_counter() - started)
+        with temporary_maps() as folder:
+            files: dict[str, Path] = {}
+            seconds: dict[str, Counter[str]] = {}
+            for name in dict.fromkeys(name for pair in pairs for name in pair.names):
+                network, files[name] = networks[name], folder / f"{len(files)}.b2nd"
+                previous = None if network.previous is None else network.previous.of(case, header)
+                prepared = network.predictor.prepare(volume, previous=previous)
+                found = network.predictor.predict_prepared(prepared, probabilities=files[name], track=track)
+                seconds[name] = Counter(found.seconds)
+            for pair in pairs:
+                maps, labels = [files[name] for name in pair.names], pair.run.predictor.plan.labels
+                taken = seconds[pair.names[0]] + seconds[pair.names[1]]
+                mean = mean_prediction(maps, labels, volume.grid, taken)
+                # scores of the label maps before are not those of this one
+                (pair.run.outputs.folder / METRICS).unlink(missing_ok=True)
+                pair.run.write(case, item, mean)
+    except RfMedSamError as error:
+        raise RfMedSamError(
+            f"The ensembles cannot be validated: {case.id}: {str(error).rstrip('.')}",
+            remedy="Correct this case and run the same command again, which goes on; or leave out ensembles "
+            "(rfmed_select --no-ensembles)",
+        ) from error
+
+
+def _scores(pair: _PairRun, training: Sequence[Case], workers: int) -> Evaluation:
+    """Scores of a pair in one fold, as of every other model; those that are there are of its label maps."""
+    folder = pair.run.outputs.folder
+    if (folder / METRICS).is_file():
+        there = read_record(folder / METRICS, Evaluation)
+        if {case.id for case in there.cases} == pair.cases:
+            return there
+    references = {case.label.parent for case in training if case.id in pair.cases and case.label is not None}
+    if len(references) != 1:
+        raise RfMedSamError(
+            "Ensembles cannot be scored, as labels are in several folders",
+            remedy="Leave out ensembles (rfmed_select --no-ensembles)",
+        )
+    plan = pair.run.predictor.plan
+    table = LabelTable(labels=plan.labels, source=f"the plan {plan.name}")
+    scores = evaluate(folder, references.pop(), table, cases=sorted(pair.cases), workers=workers)
+    scores = scores.model_copy(update={"trained_on": tuple(sorted(pair.trained_on))})
+    write_evaluation(folder, scores)
+    return scores
