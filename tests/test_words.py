@@ -26,7 +26,7 @@ EXCEPTIONS = {
     # names in files of format 1, and digests that must stay valid
     "rfmedsam2/records/plan.py": {"normalis"},
     "rfmedsam2/pipeline/preprocessing/case_source.py": {"normalis"},
-    "rfmedsam2/pipeline/prediction/predictor.py": {"normalis"},
+    "rfmedsam2/pipeline/prediction/identity.py": {"normalis"},
     "segment_anything_hq/records.py": {"pictures"},
     # a spelling that commands accept
     "segment_anything_hq/evaluation/run.py": {"centre"},
