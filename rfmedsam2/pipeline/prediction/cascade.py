@@ -39,7 +39,7 @@ def first_stage_folder(checkpoint: Path, stage: str, previous: str) -> Path:
 
 
 def first_stage_beside(checkpoint: Path, record: CheckpointRecord) -> Path | None:
-    """The first stage's model that lies beside the second's; None: it is no second stage, or there is nothing."""
+    """The first stage's model that lies beside the second's; None: it is not a second stage, or there is nothing."""
     previous = record.plan.stages[record.stage].previous_stage
     folder = None if previous is None else first_stage_folder(checkpoint, record.stage, previous)
     return folder if folder is not None and folder.is_dir() else None
@@ -187,7 +187,7 @@ def first_stage_labels(layout: Layout, checkpoint: Path, cases: Sequence[str]) -
         cases: ids of the cases.
 
     Returns:
-        None: the model is no second stage.
+        None: the model is not a second stage.
 
     Raises:
         UsageError: there is none for some cases; names the folds to train.

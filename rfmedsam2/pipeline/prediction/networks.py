@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rfmedsam2.errors import UsageError
 from rfmedsam2.models import build_without_weights, load_network
 from rfmedsam2.pipeline.nnunet.models import read_fold
 from rfmedsam2.pipeline.prediction.identity import require_same_model
@@ -22,8 +23,11 @@ def networks_of(
     """Records and networks of the folds of one model, in evaluation mode on `device`.
 
     Raises:
+        UsageError: there are no checkpoints.
         CheckpointError: a checkpoint is damaged, or of another plan than the first.
     """
+    if not paths:
+        raise UsageError("No checkpoint was given", expected="at least one file")
     loaded = [_loaded(path, device) for path in paths]
     records = tuple(record for record, _ in loaded)
     for path, record in zip(paths[1:], records[1:], strict=True):

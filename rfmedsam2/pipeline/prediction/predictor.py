@@ -141,8 +141,6 @@ class Predictor:
         folder = paths[0] if len(paths) == 1 and not paths[0].is_file() else None
         if folder is not None:
             paths = checkpoints_of(folder, folds=folds, checkpoint=checkpoint)
-        if not paths:
-            raise UsageError("No checkpoint was given", expected="at least one file")
         place, options = choose_device(device), options or PredictOptions()
         records, networks = networks_of(paths, place)
         first = path_of(previous, "previous") if isinstance(previous, str | Path) else previous
@@ -337,22 +335,19 @@ class Predictor:
         require_type(prepared_case, PreparedCase, "prepared_case", remedy="Make one with predictor.prepare(volume)")
         if self.others:
             prediction = predict_mean(self.members, prepared_case, probabilities=probabilities, track=track)
-            return prediction if self.rule is None else postprocessed(prediction, self.rule)
-        if isinstance(self.previous, Predictor) and (volume := prepared_case.waiting) is not None:
-            first = self.previous.predict_prepared(replace(prepared_case, waiting=None), track=track)
-            prepared_case = self.prepare(volume, previous=first.labels)
-            seconds = prepared_case.seconds + sum(first.seconds.values())
-            prepared_case = replace(prepared_case, seconds=seconds)
-        prediction = predict_prepared(
-            self.networks,
-            prepared_case,
-            self.plan,
-            self.stage,
-            options=self.options,
-            probabilities=probabilities,
-            track=track,
-        )
+        else:
+            case = self._after_first_stage(prepared_case, track)
+            predict = partial(predict_prepared, options=self.options, probabilities=probabilities, track=track)
+            prediction = predict(self.networks, case, self.plan, self.stage)
         return prediction if self.rule is None else postprocessed(prediction, self.rule)
+
+    def _after_first_stage(self, case: PreparedCase, track: Track) -> PreparedCase:
+        """A cascade's case, preprocessed with the labels that its first stage predicts; any other as it is."""
+        if not isinstance(self.previous, Predictor) or (volume := case.waiting) is None:
+            return case
+        first = self.previous.predict_prepared(replace(case, waiting=None), track=track)
+        case = self.prepare(volume, previous=first.labels)
+        return replace(case, seconds=case.seconds + sum(first.seconds.values()))
 
     def predict_array(
         self,
