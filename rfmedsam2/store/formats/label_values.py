@@ -15,6 +15,7 @@ from rfmedsam2.store.formats.image_header import NotLabelsError
 SLICER_ENDING = ".seg.nrrd"
 """Segmentations of 3D Slicer."""
 _INTEGER_TOLERANCE = 1e-3  # for labels that were stored as floats
+_STORE_AGAIN = "Save the labels again in an integer type, without scaling: dtype=numpy.uint8, and a new header"
 _LARGEST_SLOPE = 0.96  # above it rounding takes labels half the way to the next; any number would pass as a label
 
 
@@ -66,6 +67,14 @@ def as_labels(array: np.ndarray, *, where: object, scaling: tuple[float, float] 
         return array.astype(kind, copy=False)
     labels = np.rint(array).astype(kind)
     away = np.abs(array - labels)
+    if away.max() <= tolerance and _may_have_lost(scaling, float(high)):
+        raise NotLabelsError(
+            "A label map may have lost small labels, which its scaling makes equal to 0",
+            where=where,
+            expected="a slope of 1, a whole number, or below 1",
+            found=f"stored values that the header multiplies by {scaling[0]:.6g} (scl_slope)" if scaling else None,
+            remedy=_STORE_AGAIN,
+        )
     if away.max() > tolerance:
         example = f"for instance {array.flat[away.argmax()]:.6g}"
         slope = "" if scaling is None else f"; its header multiplies stored values by {scaling[0]:.6g} (scl_slope)"
@@ -76,9 +85,16 @@ def as_labels(array: np.ndarray, *, where: object, scaling: tuple[float, float] 
             found=f"{int((away > tolerance).sum())} such voxels, {example}{slope}",
             remedy="Resample label maps with nearest neighbor, and store them as integers"
             if scaling is None
-            else "Save the labels again in an integer type, without scaling: dtype=numpy.uint8, and a new header",
+            else _STORE_AGAIN,
         )
     return labels
+
+
+def _may_have_lost(scaling: tuple[float, float] | None, high: float) -> bool:
+    """Whether values were rounded to multiples of a slope above 1, as nibabel does, so that 1 may have become 0."""
+    if scaling is None or (slope := abs(scaling[0])) < 1:
+        return False
+    return abs(slope - round(slope)) * high / slope > _INTEGER_TOLERANCE
 
 
 def merged_layers(array: np.ndarray, path: Path) -> np.ndarray | None:

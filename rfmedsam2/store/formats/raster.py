@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageSequence, TiffImagePlugin, UnidentifiedImageError
@@ -23,8 +24,12 @@ ONE_PLANE_ENDINGS = (".png", ".bmp")
 RASTER_ENDINGS = (*ONE_PLANE_ENDINGS, ".tif", ".tiff")
 _STACKS = (".tif", ".tiff")
 _FORMATS = ("PNG", "BMP", "TIFF")  # some of Pillow's other decoders start external programs
-_BITS, _MEANING, _TEXT, _SAMPLES, _PLANES, _TILE, _KIND = 258, 262, 270, 277, 284, 322, 339  # TIFF tags
+_BITS, _MEANING, _TEXT, _TURNED, _SAMPLES, _PLANES = 258, 262, 270, 274, 277, 284  # TIFF tags
+_TILE, _EXTRA, _KIND, _DEPTH = 322, 338, 339, 32997
 _SIGNED, _FLOATING = 2, 3
+_PREMULTIPLIED = 1
+_GRAY, _RGB = (0, 1), 2
+_COLORS = {0: "gray", 1: "gray", 3: "palette colors", 5: "CMYK", 6: "YCbCr", 8: "CIELab", 9: "CIELab", 10: "CIELab"}
 _ITK_BITS = {1: (8, 16, 32), _SIGNED: (8, 16, 32), _FLOATING: (32,)}
 """By kind of TIFF, what ITK reads as stored: 64 bits it refuses, half precision it takes for integers."""
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -97,22 +102,24 @@ def write_stack_spacing(path: Path, spacing_zyx_mm: Triple) -> None:
 
 
 def is_for_pillow(path: Path) -> bool:
-    """Whether Pillow reads an image: BMP, PNG with a transparent color, and TIFF of a kind whose values it keeps.
+    """Whether Pillow reads an image: BMP, PNG with notes that ITK applies to values, TIFF whose values Pillow keeps.
 
-    ITK takes gray BMP and tiled TIFF for colored ones, a transparent color for a channel of its own, and may hang or
-    crash on a damaged TIFF. Pillow knows neither doubles nor colors of 16 bits.
+    ITK takes gray BMP and tiled TIFF for colored ones, a transparent color for a channel of its own, shifts values of
+    which fewer bits are said to count, and may hang or crash on a damaged TIFF. Pillow knows neither doubles nor colors
+    of 16 bits.
 
     Raises:
-        ImageError: an animated PNG, a TIFF of several volumes, or of a kind that neither reads as it is.
+        ImageError: an animated PNG, a TIFF of several volumes or turned, or of a kind that neither reads as it is.
     """
     if path.suffix.lower() == ".bmp":
         return True
     if path.suffix.lower() == ".png":
-        return _has_transparent_color(path)
+        return _is_png_for_pillow(path)
     if path.suffix.lower() not in _STACKS:
         return False
     try:
         with Image.open(path, formats=_FORMATS) as image:
+            _require_as_shown(path, getattr(image, "tag_v2", {}))
             _require_planes(path, image)
             if image.mode in _MODES and _pillow_keeps(image):
                 return True
@@ -144,6 +151,22 @@ def _require_planes(path: Path, image: Image.Image) -> None:
         )
 
 
+def _require_as_shown(path: Path, tags: Mapping[int, Any]) -> None:
+    """Check that the pixels of a TIFF are stored as they are shown.
+
+    Raises:
+        ImageError: pages hold several planes, or are turned, which some programs do and others (nnU-Net's readers) not.
+    """
+    if (turned := tags.get(_TURNED, 1)) != 1 or tags.get(_DEPTH, 1) != 1:
+        raise ImageError(
+            "The pixels of the TIFF are not stored as they are shown",
+            where=path,
+            expected="rows from the top, columns from the left (orientation 1), one plane a page",
+            found=f"{tags[_DEPTH]} planes a page" if turned == 1 else f"orientation {turned}",
+            remedy="Save the image again as it is seen, and its label map too",
+        )
+
+
 def _axes_of_pages(text: str) -> dict[str, int]:
     """Lengths of the axes that the pages of a TIFF run along, from its description; empty if it does not say."""
     if text.startswith("ImageJ="):
@@ -162,16 +185,18 @@ def _pillow_keeps(image: Image.Image) -> bool:
     samples, bits = int(tags.get(_SAMPLES, 1)), tuple(tags.get(_BITS, (1,)))
     if samples == 1:
         return bits[0] in (1, 2, 4, 8, 16, 32)
+    if image.mode == "RGBA" and tags.get(_EXTRA, (0,))[0] == _PREMULTIPLIED:
+        return False  # it divides colors by their transparency
     return image.mode in ("RGB", "RGBA") and samples == len(image.mode) and set(bits) == {8}
 
 
 def _is_inverted_by_pillow(image: Image.Image) -> bool:
     """Whether low values are shown white, and Pillow gives values for display instead of the stored ones."""
-    return image.mode == "L" and getattr(image, "tag_v2", {}).get(_MEANING) == 0
+    return image.mode in ("1", "L") and getattr(image, "tag_v2", {}).get(_MEANING) == 0
 
 
 def _require_kind_of_itk(path: Path) -> None:
-    """Check that ITK reads a TIFF as it is stored: it mistakes tiles and planes of colors for photographs.
+    """Check that ITK reads a TIFF as it is stored: tiles, planes of colors and all but gray and RGB become photographs.
 
     Raises:
         ImageError: a kind that it gives other values of, or refuses.
@@ -180,19 +205,23 @@ def _require_kind_of_itk(path: Path) -> None:
         tags = _tags(path)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, UnidentifiedImageError):
         return  # damaged: ITK says so
+    _require_as_shown(path, tags)
     samples, kind = int(tags.get(_SAMPLES, 1)), int(tags.get(_KIND, (1,))[0])
     bits = tuple(tags.get(_BITS, (1,)))
     in_planes = samples > 1 and tags.get(_PLANES) == 2
+    meaning = tags.get(_MEANING, _GRAY[1])
     laid_out = "in tiles" if _TILE in tags else "in planes of one color" if in_planes else None
+    if laid_out is None and meaning not in (_GRAY if samples == 1 else (_RGB,)):
+        laid_out = f"in {_COLORS.get(meaning, f'colors of kind {meaning}')}"
     if samples in (1, 3, 4) and bits[0] in _ITK_BITS.get(kind, ()) and laid_out is None:
         return
     of = {_SIGNED: "signed integers", _FLOATING: "floating-point numbers"}.get(kind, "integers")
     raise ImageError(
         "This kind of TIFF is not supported",
         where=path,
-        expected="8, 16 or 32 bits; one channel, or three or four pixel by pixel",
+        expected="8, 16 or 32 bits; one channel, or RGB with or without transparency pixel by pixel",
         found=f"{samples} channel(s) of {of} of {bits[0]} bits" + ("" if laid_out is None else f", {laid_out}"),
-        remedy="Save each channel as a file of its own, or without tiles, in 16 bits or 32-bit floating point",
+        remedy="Save each channel as a file of its own, or in RGB, without tiles, in 16 bits or 32-bit floating point",
     )
 
 
@@ -208,11 +237,11 @@ def _tags(path: Path) -> TiffImagePlugin.ImageFileDirectory_v2:
     return tags
 
 
-def _has_transparent_color(path: Path) -> bool:
-    """Whether a PNG names a color as transparent, in a kind that Pillow reads as it is.
+def _is_png_for_pillow(path: Path) -> bool:
+    """Whether a PNG names a color as transparent, or says that fewer bits of its values count.
 
     Raises:
-        ImageError: an animation, of which readers take the first image; colors of 16 bits with a transparent one.
+        ImageError: an animation, of which readers take the first image; colors of 16 bits with such a note.
     """
     names: dict[bytes, bytes] = {}
     with path.open("rb") as stream:
@@ -231,10 +260,16 @@ def _has_transparent_color(path: Path) -> bool:
             found=f"{frames} images",
             remedy="Save them as one file each, or as the planes of a TIFF",
         )
-    if b"tRNS" in names and names.get(b"IHDR", b"")[8:10] == b"\x10\2":
-        colors, remedy = "colors of 16 bits with a transparent one", "Save the image without transparency"
-        raise ImageError("The kind of pixels is not supported", where=path, found=colors, remedy=remedy)
-    return b"tRNS" in names
+    bits, color = names.get(b"IHDR", b"").ljust(10, b"\0")[8:10]
+    notes = [
+        *(["a transparent color (tRNS)"] if b"tRNS" in names else []),
+        *(["fewer bits that count (sBIT)"] if any(count < bits for count in names.get(b"sBIT", b"")) else []),
+    ]
+    if notes and bits == 16 and color:
+        found = f"colors of 16 bits, with {' and '.join(notes)}"
+        remedy = "Save the image without transparency and notes on its colors"
+        raise ImageError("The kind of pixels is not supported", where=path, found=found, remedy=remedy)
+    return bool(notes)
 
 
 def read_pillow_header(path: Path) -> ImageHeader:
@@ -266,7 +301,7 @@ def read_pillow(path: Path) -> tuple[np.ndarray, ImageHeader]:
 def _stored(plane: Image.Image) -> np.ndarray:
     """(Y, X), or colors (Y, X, C)."""
     array = np.array(plane.convert("RGB") if plane.mode == "P" else plane)
-    return 255 - array if _is_inverted_by_pillow(plane) else array
+    return ~array if _is_inverted_by_pillow(plane) else array
 
 
 def _require_alike(path: Path, planes: Sequence[np.ndarray]) -> None:
@@ -291,19 +326,29 @@ def _in_words(plane: np.ndarray) -> str:
 
 
 def stored_indices(path: Path) -> np.ndarray | None:
-    """The values (1,Z,Y,X) stored in a palette or 1-bit image, which readers turn into colors, else None."""
+    """The values (1,Z,Y,X) stored in an image with a palette or of less than 8 bits, else None.
+
+    Readers turn them into colors, and scale those of few bits up to 255.
+    """
     try:
         with path.open("rb") as stream:
             start = stream.read(26)
-        if start.startswith(_PNG) and start[25:] != b"\3" and start[24:25] != b"\1":
-            return None  # neither a palette nor one bit; the look is much faster than Pillow's
+        if start.startswith(_PNG) and start[25:] != b"\3" and start[24] >= 8:
+            return None  # neither a palette nor few bits; the look is much faster than Pillow's
         with Image.open(path, formats=_FORMATS) as image:
-            if image.mode not in ("P", "1"):
+            bits = start[24] if image.format == "PNG" else getattr(image, "tag_v2", {}).get(_BITS, (8,))[0]
+            if image.mode not in ("P", "1") and not (image.mode == "L" and bits < 8):
                 return None
-            planes = [np.array(plane, dtype=np.uint8) for plane in ImageSequence.Iterator(image)]
+            scale = 255 // (2**bits - 1) if image.mode == "L" else 1
+            planes = [_indices(plane) // scale for plane in ImageSequence.Iterator(image)]
             return np.stack(planes)[None]
     except _UNREADABLE:
         return None  # the reader of images says what is wrong
+
+
+def _indices(plane: Image.Image) -> np.ndarray:
+    array = np.array(plane) if plane.mode == "P" else _stored(plane)
+    return array.astype(np.uint8, copy=False)
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import struct
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -50,6 +53,26 @@ def test_gray_labels_stay_as_they_are(tmp_path: Path, ending: str) -> None:
     np.testing.assert_array_equal(read_label(tmp_path / f"a{ending}")[0].array[0, 0], PLANE)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gray_labels_of_few_bits_are_the_stored_values(tmp_path: Path, bits: int) -> None:
+    """Readers scale them up to 255, for display."""
+    labels = (np.arange(24).reshape(4, 6) % 2**bits).astype(np.uint8)
+    few = (labels[..., None] >> np.arange(bits - 1, -1, -1)) & 1  # the highest bit first
+    rows = [np.packbits(row.ravel()).tobytes() for row in few]
+    write_png(tmp_path / "a.png", [b"\0" + row for row in rows], 6, bits)
+    for meaning in (0, 1):
+        write_tiff(tmp_path / f"{meaning}.tif", b"".join(rows), (4, 6), bits=bits, meaning=meaning)
+    for name in ("a.png", "0.tif", "1.tif"):
+        np.testing.assert_array_equal(read_label(tmp_path / name)[0].array[0, 0], labels)
+
+
+def test_labels_of_one_bit_are_as_stored_where_0_is_white(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", b"\x50\xa0", (2, 4), bits=1, meaning=0)
+    labels = [[0, 1, 0, 1], [1, 0, 1, 0]]
+    np.testing.assert_array_equal(read_label(tmp_path / "a.tif")[0].array[0, 0], labels)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[0].array[0, 0], labels)
+
+
 def test_palette_stacks_keep_all_planes(tmp_path: Path) -> None:
     frames = [Image.fromarray(np.roll(PLANE, n, 1), "P") for n in range(4)]
     for frame in frames:
@@ -57,6 +80,25 @@ def test_palette_stacks_keep_all_planes(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
     expected = np.stack([np.roll(PLANE, n, 1) for n in range(4)])
     np.testing.assert_array_equal(read_label(tmp_path / "a.tif")[0].array[0], expected)
+
+
+def write_png(path: Path, rows: Sequence[bytes], width: int, bits: int) -> None:
+    """A gray PNG."""
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", width, len(rows), bits, 0, 0, 0, 0),
+        b"IDAT": zlib.compress(b"".join(rows)),
+        b"IEND": b"",
+    }
+    chunks = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts.items())
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def write_tiff(path: Path, data: bytes, size: tuple[int, int], *, bits: int, meaning: int) -> None:
+    """A gray TIFF of one strip; meaning 0: 0 is white."""
+    tags = {256: size[1], 257: size[0], 258: bits, 259: 1, 262: meaning, 273: 8, 277: 1, 278: size[0], 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
 
 
 # --- Slicer -----------------------------------------------------------------------------------------------------------
@@ -182,6 +224,13 @@ def test_labels_that_scaling_has_mixed_up_are_refused_with_the_slope(tmp_path: P
     path = scaled_by_nibabel(tmp_path / "a.nii.gz", labels, "uint8")
     with pytest.raises(NotLabelsError, match=r"multiplies stored values by 1\.56471 \(scl_slope\)"):
         read_label(path)
+
+
+def test_labels_that_scaling_may_have_made_background_are_refused(tmp_path: Path) -> None:
+    """Of 0, 1 and 1000 in 8 bits nibabel keeps 0 and 1000, which look like labels."""
+    labels = np.array([0, 1, 1000])[np.arange(60).reshape(3, 4, 5) % 3]
+    with pytest.raises(NotLabelsError, match=r"may have lost small labels.*by 3\.92157 \(scl_slope\)"):
+        read_label(scaled_by_nibabel(tmp_path / "a.nii.gz", labels, "uint8"))
 
 
 def test_scaled_probabilities_are_not_labels(tmp_path: Path) -> None:

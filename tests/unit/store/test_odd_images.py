@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +161,17 @@ def test_values_of_a_tiff_are_the_stored_ones(tmp_path: Path, dtype: str, channe
         (np.ones((3, 5, 6), np.uint16), {"meaning": 2, "in_planes": True}, "of 16 bits, in planes of one color"),
         (np.ones((4, 5, 6), np.uint16), {"meaning": 1, "in_planes": True}, "4 channel.s..*in planes of one color"),
         (np.ones((16, 16, 3), np.uint16), {"meaning": 2, "tiled": True}, "3 channel.s..*of 16 bits, in tiles"),
+        (np.ones((5, 6, 3), np.uint8), {"meaning": 1}, "3 channel.s..*of 8 bits, in gray"),
+        (np.ones((5, 6, 4), np.uint16), {"meaning": 1}, "4 channel.s..*of 16 bits, in gray"),
+        (np.ones((5, 6, 4), np.uint8), {"meaning": 5}, "4 channel.s..*of 8 bits, in CMYK"),
+        (np.ones((5, 6, 3), np.uint8), {"meaning": 6}, "3 channel.s..*of 8 bits, in YCbCr"),
+        (np.ones((5, 6, 3), np.uint8), {"meaning": 8}, "3 channel.s..*of 8 bits, in CIELab"),
     ],
 )
 def test_kinds_of_tiff_that_no_reader_knows_are_sentences(
     tmp_path: Path, pixels: np.ndarray, layout: dict[str, Any], found: str
 ) -> None:
-    """ITK reads halves as integers, leaves out the second of two channels, and makes 8 bits of tiled colors."""
+    """ITK reads halves as integers, leaves out channels of gray, and makes 8 bits or RGB of other colors."""
     path = write_tiff(tmp_path / "a.tif", pixels, **layout)
     for read in (read_header, read_image):
         with pytest.raises(
@@ -173,6 +179,56 @@ def test_kinds_of_tiff_that_no_reader_knows_are_sentences(
         ) as caught:
             read(path)
         assert not isinstance(caught.value, TruncatedImageError)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_turned_tiff_is_refused(tmp_path: Path, orientation: int, dtype: str, channels: int) -> None:
+    """Pillow and ITK turn what nnU-Net's reader takes as stored, and label maps do not say so."""
+    extra = [(274, 3, 1, orientation, True)]
+    pixels = np.arange(5 * 6 * channels).reshape(5, 6, channels).astype(dtype)
+    pixels, meaning = (pixels[..., 0], "minisblack") if channels == 1 else (pixels, "rgb")
+    imwrite(tmp_path / "a.tif", pixels, photometric=meaning, metadata=None, extratags=extra)
+    for read in (read_header, read_image, read_label):
+        with pytest.raises(ImageError, match=rf"not stored as they are shown.*Found orientation {orientation}"):
+            read(tmp_path / "a.tif")
+
+
+def test_planes_that_lie_in_one_page_are_not_left_out(tmp_path: Path) -> None:
+    pixels = np.arange(2 * 16 * 16, dtype=np.uint8).reshape(2, 16, 16)
+    imwrite(tmp_path / "a.tif", pixels, volumetric=True, tile=(2, 16, 16), photometric="minisblack", metadata=None)
+    with pytest.raises(ImageError, match=r"not stored as they are shown.*Found 2 planes a page"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_colors_are_not_divided_by_their_transparency(tmp_path: Path, kind: int, dtype: str) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (5, 6, 4)).astype(dtype)
+    imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extrasamples=[kind], metadata=None)
+    assert np.array_equal(read_image(tmp_path / "a.tif")[0].array[:, 0], np.moveaxis(pixels, -1, 0))
+
+
+@pytest.mark.parametrize("kind", ["gray 8", "gray 16", "color 8", "color 16"])
+def test_values_of_a_png_are_not_shifted_to_the_bits_that_count(tmp_path: Path, kind: str) -> None:
+    """The note sBIT (12 of 16 bits, say) makes ITK shift values, so that those of labels vanish."""
+    color, bits = kind.split()
+    pixels = np.arange(90).reshape(5, 6, 3).astype(f"uint{bits}") * (2 if bits == "8" else 700)
+    pixels = pixels if color == "color" else pixels[..., 0]
+    sitk.WriteImage(sitk.GetImageFromArray(pixels, isVector=color == "color"), str(tmp_path / "a.png"))
+    plain = (tmp_path / "a.png").read_bytes()
+    expected = read_image(tmp_path / "a.png")[0].array
+    note = b"sBIT" + bytes([int(bits) - 3] * (3 if color == "color" else 1))
+    chunk = struct.pack(">I", len(note) - 4) + note + struct.pack(">I", zlib.crc32(note))
+    (tmp_path / "a.png").write_bytes(plain[:33] + chunk + plain[33:])  # behind the header
+    if kind == "color 16":
+        with pytest.raises(ImageError, match=r"colors of 16 bits, with fewer bits that count \(sBIT\)"):
+            read_image(tmp_path / "a.png")
+        return
+    volume, header = read_image(tmp_path / "a.png")
+    assert np.array_equal(volume.array, expected)
+    assert header.dtype == volume.array.dtype == f"uint{bits}"
 
 
 def test_a_fourth_axis_of_nothing_is_not_used(tmp_path: Path) -> None:
