@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ def convert_msd(
         StoreError: the raw folder cannot be written, or files cannot be linked.
     """
     found, content = _task(download, "MSD", dataset_id)
-    home = found.folder
-    _pair_with_declared(found, content, images=listed(home / "imagesTr"), tests=listed(home / "imagesTs"))
+    images, tests = (listed(found.folder / part) for part in ("imagesTr", "imagesTs"))
+    _require_layout(found, others={f"{_id_of(entry)}_0000" for entry in content["training"]}, there=images)
+    _pair_with_declared(found, content, images=images, tests=tests)
     return convert(found, raw, options=options or ConvertOptions(), track=track)
 
 
@@ -77,12 +79,32 @@ def convert_nnunet_v1(
         StoreError: the raw folder cannot be written, or files cannot be linked.
     """
     found, content = _task(download, "nnU-Net v1", dataset_id)
+    ids = {_id_of(entry) for entry in content["training"]}
+    _require_layout(found, others=ids, there=listed(found.folder / "imagesTr"))
     training, tests = (_channel_files(found, part) for part in ("imagesTr", "imagesTs"))
     first = [{case: files[0] for case, files in cases.items()} for cases in (training, tests)]
     _pair_with_declared(found, content, images=first[0], tests=first[1])
     others = {files[0]: files[1:] for cases in (training, tests) for files in cases.values()}
     found.sources = [replace(source, others=others[source.image]) for source in found.sources]
     return convert(found, raw, options=options or ConvertOptions(), track=track)
+
+
+def _require_layout(found: Download, *, others: set[str], there: Mapping[str, Path]) -> None:
+    """Check that images are not named in the other of both layouts.
+
+    Raises:
+        UsageError: all are; names the converter of that one.
+    """
+    if not others or not others <= set(there):
+        return
+    of_msd = found.what == "MSD"
+    raise UsageError(
+        f"The images are named as {'nnU-Net v1' if of_msd else 'the Decathlon'} names them",
+        where=found.folder / "imagesTr",
+        expected=f"CASE{ENDING} with all channels" if of_msd else f"CASE_0000{ENDING}, a file for each channel",
+        found=there[min(others)].name,
+        remedy=f"Convert it with rfmed_convert {'nnunetv1' if of_msd else 'msd'}",
+    )
 
 
 def _channel_files(found: Download, part: str) -> dict[str, tuple[Path, ...]]:
@@ -140,9 +162,7 @@ def _content(path: Path, what: str) -> dict[str, Any]:
     try:
         content: Any = parse_json(path.read_bytes())
         channels = sorted(int(number) for number in content["modality"])
-        names = [str(name) for name in content["labels"].values()]
-        sound = channels == list(range(len(channels))) and all(int(value) >= 0 for value in content["labels"])
-        sound = sound and len(set(names)) == len(names)
+        sound = channels == list(range(len(channels))) and _is_sound_table(content["labels"])
         _ = [_id_of(entry) for entry in [*content["training"], *content.get("test", [])]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(
@@ -156,10 +176,19 @@ def _content(path: Path, what: str) -> dict[str, Any]:
         raise DatasetError(
             f"The {what} download's dataset.json has invalid channel or label numbers",
             where=path,
-            expected="channels 0, 1, ..., no negative labels, and one name for each",
+            expected="channels 0, 1, ..., no negative labels, and one name for each, background for 0 alone",
             found=f"channels {list(content['modality'])}, labels {content['labels']}",
         )
     return content
+
+
+def _is_sound_table(labels: dict[str, Any]) -> bool:
+    """Whether names by value say the same the other way round; 0 is the background, whatever it is called."""
+    values = [int(value) for value in labels]
+    names = [
+        "background" if value == 0 else str(name).strip() for value, name in zip(values, labels.values(), strict=True)
+    ]
+    return min(values) >= 0 and all(names) and len(set(values)) == len(set(names)) == len(names)
 
 
 def _dataset_name(home: Path, content: dict[str, Any], dataset_id: int | None) -> str:

@@ -363,3 +363,29 @@ def test_nnunet_v1_names_channels_that_are_missing_or_elsewhere(version_1: Path,
     assert "missing imagesTr/prostate_00_0001.nii.gz" in str(caught.value)
     assert "prostate_01_0001.nii.gz is not on the grid of prostate_01_0000.nii.gz" in str(caught.value)
     assert names_in(tmp_path / "raw") == []
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"0": "background", "1": "x", "01": "y"},
+        {"0": "background", "1": ""},
+        {"0": "air", "1": "background"},
+        {"0": "background", "1": "x", "2": "x"},
+    ],
+)
+def test_a_table_that_says_nothing_by_name_is_refused_before_files_are_read(version_1, tmp_path, labels) -> None:
+    content = json.loads((version_1 / "dataset.json").read_text())
+    (version_1 / "dataset.json").write_text(json.dumps(content | {"labels": labels}))
+    with pytest.raises(DatasetError, match="one name for each, background for 0 alone") as caught:
+        convert_nnunet_v1(version_1, tmp_path / "raw")
+    assert f"{version_1 / 'dataset.json'}" in str(caught.value)
+
+
+def test_the_other_of_both_layouts_names_its_converter(version_1: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"as nnU-Net v1 names them.*Found prostate_00_0000.nii.gz.*convert nnunetv1"):
+        convert_msd(version_1, tmp_path / "raw")
+    for file in (version_1 / "imagesTr").iterdir():
+        file.rename(file.with_name(file.name.replace("_0000", ""))) if "_0000" in file.name else file.unlink()
+    with pytest.raises(UsageError, match=r"as the Decathlon names them.*Found prostate_00.nii.gz.*rfmed_convert msd"):
+        convert_nnunet_v1(version_1, tmp_path / "raw")
