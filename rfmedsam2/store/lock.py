@@ -1,4 +1,4 @@
-"""Locks on folders (flock), released by the kernel when the process dies: one run that writes, or several that read."""
+"""Locks on folders (flock), released when the process dies, and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ except ImportError:  # pragma: no cover - Windows
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
 POLL_SECONDS = 0.05
+PLACING_SECONDS = 60.0
+"""How long to wait for another run that moves a folder into place."""
+REPLACED = ".replaced-"
+"""Prefix of a folder's name between being moved aside and being removed."""
 
 
 class InUseError(UsageError):
@@ -91,6 +95,46 @@ def workplace(home: Path, prefix: str) -> Iterator[Path]:
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def placing(target: Path) -> Iterator[None]:
+    """Keep other runs from moving a folder to `target` inside the `with` block, which begins as the last one ended.
+
+    A run that was killed after it had moved the old folder aside gets it back; what it had replaced already is removed.
+
+    Raises:
+        InUseError: another run moves a folder there, for longer than `PLACING_SECONDS`.
+        StoreError: the folder cannot be written.
+    """
+    aside = target.with_name(REPLACED + target.name)
+    with exclusive_lock(target.parent, wait_seconds=PLACING_SECONDS):
+        if aside.exists() and not target.exists():
+            with writing_to(target):
+                aside.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+        yield
+
+
+def move_into_place(folder: Path, target: Path) -> None:
+    """Move a whole folder to its place on the same disk, within `placing(target)`; what was there is removed.
+
+    Whenever this ends, be it killed, one of both is there, or is again when `placing` is next entered.
+
+    Raises:
+        StoreError: the folder cannot be written; what was there stays.
+    """
+    aside = target.with_name(REPLACED + target.name)
+    with writing_to(target):
+        if target.exists():
+            target.rename(aside)
+        try:
+            folder.rename(target)
+        except OSError:
+            if aside.exists():
+                aside.rename(target)
+            raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,11 @@ from rfmedsam2.errors import StoreError, UsageError
 from rfmedsam2.records.base import dump_json
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.store.layout import DATASET_FOLDER
+from rfmedsam2.store.lock import move_into_place, placing, workplace
 from rfmedsam2.system.atomic import write_text, writing_to
+
+BUILDING = ".building-"
+"""How names of folders begin that hold an unfinished dataset."""
 
 
 @contextmanager
@@ -27,26 +29,27 @@ def new_dataset(raw: Path, name: str, *, force: bool = False) -> Iterator[Path]:
     if DATASET_FOLDER.fullmatch(name) is None or Path(name).name != name:
         raise UsageError("Invalid dataset name", expected="a name like Dataset217_BTCV", found=name)
     target = raw / name
+    _require_free(target, force=force)
+    if raw.exists() and not raw.is_dir():
+        remedy = "Choose another raw folder"
+        raise StoreError("Expected a folder, but a file exists at this path", where=raw, remedy=remedy)
+    with workplace(raw, BUILDING) as work:
+        building = work / name
+        with writing_to(target):
+            building.mkdir()
+            yield building
+        with placing(target):
+            _require_free(target, force=force)  # another run, or a person, may have made it meanwhile
+            move_into_place(building, target)
+
+
+def _require_free(target: Path, *, force: bool) -> None:
     if target.exists() and not force:
         raise UsageError(
             "The dataset exists already",
             where=target,
             remedy=f"Choose another name or raw folder, or replace it with {option('force', True)}",
         )
-    if raw.exists() and not raw.is_dir():
-        remedy = "Choose another raw folder"
-        raise StoreError("Expected a folder, but a file exists at this path", where=raw, remedy=remedy)
-    with writing_to(target):
-        raw.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".partial-", suffix=f"-{name}", dir=raw))
-    try:
-        with writing_to(target):
-            yield building
-            # mkdtemp makes folders private; use the permissions of the parent folder
-            building.chmod(raw.stat().st_mode & 0o777)
-            _swap_in(building, target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def write_dataset_json(
@@ -69,18 +72,3 @@ def write_dataset_json(
         where=folder / "dataset.json",
     )
     write_text(folder / "dataset.json", dump_json(record.model_dump(mode="json", exclude_none=True)) + "\n")
-
-
-def _swap_in(building: Path, target: Path) -> None:
-    if not target.exists():
-        building.rename(target)
-        return
-    # keep the old dataset until the new one has replaced it
-    old = building.with_name(building.name + "-replaced")
-    target.rename(old)
-    try:
-        building.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)

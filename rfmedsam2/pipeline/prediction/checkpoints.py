@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.records.plan import is_plan_name
 from rfmedsam2.records.prediction import ENSEMBLE, EnsembleRecord
 from rfmedsam2.store.checkpoint_header import (
     BEST,
@@ -66,7 +67,7 @@ def find_models(results: Path, dataset: str | None = None) -> list[TrainedModel]
         for folder in sorted(p for p in home.iterdir() if p.is_dir() and "__" in p.name):
             plan, _, stage = folder.name.partition("__")
             folds = tuple(folds_of(folder))
-            if plan and stage and folds:
+            if is_plan_name(plan) and stage and folds:  # what is just being replaced begins with a dot
                 models.append(TrainedModel(dataset=home.name, plan=plan, stage=stage, folds=folds, folder=folder))
     return models
 

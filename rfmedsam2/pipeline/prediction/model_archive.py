@@ -20,8 +20,8 @@ from rfmedsam2.store.archive import describe, is_our_archive, unpack_archive, wr
 from rfmedsam2.store.checkpoint_header import FINAL, read_record_of
 from rfmedsam2.store.checkpoints import read_all, read_weights, write_checkpoint
 from rfmedsam2.store.layout import DATASET_FOLDER
-from rfmedsam2.store.lock import exclusive_lock, workplace
-from rfmedsam2.system.atomic import write_record, writing_to
+from rfmedsam2.store.lock import move_into_place, placing, workplace
+from rfmedsam2.system.atomic import write_record
 from rfmedsam2.version import __version__
 
 EXTRAS = ("metrics.json", "summary.json")
@@ -29,8 +29,6 @@ EXTRAS = ("metrics.json", "summary.json")
 ARCHIVE = ".zip"
 IMPORTING, EXPORTING, UNPACKING = ".import-", ".export-", "rfmed_model-"
 """How names of folders begin that hold an unfinished model."""
-PLACING_SECONDS = 60.0
-"""How long to wait for another run that moves a model into place."""
 
 
 def export_model(
@@ -200,28 +198,9 @@ def place(unpacked: Path, target: Path, *, force: bool) -> None:
         UsageError: the model already exists.
         StoreError: the folder cannot be written.
     """
-    with exclusive_lock(target.parent, wait_seconds=PLACING_SECONDS):
+    with placing(target):
         require_place(target, force=force)
         move_into_place(unpacked, target)
-
-
-def move_into_place(folder: Path, target: Path) -> None:
-    """Move a folder to its place on the same disk; what it replaces ends up beside its old place, or stays on failure.
-
-    Raises:
-        StoreError: the folder cannot be written.
-    """
-    replaced = folder.parent / "replaced"
-    with writing_to(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            target.rename(replaced)
-        try:
-            folder.rename(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
 
 
 def require_place(target: Path, *, force: bool) -> None:

@@ -17,13 +17,13 @@ from rfmedsam2.nn.unet import nnunet_weights
 from rfmedsam2.pipeline.nnunet.models import DATASET, DEFAULT_TRAINER, PLANS
 from rfmedsam2.pipeline.nnunet.written_plans import PLANNER, nnunet_dataset, nnunet_plans
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, NNUNET_NAMES, checkpoints_of, folds_of
-from rfmedsam2.pipeline.prediction.model_archive import EXPORTING, PLACING_SECONDS, move_into_place
+from rfmedsam2.pipeline.prediction.model_archive import EXPORTING
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.prediction import POSTPROCESSING
 from rfmedsam2.store.checkpoint_header import BEST, NNUNET_BEST, NNUNET_FINAL, read_record_of
 from rfmedsam2.store.checkpoints import read_weights
-from rfmedsam2.store.lock import exclusive_lock, workplace
+from rfmedsam2.store.lock import move_into_place, placing, workplace
 from rfmedsam2.store.nnunet_checkpoint import NnunetCheckpoint, write_nnunet_checkpoint
 from rfmedsam2.system.atomic import is_taken, write_text
 from rfmedsam2.system.json_text import JsonError, parse_json
@@ -88,7 +88,7 @@ def export_nnunet_model(
             fold = record.fold if record.fold == "all" else int(record.fold)
             checkpoint = _as_nnunet(record, weights, trainer)
             write_nnunet_checkpoint(folder / f"{FOLD}{fold}" / name, checkpoint, {**settings, "fold": fold})
-        with exclusive_lock(target.parent, wait_seconds=PLACING_SECONDS):
+        with placing(target):
             _require_replaceable(target, overwrite=overwrite)
             move_into_place(folder, target)
     if (step := first.plan.stages[first.stage].inference.step_size) != STEP_SIZE:

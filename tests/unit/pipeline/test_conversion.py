@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel
@@ -13,6 +14,7 @@ import pytest
 from rfmedsam2.errors import DatasetError, UsageError
 from rfmedsam2.pipeline.datasets.amos22 import convert_amos22
 from rfmedsam2.pipeline.datasets.btcv import convert_btcv
+from rfmedsam2.pipeline.datasets.builder import new_dataset
 from rfmedsam2.pipeline.datasets.conversion import ConvertOptions
 from rfmedsam2.pipeline.datasets.msd import convert_msd, convert_nnunet_v1
 from rfmedsam2.store.raw import open_dataset
@@ -363,6 +365,24 @@ def test_nnunet_v1_names_channels_that_are_missing_or_elsewhere(version_1: Path,
     assert "missing imagesTr/prostate_00_0001.nii.gz" in str(caught.value)
     assert "prostate_01_0001.nii.gz is not on the grid of prostate_01_0000.nii.gz" in str(caught.value)
     assert names_in(tmp_path / "raw") == []
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_dataset_that_appears_meanwhile_is_replaced_by_force_alone(tmp_path: Path, force: bool) -> None:
+    """Conversions take minutes, in which another run or a person may make the same dataset."""
+    expected = nullcontext() if force else pytest.raises(UsageError, match="exists already")
+    with expected, new_dataset(tmp_path, "Dataset001_A", force=force) as building:
+        (building / "new").touch()
+        write(tmp_path / "Dataset001_A/imagesTr/a_0000.nii.gz", np.zeros((2, 2, 2), np.int16))
+    assert names_in(tmp_path) == ["Dataset001_A"]
+    assert names_in(tmp_path / "Dataset001_A") == ["new" if force else "imagesTr"]
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(msd: Path, tmp_path: Path) -> None:
+    left = tmp_path / "raw" / ".building-left" / "Dataset001_A"
+    left.mkdir(parents=True)
+    result = convert_msd(msd, tmp_path / "raw")
+    assert names_in(tmp_path / "raw") == [result.folder.name]
 
 
 @pytest.mark.parametrize(

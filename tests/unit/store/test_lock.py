@@ -9,12 +9,23 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from rfmedsam2.errors import StoreError, UsageError
+from rfmedsam2.pipeline.prediction.checkpoints import find_models
 from rfmedsam2.store import lock
-from rfmedsam2.store.lock import LOCK, InUseError, exclusive_lock, shared_lock, workplace
+from rfmedsam2.store.checkpoint_header import FINAL
+from rfmedsam2.store.lock import (
+    LOCK,
+    InUseError,
+    exclusive_lock,
+    move_into_place,
+    placing,
+    shared_lock,
+    workplace,
+)
 from rfmedsam2.system.atomic import PARTIAL
 
 HOLD = """
@@ -149,3 +160,49 @@ def test_folders_that_killed_runs_left_are_removed_and_those_of_others_stay(tmp_
             assert left.exists() is not locks
     assert not first.exists()
     assert not second.exists()
+
+
+REPLACE = """
+import os, signal, sys
+from pathlib import Path
+from rfmedsam2.store.lock import move_into_place, placing, workplace
+rename, left = Path.rename, int(sys.argv[2])
+def killing(path, target):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+    left -= 1
+    return rename(path, target)
+Path.rename = killing
+with workplace(Path(sys.argv[1]), ".import-") as work:
+    (work / "model").mkdir()
+    (work / "model" / "new").touch()
+    with placing(Path(sys.argv[1]) / "home" / "model"):
+        move_into_place(work / "model", Path(sys.argv[1]) / "home" / "model")
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("renames", [0, 1])
+def test_what_is_replaced_is_not_lost_whenever_it_ends(tmp_path: Path, renames: int, number: str) -> None:
+    model = tmp_path / "home" / "model"
+    model.mkdir(parents=True)
+    (model / "old").touch()
+    process = subprocess.run([sys.executable, "-c", REPLACE, tmp_path, str(renames), number], capture_output=True)
+    assert process.returncode != 0
+    assert model.exists() is (renames == 0)
+    with placing(model):
+        assert [path.name for path in model.iterdir()] == ["old"]
+    with workplace(tmp_path, ".import-") as work, placing(model):
+        (work / "model").mkdir()
+        move_into_place(work / "model", model)
+    assert list(model.iterdir()) == []
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["home", "model"]
+
+
+def test_a_folder_moved_aside_is_no_model(tmp_path: Path) -> None:
+    for name in ("plan__3d_fullres", ".replaced-plan__3d_fullres"):
+        fold = tmp_path / "Dataset001_A" / name / "fold_0"
+        fold.mkdir(parents=True)
+        (fold / FINAL).touch()
+    assert [model.folder.name for model in find_models(tmp_path)] == ["plan__3d_fullres"]
