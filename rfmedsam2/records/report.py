@@ -38,6 +38,9 @@ class CaseMetrics(Record):
     reference: str
     prediction: str
     classes: dict[str, ClassMetrics]
+    reference_sha256: str | None = None
+    """Of the label map that was scored against, with its data files; None in evaluations of earlier versions."""
+    prediction_sha256: str | None = None
 
 
 class Interval(Record):

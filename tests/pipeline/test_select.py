@@ -18,7 +18,10 @@ from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.selection import rules
 from rfmedsam2.pipeline.selection import select as verb
+from rfmedsam2.records.prediction import PredictingModel, PredictionsRecord
 from rfmedsam2.records.report import Evaluation, Selection
+from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.system.atomic import write_record
 
 GOOD, POOR, HALF = "rfmed__3d_fullres", "rfmed__2d", "other__3d_fullres"
 SINGLE = "--no-ensembles"
@@ -68,8 +71,16 @@ def validated_root(tmp_path_factory) -> Path:
             out = folder / f"fold_{fold}" / "validation"
             for id in ids:
                 write(out / f"{id}.nii.gz", predicted(model, every.index(id)))
-            evaluate(out, raw / "labelsTr", LabelTable(labels=plan.labels, source="the plan"), out=out, cases=ids)
+    score(root)
     return root
+
+
+def score(root: Path) -> None:
+    """Evaluate all validation predictions, as trainings do."""
+    table = LabelTable(labels=make_plan().labels, source="the plan")
+    for fold, ids in FOLDS.items():
+        for out in (root / "results" / NAME).glob(f"*/fold_{fold}/validation"):
+            evaluate(out, root / "raw" / NAME / "labelsTr", table, out=out, cases=ids)
 
 
 @pytest.fixture
@@ -143,6 +154,7 @@ def test_a_rule_by_hand_stays_and_a_learned_one_is_replaced(root) -> None:
     assert place.read_text() == learned
     for path in (root / "results" / NAME / GOOD).glob("fold_*/validation/*.nii.gz"):
         shutil.copy(root / "raw" / NAME / "labelsTr" / path.name, path)
+    score(root)
     assert "no step raises the scores" in run_ok("select", "-d", "Tiny", SINGLE, "--root", root).out
     assert not place.exists()
 
@@ -182,3 +194,53 @@ def test_what_cannot_be_selected_from_is_a_sentence(root) -> None:
     assert "No fold has been validated" in run_error(*words)
     shutil.rmtree(results)
     assert "No model was trained" in run_error(*words)
+
+
+@pytest.mark.parametrize("changed", ["label", "prediction"])
+@pytest.mark.parametrize("model", [GOOD, POOR])
+def test_label_maps_that_changed_since_they_were_scored_are_named(root, changed, model) -> None:
+    """Scores of other labels would choose a model, and teach a rule, that fit nothing that is there."""
+    words = ("select", "-d", "Tiny", "--root", root, "--no-postprocessing", SINGLE)
+    raw, results = root / "raw" / NAME / "labelsTr", root / "results" / NAME
+    path = raw / "b.nii.gz" if changed == "label" else results / model / "fold_0" / "validation" / "b.nii.gz"
+    write(path, organs(5))
+    sentence = run_error(*words)
+    assert "Weights or label maps have changed since the validation" in sentence
+    assert f"Found the {changed} of b (fold 0)." in sentence
+    assert "--validate-only" in sentence
+    score(root)
+    run_ok(*words)
+
+
+def test_a_model_that_was_trained_on_since_is_named(root) -> None:
+    folder = root / "results" / NAME / GOOD
+    checkpoint = folder / "fold_0" / "checkpoint_final.safetensors"
+    model = PredictingModel(
+        fold="0", step=1, weights_sha256=read_record_of(checkpoint).weights_sha256, checkpoint=checkpoint.name
+    )
+    plan = make_plan(name="rfmed")
+    record = PredictionsRecord(
+        dataset=NAME,
+        plan=plan.name,
+        stage="3d_fullres",
+        labels=dict(plan.labels.names),
+        models=(model,),
+        options={},
+        made_by="0",
+        code_version="0",
+        cases={},
+    )
+    write_record(folder / "fold_0" / "validation" / "predictions.json", record)
+    run_ok("select", "-d", "Tiny", SINGLE, "--root", root)
+    shutil.copy(folder / "fold_1" / checkpoint.name, checkpoint)
+    assert "Found the weights of fold 0." in run_error("select", "-d", "Tiny", SINGLE, "--root", root)
+
+
+def test_scores_of_earlier_versions_know_no_label_maps(root) -> None:
+    for file in (root / "results").rglob("metrics.json"):
+        record = json.loads(file.read_text())
+        for case in record["cases"]:
+            del case["reference_sha256"], case["prediction_sha256"]
+        file.write_text(json.dumps(record))
+    write(root / "raw" / NAME / "labelsTr" / "b.nii.gz", organs(5))
+    run_ok("select", "-d", "Tiny", SINGLE, "--root", root)

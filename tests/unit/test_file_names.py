@@ -32,6 +32,8 @@ FREE = {
     "CaseMetrics.classes": "shown",
     "CaseMetrics.id": "compared with the names of files that are there",
     "CaseMetrics.prediction": "a path that the user gave to rfmed_evaluate",
+    "CaseMetrics.prediction_sha256": "compared with that of a file",
+    "CaseMetrics.reference_sha256": "compared with that of a file",
     "CaseMetrics.reference": "a path that the user gave to rfmed_evaluate",
     "CandidateScore.candidate": "shown",
     "CandidateScore.fold": "shown",

@@ -20,7 +20,7 @@ from rfmedsam2.pipeline.evaluation.label_tables import LabelTable, agreed_labels
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
 from rfmedsam2.store.formats.image_header import ImageHeader, grids_differ, require_ordinary_file, spacing_of_pair
-from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending, read_label
+from rfmedsam2.store.images import IMAGE_ENDINGS, digest_of, image_ending, read_label
 from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.csv_text import write_rows
 from rfmedsam2.system.parallel import map_cases
@@ -217,7 +217,8 @@ def _score(pair: Pair, *, labels: LabelSet | None, nsd_tolerance_mm: float, both
         return f"{pair.id}: {error}"
     # absolute, so that the report finds them from any folder
     paths = {"reference": str(pair.reference.absolute()), "prediction": str(pair.prediction.absolute())}
-    return CaseMetrics(id=pair.id, **paths, classes=classes)
+    digests = {f"{side}_sha256": digest_of([Path(path)]).hex() for side, path in paths.items()}
+    return CaseMetrics(id=pair.id, **paths, **digests, classes=classes)
 
 
 def _label_files(folder: Path, faults: list[str]) -> dict[str, Path]:

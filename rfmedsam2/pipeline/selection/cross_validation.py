@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +11,10 @@ from rfmedsam2.arguments import option
 from rfmedsam2.errors import UsageError, shortlist
 from rfmedsam2.pipeline.evaluation.bootstrap import summarize
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, VALIDATED, TrainedModel, find_models
-from rfmedsam2.records.report import Evaluation
+from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
+from rfmedsam2.records.report import CaseMetrics, Evaluation
+from rfmedsam2.store.checkpoint_header import FINAL, read_record_of
+from rfmedsam2.store.images import digest_of
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import read_record
 
@@ -38,6 +41,27 @@ class ValidatedModel:
     def validation(self, fold: str) -> Path:
         """Folder of a fold's label maps and metrics.json."""
         return self.model.folder / f"{FOLD}{fold}" / VALIDATED
+
+    def label_map(self, fold: str, case: CaseMetrics) -> Path:
+        """The label map of a scored case, wherever the folder lies now."""
+        return self.validation(fold) / Path(case.prediction).name
+
+    def changed(self, folds: Sequence[str], references: Mapping[str, Path | None]) -> Iterator[str]:
+        """What is not as the validation found it: weights, and label maps that are there; as far as that is known."""
+        for fold in folds:
+            checkpoint, record = self.validation(fold).with_name(FINAL), self.validation(fold) / PREDICTIONS
+            if checkpoint.is_file() and record.is_file():
+                weights = {model.weights_sha256 for model in read_record(record, PredictionsRecord).models}
+                if read_record_of(checkpoint).weights_sha256 not in weights:
+                    yield f"the weights of fold {fold}"
+            for case in self.folds[fold].cases:
+                sides = {
+                    "prediction": (self.label_map(fold, case), case.prediction_sha256),
+                    "label": (references.get(case.id), case.reference_sha256),
+                }
+                for side, (path, known) in sides.items():
+                    if known is not None and path is not None and path.exists() and digest_of([path]).hex() != known:
+                        yield f"the {side} of {case.id} (fold {fold})"
 
     def pooled(self, folds: Sequence[str]) -> Evaluation:
         """One evaluation of the validation cases of all folds.

@@ -20,6 +20,12 @@ from rfmedsam2.system.progress import Track
 logger = logging.getLogger(__name__)
 
 
+def references_of(layout: Layout, dataset: str) -> dict[str, Path | None] | None:
+    """The raw labels of all training cases; None without the raw dataset."""
+    raw = layout.raw / dataset
+    return {case.id: case.label for case in open_dataset(raw).training} if raw.is_dir() else None
+
+
 def learn_for(
     layout: Layout, model: ValidatedModel, labels: LabelSet, folds: Sequence[str], *, workers: int, track: Track
 ) -> Learned | None:
@@ -28,16 +34,15 @@ def learn_for(
     Raises:
         RfMedSamError: label maps of the validation or their references are not there or cannot be read.
     """
-    raw = layout.raw / model.model.dataset
-    if not raw.is_dir():
-        logger.warning("The raw dataset is not in %s: no postprocessing rule is learned", raw)
+    references = references_of(layout, model.model.dataset)
+    if references is None:
+        logger.warning("The raw dataset is not in %s: no postprocessing rule is learned", layout.raw)
         return None
-    references = {case.id: case.label for case in open_dataset(raw).training}
     cases: list[ValidationCase] = []
     faults: list[str] = []
     for fold in folds:
         for scored in model.folds[fold].cases:
-            file, reference = model.validation(fold) / Path(scored.prediction).name, references.get(scored.id)
+            file, reference = model.label_map(fold, scored), references.get(scored.id)
             if reference is None or not file.is_file():
                 faults.append(f"{scored.id}: no {'label' if reference is None else 'prediction'}")
                 continue

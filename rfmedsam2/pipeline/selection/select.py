@@ -19,7 +19,7 @@ from rfmedsam2.pipeline.selection.choice import gain_of, is_clear, scores_of
 from rfmedsam2.pipeline.selection.cross_validation import ValidatedModel, chosen_folds, validated_models
 from rfmedsam2.pipeline.selection.ensembles import pairs_of, validate_pairs
 from rfmedsam2.pipeline.selection.learning import Learned
-from rfmedsam2.pipeline.selection.rules import learn_for, place_rule
+from rfmedsam2.pipeline.selection.rules import learn_for, place_rule, references_of
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import ENSEMBLE, POSTPROCESSING, EnsembleRecord
 from rfmedsam2.records.report import Candidate, CandidateScore, Evaluation, Interval, Selection
@@ -97,8 +97,8 @@ def select(
         track: progress display over cases.
 
     Raises:
-        UsageError: no model was trained, or none was validated on all folds; models have different labels; another run
-            is at it.
+        UsageError: no model was trained, or none was validated on all folds; models have different labels; weights or
+            label maps have changed since; another run is at it.
         RfMedSamError: images, label maps of the validation or their references cannot be read.
     """
     options = options or SelectOptions()
@@ -117,6 +117,9 @@ def select(
     labels = _common_labels(complete, names)
     home = layout.results / dataset
     with exclusive_lock(home / LOCKED):
+        references = references_of(layout, dataset) or {}
+        for model in complete:
+            _require_as_validated(model, names, references)
         ensembles = _ensembles(layout, complete, names, options, track) if options.ensembles else []
         choice = _choose(layout, [*complete, *ensembles], labels, names, options, track)
         notes = [*_notes({model.name: choice.pooled[model.name] for model in complete}), *_about(choice)]
@@ -142,6 +145,21 @@ def select(
 
 def _lacking(model: ValidatedModel, folds: Sequence[str]) -> list[str]:
     return [fold for fold in folds if fold not in model.folds]
+
+
+def _require_as_validated(model: ValidatedModel, folds: Sequence[str], references: Mapping[str, Path | None]) -> None:
+    """Check that weights and label maps are those of the validation.
+
+    Raises:
+        UsageError: some were changed since; names them.
+    """
+    if changed := [*model.changed(folds, references)]:
+        raise UsageError(
+            "Weights or label maps have changed since the validation",
+            where=model.model.folder,
+            found=shortlist(changed),
+            remedy="Validate these folds again: rfmed_train DATASET CONFIGURATION FOLD --validate-only",
+        )
 
 
 def _common_labels(models: Sequence[ValidatedModel], folds: Sequence[str]) -> LabelSet:
