@@ -27,7 +27,14 @@ from rfmedsam2.cli.flag_groups import (
     TrainRun,
 )
 from rfmedsam2.cli.flags import AsJson, DatasetName, ModelChoice, Root, Workers
-from rfmedsam2.cli.training_flags import named, training_words, what_is_trained, with_encoder_rate, with_refinement
+from rfmedsam2.cli.training_flags import (
+    named,
+    require_consistent,
+    training_words,
+    what_is_trained,
+    with_encoder_rate,
+    with_refinement,
+)
 from rfmedsam2.errors import UsageError, shortlist
 from rfmedsam2.system.ranks import ranks_of
 
@@ -123,6 +130,7 @@ def train(
     from rfmedsam2.cli.progress import bars
 
     given, stage, fold = training_words(words)
+    require_consistent(run)
     layout = layout_of(plan.root)
     name = resolve.dataset_name(layout, given or plan.dataset, os.environ, among="preprocessed")
     fields = {"epochs": schedule.epochs, "iterations_per_epoch": schedule.iterations, "learning_rate": schedule.lr}

@@ -31,8 +31,9 @@ def summary(
     from rfmedsam2.pipeline.training import model_summary
     from rfmedsam2.records.plan import Plan
     from rfmedsam2.system.atomic import read_record
+    from rfmedsam2.system.file_names import is_file_name
 
-    if plan.endswith(".json"):
+    if plan.endswith(".json") or not is_file_name(plan):
         found = read_record(Path(plan), Plan)
     else:
         from rfmedsam2.cli import resolve

@@ -39,7 +39,11 @@ def places(root: Path | None, environment: Mapping[str, str]) -> Places:
         raw, preprocessed, results = (Path(environment[name]) for name in NNUNET_VARIABLES)
         layout = Layout(raw=raw, preprocessed=preprocessed, results=results)
         return Places(layout=layout, source="nnU-Net's variables")
-    return Places(layout=Layout.under(Path("rfmed_data")), source="the default, ./rfmed_data")
+    alone = [name for name in NNUNET_VARIABLES if environment.get(name)]
+    note = (
+        f"; {' and '.join(alone)} alone {'counts' if len(alone) == 1 else 'count'} not, but all three" if alone else ""
+    )
+    return Places(layout=Layout.under(Path("rfmed_data")), source=f"the default, ./rfmed_data{note}")
 
 
 def dataset_name(layout: Layout, wanted: str | None, environment: Mapping[str, str], *, among: str) -> str:

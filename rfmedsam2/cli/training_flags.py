@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rfmedsam2.errors import UsageError
 
 if TYPE_CHECKING:
+    from rfmedsam2.cli.flag_groups import TrainRun
     from rfmedsam2.records.plan import Plan
     from rfmedsam2.store.layout import Layout
 
@@ -39,6 +40,27 @@ def training_words(words: Sequence[str]) -> tuple[str | None, str, str]:
     )
 
 
+def require_consistent(run: TrainRun) -> None:
+    """Check that flags do not contradict each other: what is ignored misleads for as long as a training takes.
+
+    Raises:
+        UsageError: they do.
+    """
+    against = [flag for flag, given in (("--restart", run.restart), ("--no-validate", not run.validate)) if given]
+    if run.validate_only and against:
+        raise UsageError(
+            "--validate-only does nothing but validate",
+            found=f"--validate-only {' '.join(against)}",
+            remedy=f"Leave out {' and '.join(against)}, or --validate-only",
+        )
+    if run.checkpoint != "final" and not run.validate_only:
+        raise UsageError(
+            "--checkpoint chooses the weights that --validate-only scores",
+            found=f"--checkpoint {run.checkpoint} in a training",
+            remedy="Add --validate-only, or leave --checkpoint out",
+        )
+
+
 def with_refinement(plan: Plan, stage: str, *, step0: str | None = None, cache: str | None = None) -> Plan:
     """The plan with its Step 0 trained in this way, and frozen features cached; None: as the plan says.
 
@@ -57,7 +79,7 @@ def with_refinement(plan: Plan, stage: str, *, step0: str | None = None, cache: 
         raise UsageError(
             f"{' and '.join(name for name, value in given.items() if value)} only apply to plans of RFMedSAM 2",
             where=f"{plan.name}, {stage}",
-            remedy="Leave out, or plan with --model rfmedsam2",
+            remedy="Leave it out, or plan with --model rfmedsam2",
         )
     changes = [] if step0 is None else [f"{stage}.model.step0={step0}"]
     if cache is not None:

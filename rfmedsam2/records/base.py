@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from rfmedsam2.arguments import path_of
-from rfmedsam2.errors import RecordError
+from rfmedsam2.errors import RecordError, shortlist
 from rfmedsam2.system.atomic import read_record, title_of, write_record
 from rfmedsam2.system.json_text import JsonError, parse_json
 
@@ -57,6 +57,15 @@ class Record(_Checked):
             return cls.model_validate(data)
         except ValidationError as error:
             errors = error.errors(include_url=False)
+            if (strange := cls._strange_fields(data)) and isinstance(data, dict):
+                required = [name for name, field in cls.model_fields.items() if field.is_required()]
+                raise RecordError(
+                    f"This is another file than the {title_of(cls)}",
+                    where=where,
+                    expected=f"the fields {shortlist(required)}",
+                    found=f"the fields {shortlist(strange)}",
+                    remedy="Give the file that is meant",
+                ) from None
             later = next((e.get("ctx", {}) for e in errors if e["type"] == _LATER_FORMAT), None)
             if later is not None:
                 raise RecordError(
@@ -67,6 +76,15 @@ class Record(_Checked):
                     remedy="Update the package: pip install --upgrade rfmedsam2",
                 ) from None
             raise RecordError(_faults(cls, error), where=where, remedy=remedy) from None
+
+    @classmethod
+    def _strange_fields(cls, data: object) -> list[str]:
+        """Fields that this kind does not have, if they are most of all: then the data are of another kind."""
+        if not isinstance(data, dict) or cls.model_config.get("extra") != "forbid":
+            return []
+        known = {*cls.model_fields, "format"}
+        strange = [str(name) for name in data if name not in known]
+        return strange if 2 * len(strange) > len(data) > 1 else []
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: object = None) -> Self:

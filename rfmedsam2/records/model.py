@@ -10,7 +10,7 @@ from typing_extensions import Self
 from rfmedsam2.choices import Backbone, Step0Training
 from rfmedsam2.records.base import Record
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]

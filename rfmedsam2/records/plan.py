@@ -277,7 +277,7 @@ class Plan(VersionedRecord):
         Raises:
             PlanError: PLAN-NAME cannot be a plan's name.
         """
-        if not is_plan_name(f"{self.name}-{name}"):
+        if not name or not is_plan_name(f"{self.name}-{name}"):
             raise PlanError("Invalid name of a training", where=name, expected=PLAN_NAMES)
         stages = {key: s.model_copy(update={"cases_of": s.cases_of or self.name}) for key, s in self.stages.items()}
         return self.model_copy(update={"name": f"{self.name}-{name}", "stages": stages})

@@ -66,9 +66,9 @@ class TrainConfig(Record):
     epochs: Count = 1000
     iterations_per_epoch: Count = 250
     learning_rate: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 3e-5
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3e-5
     optimizer: Annotated[Sgd | AdamW, Field(discriminator="kind")] = Sgd()
-    rate_factors: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    rate_factors: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     """Factors of `learning_rate` by the beginning of parameters' names (`encoder.`): the longest counts, 0 freezes."""
     schedule: Annotated[
         PolySchedule | WarmupPolySchedule | StepSchedule | OneCycleSchedule, Field(discriminator="kind")

@@ -70,7 +70,9 @@ def test_nothing_of_somebody_else_is_replaced_unasked(predictions, tmp_path) -> 
     assert "overwrite an input" in run_error(*words, predictions, "--overwrite")
     other = write_labels(tmp_path / "out" / "a.nii.gz")
     before = other.read_bytes()
-    assert "--overwrite" in run_error(*words, tmp_path / "out")
+    sentence = run_error(*words, tmp_path / "out")
+    assert "--overwrite" in sentence
+    assert "--continue" not in sentence  # that is rfmed_predict's
     assert other.read_bytes() == before
     run_ok(*words, tmp_path / "out", "--overwrite")
     assert counts(other) == [0, 20]

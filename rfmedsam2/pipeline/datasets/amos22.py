@@ -138,7 +138,11 @@ def _declared(path: Path, found: Download) -> dict[str, list[str]]:
         ids = {part: [_id_of(entry) for entry in content[part]] for part in _PARTS if part in content}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(
-            "The download's dataset.json is invalid", where=path, found=f"{type(error).__name__}: {error}"
+            "The download's dataset.json is not AMOS22's",
+            where=path,
+            expected="labels by value, training and validation as AMOS22 writes them",
+            found=f"{type(error).__name__}: {error}",
+            remedy="Extract the archive again; other datasets have other converters, see --help",
         ) from error
     if values and values != sorted(AMOS22_LABELS.values()):
         found.faults.append(f"dataset.json declares the label values {values}, expected 0 to 15")

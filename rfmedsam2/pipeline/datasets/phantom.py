@@ -19,6 +19,7 @@ from rfmedsam2.geometry import Grid, Shape
 from rfmedsam2.pipeline.datasets.builder import new_dataset, write_dataset_json
 from rfmedsam2.pipeline.datasets.label_tables import BTCV_LABELS
 from rfmedsam2.pipeline.datasets.phantom_anatomy import FIELD_MM, Part, spine, upper_abdomen
+from rfmedsam2.store.formats.nifti import LONGEST_AXIS
 from rfmedsam2.system.atomic import atomic
 from rfmedsam2.system.progress import Track, silent
 
@@ -328,6 +329,10 @@ def _check(cases: int, test_cases: int, shape_zyx: Shape, spacing_mm: tuple[Rang
     if min(shape_zyx) < 8:
         raise UsageError(
             "The shape is too small for an abdomen", expected="at least 8 voxels along each axis", found=shape_zyx
+        )
+    if max(shape_zyx) > LONGEST_AXIS:
+        raise UsageError(
+            "The shape is too large for NIfTI", expected=f"at most {LONGEST_AXIS} voxels along an axis", found=shape_zyx
         )
     if any(not 0 < low <= high < 100 for low, high in spacing_mm):
         raise UsageError(

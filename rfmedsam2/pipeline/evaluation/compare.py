@@ -73,6 +73,14 @@ def compare(
     in_both = known[0] & known[1]
     wanted = sorted(in_both if cases is None else in_both & set(cases))
     absent = [] if cases is None else sorted(set(cases) - in_both)
+    if references is not None and not any(known):
+        raise UsageError(
+            "None of the label maps has a reference",
+            where=f"{first}, {second}",
+            expected=f"names as in {references}",
+            found="no such name in A or B",
+            remedy=f"Check the folder that was given with {option('references', flag='-g')}",
+        )
     if absent or not wanted:
         raise UsageError(
             "Cases are not in both A and B" if absent else "A and B have no case in common",

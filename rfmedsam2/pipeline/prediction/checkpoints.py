@@ -134,6 +134,8 @@ def checkpoints_of(
                 expected="plans.json and dataset.json",
                 remedy="Copy the whole folder of the model, as nnU-Net left it in nnUNet_results",
             )
+        if not model_folder.exists():
+            raise UsageError("The model does not exist", where=model_folder, remedy="Check the path")
         is_fold = any((model_folder / name).is_file() for name in (*CHECKPOINTS, *NNUNET_CHECKPOINTS))
         raise UsageError(
             "This is the folder of one fold, not of a model" if is_fold else "The folder holds no trained model",

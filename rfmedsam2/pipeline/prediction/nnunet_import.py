@@ -82,6 +82,12 @@ def import_nnunet_models(
 def _models_in(folder: Path, source: Path) -> list[Path]:
     found = [path for depth in DEPTHS for path in sorted([folder] if not depth else folder.glob(depth))]
     models = [path for path in found if path.is_dir() and is_nnunet_model(path)]
+    if not models and any(folds_of(path) for path in (source, source.parent) if path.is_dir()):
+        raise UsageError(
+            "This is not a model of nnU-Net, but one of this package",
+            where=source,
+            remedy="Predict with it where it is (rfmed_predict -m), or move it as a zip (rfmed_export_model)",
+        )
     if not models:
         raise UsageError(
             "Found no trained model of nnU-Net" if source.exists() else "The file or folder does not exist",

@@ -30,14 +30,14 @@ class Outputs:
         place: the folder, or a file name with the ending of an image for the label map of a single case.
         ending: file ending of the plan, used in a folder.
         overwrite: whether files that are not ours may be replaced.
-        continue_: whether label maps that are not ours are kept as they are.
+        continue_: whether label maps that are not ours are kept as they are; None: that cannot be chosen.
 
     Attributes:
         folder: folder of the files.
         known: entries of predictions.json, by case; empty for one file.
     """
 
-    def __init__(self, place: Path, *, ending: str, overwrite: bool, continue_: bool) -> None:
+    def __init__(self, place: Path, *, ending: str, overwrite: bool, continue_: bool | None) -> None:
         self.file = place if image_ending(place) is not None and not (is_taken(place) and place.is_dir()) else None
         self.folder = place if self.file is None else place.parent
         self._ending, self._overwrite, self._continue = ending, overwrite, continue_
@@ -134,7 +134,7 @@ class Outputs:
         if there:
             remedy = f"Choose another place with {option('out', flag='-o')}, or replace them with "
             remedy += option("overwrite", True)
-            if any(image_ending(Path(name)) is not None for name in there):
+            if self._continue is not None and any(image_ending(Path(name)) is not None for name in there):
                 remedy += f"; {option('continue_', True, flag='--continue')} keeps these label maps as they are"
             raise UsageError(
                 f"{len(there)} file(s) would be replaced that are not listed in {PREDICTIONS}, or that were changed "

@@ -115,7 +115,7 @@ def postprocess_folder(
         require_same_labels(rule, record.label_set, where=folder / PREDICTIONS)
     elif (folder / "dataset.json").is_file():
         require_same_labels(rule, read_dataset_json(folder / "dataset.json").label_set, where=folder / "dataset.json")
-    outputs = Outputs(out, ending="", overwrite=overwrite, continue_=False)
+    outputs = Outputs(out, ending="", overwrite=overwrite, continue_=None)
     if outputs.file is not None:
         raise UsageError("Label maps of a folder go to a folder", where=out, remedy="Name a folder")
     with outputs.locked():

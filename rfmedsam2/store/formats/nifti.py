@@ -200,12 +200,17 @@ def _scaled(array: np.ndarray, raw: Nifti1Header, dtype: str) -> np.ndarray:
     return result
 
 
+LONGEST_AXIS = 2**15 - 1
+"""Most voxels along an axis of NIfTI-1."""
+
+
 def label_header(header: ImageHeader, labels_zyx: np.ndarray) -> Nifti1Header:
     """NIfTI header of labels (Z,Y,X) for an image: of a NIfTI source the affines with their codes, pixdim and units."""
     shape_xyz = labels_zyx.shape[::-1]
     stored_shape = shape_xyz[:2] if header.flat else shape_xyz
+    kind = Nifti1Header if max(stored_shape) <= LONGEST_AXIS else Nifti2Header
     if header.nifti is None:
-        raw = Nifti1Header(endianness="<")
+        raw = kind(endianness="<")
         raw.set_data_shape(stored_shape)
         # a quaternion can only represent perpendicular axes; the sform keeps the source's
         raw.set_qform(header.grid.affine_ras, code=1)

@@ -116,6 +116,8 @@ def test_what_cannot_be_compared_is_refused(folders: tuple[Path, Path, Path], tm
     write(tmp_path / "both" / "z.nii.gz")
     with pytest.raises(UsageError, match="no case in common"):
         compare(a, tmp_path / "others", references, LABELS)
+    with pytest.raises(UsageError, match=r"None of the label maps has a reference.*names as in .*others"):
+        compare(a, b, tmp_path / "others", LABELS)
     with pytest.raises(UsageError, match=r"not in both A and B.*c9"):
         compare(a, b, references, LABELS, cases=["c0", "c9"])
     evaluate(a, references, LABELS, out=tmp_path / "ea")

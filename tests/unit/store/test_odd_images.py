@@ -17,7 +17,7 @@ from tifffile import imwrite
 
 from rfmedsam2.errors import ImageError
 from rfmedsam2.store.formats.image_header import NotLabelsError, TruncatedImageError
-from rfmedsam2.store.images import read_header, read_image, read_label
+from rfmedsam2.store.images import read_header, read_image, read_label, write_label
 
 ARRAY = np.arange(24).reshape(2, 3, 4) - 7
 COLORS = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
@@ -229,6 +229,17 @@ def test_values_of_a_png_are_not_shifted_to_the_bits_that_count(tmp_path: Path, 
     volume, header = read_image(tmp_path / "a.png")
     assert np.array_equal(volume.array, expected)
     assert header.dtype == volume.array.dtype == f"uint{bits}"
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 40000), (40000, 2, 2)])
+def test_labels_of_a_long_axis_are_written_as_nifti_2(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    """NIfTI-1 counts to 32767."""
+    labels = np.arange(math.prod(shape)).reshape(shape).astype(np.uint8) % 3
+    sitk.WriteImage(sitk.GetImageFromArray(labels), str(tmp_path / "a.nrrd"))
+    _, header = read_image(tmp_path / "a.nrrd")
+    write_label(tmp_path / "b.nii.gz", labels, header)
+    assert np.array_equal(read_label(tmp_path / "b.nii.gz")[0].array[0], labels)
+    assert np.array_equal(np.asarray(nib.load(tmp_path / "b.nii.gz").dataobj).T, labels)
 
 
 def test_a_fourth_axis_of_nothing_is_not_used(tmp_path: Path) -> None:
