@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -74,6 +74,7 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
         try:
             if not {"-h", "--help"} & set(words):
                 _require_sound_environment(os.environ)
+            _require_words(words)
             tyro.cli(_plainly(function), prog=name, description=_description(function), args=words, config=CONFIG)
         except RfMedSamError as error:
             if debug:
@@ -103,6 +104,21 @@ def _cause(error: BaseException) -> RfMedSamError | None:
     if isinstance(error, OSError) and error.errno in REFUSALS and error.filename is not None:
         return UsageError(f"The system refuses this path ({error.strerror})", where=error.filename)
     return None
+
+
+def _require_words(words: Sequence[str]) -> None:
+    """Check that no argument is empty, which as a path would be the folder that the user happens to be in.
+
+    Raises:
+        UsageError: one is.
+    """
+    if "" in words:
+        before = words[: words.index("")]
+        raise UsageError(
+            "An argument is empty",
+            where=f"after {before[-1]}" if before else None,
+            remedy="Give it, or check the shell variable it was to come from; . is the folder here",
+        )
 
 
 def _require_sound_environment(environment: Mapping[str, str]) -> None:

@@ -228,7 +228,7 @@ def test_a_file_that_changes_while_it_is_used(raw_root, root_of, monkeypatch):
         (("3d_fullres", "fold", 0, "--lr", -1), "learning_rate"),
         (("3d_fullres", "fold", 0, "--lr", "nan"), "learning_rate"),
         (("3d_fullres", "fold", 0, "--lr", "1e400"), "learning_rate"),
-        (("3d_fullres", "fold", 0, "--name", ""), "Invalid name of a training"),
+        (("3d_fullres", "fold", 0, "--name", ""), "An argument is empty: after --name"),
         (("3d_fullres", "fold", 0, "--checkpoint", "best"), "Add --validate-only"),
         (("3d_fullres", "fold", 0, "--validate-only"), "Leave out --no-validate, or --validate-only"),
         (("3d_fullres", "fold", 0, "--validate-only", "--restart"), "Leave out --restart and --no-validate"),
@@ -345,6 +345,16 @@ def test_variables_of_nnunet_that_are_not_all_there_are_named(raw_root):
     outcome = run("verify", environment={"nnUNet_raw": raw_root / "raw"})
     assert outcome.code == 2
     assert "./rfmed_data; nnUNet_raw alone counts not, but all three" in outcome.err
+
+
+@pytest.mark.parametrize("flag", ["-i", "-o", "--root", "-m"])
+def test_an_empty_argument_is_not_the_folder_here(trained_root, tmp_path, monkeypatch, flag):
+    """As of a shell variable that is not set: images that lie here were predicted, label maps written here."""
+    monkeypatch.chdir(tmp_path)
+    words = {"-i": raw_of(trained_root) / "imagesTs", "-o": "out", "--root": trained_root, flag: ""}
+    sentence = run_error("predict", *(word for pair in words.items() for word in pair))
+    assert f"An argument is empty: after {flag}." in sentence
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_to_predict(trained_root, tmp_path):
