@@ -32,6 +32,7 @@ EXCEPTIONS = {
     "segment_anything_hq/evaluation/run.py": {"centre"},
     # an HTML element
     "rfmedsam2/pipeline/evaluation/report.html.j2": {"picture"},
+    "rfmedsam2/pipeline/selection/selection.html.j2": {"picture"},
 }
 FILES = sorted(
     path.relative_to(ROOT).as_posix()

@@ -18,31 +18,38 @@ POLICY = b"default-src 'none'; img-src data:"
 """What the head of every template says of where a page may load from: nowhere."""
 
 
-def write_html(path: Path, template: Path, context: Mapping[str, Any], *, figure: Callable[..., str]) -> None:
+def write_html(
+    path: Path, template: Path, context: Mapping[str, Any], *, figure: Callable[..., str] | None = None
+) -> None:
     """Render a template and write the page atomically.
 
     Args:
         path: the HTML file.
-        template: path of the Jinja template.
+        template: path of the Jinja template, which may extend page.html.j2 in this folder.
         context: variables of the template; `created` (date and time) and the code's `version` are added.
-        figure: the template filter `figure`, which formats numbers.
+        figure: the template filter `figure`, which formats numbers; None: `figure_text`.
 
     Raises:
         StoreError: the file cannot be written.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template.parent),
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,  # names of files, labels and datasets are untrusted
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["figure"] = figure
+    environment.filters["figure"] = figure or figure_text
     made = {
         "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
     }
     write_text(path, environment.get_template(template.name).render({**made, **context}))
+
+
+def figure_text(value: float | None, digits: int) -> str:
+    """Format a number with fixed digits; a dash if it is undefined."""
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
 def require_page(path: Path) -> None:

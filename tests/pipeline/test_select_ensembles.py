@@ -125,6 +125,11 @@ def test_every_pair_is_predicted_by_the_networks_of_the_fold(root, tmp_path, mon
            "--cases", *FOLDS["1"])  # fmt: skip
     scores = [Evaluation.load(place / "metrics.json") for place in (folder, tmp_path / "scores")]
     assert scores[0].mean == scores[1].mean
+    page = (results / "selection.html").read_text()
+    assert "default-src 'none'" in page
+    assert page.count("<tr>") == 2 + 2 * len(found.candidates)
+    assert f"-p {found.winner.partition('__')[0]} -c 3d_fullres" in page
+    assert 'src="data:image/png' in page
     assert not [*(tmp_path / "temporary").iterdir()], "probabilities are gone"
     assert not [*root.rglob("*.b2nd")]
     assert not unfinished_files(root)

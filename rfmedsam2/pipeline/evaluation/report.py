@@ -16,7 +16,7 @@ from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.model import CustomConfig, ModelConfig, UNetConfig
 from rfmedsam2.records.report import CaseMetrics, Evaluation, Interval
-from rfmedsam2.reporting.html import png_uri, write_html
+from rfmedsam2.reporting.html import figure_text, png_uri, write_html
 from rfmedsam2.reporting.training_curves import Theme, Training, read_training, training_png
 from rfmedsam2.store.checkpoint_header import CHECKPOINTS, read_record_of
 from rfmedsam2.store.images import image_ending
@@ -109,7 +109,7 @@ def write_report(
         "reference_color": REFERENCE_COLOR,
         "prediction_color": PREDICTION_COLOR,
     }
-    write_html(path, TEMPLATE, context, figure=_figure)
+    write_html(path, TEMPLATE, context)
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -160,11 +160,6 @@ def _fields_of(path: Path) -> dict[str, object]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _figure(value: float | None, digits: int) -> str:
-    """Format a number with fixed digits; a dash if it is undefined."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
 def _themed(draw: Callable[[Theme], bytes]) -> dict[str, str]:
@@ -223,10 +218,10 @@ def _evaluation_figures(evaluation: Evaluation | None) -> list[dict[str, str]]:
 
 def _key_figure(metric: Metric, evaluation: Evaluation) -> dict[str, str]:
     interval = evaluation.mean[metric.name]
-    value = _figure(interval.mean, metric.digits) + (f" {metric.unit}" if metric.unit else "")
+    value = figure_text(interval.mean, metric.digits) + (f" {metric.unit}" if metric.unit else "")
     note = "mean over cases"
     if interval.low is not None:
-        note = f"{_figure(interval.low, metric.digits)} to {_figure(interval.high, metric.digits)}"
+        note = f"{figure_text(interval.low, metric.digits)} to {figure_text(interval.high, metric.digits)}"
     if counted := _counted(interval, evaluation):
         note = f"mean over {counted}" if interval.low is None else f"{note}, {counted}"
     return {"title": f"Mean {metric.title}", "value": value, "note": note}

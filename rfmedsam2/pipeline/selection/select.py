@@ -19,6 +19,7 @@ from rfmedsam2.pipeline.selection.choice import gain_of, is_clear, scores_of
 from rfmedsam2.pipeline.selection.cross_validation import ValidatedModel, chosen_folds, validated_models
 from rfmedsam2.pipeline.selection.ensembles import pairs_of, validate_pairs
 from rfmedsam2.pipeline.selection.learning import Learned
+from rfmedsam2.pipeline.selection.page import write_page
 from rfmedsam2.pipeline.selection.rules import learn_for, place_rule, references_of
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import ENSEMBLE, POSTPROCESSING, EnsembleRecord
@@ -32,7 +33,7 @@ from rfmedsam2.system.progress import Track, silent
 
 logger = logging.getLogger(__name__)
 LOCKED = "selection"
-FILES = ("selection.json", "selection.csv")
+FILES = ("selection.json", "selection.csv", "selection.html")
 SHOWN = ("dsc", "iou", "nsd", "hd95_mm")
 
 
@@ -85,7 +86,7 @@ def select(
 
     Single models are neither predicted nor scored again. The best ensemble is selected if its mean DSC, with its rule,
     is above that of the best single model, with its own, by a paired difference whose interval lies above 0; else the
-    single model is, as the simpler one. Written are selection.json and selection.csv in the dataset's results,
+    single model is, as the simpler one. Written are selection.json, .csv and .html in the dataset's results,
     postprocessing.json in the folder of the model that it was learned for, and the folder of a selected ensemble.
 
     Args:
@@ -298,9 +299,10 @@ def _mean(scores: Mapping[str, float]) -> float | None:
 
 
 def _write(home: Path, selection: Selection) -> None:
-    """Write selection.json and selection.csv, both or neither."""
+    """Write selection.json, selection.csv and selection.html, all or none."""
     fields = tuple(CandidateScore.model_fields)
-    with atomic(home / FILES[1]) as temporary:
+    with atomic(home / FILES[1]) as temporary, atomic(home / FILES[2]) as page:
+        write_page(page, selection)
         with temporary.open("w", encoding="utf-8", newline="") as stream:
             write_rows(stream, [fields, *([getattr(row, field) for field in fields] for row in selection.scores)])
         write_record(home / FILES[0], selection)
