@@ -12,5 +12,7 @@ Backbone = Literal["sam2_tiny", "sam2_small", "sam2_base_plus", "sam2_large", "n
 """Image encoders: SAM 2's Hiera in its four sizes or our own smaller one, or a TinyViT encoder with SAM's decoder."""
 Step0Training = Literal["joint", "crossfit"]
 """When Step 0 of RFMedSAM 2 is trained: with Steps 1 and 2, or before them."""
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+"""Experiment trackers, each an extra of this name."""
 ComparedMetric = Literal["dsc", "iou", "nsd", "hd95_mm"]
 """Metrics by which two sets of predictions are compared; titles are in records/report.py."""

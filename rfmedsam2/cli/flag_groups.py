@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from rfmedsam2.choices import Backbone, Preset, Step0Training
+from rfmedsam2.choices import Backbone, Preset, Step0Training, TrackerName
 from rfmedsam2.cli.flags import AsJson, DatasetName, Device, PlanName, Root, Set, Workers
 
 
@@ -181,7 +181,10 @@ class TrainRun:
         str | None,
         arg(metavar="NAME", help="Train into PLAN-NAME__CONFIGURATION: several trainings of one plan and its cases."),
     ] = None
-    tensorboard: Annotated[bool, arg(help="Also write TensorBoard events (needs the extra `tensorboard`).")] = False
+    trackers: Annotated[
+        tuple[TrackerName, ...],
+        arg(help="Experiment trackers that get the metrics too; each needs the extra of its name."),
+    ] = ()
     device: Device = "auto"
 
 

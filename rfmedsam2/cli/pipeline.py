@@ -151,7 +151,7 @@ def train(
             device=run.device,
             restart=run.restart,
             validate=run.validate,
-            tensorboard=run.tensorboard,
+            trackers=run.trackers,
             weights=start.weights,
             sam=start.sam2,
             unet=start.unet,

@@ -29,14 +29,15 @@ from rfmedsam2.engine.checkpoint import (
     save_training,
 )
 from rfmedsam2.engine.distributed import compile_model, wrap_ddp
-from rfmedsam2.engine.log import MetricsLog
+from rfmedsam2.engine.monitoring.log import MetricsLog
+from rfmedsam2.engine.monitoring.step_metrics import PendingMetrics, StepMetrics, reduce_async
+from rfmedsam2.engine.monitoring.time_left import TimeLeft
+from rfmedsam2.engine.monitoring.trackers import Ending
 from rfmedsam2.engine.rng import capture, preserved, restore, seed_all
 from rfmedsam2.engine.runtime import determinism, report_lost_ranks, resident_mb, to_device
 from rfmedsam2.engine.schedule import learning_rate_factor, set_learning_rate
 from rfmedsam2.engine.signals import Interrupted, Signals, handle_signals
-from rfmedsam2.engine.step_metrics import PendingMetrics, StepMetrics, reduce_async
 from rfmedsam2.engine.task import Progress, Run, Task
-from rfmedsam2.engine.time_left import TimeLeft
 from rfmedsam2.errors import DivergedError, UsageError
 from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.store.checkpoint_header import BEST, FINAL, LATEST
@@ -100,7 +101,7 @@ class _Loop(Generic[Batch]):
         if run.runtime.is_main:
             step = self._position.step
             validated = self._position.validated == step
-            self._log = MetricsLog(run.folder, keep_step=step, keep_validation=validated, tensorboard=run.tensorboard)
+            self._log = MetricsLog(run.folder, keep_step=step, keep_validation=validated, tracking=run.tracking)
 
     def _begin(self, resume: bool) -> None:
         """Start at step 0, or at the last checkpoint."""
@@ -135,10 +136,15 @@ class _Loop(Generic[Batch]):
                 self._after_step()
             if not self._stop:
                 self._finish()
-        finally:
-            if self._log is not None:
-                self._log.close()
+        except BaseException:
+            self._end("failed")
+            raise
+        self._end("stopped" if self._stop else "finished")
         return self._progress()
+
+    def _end(self, ending: Ending) -> None:
+        if self._log is not None:
+            self._log.close(ending)
 
     def _prepare(self, stream: Iterator[Batch]) -> Iterator[Batch]:
         """Compile and wrap in DDP, which need the first batch; returns the stream with that batch still in it."""

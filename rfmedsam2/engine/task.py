@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rfmedsam2.engine.checkpoint import provenance
+from rfmedsam2.engine.monitoring.trackers import Tracking
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.records.checkpoint import TaskRecord, TrainedRecord
 from rfmedsam2.system.progress import Track, silent
@@ -62,14 +63,14 @@ class Run:
         record: makes the checkpoint's record from (completed steps, scores).
         runtime: device and ranks (`runtime.start_runtime`); by default one process on the CPU.
         track: shows every step and validation, on the main rank.
-        tensorboard: also write TensorBoard events.
+        tracking: trackers that get the metrics, on the main rank.
     """
 
     folder: Path
     record: Callable[[int, dict[str, float]], TrainedRecord] = plain_record
     runtime: Runtime = field(default_factory=lambda: Runtime(device=torch.device("cpu")))
     track: Track = silent
-    tensorboard: bool = False
+    tracking: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))  # programs give text, too

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rfmedsam2.engine.log import EVENTS, Epochs, read_events
+from rfmedsam2.engine.monitoring.log import EVENTS, Epochs, read_events
 from rfmedsam2.errors import RecordError
 from rfmedsam2.system.atomic import atomic
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from rfmedsam2.choices import TrackerName
 from rfmedsam2.cli.command import say
 from rfmedsam2.cli.flags import Device
 from rfmedsam2.errors import sentences
@@ -242,5 +243,8 @@ class RefinerRun:
     restart: Annotated[bool, arg(help="Start from the beginning; the existing folder is kept under another name.")] = (
         False
     )
-    tensorboard: Annotated[bool, arg(help="Also write TensorBoard events (needs the extra `tensorboard`).")] = False
+    trackers: Annotated[
+        tuple[TrackerName, ...],
+        arg(help="Experiment trackers that get the metrics too; each needs the extra of its name."),
+    ] = ()
     device: Device = "auto"

@@ -37,7 +37,7 @@ def train(
             cache=run.cache,
             score_base=run.score_base,
             restart=run.restart,
-            tensorboard=run.tensorboard,
+            trackers=run.trackers,
             track=bars,
         )
         result = verb.train_refiner(chosen, training, held, run.output, options)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from rfmedsam2.arguments import option
+from rfmedsam2.choices import TrackerName
 from rfmedsam2.engine.checkpoint import provenance
 from rfmedsam2.engine.fit import fit
+from rfmedsam2.engine.monitoring.trackers import Tracking
 from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.engine.task import Progress, Run
@@ -49,7 +51,7 @@ class RefinerTrainOptions:
         cache: folder of the embedding cache; None: no cache.
         score_base: evaluate the network before its first step, which gives the score of the base.
         restart: start from the beginning; the existing folder is kept under another name.
-        tensorboard: also write TensorBoard events.
+        trackers: tensorboard, wandb, mlflow, which get the metrics too.
         track: shows steps, and objects that are validated.
     """
 
@@ -59,7 +61,7 @@ class RefinerTrainOptions:
     cache: Path | None = None
     score_base: bool = True
     restart: bool = False
-    tensorboard: bool = False
+    trackers: tuple[TrackerName, ...] = ()
     track: Track = silent
 
 
@@ -104,6 +106,7 @@ def train_refiner(
     """
     options = options or RefinerTrainOptions()
     _check(plan, options)
+    tracking = Tracking(names=options.trackers, title=Path(folder).name, settings=plan.model_dump(mode="json"))
     torch.manual_seed(plan.train.seed)  # the same initial weights on every rank
     network = models.build(
         plan.method, plan.backbone, frame_size=plan.frame_size, weights=options.weights, decoder=options.decoder
@@ -139,7 +142,7 @@ def train_refiner(
         def record(step: int, scores: dict[str, float]) -> RefinerRecord:
             return RefinerRecord(**known, step=step, scores=scores, **provenance())
 
-        run = Run(folder=folder, record=record, runtime=runtime, track=options.track, tensorboard=options.tensorboard)
+        run = Run(folder=folder, record=record, runtime=runtime, track=options.track, tracking=tracking)
         progress = fit(task, plan.train, run, resume=True)
         if runtime.is_main:
             write_text(folder / PLAN, plan.to_json())

@@ -14,7 +14,7 @@ import pytest
 from support.commands import unfinished_files
 from support.live_process import Launcher, Process
 
-from rfmedsam2.engine.log import read_events
+from rfmedsam2.engine.monitoring.log import read_events
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.checkpoints import read_all
 

@@ -18,7 +18,7 @@ from support import commands_in_a_row
 from support.changed_labels import relabel
 from support.commands import OURS, PLANNING, run_ok
 
-from rfmedsam2.engine.log import read_events
+from rfmedsam2.engine.monitoring.log import read_events
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store import lock
 from rfmedsam2.system.atomic import read_record

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rfmedsam2.engine.log import read_events
+from rfmedsam2.engine.monitoring.log import read_events
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.engine.task import Run

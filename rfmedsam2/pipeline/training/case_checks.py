@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rfmedsam2.arguments import option
 from rfmedsam2.engine.checkpoint import differences
-from rfmedsam2.engine.log import EVENTS
+from rfmedsam2.engine.monitoring.log import EVENTS
 from rfmedsam2.errors import CheckpointError, DatasetError, StoreError, UsageError, shortlist
 from rfmedsam2.pipeline.preprocessing.case_source import Changes, changes_since
 from rfmedsam2.records.case import CaseRecord

@@ -14,8 +14,10 @@ import torch
 
 from rfmedsam2 import extensions
 from rfmedsam2.arguments import option, path_of
+from rfmedsam2.choices import TrackerName
 from rfmedsam2.engine.checkpoint import provenance
 from rfmedsam2.engine.fit import fit
+from rfmedsam2.engine.monitoring.trackers import Tracking
 from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run, Task
@@ -59,7 +61,7 @@ class TrainOptions:
         device: auto, cpu, cuda, cuda:1, mps.
         restart: start over; existing results are moved aside.
         validate: whether to predict and score the validation cases at the end.
-        tensorboard: whether to write TensorBoard events.
+        trackers: tensorboard, wandb, mlflow, which get the metrics too.
         weights: a trained model to fine-tune: a checkpoint, a fold's folder or a model folder, ours or nnU-Net's.
         sam: published weights of the backbone (RFMedSAM 2).
         unet: a trained U-Net that Step 0 starts from (RFMedSAM 2).
@@ -69,7 +71,7 @@ class TrainOptions:
     device: str = "auto"
     restart: bool = False
     validate: bool = True
-    tensorboard: bool = False
+    trackers: tuple[TrackerName, ...] = ()
     weights: Path | None = None
     sam: Path | None = None
     unet: Path | None = None
@@ -130,6 +132,8 @@ def train(
     began = time.monotonic()
     config = plan.stage(stage)
     extensions.check(config)
+    title, settings = f"{plan.dataset} {plan.name} {stage} fold {fold}", config.model_dump(mode="json")
+    tracking = Tracking(names=options.trackers, title=title, settings=settings)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.cases_plan(stage), stage), config.patch_size)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
     with ExitStack() as held:
@@ -157,7 +161,7 @@ def train(
             ),
             runtime=runtime,
             track=track,
-            tensorboard=options.tensorboard,
+            tracking=tracking,
         )
         progress = fit(task, config.train, run, resume=True)
         del task

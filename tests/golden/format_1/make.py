@@ -23,11 +23,11 @@ import blosc2
 import numpy as np
 import torch
 from PIL import Image
+from rfmedsam2.engine.log import MetricsLog
 from segment_anything_hq.recipes import recipe
 from torch import Tensor
 
 from rfmedsam2.cli import exchange, pipeline, study
-from rfmedsam2.engine.log import MetricsLog
 from rfmedsam2.nn.sam2.build import build_base
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.plan import Plan

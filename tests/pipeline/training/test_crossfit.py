@@ -12,7 +12,7 @@ import torch
 from support.commands import run_error, run_ok
 from support.small_rfmedsam2 import small_unet
 
-from rfmedsam2.engine.log import read_events
+from rfmedsam2.engine.monitoring.log import read_events
 from rfmedsam2.errors import StoreError, UsageError
 from rfmedsam2.inference.sliding_window import predict_logits
 from rfmedsam2.models import load_network

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.commands import run_error, unfinished_files
 
-from rfmedsam2.engine.log import read_events
+from rfmedsam2.engine.monitoring.log import read_events
 from rfmedsam2.errors import RfMedSamError, UsageError
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.plan import Plan

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rfmedsam2.engine.log import read_events
+from rfmedsam2.engine.monitoring.log import read_events
 from rfmedsam2.errors import CheckpointError, PlanError, RecordError, UsageError
 from rfmedsam2.nn.segmenter import PromptBatch
 from rfmedsam2.records.overrides import with_overrides

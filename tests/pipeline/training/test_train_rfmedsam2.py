@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rfmedsam2.engine.log import read_events
+from rfmedsam2.engine.monitoring.log import read_events
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.models import build_stage

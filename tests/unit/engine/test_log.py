@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from rfmedsam2.engine.log import MetricsLog, epoch_rows, read_events
-from rfmedsam2.errors import MissingPackageError, StoreError
+from rfmedsam2.engine.monitoring.log import MetricsLog, epoch_rows, read_events
+from rfmedsam2.errors import StoreError
 
 
 def step(number, loss=1.0):
@@ -91,27 +91,6 @@ def test_a_resumed_table_equals_an_unbroken_one(folder):
         log.write(event)
     log.close()
     assert (folder / "metrics.csv").read_text() == before
-
-
-def test_tensorboard_gets_the_same_numbers(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = MetricsLog(tmp_path, tensorboard=True)
-    log.write(step(1, 2.5))
-    log.write(validation(1))
-    log.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Scalars("train/loss")[0].value == 2.5
-    assert events.Scalars("validation/score")[0].value == 0.5
-
-
-def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
-    def refuse(name, *_):
-        raise ImportError(name)
-
-    monkeypatch.setattr("importlib.import_module", refuse)
-    with pytest.raises(MissingPackageError, match=r"rfmedsam2\[tensorboard\]"):
-        MetricsLog(tmp_path, tensorboard=True)
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):

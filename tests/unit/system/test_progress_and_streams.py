@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfmedsam2.engine.time_left import TimeLeft
+from rfmedsam2.engine.monitoring.time_left import TimeLeft
 from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.system.progress import OnStep, Speed, StepReport, silent
 from rfmedsam2.system.progress_bars import ProgressBars, progress_bars

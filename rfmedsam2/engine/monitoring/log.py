@@ -1,4 +1,4 @@
-"""Training metrics: events in metrics.jsonl, a table with one row per epoch in metrics.csv, optionally TensorBoard.
+"""Training metrics: events in metrics.jsonl, a table with one row per epoch in metrics.csv, and trackers.
 
 metrics.jsonl is the source; metrics.csv is made from it. On resume, events after the resumed step are removed, so that
 the file equals that of an uninterrupted run.
@@ -6,7 +6,6 @@ the file equals that of an uninterrupted run.
 
 from __future__ import annotations
 
-import importlib
 import io
 import itertools
 import json
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rfmedsam2.errors import MissingPackageError
+from rfmedsam2.engine.monitoring.trackers import Ending, Trackers, Tracking
 from rfmedsam2.system.atomic import write_text, writing_to
 from rfmedsam2.system.csv_text import write_rows
 from rfmedsam2.system.json_text import JsonError, parse_json
@@ -32,11 +31,11 @@ class MetricsLog:
         folder: folder of the run.
         keep_step: events after this step are removed (0: all events).
         keep_validation: keep the validation of step `keep_step` itself.
-        tensorboard: also write TensorBoard events.
+        tracking: trackers that get the same numbers.
     """
 
     def __init__(
-        self, folder: Path, *, keep_step: int = 0, keep_validation: bool = True, tensorboard: bool = False
+        self, folder: Path, *, keep_step: int = 0, keep_validation: bool = True, tracking: Tracking | None = None
     ) -> None:
         self._path, self._table = folder / EVENTS, folder / TABLE
         self._buffer = bytearray()
@@ -46,15 +45,13 @@ class MetricsLog:
         self._epochs = Epochs()
         for event in kept:
             self._epochs.add(event)
-        self._board = _tensorboard(folder, keep_step) if tensorboard else None
+        self._trackers = Trackers(tracking or Tracking(), folder, keep_step)
 
     def write(self, event: dict[str, Any]) -> None:
         """Add one event."""
         self._buffer += (json.dumps(event) + "\n").encode()
         self._epochs.add(event)
-        if self._board is not None:
-            for name, value in _numbers(event):
-                self._board.add_scalar(name, value, event["step"])
+        self._trackers.add(event["step"], dict(_numbers(event)))
         if len(self._buffer) > FLUSH_BYTES:
             self._append()
 
@@ -66,14 +63,14 @@ class MetricsLog:
         """
         self._append()
         write_text(self._table, self._epochs.to_csv())
-        if self._board is not None:
-            self._board.flush()
+        self._trackers.flush()
 
-    def close(self) -> None:
+    def close(self, ending: Ending = "finished") -> None:
         """Flush and close."""
-        self.flush()
-        if self._board is not None:
-            self._board.close()
+        try:
+            self.flush()
+        finally:
+            self._trackers.close(ending)
 
     def _append(self) -> None:
         with writing_to(self._path), self._path.open("ab") as stream:
@@ -176,13 +173,3 @@ def _numbers(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
     yield "train/loss", event["loss"]
     yield from ((f"train/loss/{name}", value) for name, value in event["losses"].items())
     yield "train/lr", event["lr"]
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        module = importlib.import_module("torch.utils.tensorboard")
-    except ImportError:
-        raise MissingPackageError(
-            "TensorBoard is not installed", remedy="Install it with: pip install 'rfmedsam2[tensorboard]'"
-        ) from None
-    return module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
