@@ -15,6 +15,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("rfmedsam2", "segment_anything_hq")
 IMPORTED_AS = {
+    "mlflow-skinny": "mlflow",
     "pillow": "PIL",
     "simpleitk": "SimpleITK",
     "connected-components-3d": "cc3d",
