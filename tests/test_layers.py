@@ -23,10 +23,10 @@ VOLUMES = (
     "records",
     "extensions volume",
     "losses metrics nn store transforms",
-    "engine inference models pipeline.datasets pipeline.doctor pipeline.nnunet",
+    "engine inference models pipeline.datasets pipeline.nnunet",
     "reporting tasks pipeline.planning pipeline.prediction",
     "pipeline.preprocessing",
-    "pipeline.evaluation",
+    "pipeline.doctor pipeline.evaluation",
     "pipeline.selection pipeline.training",
     "cli",
 )

@@ -172,6 +172,9 @@ def show_doctor(report: DoctorReport) -> None:
     if report.extensions:
         found = [(e.kind, e.name, f"{e.package} {e.version}", e.fault or "ready") for e in report.extensions]
         table("Extensions", ("kind", "name", "package", "state"), found)
+    if report.models:
+        models = [(m.dataset, m.plan, m.configuration, ", ".join(m.folds), m.trained_by) for m in report.models]
+        table("Trained models", ("dataset", "plan", "configuration", "folds", "trained by"), models)
     for advice in report.warnings:
         tell(sentences([f"Warning: {advice.message}", advice.remedy]))
 

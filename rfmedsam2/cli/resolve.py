@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_ensembles, find_models
+from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_ensembles, find_models, find_nnunet_models
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.layout import Layout
@@ -157,11 +157,15 @@ def trained_model(
     shown = fits or every
     folds = [f" (folds {', '.join(m.folds)})" if m.folds else "" for m in shown]
     listed = "; ".join(f"-d {m.dataset} -p {m.plan} -c {m.stage}{of}" for m, of in zip(shown, folds, strict=True))
+    remedy = "Name one with -d, -p and -c" if every else "Train one with rfmed_train, or give its folder with -m"
+    foreign = [] if fits else find_nnunet_models(layout.results)
+    if foreign:
+        remedy += f". Of nnU-Net, -m takes {foreign[0].folder}, and rfmed_import_model imports it"
     raise UsageError(
         "Several trained models match" if fits else f"No trained model {'matches' if every else 'was found'}",
         where=layout.results,
         found=listed or None,
-        remedy="Name one with -d, -p and -c" if every else "Train one with rfmed_train, or give its folder with -m",
+        remedy=remedy,
     )
 
 

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rfmedsam2.errors import RfMedSamError
+from rfmedsam2.pipeline.prediction.checkpoints import find_models, find_nnunet_models
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.entry_points import KINDS, find, installed
 from rfmedsam2.system.memory import free_bytes, total_bytes
@@ -73,6 +74,18 @@ class InstalledExtension:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FoundModel:
+    """A trained model in the results folder; `plan`: its plans file, if nnU-Net trained it."""
+
+    trained_by: Literal["rfmedsam2", "nnU-Net"]
+    dataset: str
+    plan: str
+    configuration: str
+    folds: tuple[str, ...]
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """A problem, and its remedy."""
 
@@ -98,6 +111,7 @@ class DoctorReport:
         compiler: C++ compiler that torch.compile would use.
         folders: the folders raw, preprocessed and results.
         folders_from: where the folders' paths come from.
+        models: trained models in the results folder, nnU-Net's last.
         warnings: problems with remedies.
     """
 
@@ -116,6 +130,7 @@ class DoctorReport:
     compiler: str | None
     folders: tuple[Folder, ...]
     folders_from: str
+    models: tuple[FoundModel, ...]
     warnings: tuple[Advice, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -123,6 +138,8 @@ class DoctorReport:
         content = asdict(self)
         for folder in content["folders"]:
             folder["path"] = str(folder["path"])
+        for model in content["models"]:
+            model["folder"] = str(model["folder"])
         return content
 
 
@@ -154,6 +171,7 @@ def doctor(layout: Layout | None = None, *, folders_from: str = "the default") -
         executable=sys.executable,
         system=f"{platform.platform()} {platform.machine()}",
         folders_from=folders_from,
+        models=tuple(_models(chosen.results)),
         warnings=(*trouble, *_warnings(facts)),
         **facts,
     )
@@ -197,6 +215,22 @@ def _extensions() -> Iterator[InstalledExtension]:
             except RfMedSamError as error:
                 fault = str(error)
             yield InstalledExtension(kind=kind, name=each.name, package=each.package, version=each.version, fault=fault)
+
+
+def _models(results: Path) -> Iterator[FoundModel]:
+    try:
+        own, nnunet = find_models(results), find_nnunet_models(results)
+    except OSError:
+        return  # a folder that cannot be read is reported with the folders
+    for model in (*own, *nnunet):
+        yield FoundModel(
+            trained_by="rfmedsam2" if model in own else "nnU-Net",
+            dataset=model.dataset,
+            plan=model.plan,
+            configuration=model.stage,
+            folds=model.folds,
+            folder=model.folder,
+        )
 
 
 def _devices() -> tuple[tuple[Device, ...], list[Advice]]:

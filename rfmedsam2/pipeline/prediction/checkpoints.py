@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -58,17 +58,13 @@ def find_models(results: Path, dataset: str | None = None) -> list[TrainedModel]
 
     Models without checkpoints are left out. A results folder that does not exist is treated as empty.
     """
-    if not results.is_dir():
-        return []
     models = []
-    for home in sorted(p for p in results.iterdir() if p.is_dir() and DATASET_FOLDER.fullmatch(p.name)):
-        if dataset is not None and home.name != dataset:
-            continue
-        for folder in sorted(p for p in home.iterdir() if p.is_dir() and "__" in p.name):
-            plan, _, stage = folder.name.partition("__")
-            folds = tuple(folds_of(folder))
-            if is_plan_name(plan) and stage and folds:  # what is just being replaced begins with a dot
-                models.append(TrainedModel(dataset=home.name, plan=plan, stage=stage, folds=folds, folder=folder))
+    for folder in _model_folders(results, dataset):
+        plan, _, stage = folder.name.partition("__")
+        folds = tuple(folds_of(folder))
+        if is_plan_name(plan) and stage and folds:  # what is just being replaced begins with a dot
+            home = folder.parent.name
+            models.append(TrainedModel(dataset=home, plan=plan, stage=stage, folds=folds, folder=folder))
     return models
 
 
@@ -78,9 +74,11 @@ def find_ensembles(results: Path, dataset: str | None = None) -> list[TrainedMod
     Raises:
         RecordError: an ensemble.json is damaged.
     """
-    homes = sorted(results.iterdir()) if results.is_dir() else []
-    names = [home for home in homes if DATASET_FOLDER.fullmatch(home.name) and dataset in (None, home.name)]
-    files = [file for home in names for file in sorted(home.glob(f"{ENSEMBLE_PLAN}__*/{ENSEMBLE}"))]
+    files = [
+        folder / ENSEMBLE
+        for folder in _model_folders(results, dataset)
+        if folder.name.startswith(f"{ENSEMBLE_PLAN}__") and (folder / ENSEMBLE).is_file()
+    ]
     return [
         TrainedModel(
             dataset=file.parent.parent.name,
@@ -91,6 +89,24 @@ def find_ensembles(results: Path, dataset: str | None = None) -> list[TrainedMod
         )
         for file in files
     ]
+
+
+def find_nnunet_models(results: Path) -> list[TrainedModel]:
+    """All models below a results folder that nnU-Net trained (TRAINER__PLANS__CONFIGURATION), sorted."""
+    models = []
+    for folder in _model_folders(results, None):
+        _, plans, stage = [*folder.name.split("__"), "", ""][:3]
+        if stage and is_nnunet_model(folder):
+            folds = tuple(folds_of(folder, NNUNET_CHECKPOINTS))
+            home = folder.parent.name
+            models.append(TrainedModel(dataset=home, plan=plans, stage=stage, folds=folds, folder=folder))
+    return models
+
+
+def _model_folders(results: Path, dataset: str | None) -> Iterator[Path]:
+    for home in sorted(results.iterdir()) if results.is_dir() else ():
+        if home.is_dir() and DATASET_FOLDER.fullmatch(home.name) and dataset in (None, home.name):
+            yield from sorted(p for p in home.iterdir() if p.is_dir() and "__" in p.name)
 
 
 def folds_of(model_folder: Path, names: Sequence[str] = CHECKPOINTS) -> list[str]:

@@ -114,6 +114,15 @@ def test_none_or_several_datasets_are_a_sentence(layout):
         dataset_name(layout, "4", {}, among="raw")
 
 
+def test_models_of_nnunet_are_named_where_there_is_none_of_ours(layout):
+    folder = layout.results / BTCV / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    (folder / "fold_0").mkdir(parents=True)
+    for file in ("fold_0/checkpoint_final.pth", "plans.json"):
+        (folder / file).touch()
+    with pytest.raises(UsageError, match=f"-m takes {folder}, and rfmed_import_model imports it"):
+        trained_model(layout, {}, dataset=None, plan=None, configuration=None)
+
+
 def test_none_or_several_models_are_listed(layout):
     with pytest.raises(UsageError, match=r"No trained model was found.*rfmed_train"):
         trained_model(layout, {}, dataset=None, plan=None, configuration=None)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rfmedsam2
+from rfmedsam2.cli.console import show_doctor
 from rfmedsam2.pipeline import doctor as module
 from rfmedsam2.pipeline.doctor import doctor
 from rfmedsam2.store.layout import Layout
@@ -132,6 +133,28 @@ def test_low_limits_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for words in ("256 files", "0.1 GiB of disk", "2 GiB of memory", "/dev/shm"):
         assert words in text
     assert all(advice.remedy for advice in report.warnings)
+
+
+def test_trained_models_are_listed_and_those_of_nnunet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = tmp_path / "results" / "Dataset004_Hippocampus"
+    files = (
+        "rfmed__3d_fullres/fold_0/checkpoint_final.safetensors",
+        *(f"nnUNetTrainer__nnUNetPlans__3d_fullres/fold_{fold}/checkpoint_final.pth" for fold in (0, 1, "all")),
+        "nnUNetTrainer__nnUNetPlans__3d_fullres/plans.json",
+        "nnUNetTrainer__nnUNetPlans__2d/fold_0/checkpoint_final.pth",  # without its plans it is no model
+        "nnUNetTrainer__nnUNetPlans__3d_fullres/crossval_results_folds_0_1_2_3_4/summary.json",
+    )
+    for file in files:
+        (home / file).parent.mkdir(parents=True, exist_ok=True)
+        (home / file).touch()
+    report = doctor(Layout.under(tmp_path))
+    assert [(m.trained_by, m.dataset, m.plan, m.configuration, m.folds) for m in report.models] == [
+        ("rfmedsam2", home.name, "rfmed", "3d_fullres", ("0",)),
+        ("nnU-Net", home.name, "nnUNetPlans", "3d_fullres", ("0", "1", "all")),
+    ]
+    assert report.as_json()["models"][1]["folder"] == str(home / "nnUNetTrainer__nnUNetPlans__3d_fullres")
+    show_doctor(report)
+    assert re.search(r"nnUNetPlans +3d_fullres +0, 1, all +nnU-Net", capsys.readouterr().out)
 
 
 def test_what_is_needed_and_what_is_optional_is_what_the_metadata_say(
