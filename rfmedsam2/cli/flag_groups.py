@@ -38,6 +38,13 @@ class PredictOutput:
     overwrite: Annotated[
         bool, arg(help="Replace also files that predictions.json does not list, or that were changed since.")
     ] = False
+    part: Annotated[
+        str | None,
+        arg(
+            metavar="K/N",
+            help="Predict the K-th of N parts of the cases; the others may be predicted into the same folder at once.",
+        ),
+    ] = None
     postprocessing: Annotated[bool, arg(help="Do not apply the model's postprocessing rule.")] = True
     as_json: AsJson = False
 
@@ -213,6 +220,13 @@ class Preprocessing:
         ),
     ] = False
     preprocess: Annotated[bool, arg(help="Only verify and plan.")] = True
+    part: Annotated[
+        str | None,
+        arg(
+            metavar="K/N",
+            help="Plan nothing, preprocess the K-th of N parts of the cases by a plan that exists; others at once.",
+        ),
+    ] = None
     root: Root = None
     workers: Workers = 2
 

@@ -36,11 +36,13 @@ from rfmedsam2.cli.training_flags import (
     with_refinement,
 )
 from rfmedsam2.errors import UsageError, shortlist
+from rfmedsam2.system.parts import Part
 from rfmedsam2.system.ranks import ranks_of
 
 if TYPE_CHECKING:
     from rfmedsam2.records.plan import Plan
     from rfmedsam2.store.layout import Layout
+    from rfmedsam2.store.raw import RawDataset
 
 
 def verify(*, dataset: DatasetName = None, root: Root = None, workers: Workers = 2, as_json: AsJson = False) -> None:
@@ -101,6 +103,9 @@ def plan_and_preprocess(
         skip_unlabeled=data.skip_unlabeled,
         tell=say_memory,
     )
+    if data.part is not None:
+        _preprocess_part(raw, layout, data, planning, given)
+        return
     stages = (data.configurations or None) if data.preprocess else ()
     result = verb.plan_and_preprocess(raw, layout, options, stages=stages, workers=data.workers, track=bars)
     show_plan(result.plan)
@@ -110,6 +115,31 @@ def plan_and_preprocess(
         tell(f"Note: {note}")
     if result.preprocessed is not None:
         tell(f"Preprocessed: {result.preprocessed}")
+
+
+def _preprocess_part(
+    raw: RawDataset, layout: Layout, data: Preprocessing, planning: Planning, given: GivenDecisions
+) -> None:
+    """Make a part of the cases of a plan that exists."""
+    from rfmedsam2.cli import resolve
+    from rfmedsam2.cli.progress import bars
+    from rfmedsam2.pipeline.preprocessing import plan_and_preprocess as verb
+
+    part = Part.parse(data.part)
+    asked = Preprocessing(
+        dataset=data.dataset, configurations=data.configurations, part=data.part, root=data.root, workers=data.workers
+    )
+    if (data, planning, given) != (asked, Planning(plan=planning.plan), GivenDecisions()):
+        raise UsageError(
+            "A part of the cases is made by a plan that exists, and nothing is planned",
+            where=f"--part {part}",
+            expected="no other options than -d, -p, -c, --workers and --root",
+            remedy="Plan first, with the same command without --part and with --no-preprocess",
+        )
+    plan = resolve.planned(layout, raw.name, planning.plan, stage=None)
+    stages = data.configurations or None
+    done = verb.preprocess_part(raw, layout, plan, part, stages=stages, workers=data.workers, track=bars)
+    tell(f"Preprocessed part {part} of {plan.name}: {done}")
 
 
 def train(
@@ -206,6 +236,7 @@ def predict(
     """
     from rfmedsam2.cli.progress import bars
 
+    part = None if output.part is None else Part.parse(output.part)
     sources = model.sources()
     named = " + ".join(map(str, sources))
     with bars.working(f"Loading {named}"):
@@ -242,6 +273,7 @@ def predict(
         continue_=output.continue_,
         overwrite=output.overwrite,
         probabilities=output.probabilities,
+        part=part,
         track=bars,
     )
     if done.corrected:

@@ -80,8 +80,12 @@ def raw_dataset(layout: Layout, wanted: str | None, environment: Mapping[str, st
     return open_dataset(layout.raw / dataset_name(layout, wanted, environment, among="raw"))
 
 
-def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, changes: Sequence[str] = ()) -> Plan:
+def planned(
+    layout: Layout, dataset: str, wanted: str | None, *, stage: str | None, changes: Sequence[str] = ()
+) -> Plan:
     """Load the requested plan, else the only one, else `rfmed` among several; with overrides (under the same name).
+
+    Without a stage there can be no overrides.
 
     Raises:
         UsageError: the plan does not exist, or there are several and no name was given.
@@ -104,6 +108,8 @@ def planned(layout: Layout, dataset: str, wanted: str | None, *, stage: str, cha
             remedy=remedy,
         )
     plan = read_record(layout.plan_file(dataset, wanted), Plan)
+    if stage is None:
+        return plan
     plan.stage(stage)
     if not changes:
         return plan

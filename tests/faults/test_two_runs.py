@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,6 +117,48 @@ def test_two_plans_of_one_dataset_are_made_at_once(raw_root, planned_root, root_
         assert contents(root / CASES.with_name(f"{plan}_3d_fullres")).keys() == expected.keys()
     splits = CASES.with_name("splits_final.json")
     assert (root / splits).read_bytes() == (planned_root / splits).read_bytes()
+
+
+def test_parts_are_predicted_at_once_and_nothing_else_beside_them(trained_root, root_of, launcher: Launcher, tmp_path):
+    root = root_of(trained_root)
+    out, (name, *words) = prediction(root)
+    first = launcher.start(str(name), *words, "--part", "1/2", folder=tmp_path)
+    first.until(lambda: (out / ".part-1-of-2" / ".lock").exists())
+    with stopped(first):
+        for part in ("1/2", None):
+            more = () if part is None else ("--part", part)
+            told = launcher.finished(str(name), *words, *more, folder=tmp_path, code=2)
+            assert f"Another run is working in this folder: {out}" in told
+        launcher.finished(str(name), *words, "--part", "2/2", folder=tmp_path)
+    assert first.wait() == 0, first.text()
+    images = {path.name.replace("_0000", "") for path in (root / RAW / "imagesTs").iterdir()}
+    assert {path.name for path in out.iterdir()} == images | {"predictions.json"}
+    assert len(json.loads((out / "predictions.json").read_text())["cases"]) == len(images) > 1
+    assert "kept" in launcher.finished(str(name), *words, "--continue", folder=tmp_path)
+
+
+def test_parts_of_the_cases_are_made_at_once(planned_root, root_of, launcher: Launcher, tmp_path):
+    root = root_of(planned_root)
+    expected = contents(root / CASES)
+    shutil.rmtree(root / CASES)
+    words = ("plan_and_preprocess", "--root", root, "-c", "3d_fullres")
+    first = launcher.start(*words, "--part", "1/2", folder=tmp_path)
+    first.until(lambda: (root / CASES / ".part-1-of-2" / ".lock").exists())
+    with stopped(first):
+        told = launcher.finished(*words, "--part", "1/2", folder=tmp_path, code=2)
+        assert "Another run is working in this folder" in told
+        assert "Preprocessed part 2/2 of rfmed_cpu: 2 new" in launcher.finished(
+            *words, "--part", "2/2", folder=tmp_path
+        )
+    assert first.wait() == 0, first.text()
+    assert contents(root / CASES) == expected
+    relabel(root / RAW, "phantom_001")
+    told = launcher.finished(*words, "--part", "1/2", folder=tmp_path, code=2)
+    assert "1 case(s) of part 1/2 are damaged, or were made from other files or by another plan" in told
+    assert "Found phantom_001. Make all cases without --part" in told
+    assert contents(root / CASES) == expected
+    told = launcher.finished(*words, "--part", "1/2", "--preset", "cpu", folder=tmp_path, code=2)
+    assert "nothing is planned: --part 1/2" in told
 
 
 def test_cases_are_not_rebuilt_under_a_training(planned_root, trained_root, root_of, launcher: Launcher, tmp_path):

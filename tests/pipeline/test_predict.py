@@ -315,6 +315,26 @@ def test_cases_of_the_training_are_named(cases, tmp_path, caplog) -> None:
     assert "trained" not in caplog.text
 
 
+def test_parts_are_predicted_into_one_folder_and_one_list(cases, predictor, tmp_path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    predict_files(predictor, cases, whole)
+    written = [predict_files(predictor, cases[::-1], out, part=f"{number}/2").written for number in (1, 2)]
+    assert [sorted(path.name for path in paths) for paths in written] == [
+        ["case0.nii.gz", "case2.nii.gz"],
+        ["case1.nii.gz"],
+    ]
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.iterdir())
+    together, alone = (json.loads((folder / "predictions.json").read_text()) for folder in (out, whole))
+    for record in (together, alone):
+        for entry in record["cases"].values():
+            del entry["seconds"]
+    assert together == alone
+    assert len(predict_files(predictor, cases, out, continue_=True, part="1/2").kept) == 2
+    assert predict_files(predictor, cases[:1], out, part="2/2").written == ()  # of one case there is no second part
+    with pytest.raises(UsageError, match="One file cannot hold the label maps of a part"):
+        predict_files(predictor, cases[:1], tmp_path / "one.nii.gz", part="1/2")
+
+
 def test_an_image_of_another_kind_is_predicted_with_a_warning_that_is_kept(predictor, tmp_path, caplog) -> None:
     image = nib.load(write_image(tmp_path / "in" / "mr.nii.gz"))
     other = np.abs(np.asarray(image.dataobj)) + np.int16(5)

@@ -6,7 +6,7 @@ corrected predictions, other files of the same name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +16,17 @@ from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, Predictions
 from rfmedsam2.store.case_files import Case, file_stem
 from rfmedsam2.store.formats.raster import spacing_file
 from rfmedsam2.store.images import digest_of, image_ending, image_files, label_files, read_image
-from rfmedsam2.store.lock import exclusive_lock
-from rfmedsam2.system.atomic import is_taken, read_record
+from rfmedsam2.store.lock import exclusive_lock, shared_lock
+from rfmedsam2.system.atomic import is_taken, read_record, write_record
+from rfmedsam2.system.parts import Part
 
 UNWRITABLE = (".dcm", ".nhdr")
 PROBABILITIES = ".probabilities.b2nd"
+PART = ".part-{}-of-{}"
+"""Folder in the output folder that is locked by the run of a part."""
+LISTING = ".listing"
+"""Locked by the run of a part while it adds to predictions.json."""
+LISTING_SECONDS = 60.0
 
 
 class Outputs:
@@ -31,16 +37,25 @@ class Outputs:
         ending: file ending of the plan, used in a folder.
         overwrite: whether files that are not ours may be replaced.
         continue_: whether label maps that are not ours are kept as they are; None: that cannot be chosen.
+        part: the run predicts this part of the cases, beside those of other parts; None: all of them, alone.
+
+    Raises:
+        UsageError: a file for a part.
 
     Attributes:
         folder: folder of the files.
         known: entries of predictions.json, by case; empty for one file.
     """
 
-    def __init__(self, place: Path, *, ending: str, overwrite: bool, continue_: bool | None) -> None:
+    def __init__(
+        self, place: Path, *, ending: str, overwrite: bool, continue_: bool | None, part: Part | None = None
+    ) -> None:
         self.file = place if image_ending(place) is not None and not (is_taken(place) and place.is_dir()) else None
         self.folder = place if self.file is None else place.parent
+        if self.file is not None and part is not None:
+            raise UsageError("One file cannot hold the label maps of a part", where=place, expected="a folder")
         self._ending, self._overwrite, self._continue = ending, overwrite, continue_
+        self._part = part
         self._record = self.folder / PREDICTIONS
         self._foreign_record = False
         self.known: dict[str, PredictedCase] = {}
@@ -49,12 +64,40 @@ class Outputs:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder, and read what is there; runs that write one file each may share it."""
+        """Keep other runs out of the folder, and read what is there; runs of one file or one part each may share it."""
         if self.file is not None:
             yield
+        elif self._part is None:
+            with exclusive_lock(self.folder):
+                self._read_record()
+                yield
+        else:
+            place = self.folder / PART.format(self._part.number, self._part.count)
+            with exclusive_lock(place), shared_lock(self.folder):
+                with self._listing():
+                    self._read_record()
+                yield
+
+    def add(
+        self,
+        case: Case,
+        entry: PredictedCase,
+        record_of: Callable[[Mapping[str, PredictedCase]], PredictionsRecord],
+    ) -> None:
+        """List a label map that was written in predictions.json; `record_of` makes its content from all entries."""
+        with self._listing():
+            if self._part is not None:  # other parts have added theirs
+                self._read_record()
+            self.known[case.id] = entry
+            write_record(self._record, record_of(self.known))
+
+    @contextmanager
+    def _listing(self) -> Iterator[None]:
+        """Alone with predictions.json."""
+        if self._part is None:
+            yield
             return
-        with exclusive_lock(self.folder):
-            self._read_record()
+        with exclusive_lock(self.folder / LISTING, wait_seconds=LISTING_SECONDS):
             yield
 
     def _read_record(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +21,20 @@ from rfmedsam2.pipeline.prediction.cascade import FirstStageLabels
 from rfmedsam2.pipeline.prediction.outputs import Outputs
 from rfmedsam2.pipeline.prediction.plausibility import doubts_about, trained_ids
 from rfmedsam2.pipeline.prediction.predictor import Predictor
-from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
+from rfmedsam2.records.prediction import PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.formats.image_header import ImageHeader, readers_differ, require_memory
 from rfmedsam2.store.images import digest_of, read_header, read_label, write_label
 from rfmedsam2.store.raw import read_case
-from rfmedsam2.system.atomic import is_taken, write_record
+from rfmedsam2.system.atomic import is_taken
 from rfmedsam2.system.memory import memory_ran_out, memory_words
+from rfmedsam2.system.parts import Part
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.version import __version__
 
 logger = logging.getLogger(__name__)
+READ_AHEAD = 1
+"""Cases read and preprocessed ahead of the one on the device; each holds one volume in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +80,7 @@ def predict_files(
     continue_: bool = False,
     overwrite: bool = False,
     probabilities: bool = False,
-    workers: int = 1,
+    part: Part | str | None = None,
     track: Track = silent,
 ) -> PredictionSummary:
     """Predict cases into a folder: CASE + ending, and predictions.json with model, options and inputs.
@@ -98,7 +101,8 @@ def predict_files(
             are kept as they are.
         overwrite: replace also files that were corrected or come from elsewhere.
         probabilities: write CASE.probabilities.b2nd beside each label map.
-        workers: number of cases read and preprocessed ahead of the one on the device; each holds one volume in memory.
+        part: predict this part of the cases ("2/8"), others being predicted into the same folder by other runs; None:
+            all of them.
         track: progress display over cases, and over the tiles of each.
 
     Raises:
@@ -111,10 +115,14 @@ def predict_files(
     started = time.perf_counter()
     previous = None if isinstance(predictor.previous, Predictor) else predictor.previous
     predictor.require_possible(boxes=boxes is not None, previous=previous is not None)
-    outputs = Outputs(out, ending=predictor.plan.file_ending, overwrite=overwrite, continue_=continue_)
+    part = part if isinstance(part, Part | None) else Part.parse(part)
+    ending = predictor.plan.file_ending
+    outputs = Outputs(out, ending=ending, overwrite=overwrite, continue_=continue_, part=part)
     with outputs.locked():
         run = Run(predictor, outputs, probabilities=probabilities, continue_=continue_, prompted=boxes is not None)
-        _check(cases, run)
+        _check(cases)
+        cases = cases if part is None else part.of(sorted(cases, key=lambda case: case.id))
+        outputs.require_free(cases, probabilities=probabilities)
         records = [record for member in predictor.members for record in member.records]
         if seen := trained_ids(records, [case.id for case in cases]):
             logger.warning(
@@ -129,7 +137,7 @@ def predict_files(
         if previous is not None:
             of = FirstStageLabels.open
             run.previous = of(previous, cases, predictor.plan.labels) if isinstance(previous, Path) else previous
-        written, kept = _predict_all(run, cases, workers=workers, track=track)
+        written, kept = _predict_all(run, cases, track=track)
     corrected = tuple(outputs.target(case) for case in cases if case.id in run.corrected)
     return PredictionSummary(
         written=tuple(written),
@@ -139,14 +147,14 @@ def predict_files(
     )
 
 
-def _predict_all(run: Run, cases: Sequence[Case], *, workers: int, track: Track) -> tuple[list[Path], list[Path]]:
+def _predict_all(run: Run, cases: Sequence[Case], *, track: Track) -> tuple[list[Path], list[Path]]:
     """Predict and write; returns the written and the kept label maps."""
     written: list[Path] = []
     kept: list[Path] = []
     faults: list[str] = []
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         pending: tuple[Case, Future[Path]] | None = None
-        for case, ready in track(_ahead(cases, run.load, max(1, workers)), "predict", len(cases)):
+        for case, ready in track(_ahead(cases, run.load, READ_AHEAD), "predict", len(cases)):
             try:
                 loaded = ready.result()
                 if loaded is None:
@@ -187,7 +195,6 @@ class Run:
         self.made_by = predictor.made_by(boxes=prompted)
         self.boxes: BoxSource | None = None
         self.previous: FirstStageLabels | None = None
-        self.known = dict(outputs.known)
         self.corrected: set[str] = set()
         """Cases whose label map of somebody else is kept."""
 
@@ -222,7 +229,7 @@ class Run:
             return target
         seconds = {"read": item.read_seconds, **prediction.seconds, "write": time.perf_counter() - started}
         z, y, x = prediction.labels.shape
-        self.known[case.id] = PredictedCase(
+        entry = PredictedCase(
             file=target.name,
             probabilities=self.outputs.probabilities(case).name if self.probabilities else None,
             inputs=tuple(path.name for path in case.images),
@@ -233,10 +240,10 @@ class Run:
             warnings=item.doubts,
             sha256=digest_of([target]).hex(),
         )
-        write_record(self.outputs.folder / PREDICTIONS, self._record())
+        self.outputs.add(case, entry, self._record)
         return target
 
-    def _record(self) -> PredictionsRecord:
+    def _record(self, entries: Mapping[str, PredictedCase]) -> PredictionsRecord:
         plan, (plan_name, stage) = self.predictor.plan, self.predictor.name
         return PredictionsRecord(
             dataset=plan.dataset,
@@ -249,7 +256,7 @@ class Run:
             options=self.settings,
             made_by=self.made_by,
             code_version=__version__,
-            cases=dict(sorted(self.known.items())),
+            cases=dict(sorted(entries.items())),
         )
 
     def is_reusable(self, case: Case, digest: str) -> bool:
@@ -288,14 +295,13 @@ def _ahead(
             pool.shutdown(cancel_futures=True)
 
 
-def _check(cases: Sequence[Case], run: Run) -> None:
+def _check(cases: Sequence[Case]) -> None:
     if not cases:
         raise UsageError("There are no cases to predict", remedy="Check the input folder and the file endings in it")
     ids = Counter(case.id for case in cases)
     twice = sorted(name for name, count in ids.items() if count > 1)
     if twice:
         raise UsageError("Two inputs have the same case name", found=", ".join(twice), remedy="Rename one of them")
-    run.outputs.require_free(cases, probabilities=run.probabilities)
 
 
 def _check_header(image: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,12 @@ from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.pipeline.preprocessing.fingerprint import WRITING_SECONDS, fingerprint
 from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed, memory_need
 from rfmedsam2.pipeline.preprocessing.plan_of_model import plan_of_model
-from rfmedsam2.pipeline.preprocessing.preprocess import PreprocessSummary, preprocess_locked, writable_cases
+from rfmedsam2.pipeline.preprocessing.preprocess import (
+    PreprocessSummary,
+    preprocess,
+    preprocess_locked,
+    writable_cases,
+)
 from rfmedsam2.pipeline.preprocessing.shared_cases import sharing_cases
 from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import Extension, RFMedSam2Config
@@ -40,6 +45,7 @@ from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.atomic import atomic, read_record, write_record
 from rfmedsam2.system.json_text import parse_json
 from rfmedsam2.system.memory import free_bytes
+from rfmedsam2.system.parts import Part
 from rfmedsam2.system.progress import Track, silent
 
 MEMORY_SHARE = 0.25
@@ -151,8 +157,7 @@ def plan_and_preprocess(
     )
     dataset = source.dataset  # without cases that were left out
     plan = sharing_cases(_planned(dataset, found, options), layout, [case.id for case in dataset.training])
-    first = tuple(name for name, stage in plan.stages.items() if name != "2d" and stage.previous_stage is None)
-    wanted = tuple(stages) if stages is not None else first or tuple(plan.stages)
+    wanted = tuple(stages) if stages is not None else default_stages(plan)
     for stage in wanted:
         plan.stage(stage)  # before anything is written
     with writable_cases(source, plan, wanted, layout, track=track) as writable:
@@ -176,6 +181,33 @@ def plan_and_preprocess(
             # at most as many workers as were reported, even if more memory is free by now
             done = preprocess_locked(source, plan, wanted, layout, writable=writable, workers=need.workers, track=track)
     return SetUp(fingerprint=found, plan=plan, splits=tuple(splits), notes=tuple(notes), preprocessed=done)
+
+
+def default_stages(plan: Plan) -> tuple[str, ...]:
+    """Stages that are preprocessed if none are named: all but 2d, unless it is the only one, and second stages."""
+    first = tuple(name for name, stage in plan.stages.items() if name != "2d" and stage.previous_stage is None)
+    return first or tuple(plan.stages)
+
+
+def preprocess_part(
+    dataset: RawDataset,
+    layout: Layout,
+    plan: Plan,
+    part: Part,
+    *,
+    stages: Sequence[str] | None = None,
+    workers: int = 2,
+    track: Track = silent,
+) -> PreprocessSummary:
+    """Make a part of the preprocessed cases of a plan that was written before, as `preprocess` does.
+
+    Cases that planning left out (`skip_faulty`) are left out too.
+    """
+    path = layout.fingerprint_file(dataset.name)
+    left_out = read_record(path, Fingerprint).left_out if path.is_file() else {}
+    kept = replace(dataset, training=tuple(case for case in dataset.training if case.id not in left_out))
+    wanted = default_stages(plan) if stages is None else stages
+    return preprocess(kept, plan, wanted, layout, part=part, workers=workers, track=track)
 
 
 def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> Plan:

@@ -11,21 +11,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError, shortlist
+from rfmedsam2.arguments import option
+from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError, UsageError, shortlist
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase
 from rfmedsam2.pipeline.preprocessing.case_source import Files, case_digest, is_from, preprocessing_settings
 from rfmedsam2.pipeline.preprocessing.memory_estimate import memory_need
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.lock import InUseError, exclusive_lock
+from rfmedsam2.store.lock import InUseError, exclusive_lock, shared_lock
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import map_cases
+from rfmedsam2.system.parts import Part
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.foreground import sample_foreground
 from rfmedsam2.transforms.prepare import Prepared, prepare
 
+PART = ".part-{}-of-{}"
+"""Folder in that of the cases that is locked by the run of a part."""
 CHECKS_AT_ONCE = 4
 """Number of stored cases checked in parallel."""
 
@@ -70,6 +74,7 @@ def preprocess(
     stages: Sequence[str],
     layout: Layout,
     *,
+    part: Part | str | None = None,
     workers: int = 2,
     track: Track = silent,
 ) -> PreprocessSummary:
@@ -80,10 +85,12 @@ def preprocess(
         plan: the plan.
         stages: names of the plan's stages.
         layout: the folder layout.
+        part: make this part of the cases ("2/8"), while other runs make the others; None: all.
         workers: number of cases processed in parallel; fewer if memory does not suffice.
         track: progress display.
 
     Raises:
+        UsageError: `part` is none, or cases of it would have to be made again, which no part can while others work.
         PlanError: a stage does not exist in the plan.
         DatasetError: cases cannot be preprocessed; lists all of them, the others are finished.
         StoreError: the disk is full or a folder cannot be written; finished cases are kept.
@@ -91,8 +98,45 @@ def preprocess(
         WorkerError: memory ran out also with fewer workers, or a case failed; finished cases are kept.
     """
     source = dataset if isinstance(dataset, CaseReader) else CaseReader(dataset)
+    if part is not None:
+        return _preprocess_part(source, plan, stages, layout, Part.parse(str(part)), workers=workers, track=track)
     with writable_cases(source, plan, stages, layout, track=track) as writable:
         return preprocess_locked(source, plan, stages, layout, writable=writable, workers=workers, track=track)
+
+
+def _preprocess_part(
+    source: CaseReader, plan: Plan, stages: Sequence[str], layout: Layout, part: Part, *, workers: int, track: Track
+) -> PreprocessSummary:
+    """Make the cases of a part that are missing, beside runs of other parts and trainings, which read finished ones."""
+    chosen = part.of(sorted(source.dataset.training, key=lambda case: case.id))
+    source = CaseReader(replace(source.dataset, training=tuple(chosen)))
+    with ExitStack() as held:
+        for store in _stores(plan, stages, layout, source.dataset.name).values():
+            held.enter_context(exclusive_lock(store.folder / PART.format(part.number, part.count)))
+            held.enter_context(shared_lock(store.folder))
+        _require_none_stale(source, plan, stages, layout, part, track=track)
+        return preprocess_locked(source, plan, stages, layout, writable=stages, workers=workers, track=track)
+
+
+def _require_none_stale(
+    source: CaseReader, plan: Plan, stages: Sequence[str], layout: Layout, part: Part, *, track: Track
+) -> None:
+    stores = _stores(plan, stages, layout, source.dataset.name)
+    # files of a case without its record are left from a killed run: nobody reads them
+    stored = [case for case in source.dataset.training if _known(case, stores) is not None]
+    stale = [
+        case.id
+        for case, due in zip(stored, _all_due(source, stored, plan, stores, track=track), strict=True)
+        if any(stores[stage].record(case.id) is not None for stage in due)
+    ]
+    if stale:
+        raise UsageError(
+            f"{len(stale)} case(s) of part {part} are damaged, or were made from other files or by another plan. They "
+            "can be replaced only while no other run uses the folder",
+            where=next(iter(stores.values())).folder,
+            found=shortlist(stale),
+            remedy=f"Make all cases without {option('part')}, or remove this folder first",
+        )
 
 
 def preprocess_locked(
@@ -168,14 +212,7 @@ def _require_finished(
 ) -> None:
     """Raise the error of the lock if any case must be made."""
     cases = source.dataset.training
-    due = map_cases(
-        lambda case: _due(case, source.files(case, _known(case, stores)), plan, stores),
-        cases,
-        workers=CHECKS_AT_ONCE,
-        name=lambda case: case.id,
-        track=track,
-        description="Checking cases",
-    )
+    due = _all_due(source, cases, plan, stores, track=track)
     names = [case.id for case, stages in zip(cases, due, strict=True) if stages]
     if names:
         raise InUseError(
@@ -184,6 +221,20 @@ def _require_finished(
             found=f"{error.found or 'its lock'}, and {len(names)} case(s) here that must be made: {shortlist(names)}",
             remedy="Wait until it has ended, then run the same command again; or choose another plan name",
         ) from None
+
+
+def _all_due(
+    source: CaseReader, cases: Sequence[Case], plan: Plan, stores: Mapping[str, CaseStore], *, track: Track
+) -> Iterator[list[str]]:
+    """Stages that each case must be made for."""
+    return map_cases(
+        lambda case: _due(case, source.files(case, _known(case, stores)), plan, stores),
+        cases,
+        workers=CHECKS_AT_ONCE,
+        name=lambda case: case.id,
+        track=track,
+        description="Checking cases",
+    )
 
 
 def _due(case: Case, files: Files, plan: Plan, stores: Mapping[str, CaseStore]) -> list[str]:
