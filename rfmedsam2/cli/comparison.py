@@ -1,4 +1,4 @@
-"""Command that compares two sets of predictions, case by case."""
+"""Commands that look at label maps: two sets of predictions compared case by case, and pictures of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tyro.conf import Positional, arg
 from rfmedsam2.choices import ComparedMetric
 from rfmedsam2.cli.command import command, layout_of, tell, tell_json
 from rfmedsam2.cli.flag_groups import LabelNames, Scoring
-from rfmedsam2.cli.flags import AsJson
-from rfmedsam2.errors import UsageError
+from rfmedsam2.cli.flags import AsJson, Workers
+from rfmedsam2.errors import UsageError, shortlist
 
 
 def compare(
@@ -72,4 +72,50 @@ def compare(
         tell(f"Written: {', '.join(str(output / name) for name in verb.FILES)}")
 
 
+def overlay(
+    *,
+    output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")],
+    images: Annotated[Path | None, arg(aliases=("-i",), metavar="DIR")] = None,
+    predictions: Annotated[Path | None, arg(aliases=("-p",), metavar="DIR")] = None,
+    labels: LabelNames = LabelNames(),
+    cases: Annotated[tuple[str, ...], arg(metavar="ID")] = (),
+    channel: Annotated[int, arg(metavar="N")] = 0,
+    opacity: Annotated[float, arg(metavar="SHARE")] = 0.45,
+    overwrite: bool = False,
+    workers: Workers = 2,
+) -> None:
+    """Draw label maps over their images, one PNG a case: of a dataset (-d), or of predictions (-i and -p).
+
+    Args:
+        output: Folder of the pictures.
+        images: Images of the cases; without them the background is black.
+        predictions: Label maps; without them, those of the training cases of the dataset.
+        cases: Draw these only.
+        channel: Channel of the images.
+        opacity: Of the colors: 0 is the image alone, 1 hides it.
+        overwrite: Replace pictures that are there.
+    """
+    from rfmedsam2.cli import resolve
+    from rfmedsam2.cli.progress import bars
+    from rfmedsam2.pipeline.evaluation import label_pictures as verb
+
+    layout = layout_of(labels.root)
+    if predictions is None:
+        if images is not None:
+            raise UsageError("There are images and no label maps", expected="-p with them, or -d with a dataset")
+        raw = resolve.raw_dataset(layout, labels.dataset, os.environ)
+        chosen, names = verb.pictured_dataset(raw, channel), raw.json.label_set
+    else:
+        chosen = verb.pictured_folder(predictions, images, channel)
+        names = resolve.labels_for(layout, os.environ, dataset=labels.dataset, file=labels.labels)
+    unknown = set(cases) - {case.id for case in chosen}
+    if unknown:
+        known = shortlist(case.id for case in chosen)
+        raise UsageError("There is no such case", expected=f"one of {known}", found=", ".join(sorted(unknown)))
+    chosen = [case for case in chosen if not cases or case.id in cases]
+    done = verb.write_pictures(chosen, output, names, opacity=opacity, overwrite=overwrite, workers=workers, track=bars)
+    tell(f"Drew {len(done)} case(s): {output}")
+
+
 compare_command = command(compare)
+overlay_command = command(overlay)

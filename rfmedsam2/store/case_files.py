@@ -216,6 +216,27 @@ def case_insensitive_duplicates(ids: Iterable[str]) -> list[Fault]:
     ]
 
 
+def label_files_in(folder: Path, faults: list[str] | None = None) -> dict[str, Path]:
+    """Id -> file of the label maps in a folder, sorted; a second file of an id is left out, and said in `faults`."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        ending = image_ending(path)
+        if ending is None or path.name.startswith(".") or not path.is_file():
+            continue
+        id = path.name.removesuffix(ending)
+        if id in files and faults is not None:
+            faults.append(f"{id}: two files have this id in {folder}: {files[id].name}, {path.name}")
+        files.setdefault(id, path)
+    return files
+
+
+def channel_file(folder: Path, id: str, channel: int = 0) -> Path | None:
+    """The file CASE_0000 with the number of a channel, or else CASE, that holds all; None if there is neither."""
+    fitting = {f"{id}_{channel:04d}": 0, id: 1}
+    found = [p for p in folder.iterdir() if p.name.removesuffix(image_ending(p) or "") in fitting]
+    return min(found, default=None, key=lambda p: (fitting[p.name.removesuffix(image_ending(p) or "")], len(p.name)))
+
+
 def describe_contents(folder: Path) -> str:
     """Phrase for error messages: number of files by ending in a folder, with an example."""
     if not folder.is_dir():

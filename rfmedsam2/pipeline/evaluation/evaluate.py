@@ -19,6 +19,7 @@ from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENC
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable, agreed_labels, numbered, with_all_values
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
+from rfmedsam2.store.case_files import label_files_in
 from rfmedsam2.store.formats.image_header import ImageHeader, grids_differ, require_ordinary_file, spacing_of_pair
 from rfmedsam2.store.images import IMAGE_ENDINGS, digest_of, image_ending, read_label
 from rfmedsam2.system.atomic import atomic, write_record
@@ -136,7 +137,7 @@ def find_pairs(
     if predictions.is_file() or references.is_file():
         raise UsageError("Predictions and references must both be folders or both be files", where=predictions)
     faults: list[str] = []
-    wanted, found = _label_files(references, faults), _label_files(predictions, faults)
+    wanted, found = label_files_in(references, faults), label_files_in(predictions, faults)
     warnings: list[str] = []
     if cases is None:
         ids = sorted(wanted)
@@ -165,7 +166,7 @@ def ids_of(folder: Path) -> set[str]:
     """
     if not folder.is_dir():
         raise UsageError("The folder of label maps does not exist", where=folder, remedy="Check the path")
-    return set(_label_files(folder, []))
+    return set(label_files_in(folder, []))
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
@@ -219,19 +220,6 @@ def _score(pair: Pair, *, labels: LabelSet | None, nsd_tolerance_mm: float, both
     paths = {"reference": str(pair.reference.absolute()), "prediction": str(pair.prediction.absolute())}
     digests = {f"{side}_sha256": digest_of([Path(path)]).hex() for side, path in paths.items()}
     return CaseMetrics(id=pair.id, **paths, **digests, classes=classes)
-
-
-def _label_files(folder: Path, faults: list[str]) -> dict[str, Path]:
-    """Id -> file of the label maps in a folder; a duplicate id is a fault."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        id = _id_of(path)
-        if id == path.name or path.name.startswith(".") or not path.is_file():
-            continue
-        if id in files:
-            faults.append(f"{id}: two files have this id in {folder}: {files[id].name}, {path.name}")
-        files.setdefault(id, path)
-    return files
 
 
 def _id_of(path: Path) -> str:

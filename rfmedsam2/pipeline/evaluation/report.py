@@ -18,8 +18,8 @@ from rfmedsam2.records.model import CustomConfig, ModelConfig, UNetConfig
 from rfmedsam2.records.report import CaseMetrics, Evaluation, Interval
 from rfmedsam2.reporting.html import figure_text, png_uri, write_html
 from rfmedsam2.reporting.training_curves import Theme, Training, read_training, training_png
+from rfmedsam2.store.case_files import channel_file
 from rfmedsam2.store.checkpoint_header import CHECKPOINTS, read_record_of
-from rfmedsam2.store.images import image_ending
 from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.json_text import parse_json
 
@@ -312,13 +312,13 @@ def _overlays(
     for group, chosen in (("Worst", worst), ("Best", best)):
         for score, case in chosen:
             try:
-                png = case_png(Path(case.reference), Path(case.prediction), _image_of(case.id, images), labels)
+                png = case_png(Path(case.reference), Path(case.prediction), _image_of(images, case.id), labels)
             except RfMedSamError as error:
                 unshown.append(f"{case.id}: {error}")
                 continue
             source, details = png_uri(png), _lowest(case)
             overlays.append(CaseOverlay(id=case.id, group=group, score=score, source=source, details=details))
-    if images is not None and scored and all(_image_of(case.id, images) is None for _, case in (*worst, *best)):
+    if images is not None and scored and all(_image_of(images, case.id) is None for _, case in (*worst, *best)):
         logger.warning("No image of these cases is in %s: the overlays show contours alone", images)
     if unshown:
         logger.warning("%d of %d overlays are not in the report: %s", len(unshown), len(worst) + len(best), unshown[0])
@@ -333,14 +333,6 @@ def _lowest(case: CaseMetrics) -> str:
     return ", ".join(f"{name} {dsc:.3f}" for dsc, name in scored)
 
 
-def _image_of(id: str, folder: Path | None) -> Path | None:
+def _image_of(folder: Path | None, id: str) -> Path | None:
     """The file of a case's first channel, if it exists."""
-    if folder is None or not folder.is_dir():
-        return None
-    fitting = {f"{id}_0000", id}
-    found = [p for p in folder.iterdir() if p.name.startswith(id) and _stem(p) in fitting]
-    return min(found, default=None, key=lambda p: len(p.name))
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(image_ending(path) or "")
+    return channel_file(folder, id) if folder is not None and folder.is_dir() else None
