@@ -12,13 +12,14 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from rfmedsam2.errors import RfMedSamError
-from rfmedsam2.pipeline.prediction.checkpoints import find_models, find_nnunet_models
+from rfmedsam2.errors import RecordError, RfMedSamError
+from rfmedsam2.pipeline.prediction.checkpoints import TrainedModel, find_ensembles, find_models, find_nnunet_models
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.entry_points import KINDS, find, installed
 from rfmedsam2.system.memory import free_bytes, total_bytes
@@ -218,10 +219,12 @@ def _extensions() -> Iterator[InstalledExtension]:
 
 
 def _models(results: Path) -> Iterator[FoundModel]:
-    try:
+    own: list[TrainedModel] = []
+    nnunet: list[TrainedModel] = []
+    with suppress(OSError):  # a folder that cannot be read is reported with the folders
         own, nnunet = find_models(results), find_nnunet_models(results)
-    except OSError:
-        return  # a folder that cannot be read is reported with the folders
+        with suppress(RecordError):  # of a damaged ensemble, which rfmed_predict names
+            own += find_ensembles(results)
     for model in (*own, *nnunet):
         yield FoundModel(
             trained_by="rfmedsam2" if model in own else "nnU-Net",
