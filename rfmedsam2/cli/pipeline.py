@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from rfmedsam2.arguments import Part
 from rfmedsam2.cli.command import command, end_if_stopped, layout_of, say, say_memory, tell, tell_json
 from rfmedsam2.cli.flag_groups import (
     Cascade,
@@ -36,7 +37,6 @@ from rfmedsam2.cli.training_flags import (
     with_refinement,
 )
 from rfmedsam2.errors import UsageError, shortlist
-from rfmedsam2.system.parts import Part
 from rfmedsam2.system.ranks import ranks_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rfmedsam2.arguments import option
+from rfmedsam2.arguments import Part, option
 from rfmedsam2.errors import RecordError, RfMedSamError, StoreError, UsageError, shortlist
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case, file_stem
@@ -18,7 +18,6 @@ from rfmedsam2.store.formats.raster import spacing_file
 from rfmedsam2.store.images import digest_of, image_ending, image_files, label_files, read_image
 from rfmedsam2.store.lock import exclusive_lock, shared_lock
 from rfmedsam2.system.atomic import is_taken, read_record, write_record
-from rfmedsam2.system.parts import Part
 
 UNWRITABLE = (".dcm", ".nhdr")
 PROBABILITIES = ".probabilities.b2nd"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2.arguments import option
+from rfmedsam2.arguments import Part, option
 from rfmedsam2.errors import RfMedSamError, UsageError, shortlist
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.volume import PreparedCase
@@ -28,7 +28,6 @@ from rfmedsam2.store.images import digest_of, read_header, read_label, write_lab
 from rfmedsam2.store.raw import read_case
 from rfmedsam2.system.atomic import is_taken
 from rfmedsam2.system.memory import memory_ran_out, memory_words
-from rfmedsam2.system.parts import Part
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.version import __version__
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rfmedsam2 import extensions
-from rfmedsam2.arguments import names_of, option, path_of, whole_number
+from rfmedsam2.arguments import Part, names_of, option, path_of, whole_number
 from rfmedsam2.choices import Backbone, Preset
 from rfmedsam2.errors import ExtensionError, RecordError, UsageError, require_type
 from rfmedsam2.geometry import Triple
@@ -45,7 +45,6 @@ from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.atomic import atomic, read_record, write_record
 from rfmedsam2.system.json_text import parse_json
 from rfmedsam2.system.memory import free_bytes
-from rfmedsam2.system.parts import Part
 from rfmedsam2.system.progress import Track, silent
 
 MEMORY_SHARE = 0.25

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from rfmedsam2.arguments import option
+from rfmedsam2.arguments import Part, option
 from rfmedsam2.errors import DatasetError, RfMedSamError, StoreError, UsageError, shortlist
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase
 from rfmedsam2.pipeline.preprocessing.case_source import Files, case_digest, is_from, preprocessing_settings
@@ -23,7 +23,6 @@ from rfmedsam2.store.lock import InUseError, exclusive_lock, shared_lock
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import map_cases
-from rfmedsam2.system.parts import Part
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.foreground import sample_foreground
 from rfmedsam2.transforms.prepare import Prepared, prepare

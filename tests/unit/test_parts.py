@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from rfmedsam2.arguments import Part
 from rfmedsam2.errors import UsageError
-from rfmedsam2.system.parts import Part
 
 
 @pytest.mark.parametrize(("count", "items"), [(1, 5), (2, 5), (3, 3), (8, 5), (4, 0)])
