@@ -1,4 +1,4 @@
-"""Commands that look at label maps: two sets of predictions compared case by case, and pictures of them."""
+"""Commands that look at label maps: two sets of predictions compared case by case, and drawn."""
 
 from __future__ import annotations
 
@@ -87,33 +87,33 @@ def overlay(
     """Draw label maps over their images, one PNG a case: of a dataset (-d), or of predictions (-i and -p).
 
     Args:
-        output: Folder of the pictures.
+        output: Folder of the drawings.
         images: Images of the cases; without them the background is black.
         predictions: Label maps; without them, those of the training cases of the dataset.
         cases: Draw these only.
         channel: Channel of the images.
         opacity: Of the colors: 0 is the image alone, 1 hides it.
-        overwrite: Replace pictures that are there.
+        overwrite: Replace drawings that are there.
     """
     from rfmedsam2.cli import resolve
     from rfmedsam2.cli.progress import bars
-    from rfmedsam2.pipeline.evaluation import label_pictures as verb
+    from rfmedsam2.pipeline.evaluation import case_drawings as verb
 
     layout = layout_of(labels.root)
     if predictions is None:
         if images is not None:
             raise UsageError("There are images and no label maps", expected="-p with them, or -d with a dataset")
         raw = resolve.raw_dataset(layout, labels.dataset, os.environ)
-        chosen, names = verb.pictured_dataset(raw, channel), raw.json.label_set
+        chosen, names = verb.cases_of_dataset(raw, channel), raw.json.label_set
     else:
-        chosen = verb.pictured_folder(predictions, images, channel)
+        chosen = verb.cases_of_folder(predictions, images, channel)
         names = resolve.labels_for(layout, os.environ, dataset=labels.dataset, file=labels.labels)
     unknown = set(cases) - {case.id for case in chosen}
     if unknown:
         known = shortlist(case.id for case in chosen)
         raise UsageError("There is no such case", expected=f"one of {known}", found=", ".join(sorted(unknown)))
     chosen = [case for case in chosen if not cases or case.id in cases]
-    done = verb.write_pictures(chosen, output, names, opacity=opacity, overwrite=overwrite, workers=workers, track=bars)
+    done = verb.write_drawings(chosen, output, names, opacity=opacity, overwrite=overwrite, workers=workers, track=bars)
     tell(f"Drew {len(done)} case(s): {output}")
 
 

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -156,7 +155,7 @@ class WeightsAndBiases:
         wandb: Any = importlib.import_module("wandb")
         known = _known_run(folder, "wandb", step)
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            project=wandb.setup().settings.project or PROJECT,
             name=tracking.title or None,
             config=dict(tracking.settings),
             dir=str(folder),
@@ -192,16 +191,16 @@ class MLflow:
     def __init__(self, tracking: Tracking, folder: Path, step: int) -> None:
         mlflow: Any = importlib.import_module("mlflow")
         self._metric, self._param, self._client = mlflow.entities.Metric, mlflow.entities.Param, mlflow.MlflowClient()
+        experiment = mlflow.environment_variables.MLFLOW_EXPERIMENT_NAME.get() or PROJECT
         known = _known_run(folder, "mlflow", step)
         if known is None:
-            known = self._new_run(tracking)
+            known = self._new_run(tracking, experiment)
         else:
             self._client.update_run(known, status="RUNNING")
         self._run, self._buffer = known, []
         _keep_run(folder, "mlflow", known)
 
-    def _new_run(self, tracking: Tracking) -> str:
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
+    def _new_run(self, tracking: Tracking, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
         experiment = self._client.create_experiment(name) if found is None else found.experiment_id
         run = self._client.create_run(experiment, run_name=tracking.title or None).info.run_id

@@ -136,7 +136,7 @@ def draw_plane(
 
 
 def as_png(figure: Figure) -> bytes:
-    """The figure as a PNG image, the same for the same picture."""
+    """The figure as a PNG image, the same for the same drawing."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()

@@ -122,15 +122,7 @@ def predict_files(
         _check(cases)
         cases = cases if part is None else part.of(sorted(cases, key=lambda case: case.id))
         outputs.require_free(cases, probabilities=probabilities)
-        records = [record for member in predictor.members for record in member.records]
-        if seen := trained_ids(records, [case.id for case in cases]):
-            logger.warning(
-                "The model was trained on %d of these %d ids (%s). If they are the same cases, their scores do not "
-                "tell how well it segments new ones",
-                len(seen),
-                len(cases),
-                shortlist(seen),
-            )
+        _warn_of_training_cases(predictor, cases)
         if boxes is not None:
             run.boxes = BoxSource.open(boxes, cases, predictor.plan.labels)
         if previous is not None:
@@ -144,6 +136,18 @@ def predict_files(
         corrected=corrected,
         seconds=time.perf_counter() - started,
     )
+
+
+def _warn_of_training_cases(predictor: Predictor, cases: Sequence[Case]) -> None:
+    records = [record for member in predictor.members for record in member.records]
+    if seen := trained_ids(records, [case.id for case in cases]):
+        logger.warning(
+            "The model was trained on %d of these %d ids (%s). If they are the same cases, their scores do not "
+            "tell how well it segments new ones",
+            len(seen),
+            len(cases),
+            shortlist(seen),
+        )
 
 
 def _predict_all(run: Run, cases: Sequence[Case], *, track: Track) -> tuple[list[Path], list[Path]]:

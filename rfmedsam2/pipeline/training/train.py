@@ -128,12 +128,10 @@ def train(
     require_type(plan, Plan, "plan", remedy="Load it with Plan.load(path)")
     options, fold = TrainOptions() if options is None else options, str(fold)
     require_type(options, TrainOptions, "options", remedy="Give TrainOptions(restart=True, ...)")
-    track = progress_bars(options.progress)
+    track, tracking = progress_bars(options.progress), _tracking(plan, stage, fold, options)
     began = time.monotonic()
     config = plan.stage(stage)
     extensions.check(config)
-    title, settings = f"{plan.dataset} {plan.name} {stage} fold {fold}", config.model_dump(mode="json")
-    tracking = Tracking(names=options.trackers, title=title, settings=settings)
     store = CaseStore(layout.cases_folder(plan.dataset, plan.cases_plan(stage), stage), config.patch_size)
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold)
     with ExitStack() as held:
@@ -171,6 +169,12 @@ def train(
             if progress.status == "finished":
                 evaluation = _finish(job, folder, runtime, options, track)
     return TrainResult(folder=folder, progress=progress, evaluation=evaluation, seconds=time.monotonic() - began)
+
+
+def _tracking(plan: Plan, stage: str, fold: str, options: TrainOptions) -> Tracking:
+    """Trackers and what they show, checked before hours of work."""
+    title = f"{plan.dataset} {plan.name} {stage} fold {fold}"
+    return Tracking(names=options.trackers, title=title, settings=plan.stage(stage).model_dump(mode="json"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

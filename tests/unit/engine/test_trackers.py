@@ -97,6 +97,26 @@ def test_a_resumed_training_goes_on_in_its_run_of_weights_and_biases(tmp_path):
     assert {name for row in rows for name in row if not name.startswith("_")} == {*NAMES, "step"}
 
 
+def test_projects_are_named_by_the_trackers_own_variables(tmp_path, monkeypatch):
+    import mlflow
+    import wandb
+
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "livers")
+    train(tmp_path, "mlflow", 1, 1)
+    assert mlflow.MlflowClient().get_experiment_by_name("livers") is not None
+    monkeypatch.setenv("WANDB_PROJECT", "kidneys")
+    wandb.teardown()  # its settings are read once a process
+    projects = []
+    monkeypatch.setattr(wandb, "init", lambda **words: projects.append(words["project"]) or 1 / 0)
+    with pytest.raises(UsageError, match="Weights & Biases cannot be started"):
+        train(tmp_path, "wandb", 1, 1)
+    monkeypatch.delenv("WANDB_PROJECT")
+    wandb.teardown()
+    with pytest.raises(UsageError):
+        train(tmp_path, "wandb", 1, 1)
+    assert projects == ["kidneys", "rfmedsam2"]
+
+
 @pytest.mark.parametrize("name", TITLES)
 def test_what_is_not_installed_is_named_before_anything_is_done(monkeypatch, name):
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)

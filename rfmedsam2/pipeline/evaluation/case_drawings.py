@@ -1,4 +1,4 @@
-"""Pictures of label maps over their images: one PNG a case, every class in its own color, with names and volumes."""
+"""Drawings of label maps over their images: one PNG a case, every class in its own color, with names and volumes."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from rfmedsam2.system.progress import Track, silent
 logger = logging.getLogger(__name__)
 OPACITY = 0.45
 NAMED_CLASSES = 24
-"""Largest number of classes in a picture's legend, by volume."""
+"""Largest number of classes in a legend, by volume."""
 SQUARE_INCHES, CHARACTER_INCHES, LINE_INCHES = 0.55, 0.068, 0.2
 """Sizes of the legend: a colored square with its margins, a character, a line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pictured:
+class DrawnCase:
     """A label map to draw; `image`: drawn below it (None: nothing), `channel`: of a file with several."""
 
     id: str
@@ -53,7 +53,7 @@ class Pictured:
     channel: int = 0
 
 
-def pictured_dataset(dataset: RawDataset, channel: int = 0) -> list[Pictured]:
+def cases_of_dataset(dataset: RawDataset, channel: int = 0) -> list[DrawnCase]:
     """The training cases of a dataset with their labels.
 
     Raises:
@@ -63,13 +63,13 @@ def pictured_dataset(dataset: RawDataset, channel: int = 0) -> list[Pictured]:
         expected = f"one of 0 to {len(dataset.json.channels) - 1}"
         raise UsageError("The dataset does not have this channel", expected=expected, found=channel)
     return [
-        Pictured(id=case.id, label=case.label, image=case.images[min(channel, len(case.images) - 1)], channel=channel)
+        DrawnCase(id=case.id, label=case.label, image=case.images[min(channel, len(case.images) - 1)], channel=channel)
         for case in dataset.training
         if case.label is not None
     ]
 
 
-def pictured_folder(labels: Path, images: Path | None, channel: int = 0) -> list[Pictured]:
+def cases_of_folder(labels: Path, images: Path | None, channel: int = 0) -> list[DrawnCase]:
     """The label maps of a folder with images of the same ids in another (CASE_0000.nii.gz or CASE.nii.gz).
 
     Raises:
@@ -79,7 +79,7 @@ def pictured_folder(labels: Path, images: Path | None, channel: int = 0) -> list
         if folder is not None and not folder.is_dir():
             raise UsageError("The folder does not exist", where=folder)
     cases = [
-        Pictured(
+        DrawnCase(
             id=id, label=path, image=None if images is None else channel_file(images, id, channel), channel=channel
         )
         for id, path in label_files_in(labels).items()
@@ -95,8 +95,8 @@ def pictured_folder(labels: Path, images: Path | None, channel: int = 0) -> list
     return cases
 
 
-def write_pictures(
-    cases: Sequence[Pictured],
+def write_drawings(
+    cases: Sequence[DrawnCase],
     out: Path,
     labels: LabelSet | None,
     *,
@@ -109,7 +109,7 @@ def write_pictures(
 
     Args:
         cases: what to draw.
-        out: folder of the pictures.
+        out: folder of the drawings.
         labels: names of the values; None: those beside the label maps, else their numbers.
         opacity: of the colors over an image, 0 to 1.
         overwrite: replace files that are there.
@@ -133,9 +133,9 @@ def write_pictures(
     if labels is None:
         labels = agreed_labels(cases[0].label.parent, cases[0].label.parent)
 
-    def draw(case: Pictured) -> Path | str:
+    def draw(case: DrawnCase) -> Path | str:
         try:
-            png = picture_png(case, labels, opacity=opacity)
+            png = drawing_png(case, labels, opacity=opacity)
         except RfMedSamError as error:
             return f"{case.id}: {str(error).rstrip('.')}"
         target = out / f"{case.id}.png"
@@ -152,8 +152,8 @@ def write_pictures(
     return [each for each in done if isinstance(each, Path)]
 
 
-def picture_png(case: Pictured, labels: LabelSet | None = None, *, opacity: float = OPACITY) -> bytes:
-    """Draw one case as a PNG image; see `write_pictures`.
+def drawing_png(case: DrawnCase, labels: LabelSet | None = None, *, opacity: float = OPACITY) -> bytes:
+    """Draw one case as a PNG image; see `write_drawings`.
 
     Raises:
         ImageError: a file cannot be read.
@@ -216,7 +216,7 @@ def _fill(ax: Axes, plane: np.ndarray, extent: tuple[float, float, float, float]
 
 
 def class_color(value: int) -> tuple[float, float, float]:
-    """Color of a label value, the same in all pictures: hues by the golden ratio, so that neighbors differ."""
+    """Color of a label value, the same in all drawings: hues by the golden ratio, so that neighbors differ."""
     hue = (value - 1) * 0.618034 % 1.0
     return colorsys.hsv_to_rgb(hue, 0.85 if value % 2 else 0.6, 1.0)
 

@@ -1,4 +1,4 @@
-"""Pictures of label maps: colors on the right side, names and volumes, what is refused."""
+"""Drawings of label maps: colors on the right side, names and volumes, what is refused."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image
 from support.commands import run, run_ok
 
 from rfmedsam2.errors import GeometryError, RfMedSamError, UsageError
-from rfmedsam2.pipeline.evaluation.label_pictures import (
-    Pictured,
+from rfmedsam2.pipeline.evaluation.case_drawings import (
+    DrawnCase,
+    cases_of_folder,
     class_color,
-    picture_png,
-    pictured_folder,
-    write_pictures,
+    drawing_png,
+    write_drawings,
 )
 from rfmedsam2.records.dataset import LabelSet
 
@@ -40,7 +40,7 @@ def lungs() -> np.ndarray:
 
 
 def columns_of(png: bytes, value: int) -> np.ndarray:
-    """Columns of the picture above its legend where the pure color of a class is."""
+    """Columns of the drawing above its legend where the pure color of a class is."""
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
     found = np.abs(pixels - np.round(255 * np.array(class_color(value)))).max(axis=2) <= 2
     return np.flatnonzero(found[: int(0.85 * len(found)), : pixels.shape[1] // 3].any(axis=0))
@@ -48,14 +48,14 @@ def columns_of(png: bytes, value: int) -> np.ndarray:
 
 def test_classes_are_drawn_on_their_side(tmp_path):
     path = save(tmp_path / "a.nii.gz", lungs())
-    png = picture_png(Pictured(id="a", label=path, image=None), LABELS)
+    png = drawing_png(DrawnCase(id="a", label=path, image=None), LABELS)
     left, right = columns_of(png, 1), columns_of(png, 2)
     assert len(left) > 10 < len(right)
     assert right.max() < left.min()  # radiological convention
     turned = np.diag([-1.0, 1.0, 2.0, 1.0])
     turned[0, 3] = 39
     other = save(tmp_path / "b.nii.gz", lungs()[::-1], turned)  # the same body, stored otherwise
-    assert picture_png(Pictured(id="b", label=other, image=None), LABELS) == png
+    assert drawing_png(DrawnCase(id="b", label=other, image=None), LABELS) == png
 
 
 def test_the_legend_names_what_is_there_with_its_volume(tmp_path, monkeypatch):
@@ -64,7 +64,7 @@ def test_the_legend_names_what_is_there_with_its_volume(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "legend", lambda self, **k: legends.append(k) or drawn(self, **k))
 
     def legend(array, labels):
-        picture_png(Pictured(id="a", label=save(tmp_path / "a.nii.gz", array), image=None), labels)
+        drawing_png(DrawnCase(id="a", label=save(tmp_path / "a.nii.gz", array), image=None), labels)
         return [patch.get_label() for patch in legends[-1]["handles"]]
 
     assert legend(lungs(), LABELS) == ["left lung 4 ml", "right lung 4 ml"]
@@ -74,7 +74,7 @@ def test_the_legend_names_what_is_there_with_its_volume(tmp_path, monkeypatch):
     many = np.zeros((40, 40, 20), np.uint8)
     many.flat[:30] = np.arange(1, 31)
     assert legend(many, None)[-1] == "and 6 more"
-    picture_png(Pictured(id="a", label=save(tmp_path / "e.nii.gz", 0 * many), image=None), LABELS)  # no foreground
+    drawing_png(DrawnCase(id="a", label=save(tmp_path / "e.nii.gz", 0 * many), image=None), LABELS)  # no foreground
 
 
 def test_label_maps_find_the_images_of_their_ids(tmp_path):
@@ -87,7 +87,7 @@ def test_label_maps_find_the_images_of_their_ids(tmp_path):
     ):
         save(tmp_path / name, lungs())
     (tmp_path / "labels" / "predictions.json").write_text("{}")
-    found = pictured_folder(tmp_path / "labels", tmp_path / "images", channel=1)
+    found = cases_of_folder(tmp_path / "labels", tmp_path / "images", channel=1)
     assert [(case.id, case.image and case.image.name) for case in found] == [
         ("a", "a_0001.nii.gz"),
         ("b", "b.nii.gz"),
@@ -95,7 +95,7 @@ def test_label_maps_find_the_images_of_their_ids(tmp_path):
     for labels, images in (("nowhere", None), ("labels", "nowhere"), ("labels", "empty"), ("empty", None)):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UsageError, match=r"nowhere|empty"):
-            pictured_folder(tmp_path / labels, images and tmp_path / images)
+            cases_of_folder(tmp_path / labels, images and tmp_path / images)
 
 
 def test_a_case_with_a_fault_does_not_stop_the_others(tmp_path):
@@ -103,19 +103,19 @@ def test_a_case_with_a_fault_does_not_stop_the_others(tmp_path):
     for name in ("a", "b"):
         save(labels / f"{name}.nii.gz", lungs())
         save(images / f"{name}.nii.gz", lungs() if name == "b" else lungs()[1:])
-    cases = pictured_folder(labels, images)
+    cases = cases_of_folder(labels, images)
     with pytest.raises(
         RfMedSamError, match=r"1 of 2 cases could not be drawn.*a: Image and label map are on different"
     ):
-        write_pictures(cases, tmp_path / "out", LABELS)
+        write_drawings(cases, tmp_path / "out", LABELS)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
     with pytest.raises(GeometryError):
-        picture_png(cases[0])
+        drawing_png(cases[0])
     with pytest.raises(UsageError, match=r"1 file\(s\) would be replaced.*b\.png.*--overwrite"):
-        write_pictures(cases[1:], tmp_path / "out", LABELS)
-    assert len(write_pictures(cases[1:], tmp_path / "out", LABELS, overwrite=True)) == 1
+        write_drawings(cases[1:], tmp_path / "out", LABELS)
+    assert len(write_drawings(cases[1:], tmp_path / "out", LABELS, overwrite=True)) == 1
     with pytest.raises(UsageError, match="opacity"):
-        write_pictures(cases[1:], tmp_path / "more", LABELS, opacity=2)
+        write_drawings(cases[1:], tmp_path / "more", LABELS, opacity=2)
 
 
 def test_the_command_draws_a_dataset_or_predictions(raw_root, tmp_path):
