@@ -8,6 +8,8 @@ Preset = Literal[
     "default", "cpu", "8gb", "24gb", "80gb", "nnunet", "nnunet_resenc_m", "nnunet_resenc_l", "nnunet_resenc_xl"
 ]
 """Sizes of a plan, for what is at hand."""
+Model = Literal["unet", "rfmedsam2", "segresnet", "swinunetr", "primus_s", "primus_b", "primus_m", "primus_l"]
+"""Networks that plans are made for: a U-Net, one refined by SAM 2, MONAI's, and Primus in its four sizes."""
 Backbone = Literal["sam2_tiny", "sam2_small", "sam2_base_plus", "sam2_large", "nano", "mobile_sam", "lite_medsam"]
 """Image encoders: SAM 2's Hiera in its four sizes or our own smaller one, or a TinyViT encoder with SAM's decoder."""
 Step0Training = Literal["joint", "crossfit"]

@@ -1,6 +1,7 @@
-"""Losses of volumetric segmentation: cross-entropy + Dice, with regions, ignore label and deep supervision.
+"""Losses of volumetric segmentation: cross-entropy + Dice and their variants, regions, ignore label, deep supervision.
 
-Equal to nnU-Net's DC_and_CE_loss / DC_and_BCE_loss (checked by a parity test). Logits are (B, K, ...spatial); targets
+Equal to nnU-Net's DC_and_CE_loss, DC_and_BCE_loss and DC_and_topk_loss, and to MONAI's FocalLoss and TverskyLoss
+(checked by parity tests). Logits are (B, K, ...spatial); targets
 are integer label maps (B, ...spatial), so that no one-hot targets have to be transferred from the loader.
 """
 
@@ -36,17 +37,15 @@ def memberships(target: Tensor, labels: LabelSet) -> Tensor:
     return target[:, None] == values.view(1, -1, *[1] * (target.ndim - 1))
 
 
-def soft_dice(
-    probabilities: Tensor, members: Tensor, *, mask: Tensor | None, batch_dice: bool, smooth: float
-) -> Tensor:
-    """Mean soft Dice coefficient over channels (and samples unless `batch_dice`).
+def soft_overlap(probabilities: Tensor, members: Tensor, *, mask: Tensor | None, config: SegmentationLoss) -> Tensor:
+    """Mean soft Dice coefficient, or Tversky index, over channels (and samples unless `config.batch_dice`).
 
     Args:
         probabilities: (B, K, ...).
         members: (B, K, ...) of 0 and 1.
         mask: (B, 1, ...) voxels to include; None: all.
-        batch_dice: whether to sum over the batch (and over ranks) before dividing, as for one large patch.
-        smooth: added to numerator and denominator.
+        config: its `batch_dice` (sum over the batch and over ranks before dividing, as for one large patch),
+            `dice_smooth` (added to numerator and denominator) and `tversky` count.
     """
     axes = tuple(range(2, probabilities.ndim))
     if mask is not None:
@@ -54,9 +53,12 @@ def soft_dice(
     overlap = (probabilities * members).sum(axes, dtype=torch.float32)
     predicted = probabilities.sum(axes, dtype=torch.float32)
     reference = members.sum(axes, dtype=torch.float32)
-    if batch_dice:
+    if config.batch_dice:
         overlap, predicted, reference = (_over_ranks(t.sum(0)) for t in (overlap, predicted, reference))
-    return ((2 * overlap + smooth) / (predicted + reference + smooth).clamp_min(1e-8)).mean()
+    # of false positives (predicted - overlap) and negatives (reference - overlap); with 1 and 1 nothing is rounded
+    positive, negative = (2 * weight for weight in config.tversky)
+    errors = positive * predicted + negative * reference + (2 - positive - negative) * overlap
+    return ((2 * overlap + config.dice_smooth) / (errors + config.dice_smooth).clamp_min(1e-8)).mean()
 
 
 def segmentation_losses(
@@ -76,15 +78,17 @@ def segmentation_losses(
     mask = None if mask is None else mask[:, None]
     if labels.has_regions:
         entropies = F.binary_cross_entropy_with_logits(logits, members.to(logits.dtype), reduction="none")
+        entropies = _focal(entropies, config.focal_gamma)
         probabilities = logits.sigmoid()
     else:
         indices = _class_indices(clean, labels)
-        entropies = F.cross_entropy(logits, indices, reduction="none")[:, None]
+        entropies = _focal(F.cross_entropy(logits, indices, reduction="none")[:, None], config.focal_gamma)
         if config.class_balance:
             entropies = entropies * _class_weights(indices, mask, config.class_balance)
         probabilities, members = logits.softmax(1)[:, 1:], members[:, 1:]
-    overlap = soft_dice(probabilities, members, mask=mask, batch_dice=config.batch_dice, smooth=config.dice_smooth)
-    return {"cross_entropy": config.cross_entropy * _mean_over(entropies, mask), "dice": -config.dice * overlap}
+    overlap = soft_overlap(probabilities, members, mask=mask, config=config)
+    mean = _mean_over(entropies, mask) if config.top_k == 100 else _mean_of_largest(entropies, mask, config.top_k)
+    return {"cross_entropy": config.cross_entropy * mean, "dice": -config.dice * overlap}
 
 
 def deep_supervision_weights(levels: int, *, lowest: bool = False) -> list[float]:
@@ -150,6 +154,22 @@ def _mean_over(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean()
     return (values * mask).sum() / mask.sum().clamp_min(1)
+
+
+def _mean_of_largest(values: Tensor, mask: Tensor | None, percentage: float) -> Tensor:
+    """Mean over the largest of the included voxels' values; nnU-Net counts ignored voxels, too, as zeros."""
+    included = values.flatten() if mask is None else values[mask.expand_as(values)]
+    if not len(included):
+        return 0 * values.sum()
+    return included.topk(max(1, int(len(included) * percentage / 100)), sorted=False).values.mean()
+
+
+def _focal(entropies: Tensor, gamma: float) -> Tensor:
+    """Cross-entropy -log p, weighted by (1 - p) ** gamma."""
+    if gamma == 0:
+        return entropies
+    # the power has no finite slope at 0 if gamma is below 1
+    return (-torch.expm1(-entropies)).clamp_min(1e-12) ** gamma * entropies
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -12,11 +12,12 @@ from typing_extensions import assert_never
 from rfmedsam2.errors import CheckpointError, ExtensionError, require_type
 from rfmedsam2.extensions import make
 from rfmedsam2.nn.feature_cache import FeatureCache
+from rfmedsam2.nn.library_networks import build_library_network
 from rfmedsam2.nn.meta_device import skip_init
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import CustomConfig, LibraryConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.store.checkpoints import read_weights
 
@@ -24,8 +25,8 @@ from rfmedsam2.store.checkpoints import read_weights
 def build_stage(plan: Plan, stage: Stage | str, *, cache_features: bool = False) -> nn.Module:
     """Build the complete network of a plan's stage, randomly initialized from torch's global RNG.
 
-    Includes the plan's `stage.compute`, `stage.sampling` and `stage.loss.deep_supervision`. Deep
-    supervision is active in training mode only, the limit of objects only with gradients enabled.
+    Includes the plan's `stage.compute`, `stage.sampling` and `stage.loss.deep_supervision`. Deep supervision is active
+    in training mode only, and networks of libraries have none; the limit of objects only with gradients enabled.
 
     Args:
         plan: plan with the channels and labels.
@@ -64,6 +65,8 @@ def _built(plan: Plan, stage: Stage, *, channels: int, outputs: int, cache_featu
                 deep_supervision=deep,
                 cache=FeatureCache(limit_mb) if limit_mb else None,
             )
+        case LibraryConfig() as config:
+            return build_library_network(config, channels=channels, outputs=outputs, patch_size=stage.patch_size)
         case CustomConfig() as config:
             shape = {"channels": channels, "outputs": outputs, "patch_size": stage.patch_size}
             network = make("network", config, **shape)
@@ -80,7 +83,8 @@ def _built(plan: Plan, stage: Stage, *, channels: int, outputs: int, cache_featu
 def build_without_weights(plan: Plan, stage: Stage) -> nn.Module:
     """Build the network of a stage to count its parameters, or to be given weights by `load_state_dict(assign=True)`.
 
-    Nothing is initialized: parameters have shapes alone, except those of an extension, which may need numbers.
+    Nothing is initialized: parameters have shapes alone, except those of a library or an extension, which may need
+    numbers.
     """
     with _without_weights(stage):
         return build_stage(plan, stage)
@@ -105,7 +109,7 @@ def shapes_of(
 
 
 def _without_weights(stage: Stage) -> AbstractContextManager[None]:
-    return nullcontext() if isinstance(stage.model, CustomConfig) else skip_init()
+    return nullcontext() if isinstance(stage.model, CustomConfig | LibraryConfig) else skip_init()
 
 
 def load_network(checkpoint: Path, *, device: torch.device | str = "cpu") -> tuple[CheckpointRecord, nn.Module]:

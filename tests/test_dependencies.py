@@ -33,6 +33,7 @@ BROUGHT_ALONG = {
     "support": "",
     "test_plan": "",
     "test_predict": "",
+    "test_unet_task": "",
     "write_maps": "",
     "before_after": "",
     "_harness": "",

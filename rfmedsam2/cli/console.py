@@ -12,7 +12,7 @@ from rich.table import Table
 
 from rfmedsam2.cli.command import tell
 from rfmedsam2.errors import sentences
-from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import CustomConfig, LibraryConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.system.terminal import plain
 
 if TYPE_CHECKING:
@@ -67,9 +67,11 @@ def show_plan(plan: Plan) -> None:
 def _network_rows(models: Sequence[ModelConfig]) -> list[list[object]]:
     """Rows on the networks of the stages; rows on SAM 2 only if a stage has it."""
     unets = [model.unet if isinstance(model, RFMedSam2Config) else model for model in models]
-    rows: list[list[object]] = [["U-Net", *(_features(unet) for unet in unets)]]
-    if any(isinstance(model, CustomConfig) for model in models):
-        rows.append(["network", *(model.name if isinstance(model, CustomConfig) else None for model in models)])
+    rows: list[list[object]] = []
+    if any(isinstance(unet, UNetConfig) for unet in unets):
+        rows.append(["U-Net", *(_features(unet) for unet in unets)])
+    if any(isinstance(model, CustomConfig | LibraryConfig) for model in models):
+        rows.append(["network", *(_name(model) for model in models)])
     refined = [model if isinstance(model, RFMedSam2Config) else None for model in models]
     if any(refined):
         rows += [
@@ -79,6 +81,12 @@ def _network_rows(models: Sequence[ModelConfig]) -> list[list[object]]:
             ["memory", *(model and f"{model.strategy}, {model.memory_frames} frames" for model in refined)],
         ]
     return rows
+
+
+def _name(network: ModelConfig) -> str | None:
+    if isinstance(network, LibraryConfig):
+        return network.title
+    return network.name if isinstance(network, CustomConfig) else None
 
 
 def _features(network: object) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from rfmedsam2.choices import Backbone, Preset, Step0Training, TrackerName
+from rfmedsam2.choices import Backbone, Model, Preset, Step0Training, TrackerName
 from rfmedsam2.cli.flags import AsJson, DatasetName, Device, PlanName, Root, Set, Workers
 
 
@@ -242,9 +242,17 @@ class Planning:
             "decisions), default (RFMedSAM 2's patch of 32x256x256)."
         ),
     ] = "default"
+    gpu_memory: Annotated[
+        float | None,
+        arg(metavar="GB", help="Plan for this GPU memory by nnU-Net's rule, with the preset default or nnunet*."),
+    ] = None
     model: Annotated[
-        Literal["unet", "rfmedsam2"],
-        arg(metavar="unet|rfmedsam2", help="A U-Net (unet), or a U-Net refined by SAM 2 (rfmedsam2)."),
+        Model,
+        arg(
+            metavar="NAME",
+            help="A U-Net (unet), a U-Net refined by SAM 2 (rfmedsam2), MONAI's SegResNet or SwinUNETR (segresnet, "
+            "swinunetr; extra `monai`), or Primus (primus_s, primus_b, primus_m, primus_l).",
+        ),
     ] = "unet"
     backbone: Annotated[
         Backbone | None,

@@ -88,6 +88,7 @@ def plan_and_preprocess(
     raw = resolve.raw_dataset(layout, data.dataset, os.environ)
     options = verb.PlanOptions(
         preset=planning.preset,
+        gpu_memory_gb=planning.gpu_memory,
         model=planning.model,
         backbone=planning.backbone,
         plan_name=planning.plan,

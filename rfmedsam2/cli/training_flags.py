@@ -135,7 +135,7 @@ def what_is_trained(plan: Plan, stage: str, fold: str, folder: Path, *, restart:
     config = plan.stages[stage]
     model = config.model
     network = {"unet": "U-Net", "rfmedsam2": f"RFMedSAM 2 on {getattr(model, 'backbone', '')}"}.get(
-        model.kind, model.kind
+        model.kind, getattr(model, "title", model.kind)
     )
     patch = " x ".join(map(str, config.patch_size))
     latest = folder / "checkpoint_latest.safetensors"

@@ -226,7 +226,10 @@ def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str,
     for index, entries in state["state"].items():
         values[str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
         tensors |= {f"optimizer/{index}/{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
-    return tensors, {"values": values, "groups": [len(group["params"]) for group in state["param_groups"]]}
+    groups = state["param_groups"]
+    # Adan counts its steps there
+    counted = [{k: v for k, v in group.items() if k == "step"} for group in groups]
+    return tensors, {"values": values, "groups": [len(group["params"]) for group in groups], "counted": counted}
 
 
 def _load_optimizer(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: dict[str, Any]) -> None:
@@ -241,4 +244,6 @@ def _load_optimizer(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tens
     for name, tensor in tensors.items():
         index, key = name.split("/", 1)
         state[int(index)][key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
+    counted = plain.get("counted", [{}] * len(groups))  # none in checkpoints of version 0.2
+    own = [group | steps for group, steps in zip(fresh["param_groups"], counted, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": own})

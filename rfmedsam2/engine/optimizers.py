@@ -1,7 +1,8 @@
-"""Optimizers: SGD and AdamW, built from the plan."""
+"""Optimizers: SGD, Adam, AdamW and Adan, built from the plan."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import assert_never
 
 from rfmedsam2.errors import PlanError, shortlist
-from rfmedsam2.records.training import AdamW, Sgd, TrainConfig
+from rfmedsam2.records.training import Adam, AdamW, Adan, Sgd, TrainConfig
 
 
 def freeze(model: nn.Module, factors: Mapping[str, float]) -> None:
@@ -67,7 +68,12 @@ def build_optimizer(parameters: Iterable[torch.Tensor] | Iterable[dict[str, Any]
     match config.optimizer:
         case Sgd(momentum=momentum, nesterov=nesterov):
             return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=decay)
-        case AdamW(betas=betas, eps=eps):
-            return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, weight_decay=decay)
+        case AdamW() | Adam() as own:
+            kind = torch.optim.AdamW if isinstance(own, AdamW) else torch.optim.Adam
+            return kind(groups, lr=rate, betas=own.betas, eps=own.eps, weight_decay=decay, amsgrad=own.amsgrad)
+        case Adan(betas=betas, eps=eps):
+            # timm takes longer to import than all else that a training needs
+            adan = importlib.import_module("timm.optim").Adan
+            return adan(groups, lr=rate, betas=betas, eps=eps, weight_decay=decay)
         case _:
             assert_never(config.optimizer)

@@ -7,7 +7,14 @@ import math
 from torch.optim import Optimizer
 from typing_extensions import assert_never
 
-from rfmedsam2.records.training import OneCycleSchedule, PolySchedule, StepSchedule, TrainConfig, WarmupPolySchedule
+from rfmedsam2.records.training import (
+    CosineSchedule,
+    OneCycleSchedule,
+    PolySchedule,
+    StepSchedule,
+    TrainConfig,
+    WarmupPolySchedule,
+)
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
@@ -31,6 +38,10 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
             return schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
         case OneCycleSchedule():
             return _one_cycle(schedule, step, config.iterations)
+        case CosineSchedule(per="epoch"):
+            return _cosine(1.0, schedule.end_factor, epoch / config.epochs)
+        case CosineSchedule():
+            return _cosine(1.0, schedule.end_factor, step / config.iterations)
         case _:
             assert_never(schedule)
 

@@ -15,8 +15,8 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rfmedsam2.nn.disturbance import jittered
 from rfmedsam2.nn.memory_budget import ObjectSizes, chunk_size
+from rfmedsam2.nn.refinement.disturbance import jittered
 from rfmedsam2.nn.refinement.object_sampling import DrawnObjects, all_objects
 from rfmedsam2.nn.refinement.step_gates import StepGates
 from rfmedsam2.nn.refinement_state import (

@@ -1,6 +1,6 @@
 """The U-Net: dynamic-network-architectures' plain or residual encoder and decoder, as in nnU-Net.
 
-Built from a `UNetConfig`: instance norm (affine, eps 1e-5), leaky ReLU, convolutions with bias, nnU-Net's He
+Built from a `UNetConfig`: instance or batch norm (affine, eps 1e-5), leaky ReLU, convolutions with bias, nnU-Net's He
 initialization. Parameter names are a subset of nnU-Net's: modules that the library registers twice are kept once, so
 that a state dict contains every tensor exactly once.
 """
@@ -20,7 +20,10 @@ from rfmedsam2.nn.meta_device import skip_init
 from rfmedsam2.records.model import UNetConfig
 
 CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
-NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+NORMS = {
+    "instance": {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d},
+    "batch": {2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
+}
 
 
 class UNet(nn.Module):
@@ -127,7 +130,7 @@ def _library_network(config: UNetConfig, channels: int, outputs: int) -> PlainCo
         "num_classes": outputs,
         "n_conv_per_stage_decoder": config.decoder_blocks,
         "conv_bias": True,
-        "norm_op": NORMS[config.dimensions],
+        "norm_op": NORMS[config.norm][config.dimensions],
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
         "nonlin": nn.LeakyReLU,
         "nonlin_kwargs": {"inplace": True},

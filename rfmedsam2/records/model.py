@@ -1,4 +1,4 @@
-"""Records of network architectures (U-Net, RFMedSAM 2), one per stage of a plan, distinguished by `kind`."""
+"""Records of network architectures (U-Net, RFMedSAM 2, those of libraries), one per stage, distinguished by `kind`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class UNetConfig(Record):
-    """A U-Net of dynamic-network-architectures: plain or residual encoder, instance norm, leaky ReLU."""
+    """A U-Net of dynamic-network-architectures: plain or residual encoder, leaky ReLU."""
 
     kind: Literal["unet"] = "unet"
     block: Literal["plain", "residual"] = "plain"
+    norm: Literal["instance", "batch"] = "instance"
+    """Normalization after convolutions; batch is nnUNetTrainerBN's."""
     features: tuple[Count, ...]
     """Channels per resolution stage, highest resolution first."""
     kernel_sizes: tuple[tuple[int, ...], ...]
@@ -279,8 +281,94 @@ class CustomConfig(Extension):
         return ((self.patch_multiple,) * self.dimensions,)
 
 
+class LibraryConfig(Record):
+    """A network of a library as it is published: one output, no deep supervision, patches a multiple of one number."""
+
+    dimensions: Literal[2, 3] = 3
+    """Axes of its patches."""
+
+    @property
+    def title(self) -> str:
+        """Name and size, for people."""
+        raise NotImplementedError
+
+    @property
+    def patch_multiple(self) -> int:
+        """Every axis of a patch is a multiple of this."""
+        raise NotImplementedError
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """The total stride, as if of one layer."""
+        return ((self.patch_multiple,) * self.dimensions,)
+
+
+class SegResNetConfig(LibraryConfig):
+    """MONAI's SegResNet (Myronenko 2018, without its autoencoder)."""
+
+    kind: Literal["segresnet"] = "segresnet"
+    features: Annotated[int, Field(ge=8, multiple_of=8)] = 32
+    """Channels at full resolution, doubled at every stage; group norm has 8 groups."""
+    encoder_blocks: Annotated[tuple[Count, ...], Field(min_length=2, max_length=7)] = (1, 2, 2, 4)
+    """Residual blocks per stage; the decoder has one at each."""
+
+    @property
+    def title(self) -> str:
+        """Name and width."""
+        return f"SegResNet of {self.features} features"
+
+    @property
+    def patch_multiple(self) -> int:
+        """2 for every stage after the first."""
+        return 2 ** (len(self.encoder_blocks) - 1)
+
+
+class SwinUNETRConfig(LibraryConfig):
+    """MONAI's SwinUNETR (Hatamizadeh et al. 2022)."""
+
+    kind: Literal["swinunetr"] = "swinunetr"
+    features: Annotated[int, Field(ge=12, multiple_of=12)] = 48
+    """Channels of the first stage, doubled at every stage."""
+    depths: tuple[Count, Count, Count, Count] = (2, 2, 2, 2)
+    """Transformer blocks per stage."""
+
+    @property
+    def title(self) -> str:
+        """Name and width."""
+        return f"SwinUNETR of {self.features} features"
+
+    @property
+    def patch_multiple(self) -> int:
+        """Tokens of 2 voxels, merged four times."""
+        return 32
+
+
+PRIMUS_SIZES = {"S": (396, 12, 6), "B": (792, 12, 12), "M": (864, 16, 12), "L": (1056, 24, 16)}
+"""Width, layers and heads by size (Wald et al. 2025), as in nnU-Net's trainers."""
+
+
+class PrimusConfig(LibraryConfig):
+    """Primus of dynamic-network-architectures, a plain vision transformer (Wald et al. 2025)."""
+
+    kind: Literal["primus"] = "primus"
+    dimensions: Literal[3] = 3  # pyright: ignore[reportIncompatibleVariableOverride]
+    size: Literal["S", "B", "M", "L"] = "M"
+    """As nnUNet_Primus_S_Trainer to nnUNet_Primus_L_Trainer of nnU-Net."""
+
+    @property
+    def title(self) -> str:
+        """Name and size."""
+        return f"Primus {self.size}"
+
+    @property
+    def patch_multiple(self) -> int:
+        """Side of a token in voxels."""
+        return 8
+
+
+LibraryNetwork = SegResNetConfig | SwinUNETRConfig | PrimusConfig
 ModelConfig = Annotated[
-    Union[UNetConfig, RFMedSam2Config, CustomConfig],  # noqa: UP007 - for pydantic
+    Union[UNetConfig, RFMedSam2Config, LibraryNetwork, CustomConfig],  # noqa: UP007 - for pydantic
     Field(discriminator="kind"),
 ]
 """Union of all model records, distinguished by `kind`."""

@@ -7,6 +7,7 @@ RFMedSAM 2 (paper, appendix G) and, where the paper does not say, nnU-Net's.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -17,11 +18,22 @@ from rfmedsam2.errors import PlanError, type_name
 from rfmedsam2.records.base import Record, VersionedRecord, renamed
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.fingerprint import IntensityStatistics
-from rfmedsam2.records.model import Count, ModelConfig, Positive, Probability, RFMedSam2Config, StageExtensions, Whole
+from rfmedsam2.records.model import (
+    Count,
+    CustomConfig,
+    ModelConfig,
+    Positive,
+    Probability,
+    RFMedSam2Config,
+    StageExtensions,
+    SwinUNETRConfig,
+    Whole,
+)
 from rfmedsam2.records.overrides import with_overrides
-from rfmedsam2.records.training import TrainConfig
+from rfmedsam2.records.training import DA5, Augmentation, AugmentationConfig, TrainConfig
 from rfmedsam2.system.file_names import FileEnding, Name
 
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 TAKEN_NAMES = ("dataset", "splits_final", "splits_named", "rfmed_fingerprint", "dataset_fingerprint")
 """Names of other files in the folder of plans."""
 PLAN_NAMES = f"at most 100 letters, digits and . + - _ (no two together), but not {', '.join(TAKEN_NAMES)}"
@@ -56,6 +68,8 @@ class Sampling(Record):
 
     oversample_foreground: Probability = 0.33
     """Fraction of a batch's patches that must contain a voxel of a random foreground class."""
+    oversampling: Literal["last", "probabilistic"] = "last"
+    """Which patches these are: the last of a batch, or each by chance (nnUNetTrainer_probabilisticOversampling)."""
     max_prompted_objects: Count | None = None
     """RFMedSAM 2: decode at most this many object prompts (one per slice and class) per batch; None: all."""
     prompted_runs: bool = False
@@ -66,38 +80,6 @@ class Sampling(Record):
     """With masks of Step 0: share of steps with the reference's boxes as a person's (`model.given_boxes`)."""
 
 
-class Augmentation(Record):
-    """Augmentation of training patches; probabilities per sample. Transforms and defaults are nnU-Net's."""
-
-    rotation_degrees: tuple[float, float] | Literal["nnunet"] = "nnunet"
-    """Range about each axis; "nnunet": +-30 (3D), +-180 in plane for strongly anisotropic or flat patches."""
-    rotation_probability: Probability = 0.2
-    scale: tuple[Positive, Positive] = (0.7, 1.4)
-    scale_probability: Probability = 0.2
-    noise_probability: Probability = 0.1
-    noise_variance: tuple[float, float] = (0.0, 0.1)
-    blur_probability: Probability = 0.2
-    blur_sigma: tuple[Positive, Positive] = (0.5, 1.0)
-    brightness_probability: Probability = 0.15
-    brightness: tuple[Positive, Positive] = (0.75, 1.25)
-    contrast_probability: Probability = 0.15
-    contrast: tuple[Positive, Positive] = (0.75, 1.25)
-    low_resolution_probability: Probability = 0.25
-    low_resolution: tuple[Positive, Positive] = (0.5, 1.0)
-    gamma_inverted_probability: Probability = 0.1
-    gamma_probability: Probability = 0.3
-    gamma: tuple[Positive, Positive] = (0.7, 1.5)
-    mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0, 1, 2)
-    """Axes of the patch that are flipped with probability 0.5 each, and by test-time mirroring."""
-
-    @property
-    def changes_of_frames(self) -> list[str]:
-        """Fields by which a frame differs each time it is drawn; mirroring the first axis only reorders frames."""
-        chances = [name for name in type(self).model_fields if name.endswith("_probability")]
-        changing = [name for name in chances if getattr(self, name) > 0]
-        return [*changing, "mirror_axes"] if set(self.mirror_axes) - {0} else changing
-
-
 class SegmentationLoss(Record):
     """Cross-entropy + Dice (nnU-Net's; binary cross-entropy for regions), summed over deep supervision levels."""
 
@@ -105,11 +87,17 @@ class SegmentationLoss(Record):
     dice: float = 1.0
     batch_dice: bool = True
     dice_smooth: float = 1e-5
+    top_k: Annotated[float, Field(gt=0, le=100)] = 100.0
+    """Percentage of the voxels over which cross-entropy is averaged, those where it is largest (nnU-Net's TopK: 10)."""
+    focal_gamma: Weight = 0.0
+    """Focal loss (Lin et al. 2017), often 2: cross-entropy times (1 - p) ** gamma, p of the true class."""
+    tversky: tuple[Weight, Weight] = (0.5, 0.5)
+    """Weights of false positives and of false negatives in Dice's place (Salehi et al. 2017); both 0.5: Dice."""
     class_balance: Probability = 0.0
     """Exponent b by which cross-entropy evens out classes: a voxel of a class with n voxels in the batch has weight
     n ** -b. 0: all voxels count the same, as in nnU-Net; 1: all classes do. Not for regions."""
     deep_supervision: bool = True
-    """Level weights halve per level and sum to 1 (appendix G, eq. 2)."""
+    """Level weights halve per level and sum to 1 (appendix G, eq. 2). Networks of libraries have one level."""
     lowest_level: bool = False
     """Whether the lowest level has a weight, as in eq. 2; false: none, as in nnU-Net."""
 
@@ -155,7 +143,7 @@ class Stage(Record):
     """One per channel."""
     resampling: Resampling = Resampling()
     sampling: Sampling = Sampling()
-    augmentation: Augmentation = Augmentation()
+    augmentation: AugmentationConfig = Augmentation()
     model: ModelConfig
     loss: SegmentationLoss = SegmentationLoss()
     train: TrainConfig = TrainConfig()
@@ -187,12 +175,22 @@ class Stage(Record):
                 raise ValueError(f"patch axis {axis} is {size}, not a multiple of the network's total stride {step}")
         if isinstance(self.model, RFMedSam2Config) and self.patch_size[1] != self.patch_size[2]:
             raise ValueError(f"RFMedSAM 2 needs square slices, but the patch is {self.patch_size} (z, y, x)")
+        if isinstance(self.model, SwinUNETRConfig) and math.prod(self.patch_size) == math.prod(*self.model.strides):
+            raise ValueError(f"SwinUNETR needs a patch that is larger than {self.patch_size} along one axis at least")
         return self
 
     @model_validator(mode="after")
-    def _cascade_is_of_unets(self) -> Self:
-        if self.previous_stage is not None and self.model.kind != "unet":
-            raise ValueError(f"previous_stage {self.previous_stage}, but the second stage of a cascade is a U-Net")
+    def _patch_is_wide_enough_for_da5(self) -> Self:
+        if isinstance(self.augmentation, DA5) and min(self.patch_size) < DA5.least_side:
+            least = f"augmentation da5 needs {DA5.least_side} voxels along every axis"
+            raise ValueError(f"{least} for its median filter and local changes, but the patch is {self.patch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _cascade_is_of_plain_networks(self) -> Self:
+        if self.previous_stage is not None and isinstance(self.model, RFMedSam2Config | CustomConfig):
+            found = f"previous_stage {self.previous_stage}, but the model is {self.model.kind}"
+            raise ValueError(f"{found}: the second stage of a cascade is a U-Net, or MONAI's or Primus")
         return self
 
     @model_validator(mode="after")

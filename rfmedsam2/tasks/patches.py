@@ -127,7 +127,7 @@ class PatchSource:
         rng = self._rng(step)
         ids = self._drawn(rng)
         images, targets, logits = zip(
-            *(self._sample(name, self._forced(slot), rng) for slot, name in enumerate(ids)), strict=True
+            *(self._sample(name, self._forced(slot, rng), rng) for slot, name in enumerate(ids)), strict=True
         )
         return PatchBatch(
             image=torch.stack(images),
@@ -153,7 +153,7 @@ class PatchSource:
 
         Its place is drawn from `rng`; random changes come from the global generators.
         """
-        return self._sample(name, self._forced(slot), rng)[:2]
+        return self._sample(name, self._forced(slot, rng), rng)[:2]
 
     def view(self, name: str, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """View `number` of a case, the same at every call: image, target, and Step 0's class map if there is one.
@@ -214,8 +214,10 @@ class PatchSource:
         own = found.patch(inside)[0].astype(np.int16)
         return np.stack([label, np.pad(own, sides, constant_values=OUTSIDE_LABEL)])
 
-    def _forced(self, slot: int) -> bool:
-        """nnU-Net's rule over the batch of all ranks: its last fraction of samples must contain foreground."""
+    def _forced(self, slot: int, rng: np.random.Generator) -> bool:
+        """nnU-Net's rules: the last samples of the batch of all ranks must contain foreground, or each by chance."""
+        if self._stage.sampling.oversampling == "probabilistic":
+            return rng.random() < self._stage.sampling.oversample_foreground
         total = self._stage.batch_size * self._ranks
         return self._rank * self._stage.batch_size + slot >= round(
             total * (1 - self._stage.sampling.oversample_foreground)

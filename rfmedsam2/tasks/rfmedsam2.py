@@ -16,7 +16,7 @@ from rfmedsam2.inference.refined_tiles import Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, steps_of
 from rfmedsam2.inference.sliding_window import Execution
 from rfmedsam2.losses import deep_supervision_losses, loss_of, memberships
-from rfmedsam2.nn.disturbance import with_noise
+from rfmedsam2.nn.refinement.disturbance import with_noise
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts, prompts_from_labels, prompts_from_members
 from rfmedsam2.records.dataset import LabelSet

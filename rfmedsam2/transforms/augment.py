@@ -33,15 +33,17 @@ from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, 
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 
-from rfmedsam2.records.plan import Augmentation, Normalization
+from rfmedsam2.records.plan import Normalization
+from rfmedsam2.records.training import DA5, Augmentation, AugmentationConfig, NoAugmentation
 from rfmedsam2.system.private_apis import private
+from rfmedsam2.transforms import augment_da5
 from rfmedsam2.transforms.augment_kernels import distinct_labels, sample_labels
 from rfmedsam2.transforms.crop import OUTSIDE_LABEL
 
 _ANISOTROPIC_PATCH = 3.0
 """A 3D patch whose longest edge is over 3 times its first is augmented in plane only (nnU-Net's dummy 2D)."""
-_READ_SCALE = 0.85
-"""nnU-Net reads patches larger by 1/0.85, so that rotated corners contain data."""
+_READ_SCALE = {"nnunet": 0.85, "da5": 0.7}
+"""nnU-Net reads patches larger by 1/0.85, so that rotated corners contain data; its DA5 by 1/0.7."""
 
 
 def in_plane_only(patch_size: Sequence[int]) -> bool:
@@ -49,9 +51,9 @@ def in_plane_only(patch_size: Sequence[int]) -> bool:
     return len(patch_size) == 3 and max(patch_size) / patch_size[0] > _ANISOTROPIC_PATCH
 
 
-def rotation_range(config: Augmentation, patch_size: Sequence[int]) -> tuple[float, float]:
+def rotation_range(config: Augmentation | DA5, patch_size: Sequence[int]) -> tuple[float, float]:
     """Range of rotation angles in radians; nnU-Net's choice by patch shape unless the plan gives a range in degrees."""
-    if config.rotation_degrees != "nnunet":
+    if isinstance(config, Augmentation) and config.rotation_degrees != "nnunet":
         low, high = config.rotation_degrees
         return float(np.radians(low)), float(np.radians(high))
     if len(patch_size) == 2:
@@ -61,12 +63,14 @@ def rotation_range(config: Augmentation, patch_size: Sequence[int]) -> tuple[flo
     return -float(np.radians(limit)), float(np.radians(limit))
 
 
-def read_size(config: Augmentation, patch_size: Sequence[int]) -> tuple[int, ...]:
+def read_size(config: AugmentationConfig, patch_size: Sequence[int]) -> tuple[int, ...]:
     """Size of the region to read so that a rotated, scaled patch is still filled (nnU-Net's initial patch size).
 
     Equals the patch size along axes that are neither rotated nor scaled.
     """
-    if config.rotation_probability == 0 and config.scale_probability == 0:
+    if isinstance(config, NoAugmentation):
+        return tuple(patch_size)
+    if isinstance(config, Augmentation) and config.rotation_probability == 0 and config.scale_probability == 0:
         return tuple(patch_size)
     angle = min(np.pi / 2, max(abs(a) for a in rotation_range(config, patch_size)))
     edges = np.array(patch_size, dtype=float)
@@ -75,14 +79,14 @@ def read_size(config: Augmentation, patch_size: Sequence[int]) -> tuple[int, ...
     else:
         turned = [rotate_coords_2d(edges, angle)]
     reach = np.max(np.abs([*turned, edges]), axis=0)
-    size = (reach / _READ_SCALE).astype(int).tolist()
+    size = (reach / _READ_SCALE[config.kind]).astype(int).tolist()
     if in_plane_only(patch_size):
         size[0] = patch_size[0]
     return tuple(size)
 
 
 def training_transforms(
-    config: Augmentation,
+    config: AugmentationConfig,
     patch_size: Sequence[int],
     normalization: Sequence[Normalization],
     *,
@@ -101,16 +105,25 @@ def training_transforms(
             stage's labels behind the reference's, and they end up one-hot behind the image's channels, changed at
             random.
     """
+    if isinstance(config, NoAugmentation):
+        return plain_transforms(normalization, previous=previous)
     flat = in_plane_only(patch_size)
+    in_plane = (0,) if flat else None
     steps: list[BasicTransform] = [Convert3DTo2DTransform()] if flat else []
     steps.append(_spatial(config, tuple(patch_size[1:]) if flat else tuple(patch_size), patch_size))
     if flat:
         steps.append(Convert2DTo3DTransform())
-    steps += _intensity(config, low_resolution_ignores=(0,) if flat else None)
+    if isinstance(config, DA5):
+        steps += augment_da5.before_mirroring(patch_size, low_resolution_ignores=in_plane)
+    else:
+        steps += _intensity(config, low_resolution_ignores=in_plane)
     if config.mirror_axes:
         steps.append(MirrorTransform(allowed_axes=tuple(a for a in config.mirror_axes if a < len(patch_size))))
+    if isinstance(config, DA5):
+        steps += augment_da5.after_mirroring(patch_size)
     steps += [*_closing(normalization), *_one_hot(previous)]
-    return ComposeTransforms([*steps, *_mistakes(len(previous))] if previous else steps)
+    share = augment_da5.CHANGED_LABELS if isinstance(config, DA5) else 0.5
+    return ComposeTransforms([*steps, *_mistakes(len(previous), share)] if previous else steps)
 
 
 def plain_transforms(normalization: Sequence[Normalization], *, previous: Sequence[int] = ()) -> BasicTransform:
@@ -126,12 +139,12 @@ def _one_hot(labels: Sequence[int]) -> list[BasicTransform]:
     return [MoveSegAsOneHotToDataTransform(all_labels=list(labels), **second)]
 
 
-def _mistakes(channels: int) -> list[BasicTransform]:
-    """Random changes of a first stage's one-hot labels, the image's last channels; figures are nnU-Net's."""
+def _mistakes(channels: int, share: float) -> list[BasicTransform]:
+    """Random changes of a share of a first stage's one-hot labels, the image's last channels; figures are nnU-Net's."""
     last = range(-channels, 0)
-    shapes = _MovedBorders(channel_idx=list(last), strel_size=(1, 8), p_per_label=0.5)
+    shapes = _MovedBorders(channel_idx=list(last), strel_size=(1, 8), p_per_label=share)
     parts = _MissingParts(
-        channel_idx=list(last), fill_with_other_class_p=0, dont_do_if_covers_more_than_x_percent=0.15, p_per_label=0.5
+        channel_idx=list(last), fill_with_other_class_p=0, dont_do_if_covers_more_than_x_percent=0.15, p_per_label=share
     )
     return [RandomTransform(shapes, apply_probability=0.4), RandomTransform(parts, apply_probability=0.2)]
 
@@ -152,19 +165,24 @@ class _MissingParts(RemoveRandomConnectedComponentFromOneHotEncodingTransform):
         return super().get_parameters(**data_dict)
 
 
-def _spatial(config: Augmentation, target: tuple[int, ...], patch_size: Sequence[int]) -> BasicTransform:
+def _spatial(config: Augmentation | DA5, target: tuple[int, ...], patch_size: Sequence[int]) -> BasicTransform:
     # without it our own pass would silently not be used
     private(SpatialTransform, "_apply_to_segmentation", package="batchgeneratorsv2")
+    changes: dict[str, Any] = augment_da5.SPATIAL
+    if isinstance(config, Augmentation):
+        changes = {
+            "p_rotation": config.rotation_probability,
+            "p_scaling": config.scale_probability,
+            "scaling": config.scale,
+            "p_synchronize_scaling_across_axes": 1,
+        }
     return _Spatial(
         target,
         patch_center_dist_from_border=0,
         random_crop=False,
         p_elastic_deform=0,
-        p_rotation=config.rotation_probability,
         rotation=rotation_range(config, patch_size),
-        p_scaling=config.scale_probability,
-        scaling=config.scale,
-        p_synchronize_scaling_across_axes=1,
+        **changes,
         bg_style_seg_sampling=False,
         border_mode_seg="constant",
         padding_value_seg=OUTSIDE_LABEL,

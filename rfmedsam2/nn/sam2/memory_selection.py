@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rfmedsam2.errors import UsageError
-from rfmedsam2.nn.disturbance import without_some
+from rfmedsam2.nn.refinement.disturbance import without_some
 from rfmedsam2.nn.sam2.types import Bucket, Slots
 from rfmedsam2.records.model import MemoryStrategy
 

@@ -14,7 +14,7 @@ from rfmedsam2.pipeline.evaluation.overlays import PREDICTION_COLOR, REFERENCE_C
 from rfmedsam2.pipeline.evaluation.score_plot import spread_png
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.model import CustomConfig, ModelConfig, UNetConfig
+from rfmedsam2.records.model import CustomConfig, LibraryConfig, ModelConfig, UNetConfig
 from rfmedsam2.records.report import CaseMetrics, Evaluation, Interval
 from rfmedsam2.reporting.html import figure_text, png_uri, write_html
 from rfmedsam2.reporting.training_curves import Theme, Training, read_training, training_png
@@ -196,7 +196,10 @@ def _about_model(record: CheckpointRecord) -> dict[str, str]:
 
 def _about_network(model: ModelConfig) -> str:
     if isinstance(model, UNetConfig):
-        return f"{model.kind}, {model.block} blocks, features {_times(model.features, ', ')}"
+        norm = "" if model.norm == "instance" else f", {model.norm} norm"
+        return f"{model.kind}, {model.block} blocks{norm}, features {_times(model.features, ', ')}"
+    if isinstance(model, LibraryConfig):
+        return model.title
     if isinstance(model, CustomConfig):
         return f"{model.name}, a network of {model.package or 'another package'}"
     frames = f"slices at {model.frame_size} × {model.frame_size}"

@@ -87,6 +87,9 @@ def _plan(folder: Path, found: NnunetCheckpoint) -> Plan:
     stages = [found.configuration]
     plan = import_nnunet_plans(folder / PLANS, read_dataset_json(folder / DATASET), stages=stages)
     stage = plan.stages[found.configuration]
+    if isinstance(stage.model, UNetConfig) and any(name.endswith(".running_mean") for name in found.weights):
+        # nnUNetTrainerBN replaces the norm of its plans without writing it down
+        stage = stage.model_copy(update={"model": stage.model.model_copy(update={"norm": "batch"})})
     if any(axis >= len(stage.patch_size) for axis in found.mirror_axes):
         raise CheckpointError(
             "The checkpoint mirrors an axis that its patches do not have",

@@ -29,6 +29,7 @@ NORMALIZATIONS = {
     "NoNormalization": "none",
 }
 BLOCKS = {"PlainConvUNet": ("plain", "n_conv_per_stage"), "ResidualEncoderUNet": ("residual", "n_blocks_per_stage")}
+NORMS = {"instance": "InstanceNorm", "batch": "BatchNorm"}
 NETWORK_DEFAULTS: dict[str, tuple[object, ...]] = {
     "conv_bias": (True,),
     "norm_op_kwargs": ({"eps": 1e-5, "affine": True},),
@@ -269,9 +270,9 @@ def _unsupported_network(architecture: _Architecture, dimensions: int) -> list[s
             faults.append(f"network argument {key} = {value!r}")
         if key not in NETWORK_DEFAULTS and key not in READ_ELSEWHERE:
             faults.append(f"network argument {key}")
-    for key, stem in (("conv_op", "Conv"), ("norm_op", "InstanceNorm")):
-        value = str(arguments.get(key, f"{stem}{dimensions}d"))
-        if value.rsplit(".", 1)[-1] != f"{stem}{dimensions}d":
+    for key, stems in (("conv_op", ("Conv",)), ("norm_op", tuple(NORMS.values()))):
+        value = str(arguments.get(key, f"{stems[0]}{dimensions}d"))
+        if value.rsplit(".", 1)[-1] not in [f"{stem}{dimensions}d" for stem in stems]:
             faults.append(f"network argument {key} = {value!r}")
     return faults
 
@@ -331,6 +332,7 @@ def _network(architecture: _Architecture, dimensions: int, where: str) -> UNetCo
     return UNetConfig.parse(
         {
             "block": block,
+            "norm": "batch" if "BatchNorm" in str(architecture.arch_kwargs.get("norm_op")) else "instance",
             "features": repeated(features, stages),
             "kernel_sizes": per_axis(arguments.kernel_sizes),
             "strides": per_axis(arguments.strides),

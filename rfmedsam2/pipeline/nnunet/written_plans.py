@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rfmedsam2.errors import PlanError
-from rfmedsam2.pipeline.nnunet.plans import BLOCKS, NEVER_SEPARATE, NORMALIZATIONS, RESAMPLING
+from rfmedsam2.pipeline.nnunet.plans import BLOCKS, NEVER_SEPARATE, NORMALIZATIONS, NORMS, RESAMPLING
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import Plan, Resampling, Stage
@@ -153,7 +153,7 @@ def _architecture(model: UNetConfig) -> dict[str, Any]:
         blocks: list(model.encoder_blocks),
         "n_conv_per_stage_decoder": list(model.decoder_blocks),
         "conv_bias": True,
-        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d",
+        "norm_op": f"torch.nn.modules.{model.norm}norm.{NORMS[model.norm]}{dimensions}d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
         "dropout_op": None,
         "dropout_op_kwargs": None,

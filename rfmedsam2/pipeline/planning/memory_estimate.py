@@ -16,7 +16,17 @@ from typing_extensions import assert_never
 from rfmedsam2.nn.memory_budget import ObjectSizes, frame_bytes
 from rfmedsam2.nn.sam2.sizes import sizes_of
 from rfmedsam2.pipeline.planning.topology import feature_map_size
-from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import (
+    PRIMUS_SIZES,
+    CustomConfig,
+    LibraryConfig,
+    LibraryNetwork,
+    PrimusConfig,
+    RFMedSam2Config,
+    SegResNetConfig,
+    SwinUNETRConfig,
+    UNetConfig,
+)
 from rfmedsam2.records.plan import Stage
 
 FLOAT = 4
@@ -59,6 +69,8 @@ def activation_terms(stage: Stage, *, outputs: int, classes: int, half: bool) ->
             if stage.model.unet is None:
                 return terms
             return (_unet_term(stage.model.unet, stage, outputs=outputs, half=half), *terms)
+        case LibraryConfig():
+            return (_library_term(stage.model, stage, half=half),)
         case CustomConfig():
             return ()  # only its own package knows
         case _:
@@ -66,8 +78,8 @@ def activation_terms(stage: Stage, *, outputs: int, classes: int, half: bool) ->
 
 
 def weight_terms(stage: Stage, *, parameters: int, trained: int, half: bool) -> tuple[MemoryTerm, ...]:
-    """Terms of weights, gradients and optimizer state (one value per trained parameter for SGD, two for AdamW)."""
-    kept = 1 if stage.train.optimizer.kind == "sgd" else 2
+    """Terms of weights, gradients and optimizer state."""
+    kept = stage.train.optimizer.moments
     state = FLOAT * trained * (1 + kept)
     copies = parameters * FLOAT // 2 if half else 0
     return (
@@ -88,6 +100,25 @@ def _unet_term(network: UNetConfig, stage: Stage, *, outputs: int, half: bool) -
     values = feature_map_size(network, patch, outputs=outputs) * samples
     rule = f"{values / 1e6:.0f} million values of feature maps x {FEATURE_BYTES[half]} bytes"
     return _term("U-Net", values * FEATURE_BYTES[half], rule)
+
+
+def _library_term(network: LibraryNetwork, stage: Stage, *, half: bool) -> MemoryTerm:
+    """Tensors kept for the backward pass, counted in float32 and bfloat16 on patches of 64 x 64 x 64 voxels."""
+    match network:
+        case SegResNetConfig():
+            # coarser stages have a quarter of the positions in 2D, an eighth in 3D
+            each = (47 if half else 95) if network.dimensions == 2 else (32 if half else 63)
+            size = each * network.features
+        case SwinUNETRConfig():
+            # attention over windows, in float32 in any case, has no share of the width
+            size = 3445 + 42 * network.features if half else 2310 + 83 * network.features
+        case PrimusConfig():
+            width, layers, _ = PRIMUS_SIZES[network.size]
+            size = 35 + 0.124 * width * layers if half else 59 + 0.207 * width * layers
+        case _:
+            assert_never(network)
+    voxels = stage.batch_size * math.prod(stage.patch_size)
+    return _term(network.kind, voxels * size, f"{voxels / 1e6:.2f} million voxels x {size:.0f} bytes")
 
 
 def _refinement_terms(model: RFMedSam2Config, stage: Stage, *, classes: int, half: bool) -> tuple[MemoryTerm, ...]:

@@ -77,6 +77,7 @@ def plan(
     fingerprint: Fingerprint,
     *,
     preset: Preset = "default",
+    gpu_memory_gb: float | None = None,
     name: str | None = None,
     spacing_zyx_mm: Triple | None = None,
 ) -> Plan:
@@ -86,6 +87,7 @@ def plan(
         dataset: its name and dataset.json.
         fingerprint: fingerprint of its training cases.
         preset: name of the preset.
+        gpu_memory_gb: memory to plan for, with `default` and nnU-Net's presets; None: the preset's.
         name: name of the plan; None: the preset's.
         spacing_zyx_mm: target spacing of 3d_fullres in the axis order of the files; None: nnU-Net's rule.
 
@@ -94,10 +96,10 @@ def plan(
         and 2d; only 2d if the median case is a single slice.
 
     Raises:
-        UsageError: the preset does not exist.
+        UsageError: the preset does not exist, or has sizes of its own besides `gpu_memory_gb`.
         PlanError: the fingerprint is of another dataset or has no cases, or no patch fits the memory.
     """
-    settings = get_preset(preset)
+    settings = get_preset(preset, gpu_memory_gb=gpu_memory_gb)
     stats = dataset_stats(dataset, fingerprint, spacing_zyx_mm, settings.case)
     stages: dict[str, Stage] = {}
     if stats.median_shape[0] != 1:

@@ -4,6 +4,7 @@ default          the paper's: patch 32x256x256, batch 2, SGD 1e-3 (RFMedSAM 2, a
 nnunet           nnU-Net 2.8's defaults for 8 GB, SGD 1e-2
 nnunet_resenc_*  nnU-Net's residual-encoder planners M, L, XL (8, 24, 40 GB)
 8gb 24gb 80gb    the default's patch shape, scaled to the GPU's memory by nnU-Net's memory rule
+                 (`gpu_memory_gb` makes such a preset for any other memory)
 cpu              a first useful model on two cores within ten minutes
 
 RFMedSAM 2 has its own table (default, 8gb, 24gb, 80gb, cpu): its patches are square, and SAM 2 needs memory besides the
@@ -69,6 +70,8 @@ class UNetPreset:
     plan_name: str
     volume: PatchSizing
     """3d_fullres and 3d_lowres."""
+    gpu_memory_gb: float | None = None
+    """Memory that the budgets are meant for; None: no budgets."""
     slice: PatchSizing = PatchSizing(width=FeatureWidths(maximum=512), feature_budget=85e6, budget_batch=12)
     """2d."""
     low_resolution_share: float = 0.25
@@ -87,13 +90,14 @@ class UNetPreset:
     validation: Validation = field(default_factory=Validation)
 
 
-def _nnunet(plan_name: str, volume: PatchSizing, slice_: PatchSizing) -> UNetPreset:
-    return UNetPreset(plan_name=plan_name, volume=volume, slice=slice_, train=NNUNET_TRAIN)
+def _nnunet(plan_name: str, gigabytes: float, volume: PatchSizing, slice_: PatchSizing) -> UNetPreset:
+    return UNetPreset(plan_name=plan_name, volume=volume, gpu_memory_gb=gigabytes, slice=slice_, train=NNUNET_TRAIN)
 
 
-def _resenc(size: str, budget_3d: float, budget_2d: float) -> UNetPreset:
+def _resenc(size: str, gigabytes: float, budget_3d: float, budget_2d: float) -> UNetPreset:
     return _nnunet(
         f"nnunet_resenc_{size}",
+        gigabytes,
         PatchSizing(width=FeatureWidths(block="residual"), feature_budget=budget_3d, max_dataset_share=1.0),
         # nnU-Net's residual planners shrink the 2d patch until twelve samples fit, the plain one until two fit
         PatchSizing(
@@ -111,9 +115,13 @@ def _memory(plan_name: str, gigabytes: float, start: tuple[int, int, int]) -> UN
     return UNetPreset(
         plan_name=plan_name,
         volume=PatchSizing(start=start, feature_budget=560e6 * share),
+        gpu_memory_gb=gigabytes,
         slice=PatchSizing(width=FeatureWidths(maximum=512), feature_budget=85e6 * share, budget_batch=12),
     )
 
+
+STARTS = {8: (32, 256, 256), 24: (48, 320, 320), 80: (64, 384, 384)}
+"""Initial patch by GPU memory in GB."""
 
 CPU = UNetPreset(
     plan_name="rfmed_cpu",
@@ -159,15 +167,16 @@ PRESETS: dict[Preset, UNetPreset] = {
     ),
     "nnunet": _nnunet(
         "nnunet",
+        8,
         PatchSizing(feature_budget=560e6),
         PatchSizing(width=FeatureWidths(maximum=512), feature_budget=85e6, budget_batch=12),
     ),
-    "nnunet_resenc_m": _resenc("m", 680e6, 135e6),
-    "nnunet_resenc_l": _resenc("l", 2100e6, 380e6),
-    "nnunet_resenc_xl": _resenc("xl", 3600e6, 560e6),
-    "8gb": _memory("rfmed_8gb", 8, (32, 256, 256)),
-    "24gb": _memory("rfmed_24gb", 24, (48, 320, 320)),
-    "80gb": _memory("rfmed_80gb", 80, (64, 384, 384)),
+    "nnunet_resenc_m": _resenc("m", 8, 680e6, 135e6),
+    "nnunet_resenc_l": _resenc("l", 24, 2100e6, 380e6),
+    "nnunet_resenc_xl": _resenc("xl", 40, 3600e6, 560e6),
+    "8gb": _memory("rfmed_8gb", 8, STARTS[8]),
+    "24gb": _memory("rfmed_24gb", 24, STARTS[24]),
+    "80gb": _memory("rfmed_80gb", 80, STARTS[80]),
     "cpu": CPU,
 }
 
@@ -234,12 +243,27 @@ REFINEMENTS: dict[Preset, RFMedSam2Preset] = {
 }
 
 
-def get_rfmedsam2_preset(preset: str) -> RFMedSam2Preset:
+def get_rfmedsam2_preset(preset: str, *, gpu_memory_gb: float | None = None) -> RFMedSam2Preset:
     """Look up the settings of an RFMedSAM 2 preset.
 
+    Args:
+        preset: its name.
+        gpu_memory_gb: with `default`, the memory to plan for; None: any.
+
     Raises:
-        UsageError: the preset does not exist, or is one of nnU-Net's.
+        UsageError: the preset does not exist, is one of nnU-Net's, or has a memory of its own.
     """
+    if gpu_memory_gb is not None:
+        settings = get_preset(preset, gpu_memory_gb=gpu_memory_gb)
+        if preset == "default":
+            nearest = REFINEMENTS["80gb" if gpu_memory_gb >= 80 else "24gb" if gpu_memory_gb >= 24 else "8gb"]
+            # as for the presets: the rest is for weights, optimizer and the allocator
+            return replace(
+                nearest,
+                plan_name=f"rfmedsam2_{gpu_memory_gb:g}gb",
+                settings=settings,
+                activations_gb=0.8 * gpu_memory_gb,
+            )
     for name, refinement in REFINEMENTS.items():
         if name == preset:
             return refinement
@@ -252,13 +276,43 @@ def get_rfmedsam2_preset(preset: str) -> RFMedSam2Preset:
     )
 
 
-def get_preset(preset: str) -> UNetPreset:
+def get_preset(preset: str, *, gpu_memory_gb: float | None = None) -> UNetPreset:
     """Look up the settings of a preset.
 
+    Args:
+        preset: its name.
+        gpu_memory_gb: with `default` and nnU-Net's presets, the memory to plan for; None: the preset's.
+
     Raises:
-        UsageError: the preset does not exist.
+        UsageError: the preset does not exist, or has another memory of its own.
     """
     for name, settings in PRESETS.items():
         if name == preset:
-            return settings
+            return settings if gpu_memory_gb is None else _with_memory(name, settings, gpu_memory_gb)
     raise UsageError("The preset does not exist", where=preset, expected=f"one of {', '.join(get_args(Preset))}")
+
+
+def _with_memory(name: str, settings: UNetPreset, gigabytes: float) -> UNetPreset:
+    """The preset for another GPU memory: budgets grow in proportion, as with nnU-Net's -gpu_memory_target."""
+    if not (isinstance(gigabytes, int | float) and 1 <= gigabytes <= 10_000):
+        raise UsageError(
+            "A GPU memory is out of range",
+            where=option("gpu_memory_gb", gigabytes, flag="--gpu-memory"),
+            expected="1 to 10000 GB",
+        )
+    if name == "default":
+        start = next((patch for memory, patch in STARTS.items() if gigabytes <= memory), STARTS[80])
+        return _memory(f"rfmed_{gigabytes:g}gb", gigabytes, start)
+    if settings.gpu_memory_gb is None or not name.startswith("nnunet"):
+        raise UsageError(
+            f"The preset {name} has its own sizes",
+            where=option("gpu_memory_gb", gigabytes, flag="--gpu-memory"),
+            expected=f"{option('preset')} default or one of nnU-Net's",
+        )
+    share = gigabytes / settings.gpu_memory_gb
+    volume, flat = (
+        replace(sizing, feature_budget=None if sizing.feature_budget is None else share * sizing.feature_budget)
+        for sizing in (settings.volume, settings.slice)
+    )
+    name_of_plan = f"{settings.plan_name}_{gigabytes:g}gb"
+    return replace(settings, plan_name=name_of_plan, volume=volume, slice=flat, gpu_memory_gb=gigabytes)

@@ -39,6 +39,7 @@ def plan_rfmedsam2(
     fingerprint: Fingerprint,
     *,
     preset: Preset = "default",
+    gpu_memory_gb: float | None = None,
     name: str | None = None,
     spacing_zyx_mm: Triple | None = None,
     backbone: Backbone | None = None,
@@ -49,6 +50,7 @@ def plan_rfmedsam2(
         dataset: its name and dataset.json.
         fingerprint: fingerprint of its training cases.
         preset: default, 8gb, 24gb, 80gb or cpu.
+        gpu_memory_gb: with `default`, memory to plan for; None: any.
         name: name of the plan; None: the preset's.
         spacing_zyx_mm: target spacing in the axis order of the files; None: nnU-Net's rule.
         backbone: image encoder; None: the preset's.
@@ -58,7 +60,7 @@ def plan_rfmedsam2(
         PlanError: the fingerprint is of another dataset, the dataset has no classes or only single slices, or no patch
             fits the memory.
     """
-    refinement = get_rfmedsam2_preset(preset)
+    refinement = get_rfmedsam2_preset(preset, gpu_memory_gb=gpu_memory_gb)
     if backbone is not None and backbone != refinement.backbone:
         refinement = replace(refinement, backbone=backbone, plan_name=f"{refinement.plan_name}_{backbone}")
     return refined_plan(dataset, fingerprint, refinement, name=name, spacing_zyx_mm=spacing_zyx_mm)

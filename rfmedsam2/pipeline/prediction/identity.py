@@ -11,7 +11,7 @@ from typing import Any
 from rfmedsam2.errors import CheckpointError
 from rfmedsam2.records.base import renamed
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import ModelConfig, RFMedSam2Config
+from rfmedsam2.records.model import ModelConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.prediction import PostprocessingRule
 
 NEWER_FIELDS = (
@@ -55,6 +55,10 @@ def _model_dump(model: ModelConfig) -> dict[str, object]:
         newer = {name: True for name in NEWER_FIELDS if getattr(model, name) == defaults[name].default}
         if not model.adapters.channels:
             newer["adapters"] = {"channels"}
+        if model.unet is not None and model.unet.norm == "instance":
+            newer["unet"] = {"norm"}
+    elif isinstance(model, UNetConfig) and model.norm == "instance":
+        newer["norm"] = True
     return model.model_dump(mode="json", exclude=newer)
 
 

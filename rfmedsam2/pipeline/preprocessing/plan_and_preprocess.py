@@ -10,16 +10,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from rfmedsam2 import extensions
 from rfmedsam2.arguments import Part, names_of, option, path_of, whole_number
-from rfmedsam2.choices import Backbone, Preset
+from rfmedsam2.choices import Backbone, Model, Preset
 from rfmedsam2.errors import ExtensionError, RecordError, UsageError, require_type
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets.splits import groups_of, load_or_make_splits, warnings_of
 from rfmedsam2.pipeline.nnunet.plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.label_notes import notes_on_labels
+from rfmedsam2.pipeline.planning.library_networks import plan_library_network
 from rfmedsam2.pipeline.planning.mirroring import note_on_mirroring
 from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset
 from rfmedsam2.pipeline.planning.plan import plan as make_plan
@@ -57,7 +58,8 @@ class PlanOptions:
 
     Attributes:
         preset: name of the preset.
-        model: unet, or rfmedsam2 (a U-Net refined by SAM 2).
+        gpu_memory_gb: GPU memory to plan for, with the preset `default` or one of nnU-Net's; None: the preset's.
+        model: unet, rfmedsam2 (a U-Net refined by SAM 2), or a network of a library.
         backbone: backbone of rfmedsam2; None: the preset's.
         plan_name: name of the plan; None: the preset's.
         changes: overrides FIELD=VALUE, applied to the finished plan.
@@ -74,7 +76,8 @@ class PlanOptions:
     """
 
     preset: Preset = "default"
-    model: Literal["unet", "rfmedsam2"] = "unet"
+    gpu_memory_gb: float | None = None
+    model: Model = "unet"
     backbone: Backbone | None = None
     plan_name: str | None = None
     changes: tuple[str, ...] = ()
@@ -222,22 +225,25 @@ def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> P
     elif options.planner is not None:
         plan = _planned_by_extension(dataset, found, options.planner, options.plan_name)
     elif options.model == "rfmedsam2":
-        plan = plan_rfmedsam2(
-            dataset,
-            found,
-            preset=options.preset,
-            name=options.plan_name,
-            spacing_zyx_mm=options.spacing_zyx_mm,
-            backbone=options.backbone,
-        )
+        plan = plan_rfmedsam2(dataset, found, backbone=options.backbone, **_sizes(options))
+    elif options.model == "unet":
+        plan = make_plan(dataset, found, **_sizes(options))
     else:
-        plan = make_plan(
-            dataset, found, preset=options.preset, name=options.plan_name, spacing_zyx_mm=options.spacing_zyx_mm
-        )
+        plan = plan_library_network(dataset, found, model=options.model, **_sizes(options))
     plan = plan.with_overrides(*options.changes)
     for stage in plan.stages.values():
         extensions.check(stage)
     return plan
+
+
+def _sizes(options: PlanOptions) -> dict[str, Any]:
+    """What all our planners are given."""
+    return {
+        "preset": options.preset,
+        "gpu_memory_gb": options.gpu_memory_gb,
+        "name": options.plan_name,
+        "spacing_zyx_mm": options.spacing_zyx_mm,
+    }
 
 
 def _planned_by_extension(dataset: RawDataset, found: Fingerprint, planner: str, name: str | None) -> Plan:
@@ -253,7 +259,7 @@ def _check(options: PlanOptions) -> None:
     if options.plan_name is not None and not is_plan_name(options.plan_name):
         raise UsageError("Invalid plan name", where=options.plan_name, expected=PLAN_NAMES)
     default = PlanOptions()
-    planning = ("preset", "model", "backbone", "spacing_zyx_mm")
+    planning = ("preset", "gpu_memory_gb", "model", "backbone", "spacing_zyx_mm")
     asked = [name for name in planning if getattr(options, name) != getattr(default, name)]
     given = [name for name in ("nnunet_plans", "published", "plan_of", "planner") if getattr(options, name) is not None]
     if len(given) > 1 or (given and asked):
@@ -262,16 +268,16 @@ def _check(options: PlanOptions) -> None:
             found=", ".join(map(_named, [*given, *asked])),
             remedy=f"Leave one out; single fields can be changed with {option('changes', flag='--set')}",
         )
-    if options.backbone is not None and options.model == "unet":
+    if options.backbone is not None and options.model != "rfmedsam2":
         raise UsageError(
-            "A U-Net has no backbone",
+            "A U-Net has no backbone" if options.model == "unet" else f"The model {options.model} has no backbone",
             where=option("backbone", options.backbone),
             remedy=f"Add {option('model', 'rfmedsam2')}",
         )
 
 
 def _named(field: str) -> str:
-    return option(field, flag="--" + field.removesuffix("_zyx_mm").replace("_", "-"))
+    return option(field, flag="--" + field.removesuffix("_zyx_mm").removesuffix("_gb").replace("_", "-"))
 
 
 def _notes_on(plan: Plan) -> list[str]:

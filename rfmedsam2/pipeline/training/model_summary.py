@@ -19,7 +19,7 @@ from rfmedsam2.nn.sam2.adapted import adapters_of
 from rfmedsam2.nn.sam2.sizes import sizes_of
 from rfmedsam2.nn.unet import UNet
 from rfmedsam2.pipeline.planning.memory_estimate import MemoryTerm, activation_terms, total_gib, weight_terms
-from rfmedsam2.records.model import CustomConfig, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import CustomConfig, LibraryConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Stage
 
 PARTS = {
@@ -176,7 +176,7 @@ def _layers(plan: Plan, stage: Stage) -> tuple[Layer, ...]:
                 return refined
             patch = stage.patch_size[-model.unet.dimensions :]
             return (*_unet_layers(model.unet, patch, channels=len(plan.channels), outputs=outputs), *refined)
-        case CustomConfig():
+        case LibraryConfig() | CustomConfig():
             return ()  # only its own package knows
         case _:
             assert_never(model)

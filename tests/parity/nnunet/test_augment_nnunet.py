@@ -8,9 +8,12 @@ import torch
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
 
 from rfmedsam2.engine.rng import seed_all
 from rfmedsam2.records.plan import Augmentation, Normalization
+from rfmedsam2.records.training import DA5, NoAugmentation
 from rfmedsam2.transforms.augment import _Spatial, in_plane_only, read_size, rotation_range, training_transforms
 
 PATCHES = [(16, 20, 24), (8, 32, 32), (32, 32), (16, 40)]
@@ -94,6 +97,48 @@ def test_the_second_stage_of_a_cascade_is_given_nnunets_patch(patch):
         assert torch.equal(found["segmentation"], expected["segmentation"])
         changed += not torch.equal(found["image"][1] == 1, unchanged["segmentation"][0] == 1)
     assert 4 < changed < 24
+
+
+@pytest.mark.parametrize("patch", [*PATCHES, (24, 24, 24), (6, 20, 20)])
+def test_da5_is_its_trainers(patch):
+    """The same seeds give the same patches, of the second stage of a cascade, too."""
+    config, masked = DA5(), (Normalization(kind="zscore", use_mask=True), Normalization(kind="ct"))
+    angle, flat = nnunet_settings(patch)
+    size = get_patch_size(list(patch), *[(-angle, angle)] * 3, (0.7, 1.43))
+    if flat:
+        size[0] = patch[0]
+    assert read_size(config, patch) == tuple(int(n) for n in size)
+    fixed = (patch, (-angle, angle), None, tuple(range(len(patch))), flat)
+    rng = torch.Generator().manual_seed(3)
+    image = torch.randn(2, *read_size(config, patch), generator=rng)
+    label = torch.randint(-1, 3, (2, *read_size(config, patch)), generator=rng).to(torch.int16)
+    for previous in ((), (1, 2)):
+        for seed in range(40):
+            own = {"is_cascaded": bool(previous), "foreground_labels": list(previous)}
+            # made for each, as nnU-Net's keep the order of labels that they have shuffled
+            theirs = nnUNetTrainerDA5.get_training_transforms(*fixed, use_mask_for_norm=[True, False], **own)
+            ours = training_transforms(config, patch, masked, previous=previous)
+            given = label if previous else label[:1]
+            results = []
+            for transforms in (ours, theirs):
+                seed_all(seed)
+                results.append(transforms(image=image.clone(), segmentation=given.clone()))
+            found, expected = results
+            assert found["image"].shape == (2 + len(previous), *patch)
+            torch.testing.assert_close(found["image"], expected["image"], rtol=1e-3, atol=2e-3)
+            assert torch.equal(found["segmentation"], expected["segmentation"])
+
+
+def test_no_augmentation_is_its_trainers():
+    patch, schemes = (8, 10, 12), (Normalization(kind="ct"),)
+    theirs = nnUNetTrainerNoDA.get_training_transforms(patch, (0, 0), None, None, False)
+    image, label = torch.randn(1, *patch), torch.randint(-1, 3, (1, *patch)).to(torch.int16)
+    assert read_size(NoAugmentation(), patch) == patch
+    assert NoAugmentation().mirror_axes == ()
+    ours = training_transforms(NoAugmentation(), patch, schemes)
+    found, expected = (t(image=image.clone(), segmentation=label.clone()) for t in (ours, theirs))
+    assert torch.equal(found["image"], expected["image"])
+    assert torch.equal(found["segmentation"], expected["segmentation"])
 
 
 def test_no_rotation_and_scaling_reads_only_the_patch():

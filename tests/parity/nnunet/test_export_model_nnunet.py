@@ -99,10 +99,11 @@ def test_nnunet_predicts_the_same(ours: Path, tmp_path: Path, folds: int, *, mir
 
 
 @pytest.mark.parametrize("stage", ["3d_fullres", "2d"])
-@pytest.mark.parametrize("block", ["plain", "residual"])
-def test_nnunet_builds_the_same_network(tmp_path: Path, stage: str, block: str) -> None:
+@pytest.mark.parametrize(("block", "norm"), [("plain", "instance"), ("residual", "instance"), ("plain", "batch")])
+def test_nnunet_builds_the_same_network(tmp_path: Path, stage: str, block: str, norm: str) -> None:
     plan = make_plan()
-    changed = plan.with_overrides(f"{stage}.model.block={block}", f"{stage}.inference.mirror=false")
+    network = (f"{stage}.model.block={block}", f"{stage}.model.norm={norm}")
+    changed = plan.with_overrides(*network, f"{stage}.inference.mirror=false")
     write_model(tmp_path / "model", changed, stage=stage)
     folder = exported(tmp_path / "model", tmp_path / "out")
     assert folder.name == f"nnUNetTrainerNoMirroring__rfmed__{stage}"

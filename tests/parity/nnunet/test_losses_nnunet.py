@@ -7,9 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss, DC_and_topk_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.training.loss.robust_ce_loss import TopKLoss
 
 from rfmedsam2.losses import deep_supervision_losses, deep_supervision_weights, memberships, segmentation_losses
 from rfmedsam2.records.dataset import LabelSet
@@ -57,6 +58,31 @@ def test_value_and_gradient_equal_nnunets(labels, batch_dice):
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_top_k_equals_nnunets(batch_dice):
+    logits, target = logits_and_target(CLASSES)
+    whole = nnunet_target(target, CLASSES)
+    ours = segmentation_losses(logits, target, CLASSES, SegmentationLoss(batch_dice=batch_dice, top_k=10))
+    (gradient,) = torch.autograd.grad(sum(ours.values()), logits)
+    dice = {"batch_dice": batch_dice, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    (expected,) = torch.autograd.grad(DC_and_topk_loss(dice, {"k": 10, "label_smoothing": 0.0})(logits, whole), logits)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(ours["cross_entropy"], TopKLoss(k=10)(logits, whole), rtol=1e-5, atol=1e-6)
+
+
+def test_top_k_with_an_ignore_label_is_of_the_annotated_voxels():
+    """nnU-Net takes a tenth of all voxels; where most are ignored, that is more than are annotated."""
+    logits, target = logits_and_target(IGNORING, shape=(1, 4, 5, 10))
+    target[:, 1:] = 3
+    found = segmentation_losses(logits, target, IGNORING, SegmentationLoss(top_k=10))["cross_entropy"]
+    alone = segmentation_losses(logits[:, :, :1], target[:, :1], IGNORING, SegmentationLoss(top_k=10))["cross_entropy"]
+    known = target[:, :1] != 3
+    entropies = torch.nn.functional.cross_entropy(logits[:, :, :1], target[:, :1].long().clamp(0, 2), reduction="none")
+    largest = entropies[known].sort(descending=True).values[: int(known.sum()) // 10]
+    assert found.item() == pytest.approx(alone.item()) == pytest.approx(largest.mean().item())
+
+
 def test_deep_supervision_equals_nnunets():
     outputs = [torch.randn(2, 3, 16 // 2**i, 8 // 2**i, 8 // 2**i) for i in range(3)]
     target = torch.randint(0, 3, (2, 16, 8, 8), dtype=torch.int16)
@@ -77,8 +103,9 @@ def test_level_weights_halve_and_sum_to_one():
 def test_all_voxels_ignored_gives_a_finite_loss():
     logits = torch.randn(1, 3, 4, 4, 4)
     target = torch.full((1, 4, 4, 4), 3, dtype=torch.int16)
-    parts = segmentation_losses(logits, target, IGNORING, SegmentationLoss())
-    assert all(torch.isfinite(part) for part in parts.values())
+    for config in (SegmentationLoss(), SegmentationLoss(top_k=10, focal_gamma=2)):
+        parts = segmentation_losses(logits, target, IGNORING, config)
+        assert all(torch.isfinite(part) for part in parts.values())
 
 
 def test_memberships_of_nested_regions():

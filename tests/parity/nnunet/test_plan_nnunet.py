@@ -106,7 +106,12 @@ def synthetic(name: str) -> tuple[dict[str, Any], Fingerprint]:
 
 
 def nnunet_plans(
-    planner_class: type, dataset_json: dict[str, Any], fingerprint: Fingerprint, folder: Path, monkeypatch
+    planner_class: type,
+    dataset_json: dict[str, Any],
+    fingerprint: Fingerprint,
+    folder: Path,
+    monkeypatch,
+    **options: float,
 ) -> dict[str, Any]:
     """What nnU-Net's planner writes for this fingerprint, from folders of its own."""
     raw, preprocessed = folder / "raw", folder / "preprocessed"
@@ -131,7 +136,7 @@ def nnunet_plans(
     monkeypatch.setattr(default_experiment_planner, "maybe_convert_to_dataset_name", lambda name: name)
     # the networks that it builds to measure them are costly; the formula in their place is tested below
     monkeypatch.setattr(planner_class, "static_estimate_VRAM_usage", staticmethod(estimate_without_network))
-    planner = planner_class(NAME)
+    planner = planner_class(NAME, **options)
     monkeypatch.setattr(planner, "determine_reader_writer", lambda: SimpleNamespace(__name__="NibabelIO"))
     planner.plan_experiment()
     return json.loads((preprocessed / NAME / f"{planner.plans_identifier}.json").read_text())
@@ -146,9 +151,9 @@ def estimate_without_network(patch_size, input_channels, output_channels, class_
     return int(network.compute_conv_feature_map_size(patch_size))
 
 
-def ours(dataset_json: dict[str, Any], fingerprint: Fingerprint, preset: str) -> Plan:
+def ours(dataset_json: dict[str, Any], fingerprint: Fingerprint, preset: str, memory: float | None = None) -> Plan:
     dataset = SimpleNamespace(name=NAME, json=DatasetJson.parse(dataset_json))
-    return plan(dataset, fingerprint, preset=preset)
+    return plan(dataset, fingerprint, preset=preset, gpu_memory_gb=memory)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -172,6 +177,24 @@ def test_the_residual_presets_plan_what_nnunet_plans(preset, planner, name, tmp_
     dataset_json, fingerprint = synthetic(name)
     theirs = nnunet_plans(planner, dataset_json, fingerprint, tmp_path, monkeypatch)
     assert_same(ours(dataset_json, fingerprint, preset), theirs)
+
+
+@pytest.mark.filterwarnings("ignore:WARNING. You are running nnUNetPlannerL")
+@pytest.mark.parametrize("gigabytes", [5, 16, 40.5])
+@pytest.mark.parametrize(
+    ("preset", "planner"),
+    [
+        ("nnunet", default_experiment_planner.ExperimentPlanner),
+        ("nnunet_resenc_l", residual.nnUNetPlannerResEncL),
+    ],
+)
+def test_another_gpu_memory_plans_what_nnunet_plans(preset, planner, gigabytes, tmp_path, monkeypatch):
+    dataset_json, fingerprint = synthetic("anisotropic CT")
+    theirs = nnunet_plans(planner, dataset_json, fingerprint, tmp_path, monkeypatch, gpu_memory_target_in_gb=gigabytes)
+    mine = ours(dataset_json, fingerprint, preset, gigabytes)
+    assert_same(mine, theirs)
+    assert mine.name == f"{preset}_{gigabytes:g}gb"
+    assert mine.stages != ours(dataset_json, fingerprint, preset).stages
 
 
 def assert_same(mine: Plan, theirs: dict[str, Any]) -> None:

@@ -19,6 +19,9 @@ CASES = [
 ]
 
 
+NORMS = {"instance": "InstanceNorm", "batch": "BatchNorm"}
+
+
 def small_config(block: str, spacing, patch) -> UNetConfig:
     return FeatureWidths(block=block, base=4, maximum=12).network(topology_of(spacing, patch))
 
@@ -35,7 +38,7 @@ def nnunets_network(config: UNetConfig, channels: int, outputs: int) -> torch.nn
         blocks: list(config.encoder_blocks),
         "n_conv_per_stage_decoder": list(config.decoder_blocks),
         "conv_bias": True,
-        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{config.dimensions}d",
+        "norm_op": f"torch.nn.modules.{config.norm}norm.{NORMS[config.norm]}{config.dimensions}d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
         "dropout_op": None,
         "dropout_op_kwargs": None,
@@ -53,9 +56,10 @@ def nnunets_network(config: UNetConfig, channels: int, outputs: int) -> torch.nn
     )
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("block", "spacing", "patch"), CASES)
-def test_equal_weights_give_equal_outputs_bit_for_bit(block, spacing, patch):
-    config = small_config(block, spacing, patch)
+def test_equal_weights_give_equal_outputs_bit_for_bit(block, spacing, patch, norm):
+    config = small_config(block, spacing, patch).model_copy(update={"norm": norm})
     theirs = nnunets_network(config, 2, 3)
     for parameter in theirs.parameters():  # initial biases are zero and hide a wrong order
         torch.nn.init.normal_(parameter, std=0.2)
@@ -64,10 +68,10 @@ def test_equal_weights_give_equal_outputs_bit_for_bit(block, spacing, patch):
     x = torch.randn(2, 2, *topology_of(spacing, patch).patch_size)
     with torch.no_grad():
         expected, found = theirs(x), mine(x)
-        single = mine.eval()(x)
+        single, alone = mine.eval()(x), theirs.eval()(x)
     assert len(found) == len(expected) == len(config.features) - 1
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert torch.equal(single, expected[0])
+    assert torch.equal(single, alone[0])
 
 
 @pytest.mark.parametrize(("block", "spacing", "patch"), CASES)

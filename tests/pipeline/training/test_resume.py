@@ -14,7 +14,7 @@ from support.toy_task import ToyTask, make_config, make_run, timeless, weights_o
 
 from rfmedsam2.engine.fit import fit
 from rfmedsam2.errors import CheckpointError, UsageError
-from rfmedsam2.records.training import PolySchedule, Sgd
+from rfmedsam2.records.training import AdamW, Adan, PolySchedule, Sgd
 from rfmedsam2.store.checkpoints import read_all
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def test_killed_before_the_first_checkpoint_starts_again(tmp_path, unbroken):
     assert weights_of(tmp_path) == weights_of(unbroken)
 
 
-@pytest.mark.parametrize("optimizer", [Sgd(), Sgd(momentum=0.0, nesterov=False)])
+@pytest.mark.parametrize("optimizer", [Sgd(), Sgd(momentum=0.0, nesterov=False), Adan(), AdamW(amsgrad=True)])
 def test_any_step_resumes_in_process(tmp_path, optimizer):
     config = make_config(epochs=2, iterations_per_epoch=3, checkpoint_minutes=OFTEN, optimizer=optimizer)
     fit(ToyTask(config), config, make_run(tmp_path / "unbroken"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import timm.optim
 import torch
 
 from rfmedsam2.engine.optimizers import build_optimizer
 from rfmedsam2.engine.schedule import learning_rate_factor, set_learning_rate
 from rfmedsam2.records.training import (
+    Adam,
     AdamW,
+    Adan,
+    CosineSchedule,
     OneCycleSchedule,
     PolySchedule,
     StepSchedule,
@@ -95,3 +99,53 @@ def test_the_default_optimizer_is_the_papers():
     assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (1e-3, 0.99, True, 3e-5)
     assert len(optimizer.param_groups) == 1
     assert len(group["params"]) == 2
+
+
+def test_cosine_is_torchs_annealing_per_epoch_or_iteration():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=0.1)
+    expected = []
+    for _ in range(10):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        annealing.step()
+    assert factors(config(CosineSchedule(end_factor=0.1)))[::4] == pytest.approx(expected)
+    each = config(CosineSchedule(per="iteration", end_factor=0.1), epochs=5, iterations_per_epoch=2)
+    assert factors(each) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "options"),
+    [
+        (Adam(), torch.optim.Adam, {"betas": (0.9, 0.999), "amsgrad": False}),
+        (AdamW(amsgrad=True), torch.optim.AdamW, {"betas": (0.9, 0.999), "amsgrad": True}),
+        (Adan(eps=1e-6), timm.optim.Adan, {"betas": (0.98, 0.92, 0.99), "eps": 1e-6}),
+    ],
+)
+def test_adam_and_adan_are_built_from_their_fields(settings, kind, options):
+    built = build_optimizer([torch.nn.Parameter(torch.zeros(1))], TrainConfig(optimizer=settings, weight_decay=0.5))
+    assert type(built) is kind
+    assert {name: built.defaults[name] for name in options} == options
+    assert built.defaults["weight_decay"] == 0.5
+
+
+def test_adan_follows_its_paper():
+    """Algorithm 1 of Xie et al. (2022) by hand: m, v and n of gradients and their differences, bias-corrected."""
+    rate, decay, keep = 0.1, 0.2, (0.98, 0.92, 0.99)
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    settings = TrainConfig(optimizer=Adan(), learning_rate=rate, weight_decay=decay)
+    optimizer = build_optimizer([parameter], settings)
+    value, before = parameter.detach().clone(), None
+    m = v = n = torch.zeros(2, dtype=torch.float64)
+    for step, gradient in enumerate(torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 0.1]], dtype=torch.float64), 1):
+        change = torch.zeros(2) if before is None else gradient - before
+        m = keep[0] * m + (1 - keep[0]) * gradient
+        v = keep[1] * v + (1 - keep[1]) * change
+        n = keep[2] * n + (1 - keep[2]) * (gradient + keep[1] * change) ** 2
+        mean, difference, square = (a / (1 - b**step) for a, b in zip((m, v, n), keep, strict=True))
+        value = (value - rate * (mean + keep[1] * difference) / (square.sqrt() + 1e-8)) / (1 + rate * decay)
+        before = gradient
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        torch.testing.assert_close(parameter.detach(), value)

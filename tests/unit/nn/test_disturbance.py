@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rfmedsam2.nn.disturbance import jittered, with_noise, without_some
+from rfmedsam2.nn.refinement.disturbance import jittered, with_noise, without_some
 from rfmedsam2.nn.sam2.memory_selection import CURRENT, select
 from rfmedsam2.prompts import Prompts
 

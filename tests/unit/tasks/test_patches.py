@@ -95,6 +95,21 @@ def test_last_third_holds_foreground_and_classes_are_drawn_equally(store):
     assert 0.2 < share < 0.8
 
 
+def test_probabilistic_oversampling_forces_every_patch_by_chance(store):
+    config = stage(batch=2, oversample=0.25)
+    config = config.model_copy(
+        update={"sampling": config.sampling.model_copy(update={"oversampling": "probabilistic"})}
+    )
+    drawn = source(store, ("large",), config=config)
+    rng = np.random.default_rng(0)
+    for slot in (0, 1):
+        assert np.mean([drawn._forced(slot, rng) for _ in range(4000)]) == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(drawn.batch(3).image, source(store, ("large",), config=config).batch(3).image)
+    always = config.sampling.model_copy(update={"oversample_foreground": 1.0})
+    drawn = source(store, ("large",), config=config.model_copy(update={"sampling": always}))
+    assert all((target > 0).any() for step in range(10) for target in drawn.batch(step).target)
+
+
 def test_image_and_target_stay_together(store):
     drawn = source(store, ("large",))
     for step in range(10):
