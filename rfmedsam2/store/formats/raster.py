@@ -134,14 +134,24 @@ def is_for_pillow(path: Path) -> bool:
 
 
 def _require_planes(path: Path, image: Image.Image) -> None:
-    """Check that the pages of a TIFF are the planes of one volume, not also channels or moments.
+    """Check that the pages of a TIFF are the planes of one volume: all of them, and not also channels or moments.
 
     Raises:
-        ImageError: they are, as ImageJ, OME-TIFF or tifffile wrote beside them.
+        ImageError: they are not, as ImageJ, OME-TIFF or tifffile wrote beside them.
     """
-    axes = _axes_of_pages(str(getattr(image, "tag_v2", {}).get(_TEXT, "")))
+    tags = getattr(image, "tag_v2", {})
+    axes, described = _described_pages(str(tags.get(_TEXT, "")), image.width * image.height, int(tags.get(_SAMPLES, 1)))
+    pages = getattr(image, "n_frames", 1)
+    if described is not None and described != pages:
+        raise ImageError(
+            "The file holds another number of pages than its description says",
+            where=path,
+            expected=f"{described} pages",
+            found=pages,
+            remedy="Save all planes as one TIFF with a page for each (ImageJ above 4 GB, and tifffile's truncate, do not)",
+        )
     long = [name for name, length in axes.items() if length > 1]
-    if (len(long) > 1 or "channels" in long) and math.prod(axes.values()) == getattr(image, "n_frames", 1):
+    if len(long) > 1 or "channels" in long:
         raise ImageError(
             "The pages of the file are not the planes of one volume",
             where=path,
@@ -167,16 +177,26 @@ def _require_as_shown(path: Path, tags: Mapping[int, Any]) -> None:
         )
 
 
-def _axes_of_pages(text: str) -> dict[str, int]:
-    """Lengths of the axes that the pages of a TIFF run along, from its description; empty if it does not say."""
+def _described_pages(text: str, pixels: int, samples: int) -> tuple[dict[str, int], int | None]:
+    """What ImageJ, OME-TIFF or tifffile noted of the pages: lengths of the axes that they run along, and their number.
+
+    A page has `pixels` of `samples` values, which are channels within it.
+    """
     if text.startswith("ImageJ="):
-        return {name: int(n) for name, n in re.findall(r"^(channels|slices|frames)=(\d{1,9})\s*$", text, re.MULTILINE)}
-    if (pixels := re.search(r"<(?:\w+:)?Pixels\b[^>]*>", text)) is not None:
+        fields = dict(re.findall(r"^(images|channels|slices|frames)=(\d{1,9})\s*$", text, re.MULTILINE))
+        axes = {name: int(n) for name, n in fields.items() if name != "images"}
+        return axes, int(fields.get("images", math.prod(axes.values()))) if fields else None
+    if (found := re.search(r"<(?:\w+:)?Pixels\b[^>]*>", text)) is not None:
         names = {"C": "channels", "Z": "slices", "T": "frames"}
-        return {names[a]: int(n) for a, n in re.findall(r'\bSize([CZT])="(\d{1,9})"', pixels[0])}
+        axes = {names[a]: int(n) for a, n in re.findall(r'\bSize([CZT])="(\d{1,9})"', found[0])}
+        axes["channels"] = axes.get("channels", 1) // samples or 1
+        return axes, math.prod(axes.values())
     if (shape := re.fullmatch(r'\{"shape": \[([\d, ]{1,200})\].*\}', text.strip())) is not None:
-        return {f"axis {axis}": int(n) for axis, n in enumerate(shape[1].split(",")[:-2])}
-    return {}
+        lengths = [int(n) for n in shape[1].split(",")]
+        for inner in range(len(lengths) - 1, -1, -1):  # the last axes lie within a page
+            if math.prod(lengths[inner:]) == pixels * samples:
+                return {f"axis {axis}": n for axis, n in enumerate(lengths[:inner])}, math.prod(lengths[:inner])
+    return {}, None
 
 
 def _pillow_keeps(image: Image.Image) -> bool:

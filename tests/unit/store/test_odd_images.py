@@ -140,6 +140,44 @@ def test_channels_and_moments_are_no_planes(tmp_path: Path, program: str, axes: 
     assert read_image(save("c.tif", colors, "ZYXS"))[0].array.shape == (3, *volume.shape)
 
 
+_OME = '<OME><Image ID="Image:0"><Pixels SizeX="9" SizeY="8" SizeZ="{}" SizeC="1" SizeT="1"/></Image></OME>'
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (1, {"truncate": True}),
+        (1, {"imagej": True, "truncate": True, "metadata": {"axes": "ZYX"}}),
+        (3, {"description": _OME.format(7), "metadata": None}),
+        (3, {"description": "ImageJ=1.53t\nimages=7\nslices=7\n", "metadata": None}),
+    ],
+)
+def test_pages_that_the_description_counts_but_the_file_lacks_are_missed(
+    tmp_path: Path, count: int, options: dict[str, Any]
+) -> None:
+    """Stacks with one page for all planes, and files that are one of several, would be volumes of fewer planes."""
+    stored = 3 if count == 3 else 7
+    imwrite(tmp_path / "a.tif", np.ones((stored, 8, 9), np.uint8), photometric="minisblack", **options)
+    with pytest.raises(ImageError, match=rf"another number of pages.*a\.tif.*Expected 7 pages.*Found {count}\."):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("text", ["ImageJ=1.53t\nmin=0\nmax=3\n", '{"shape": [64, 64]}', "a note", _OME.format(3)])
+def test_descriptions_that_say_nothing_else_are_no_hindrance(tmp_path: Path, text: str) -> None:
+    planes = np.arange(3 * 8 * 9, dtype=np.uint8).reshape(3, 8, 9)
+    imwrite(tmp_path / "a.tif", planes, photometric="minisblack", description=text, metadata=None)
+    assert np.array_equal(read_image(tmp_path / "a.tif")[0].array[0], planes)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_labels_of_few_bits_are_the_stored_ones(tmp_path: Path, bits: int) -> None:
+    """As tifffile and nnU-Net read them; Pillow stretches them to 8 bits, so that label 1 would be 85 or 17."""
+    planes = (np.arange(3 * 8 * 9).reshape(3, 8, 9) % 2**bits).astype(np.uint8)
+    for kind in ("minisblack", "miniswhite"):
+        imwrite(tmp_path / f"{kind}.tif", planes, photometric=kind, bitspersample=bits)
+        assert np.array_equal(read_label(tmp_path / f"{kind}.tif")[0].array[0], planes)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_values_of_a_tiff_are_the_stored_ones(tmp_path: Path, dtype: str, channels: int) -> None:
