@@ -19,6 +19,7 @@ Shape = tuple[int, int, int]
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Half-open index ranges ((z0, z1), (y0, y1), (x0, x1))."""
 
+_UNIT_TOLERANCE = 1e-2  # files hold directions with few digits
 IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """Its own inverse: NIfTI's and FreeSurfer's world runs to the right and to the front."""
@@ -62,6 +63,13 @@ class Grid:
         if not np.all(np.isfinite(self.direction)) or not np.all(np.isfinite(self.origin_xyz_mm)):
             found = (self.origin_xyz_mm, self.direction)
             raise GeometryError("A grid's origin or direction is not finite", found=found)
+        lengths = np.linalg.norm(self.direction, axis=0)
+        if np.abs(lengths - 1).max() > _UNIT_TOLERANCE:  # else positions and spacing would contradict each other
+            raise GeometryError(
+                "The columns of a direction are not unit vectors",
+                expected="three columns of length 1; lengths belong into the spacing",
+                found=f"lengths {', '.join(f'{length:.4g}' for length in lengths)}",
+            )
 
     @property
     def affine_lps(self) -> np.ndarray:

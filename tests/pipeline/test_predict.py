@@ -352,6 +352,22 @@ def test_an_image_of_another_kind_is_predicted_with_a_warning_that_is_kept(predi
     assert caplog.messages == [warning]
 
 
+def test_what_a_header_says_in_vain_is_a_warning_that_is_kept(predictor, tmp_path, caplog) -> None:
+    source = sitk.ReadImage(str(write_image(tmp_path / "in" / "a.nii.gz")))
+    path = tmp_path / "in" / "b.mha"
+    sitk.WriteImage(source, str(path))
+    said = b"DistanceUnits = cm\nElementToIntensityFunctionSlope = 2\nElementType"
+    path.write_bytes(path.read_bytes().replace(b"ElementType", said))
+    predict_files(predictor, [Case(id="b", images=(path,))], tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "predictions.json").read_text())["cases"]["b"]["warnings"]
+    assert [text.split(",")[0] for text in kept[:1]] == ["The unit of length in the header"]
+    assert kept[1] == "The intensity function in the header (slope 2, offset 0) is not applied to the voxels"
+    assert [f"b: {text}" for text in kept] == caplog.messages
+    caplog.clear()
+    predictor(path)
+    assert caplog.messages == kept
+
+
 def test_another_number_of_channels_is_an_error(predictor) -> None:
     with pytest.raises(PlanError, match="channels"):
         predictor.predict_array(np.ones((2, 8, 8, 8)), spacing_zyx_mm=(1.0, 1.0, 1.0))

@@ -121,7 +121,7 @@ def test_an_impossible_spacing_is_a_sentence(spacing: object) -> None:
         Volume.from_numpy(np.zeros((2, 3, 4)), spacing_zyx_mm=spacing)
 
 
-@pytest.mark.parametrize("direction", [np.eye(2), "abc", [[1, 0, 0]], np.full((3, 3), np.nan), 1])
+@pytest.mark.parametrize("direction", [np.eye(2), "abc", [[1, 0, 0]], np.full((3, 3), np.nan), 1, 2 * np.eye(3)])
 def test_an_impossible_direction_is_a_sentence(direction: object) -> None:
     with pytest.raises(GeometryError, match="direction"):
         Volume.from_numpy(np.zeros((2, 3, 4)), spacing_zyx_mm=(1, 1, 1), direction=direction)

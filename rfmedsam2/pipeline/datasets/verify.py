@@ -23,8 +23,8 @@ from rfmedsam2.store.formats.image_header import (
     ImageHeader,
     NotLabelsError,
     TruncatedImageError,
+    assumptions,
     grids_differ,
-    readers_differ,
 )
 from rfmedsam2.store.formats.raster import spacing_file
 from rfmedsam2.store.images import read_image, read_label, with_channel
@@ -228,21 +228,23 @@ def _header_faults(case: Case, path: Path, header: ImageHeader) -> list[Fault]:
     if header.skew_degrees > 0.01:  # less is rounding
         message = f"Axes are {header.skew_degrees:.3f} degrees from perpendicular (corrected)"
         faults.append(_warning(case, path, "skewed-axes", message, "No action needed: labels keep the file's axes"))
-    ambiguity = readers_differ(header)
-    if ambiguity is not None:
-        faults.append(_warning(case, path, "forms-differ", ambiguity, "Check that image and label agree in a viewer"))
-    if header.ignored_unit is not None:
-        message = f"The unit of length in the header, {header.ignored_unit}, is not converted; lengths count as mm"
-        faults.append(_warning(case, path, "unit-ignored", message, "Convert the file to mm if lengths matter"))
-    if header.ignored_scaling is not None:
-        message = f"The intensity function in the header ({header.ignored_scaling}) is not applied to the voxels"
-        faults.append(_warning(case, path, "scaling-ignored", message, "Store the values that are meant"))
-    if not header.spacing_known:
-        beside = spacing_file(path)
-        message = f"The stack has no spacing (there is no {beside.name if beside else 'file with it'}); 1 mm is assumed"
-        remedy = 'Write {"spacing": [z, y, x]} in mm to that file'
-        faults.append(_warning(case, path, "no-spacing", message, remedy))
+    for kind, message in assumptions(header).items():
+        faults.append(_warning(case, path, kind, message, _remedy(kind, path)))
     return faults
+
+
+def _remedy(kind: FaultKind, path: Path) -> str:
+    """What to do about an assumption."""
+    match kind:
+        case "forms-differ":
+            return "Check that image and label agree in a viewer"
+        case "unit-ignored":
+            return "Convert the file to mm if lengths matter"
+        case "scaling-ignored":
+            return "Store the values that are meant"
+    beside = spacing_file(path)
+    where = "its header" if beside is None else f'{beside.name} beside it: {{"spacing": [z, y, x]}}'
+    return f"Write the spacing in mm to {where}"
 
 
 def _grid_faults(case: Case, path: Path, one: ImageHeader, other: ImageHeader, whose: str) -> list[Fault]:

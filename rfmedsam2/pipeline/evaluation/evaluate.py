@@ -20,7 +20,13 @@ from rfmedsam2.pipeline.evaluation.label_tables import LabelTable, agreed_labels
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
 from rfmedsam2.store.case_files import label_files_in
-from rfmedsam2.store.formats.image_header import ImageHeader, grids_differ, require_ordinary_file, spacing_of_pair
+from rfmedsam2.store.formats.image_header import (
+    ImageHeader,
+    assumptions,
+    grids_differ,
+    header_of_lengths,
+    require_ordinary_file,
+)
 from rfmedsam2.store.images import IMAGE_ENDINGS, digest_of, image_ending, read_label
 from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.csv_text import write_rows
@@ -88,7 +94,8 @@ def evaluate(
     score = partial(_score, labels=agreed, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
     track = progress_bars(progress)
     results = [*map_cases(score, pairs, workers=at_once, name=lambda p: p.id, track=track, description="Evaluating")]
-    scored = [result for result in results if isinstance(result, CaseMetrics)]
+    scored = [result[0] for result in results if not isinstance(result, str)]
+    warnings += [f"{result[0].id}: {each}" for result in results if not isinstance(result, str) for each in result[1]]
     faults += [result for result in results if isinstance(result, str)]
     if faults:
         raise _all_faults(faults)
@@ -184,8 +191,10 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
         write_record(folder / "metrics.json", evaluation)
 
 
-def _score(pair: Pair, *, labels: LabelSet | None, nsd_tolerance_mm: float, both_empty: BothEmpty) -> CaseMetrics | str:
-    """Scores of one case, or a message with its faults."""
+def _score(
+    pair: Pair, *, labels: LabelSet | None, nsd_tolerance_mm: float, both_empty: BothEmpty
+) -> tuple[CaseMetrics, list[str]] | str:
+    """Scores of one case and what was assumed of its lengths, or a message with its faults."""
     volumes: list[Volume] = []
     headers: list[ImageHeader] = []
     faults: list[str] = []
@@ -205,12 +214,13 @@ def _score(pair: Pair, *, labels: LabelSet | None, nsd_tolerance_mm: float, both
             f"{pair.id}: reference and prediction are on different grids: {difference[0]} "
             "(reference against prediction)"
         )
+    lengths = header_of_lengths(*headers)
     try:
         classes = case_metrics(
             reference.array[0],
             prediction.array[0],
             labels or numbered(reference.array[0], prediction.array[0]),
-            spacing_of_pair(*headers),
+            lengths.grid.spacing_zyx_mm,
             nsd_tolerance_mm=nsd_tolerance_mm,
             both_empty=both_empty,
         )
@@ -219,7 +229,8 @@ def _score(pair: Pair, *, labels: LabelSet | None, nsd_tolerance_mm: float, both
     # absolute, so that the report finds them from any folder
     paths = {"reference": str(pair.reference.absolute()), "prediction": str(pair.prediction.absolute())}
     digests = {f"{side}_sha256": digest_of([Path(path)]).hex() for side, path in paths.items()}
-    return CaseMetrics(id=pair.id, **paths, **digests, classes=classes)
+    assumed = [text for kind, text in assumptions(lengths).items() if kind in ("no-spacing", "unit-ignored")]
+    return CaseMetrics(id=pair.id, **paths, **digests, classes=classes), assumed
 
 
 def _id_of(path: Path) -> str:

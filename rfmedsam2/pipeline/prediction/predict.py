@@ -23,7 +23,7 @@ from rfmedsam2.pipeline.prediction.plausibility import doubts_about, trained_ids
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.records.prediction import PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case
-from rfmedsam2.store.formats.image_header import ImageHeader, readers_differ, require_memory
+from rfmedsam2.store.formats.image_header import ImageHeader, assumptions, require_memory
 from rfmedsam2.store.images import digest_of, read_header, read_label, write_label
 from rfmedsam2.store.raw import read_case
 from rfmedsam2.system.atomic import is_taken
@@ -207,8 +207,8 @@ class Run:
         if self.outputs.is_corrected(case):
             self.corrected.add(case.id)
             return None
-        for image in case.images:
-            _check_header(image)  # hashing and reading a large file take minutes
+        # before hashing and reading, which take minutes for large files
+        assumed = dict.fromkeys(sentence for image in case.images for sentence in _assumed(image))
         also = b"".join(source.digest(case) for source in (self.boxes, self.previous) if source is not None)
         digest = digest_of(case.images, also=also).hex()
         if self.continue_ and self.is_reusable(case, digest):
@@ -218,7 +218,7 @@ class Run:
         boxes = None if self.boxes is None else self.boxes.of(case, header)
         previous = None if self.previous is None else self.previous.of(case, header)
         prepared = self.predictor.prepare(volume, boxes=boxes, previous=previous)
-        doubts = doubts_about(volume, self.predictor.plan, paths=case.images)
+        doubts = (*assumed, *doubts_about(volume, self.predictor.plan, paths=case.images))
         for doubt in doubts:
             logger.warning("%s: %s", case.id, doubt)
         return ReadCase(header=header, input_sha256=digest, read_seconds=seconds, doubts=doubts), prepared
@@ -307,16 +307,13 @@ def _check(cases: Sequence[Case]) -> None:
         raise UsageError("Two inputs have the same case name", found=", ".join(twice), remedy="Rename one of them")
 
 
-def _check_header(image: Path) -> None:
-    """Raise if a file cannot be read for reasons that its header shows; warn if its placement is ambiguous."""
+def _assumed(image: Path) -> list[str]:
+    """What has to be assumed in reading a file; raises if it cannot be read for reasons that its header shows."""
     if image.is_dir():
-        return
+        return []
     header = read_header(image)
     require_memory(image, header)
-    if (ambiguity := readers_differ(header)) is not None:
-        logger.warning("%s: %s", image, ambiguity)
-    if not header.spacing_known:
-        logger.warning("%s: the stack has no JSON with its spacing; 1 mm is assumed", image)
+    return [*assumptions(header).values()]
 
 
 def _fault(case: Case, error: BaseException) -> str:

@@ -62,7 +62,9 @@ def inflated(stream: BinaryIO, path: Path) -> Generator[bytes, None, None]:
             yield piece
             waiting = inflater.unconsumed_tail
             if inflater.eof:
-                waiting = inflater.unused_data or stream.read(CHUNK)
+                waiting = inflater.unused_data
+                if len(waiting) < len(_GZIP_MAGIC):  # the next member may begin in the next chunk
+                    waiting += stream.read(CHUNK)
                 if not waiting.startswith(_GZIP_MAGIC):
                     return
                 inflater = zlib.decompressobj(_AUTO_WINDOW)

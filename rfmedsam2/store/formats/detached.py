@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,16 +43,22 @@ def data_files(path: Path) -> list[Path]:
 def _lines(stream: BinaryIO) -> Iterator[str]:
     """Lines of a header; the voxels after it are not read."""
     while stream.tell() < _LONGEST_HEADER and (line := stream.readline(_LONGEST_LINE)):
-        yield line.decode("latin-1").strip()
+        yield os.fsdecode(line).strip()  # names of files, in whatever bytes
 
 
 def _metaimage_names(lines: Iterator[str]) -> Iterator[str]:
     """Names in ElementDataFile, the last field: a file, LIST and one name per line, or a pattern with its range."""
     for line in lines:
-        key, _, value = line.partition("=")
-        if key.strip() == "ElementDataFile":
-            yield from _names(value.strip(), following=lines, local="LOCAL")
+        key, value = metaimage_field(line)
+        if key == "ElementDataFile":
+            yield from _names(value, following=lines, local="LOCAL")
             return
+
+
+def metaimage_field(line: str) -> tuple[str, str]:
+    """Name and value of a line of a MetaImage header; a colon may stand for the equals sign."""
+    key, _, value = re.sub("[=:]", "=", line, count=1).partition("=")
+    return key.strip(), value.strip()
 
 
 def _nrrd_names(lines: Iterator[str]) -> Iterator[str]:

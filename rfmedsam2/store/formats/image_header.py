@@ -23,7 +23,8 @@ from nibabel.spatialimages import HeaderDataError
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from rfmedsam2.errors import GeometryError, ImageError, RfMedSamError
-from rfmedsam2.geometry import Grid, Triple, scaled
+from rfmedsam2.geometry import Grid, scaled
+from rfmedsam2.records.verify import FaultKind
 from rfmedsam2.system.memory import free_bytes
 from rfmedsam2.system.ordinary_files import require_ordinary
 
@@ -103,7 +104,7 @@ class ImageHeader:
         format: file format family; determines how the geometry is written back.
         skew_degrees: how far the file's axes were from perpendicular.
         flat: the file has only two axes; z was added.
-        spacing_known: False: a stack whose file says nothing of its spacing; 1 mm is assumed.
+        spacing_known: False: the file says nothing of its spacing; 1 mm is assumed.
         ignored_unit: a unit of length that is neither the millimeter nor converted, as in ITK.
         ignored_scaling: slope and intercept in the header that are not applied to the voxels, as in ITK.
         nifti: header of a NIfTI source.
@@ -242,12 +243,30 @@ def grids_differ(one: ImageHeader, other: ImageHeader) -> tuple[str, bool] | Non
     return next((each for each in found if each is not None and each[1]), found[0])
 
 
-def spacing_of_pair(one: ImageHeader, other: ImageHeader) -> Triple:
-    """Spacing z, y, x of two files on one grid, mm: of the first, unless only the second says it, or its unit."""
+def header_of_lengths(one: ImageHeader, other: ImageHeader) -> ImageHeader:
+    """Whose spacing counts of two files on one grid: the first's, unless only the second says it, or its unit."""
     silent = one.nifti is not None and not one.nifti.unit_known
     says = other.nifti is not None and other.nifti.unit_known
     better = (silent and says) or (other.spacing_known and not one.spacing_known)
-    return (other if better else one).grid.spacing_zyx_mm
+    return other if better else one
+
+
+def assumptions(header: ImageHeader) -> dict[FaultKind, str]:
+    """What was assumed where a header is ambiguous, silent or not followed: sentences without a full stop, by kind."""
+    found: dict[FaultKind, str] = {}
+    if (ambiguity := readers_differ(header)) is not None:
+        found["forms-differ"] = ambiguity
+    if header.ignored_unit is not None:
+        found["unit-ignored"] = (
+            f"The unit of length in the header, {header.ignored_unit}, is not converted; lengths count as mm"
+        )
+    if header.ignored_scaling is not None:
+        found["scaling-ignored"] = (
+            f"The intensity function in the header ({header.ignored_scaling}) is not applied to the voxels"
+        )
+    if not header.spacing_known:
+        found["no-spacing"] = "The file says nothing of its spacing; 1 mm is assumed"
+    return found
 
 
 def readers_differ(header: ImageHeader) -> str | None:

@@ -23,6 +23,7 @@ from rfmedsam2.store.formats.itk_stored import (
     ignored_scaling,
     ignored_unit,
     metaimage_spacing,
+    states_spacing,
     stored_voxels,
 )
 from rfmedsam2.store.formats.raster import ONE_PLANE_ENDINGS, RASTER_ENDINGS, stack_spacing
@@ -128,7 +129,7 @@ def _header(path: Path, reader: sitk.ImageFileReader) -> ImageHeader:
         format="raster" if raster else "itk",
         skew_degrees=skew,
         flat=axes == 2,
-        spacing_known=not raster or axes == 2 or stack_spacing(path) is not None,
+        spacing_known=(axes == 2 or stack_spacing(path) is not None) if raster else states_spacing(path, min(axes, 3)),
         ignored_unit=None if raster else ignored_unit(path),
         ignored_scaling=ignored_scaling(path),
     )

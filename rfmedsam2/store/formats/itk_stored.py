@@ -14,7 +14,7 @@ import numpy as np
 
 from rfmedsam2.errors import ImageError
 from rfmedsam2.store.formats.decompression import CHUNK, damaged, fill, inflated
-from rfmedsam2.store.formats.detached import data_files
+from rfmedsam2.store.formats.detached import data_files, metaimage_field
 from rfmedsam2.store.formats.image_header import ImageHeader
 
 METAIMAGE_ENDINGS = (".mha", ".mhd")
@@ -113,13 +113,22 @@ def metaimage_spacing(path: Path) -> list[float]:
     return [*numbers, 1.0, 1.0, 1.0][:3]
 
 
+def states_spacing(path: Path, axes: int) -> bool:
+    """Whether an MHA, MHD or NRRD header says how far apart voxels are along all axes; ITK takes 1 where not."""
+    if path.suffix.lower() in METAIMAGE_ENDINGS:
+        return not {"ElementSpacing", "ElementSize"}.isdisjoint(_metaimage_fields(path)[0])
+    fields, _ = _nrrd_fields(path)
+    words = fields.get("spacedirections", fields.get("spacings", "")).split()
+    return sum(word.lower() not in ("nan", "none") for word in words) >= axes  # channels have none
+
+
 def ignored_unit(path: Path) -> str | None:
     """The unit of length in an MHA, MHD or NRRD header if it is not the millimeter; ITK reads all lengths as mm."""
     if path.suffix.lower() in METAIMAGE_ENDINGS:
         text = _metaimage_fields(path)[0].get("DistanceUnits", "")
     else:
         fields, _ = _nrrd_fields(path)
-        text = fields.get("space units") or fields.get("units") or ""
+        text = fields.get("spaceunits") or fields.get("units") or ""
     units = {unit for unit in text.replace('"', " ").split() if unit.lower() not in _MILLIMETERS}
     return ", ".join(sorted(units)).encode("latin-1").decode("utf-8", "replace") or None
 
@@ -145,9 +154,9 @@ def _metaimage(path: Path, header: ImageHeader, components: int) -> _Stored | No
     shape = header.grid.shape_zyx
     shape = (*shape, components) if vector else (header.channels, *shape)
     stored = np.dtype("float64") if fields.get("ElementType") == "MET_DOUBLE" else np.dtype(header.dtype)
-    compressed = fields.get("CompressedData", "").lower() == "true"
+    compressed = _is_true(fields.get("CompressedData", ""))
     skipped = fields.get("HeaderSize", "0")
-    text = not compressed and fields.get("BinaryData", "").lower() == "false"
+    text = not compressed and not _is_true(fields.get("BinaryData", "True"))
     if not compressed and not skipped.isdecimal():
         return None  # voxels at the end of a file
     if files:
@@ -159,12 +168,12 @@ def _metaimage(path: Path, header: ImageHeader, components: int) -> _Stored | No
         if one.stat().st_size - offset < size:
             raise damaged(one, f"{one.stat().st_size - offset} of {size} bytes of voxels")
         return None
-    most = (fields.get(k, "").lower() for k in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"))
+    most = any(_is_true(fields.get(k, "")) for k in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"))
     return _Stored(
         files=files or (path,),
         offset=offset,
         compressed=compressed,
-        dtype=stored.newbyteorder(">" if "true" in most else "<"),
+        dtype=stored.newbyteorder(">" if most else "<"),
         shape=shape,
         channel_axis=3 if vector else 0,
         text=text,
@@ -173,7 +182,7 @@ def _metaimage(path: Path, header: ImageHeader, components: int) -> _Stored | No
 
 def _nrrd(path: Path, header: ImageHeader) -> _Stored | None:
     fields, length = _nrrd_fields(path)
-    attached = not {"data file", "datafile", "line skip", "byte skip", "lineskip", "byteskip"} & fields.keys()
+    attached = fields.keys().isdisjoint({"datafile", "lineskip", "byteskip"})
     if not length or not attached or fields.get("encoding", "") not in ("gzip", "gz"):
         return None
     sizes = tuple(int(n) for n in fields["sizes"].split())
@@ -198,15 +207,23 @@ def _metaimage_fields(path: Path) -> tuple[dict[str, str], int]:
     fields, position = {}, 0
     for line in _head(path).split(b"\n"):
         position += len(line) + 1
-        key, _, value = line.decode("latin-1").partition("=")
-        fields[key.strip()] = value.strip()
-        if key.strip() == "ElementDataFile":
+        key, value = metaimage_field(line.decode("latin-1"))
+        fields[key] = value
+        if key == "ElementDataFile":
             break
     return fields, position
 
 
+def _is_true(value: str) -> bool:
+    """Whether MetaIO takes a field as true: it looks at the first letter."""
+    return value[:1] in ("T", "t", "1")
+
+
 def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
-    """Header fields of an NRRD file, and the length of its header with the blank line; 0 if there is no such line."""
+    """Header fields of an NRRD file, and the length of its header with the blank line; 0 if there is no such line.
+
+    Names of fields are in small letters and without blanks, since each may be written with either.
+    """
     text, blank, head = b"", b"", b""
     for limit in (_HEADER_LIMIT, _NRRD_HEADER_LIMIT):
         text = head = _head(path, limit)  # a detached header needs no blank line
@@ -216,7 +233,8 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
             text = head[:at]
             break
     lines = text.decode("latin-1").splitlines()[1:]
-    fields = dict(line.split(": ", 1) for line in lines if ": " in line and not line.startswith("#"))
+    pairs = (line.split(": ", 1) for line in lines if ": " in line and not line.startswith("#"))
+    fields = {name.lower().replace(" ", ""): value for name, value in pairs}
     return fields, len(text) + len(blank) if blank and head.startswith(_NRRD_MAGIC) else 0
 
 

@@ -114,7 +114,15 @@ def _data_size(path: Path, raw: Nifti1Header, header: ImageHeader) -> tuple[int,
         TruncatedImageError: the file is too small for them, also if it is compressed.
     """
     size = header.channels * math.prod(header.grid.shape_zyx) * raw.get_data_dtype().itemsize
-    offset = max(int(raw.get_data_offset()), int(raw.sizeof_hdr))
+    offset = int(raw.get_data_offset())
+    if offset < raw.sizeof_hdr:  # ITK begins behind the header, nibabel within it
+        raise ImageError(
+            "The NIfTI header says that the voxels begin within it",
+            where=path,
+            expected=f"a vox_offset of {raw.sizeof_hdr + 4} or more",
+            found=offset,
+            remedy="Correct vox_offset, or convert the file again",
+        )
     stored = path.stat().st_size
     if offset + size > stored * (_LARGEST_RATIO if is_gzip(path) else 1):
         raise damaged(path, f"{stored} bytes, and a header that promises {size} bytes of voxels")

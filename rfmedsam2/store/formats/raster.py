@@ -139,16 +139,15 @@ def _require_planes(path: Path, image: Image.Image) -> None:
     Raises:
         ImageError: they are not, as ImageJ, OME-TIFF or tifffile wrote beside them.
     """
-    tags = getattr(image, "tag_v2", {})
+    tags, pages = getattr(image, "tag_v2", {}), getattr(image, "n_frames", 1)
     axes, described = _described_pages(str(tags.get(_TEXT, "")), image.width * image.height, int(tags.get(_SAMPLES, 1)))
-    pages = getattr(image, "n_frames", 1)
     if described is not None and described != pages:
         raise ImageError(
             "The file holds another number of pages than its description says",
             where=path,
             expected=f"{described} pages",
             found=pages,
-            remedy="Save all planes as one TIFF with a page for each (ImageJ above 4 GB, and tifffile's truncate, do not)",
+            remedy="Save all planes as one TIFF with a page for each; ImageJ above 4 GB and truncate of tifffile do not",
         )
     long = [name for name, length in axes.items() if length > 1]
     if len(long) > 1 or "channels" in long:
@@ -178,10 +177,7 @@ def _require_as_shown(path: Path, tags: Mapping[int, Any]) -> None:
 
 
 def _described_pages(text: str, pixels: int, samples: int) -> tuple[dict[str, int], int | None]:
-    """What ImageJ, OME-TIFF or tifffile noted of the pages: lengths of the axes that they run along, and their number.
-
-    A page has `pixels` of `samples` values, which are channels within it.
-    """
+    """What ImageJ, OME-TIFF or tifffile noted of pages of so many pixels: lengths of their axes, and their number."""
     if text.startswith("ImageJ="):
         fields = dict(re.findall(r"^(images|channels|slices|frames)=(\d{1,9})\s*$", text, re.MULTILINE))
         axes = {name: int(n) for name, n in fields.items() if name != "images"}

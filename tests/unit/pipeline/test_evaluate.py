@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -202,6 +203,26 @@ def test_interval_is_seeded_and_near_the_normal_one() -> None:
     half = 1.96 * values.std(ddof=1) / np.sqrt(200)
     assert first.low == pytest.approx(values.mean() - half, abs=0.003)
     assert first.high == pytest.approx(values.mean() + half, abs=0.003)
+
+
+def test_lengths_that_no_file_states_or_in_another_unit_are_named(tmp_path: Path) -> None:
+    for name, edit in {
+        "mm": lambda text: text,
+        "um": lambda text: text.replace(b"ElementType", b"DistanceUnits = um\nElementType"),
+        "silent": lambda text: re.sub(rb"ElementSpacing.*\n", b"", text),
+    }.items():
+        for side in ("references", "predictions"):
+            path = tmp_path / side / f"{name}.mha"
+            write(path, block())
+            path.write_bytes(edit(path.read_bytes()))
+    evaluation = evaluate(tmp_path / "predictions", tmp_path / "references", LABELS, workers=0)
+    assert [text.split(";")[0] for text in evaluation.warnings] == [
+        "silent: The file says nothing of its spacing",
+        "um: The unit of length in the header, um, is not converted",
+    ]
+    write(tmp_path / "references" / "silent.mha", block())  # one of a pair is enough
+    evaluation = evaluate(tmp_path / "predictions", tmp_path / "references", LABELS, workers=0)
+    assert len(evaluation.warnings) == 1
 
 
 @pytest.mark.parametrize("defined", range(8))

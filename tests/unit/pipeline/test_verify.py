@@ -330,4 +330,4 @@ def test_a_stack_without_spacing_is_a_warning(tmp_path: Path) -> None:
     maker.ids = ["a"]
     report = maker.report()
     assert kinds(report) == [("a", "no-spacing", "warning")]
-    assert "there is no a.json" in report.faults[0].message
+    assert "a.json beside it" in report.faults[0].remedy

@@ -18,6 +18,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from rfmedsam2.errors import GeometryError, ImageError, StoreError, UsageError
 from rfmedsam2.store import images
+from rfmedsam2.store.formats import decompression
 from rfmedsam2.store.formats.image_header import (
     ChangedWhileReadingError,
     NotLabelsError,
@@ -160,6 +161,28 @@ def test_gzip_of_several_members_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "b.nii.gz"
     path.write_bytes(gzip.compress(data[:360]) + gzip.compress(data[360:]))
     np.testing.assert_array_equal(read_image(path)[0].array[0], ARRAY)
+
+
+def test_gzip_members_may_end_anywhere_in_the_chunks_that_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The magic bytes of a member may lie in two chunks."""
+    data = nifti(tmp_path / "a.nii").read_bytes()
+    path = tmp_path / "b.nii.gz"
+    path.write_bytes(b"".join(gzip.compress(data[at : at + 50]) for at in range(0, len(data), 50)))
+    for size in range(2, 90):
+        monkeypatch.setattr(decompression, "CHUNK", size)
+        np.testing.assert_array_equal(read_image(path)[0].array[0], ARRAY)
+
+
+@pytest.mark.parametrize("offset", [0, 100, 347])
+def test_voxels_within_the_header_are_refused(tmp_path: Path, offset: int) -> None:
+    """ITK would read from the end of the header on, nibabel from the offset."""
+    path = nifti(tmp_path / "a.nii")
+    assert np.array_equal(read_image(path)[0].array[0], ARRAY)
+    patched(path, 108, np.array([offset], dtype="<f4"))
+    with pytest.raises(ImageError, match=rf"voxels begin within it.*a\.nii.*352 or more.*Found {offset}"):
+        read_image(path)
 
 
 def test_header_that_promises_far_more_than_the_file_holds_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
