@@ -13,9 +13,15 @@ def is_array(thing: object) -> bool:
     """Whether `as_array` takes it: a NumPy array, a tensor, or lists that begin with a number or an array."""
     if not isinstance(thing, list | tuple):
         return _is_one(thing)
+    innermost = _innermost(thing)
+    return _is_one(innermost) or isinstance(innermost, int | float | np.number | np.bool_)
+
+
+def _innermost(thing: object) -> object:
+    """The first element of nested lists."""
     while isinstance(thing, list | tuple) and thing:
         thing = thing[0]
-    return _is_one(thing) or isinstance(thing, int | float | np.number | np.bool_)
+    return thing
 
 
 def _is_one(thing: object) -> bool:
@@ -37,6 +43,8 @@ def intensity_limit(dtype: np.dtype) -> float:
 def as_array(thing: Any, what: str) -> np.ndarray:
     """A NumPy array as it is; a tensor from any device, without its gradient; lists of numbers or arrays as one.
 
+    Lists of masked arrays are a masked array.
+
     Args:
         thing: what was handed in.
         what: what it is, for messages ("The reference").
@@ -53,7 +61,10 @@ def as_array(thing: Any, what: str) -> np.ndarray:
             return thing.detach().cpu().resolve_conj().resolve_neg().numpy()
         if is_array(thing):
             remedy = "Give lists, or arrays, of equal lengths"
-            return np.stack([as_array(part, what) for part in thing]) if _is_one(thing[0]) else np.array(thing)
+            if not _is_one(_innermost(thing)):
+                return np.array(thing)
+            parts = [as_array(part, what) for part in thing]
+            return (np.ma if any(isinstance(part, np.ma.MaskedArray) for part in parts) else np).stack(parts)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise UsageError(

@@ -11,6 +11,7 @@ from typing_extensions import Self
 from rfmedsam2.records.base import Record
 from rfmedsam2.system.file_names import FileEnding, Name
 
+_HIGHEST = 65535  # label maps are of 16 bits
 REGION_REMEDY = "Declare larger regions before those that they contain, each with the value of what only it contains"
 
 
@@ -109,8 +110,11 @@ def _ambiguous(labels: dict[str, int | tuple[int, ...]]) -> list[str]:
             faults.append(f"{len(same)} names for the value {shown}: {', '.join(map(repr, same))}")
         if not all(map(_shown, same)):
             faults.append(f"the value {shown} has an empty name")
-        if min(values) < 0:
-            faults.append(f"{same[0]!r} has the value {shown}, and label maps hold no negative values")
+    for name, value in labels.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if values and not 0 <= min(values) <= max(values) <= _HIGHEST:
+            shown = " and ".join(map(str, sorted(values)))
+            faults.append(f"{name!r} has the value {shown}, and label maps hold values from 0 to {_HIGHEST}")
     return faults
 
 
@@ -157,8 +161,7 @@ class DatasetJson(Record):
         if strange:
             shown = ", ".join(map(str, strange))
             raise ValueError(f"regions_class_order paints values that no label has: {shown}")
-        numbers = sorted(int(k) if k.isdigit() else -1 for k in self.channel_names)
-        if numbers != list(range(len(numbers))):
+        if not self.channel_names or set(self.channel_names) != set(map(str, range(len(self.channel_names)))):
             raise ValueError(f"channel_names must be numbered 0, 1, ..., found {list(self.channel_names)}")
         return self
 

@@ -87,7 +87,8 @@ class Video:
 def _image_files(folder: Path) -> list[Path]:
     """Frames in a folder, in the order of the numbers in their names; in alphabetical order if no name has a number.
 
-    Hidden files are not frames. With numbers, all names must be alike but for these, and no number may occur twice.
+    Hidden files are not frames. With numbers, all names must be alike but for these, or all different with an order
+    that is alphabetical, too. No number may occur twice, and order must not depend on whether a dot is a decimal point.
     """
     if folder.is_file():
         raise UsageError(
@@ -105,8 +106,10 @@ def _image_files(folder: Path) -> list[Path]:
     )
     patterns = Counter(map(_pattern, paths))
     pattern, count = max(patterns.items(), key=lambda item: ("#" in item[0], item[1]), default=("", 0))
-    if "#" not in pattern or (count == 1 and len(paths) > 1):
+    if "#" not in pattern:
         return paths
+    if count == 1 and len(paths) > 1:
+        return _ordered_alike(folder, paths, sorted(paths, key=_words_and_numbers))
     others = [path.name for path in paths if _pattern(path) != pattern]
     if others:
         raise UsageError(
@@ -121,12 +124,40 @@ def _image_files(folder: Path) -> list[Path]:
         if _numbers(one) == _numbers(other):
             names = f"{one.name} and {other.name}"
             raise UsageError("Two images have the same frame number", where=folder, found=names, remedy="Remove one")
-    return ordered
+    decimals = sorted(paths, key=_decimals)
+    if any(_decimals(one) == _decimals(other) for one, other in pairwise(decimals)):
+        return ordered  # 1.1 and 1.10 are no decimal numbers
+    return _ordered_alike(folder, ordered, decimals)
+
+
+def _ordered_alike(folder: Path, paths: list[Path], otherwise: list[Path]) -> list[Path]:
+    """The paths, which must be in the same order when they are sorted in another way that names may be meant."""
+    if paths == otherwise:
+        return paths
+    one, other = next(pair for pair in zip(paths, otherwise, strict=True) if pair[0] != pair[1])
+    raise UsageError(
+        "The names of the frames may be ordered in two ways",
+        where=folder,
+        expected="one number in each name, or several of the same number of digits",
+        found=f"{one.name} or {other.name} as frame {paths.index(one)}",
+        remedy="Rename the frames, such as 00000.png, 00001.png ..., or give a list of arrays",
+    )
 
 
 def _pattern(path: Path) -> str:
     """A file name without ending and numbers, in lower case."""
     return _NUMBER.sub("#", path.stem).lower()
+
+
+def _words_and_numbers(path: Path) -> list[tuple[Decimal, str]]:
+    """A sort key by which 9_b comes before 10_a."""
+    parts = re.split(r"(\d+)", path.stem)
+    return [(Decimal(part), "") if part.isdecimal() else (Decimal(-1), part) for part in parts]
+
+
+def _decimals(path: Path) -> tuple[Decimal, ...]:
+    """The numbers in a file name, where dots and commas between digits are decimal points."""
+    return tuple(Decimal(number.replace(",", ".")) for number in re.findall(r"\d+(?:[.,]\d+)?", path.stem))
 
 
 def _numbers(path: Path) -> tuple[Decimal, ...]:

@@ -298,6 +298,10 @@ def test_a_masked_array_is_refused_unless_nothing_is_masked(predictor) -> None:
     hidden = np.ma.masked_greater(array, 1.0)
     with pytest.raises(ImageError, match=rf"masked array.*{int((array > 1).sum())} masked elements.*filled"):
         predictor.predict_array(hidden, spacing_zyx_mm=(1.0, 1.0, 1.0))
+    rows = [[*plane] for plane in hidden]
+    for lists in ([*hidden], rows):  # NumPy's own functions drop the masks
+        with pytest.raises(ImageError, match=r"masked array.*masked elements.*filled"):
+            predictor.predict_array(lists, spacing_zyx_mm=(1.0, 1.0, 1.0))
     plain = predictor.predict_array(array, spacing_zyx_mm=(1.0, 1.0, 1.0))
     whole = predictor.predict_array(np.ma.array(array), spacing_zyx_mm=(1.0, 1.0, 1.0))
     np.testing.assert_array_equal(whole, plain)

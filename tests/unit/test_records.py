@@ -119,7 +119,9 @@ def test_regions_are_outputs_of_their_own():
         ({"background": 0, "a": [1, 2], "b": [2, 1]}, [1, 2], "2 names for the value 1 and 2: 'a', 'b'"),
         ({"background": 0, "": 1}, None, "labels: the value 1 has an empty name"),
         ({"background": 0, " ": 1}, None, "the value 1 has an empty name"),
-        ({"background": 0, "a": -1}, None, "'a' has the value -1, and label maps hold no negative values"),
+        ({"background": 0, "a": -1}, None, "'a' has the value -1, and label maps hold values from 0 to 65535"),
+        ({"background": 0, "a": 65536}, None, "'a' has the value 65536, and label maps hold values from 0 to 65535"),
+        ({"background": 0, "a": 1, "ignore": -1}, None, "'ignore' has the value -1"),
         ({"background": 0, "whole": [1, 2], "core": [2]}, [1, 9], "paints values that no label has: 9"),
     ],
 )
@@ -167,7 +169,13 @@ def _holds(region, value: int) -> bool:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"file_ending": "nii.gz"}, "begin with a dot"), ({"channel_names": {"1": "CT"}}, "numbered 0, 1")],
+    [
+        ({"file_ending": "nii.gz"}, "begin with a dot"),
+        ({"channel_names": {"1": "CT"}}, "numbered 0, 1"),
+        ({"channel_names": {"0": "CT", "01": "MR"}}, "numbered 0, 1"),
+        ({"channel_names": {"\u0660": "CT"}}, "numbered"),
+        ({"channel_names": {}}, "numbered 0, 1"),
+    ],
 )
 def test_a_faulty_dataset_json_is_refused(change, message):
     plain = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}

@@ -104,8 +104,7 @@ def evaluate(
         warnings.append("No table names the label values: every value is scored under its number")
     for warning in warnings:
         logger.warning("%s", warning)
-    known = tuple(scored[0].classes if agreed is None else agreed.foreground)
-    classes, mean = summarize(scored, known)
+    classes, mean = summarize(scored, tuple(scored[0].classes if agreed is None else agreed.foreground))
     evaluation = Evaluation(
         nsd_tolerance_mm=nsd_tolerance_mm,
         empty_policy=empty_policy(both_empty),

@@ -142,7 +142,11 @@ def contradictions(one: LabelTable, other: LabelTable) -> list[str]:
         if key in there and there[key][1] != values
     ]
     if one.labels.has_regions or other.labels.has_regions:
-        return found
+        return found + [
+            f"{here[key][0]} is painted with {color} in {one.source} and {other_color} in {other.source}"
+            for key, color in _painted(one.labels).items()
+            if (other_color := _painted(other.labels).get(key, color)) != color
+        ]
     names = {values: name for key, (name, values) in there.items() if key not in here}
     return found + [
         f"{_shown(values)} is {name} in {one.source} and {names[values]} in {other.source}"
@@ -158,9 +162,14 @@ def _named(labels: LabelSet) -> dict[str, tuple[str, frozenset[int]]]:
     return {_comparable(name): (name, frozenset(values)) for name, values in table.items()}
 
 
+def _painted(labels: LabelSet) -> dict[str, int]:
+    """Comparable name -> value that a region is painted with."""
+    return dict(zip(map(_comparable, labels.foreground), labels.regions_class_order or (), strict=False))
+
+
 def _comparable(name: str) -> str:
-    """A name without letter case, separators and the ways in which Unicode writes one letter."""
-    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
+    """A name without letter case, separators and the ways in which Unicode writes one letter; T+ is not T-."""
+    return re.sub(r"[\s_.,:;/()\[\]-]+(?=\S)", " ", unicodedata.normalize("NFKC", name)).strip(" _.,:;()[]").casefold()
 
 
 def _shown(values: frozenset[int]) -> str:

@@ -32,6 +32,24 @@ def table(source: str = "x", *, ignore: int | None = None, **names: int | tuple[
         (table(a=1, ignore=2), table("y", a=1, b=2), ["2 is ignore in x and b in y"]),
         (table(a=1, ignore=2), table("y", a=1), []),
         (table(whole=(1, 2), core=2), table("y", edema=1, core=2), []),
+        (table(**{"T+": 1, "T-": 2}), table("y", **{"T-": 2, "T+": 1}), []),
+        (
+            table(**{"T+": 1, "T-": 2}),
+            table("y", **{"T-": 1, "T+": 2}),
+            ["T+ is 1 in x and 2 in y", "T- is 2 in x and 1 in y"],
+        ),
+        (table(**{"+": 1}), table("y", **{"-": 1}), ["1 is + in x and - in y"]),
+        (table(**{"🫁": 1}), table("y", **{"🫀": 1}), ["1 is 🫁 in x and 🫀 in y"]),
+        (table(**{"kidney (left)": 1}), table("y", Kidney_left=1), []),
+        (table(whole=(1, 2), core=2), table("y", whole=(1, 2), core=2), []),
+        (
+            table(whole=(1, 2), core=2),
+            LabelTable(
+                labels=LabelSet(names={"background": 0, "whole": (1, 2), "core": 2}, regions_class_order=(2, 1)),
+                source="y",
+            ),
+            ["whole is painted with 1 in x and 2 in y", "core is painted with 2 in x and 1 in y"],
+        ),
         (table(whole=(1, 2), core=2), table("y", whole=(1, 2, 3), core=2), ["whole is 1, 2 in x and 1, 2, 3 in y"]),
     ],
 )

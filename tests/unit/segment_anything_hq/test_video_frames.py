@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,10 @@ def order(folder: Path) -> list[int]:
         [f"{t / 4:.2f}.png" for t in range(0, 48, 4)],
         ["0.5.png", "0.75.png", "1.0.png", "2.0.png", "10.0.png"],
         ["first.png", "second.png", "third.png"],
+        ["a1.png", "b2.png", "c10.png"],
+        [f"v1.{i}.png" for i in range(1, 13)],
+        [f"t{t / 4:.2f}s.png" for t in range(0, 48, 4)],
+        ["2024-01-09 10.00.30.png", "2024-01-09 10.01.00.png", "2024-01-10 09.00.00.png"],
         ["0.jpg", "1.png", "2.webp", "10.bmp"],
         ["only.png"],
         ["shot12.png"],
@@ -65,6 +70,20 @@ def test_another_image_among_numbered_frames_is_named(tmp_path: Path, other: str
 def test_a_frame_number_that_occurs_twice_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"same frame number.*(01\.jpg and 1\.png|1\.png and 01\.jpg)"):
         Video(folder_of(tmp_path / "v", ["00.jpg", "01.jpg", "1.png"]))
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["8_cat.png", "9_dog.png", "10_cow.png"], "10_cow.png or 8_cat.png as frame 0"),
+        (["frame_9_a8f.png", "frame_10_bc1.png"], "frame_10_bc1.png or frame_9_a8f.png as frame 0"),
+        (["t0.25.png", "t0.5.png", "t0.75.png", "t1.0.png"], "t0.5.png or t0.25.png as frame 0"),
+        (["0,25 s.png", "0,5 s.png", "1,0 s.png"], "0,5 s.png or 0,25 s.png as frame 0"),
+    ],
+)
+def test_names_that_may_be_ordered_in_two_ways_are_refused(tmp_path: Path, names: list[str], found: str) -> None:
+    with pytest.raises(UsageError, match=rf"ordered in two ways.*Found {re.escape(found)}"):
+        Video(folder_of(tmp_path / "v", names))
 
 
 def test_a_folder_without_images_is_a_sentence(tmp_path: Path) -> None:
