@@ -207,17 +207,8 @@ def load_or_make_splits(
         DatasetError: existing splits do not match the cases, or raw and preprocessed folder disagree.
         RecordError: an existing file is not a splits file.
     """
-    ids = [case.id for case in dataset.training]
     target = layout.splits_file(dataset.name)
-    own, users = (_read_if_there(path, ids) for path in (target, dataset.folder / "splits_final.json"))
-    if own is not None and users is not None and not _same(users, own[: len(users)]):
-        raise DatasetError(
-            "Two splits files disagree",
-            where=target,
-            expected=f"the folds of {dataset.folder / 'splits_final.json'}",
-            found="different folds",
-            remedy="Delete the outdated file",
-        )
+    own, users = _both_files(dataset, layout)
     splits = own or users
     if splits is None:
         splits = make_splits(groups_of(dataset, group_regex), folds=folds, seed=seed)
@@ -228,6 +219,32 @@ def load_or_make_splits(
         plain = {name: split.model_dump(mode="json") for name, split in named.items()}
         write_text(target.with_name(NAMED_FILE), dump_json(plain) + "\n")
     return splits
+
+
+def require_folds_of_user(dataset: SplittableDataset, layout: Layout) -> None:
+    """Check that a splits_final.json in the raw folder, if there is one, holds the folds that are used.
+
+    Raises:
+        DatasetError: it does not, or does not match the cases.
+        RecordError: it is not a splits file.
+    """
+    _ = _both_files(dataset, layout)
+
+
+def _both_files(dataset: SplittableDataset, layout: Layout) -> tuple[list[Split] | None, list[Split] | None]:
+    """The folds in the preprocessed and in the raw folder, which must agree; None where there is no file."""
+    target = layout.splits_file(dataset.name)
+    ids = [case.id for case in dataset.training]
+    own, users = (_read_if_there(path, ids) for path in (target, dataset.folder / "splits_final.json"))
+    if own is not None and users is not None and not _same(users, own[: len(users)]):
+        raise DatasetError(
+            "Two splits files disagree",
+            where=target,
+            expected=f"the folds of {dataset.folder / 'splits_final.json'}",
+            found="different folds",
+            remedy="Delete the outdated file",
+        )
+    return own, users
 
 
 def read_splits(path: Path, ids: Sequence[str] | None = None) -> list[Split]:

@@ -22,7 +22,7 @@ from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, require_type
-from rfmedsam2.pipeline.datasets.splits import get_split, groups_of, read_splits
+from rfmedsam2.pipeline.datasets.splits import get_split, groups_of, leaks, read_splits, require_folds_of_user
 from rfmedsam2.pipeline.evaluation.report import write_report
 from rfmedsam2.pipeline.training.cascade import FirstStage, PreviousLabels
 from rfmedsam2.pipeline.training.case_checks import require_current, require_preprocessed, require_same_cases
@@ -137,8 +137,7 @@ def train(
     with ExitStack() as held:
         held.enter_context(shared_lock(store.folder))
         raw = _raw_dataset(layout, plan, needed=options.validate)
-        ids = store.ids() if raw is None else [case.id for case in raw.training]
-        split = get_split(layout, plan.dataset, fold, ids=ids)
+        split = _split(layout, plan, fold, store, raw)
         cases = require_preprocessed(split, store, raw, plan, stage, track=track)
         runtime = held.enter_context(start_runtime(options.device, precision=config.train.precision))
         held.enter_context(training_folder(folder, runtime, restart=options.restart))
@@ -198,6 +197,17 @@ class _Job:
     def newest(self) -> Path | None:
         """The checkpoint that this training goes on from; None if it begins."""
         return newest_checkpoint(self.layout.fold_folder(self.plan.dataset, self.plan.name, self.stage, self.fold))
+
+
+def _split(layout: Layout, plan: Plan, fold: str, store: CaseStore, raw: RawDataset | None) -> Split:
+    """The cases of the fold; warns of patients on both sides."""
+    if raw is None:
+        return get_split(layout, plan.dataset, fold, ids=store.ids())
+    split = get_split(layout, plan.dataset, fold, ids=[case.id for case in raw.training])
+    require_folds_of_user(raw, layout)
+    for leak in leaks({fold: split}, groups_of(raw)):
+        logger.warning("%s", leak)
+    return split
 
 
 def _step0(job: _Job, runtime: Runtime, options: TrainOptions, track: Track) -> Step0 | Progress | None:

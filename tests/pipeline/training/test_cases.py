@@ -97,6 +97,25 @@ def test_a_case_that_leaves_the_fold_is_named(root):
     assert f"{gone} was in training, is in neither part" in run_error(*training(root))
 
 
+def test_folds_of_the_user_that_were_changed_are_noticed(root):
+    """splits_final.json in the raw folder is what folds are made from; the copy is what a training reads."""
+    folds = splits_of(root)
+    path = root / "raw" / DATASET / "splits_final.json"
+    path.write_text(json.dumps(folds))
+    run_ok(*training(root, "--no-validate"))
+    path.write_text(json.dumps(folds[::-1]))
+    assert "Two splits files disagree" in run_error(*training(root))
+
+
+def test_patients_on_both_sides_are_named(root, caplog):
+    path = root / "raw" / DATASET / "dataset.json"
+    described = json.loads(path.read_text())
+    val, train = splits_of(root)[0]["val"][0], splits_of(root)[0]["train"][0]
+    path.write_text(json.dumps(described | {"groups": {val: "Ann", train: "Ann"}}))
+    run_ok(*training(root, "--no-validate"))
+    assert "Split 0 has 1 patient(s) in training and validation: Ann." in caplog.messages
+
+
 def test_a_changed_label_is_noticed_before_training_and_after_preprocessing(root):
     before = results(root)
     relabel(root / "raw" / DATASET, "phantom_002")
