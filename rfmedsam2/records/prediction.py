@@ -41,6 +41,8 @@ class PredictedCase(Record):
     """Seconds by phase: read, prepare, network, export, write."""
     warnings: tuple[str, ...] = ()
     """Reasons to doubt that the image is of the kind that the model was trained on."""
+    id_in_training: bool = False
+    """Whether a case of this id is among those that the model was trained on, as far as its checkpoints say it."""
     sha256: str | None = None
     """Digest of the label map as it was written, which tells a correction by hand; None in older records."""
 

@@ -193,6 +193,9 @@ def _json_list(text: str) -> _Listed:
     if isinstance(data, list):
         if not all({"id", "images"} <= set(entry) for entry in data):
             raise ValueError('an entry lacks "id" or "images"')
+        ids = [str(entry["id"]) for entry in data]
+        if twice := sorted({one for one in ids if ids.count(one) > 1}):
+            raise ValueError(f"the id {twice[0]} occurs twice")
         data = {entry["id"]: entry["images"] for entry in data}
     named = {str(case): [files] if isinstance(files, str) else list(files) for case, files in data.items()}
     if not all(isinstance(p, str) for files in named.values() for p in files):

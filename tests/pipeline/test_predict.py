@@ -14,6 +14,7 @@ from support.tiny_model import NAME, make_plan, write_image, write_model
 
 from rfmedsam2.errors import CheckpointError, GeometryError, ImageError, PlanError, RfMedSamError, UsageError
 from rfmedsam2.inference.volume import PredictOptions, preprocess_case, require_finite
+from rfmedsam2.pipeline.evaluation.evaluate import evaluate
 from rfmedsam2.pipeline.prediction.checkpoints import find_models
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
@@ -314,8 +315,15 @@ def test_cases_of_the_training_are_named(cases, tmp_path, caplog) -> None:
     predictor = Predictor.load(path, device="cpu")
     predict_files(predictor, cases, tmp_path / "out")
     assert "The model was trained on 2 of these 3 ids (case0, case2)" in caplog.text
+    for case in cases:
+        labels = nib.load(tmp_path / "out" / f"{case.id}.nii.gz")
+        nib.save(labels, write_image(tmp_path / "references" / f"{case.id}.nii.gz"))
+    found = "The model was trained on 2 of these 3 ids (case0, case2). If they are the same cases"
+    assert found in " ".join(evaluate(tmp_path / "out", tmp_path / "references", workers=0).warnings)
+    both = evaluate(tmp_path / "out", tmp_path / "references", cases="case1", workers=0)
+    assert "trained" not in " ".join(both.warnings)
     caplog.clear()
-    predict_files(predictor, cases[1:2], tmp_path / "out")
+    predict_files(predictor, cases[1:2], tmp_path / "other")
     assert "trained" not in caplog.text
 
 

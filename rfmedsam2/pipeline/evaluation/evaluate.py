@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import get_args
 
 from rfmedsam2.arguments import choice_of, names_of, number_from_zero, option, path_of, whole_number
-from rfmedsam2.errors import DatasetError, RfMedSamError, UsageError
+from rfmedsam2.errors import DatasetError, RecordError, RfMedSamError, UsageError, shortlist
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, absent_class, case_metrics, empty_policy
 from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENCE, MINIMUM_CASES, summarize
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable, agreed_labels, numbered, with_all_values
 from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
 from rfmedsam2.store.case_files import label_files_in
 from rfmedsam2.store.formats.image_header import (
@@ -28,7 +29,7 @@ from rfmedsam2.store.formats.image_header import (
     require_ordinary_file,
 )
 from rfmedsam2.store.images import IMAGE_ENDINGS, digest_of, image_ending, read_label
-from rfmedsam2.system.atomic import atomic, write_record
+from rfmedsam2.system.atomic import atomic, read_record, write_record
 from rfmedsam2.system.csv_text import write_rows
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track
@@ -91,14 +92,14 @@ def evaluate(
     ids = None if cases is None else names_of(cases, "cases")
     pairs, faults, warnings = find_pairs(predictions, references, cases=ids)
     agreed = agreed_labels(predictions, references, labels)
+    warnings += _on_training(predictions, pairs)
     score = partial(_score, labels=agreed, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
     track = progress_bars(progress)
     results = [*map_cases(score, pairs, workers=at_once, name=lambda p: p.id, track=track, description="Evaluating")]
-    scored = [result[0] for result in results if not isinstance(result, str)]
-    warnings += [f"{result[0].id}: {each}" for result in results if not isinstance(result, str) for each in result[1]]
-    faults += [result for result in results if isinstance(result, str)]
-    if faults:
-        raise _all_faults(faults)
+    scored, assumed, failed = _sorted_out(results)
+    if failed := faults + failed:
+        raise _all_faults(failed)
+    warnings += assumed
     if agreed is None:
         scored = with_all_values(scored, absent_class(both_empty))
         warnings.append("No table names the label values: every value is scored under its number")
@@ -162,6 +163,21 @@ def find_pairs(
     faults += [f"{id}: no prediction in {predictions}" for id in ids if id in wanted and id not in found]
     pairs = [Pair(id=id, reference=wanted[id], prediction=found[id]) for id in ids if id in wanted and id in found]
     return pairs, faults, warnings
+
+
+def _on_training(predictions: Path, pairs: Sequence[Pair]) -> list[str]:
+    """A sentence if predictions.json says that the model was trained on cases of these ids."""
+    file = (predictions if predictions.is_dir() else predictions.parent) / PREDICTIONS
+    try:
+        known = read_record(file, PredictionsRecord).cases if file.is_file() else {}
+    except RecordError:
+        return []  # whoever needs its label table says what is wrong
+    seen = [pair.id for pair in pairs if pair.id in known and known[pair.id].id_in_training]
+    sentence = (
+        f"The model was trained on {len(seen)} of these {len(pairs)} ids ({shortlist(seen)}). If they are the same "
+        "cases, their scores do not tell how well it segments new ones"
+    )
+    return [sentence] if seen else []
 
 
 def ids_of(folder: Path) -> set[str]:
@@ -230,6 +246,15 @@ def _score(
     digests = {f"{side}_sha256": digest_of([Path(path)]).hex() for side, path in paths.items()}
     assumed = [text for kind, text in assumptions(lengths).items() if kind in ("no-spacing", "unit-ignored")]
     return CaseMetrics(id=pair.id, **paths, **digests, classes=classes), assumed
+
+
+def _sorted_out(
+    results: Sequence[tuple[CaseMetrics, list[str]] | str],
+) -> tuple[list[CaseMetrics], list[str], list[str]]:
+    """The scores, what was assumed in each case, and faults."""
+    done = [result for result in results if not isinstance(result, str)]
+    assumed = [f"{case.id}: {text}" for case, texts in done for text in texts]
+    return [case for case, _ in done], assumed, [result for result in results if isinstance(result, str)]
 
 
 def _id_of(path: Path) -> str:

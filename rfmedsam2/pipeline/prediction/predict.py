@@ -122,7 +122,7 @@ def predict_files(
         _check(cases)
         cases = cases if part is None else part.of(sorted(cases, key=lambda case: case.id))
         outputs.require_free(cases, probabilities=probabilities)
-        _warn_of_training_cases(predictor, cases)
+        _warn_of_training_cases(run, cases)
         if boxes is not None:
             run.boxes = BoxSource.open(boxes, cases, predictor.plan.labels)
         if previous is not None:
@@ -138,9 +138,8 @@ def predict_files(
     )
 
 
-def _warn_of_training_cases(predictor: Predictor, cases: Sequence[Case]) -> None:
-    records = [record for member in predictor.members for record in member.records]
-    if seen := trained_ids(records, [case.id for case in cases]):
+def _warn_of_training_cases(run: Run, cases: Sequence[Case]) -> None:
+    if seen := run.seen_in_training(cases):
         logger.warning(
             "The model was trained on %d of these %d ids (%s). If they are the same cases, their scores do not "
             "tell how well it segments new ones",
@@ -201,6 +200,11 @@ class Run:
         self.corrected: set[str] = set()
         """Cases whose label map of somebody else is kept."""
 
+    def seen_in_training(self, cases: Sequence[Case]) -> list[str]:
+        """Ids of the cases that the models were trained on."""
+        records = [record for member in self.predictor.members for record in member.records]
+        return trained_ids(records, [case.id for case in cases])
+
     def load(self, case: Case) -> tuple[ReadCase, PreparedCase] | None:
         """Read and preprocess a case; None if its label map is kept."""
         started = time.perf_counter()
@@ -241,6 +245,7 @@ class Run:
             shape_zyx=(z, y, x),
             seconds={part: round(value, 4) for part, value in seconds.items()},
             warnings=item.doubts,
+            id_in_training=bool(self.seen_in_training([case])),
             sha256=digest_of([target]).hex(),
         )
         self.outputs.add(case, entry, self._record)

@@ -147,7 +147,7 @@ def _require_planes(path: Path, image: Image.Image) -> None:
             where=path,
             expected=f"{described} pages",
             found=pages,
-            remedy="Save all planes as one TIFF with a page for each; ImageJ above 4 GB and truncate of tifffile do not",
+            remedy="Save all planes as one TIFF with a page for each; ImageJ above 4 GB writes one",
         )
     long = [name for name, length in axes.items() if length > 1]
     if len(long) > 1 or "channels" in long:
