@@ -14,7 +14,13 @@ from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.formats.dicom_files import modality_of
 from rfmedsam2.volume import Volume
 
-NAMES = {"CT": r"ct", "MR": r"mri?|t[12]\w{0,3}|flair|adc|dwi|swi|pd", "PT": r"pet|pt|suv"}
+NAMES = {
+    "CT": r"(cb|ce|nc)?ct|cta",
+    "MR": r"mr[ia]?|magnetic|t[12]\w{0,3}|flair|adc|dwi|dti|swi|qsm|asl|bold|dce|tof|stir|mprage|pdw?",
+    "PT": r"pet|pt|suv",
+    "NM": r"spect|nm",
+    "US": r"us|ultrasound",
+}
 """Words in channel names by DICOM's Modality."""
 UNKNOWN = ("OT", "SC")
 """Modalities that do not say what made the image: other, secondary capture."""

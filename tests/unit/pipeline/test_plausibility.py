@@ -56,7 +56,9 @@ def dicom(path: Path, modality: str | None) -> Path:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("CT", "CT"), ("ct_venous", "CT"), ("MRI", "MR"), ("T1ce", "MR"), ("T2-FLAIR", "MR"), ("adc", "MR"), ("PET", "PT"),
-     ("PET/CT", None), ("0", None), ("R", None), ("noNorm", None), ("contact", None), ("zscore", None)],
+     ("PET/CT", None), ("0", None), ("R", None), ("noNorm", None), ("contact", None), ("zscore", None),
+     ("CTA", "CT"), ("CBCT", "CT"), ("TOF-MRA", "MR"), ("MPRAGE", "MR"), ("PDw", "MR"), ("bold", "MR"),
+     ("magnetic resonance", "MR"), ("SPECT", "NM"), ("ultrasound", "US"), ("SPECT/CT", None)],
 )  # fmt: skip
 def test_channel_names_tell_the_modality(name, kind):
     assert modality_named(name) == kind
