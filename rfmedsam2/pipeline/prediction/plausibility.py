@@ -12,6 +12,7 @@ from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.fingerprint import IntensityStatistics
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.formats.dicom_files import modality_of
+from rfmedsam2.store.formats.image_header import ImageHeader, assumptions
 from rfmedsam2.volume import Volume
 
 NAMES = {
@@ -32,15 +33,19 @@ ODD_SIZE = 10
 """Factor between the longest sides of an image and of the training images that another unit of length explains."""
 
 
-def doubts_about(volume: Volume, plan: Plan, *, paths: Sequence[Path] = ()) -> tuple[str, ...]:
+def doubts_about(
+    volume: Volume, plan: Plan, *, paths: Sequence[Path] = (), header: ImageHeader | None = None
+) -> tuple[str, ...]:
     """Reasons to doubt that a model can segment an image, as sentences without a full stop; empty if there are none.
 
     Args:
         volume: (C, Z, Y, X) as read, with the plan's number of channels.
         plan: the plan that the model was trained with.
         paths: the files of the volume, one or one per channel; none for an image in memory.
+        header: of the first file, for what had to be assumed in reading it.
     """
-    found = [doubt] if (doubt := _doubt_about_size(volume, plan)) else []
+    found = [] if header is None else [*assumptions(header).values()]
+    found += [doubt] if (doubt := _doubt_about_size(volume, plan)) else []
     for number, (name, statistics) in enumerate(zip(plan.channels, plan.intensities, strict=True)):
         kind = modality_named(name)
         scanner = modality_of(paths[number]) if number < len(paths) else None

@@ -41,7 +41,6 @@ from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PostprocessingRule, PredictingModel
-from rfmedsam2.store.formats.image_header import assumptions
 from rfmedsam2.store.images import require_label_ending
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.progress import Track, silent
@@ -310,8 +309,7 @@ class Predictor:
         self.require_possible(boxes=boxes is not None, previous=previous is not None)
         volume, header = as_volume(image, spacing_zyx_mm)
         prepared_case = self.prepare(straightened(volume), boxes=boxes, previous=previous)
-        assumed = () if header is None else assumptions(header).values()
-        for doubt in (*assumed, *doubts_about(volume, self.plan, paths=paths_of(image))):
+        for doubt in doubts_about(volume, self.plan, paths=paths_of(image), header=header):
             logger.warning("%s", doubt)
         prediction = self.predict_prepared(prepared_case, probabilities=probabilities, track=progress_bars(progress))
         return replace(prediction, grid=volume.grid if header is None else header.source_grid, header=header)
