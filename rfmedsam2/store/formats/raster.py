@@ -177,7 +177,7 @@ def _require_as_shown(path: Path, tags: Mapping[int, Any]) -> None:
 
 
 def _described_pages(text: str, pixels: int, samples: int) -> tuple[dict[str, int], int | None]:
-    """What ImageJ, OME-TIFF or tifffile noted of pages of so many pixels: lengths of their axes, and their number."""
+    """What ImageJ, OME-TIFF or tifffile noted of pages of this number of pixels: lengths of axes, number of pages."""
     if text.startswith("ImageJ="):
         fields = dict(re.findall(r"^(images|channels|slices|frames)=(\d{1,9})\s*$", text, re.MULTILINE))
         axes = {name: int(n) for name, n in fields.items() if name != "images"}
