@@ -108,7 +108,7 @@ def _fitted(stage: Stage, gigabytes: float) -> Stage:
     assert isinstance(network, SegResNetConfig | SwinUNETRConfig | PrimusConfig)
     while (needed := _needed_gb(stage, network)) > USABLE * gigabytes:
         if stage.batch_size > MIN_BATCH:
-            stage = stage.model_copy(update={"batch_size": max(MIN_BATCH, int(stage.batch_size * gigabytes / needed))})
+            stage = stage.model_copy(update={"batch_size": stage.batch_size - 1})
             continue
         median = stage.median_shape[-len(stage.patch_size) :]
         wide = [axis for axis, n in enumerate(stage.patch_size) if n > network.patch_multiple]
