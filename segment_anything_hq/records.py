@@ -223,8 +223,8 @@ class EvaluationRecord(VersionedRecord):
     held_out: float | None
     """The share of images that training held out, if only those were evaluated; None: all data."""
     trained_on: dict[str, tuple[int, int]] = Field(default_factory=dict)
-    """Set name -> number of its evaluated images that the network was trained on, and of all of them; sets without such
-    images are left out."""
+    """Set name -> number of its evaluated images that the network is known to be trained on, and of all of them; sets
+    without such images are left out."""
     looks_trained_on: dict[str, tuple[int, int]] = Field(default_factory=dict)
     """Likewise, images of other files that look like one that the network was trained on."""
     protocols: dict[str, ResultRecord]
@@ -256,7 +256,7 @@ class PrecisionRecord(VersionedRecord):
     boxes: int
     """Number of boxes given as prompts."""
     trained_on: int = 0
-    """Number of these images that the network was trained on."""
+    """Number of these images that the network is known to be trained on."""
     looks_trained_on: int = 0
     """Likewise, images of other files that look like one that the network was trained on."""
     figures: dict[str, float | None]

@@ -38,7 +38,7 @@ def evaluate_coco(
     from segment_anything_hq.data.content import seen_images
     from segment_anything_hq.data.looks import saved_again
     from segment_anything_hq.evaluation.average_precision import average_precision
-    from segment_anything_hq.evaluation.overlap import counted
+    from segment_anything_hq.evaluation.overlap import UNKNOWN, counted
     from segment_anything_hq.records import PrecisionRecord
 
     named = network.resolved()
@@ -55,6 +55,8 @@ def evaluate_coco(
         track=bars,
     )
     known = named.training_images or ()
+    if named.checkpoint is not None and named.training_images is None:
+        say(f"Note: {UNKNOWN}.")
     evaluated = _image_set(boxes.annotations.name, found.files)
     seen, alike = seen_images([evaluated], known), saved_again([evaluated], named.training_looks, known)
     for phrase in counted(seen):

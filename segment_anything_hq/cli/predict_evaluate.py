@@ -77,7 +77,7 @@ def evaluate(
     from rfmedsam2.cli.progress import bars
     from segment_anything_hq.data.looks import saved_again
     from segment_anything_hq.evaluation.interactive import ClickedPredictor
-    from segment_anything_hq.evaluation.overlap import counted, trained_on
+    from segment_anything_hq.evaluation.overlap import UNKNOWN, counted, trained_on
     from segment_anything_hq.evaluation.run import (
         parse_protocols,
         require_no_evaluation,
@@ -91,9 +91,9 @@ def evaluate(
     needs_data = any(rule is not None for rule in rules.values())
     sets = _open_sets(images) if images.data or needs_data else ()
     require_no_evaluation(output, tuple(rules), overwrite=overwrite)
-    seen = trained_on(sets, named.training_images, model=named.model, held_out=images.held_out)
-    if sets and named.model is not None and named.training_images is None:
-        say("Note: the checkpoint does not say which images it was trained on; these may be among them.")
+    seen = trained_on(sets, named.training_images, model=named.checkpoint, held_out=images.held_out)
+    if sets and named.checkpoint is not None and named.training_images is None:
+        say(f"Note: {UNKNOWN}.")
     for phrase in counted(seen):
         say(f"Warning: the network was trained on {phrase}: scores of training images say nothing about new ones.")
     alike = saved_again(sets, named.training_looks, named.training_images or ())

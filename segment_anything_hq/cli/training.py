@@ -48,9 +48,9 @@ def _split_data(images: TrainingData) -> tuple[tuple[ImageSet, ...], tuple[Image
     """Training data and held-out data."""
     from segment_anything_hq.data.open_data import open_data, split_held_out
 
-    training = open_data(images.data, rule=images.mask_rule)
+    training = open_data(images.data, rule=images.mask_rule, beside=images.validation)
     if images.validation:
-        return training, open_data(images.validation, rule=images.mask_rule)
+        return training, open_data(images.validation, rule=images.mask_rule, beside=images.data)
     return split_held_out(training, images.held_out) if images.held_out else (training, ())
 
 

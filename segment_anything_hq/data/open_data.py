@@ -19,19 +19,23 @@ COCO_LVIS = {"coco_lvis_train": "train", "coco_lvis_val": "val"}
 NAMES = (*COLLECTIONS, *COCO_LVIS)
 
 
-def open_data(words: Sequence[str], *, rule: MaskRule | None = None) -> tuple[ImageSet, ...]:
+def open_data(
+    words: Sequence[str], *, rule: MaskRule | None = None, beside: Sequence[str] = ()
+) -> tuple[ImageSet, ...]:
     """Open image sets; what is left out of a set, such as images without masks, is warned of.
 
     Args:
         words: each NAME=FOLDER, with a known collection (`NAMES`) and its root, or a FOLDER of images and masks, either
             in its subfolders `images` and `masks` or side by side.
         rule: how mask values in plain folders are interpreted; None: above 128. Collections have their own rules.
+        beside: words that the same rule is given for, such as those of the validation data.
 
     Raises:
         DatasetError: a folder is missing, or a set has no samples.
         UsageError: a name is unknown, no data were given, or a rule for collections alone.
     """
-    sets = tuple(images.require_samples() for word in _require_words(words, rule) for images in _opened(word, rule))
+    opened = _require_words(words, rule, beside)
+    sets = tuple(images.require_samples() for word in opened for images in _opened(word, rule))
     for images in sets:
         if images.faults:
             first, count = images.faults[0], len(images.faults)
@@ -94,13 +98,13 @@ def split_held_out(sets: Sequence[ImageSet], share: float) -> tuple[tuple[ImageS
     return tuple(kept), tuple(held)
 
 
-def _require_words(words: Sequence[str], rule: MaskRule | None) -> Sequence[str]:
+def _require_words(words: Sequence[str], rule: MaskRule | None, beside: Sequence[str] = ()) -> Sequence[str]:
     if not words:
         raise UsageError("No data were given", expected=f"FOLDER, or NAME=FOLDER with {', '.join(NAMES)}")
-    named = [word for word in words if _is_named(word) and word.partition("=")[0] in NAMES]
+    named = [word for word in words if _is_collection(word)]
     if rule is not None and named:
         asked = option("rule", rule, flag="--mask-rule")
-        if len(named) == len(words):
+        if all(map(_is_collection, (*words, *beside))):
             raise UsageError(
                 "Collections have their own mask rules",
                 where=asked,
@@ -110,6 +114,10 @@ def _require_words(words: Sequence[str], rule: MaskRule | None) -> Sequence[str]
             )
         logger.warning("%s is applied to folders only; %s: own rules", asked, ", ".join(named))
     return words
+
+
+def _is_collection(word: str) -> bool:
+    return _is_named(word) and word.partition("=")[0] in NAMES
 
 
 def _is_named(word: str) -> bool:

@@ -10,6 +10,8 @@ from rfmedsam2.errors import UsageError, shortlist
 from segment_anything_hq.data.content import seen_images
 from segment_anything_hq.data.datasets import ImageSet
 
+UNKNOWN = "The checkpoint does not say which images it was trained on; these may be among them"
+
 
 def trained_on(
     sets: Sequence[ImageSet], training_images: Collection[str] | None, *, model: Path | None, held_out: float | None
@@ -19,7 +21,8 @@ def trained_on(
     Args:
         sets: the sets to evaluate on.
         training_images: digests in the checkpoint; None: it does not say, or there is none.
-        model: the checkpoint; None: published weights, whose training images are unknown.
+        model: the checkpoint, of the network or of its decoder; None: published weights, whose training images are
+            unknown.
         held_out: the share that `sets` are the held-out part of; None: all data.
 
     Raises:

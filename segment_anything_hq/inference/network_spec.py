@@ -69,6 +69,11 @@ class ResolvedSpec:
     training_images: tuple[str, ...] | None = None
     training_looks: tuple[str, ...] = ()
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """The file of samhq_train, if any; with `training_images` None, it does not say which images it saw."""
+        return self.decoder if self.model is None else self.model
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedNetwork:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ LOOKED_AT = 16
 UNKNOWN_IMAGES = (
     "A version before 0.2 began this training, and did not record its images. It held out images by name, this one by "
     "content: held-out images may have been trained on before"
+)
+UNKNOWN_DECODER = (
+    "The decoder's checkpoint does not say which images it was trained on: held-out images may be among them"
 )
 
 
@@ -118,7 +121,7 @@ def train_refiner(
     ):
         if runtime.is_main:
             _note_doubts(training)
-            _note_seen(validation, known["training_images"], known["training_looks"])
+            _note_seen(validation, training, known)
         task = RefinerTask(
             plan,
             network,
@@ -175,8 +178,12 @@ def _note_doubts(training: Sequence[ImageSet]) -> None:
             sample.ground_truth()
 
 
-def _note_seen(validation: Sequence[ImageSet], images: Collection[str], looks: Sequence[str]) -> None:
-    """Warn of validation images that are training images, or look like them."""
+def _note_seen(validation: Sequence[ImageSet], training: Sequence[ImageSet], known: dict[str, Any]) -> None:
+    """Warn of validation images that are training images, or look like them, and if the decoder's are unknown."""
+    images, looks = known["training_images"], known["training_looks"]
+    if images is None:
+        logger.warning(UNKNOWN_DECODER)
+        images = digests_of(training).values()
     for name, (seen, every) in seen_images(validation, images).items():
         logger.warning("%d of %d validation images of %s are also training images", seen, every, name)
     for name, (alike, every) in saved_again(validation, looks, images).items():
