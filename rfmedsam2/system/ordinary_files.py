@@ -35,8 +35,9 @@ def add_file(digest: Digest, path: Path) -> None:
     """Add the bytes of a file to a digest.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is a pipe, a socket or a device.
     """
+    require_ordinary(path)
     with path.open("rb") as stream:
         while piece := stream.read(_PIECE_BYTES):
             digest.update(piece)

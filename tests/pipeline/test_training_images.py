@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from support.samhq_commands import run_error, run_ok, write_images, written
 
+from rfmedsam2.errors import ImageError
 from rfmedsam2.store.checkpoint_header import record_sha256
+from segment_anything_hq.data.content import content_digest
 
 NANO = ("-b", "vit_nano", "--device", "cpu")
 TINY = ("--frame-size", 64, "--batch-size", 1, "--no-score-base", "--set", "train.workers=0", "validation_samples=1",
@@ -77,3 +80,12 @@ def test_a_mask_rule_holds_for_the_folder_beside_a_collection(data, tmp_path, fo
     assert f"--mask-rule any is applied to folders only; grabcut={named}: own rules" in caplog.text
     both = ("--data", f"grabcut={named}", "--validation", f"grabcut={named}")
     assert "Collections have their own mask rules" in run_error(*train, *both)
+
+
+def test_a_pipe_among_the_images_is_a_sentence(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    with pytest.raises(ImageError, match="not an ordinary file"):  # first, as reading the pipe would not end
+        content_digest(tmp_path / "null.png")
+    with pytest.raises(ImageError, match="not an ordinary file"):
+        content_digest(tmp_path / "a.png")
