@@ -122,6 +122,18 @@ def write_record(path: Path, record: JsonRecord) -> None:
     write_text(path, record.to_json() + "\n")
 
 
+def require_possible_folder(path: Path) -> None:
+    """Check before long work that a folder is at a path, or can be made there.
+
+    Raises:
+        StoreError: a file is at the path, or at one of its parents.
+    """
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir():
+        remedy = "Move that file or choose another place"
+        raise StoreError("Expected a folder, but a file exists at this path", where=nearest, remedy=remedy)
+
+
 def read_record(path: Path, kind: type[R]) -> R:
     """Read a record; all faulty fields are reported at once.
 

@@ -132,6 +132,8 @@ def _opened(word: str, rule: MaskRule | None) -> tuple[ImageSet, ...]:
     root = Path(text)
     if name not in NAMES:
         raise UsageError("Unknown collection", where=word, expected=f"one of {', '.join(NAMES)}", found=name)
+    if not text:
+        raise UsageError("The collection has no folder", where=word, expected=f"{name}=FOLDER")
     if not root.is_dir():
         raise DatasetError("The collection's folder is missing", where=root)
     return coco_lvis(root, COCO_LVIS[name]) if name in COCO_LVIS else COLLECTIONS[name](root)

@@ -21,6 +21,7 @@ import torch
 from rfmedsam2.errors import DatasetError, UsageError, shortlist
 from rfmedsam2.nn.segmenter import PromptBatch
 from rfmedsam2.system.json_text import parse_json
+from rfmedsam2.system.ordinary_files import require_ordinary
 from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.coco import image_file
 from segment_anything_hq.data.image_io import read_image
@@ -207,10 +208,13 @@ def _corners(xywh: list[float]) -> tuple[float, float, float, float]:
 
 def _json(path: Path) -> Any:
     try:
+        require_ordinary(path)
         return parse_json(path.read_bytes(), unique=False)
     except FileNotFoundError:
         raise DatasetError("The file is missing", where=path) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DatasetError(f"The file cannot be read ({error.strerror})", where=path) from error
+    except ValueError as error:
         raise DatasetError("The file is not valid JSON", where=path, found=error) from error
 
 

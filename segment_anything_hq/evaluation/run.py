@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import UsageError
-from rfmedsam2.system.atomic import write_record
+from rfmedsam2.system.atomic import require_possible_folder, write_record
 from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.datasets import ImageSet
 from segment_anything_hq.evaluation.interactive import ClickProtocol, Interactive, evaluate_clicks
@@ -108,11 +108,13 @@ def run_protocols(
         track: shows progress by protocol and sample.
 
     Raises:
-        UsageError: a protocol is unknown or needs data, and as the protocols raise.
+        UsageError: a protocol is unknown or needs data, a negative seed, and as the protocols raise.
         DatasetError: a set has no samples.
         ImageError: a file cannot be read.
     """
     rules = parse_protocols(names, clicks=clicks)
+    if seed < 0:
+        raise UsageError("Invalid seed", where=option("seed"), expected="0 or more", found=seed)
     if not sets and set(rules) != {SAT}:
         raise UsageError(
             "These protocols need data",
@@ -156,11 +158,13 @@ def result_records(found: Results) -> tuple[dict[str, ResultRecord], LatencyReco
 
 
 def require_no_evaluation(out: Path, names: Sequence[str], *, overwrite: bool) -> None:
-    """Check that a folder holds no evaluation yet.
+    """Check that a folder holds no evaluation yet, and can be made if it does not exist.
 
     Raises:
         UsageError: it does; the message names the files.
+        StoreError: a file is at its place.
     """
+    require_possible_folder(out)
     files = [out / name for name in (EVALUATION, PAGE, *(f"{name}.csv" for name in names if name != SAT))]
     there = [path.name for path in files if path.exists()]
     if there and not overwrite:

@@ -15,7 +15,7 @@ from PIL import Image
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import RfMedSamError, UsageError, shortlist
 from rfmedsam2.nn.segmenter import Embedded
-from rfmedsam2.system.atomic import atomic, write_record
+from rfmedsam2.system.atomic import atomic, require_possible_folder, write_record
 from rfmedsam2.system.memory import memory_ran_out, memory_words
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.version import __version__
@@ -51,7 +51,9 @@ def require_free_outputs(out: Path, objects: Sequence[PromptedObject], *, overwr
 
     Raises:
         UsageError: files exist already, or a mask would overwrite an image; the message names them.
+        StoreError: a file is where the folder is to be.
     """
+    require_possible_folder(out)
     targets = [out / name for name in (*(prompted.file for prompted in objects), PREDICTIONS)]
     images = {prompted.image.resolve() for prompted in objects}
     taken = [path.name for path in targets if path.resolve() in images]

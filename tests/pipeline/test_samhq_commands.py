@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -346,6 +348,7 @@ def test_an_evaluation_is_not_replaced_unasked(data, tmp_path):
         (("--protocol", "boxes"), "Unknown protocol"),
         (("--protocol", "box", "--data", "nowhere"), "data folder does not exist"),
         (("--protocol", "clicks", "--clicks", 0), "max_clicks must be"),
+        (("--seed", -1), "Invalid seed: --seed. Expected 0 or more. Found -1"),
         (("--samples", 0), "--samples must be at least 1"),
         (("--held-out", 2), "held-out share must be"),
     ],
@@ -394,3 +397,27 @@ def test_mobile_sam_masks_a_real_image_from_a_box(data_root, tmp_path):
     assert "Note" not in outcome.err
     mask = np.asarray(Image.open(tmp_path / "out" / f"{image.stem}.png")) > 0
     assert (mask & ground_truth).sum() / (mask | ground_truth).sum() > 0.8
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_work(data, tmp_path):
+    words = masks_words(data, written(tmp_path / "text.txt", "kept"))
+    sentence = "Expected a folder, but a file exists at this path"
+    with mock.patch("segment_anything_hq.cli.flag_groups.NetworkChoice.load", side_effect=AssertionError):
+        assert f"{sentence}: {tmp_path / 'text.txt'}. Move" in run_error("predict", "sam", *NANO, *words)
+        evaluate = ("evaluate", "sam", *NANO, "--data", data, "-o", tmp_path / "text.txt" / "deeper")
+        assert f"{sentence}: {tmp_path / 'text.txt'}. Move" in run_error(*evaluate)
+
+
+def test_a_collection_without_its_folder_is_not_the_folder_here(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data)
+    for part, name in (("images", "data_GT"), ("masks", "boundary_GT")):
+        (data / part).rename(data / name)
+    assert "The collection has no folder: grabcut=" in run_error("check_data", "--data", "grabcut=")
+
+
+def test_annotations_and_detections_that_are_pipes_are_sentences(tmp_path):
+    pytest.importorskip("pycocotools")
+    os.mkfifo(tmp_path / "pipe.json")
+    words = ("--annotations", tmp_path / "pipe.json", "-i", tmp_path)
+    with mock.patch.object(Path, "read_bytes", side_effect=AssertionError):  # it would not end
+        assert "not an ordinary file" in run_error("evaluate_coco", "sam", *NANO, *words)

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rfmedsam2.arguments import Part, option
-from rfmedsam2.errors import RecordError, RfMedSamError, StoreError, UsageError, shortlist
+from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, shortlist
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case, file_stem
 from rfmedsam2.store.formats.raster import spacing_file
 from rfmedsam2.store.images import digest_of, image_ending, image_files, label_files, read_image
 from rfmedsam2.store.lock import exclusive_lock, shared_lock
-from rfmedsam2.system.atomic import is_taken, read_record, write_record
+from rfmedsam2.system.atomic import is_taken, read_record, require_possible_folder, write_record
 
 UNWRITABLE = (".dcm", ".nhdr")
 PROBABILITIES = ".probabilities.b2nd"
@@ -203,10 +203,7 @@ class Outputs:
                 expected="a folder",
                 found=f"{len(cases)} cases",
             )
-        nearest = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-        if not nearest.is_dir():
-            remedy = "Move that file or choose another place"
-            raise StoreError("Expected a folder, but a file exists at this path", where=nearest, remedy=remedy)
+        require_possible_folder(self.folder)
         if (image_ending(self.file) or "").lower() in UNWRITABLE:
             raise UsageError(
                 "Label maps cannot be written in this format",
