@@ -75,7 +75,9 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
             if not {"-h", "--help"} & set(words):
                 _require_sound_environment(os.environ)
             _require_words(words)
-            tyro.cli(_plainly(function), prog=name, description=_description(function), args=words, config=CONFIG)
+            plain = _plainly(function)
+            _require_once(words, _flags_of(plain))
+            tyro.cli(plain, prog=name, description=_description(function), args=words, config=CONFIG)
         except RfMedSamError as error:
             if debug:
                 raise
@@ -119,6 +121,34 @@ def _require_words(words: Sequence[str]) -> None:
             where=f"after {before[-1]}" if before else None,
             remedy="Give it, or check the shell variable it was to come from; . is the folder here",
         )
+
+
+def _flags_of(function: Callable[..., None]) -> dict[str, str]:
+    """Every spelling of a command's flags, with the one that --help shows first."""
+    flags: dict[str, str] = {}
+    for owner in (function, *(kind for kind in function.__annotations__.values() if is_dataclass(kind))):
+        for name, kind in owner.__annotations__.items():
+            marks = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+            renamed = next((mark.name for mark in marks if getattr(mark, "name", None)), None)
+            aliases = [alias for mark in marks for alias in getattr(mark, "aliases", None) or ()]
+            flag = f"--{renamed or name}".replace("_", "-")
+            flags |= dict.fromkeys((*aliases, flag, flag.replace("--", "--no-", 1)), flag)
+    return flags
+
+
+def _require_once(words: Sequence[str], flags: Mapping[str, str]) -> None:
+    """Check that no flag is given twice, since of `-m A -m B` only B would be used, without a word.
+
+    Raises:
+        UsageError: one is.
+    """
+    spelled = [word.partition("=")[0] for word in words]
+    given = [flags.get(word.replace("_", "-") if word.startswith("--") else word) for word in spelled]
+    twice = next((flag for flag in given if flag is not None and given.count(flag) > 1), None)
+    if twice is not None:
+        where = " ".join(word for word, flag in zip(words, given, strict=True) if flag == twice)
+        remedy = "Give it once; where it takes several values, all of them behind it"
+        raise UsageError(f"{twice} is given more than once", found=where, remedy=remedy)
 
 
 def _require_sound_environment(environment: Mapping[str, str]) -> None:

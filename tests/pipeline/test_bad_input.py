@@ -357,6 +357,30 @@ def test_an_empty_argument_is_not_the_folder_here(trained_root, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (
+            ("train", "3d_fullres", 0, "--set", "a=1", "--set", "b=2"),
+            "--set is given more than once. Found --set --set.",
+        ),
+        (
+            ("predict", "-m", "a", "--model=b", "-i", "x", "-o", "y"),
+            "--model is given more than once. Found -m --model=b.",
+        ),
+        (("predict", "-i", "x", "-i", "y", "-o", "z"), "--input is given more than once"),
+        (
+            ("predict", "-i", "x", "-o", "z", "--step-size", 0.5, "--step_size", 0.3),
+            "--step-size is given more than once",
+        ),
+        (("verify", "-d", 4, "--dataset", 5), "--dataset is given more than once"),
+    ],
+)
+def test_a_flag_given_twice_is_no_choice_of_the_last(words, named, tmp_path):
+    assert named in run_error(*words, "--root", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_to_predict(trained_root, tmp_path):
     def predict(source):
         return run_error("predict", "-i", source, "-o", tmp_path / "preds", "--root", trained_root)

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import GeometryError, RfMedSamError, UsageError, shortlist
 from rfmedsam2.pipeline.evaluation.label_tables import agreed_labels, numbered
 from rfmedsam2.pipeline.evaluation.planes import (
@@ -122,13 +123,21 @@ def write_drawings(
     """
     if not 0 <= opacity <= 1:
         raise UsageError("The opacity is out of range", expected="0 to 1", found=opacity)
+    elsewhere = f"Choose another folder with {option('out', flag='-o')}"
+    among = {path.parent.resolve() for case in cases for path in (case.label, case.image) if path is not None}
+    if out.resolve() in among:
+        raise UsageError(
+            "The drawings would lie among the images or label maps, where they would be taken for more of them",
+            where=out,
+            remedy=elsewhere,
+        )
     there = [f"{case.id}.png" for case in cases if is_taken(out / f"{case.id}.png")]
     if there and not overwrite:
         raise UsageError(
             f"{len(there)} file(s) would be replaced",
             where=out,
             found=shortlist(there),
-            remedy="Choose another folder with -o, or replace them with --overwrite",
+            remedy=f"{elsewhere}, or replace them with {option('overwrite', True)}",
         )
     if labels is None:
         labels = agreed_labels(cases[0].label.parent, cases[0].label.parent)

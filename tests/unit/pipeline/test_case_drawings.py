@@ -111,9 +111,12 @@ def test_a_case_with_a_fault_does_not_stop_the_others(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
     with pytest.raises(GeometryError):
         drawing_png(cases[0])
-    with pytest.raises(UsageError, match=r"1 file\(s\) would be replaced.*b\.png.*--overwrite"):
+    with pytest.raises(UsageError, match=r"1 file\(s\) would be replaced.*b\.png.*overwrite"):
         write_drawings(cases[1:], tmp_path / "out", LABELS)
     assert len(write_drawings(cases[1:], tmp_path / "out", LABELS, overwrite=True)) == 1
+    for folder in (labels, images):
+        with pytest.raises(UsageError, match="among the images or label maps"):
+            write_drawings(cases[1:], folder, LABELS, overwrite=True)
     with pytest.raises(UsageError, match="opacity"):
         write_drawings(cases[1:], tmp_path / "more", LABELS, opacity=2)
 
