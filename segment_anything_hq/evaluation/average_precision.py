@@ -10,7 +10,7 @@ import importlib
 import io
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rfmedsam2.errors import DatasetError, UsageError, shortlist
+from rfmedsam2.errors import DatasetError, UsageError
 from rfmedsam2.nn.segmenter import PromptBatch
 from rfmedsam2.system.json_text import parse_json
 from rfmedsam2.system.ordinary_files import require_ordinary
 from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.coco import image_file
 from segment_anything_hq.data.image_io import read_image
+from segment_anything_hq.evaluation.coco_format import require_annotations, require_detections, require_known
 from segment_anything_hq.inference.image_transform import Fit, device_of, embed, make_transform
 from segment_anything_hq.models import Network
 
@@ -109,7 +110,15 @@ def average_precision(
         if path is None:
             name = ground_truth.imgs[image]["file_name"]
             raise DatasetError("An annotated image is missing", where=images, expected=f"a file {name}")
-        results += _predict(network, read_image(path), boxes_by_image[image], fit)
+        pixels, entry = read_image(path), ground_truth.imgs[image]
+        if pixels.shape[:2] != (entry["height"], entry["width"]):
+            raise DatasetError(
+                "An image has another size than in the annotations",
+                where=path,
+                expected=f"{entry['height']} x {entry['width']}",
+                found=f"{pixels.shape[0]} x {pixels.shape[1]}",
+            )
+        results += _predict(network, pixels, boxes_by_image[image], fit)
         files.append(path)
     return Precision(
         metrics=_count(ground_truth, results, chosen),
@@ -163,6 +172,7 @@ def _coco(path: Path) -> Any:
         raise DatasetError(
             "The file is not an instance annotation file", where=path, expected=f"lists named {', '.join(parts)}"
         )
+    require_annotations(content, path)
     coco = _package("coco").COCO()
     # LVIS has `coco_url` instead of `file_name`, and no crowds
     for image in content["images"]:
@@ -185,23 +195,14 @@ def _annotated(ground_truth: Any) -> list[Box]:
 
 def _detected(path: Path, ground_truth: Any) -> list[Box]:
     content = _json(path)
-    needed = {"image_id", "category_id", "bbox", "score"}
-    valid = isinstance(content, list) and all(isinstance(d, dict) and needed <= d.keys() for d in content)
-    if not valid:
-        raise DatasetError(
-            "The file is not a list of detections", where=path, expected=f"objects with {', '.join(sorted(needed))}"
-        )
-    unknown = sorted({d["image_id"] for d in content} - ground_truth.imgs.keys())
-    if unknown:
-        found = f"image_id {shortlist(unknown)}"
-        raise DatasetError("Detections refer to images that are not in the annotations", where=path, found=found)
+    found = require_detections(content, path)
+    require_known(found, ground_truth.imgs, ground_truth.cats, path)
     return [
-        Box(image=d["image_id"], category=d["category_id"], xyxy=_corners(d["bbox"]), score=float(d["score"]))
-        for d in content
+        Box(image=d["image_id"], category=d["category_id"], xyxy=_corners(d["bbox"]), score=d["score"]) for d in found
     ]
 
 
-def _corners(xywh: list[float]) -> tuple[float, float, float, float]:
+def _corners(xywh: Sequence[float]) -> tuple[float, float, float, float]:
     x, y, width, height = map(float, xywh)
     return x, y, x + width, y + height
 

@@ -16,6 +16,7 @@ from rfmedsam2.errors import DatasetError
 from rfmedsam2.nn.segmenter import Embedded, Segmented
 from segment_anything_hq import models
 from segment_anything_hq.evaluation.average_precision import average_precision
+from segment_anything_hq.evaluation.coco_format import require_annotations
 
 pytest.importorskip("pycocotools")
 SIDE = 64
@@ -137,6 +138,58 @@ def test_wrong_files_are_errors(coco) -> None:
     fails("not an instance annotation", annotations=coco.root / "list.json")
     fails("contains no boxes", detections=coco.root / "list.json")
     (coco.root / "bad.json").write_text('[{"bbox": [1, 2, 3, 4]}]')
-    fails("not a list of detections", detections=coco.root / "bad.json")
+    fails("not in COCO's format.*0.image_id: Field required", detections=coco.root / "bad.json")
+    for score in ('"high"', "NaN", "Infinity"):
+        text = '[{"image_id": 1, "category_id": 7, "bbox": [0, 0, 2, 2], "score": %s}]' % score  # noqa: UP031 - braces
+        (coco.root / "bad.json").write_text(text)
+        fails("0.score", detections=coco.root / "bad.json")
+    (coco.root / "other.json").write_text('[{"image_id": 1, "category_id": 5, "bbox": [0, 0, 2, 2], "score": 1}]')
+    fails("refer to categories that are not in the annotations.*category_id 5", detections=coco.root / "other.json")
     (coco.root / "other.json").write_text('[{"image_id": 9, "category_id": 7, "bbox": [0, 0, 2, 2], "score": 1}]')
     fails("not in the annotations", detections=coco.root / "other.json")
+
+
+RUNS = {"size": [SIDE, SIDE], "counts": [SIDE * SIDE - 5, 5]}
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "match"),
+    [
+        ("images", {"height": None}, "images are not in COCO's format.*0.height"),
+        ("images", {"width": 0}, "0.width"),
+        ("images", {"id": 2}, "the same image id.*2"),
+        ("images", {"height": SIDE - 1}, "An image has another size"),
+        ("categories", {"id": "7"}, "categories are not in COCO's format"),
+        ("annotations", {"image_id": 9}, "images that are not in the annotations.*image_id 9"),
+        ("annotations", {"category_id": 9}, "categories that are not in the annotations.*category_id 9"),
+        ("annotations", {"bbox": [1, 2, -3, 4]}, "0.bbox.2"),
+        ("annotations", {"bbox": [1, 2, 3]}, "0.bbox"),
+        ("annotations", {"id": 2}, "the same annotation id.*2"),
+        ("annotations", {"segmentation": RUNS | {"counts": [3, 2]}}, "run lengths .* do not fit"),
+        ("annotations", {"segmentation": RUNS | {"counts": "xx"}}, "run lengths .* do not fit"),
+        ("annotations", {"segmentation": RUNS | {"size": [9, 9]}}, "run lengths .* do not fit"),
+    ],
+)
+def test_damaged_annotations_are_named(coco, part, entry, match) -> None:
+    coco.content[part][0] |= entry
+    coco.path.write_text(json.dumps(coco.content))
+    with pytest.raises(DatasetError, match=match):
+        average_precision(BoxFiller(), coco.path, coco.root, fit="pad")
+
+
+def test_masks_of_run_lengths_are_read_in_both_forms(coco) -> None:
+    """As pycocotools wrote them: a list of counts, and its compressed text with runs of many sizes."""
+    codec = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        mask = np.asfortranarray(rng.random((SIDE, SIDE)) < rng.random() ** 3, np.uint8)
+        packed = codec.encode(mask)
+        runs = {"size": [SIDE, SIDE], "counts": packed["counts"].decode()}
+        coco.content["annotations"][0]["segmentation"] = runs
+        coco.path.write_text(json.dumps(coco.content))
+        require_annotations(json.loads(coco.path.read_text()), coco.path)
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *edges, flat.size]).tolist()
+    runs["counts"] = counts if not flat[0] else [0, *counts]
+    require_annotations(coco.content, coco.path)
