@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,7 +57,7 @@ class Record(_Checked):
             return cls.model_validate(data)
         except ValidationError as error:
             errors = error.errors(include_url=False)
-            if (strange := cls._strange_fields(data)) and isinstance(data, dict):
+            if (strange := cls._strange_fields(data, errors)) and isinstance(data, dict):
                 required = [name for name, field in cls.model_fields.items() if field.is_required()]
                 raise RecordError(
                     f"This is another file than the {title_of(cls)}",
@@ -78,12 +78,13 @@ class Record(_Checked):
             raise RecordError(_faults(cls, error), where=where, remedy=remedy) from None
 
     @classmethod
-    def _strange_fields(cls, data: object) -> list[str]:
+    def _strange_fields(cls, data: object, errors: Sequence[Any]) -> list[str]:
         """Fields that this kind does not have, if they are most of all: then the data are of another kind."""
-        if not isinstance(data, dict) or cls.model_config.get("extra") != "forbid":
+        if not isinstance(data, dict):
             return []
-        known = {*cls.model_fields, "format"}
-        strange = [str(name) for name in data if name not in known]
+        strange = [str(e["loc"][0]) for e in errors if e["type"] == "extra_forbidden" and len(e["loc"]) == 1]
+        if any(e["type"] == _LATER_FORMAT for e in errors):  # nothing else was looked at
+            strange = [str(name) for name in data if name not in {*cls.model_fields, "format"}]
         return strange if 2 * len(strange) > len(data) > 1 else []
 
     @classmethod

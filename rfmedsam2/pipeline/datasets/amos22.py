@@ -142,7 +142,7 @@ def _declared(path: Path, found: Download) -> dict[str, list[str]]:
             where=path,
             expected="labels by value, training and validation as AMOS22 writes them",
             found=f"{type(error).__name__}: {error}",
-            remedy="Extract the archive again; other datasets have other converters, see --help",
+            remedy="Extract the archive again, or choose the converter of the dataset that this is",
         ) from error
     if values and values != sorted(AMOS22_LABELS.values()):
         found.faults.append(f"dataset.json declares the label values {values}, expected 0 to 15")

@@ -247,9 +247,10 @@ def test_amos_refuses_other_labels_and_a_broken_dataset_json(amos: Path, tmp_pat
     (amos / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "tumor"}}))
     with pytest.raises(DatasetError, match="expected 0 to 15"):
         convert_amos22(amos, tmp_path / "raw")
-    (amos / "dataset.json").write_text("[1, 2")
-    with pytest.raises(DatasetError, match="is invalid"):
-        convert_amos22(amos, tmp_path / "raw")
+    for content in ("[1, 2", "[1, 2]", '{"labels": {"liver": "6"}}', '{"training": 5}'):
+        (amos / "dataset.json").write_text(content)
+        with pytest.raises(DatasetError, match=r"dataset\.json is not AMOS22's.*Found .*Error"):
+            convert_amos22(amos, tmp_path / "raw")
 
 
 def test_amos_has_two_tasks(amos: Path, tmp_path: Path) -> None:

@@ -353,7 +353,7 @@ def test_the_second_stage_of_a_cascade_is_a_unet(tmp_path):
         (lambda full, _: full.update(normalization_schemes=["MyNorm"]), "normalization MyNorm"),
         (lambda full, _: full.update(resampling_fn_seg="resample_torch_fornnunet"), "resample_torch_fornnunet"),
         (lambda _, arguments: arguments.update(dropout_op="torch.nn.Dropout3d"), "dropout_op"),
-        (lambda _, arguments: arguments.update(norm_op="torch.nn.BatchNorm3d"), "norm_op"),
+        (lambda _, arguments: arguments.update(norm_op="torch.nn.GroupNorm"), "norm_op"),
         (lambda _, arguments: arguments.update(squeeze=True), "squeeze"),
     ],
 )
