@@ -46,7 +46,7 @@ def counts_mask(counts: str | Sequence[int], height: int, width: int) -> np.ndar
     Raises:
         DatasetError: the run lengths do not fill the mask exactly.
     """
-    runs = np.asarray(_uncompressed(counts) if isinstance(counts, str) else counts, np.int64)
+    runs = np.asarray(run_lengths(counts) if isinstance(counts, str) else counts, np.int64)
     if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
         found = f"{runs.sum()} pixels in {runs.size} runs"
         raise DatasetError("Run lengths do not fill the mask", expected=f"{height} x {width} pixels", found=found)
@@ -94,13 +94,17 @@ def _outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(xs), np.concatenate(ys)
 
 
-def _uncompressed(text: str) -> list[int]:
-    """Decode compressed run lengths: 6 bits per character, lowest first; from the third on as differences."""
+def run_lengths(text: str) -> list[int]:
+    """Decode compressed run lengths: 6 bits per character, lowest first; from the fourth on as differences.
+
+    Raises:
+        DatasetError: a character or number cannot be one of these.
+    """
     runs: list[int] = []
     value, shift = 0, 0
     for character in text:
         bits = ord(character) - 48
-        if not 0 <= bits < 64:
+        if not 0 <= bits < 64 or shift > 60:
             raise DatasetError("Compressed run lengths hold an invalid character", found=repr(character))
         value |= (bits & 31) << shift
         shift += 5

@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
 from rfmedsam2.errors import DatasetError, shortlist
+from segment_anything_hq.data.coco_masks import run_lengths
 
 Id = Annotated[int, Field(strict=True)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
@@ -129,24 +130,9 @@ def _checked(kind: Any, content: object, name: str, where: Path) -> Any:
 
 
 def _pixels(counts: str | list[int]) -> int:
-    """Number of pixels of run lengths; -1 if the compressed text cannot be read."""
-    return sum(counts) if isinstance(counts, list) else sum(_decompressed(counts) or [-1])
-
-
-def _decompressed(text: str) -> list[int] | None:
-    """The run lengths in COCO's text: groups of 5 bits from "0" on; from the fourth on less the one before last."""
-    runs: list[int] = []
-    value, shift = 0, 0
-    for letter in text:
-        bits = ord(letter) - 48
-        if not 0 <= bits < 64 or shift > 30:
-            return None
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value, shift = 0, 0
-    return runs if not shift and all(run >= 0 for run in runs) else None
+    """Number of pixels of run lengths; -1 if they cannot be any."""
+    try:
+        runs = counts if isinstance(counts, list) else run_lengths(counts)
+    except DatasetError:
+        return -1
+    return sum(runs) if all(run >= 0 for run in runs) else -1
