@@ -134,6 +134,11 @@ class Part:
             )
         return cls(number, count)
 
+    @property
+    def lock(self) -> str:
+        """Name of the folder that its run locks in a folder which several parts write to."""
+        return f".part-{self.number}-of-{self.count}"
+
     def of(self, items: Sequence[T]) -> list[T]:
         """The part's items, in their order."""
         return list(items[self.number - 1 :: self.count])

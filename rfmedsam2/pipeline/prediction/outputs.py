@@ -21,8 +21,6 @@ from rfmedsam2.system.atomic import is_taken, read_record, require_possible_fold
 
 UNWRITABLE = (".dcm", ".nhdr")
 PROBABILITIES = ".probabilities.b2nd"
-PART = ".part-{}-of-{}"
-"""Folder in the output folder that is locked by the run of a part."""
 LISTING = ".listing"
 """Locked by the run of a part while it adds to predictions.json."""
 LISTING_SECONDS = 60.0
@@ -71,8 +69,7 @@ class Outputs:
                 self._read_record()
                 yield
         else:
-            place = self.folder / PART.format(self._part.number, self._part.count)
-            with exclusive_lock(place), shared_lock(self.folder):
+            with exclusive_lock(self.folder / self._part.lock), shared_lock(self.folder):
                 with self._listing():
                     self._read_record()
                 yield

@@ -27,8 +27,6 @@ from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.foreground import sample_foreground
 from rfmedsam2.transforms.prepare import Prepared, prepare
 
-PART = ".part-{}-of-{}"
-"""Folder in that of the cases that is locked by the run of a part."""
 CHECKS_AT_ONCE = 4
 """Number of stored cases checked in parallel."""
 
@@ -111,7 +109,7 @@ def _preprocess_part(
     source = CaseReader(replace(source.dataset, training=tuple(chosen)))
     with ExitStack() as held:
         for store in _stores(plan, stages, layout, source.dataset.name).values():
-            held.enter_context(exclusive_lock(store.folder / PART.format(part.number, part.count)))
+            held.enter_context(exclusive_lock(store.folder / part.lock))
             held.enter_context(shared_lock(store.folder))
         _require_none_stale(source, plan, stages, layout, part, track=track)
         return preprocess_locked(source, plan, stages, layout, writable=stages, workers=workers, track=track)
