@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,10 +64,22 @@ def test_the_second_run_is_told_so(request, root_of, launcher: Launcher, tmp_pat
     launcher.finished(str(name), *rest, folder=tmp_path)
 
 
+def locked_by_a_part(folder: Path) -> Callable[[], bool]:
+    """Tell whether the run of part 1/2 holds both its locks: a lock file is empty until then."""
+    locks = (folder / ".part-1-of-2" / ".lock", folder / ".lock")
+    return lambda: all(lock.exists() and lock.stat().st_size > 0 for lock in locks)
+
+
 @contextmanager
-def stopped(process: Process) -> Iterator[None]:
-    """Keep a process from going on inside the `with` block."""
+def stopped(process: Process, *, but_while: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Keep a process from going on inside the `with` block; it is not stopped `but_while` that holds."""
     process.signal(signal.SIGSTOP)
+    time.sleep(0.05)
+    while but_while():
+        process.signal(signal.SIGCONT)
+        time.sleep(0.01)
+        process.signal(signal.SIGSTOP)
+        time.sleep(0.05)
     try:
         yield
     finally:
@@ -123,8 +136,8 @@ def test_parts_are_predicted_at_once_and_nothing_else_beside_them(trained_root, 
     root = root_of(trained_root)
     out, (name, *words) = prediction(root)
     first = launcher.start(str(name), *words, "--part", "1/2", folder=tmp_path)
-    first.until(lambda: (out / ".part-1-of-2" / ".lock").exists())
-    with stopped(first):
+    first.until(locked_by_a_part(out))
+    with stopped(first, but_while=(out / ".listing").exists):
         for part in ("1/2", None):
             more = () if part is None else ("--part", part)
             told = launcher.finished(str(name), *words, *more, folder=tmp_path, code=2)
@@ -143,7 +156,7 @@ def test_parts_of_the_cases_are_made_at_once(planned_root, root_of, launcher: La
     shutil.rmtree(root / CASES)
     words = ("plan_and_preprocess", "--root", root, "-c", "3d_fullres")
     first = launcher.start(*words, "--part", "1/2", folder=tmp_path)
-    first.until(lambda: (root / CASES / ".part-1-of-2" / ".lock").exists())
+    first.until(locked_by_a_part(root / CASES))
     with stopped(first):
         told = launcher.finished(*words, "--part", "1/2", folder=tmp_path, code=2)
         assert "Another run is working in this folder" in told
