@@ -6,10 +6,11 @@ usage: python scripts/benchmarks/refinement_evidence.py ROW [ROW ...] --work DIR
        python scripts/benchmarks/refinement_evidence.py --summary --work DIR
 
 A row is one model: its data, its backbone and what differs from planning's choice (_harness/evidence_rows.py). Its
-training is made as long as the row's processor time allows, by the measured time of a step; then every step of the
-model predicts the validation cases of the fold, and those with boxes of their ground truth. A row that was interrupted
-goes on. --summary compares all rows that are done with the U-Net's (paired difference in DSC with a bootstrap
-interval, by case), writes evidence.csv with all cases and evidence.png, and prints the table.
+training is made as long as the row's processor time allows, by the measured time of each of its parts (rehearsal.json,
+a minute or two for a light SAM); then every step of the model predicts the validation cases of the fold, and once more
+with boxes of their ground truth. A row that was interrupted goes on. --summary compares all rows that are done with the
+U-Net's (paired difference in DSC with a bootstrap interval, by case), writes evidence.csv with all cases and
+evidence.png, and prints the table.
 
 --data is a folder with the data sets (else RFMED_TEST_DATA). The last line is JSON.
 """
@@ -21,16 +22,17 @@ import csv
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _harness.evidence_rows import DATASETS, FEW, PARTS, ROWS, STEPS_LARGE, STEPS_SMALL, UNET_SHARE, Row
+from _harness.evidence_rehearsal import rehearse
+from _harness.evidence_rows import DATASETS, FEW, PARTS, ROWS, Row
 from _harness.usage import installed_program, run_measured
 
+from rfmedsam2.pipeline.datasets.splits import read_splits
 from rfmedsam2.pipeline.evaluation.compare import compare
 from rfmedsam2.records.report import Comparison
 from rfmedsam2.store.layout import Layout
@@ -38,6 +40,8 @@ from rfmedsam2.store.raw import open_dataset
 
 STAGE = "3d_fullres"
 PLAN = "evidence"
+PATCHES = 2
+"""Patches that are scored at the end of a training: whole cases are predicted afterwards."""
 UNET = "step0"
 """Name of the predictions of a U-Net alone, as of the first step of a refined one."""
 
@@ -131,7 +135,7 @@ class Bench:
     def _changes(self) -> tuple[str, ...]:
         own = (f"model.crossfit.folds={PARTS}", "model.step0=crossfit") if self.row.crossfit else ()
         cached = (f"model.cached_views={self.row.cached_views}",) if self.row.cached_views else ()
-        return (*own, *cached, *self.row.changes)
+        return (*own, *cached, f"validation.patches_while_training={PATCHES}", *self.row.changes)
 
     def _figures(self) -> dict[str, int]:
         """Numbers of iterations that fill the row's processor time, kept for a run that goes on."""
@@ -141,36 +145,20 @@ class Bench:
         return json.loads(kept.read_text())
 
     def _measured_figures(self) -> dict[str, int]:
-        budget = 60 * (self.minutes or self.row.minutes)
-        rehearsed = {"unet_iterations": STEPS_SMALL, "iterations": STEPS_SMALL}
-        longer = rehearsed | {"iterations": STEPS_LARGE}
-        first = self._rehearsed("steps", rehearsed)
-        again = self._rehearsed("steps", rehearsed)  # with the U-Nets, logits and features that are there now
-        each = _per_step(again, self._rehearsed("steps", longer))
-        if not self.row.crossfit:
-            return {"iterations": math.floor(budget / each)}
-        more = self._rehearsed("unets", rehearsed | {"unet_iterations": STEPS_LARGE})
-        unets = _per_step(first, more)
-        made = max(0.0, first - again - STEPS_SMALL * unets)  # logits of all cases, and cached features
-        return {
-            "unet_iterations": math.floor(UNET_SHARE * budget / unets),
-            "iterations": max(1, math.floor(((1 - UNET_SHARE) * budget - made) / each)),
-        }
-
-    def _rehearsed(self, name: str, figures: Mapping[str, int]) -> float:
-        """Processor seconds of a short training in folders of its own, which keeps what trainings share."""
-        folder = self.root / "rehearsal" / name
-        if not folder.exists():
-            shutil.copytree(self.layout.preprocessed, folder / "preprocessed")
-        program = [installed_program("rfmed_train"), *self._training(figures), "--no-validate", "--restart"]
-        places = {"raw": self.layout.raw, "preprocessed": folder / "preprocessed", "results": folder / "results"}
-        env = {f"nnUNet_{part}": str(path) for part, path in places.items()}
-        return run_measured(program, env=env).cpu_s
+        row, budget = self.row, 60 * (self.minutes or self.row.minutes)
+        weights, splits = row.weights(self.data), read_splits(self.layout.splits_file(self.dataset.name))
+        costs = rehearse(self.root, self.dataset.name, PLAN, STAGE, self.fold, weights)
+        (self.root / "rehearsal.json").write_text(json.dumps(asdict(costs)))
+        train, val = splits[self.fold].train, splits[self.fold].val
+        print(f"{row.name}: {costs}, {costs.all / budget:.0%} of its processor time", file=sys.stderr, flush=True)
+        return costs.iterations(
+            budget, train=len(train), cases=len(train) + len(val), views=row.cached_views, crossfit=row.crossfit
+        )
 
     def _training(self, figures: Mapping[str, int]) -> list[object]:
         words: list[object] = [self.dataset.name, STAGE, self.fold, "-p", PLAN]
-        epochs = max(1, min(20, figures["iterations"] // 20))
-        words += ["--epochs", epochs, "--iterations", math.ceil(figures["iterations"] / epochs)]
+        # one epoch: patches that are scored after each of twenty cost more than the training of a light SAM
+        words += ["--epochs", 1, "--iterations", figures["iterations"]]
         weights = self.row.weights(self.data)
         words += ["--sam2", weights] if weights else []
         if "unet_iterations" in figures and self.row.crossfit:
@@ -198,11 +186,6 @@ class Bench:
         """Run a command of ours; gives its processor seconds."""
         print(f"rfmed_{name}", *words, file=sys.stderr, flush=True)
         return run_measured([installed_program(f"rfmed_{name}"), *words, "--root", self.root]).cpu_s
-
-
-def _per_step(shorter: float, longer: float) -> float:
-    """Processor seconds of one step, from those of two trainings."""
-    return max(1e-3, (longer - shorter) / (STEPS_LARGE - STEPS_SMALL))
 
 
 def summarize(work: Path, fold: int) -> dict[str, Any]:

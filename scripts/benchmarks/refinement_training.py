@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,35 +189,13 @@ def prepared(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     return task, runtime, (store, split)
 
 
-def moved_labels(target: Any, outputs: int) -> Any:
-    """Class maps (B, outputs, ...) of labels that are a voxel off, as Step 0's: 4 or -4 against a background of 0."""
-    import torch
-
-    off = target.clamp_min(0).long().roll((1, -1), (-1, -2))
-    logits = torch.where(torch.nn.functional.one_hot(off, outputs).movedim(-1, 1) > 0, 4.0, -4.0)
-    logits[:, 0] = 0
-    return logits
-
-
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Processor seconds of a training step, of making a view if there are any, and peak memory."""
-    import torch
+    from _harness.training_steps import labels_as_step0, processor_seconds
 
     task, runtime, (store, split) = prepared(args)
     model, found = task.model, {}
-    fixed = getattr(model.config, "step0", "joint") == "crossfit"
-    if fixed:
-        model.unet.requires_grad_(False)
-    elif model.unet is not None:
-        own, current = model.prompt_volumes, {}
-
-        def prompts(volumes: Any) -> Any:
-            levels = own(volumes)
-            full = levels[0] if isinstance(levels, list) else levels
-            full = full * 0 + moved_labels(current["target"], full.shape[1]).to(full.dtype)
-            return [full, *levels[1:]] if isinstance(levels, list) else full
-
-        model.prompt_volumes = prompts
+    changed = labels_as_step0(model)
     if getattr(model.config, "cached_views", 0):
         from rfmedsam2.pipeline.training.view_cache import ViewCaching
         from rfmedsam2.system.progress import silent
@@ -229,32 +206,15 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         found["view_cpu_s"] = round((time.process_time() - began) / len(split.train) / VIEWS, 2)
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         found["view_mb"] = round(size / 1e6 / len(split.train) / VIEWS, 1)
-    model.train()
-    optimizer, batches, seconds = task.optimizer(), task.batches(0), []
-    whole = getattr(runtime, "whole_gradients", contextlib.nullcontext)
-    with whole():
-        for _ in range(args.steps + 1):
-            began = time.process_time()
-            batch = next(batches)
-            if fixed:
-                batch = replace(batch, step0=moved_labels(batch.target, model.outputs)[:, 1:])
-            else:
-                current["target"] = batch.target
-            with runtime.autocast():
-                parts = task.loss(batch)
-            torch.stack([part.float() for part in parts.values()]).sum().backward()
-            learned = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(learned, 12.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds.append(time.process_time() - began)
-            print(seconds[-1], file=sys.stderr, flush=True)
+    seconds = processor_seconds(task, runtime, args.steps + 1, changed=changed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"step_cpu_s": round(statistics.median(seconds[1:]), 3), "peak_mb": round(peak), **found}
 
 
 def predict(args: argparse.Namespace) -> dict[str, float]:
     """Processor seconds of Steps 1 and 2 of 32 slices, without Step 0, which is the labels."""
+    from _harness.training_steps import moved_labels
+
     from rfmedsam2.inference.refined_tiles import Tiling
     from rfmedsam2.inference.refinement import predict_refined_slabs
 

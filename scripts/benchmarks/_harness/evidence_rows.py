@@ -23,8 +23,6 @@ VIEWS = {"hippocampus": 0, "oasis": 1}
 VIEWS_OF_FEW = 2
 """Cached views of every training case where published weights make features that stay the same. One takes as long as
 two steps and pays from its third use on: not where there are more cases than steps."""
-STEPS_SMALL, STEPS_LARGE = 5, 25
-"""Two lengths of training whose difference gives the processor seconds of one step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
