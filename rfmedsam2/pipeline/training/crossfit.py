@@ -45,6 +45,8 @@ from rfmedsam2.tasks.unet import UNetTask
 
 logger = logging.getLogger(__name__)
 ALL = "all"
+STEP0 = "unet."
+"""Names of Step 0's tensors in RFMedSAM 2 begin so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +139,11 @@ def _unet_train(train: TrainConfig, crossfit: CrossFit) -> TrainConfig:
             "iterations_per_epoch": each,
             "validate_every_epochs": epochs,
             "learning_rate": crossfit.learning_rate or train.learning_rate,
+            "rate_factors": {
+                name[len(STEP0) :]: factor
+                for name, factor in train.rate_factors.items()
+                if name.startswith(STEP0) or STEP0.startswith(name)
+            },
         }
     )
 

@@ -39,6 +39,9 @@ def test_validation_cases_that_are_trained_on_are_predicted_out_of_fold() -> Non
     assert parts[-1].predicted == ()
 
 
+FACTORS = {"unet.": 0.5, "unet.encoder.": 0.1, "sam.base.": 0.2}
+
+
 def test_fewer_cases_or_patients_than_parts_are_refused() -> None:
     split = Split(train=("c00", "c01", "c02"), val=("c04",))
     assert len(parts_of(split, 3)) == 4
@@ -67,7 +70,7 @@ def test_a_unet_trains_for_its_own_length_with_its_own_rate() -> None:
         stage = plan.stages["3d_fullres"].model_copy(
             update={
                 "model": RFMedSam2Config(**given, crossfit=crossfit),
-                "train": TrainConfig(epochs=7, iterations_per_epoch=30, learning_rate=0.5),
+                "train": TrainConfig(epochs=7, iterations_per_epoch=30, learning_rate=0.5, rate_factors=FACTORS),
             }
         )
         found = unet_plan(plan.model_copy(update={"stages": {"3d_fullres": stage}}), "3d_fullres").stages["3d_fullres"]
@@ -75,3 +78,4 @@ def test_a_unet_trains_for_its_own_length_with_its_own_rate() -> None:
         train = found.train
         assert (train.epochs, train.iterations_per_epoch, train.learning_rate) == (epochs, each, rate)
         assert train.validate_every_epochs == epochs
+        assert train.rate_factors == {"": 0.5, "encoder.": 0.1}, "those of other parts name none of its parameters"
