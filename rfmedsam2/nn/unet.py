@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 from typing_extensions import Self, assert_never
 
-from rfmedsam2.errors import CheckpointError, shortlist
+from rfmedsam2.errors import CheckpointError, PlanError, shortlist
 from rfmedsam2.nn.attention import TransformerBlock
 from rfmedsam2.nn.meta_device import skip_init
 from rfmedsam2.records.model import UNetConfig
@@ -25,9 +26,15 @@ NORMS = {
     "batch": {2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
 }
 
+POOLS = {2: F.avg_pool2d, 3: F.avg_pool3d}
+INTERPOLATIONS = {2: "bilinear", 3: "trilinear"}
+
 
 class UNet(nn.Module):
     """A U-Net of two or three dimensions; with `config.attention` a transformer block at its bottleneck (Table 7).
+
+    With `config.input_stride` it works on means of blocks of voxels, and its finest logits are interpolated to the
+    input's grid; those of the other decoder levels stay at theirs.
 
     Args:
         config: topology and blocks of the network.
@@ -43,7 +50,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig, *, channels: int, outputs: int, deep_supervision: bool = False) -> None:
         super().__init__()
-        self.deep_supervision = deep_supervision
+        self.deep_supervision, self.blocks = deep_supervision, config.blocks
         network = _library_network(config, channels, outputs)
         network.apply(network.initialize)
         self.encoder = network.encoder
@@ -58,11 +65,31 @@ class UNet(nn.Module):
         return super().train(mode)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Logits; see the class."""
-        features = self.encoder(x)
+        """Logits; see the class.
+
+        Raises:
+            PlanError: with `config.input_stride`, an axis of the input is not a multiple of a block's.
+        """
+        size = x.shape[2:]
+        features = self.encoder(self._block_means(x))
         if self.bottleneck is not None:
             features[-1] = self.bottleneck(features[-1])
-        return self.decoder(features)
+        logits = self.decoder(features)
+        if isinstance(logits, torch.Tensor):
+            return _enlarged(logits, size)
+        return [_enlarged(logits[0], size), *logits[1:]]
+
+    def _block_means(self, x: torch.Tensor) -> torch.Tensor:
+        if set(self.blocks) == {1}:
+            return x
+        if any(n % block for n, block in zip(x.shape[2:], self.blocks, strict=True)):
+            raise PlanError(
+                "The input of a U-Net does not divide into its blocks of voxels",
+                where="model.input_stride",
+                expected=f"a multiple of {' x '.join(map(str, self.blocks))} voxels",
+                found=" x ".join(map(str, x.shape[2:])),
+            )
+        return POOLS[len(self.blocks)](x, self.blocks)
 
 
 def load_nnunet_weights(network: UNet, weights: Mapping[str, torch.Tensor]) -> None:
@@ -117,6 +144,13 @@ def _own_name(name: str) -> str:
     # found by names, as tensors that were converted, averaged or copied no longer share their memory
     name = name.removeprefix("decoder.") if name.startswith("decoder.encoder.") else name
     return name.replace(".conv.", ".all_modules.0.").replace(".norm.", ".all_modules.1.")
+
+
+def _enlarged(logits: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Logits on the input's grid; block means lie at the centers of their blocks."""
+    if logits.shape[2:] == size:
+        return logits
+    return F.interpolate(logits, size, mode=INTERPOLATIONS[len(size)], align_corners=False)
 
 
 def _library_network(config: UNetConfig, channels: int, outputs: int) -> PlainConvUNet | ResidualEncoderUNet:

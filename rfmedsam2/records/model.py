@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Union
 
 from pydantic import Field, JsonValue, model_validator
@@ -35,6 +36,9 @@ class UNetConfig(Record):
     decoder_blocks: tuple[Count, ...]
     attention: bool = False
     """Self-attention over the bottleneck's positions (RFMedSAM 2 paper, Table 7)."""
+    input_stride: tuple[Count, ...] | None = None
+    """Sides in voxels of the blocks over which the input is averaged before the first stage, one per axis; the logits
+    are interpolated back to the patch (linearly along each axis). None: the network sees every voxel."""
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:
@@ -53,12 +57,24 @@ class UNetConfig(Record):
             raise ValueError("a network needs at least two stages, and kernels and strides with two or three axes each")
         if any(n < 1 for entry in (*self.kernel_sizes, *self.strides) for n in entry):
             raise ValueError("kernel sizes and strides must be 1 or more")
+        if self.input_stride is not None and len(self.input_stride) != self.dimensions:
+            raise ValueError(f"input_stride {self.input_stride} does not have one entry for each of {axes.pop()} axes")
         return self
 
     @property
     def dimensions(self) -> int:
         """2 or 3."""
         return len(self.strides[0])
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """`input_stride`, 1 along every axis where the network sees every voxel."""
+        return self.input_stride or (1,) * self.dimensions
+
+    @property
+    def total_stride(self) -> tuple[int, ...]:
+        """Voxels of the patch per position of the bottleneck along each axis; patches are a multiple of it."""
+        return tuple(math.prod(axis) for axis in zip(self.blocks, *self.strides, strict=True))
 
 
 LIGHT_BACKBONES: tuple[Backbone, ...] = ("mobile_sam", "lite_medsam")
@@ -201,11 +217,10 @@ class RFMedSam2Config(Record):
         return self.encoder_learns or self.adapters.channels
 
     @property
-    def strides(self) -> tuple[tuple[int, ...], ...]:
-        """Strides of Step 0's network, three axes each; empty if there is none."""
-        if self.unet is None:
-            return ()
-        return tuple((1,) * (3 - len(stride)) + tuple(stride) for stride in self.unet.strides)
+    def total_stride(self) -> tuple[int, ...]:
+        """That of Step 0's network; 1 along axes that it does not see, and where there is none."""
+        own = () if self.unet is None else self.unet.total_stride
+        return (1,) * (3 - len(own)) + own
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -276,9 +291,9 @@ class CustomConfig(Extension):
     """Every axis of a patch is a multiple of this."""
 
     @property
-    def strides(self) -> tuple[tuple[int, ...], ...]:
-        """The total stride, as if of one layer."""
-        return ((self.patch_multiple,) * self.dimensions,)
+    def total_stride(self) -> tuple[int, ...]:
+        """Patches are a multiple of it along each axis."""
+        return (self.patch_multiple,) * self.dimensions
 
 
 class LibraryConfig(Record):
@@ -298,9 +313,9 @@ class LibraryConfig(Record):
         raise NotImplementedError
 
     @property
-    def strides(self) -> tuple[tuple[int, ...], ...]:
-        """The total stride, as if of one layer."""
-        return ((self.patch_multiple,) * self.dimensions,)
+    def total_stride(self) -> tuple[int, ...]:
+        """Patches are a multiple of it along each axis."""
+        return (self.patch_multiple,) * self.dimensions
 
 
 class SegResNetConfig(LibraryConfig):

@@ -167,15 +167,12 @@ class Stage(Record):
     def _patch_fits_network(self) -> Self:
         if len(self.patch_size) != self.model.dimensions:
             raise ValueError(f"patch {self.patch_size} does not match a {self.model.dimensions}D network")
-        for axis, size in enumerate(self.patch_size):
-            step = 1
-            for stride in self.model.strides:
-                step *= stride[axis]
+        for axis, (size, step) in enumerate(zip(self.patch_size, self.model.total_stride, strict=True)):
             if size % step:
                 raise ValueError(f"patch axis {axis} is {size}, not a multiple of the network's total stride {step}")
         if isinstance(self.model, RFMedSam2Config) and self.patch_size[1] != self.patch_size[2]:
             raise ValueError(f"RFMedSAM 2 needs square slices, but the patch is {self.patch_size} (z, y, x)")
-        if isinstance(self.model, SwinUNETRConfig) and math.prod(self.patch_size) == math.prod(*self.model.strides):
+        if isinstance(self.model, SwinUNETRConfig) and math.prod(self.patch_size) == math.prod(self.model.total_stride):
             raise ValueError(f"SwinUNETR needs a patch that is larger than {self.patch_size} along one axis at least")
         return self
 

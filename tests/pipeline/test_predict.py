@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -409,6 +410,38 @@ def test_another_input_format_keeps_the_plans_ending(predictor, tmp_path) -> Non
 def test_checkpoints_of_other_plans_are_not_averaged(model, tmp_path) -> None:
     other = make_plan(labels=LabelSet.model_validate({"names": {"background": 0, "x": 1, "y": 2}}))
     path = write_model(tmp_path, other)
+    with pytest.raises(CheckpointError, match="different plans"):
+        Predictor.load([model / "fold_0" / "checkpoint_final.safetensors", path], device="cpu")
+
+
+def test_a_coarse_network_predicts_on_the_images_grid(tmp_path) -> None:
+    coarse = make_plan().with_overrides("3d_fullres.model.input_stride=[1,2,2]")
+    write_model(tmp_path / "coarse", coarse)  # the weights of the same seed
+    write_model(tmp_path / "fine", make_plan())
+    found, fine = (Predictor.load(tmp_path / name, device="cpu") for name in ("coarse", "fine"))
+    around = replace(fine, networks=(InBlocks(fine.networks[0]),))
+    image = nib.load(write_image(tmp_path / "a.nii.gz"))
+    given, wanted, by_fine = (p(image, probabilities=True).probabilities for p in (found, around, fine))
+    assert given.shape == (3, 14, 25, 22)
+    np.testing.assert_allclose(given, wanted, atol=2e-3)
+    assert np.abs(given - by_fine).max() > 0.02
+
+
+class InBlocks(torch.nn.Module):
+    """A network on means of 1 x 2 x 2 voxels, its logits interpolated: written out."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.network(x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).mean((4, 6)))
+        return torch.nn.functional.interpolate(logits, x.shape[2:], mode="trilinear", align_corners=False)
+
+
+def test_coarse_and_fine_folds_are_not_averaged(model, tmp_path) -> None:
+    coarse = make_plan().with_overrides("3d_fullres.model.input_stride=[2,2,2]")  # its tensors have the same shapes
+    path = write_model(tmp_path, coarse, fold="1")
     with pytest.raises(CheckpointError, match="different plans"):
         Predictor.load([model / "fold_0" / "checkpoint_final.safetensors", path], device="cpu")
 

@@ -11,7 +11,7 @@ import pytest
 from rfmedsam2.errors import RecordError
 from rfmedsam2.records.base import dump_json
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
-from rfmedsam2.records.model import UNetConfig
+from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Normalization, Stage
 from rfmedsam2.records.training import AdamW, Sgd, StepSchedule, TrainConfig, WarmupPolySchedule
 
@@ -71,6 +71,24 @@ def test_a_network_of_uneven_lists_is_refused():
 def test_strides_that_fit_no_image_are_refused(strides):
     with pytest.raises(RecordError, match="strides"):
         UNetConfig.parse(NETWORK.model_dump() | {"strides": strides})
+
+
+@pytest.mark.parametrize("blocks", [(2, 2), (2, 2, 2, 2), (2, 0, 2), (), 2])
+def test_blocks_that_fit_no_image_are_refused(blocks):
+    with pytest.raises(RecordError, match="input_stride"):
+        UNetConfig.parse(NETWORK.model_dump() | {"input_stride": blocks})
+
+
+def test_a_patch_is_a_multiple_of_blocks_times_strides():
+    coarse = UNetConfig.parse(NETWORK.model_dump() | {"input_stride": (3, 2, 1)})
+    assert (coarse.total_stride, NETWORK.total_stride) == ((3, 4, 2), (1, 2, 2))
+    refined = RFMedSam2Config(unet=coarse, frame_size=32)
+    assert refined.total_stride == (3, 4, 2)
+    plain = {"spacing_mm": (1, 1, 1), "median_shape": (9, 8, 8), "batch_size": 2}
+    plain |= {"normalization": (Normalization(kind="ct"),), "model": coarse}
+    assert Stage.parse(plain | {"patch_size": (9, 8, 8)}).model == coarse
+    with pytest.raises(RecordError, match="patch axis 0 is 8, not a multiple of the network's total stride 3"):
+        Stage.parse(plain | {"patch_size": (8, 8, 8)})
 
 
 @pytest.mark.parametrize(("patch", "message"), [((8, 9, 8), "axis 1 is 9"), ((8, 8), "does not match a 3D network")])

@@ -197,7 +197,8 @@ def _about_model(record: CheckpointRecord) -> dict[str, str]:
 def _about_network(model: ModelConfig) -> str:
     if isinstance(model, UNetConfig):
         norm = "" if model.norm == "instance" else f", {model.norm} norm"
-        return f"{model.kind}, {model.block} blocks{norm}, features {_times(model.features, ', ')}"
+        means = f" on means of {_times(model.input_stride)} voxels" if model.input_stride else ""
+        return f"{model.kind}{means}, {model.block} blocks{norm}, features {_times(model.features, ', ')}"
     if isinstance(model, LibraryConfig):
         return model.title
     if isinstance(model, CustomConfig):

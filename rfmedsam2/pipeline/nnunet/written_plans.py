@@ -77,8 +77,10 @@ def _inexpressible(plan: Plan, stage_name: str) -> list[str]:
     faults = []
     if not isinstance(stage.model, UNetConfig):
         faults.append(f"{where}.model.kind {stage.model.kind}")
-    elif stage.model.attention:
-        faults.append(f"{where}.model.attention true")
+    else:
+        faults += [f"{where}.model.attention true"] * stage.model.attention
+        if stage.model.input_stride is not None:
+            faults.append(f"{where}.model.input_stride {list(stage.model.input_stride)}")
     if stage.extensions.task is not None:
         faults.append(f"{where}.extensions.task {stage.extensions.task.name}")
     if stage.starts_from is not None:

@@ -117,7 +117,8 @@ def feature_map_size(config: UNetConfig, patch_size: Sequence[int], *, outputs: 
         patch_size: two or three voxel counts.
         outputs: output channels of the network (without deep supervision).
     """
-    sizes, size = [], tuple(patch_size)
+    first = size = tuple(n // block for n, block in zip(patch_size, config.blocks, strict=True))
+    sizes = []
     for stride in config.strides:
         size = tuple(n // s for n, s in zip(size, stride, strict=True))
         sizes.append(size)
@@ -125,16 +126,18 @@ def feature_map_size(config: UNetConfig, patch_size: Sequence[int], *, outputs: 
     if config.block == "plain":
         total = sum(n * f * v for n, f, v in zip(config.encoder_blocks, config.features, voxels, strict=True))
     else:
-        total = _residual_encoder_size(config, tuple(patch_size), sizes)
+        total = _residual_encoder_size(config, first, sizes)
     # the decoder's level i works at the resolution of encoder stage i: its blocks and one transposed convolution
     lowest_first = zip(config.decoder_blocks, config.features[-2::-1], voxels[-2::-1], strict=True)
     total += sum((n + 1) * f * v for n, f, v in lowest_first)
-    return total + outputs * voxels[0]
+    # interpolated logits of a coarse network are on the patch's grid, besides its own
+    interpolated = math.prod(patch_size) if config.input_stride else 0
+    return total + outputs * (voxels[0] + interpolated)
 
 
-def _residual_encoder_size(config: UNetConfig, patch_size: tuple[int, ...], sizes: list[tuple[int, ...]]) -> int:
-    total = config.features[0] * math.prod(patch_size)  # stem
-    before, features_before = patch_size, config.features[0]
+def _residual_encoder_size(config: UNetConfig, first: tuple[int, ...], sizes: list[tuple[int, ...]]) -> int:
+    total = config.features[0] * math.prod(first)  # stem
+    before, features_before = first, config.features[0]
     for blocks, features, size in zip(config.encoder_blocks, config.features, sizes, strict=True):
         projects = features != features_before or size != before
         total += features * math.prod(size) * (2 * blocks + int(projects))

@@ -21,6 +21,8 @@ NEWER_FIELDS = (
 )
 """Fields of RFMedSAM 2 since version 0.2. Label maps that 0.1 predicted stay valid where these are at their default."""
 
+NEWER_FIELDS_OF_UNET = ("norm", "input_stride")
+
 
 def what_predicting_needs(record: CheckpointRecord) -> dict[str, object]:
     """The part of a plan that label maps depend on, as plain data."""
@@ -55,11 +57,16 @@ def _model_dump(model: ModelConfig) -> dict[str, object]:
         newer = {name: True for name in NEWER_FIELDS if getattr(model, name) == defaults[name].default}
         if not model.adapters.channels:
             newer["adapters"] = {"channels"}
-        if model.unet is not None and model.unet.norm == "instance":
-            newer["unet"] = {"norm"}
-    elif isinstance(model, UNetConfig) and model.norm == "instance":
-        newer["norm"] = True
+        if model.unet is not None:
+            newer["unet"] = _newer_of(model.unet)
+    elif isinstance(model, UNetConfig):
+        newer = dict.fromkeys(_newer_of(model), True)
     return model.model_dump(mode="json", exclude=newer)
+
+
+def _newer_of(unet: UNetConfig) -> set[str]:
+    defaults = UNetConfig.model_fields
+    return {name for name in NEWER_FIELDS_OF_UNET if getattr(unet, name) == defaults[name].default}
 
 
 def require_same_model(first: CheckpointRecord, other: CheckpointRecord, *, where: Path) -> None:

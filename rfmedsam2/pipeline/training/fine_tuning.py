@@ -14,6 +14,7 @@ from rfmedsam2.errors import CheckpointError, shortlist
 from rfmedsam2.pipeline.nnunet.models import read_fold
 from rfmedsam2.pipeline.prediction.checkpoints import checkpoint_of
 from rfmedsam2.records.checkpoint import CheckpointRecord
+from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.store.checkpoint_header import NNUNET_CHECKPOINTS, read_record_of
 from rfmedsam2.store.checkpoints import read_weights, weights_sha256
@@ -157,7 +158,16 @@ def _differences(stage: Stage, record: CheckpointRecord) -> list[str]:
     spacings = [" x ".join(f"{mm:.3g}" for mm in s.spacing_mm) for s in (theirs, stage)]
     if spacings[0] != spacings[1]:
         notes.append(f"The model was trained at a spacing of {spacings[0]} mm, this plan's is {spacings[1]} mm")
+    blocks = [" x ".join(map(str, _blocks(s))) for s in (theirs, stage)]
+    if blocks[0] != blocks[1]:
+        notes.append(f"The model's U-Net saw means of {blocks[0]} voxels, this plan's sees means of {blocks[1]}")
     if theirs.normalization != stage.normalization:
         names = [", ".join(n.kind for n in s.normalization) for s in (theirs, stage)]
         notes.append(f"The model was trained on images normalized by {names[0]}, this plan's are by {names[1]}")
     return notes
+
+
+def _blocks(stage: Stage) -> tuple[int, ...]:
+    """Sides of the blocks of voxels that a U-Net sees the means of: its tensors are the same for all of them."""
+    unet = stage.model.unet if isinstance(stage.model, RFMedSam2Config) else stage.model
+    return unet.blocks if isinstance(unet, UNetConfig) else (1,) * len(stage.patch_size)

@@ -184,7 +184,9 @@ def _layers(plan: Plan, stage: Stage) -> tuple[Layer, ...]:
 
 def _unet_layers(network: UNetConfig, patch: tuple[int, ...], *, channels: int, outputs: int) -> tuple[Layer, ...]:
     found = [Layer(part="U-Net", name="input", channels=channels, size=patch)]
-    size = patch
+    size = tuple(n // block for n, block in zip(patch, network.blocks, strict=True))
+    if size != patch:
+        found.append(Layer(part="U-Net", name="means of blocks", channels=channels, size=size))
     for i, (stride, features) in enumerate(zip(network.strides, network.features, strict=True)):
         size = tuple(n // step for n, step in zip(size, stride, strict=True))
         found.append(Layer(part="U-Net", name=f"stage {i}", channels=features, size=size))

@@ -88,6 +88,13 @@ def _load_unet(network: RFMedSam2, plan: Plan, path: Path, *, fold: str) -> list
     return notes
 
 
+def _differing_fields(given: UNetConfig, wanted: UNetConfig) -> tuple[str, str]:
+    """(found, expected) of two U-Nets, by the fields that differ."""
+    names = [name for name in UNetConfig.model_fields if getattr(given, name) != getattr(wanted, name)]
+    own, theirs = (", ".join(f"{name} {getattr(unet, name)}" for name in names) for unet in (wanted, given))
+    return f"another network: {theirs}", f"the U-Net of the plan: {own}"
+
+
 def _require_same_step0(network: RFMedSam2, plan: Plan, record: CheckpointRecord, path: Path) -> None:
     model = record.plan.stages[record.stage].model
     given = model.unet if isinstance(model, RFMedSam2Config) else model
@@ -97,7 +104,8 @@ def _require_same_step0(network: RFMedSam2, plan: Plan, record: CheckpointRecord
     elif not isinstance(given, UNetConfig):
         faults.append((f"a model of kind {model.kind}", "a U-Net"))
     elif given != network.config.unet:
-        faults.append(("another network", "the U-Net of the plan"))
+        assert network.config.unet is not None
+        faults.append(_differing_fields(given, network.config.unet))
     if record.plan.labels != plan.labels:
         faults.append((f"classes {', '.join(record.plan.labels.foreground)}", ", ".join(plan.labels.foreground)))
     if record.plan.channels != plan.channels:

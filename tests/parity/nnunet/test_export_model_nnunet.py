@@ -187,6 +187,10 @@ def changed_stage(**fields: object) -> Plan:
     ("plan", "named"),
     [
         (make_plan().with_overrides("3d_fullres.model.attention=true"), "3d_fullres.model.attention true"),
+        (
+            make_plan().with_overrides("3d_fullres.model.input_stride=[1,2,2]"),
+            "3d_fullres.model.input_stride [1, 2, 2]",
+        ),
         (changed_stage(model=config(), patch_size=(8, 32, 32)), "3d_fullres.model.kind rfmedsam2"),
         (changed_stage(starts_from="3d_lowres"), "3d_fullres.starts_from 3d_lowres"),
         (make_plan(labels=LabelSet.model_validate(ODD_VALUES)), "values 0, 1, 6"),

@@ -19,7 +19,7 @@ from rfmedsam2.models import load_network
 from rfmedsam2.nn.refinement_state import relative_to_background
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import CrossFit, RFMedSam2Config
+from rfmedsam2.records.model import CrossFit, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Compute, Plan, Validation
 from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.store.checkpoint_header import FINAL, read_header
@@ -88,8 +88,9 @@ def logits_of(checkpoint: Path, plan: Plan, store: CaseStore, case: str) -> np.n
     return relative_to_background(found[None], regions=False)[0].numpy()
 
 
-def test_every_case_has_logits_of_a_network_that_was_not_trained_on_it(layout: Layout) -> None:
-    plan = crossfit_plan(layout)
+@pytest.mark.parametrize("unet", [UNET, small_unet(input_stride=(1, 2, 2))], ids=["fine", "coarse"])
+def test_every_case_has_logits_of_a_network_that_was_not_trained_on_it(layout: Layout, unet: UNetConfig) -> None:
+    plan = crossfit_plan(layout, unet=unet)
     result = train(layout, plan, STAGE, fold="0", options=QUIET)
     assert result.progress.step == 2
     store, logits, unets = places(layout)

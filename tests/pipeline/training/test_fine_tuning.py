@@ -114,6 +114,14 @@ def test_another_spacing_and_normalization_are_said(model, plan):
     assert "normalized by ct, this plan's are by zscore" in notes[2]
 
 
+def test_another_coarseness_is_said(model, plan):
+    patch = [2 * size for size in plan.stages[STAGE].patch_size]
+    coarse = plan.with_overrides(f"{STAGE}.patch_size={patch}", f"{STAGE}.model.input_stride=[2,2,2]")
+    own, notes = started(coarse, model)
+    assert f"{len(own)} of {len(own)} tensors" in notes[0]
+    assert "saw means of 1 x 1 x 1 voxels, this plan's sees means of 2 x 2 x 2" in notes[1]
+
+
 def test_a_frozen_encoder_stays_and_the_rest_learns(planned_root, tmp_path, model, caplog):
     root = tmp_path / "root"
     shutil.copytree(planned_root, root)

@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-def unet(dimensions: int = 3, *, attention: bool = False) -> UNetConfig:
+def unet(dimensions: int = 3, *, attention: bool = False, input_stride: tuple[int, ...] | None = None) -> UNetConfig:
     return UNetConfig(
         features=(4, 8),
         kernel_sizes=((3,) * dimensions,) * 2,
@@ -56,6 +56,7 @@ def unet(dimensions: int = 3, *, attention: bool = False) -> UNetConfig:
         encoder_blocks=(1, 1),
         decoder_blocks=(1,),
         attention=attention,
+        input_stride=input_stride,
     )
 
 
@@ -63,6 +64,8 @@ UNETS = {
     "flat_prompter": unet(2),
     "flat_prompter_with_attention": unet(2, attention=True),
     "prompter_with_attention": unet(attention=True),
+    "coarse_prompter": unet(input_stride=(2, 4, 4)),
+    "flat_coarse_prompter": unet(2, input_stride=(4, 2)),
 }
 
 
@@ -172,8 +175,11 @@ def test_step_0_starts_from_a_trained_unet_of_the_same_plan(layout, tmp_path):
     wider = planned(layout, unet=UNetConfig(**(unet().model_dump() | {"features": (8, 8)})))
     options = TrainOptions(device="cpu", validate=False, unet=checkpoint)
     elsewhere = Layout(raw=layout.raw, preprocessed=layout.preprocessed, results=tmp_path / "others")
-    with pytest.raises(CheckpointError, match="another network"):
+    with pytest.raises(CheckpointError, match=r"features \(8, 8\).* another network: features \(4, 8\)"):
         train(elsewhere, wider, "3d_fullres", options=options)
+    coarse = planned(layout, unet=unet(input_stride=(2, 2, 2)))  # its tensors are the same
+    with pytest.raises(CheckpointError, match=r"input_stride \(2, 2, 2\).* another network: input_stride None"):
+        train(elsewhere, coarse, "3d_fullres", options=options)
 
 
 def test_step_0_starts_from_another_rfmedsam2(layout):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from rfmedsam2.errors import CheckpointError
+from rfmedsam2.errors import CheckpointError, PlanError
+from rfmedsam2.losses import deep_supervision_losses
 from rfmedsam2.models import build_stage, load_network
 from rfmedsam2.nn.attention import TransformerBlock, sine_positions
 from rfmedsam2.nn.unet import UNet, load_nnunet_weights
@@ -182,3 +183,85 @@ def test_the_papers_network_has_45_million_parameters():
     with torch.device("meta"):
         network = UNet(config, channels=1, outputs=14)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 45.0
+
+
+def averaged(x: torch.Tensor, blocks: tuple[int, ...]) -> torch.Tensor:
+    """Means of blocks, written out by slices."""
+    for axis, block in enumerate(blocks, start=2):
+        parts = [x.index_select(axis, torch.arange(i, x.shape[axis], block)) for i in range(block)]
+        x = sum(parts) / block
+    return x
+
+
+def interpolated(x: torch.Tensor, blocks: tuple[int, ...]) -> torch.Tensor:
+    """Linear along each axis between the centers of the blocks, constant beyond the outermost, written out."""
+    for axis, block in enumerate(blocks, start=2):
+        n = x.shape[axis]
+        place = ((torch.arange(n * block) + 0.5) / block - 0.5).clamp(0, n - 1)
+        low = place.floor().long().clamp(max=max(n - 2, 0))
+        share = (place - low).view([-1 if i == axis else 1 for i in range(x.ndim)])
+        x = x.index_select(axis, low) * (1 - share) + x.index_select(axis, (low + 1).clamp(max=n - 1)) * share
+    return x
+
+
+COARSE = [((16, 32), (1, 2)), ((32, 32), (2, 2)), ((32, 32, 32), (2, 2, 2)), ((16, 48, 32), (1, 3, 2))]
+
+
+def coarse(patch: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[UNetConfig, UNetConfig]:
+    """The same network on means of blocks of the patch, and on every voxel of a patch as small as these."""
+    small_patch = tuple(n // block for n, block in zip(patch, blocks, strict=True))
+    config = FeatureWidths(base=4, maximum=8).network(topology_of((1,) * len(patch), small_patch))
+    return UNetConfig.parse(config.model_dump() | {"input_stride": blocks}), config
+
+
+@pytest.mark.parametrize(("patch", "blocks"), COARSE)
+@pytest.mark.parametrize("deep", [True, False])
+def test_a_coarse_network_averages_its_input_and_interpolates_its_logits(patch, blocks, deep):
+    config, inner = coarse(patch, blocks)
+    around = UNet(config, channels=2, outputs=3, deep_supervision=deep)
+    alone = UNet(inner, channels=2, outputs=3, deep_supervision=deep)
+    alone.load_state_dict(around.state_dict())  # the same tensors by the same names
+    x = torch.randn(2, 2, *patch)
+    found, wanted = around(x), alone(averaged(x, blocks))
+    found, wanted = (given if deep else [given] for given in (found, wanted))
+    assert found[0].shape == (2, 3, *patch)
+    torch.testing.assert_close(found[0], interpolated(wanted[0], blocks), atol=1e-5, rtol=1e-5)
+    assert len(found) == len(wanted) == (len(config.decoder_blocks) if deep else 1)
+    for own, other in zip(found[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("patch", [(32, 32), PATCH], ids=["2d", "3d"])
+def test_blocks_of_one_voxel_change_no_bit(patch):
+    plain = FeatureWidths(base=4, maximum=8).network(topology_of((1,) * len(patch), patch))
+    ones = plain.model_copy(update={"input_stride": (1,) * len(patch)})
+    networks = [UNet(config, channels=1, outputs=2) for config in (plain, ones)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    x = torch.randn(1, 1, *patch)
+    assert torch.equal(networks[0](x), networks[1](x))
+    assert torch.equal(networks[0](x), networks[0].decoder(networks[0].encoder(x)))
+
+
+def test_an_input_that_does_not_divide_into_blocks_is_refused():
+    config, _ = coarse((32, 32, 32), (2, 2, 2))
+    network = UNet(config, channels=1, outputs=2)
+    with pytest.raises(PlanError, match=r"(?s)multiple of 2 x 2 x 2 voxels.*32 x 33 x 32"):
+        network(torch.zeros(1, 1, 32, 33, 32))
+
+
+def test_losses_of_a_coarse_network_are_those_of_labels_at_each_level():
+    config, _ = coarse((32, 32, 32), (2, 2, 2))
+    network = UNet(config, channels=1, outputs=2, deep_supervision=True)
+    levels = network(torch.randn(1, 1, 32, 32, 32))
+    assert [tuple(level.shape[2:]) for level in levels] == [(32,) * 3, (8,) * 3]
+    target = torch.zeros(1, 32, 32, 32, dtype=torch.int16)
+    target[:, 8:24, 8:24, 8:24] = 1
+    seen = []
+
+    def loss(logits, labels):
+        seen.append((tuple(logits.shape[2:]), float(labels.float().mean())))
+        return {"sum": logits.square().mean()}
+
+    deep_supervision_losses(levels, target, loss, lowest=True)["sum"].backward()
+    assert seen == [((32,) * 3, 0.125), ((8,) * 3, 0.125)]
+    assert all(p.grad is not None for p in network.parameters())

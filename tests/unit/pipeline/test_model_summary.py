@@ -12,7 +12,7 @@ import torch
 
 from rfmedsam2.cli.plans import summary_command
 from rfmedsam2.errors import PlanError
-from rfmedsam2.pipeline.planning.memory_estimate import activation_terms, total_gib
+from rfmedsam2.pipeline.planning.memory_estimate import FEATURE_BYTES, activation_terms, total_gib
 from rfmedsam2.pipeline.planning.published_plans import published_plan
 from rfmedsam2.pipeline.training.memory_check import check_memory
 from rfmedsam2.pipeline.training.model_summary import summary
@@ -52,6 +52,23 @@ def test_sizes_of_layers_follow_the_plan():
     assert sizes["U-Net", "logits"] == (14, (32, 256, 256))
     assert sizes["SAM 2", "embedding, stride 16"] == (256, (16, 16))
     assert sizes["SAM 2", "mask per object"] == (1, (64, 64))
+
+
+def test_a_coarse_network_has_the_same_parameters_and_smaller_layers():
+    plan = published_plan("btcv")
+    coarse = plan.with_overrides("3d_fullres.patch_size=[64,512,512]", "3d_fullres.model.unet.input_stride=[2,2,2]")
+    found, whole = summary(coarse, "3d_fullres"), summary_of("btcv")
+    assert found.parts == whole.parts
+    sizes = {layer.name: (layer.channels, layer.size) for layer in found.layers if layer.part == "U-Net"}
+    assert sizes["input"] == (1, (64, 512, 512))
+    assert sizes["means of blocks"] == (1, (32, 256, 256))
+    assert sizes["stage 6"] == (320, (4, 4, 4))
+    assert sizes["logits"] == (14, (64, 512, 512))
+    terms = {term.name: term.gib for term in found.memory}
+    fine = {term.name: term.gib for term in whole.memory}
+    # the same feature maps per sample, and logits on eight times the voxels
+    added = 14 * 64 * 512 * 512 * 2 * FEATURE_BYTES[False] / GIB
+    assert terms["U-Net"] == pytest.approx(fine["U-Net"] + added)
 
 
 def summary_of(name: str):

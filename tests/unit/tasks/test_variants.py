@@ -15,6 +15,7 @@ from rfmedsam2.store.checkpoints import read_weights
 
 FIELDS = (
     "model.norm=batch",
+    "model.input_stride=[2,2,2]",
     "loss.top_k=10",
     "loss.focal_gamma=2",
     "loss.tversky=[0.3,0.7]",
