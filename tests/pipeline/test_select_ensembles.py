@@ -11,16 +11,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 from support.commands import run, run_error, run_ok, unfinished_files
+from support.small_rfmedsam2 import config
 from support.tiny_model import NAME, make_plan, write_image, write_model
 
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
+from rfmedsam2.pipeline.prediction.cascade import FirstStageLabels
+from rfmedsam2.pipeline.prediction.checkpoints import checkpoints_of
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.selection import select as verb
 from rfmedsam2.pipeline.selection.choice import gain_of, is_clear
 from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.plan import Augmentation, Inference, Plan
 from rfmedsam2.records.report import Evaluation, Selection
 from rfmedsam2.store.images import read_label
+from rfmedsam2.store.raw import open_dataset, read_case
 
 MODELS = ("rfmed__2d", "rfmed__3d_fullres", "other__3d_fullres")
 PAIR = "rfmed__2d+rfmed__3d_fullres"
@@ -265,3 +270,71 @@ def test_what_an_ensemble_needs_is_a_sentence(root, tmp_path) -> None:
     shutil.rmtree(root / "raw")
     run_ok(*words)
     assert {one.name for one in selection_of(root).candidates} == set(MODELS)
+
+
+def test_a_cascade_and_rfmedsam2_are_averaged(root, tmp_path) -> None:
+    """Each in its own way: the second stage is given what the first has found in the cases of its fold."""
+    results = root / "results" / NAME
+    shutil.rmtree(results / "other__3d_fullres")
+    shutil.rmtree(results / "rfmed__2d")
+    plan = make_plan()
+    full = plan.stages["3d_fullres"]
+    one_pass = {"augmentation": Augmentation(mirror_axes=()), "inference": Inference(step_size=1.0)}
+    full = full.model_copy(update=one_pass)
+    refined = full.model_copy(update={"model": config(), "patch_size": (4, 32, 32)})
+    plan = make_plan(
+        stages={
+            "3d_fullres": full,
+            "3d_cascade": full.model_copy(update={"previous_stage": "3d_fullres"}),
+            "sam": refined,
+        }
+    )
+    for stage in plan.stages:
+        for fold, ids in FOLDS.items():
+            model = results / f"rfmed__{stage}"
+            write_model(model, plan, fold=fold, stage=stage)
+            out = model / f"fold_{fold}" / "validation"
+            shutil.rmtree(out, ignore_errors=True)
+            images = [root / "raw" / NAME / "imagesTr" / f"{id}_0000.nii.gz" for id in ids]
+            given = (
+                ("--previous-stage", results / f"rfmed__3d_fullres/fold_{fold}/validation") if "casc" in stage else ()
+            )
+            run_ok("predict", "-i", *images, "-o", out, "-m", model, "-f", fold, "--device", "cpu", *given)
+            evaluate(
+                out, root / "raw" / NAME / "labelsTr", LabelTable(labels=plan.labels, source="plan"), out=out, cases=ids
+            )
+    run_ok("select", "-d", "Tiny", "--root", root, "--device", "cpu", "--no-postprocessing")
+    assert {one.name for one in selection_of(root).candidates if one.members} == {
+        "rfmed__3d_cascade+rfmed__3d_fullres",
+        "rfmed__3d_cascade+rfmed__sam",
+        "rfmed__3d_fullres+rfmed__sam",
+    }
+    for fold, ids in FOLDS.items():
+        by_members = mean_of_members(root, plan, fold, ids[0])
+        path = results / "ensembles" / "rfmed__3d_cascade+rfmed__sam" / f"fold_{fold}" / "validation"
+        labels = read_label(path / f"{ids[0]}.nii.gz")[0].array[0]
+        assert labels.any()
+        np.testing.assert_array_equal(labels, by_members.argmax(0))
+
+    image = root / "raw" / NAME / "imagesTr" / "a_0000.nii.gz"
+    models = [results / "rfmed__3d_cascade", results / "rfmed__sam"]
+    run_ok("predict", "-i", image, "-o", tmp_path / "out", "-m", *models, "--device", "cpu")
+    found = [Predictor.load(model, device="cpu")(image, probabilities=True).probabilities for model in models]
+    mean = np.mean(np.asarray(found, np.float32), axis=0)
+    np.testing.assert_array_equal(read_label(tmp_path / "out" / "a.nii.gz")[0].array[0], mean.argmax(0))
+
+
+def mean_of_members(root: Path, plan: Plan, fold: str, id: str) -> np.ndarray:
+    """Probabilities of the cascade's second stage and RFMedSAM 2 of a fold, averaged; (classes, z, y, x)."""
+    results = root / "results" / NAME
+    (case,) = [case for case in open_dataset(root / "raw" / NAME).training if case.id == id]
+    volume, header = read_case(case, channels=1)
+    previous = FirstStageLabels.open(results / "rfmed__3d_fullres" / f"fold_{fold}" / "validation", [case], plan.labels)
+    found = []
+    for stage, given in (("3d_cascade", previous), ("sam", None)):
+        predictor = Predictor.load(
+            checkpoints_of(results / f"rfmed__{stage}", folds=[fold]), previous=given, device="cpu"
+        )
+        prepared = predictor.prepare(volume, previous=None if given is None else given.of(case, header))
+        found.append(np.asarray(predictor.predict_prepared(prepared, probabilities=True).probabilities, np.float32))
+    return np.mean(found, axis=0)
