@@ -78,10 +78,12 @@ def _largest(logits, plane):
         here = winner[i]
         for c in range(1, logits.shape[0]):
             values = logits[c, plane, i]
+            name = np.int32(c)  # as wide as the logits, or half as many fit a vector
             for j in range(width):
-                larger = values[j] > best[j]
-                here[j] = c if larger else here[j]
-                best[j] = values[j] if larger else best[j]
+                value, largest = values[j], best[j]
+                larger = value > largest
+                here[j] = name if larger else here[j]
+                best[j] = value if larger else largest
     return winner
 
 
@@ -93,6 +95,7 @@ def _last_positive(logits, plane):
         here = winner[i]
         for c in range(logits.shape[0]):
             values = logits[c, plane, i]
+            name = np.int32(c + 1)
             for j in range(width):
-                here[j] = c + 1 if values[j] > 0 else here[j]
+                here[j] = name if values[j] > 0 else here[j]
     return winner
