@@ -14,6 +14,8 @@ Backbone = Literal["sam2_tiny", "sam2_small", "sam2_base_plus", "sam2_large", "n
 """Image encoders: SAM 2's Hiera in its four sizes or our own smaller one, or a TinyViT encoder with SAM's decoder."""
 Step0Training = Literal["joint", "crossfit"]
 """When Step 0 of RFMedSAM 2 is trained: with Steps 1 and 2, or before them."""
+Backend = Literal["auto", "torch", "openvino"]
+"""What runs networks when predicting; auto: the faster one, as measured on this machine."""
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 """Experiment trackers, each an extra of this name."""
 ComparedMetric = Literal["dsc", "iou", "nsd", "hd95_mm"]

@@ -105,6 +105,10 @@ class MissingPackageError(RfMedSamError, ImportError):
     """An optional package that this command needs; names the extra that installs it."""
 
 
+class ConversionError(RfMedSamError, RuntimeError):
+    """A network that a backend other than torch cannot run; names the operation."""
+
+
 def sentences(parts: Iterable[str]) -> str:
     """Parts of a message as sentences in one text: each ends with exactly one mark, or with its own line break."""
     ended = (part if part.endswith((".", "?", "!", "\n")) else f"{part}." for part in parts if part)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from rfmedsam2.choices import Backbone, Model, Preset, Step0Training, TrackerName
+from rfmedsam2.choices import Backbone, Backend, Model, Preset, Step0Training, TrackerName
 from rfmedsam2.cli.flags import AsJson, DatasetName, Device, PlanName, Root, Set, Workers
 
 
@@ -72,6 +72,10 @@ class Tiles:
         arg(
             help="Of the networks; auto: 16 bit on a GPU, fp32 on a CPU, where bf16 pays with AMX or AVX512-BF16 only."
         ),
+    ] = "auto"
+    backend: Annotated[
+        Backend,
+        arg(help="What runs the networks on a CPU; auto: OpenVINO (extra openvino) where it is faster."),
     ] = "auto"
     device: Device = "auto"
 

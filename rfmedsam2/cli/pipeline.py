@@ -241,6 +241,7 @@ def predict(
     sources = model.sources()
     named = " + ".join(map(str, sources))
     with bars.working(f"Loading {named}"):
+        from rfmedsam2.cli.resolve import cache_folder
         from rfmedsam2.inference.volume import PredictOptions
         from rfmedsam2.pipeline.prediction.predict import predict_files
         from rfmedsam2.pipeline.prediction.predictor import Predictor
@@ -252,6 +253,8 @@ def predict(
             tile_batch=tiles.tile_batch,
             skip_empty=tiles.skip_empty,
             precision=tiles.precision,
+            backend=tiles.backend,
+            cache_folder=cache_folder(os.environ),
             step=refinement.step,
         )
         predictor = Predictor.load(
@@ -263,7 +266,10 @@ def predict(
             postprocessing=output.postprocessing,
             previous=cascade.previous_stage,
         )
-    say(f"Model: {named}, fold(s) {', '.join(m.fold for m in predictor.models)}, on {predictor.device}")
+    for note in predictor.notes:
+        say(note)
+    folds, backend = ", ".join(m.fold for m in predictor.models), predictor.settings()["backend"]
+    say(f"Model: {named}, fold(s) {folds}, on {predictor.device}, by {backend}")
     source = input_[0] if len(input_) == 1 else list(input_)
     cases = find_cases(source, channels=len(predictor.plan.channels), file_ending=predictor.plan.file_ending)
     done = predict_files(

@@ -46,6 +46,12 @@ def places(root: Path | None, environment: Mapping[str, str]) -> Places:
     return Places(layout=Layout.under(Path("rfmed_data")), source=f"the default, ./rfmed_data{note}")
 
 
+def cache_folder(environment: Mapping[str, str]) -> Path | None:
+    """Folder of what can be made again: below XDG_CACHE_HOME; None: the default, ~/.cache/rfmedsam2."""
+    home = environment.get("XDG_CACHE_HOME", "")
+    return Path(home) / "rfmedsam2" if Path(home).is_absolute() else None
+
+
 def dataset_name(layout: Layout, wanted: str | None, environment: Mapping[str, str], *, among: str) -> str:
     """Folder name of the requested dataset, of RFMED_DATASET's, or of the only dataset in `among`.
 

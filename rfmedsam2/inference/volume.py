@@ -10,10 +10,10 @@ from typing import get_args
 
 import numpy as np
 import torch
-from torch import nn
 
-from rfmedsam2.arguments import choice_of, whole_number
+from rfmedsam2.arguments import choice_of, path_of, whole_number
 from rfmedsam2.arrays import intensity_limit
+from rfmedsam2.choices import Backend
 from rfmedsam2.errors import ImageError, PlanError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.inference.box_prompts import BoxPrompts, planned_boxes
@@ -22,7 +22,7 @@ from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.probabilities import ProbabilityMap
 from rfmedsam2.inference.refined_tiles import Request, Tiling
 from rfmedsam2.inference.refinement import predict_refined_slabs, require_possible
-from rfmedsam2.inference.sliding_window import Execution, Precision, Slab, predict_slabs
+from rfmedsam2.inference.sliding_window import Execution, Network, Precision, Slab, predict_slabs
 from rfmedsam2.nn.rfmedsam2 import RFMedSam2
 from rfmedsam2.prompts import Prompts
 from rfmedsam2.records.plan import Inference, Plan, Stage
@@ -48,6 +48,8 @@ class PredictOptions:
         step: step whose result to return, for models with several (RFMedSAM 2: 0, 1, 2); None: the last step.
         precision: precision of the networks; see `sliding_window.Execution`.
         threads: number of planes resampled or exported in parallel; None: the machine's cores, at most 8.
+        backend: what runs the networks; see `backends.choice.run_networks`.
+        cache_folder: where networks that a backend has converted are kept; None: ~/.cache/rfmedsam2.
     """
 
     step_size: float | None = None
@@ -57,9 +59,14 @@ class PredictOptions:
     step: int | None = None
     precision: Precision = "auto"
     threads: int | None = None
+    backend: Backend = "auto"
+    cache_folder: Path | None = None
 
     def __post_init__(self) -> None:
         choice_of(self.precision, get_args(Precision), "precision")
+        choice_of(self.backend, get_args(Backend), "backend")
+        if self.cache_folder is not None:
+            object.__setattr__(self, "cache_folder", path_of(self.cache_folder, "cache_folder"))
         for name, least in (("threads", 1), ("step", 0)):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, whole_number(given, name, least=least))
@@ -178,11 +185,12 @@ def require_finite(volume: Volume) -> None:
 
 
 def predict_prepared(
-    networks: Sequence[nn.Module],
+    networks: Sequence[Network],
     prepared_case: PreparedCase,
     plan: Plan,
     stage: str,
     *,
+    device: torch.device,
     options: PredictOptions,
     probabilities: Path | bool = False,
     track: Track = silent,
@@ -190,10 +198,11 @@ def predict_prepared(
     """Predict a preprocessed volume: network, export, and reorienting back to the axes of the given volume.
 
     Args:
-        networks: networks (folds of one model) in eval mode on one device.
+        networks: networks (folds of one model) in eval mode on `device`, or what a backend made of them.
         prepared_case: result of `preprocess_case` for the same plan and stage.
         plan: the plan that the networks were trained with.
         stage: name of the stage.
+        device: device of the networks.
         options: options of prediction.
         probabilities: a file (.b2nd) to write them to, or whether to keep them in memory.
         track: progress display over tiles.
@@ -209,7 +218,7 @@ def predict_prepared(
     if probabilities:
         path = probabilities if isinstance(probabilities, Path) else None
         maps = ProbabilityMap(restore, plan.labels, path=path, orientation=orientation)
-    slabs = _Timed(_slabs(networks, prepared_case, plan, config, options, track))
+    slabs = _Timed(_slabs(networks, prepared_case, plan, config, device, options, track))
     labels = labels_from_slabs(
         slabs, restore, plan.labels, config.resampling, probabilities=maps, threads=options.threads
     )
@@ -226,10 +235,11 @@ def predict_prepared(
 
 
 def _slabs(
-    networks: Sequence[nn.Module],
+    networks: Sequence[Network],
     prepared_case: PreparedCase,
     plan: Plan,
     stage: Stage,
+    device: torch.device,
     options: PredictOptions,
     track: Track,
 ) -> Iterator[Slab]:
@@ -237,7 +247,6 @@ def _slabs(
     require_possible(stage.model, step=options.step, boxes=prepared_case.boxes is not None)
     image, inference = prepared_case.prepared.image, options.inference(stage)
     execution = Execution(precision=options.precision, skip_empty=options.skip_empty, track=track)
-    device = next(networks[0].parameters()).device
     refining = [network for network in networks if isinstance(network, RFMedSam2)]
     if refining:
         return predict_refined_slabs(

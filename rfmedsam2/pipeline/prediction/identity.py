@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rfmedsam2.errors import CheckpointError
+from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.records.base import renamed
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.model import ModelConfig, RFMedSam2Config, UNetConfig
+from rfmedsam2.records.plan import Stage
 from rfmedsam2.records.prediction import PostprocessingRule
 
 NEWER_FIELDS = (
@@ -36,11 +38,43 @@ def what_predicting_needs(record: CheckpointRecord) -> dict[str, object]:
     return {**plan, **stage, "intensities": intensities, "mirror_axes": mirror, "stage": record.stage}
 
 
+def settings_of(
+    stage: Stage, options: PredictOptions, *, boxes: bool, rule: PostprocessingRule | None, previous: str
+) -> dict[str, float | int | bool | str]:
+    """All settings besides model, image and execution that affect a label map.
+
+    Args:
+        stage: the stage.
+        options: options of prediction.
+        boxes: whether boxes are given.
+        rule: postprocessing of label maps.
+        previous: digest of the first stage of a cascade, or "given".
+    """
+    inference = options.inference(stage)
+    settings: dict[str, float | int | bool | str] = {
+        "step_size": inference.step_size,
+        "mirror": inference.mirror,
+        "skip_empty": options.skip_empty,
+    }
+    if isinstance(stage.model, RFMedSam2Config):
+        settings["step"] = stage.model.refinements if options.step is None else options.step
+        # the boxes themselves are part of each case's input
+        settings["boxes"] = "given" if boxes else "own"
+    if rule is not None:
+        settings["postprocessing"] = rule.digest
+    if stage.previous_stage is not None:
+        # label maps that are given are part of each case's input, too
+        settings["previous_stage"] = previous
+    return settings
+
+
 def digest_of_model(records: Sequence[CheckpointRecord], settings: Mapping[str, object]) -> str:
     """SHA-256 of the weights of all folds, the relevant part of the plan, and the settings of prediction."""
     # the key is that of plans of format 1: label maps that were predicted with those stay valid
     needs = renamed(what_predicting_needs(records[0]), {"normalization": "normalisation"})
-    parts = [sorted(record.weights_sha256 for record in records), needs, dict(settings)]
+    # so do those that were predicted before there was a choice of backends
+    settings = {name: value for name, value in settings.items() if (name, value) != ("backend", "torch")}
+    parts = [sorted(record.weights_sha256 for record in records), needs, settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

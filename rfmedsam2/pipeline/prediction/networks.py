@@ -1,4 +1,4 @@
-"""Networks of the folds of one model, from checkpoints of ours or of nnU-Net."""
+"""Networks of the folds of one model, from checkpoints of ours or of nnU-Net, and ready to predict by a backend."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from rfmedsam2.errors import UsageError
+from rfmedsam2.inference.backends.backend import SourceNetwork
+from rfmedsam2.inference.backends.choice import Running, run_networks
+from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.models import build_without_weights, load_network
 from rfmedsam2.pipeline.nnunet.models import read_fold
 from rfmedsam2.pipeline.prediction.identity import require_same_model
@@ -33,6 +36,26 @@ def networks_of(
     for path, record in zip(paths[1:], records[1:], strict=True):
         require_same_model(records[0], record, where=path)
     return records, tuple(network for _, network in loaded)
+
+
+def running(
+    records: Sequence[CheckpointRecord], networks: Sequence[nn.Module], options: PredictOptions, device: torch.device
+) -> Running:
+    """The networks of one model, prepared by the backend of the options; see `inference.backends.choice`."""
+    plan = records[0].plan
+    stage = plan.stages[records[0].stage]
+    sources = [
+        SourceNetwork(
+            network=network,
+            model=stage.model,
+            input_shape=(plan.inputs_of(stage), *stage.patch_size),
+            weights_sha256=record.weights_sha256,
+        )
+        for record, network in zip(records, networks, strict=True)
+    ]
+    return run_networks(
+        sources, wanted=options.backend, precision=options.precision, device=device, cache=options.cache_folder
+    )
 
 
 def _loaded(path: Path, device: torch.device) -> tuple[CheckpointRecord, nn.Module]:

@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from rfmedsam2.arguments import option, path_of
 from rfmedsam2.errors import UsageError, require_type, type_name
+from rfmedsam2.inference.backends.choice import Running
 from rfmedsam2.inference.prediction import Prediction
 from rfmedsam2.inference.refinement import require_possible
 from rfmedsam2.inference.volume import PredictOptions, PreparedCase, precision_on, predict_prepared, preprocess_case
@@ -31,14 +32,13 @@ from rfmedsam2.pipeline.prediction.cascade import (
 )
 from rfmedsam2.pipeline.prediction.checkpoints import ENSEMBLE_PLAN, Which, checkpoints_of
 from rfmedsam2.pipeline.prediction.ensembles import ensemble_name, members_of, predict_mean, require_averageable
-from rfmedsam2.pipeline.prediction.identity import digest_of_ensemble, digest_of_model
+from rfmedsam2.pipeline.prediction.identity import digest_of_ensemble, digest_of_model, settings_of
 from rfmedsam2.pipeline.prediction.inputs import BoxInput, ImageInput, as_boxes, as_volume, paths_of, straightened
 from rfmedsam2.pipeline.prediction.model_archive import unpacked_model
-from rfmedsam2.pipeline.prediction.networks import networks_of
+from rfmedsam2.pipeline.prediction.networks import networks_of, running
 from rfmedsam2.pipeline.prediction.plausibility import doubts_about
 from rfmedsam2.pipeline.prediction.postprocessing import postprocessed, rule_of_model
 from rfmedsam2.records.checkpoint import CheckpointRecord
-from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PostprocessingRule, PredictingModel
 from rfmedsam2.store.images import require_label_ending
@@ -61,6 +61,7 @@ class Predictor:
 
     Attributes:
         networks: the folds, in evaluation mode on `device`.
+        running: the same as `options.backend` runs them.
         checkpoints: the files that they were loaded from.
         records: records of these files.
         options: options of prediction; `predictor.using(...)` returns a predictor with others and the same weights.
@@ -71,6 +72,7 @@ class Predictor:
     """
 
     networks: tuple[nn.Module, ...]
+    running: Running
     checkpoints: tuple[Path, ...]
     records: tuple[CheckpointRecord, ...]
     options: PredictOptions
@@ -149,6 +151,7 @@ class Predictor:
             require_cascade(records[0], first.records[0], where=beside)
         return cls(
             networks=networks,
+            running=running(records, networks, options, place),
             checkpoints=tuple(paths),
             records=records,
             options=options,
@@ -190,6 +193,12 @@ class Predictor:
         return next(self.networks[0].parameters()).device
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was found out now about backends, of all models of an ensemble and the first stage of a cascade."""
+        before = self.previous.notes if isinstance(self.previous, Predictor) else ()
+        return (*before, *(member.running.note for member in self.members if member.running.note is not None))
+
+    @property
     def plan(self) -> Plan:
         """The plan of the first fold; the others are equal in everything that affects prediction."""
         return self.records[0].plan
@@ -217,23 +226,11 @@ class Predictor:
 
     def settings(self, *, boxes: bool = False) -> dict[str, float | int | bool | str]:
         """All settings besides model and image that affect a label map; `boxes`: whether boxes are given."""
-        inference = self.options.inference(self.config)
-        settings: dict[str, float | int | bool | str] = {
-            "step_size": inference.step_size,
-            "mirror": inference.mirror,
-            "skip_empty": self.options.skip_empty,
-            "precision": precision_on(self.device, self.options.precision),
-        }
-        if isinstance(self.config.model, RFMedSam2Config):
-            settings["step"] = self.config.model.refinements if self.options.step is None else self.options.step
-            # the boxes themselves are part of each case's input
-            settings["boxes"] = "given" if boxes else "own"
-        if self.rule is not None:
-            settings["postprocessing"] = self.rule.digest
-        if self.config.previous_stage is not None:
-            # label maps that are given are part of each case's input, too
-            settings["previous_stage"] = self.previous.made_by() if isinstance(self.previous, Predictor) else "given"
-        return settings
+        previous = self.previous.made_by() if isinstance(self.previous, Predictor) else "given"
+        settings = settings_of(self.config, self.options, boxes=boxes, rule=self.rule, previous=previous)
+        backends = sorted({member.running.backend for member in self.members})
+        precision = precision_on(self.device, self.options.precision)
+        return {**settings, "precision": precision, "backend": "+".join(backends)}
 
     def made_by(self, *, boxes: bool = False) -> str:
         """SHA-256 of the weights of all folds, the relevant part of the plan, and `settings`."""
@@ -250,7 +247,8 @@ class Predictor:
         require_type(options, PredictOptions, "options", remedy=OPTIONS)
         previous = self.previous.using(options) if isinstance(self.previous, Predictor) else self.previous
         others = tuple(other.using(options) for other in self.others)
-        return replace(self, options=options, previous=previous, others=others)
+        again = running(self.records, self.networks, options, self.device)
+        return replace(self, running=again, options=options, previous=previous, others=others)
 
     def require_possible(self, *, boxes: bool, previous: bool = False) -> None:
         """Check that the model supports the options, and accepts or has the boxes and a first stage's label maps.
@@ -337,8 +335,9 @@ class Predictor:
             prediction = predict_mean(self.members, prepared_case, probabilities=probabilities, track=track)
         else:
             case = self._after_first_stage(prepared_case, track)
-            predict = partial(predict_prepared, options=self.options, probabilities=probabilities, track=track)
-            prediction = predict(self.networks, case, self.plan, self.stage)
+            how = partial(predict_prepared, device=self.device, options=self.options)
+            networks = self.running.networks
+            prediction = how(networks, case, self.plan, self.stage, probabilities=probabilities, track=track)
         return prediction if self.rule is None else postprocessed(prediction, self.rule)
 
     def _after_first_stage(self, case: PreparedCase, track: Track) -> PreparedCase:

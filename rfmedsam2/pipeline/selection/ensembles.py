@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rfmedsam2.errors import RfMedSamError
+from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
 from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.prediction.cascade import FirstStageLabels, first_stage_labels
@@ -110,7 +111,10 @@ class _Network:
     def load(cls, layout: Layout, model: ValidatedModel, fold: str, device: str) -> _Network:
         (path,) = checkpoints_of(model.model.folder, folds=[fold])
         previous = first_stage_labels(layout, path, [case.id for case in model.folds[fold].cases])
-        return cls(predictor=Predictor.load([path], device=device, previous=previous), previous=previous)
+        # as the cross-validation was predicted, and without converting the networks of every fold
+        options = PredictOptions(backend="torch")
+        predictor = Predictor.load([path], device=device, options=options, previous=previous)
+        return cls(predictor=predictor, previous=previous)
 
 
 def _validate_fold(
