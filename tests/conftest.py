@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from support.commands import run_ok
@@ -83,6 +84,15 @@ def _shared_folders_stay_as_they_were_made(request: pytest.FixtureRequest) -> It
     yield
     for name in SHARED & set(request.fixturenames):
         assert files_of(request.getfixturevalue(name)) == files_as_made(request.getfixturevalue(name)), name
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _converted_networks_are_not_kept_in_the_users_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Networks that a backend converts stay in this run's folders, those of child processes too."""
+    home = tmp_path_factory.mktemp("cache")
+    folder = mock.patch("rfmedsam2.inference.backends.cache.default_folder", return_value=home / "rfmedsam2")
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(home)), folder:
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 """A model that nnU-Net trained: nnUNetv2_predict against rfmed_predict with the same folder, and its import, one run.
 
 usage: python scripts/benchmarks/nnunet_models.py [--raw DATASET_FOLDER] [--work DIR] [--model NNUNET_MODEL]
-           [--slices 48] [--plane 256] [--precision fp32|bf16] [--long 300] [--long-plane 256] [--classes 118]
+           [--slices 48] [--plane 256] [--precision fp32|bf16] [--backend auto|torch|openvino] [--long 300]
+           [--long-plane 256] [--classes 118]
            [--limit-mib 16000] [--only network|classes|import] [--quick]
 
 Three parts, each without mirroring and with one process of nnU-Net that prepares and one that exports. network: its
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=48, help="of the volume for nnU-Net's own network")
     parser.add_argument("--plane", type=int, default=256, help="side of its slices")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of our network")
+    parser.add_argument("--backend", choices=("auto", "torch", "openvino"), default="torch", help="of our network")
     parser.add_argument("--long", type=int, default=300, help="slices of the volume with many classes")
     parser.add_argument("--long-plane", type=int, default=256, help="side of its slices")
     parser.add_argument("--classes", type=int, default=118, help="with background")
@@ -58,11 +60,11 @@ def own_network(sides: Sides, args: argparse.Namespace) -> dict[str, Any]:
     _place_model(sides, args)
     first = min((sides.raw / "imagesTs").glob("*.nii.gz"))
     write_volume(sides.work / "small" / "small_0000.nii.gz", first, args.slices, plane=args.plane)
-    peer, mine = _both(sides, "small", more=("--precision", args.precision))
+    peer, mine = _both(sides, "small", more=("--precision", args.precision, "--backend", args.backend))
     places = [sides.work / f"small_{side}" for side in ("nnunet", "ours")]
     (different, voxels), dice = differences(*places), mean_dice(*places)
     print(f"own network, nnunetv2: {peer[0]}, of it {peer[1]:.1f} s in the network")
-    print(f"own network, ours in {args.precision}: {mine[0]}, of it {mine[1]:.1f} s in the network")
+    print(f"own network, ours in {args.precision} by {args.backend}: {mine[0]}, of it {mine[1]:.1f} s in the network")
     print(f"{different} of {voxels} voxels differ, mean DSC {dice:.4f}")
     return {
         "ours_s": round(mine[0].wall_s, 1),

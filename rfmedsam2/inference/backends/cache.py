@@ -127,6 +127,11 @@ class ConversionCache:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def cache_at(folder: Path | None) -> ConversionCache:
+    """The cache in a folder; None: that of this user."""
+    return ConversionCache(folder or default_folder())
+
+
 def default_folder() -> Path | None:
     """The cache of this user: ~/.cache/rfmedsam2; None: the user has no home."""
     try:

@@ -12,7 +12,7 @@ from rfmedsam2.arguments import option
 from rfmedsam2.choices import Backend as Wanted
 from rfmedsam2.errors import ConversionError, MissingPackageError, RfMedSamError, UsageError
 from rfmedsam2.inference.backends.backend import BackendName, SourceNetwork, TorchBackend
-from rfmedsam2.inference.backends.cache import ConversionCache, default_folder
+from rfmedsam2.inference.backends.cache import cache_at
 from rfmedsam2.inference.backends.openvino_backend import OpenVinoBackend, load_openvino
 from rfmedsam2.inference.sliding_window import Network, Precision
 from rfmedsam2.records.model import LibraryConfig, UNetConfig
@@ -66,7 +66,7 @@ def run_networks(
         if wanted == "openvino":
             raise unsuited
         return by_torch
-    backend = OpenVinoBackend(ConversionCache(cache or default_folder()))
+    backend = OpenVinoBackend(cache_at(cache))
     try:
         first = backend.prepare(sources[0])
         note = None
