@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.pipeline.prediction.identity import what_predicting_needs
 from rfmedsam2.records.base import renamed
 from rfmedsam2.records.prediction import PredictionsRecord
-from rfmedsam2.store.images import read_label
 from rfmedsam2.system.atomic import read_record
 
 
@@ -75,7 +75,7 @@ def test_the_command_says_and_records_the_backend(model, tmp_path) -> None:
 
 
 def test_what_is_not_installed_is_a_sentence_and_nothing_is_written(model, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(choice.load_openvino.__globals__["sys"].modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     choice.load_openvino.cache_clear()
     try:
         write_image(tmp_path / "in" / "a_0000.nii.gz")
