@@ -40,6 +40,7 @@ from rfmedsam2.errors import UsageError, shortlist
 from rfmedsam2.system.ranks import ranks_of
 
 if TYPE_CHECKING:
+    from rfmedsam2.pipeline.prediction.predictor import Predictor
     from rfmedsam2.records.plan import Plan
     from rfmedsam2.store.layout import Layout
     from rfmedsam2.store.raw import RawDataset
@@ -266,10 +267,7 @@ def predict(
             postprocessing=output.postprocessing,
             previous=cascade.previous_stage,
         )
-    for note in predictor.notes:
-        say(note)
-    folds, backend = ", ".join(m.fold for m in predictor.models), predictor.settings()["backend"]
-    say(f"Model: {named}, fold(s) {folds}, on {predictor.device}, by {backend}")
+    _say_model(named, predictor)
     source = input_[0] if len(input_) == 1 else list(input_)
     cases = find_cases(source, channels=len(predictor.plan.channels), file_ending=predictor.plan.file_ending)
     done = predict_files(
@@ -292,6 +290,14 @@ def predict(
     else:
         kept = len(done.kept) + len(done.corrected)
         tell(f"Predicted {len(done.written)} case(s) in {done.seconds:.1f} s, kept {kept}: {output.output}")
+
+
+def _say_model(named: str, predictor: Predictor) -> None:
+    """Print which networks predict, where, and by which backend; and why, where that was found out now."""
+    for note in predictor.notes:
+        say(note)
+    folds, backend = ", ".join(m.fold for m in predictor.models), predictor.settings()["backend"]
+    say(f"Model: {named}, fold(s) {folds}, on {predictor.device}, by {backend}")
 
 
 def evaluate(
