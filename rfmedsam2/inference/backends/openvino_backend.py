@@ -35,7 +35,10 @@ _MEANING = ("torch", "openvino", "dynamic-network-architectures", "monai", "timm
 """Packages whose versions a conversion depends on."""
 _OPERATION = re.compile(r"\b(?:aten|prim|torchvision|quantized)::\w+")
 _FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
-"""What tracing and conversion raise for networks that they do not understand."""
+"""What tracing and conversion raise for networks that they do not understand, besides `_FAILURES`."""
+_FAILURES = ("GeneralFailure", "InitializationFailure", "NotImplementedFailure")
+_FAILURES += ("OpConversionFailure", "OpValidationFailure")
+"""OpenVINO's own errors, which derive from Exception alone."""
 
 
 @cache
@@ -209,7 +212,8 @@ def _convert(source: SourceNetwork) -> Any:
         ConversionError: an operation is unknown.
     """
     decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
-    frontend = importlib.import_module("openvino.frontend").FrontEndManager().load_by_framework("pytorch")
+    frontends = importlib.import_module("openvino.frontend")
+    frontend = frontends.FrontEndManager().load_by_framework("pytorch")
     example = torch.zeros((1, *_traced_shape(source)))
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -219,7 +223,7 @@ def _convert(source: SourceNetwork) -> Any:
             model = frontend.convert(frontend.load(decoder))
         model.reshape([1, *source.input_shape])
         _split_instance_norms(model)
-    except _FAULTS as error:
+    except (*_FAULTS, *(getattr(frontends, name) for name in _FAILURES)) as error:
         names = dict.fromkeys(_OPERATION.findall(str(error).partition("Failed operations")[2] or str(error)))
         known = f"the operation {', '.join(names)}" if names else " ".join(str(error).split())[:200]
         raise _cannot_convert(known or type(error).__name__) from error
