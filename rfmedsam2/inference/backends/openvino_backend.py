@@ -213,6 +213,7 @@ def _convert(source: SourceNetwork) -> Any:
     """
     decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
     frontends = importlib.import_module("openvino.frontend")
+    faults = (*_FAULTS, *(getattr(frontends, name) for name in _FAILURES))
     frontend = frontends.FrontEndManager().load_by_framework("pytorch")
     example = torch.zeros((1, *_traced_shape(source)))
     try:
@@ -223,7 +224,7 @@ def _convert(source: SourceNetwork) -> Any:
             model = frontend.convert(frontend.load(decoder))
         model.reshape([1, *source.input_shape])
         _split_instance_norms(model)
-    except (*_FAULTS, *(getattr(frontends, name) for name in _FAILURES)) as error:
+    except faults as error:
         names = dict.fromkeys(_OPERATION.findall(str(error).partition("Failed operations")[2] or str(error)))
         known = f"the operation {', '.join(names)}" if names else " ".join(str(error).split())[:200]
         raise _cannot_convert(known or type(error).__name__) from error
