@@ -234,13 +234,12 @@ def _convert(source: SourceNetwork) -> Any:
 def _traced_shape(source: SourceNetwork) -> tuple[int, ...]:
     """Shape of the tile that a network is traced with: for a U-Net a small one, as it works on any size."""
     channels, *patch = source.input_shape
-    if not isinstance(source.model, UNetConfig) or source.model.attention:
+    model = source.model
+    # attention and the interpolation of logits of blocks depend on the size
+    if not isinstance(model, UNetConfig) or model.attention or set(model.blocks) != {1}:
         return source.input_shape
-    steps = [1] * len(patch)
-    for stride in source.model.strides:
-        steps = [step * s for step, s in zip(steps, stride, strict=True)]
     # two positions along each axis at the bottleneck, as an instance norm needs more than one in all
-    return (channels, *(min(size, 2 * step) for size, step in zip(patch, steps, strict=True)))
+    return (channels, *(min(size, 2 * step) for size, step in zip(patch, model.total_stride, strict=True)))
 
 
 def _split_instance_norms(model: Any) -> None:

@@ -58,6 +58,7 @@ NETWORKS = {
     "residual": lambda: unet(block="residual"),
     "batch norm": lambda: unet(norm="batch"),
     "2d": lambda: unet(flat=True),
+    "blocks of voxels": lambda: unet(input_stride=(1, 2, 2)),
     "attention": lambda: unet(attention=True),
     "segresnet": segresnet,
 }
