@@ -170,3 +170,9 @@ def test_its_use_is_not_reported(tmp_path) -> None:
     answer, modules = run_each({"load": code})["load"]
     assert answer == "openvino"
     assert "openvino_telemetry" not in modules
+
+
+def test_predicting_by_torch_does_not_load_it() -> None:
+    code = "import rfmedsam2.pipeline.prediction.predict"
+    _, modules = run_each({"predict": code})["predict"]
+    assert "openvino" not in modules
