@@ -2,6 +2,7 @@
 """What refinement brings beside the U-Net alone that trains on for the same processor time, on real manual labels.
 
 usage: python scripts/benchmarks/refinement_evidence.py ROW [ROW ...] --work DIR [--data DIR] [--fold N] [--minutes M]
+           [--cases N]
        python scripts/benchmarks/refinement_evidence.py --list
        python scripts/benchmarks/refinement_evidence.py --summary --work DIR
 
@@ -24,12 +25,12 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from _harness.evidence_rehearsal import rehearse
-from _harness.evidence_rows import DATASETS, FEW, PARTS, ROWS, Row
+from _harness.evidence_rows import DATASETS, FEW, ROWS, Row
 from _harness.usage import installed_program, run_measured
 
 from rfmedsam2.pipeline.datasets.splits import read_splits
@@ -40,8 +41,6 @@ from rfmedsam2.store.raw import open_dataset
 
 STAGE = "3d_fullres"
 PLAN = "evidence"
-PATCHES = 2
-"""Patches that are scored at the end of a training: whole cases are predicted afterwards."""
 UNET = "step0"
 """Name of the predictions of a U-Net alone, as of the first step of a refined one."""
 
@@ -54,6 +53,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="processor minutes of training instead of the row's")
+    parser.add_argument("--cases", type=int, help="predict only the first validation cases")
     parser.add_argument("--list", action="store_true", help="list the rows")
     parser.add_argument("--summary", action="store_true", help="table, CSV and chart of the rows that are done")
     args = parser.parse_args()
@@ -68,7 +68,9 @@ def main() -> None:
     unknown = [name for name in args.rows if name not in ROWS]
     if unknown or not args.rows or args.data is None:
         parser.error(f"unknown rows {unknown}" if unknown else "name rows (--list) and --data")
-    done = [Bench(ROWS[name], Path(args.data), args.work, args.fold, args.minutes).run() for name in args.rows]
+    done = [
+        Bench(ROWS[name], Path(args.data), args.work, args.fold, args.minutes, args.cases).run() for name in args.rows
+    ]
     print(json.dumps({"name": "refinement_evidence", "rows": done}))
 
 
@@ -81,6 +83,7 @@ class Bench:
     work: Path
     fold: int
     minutes: float | None
+    cases: int | None
 
     @property
     def root(self) -> Path:
@@ -107,7 +110,7 @@ class Bench:
         used = self._rfmed("train", *self._training(figures), "--no-validate")  # after an interruption: of the rest
         predictions: dict[str, tuple[object, ...]] = {UNET: ()}
         if self.row.backbone is not None:
-            predictions = {f"step{step}": ("--step", step) for step in (0, 1, 2)}
+            predictions = {f"step{step}": ("--step", step) for step in (0, 2, 1)}
             predictions["boxes"] = ("--boxes", self._cases("labelsTr"))
         for name, words in predictions.items():
             self._score(name, *words)
@@ -124,18 +127,13 @@ class Bench:
         words = ["--preset", "cpu", "-c", STAGE, "-d", self.dataset.name, "-p", PLAN]
         if self.row.backbone is not None:
             words += ["--model", "rfmedsam2", "--backbone", self.row.backbone]
-        changes = [f"{STAGE}.{change}" for change in self._changes()]
+        changes = [f"{STAGE}.{change}" for change in self.row.fields]
         self._rfmed("plan_and_preprocess", *words, *(["--set", *changes] if changes else []))
         if self.row.few:
             splits = self.layout.splits_file(self.dataset.name)
             folds = json.loads(splits.read_text())
             folds[self.fold]["train"] = folds[self.fold]["train"][: FEW[self.row.dataset]]
             splits.write_text(json.dumps(folds))
-
-    def _changes(self) -> tuple[str, ...]:
-        own = (f"model.crossfit.folds={PARTS}", "model.step0=crossfit") if self.row.crossfit else ()
-        cached = (f"model.cached_views={self.row.cached_views}",) if self.row.cached_views else ()
-        return (*own, *cached, f"validation.patches_while_training={PATCHES}", *self.row.changes)
 
     def _figures(self) -> dict[str, int]:
         """Numbers of iterations that fill the row's processor time, kept for a run that goes on."""
@@ -145,7 +143,7 @@ class Bench:
         return json.loads(kept.read_text())
 
     def _measured_figures(self) -> dict[str, int]:
-        row, budget = self.row, 60 * (self.minutes or self.row.minutes)
+        row, budget = self.row, 60 * (self.minutes * self.row.share if self.minutes else self.row.minutes)
         weights, splits = row.weights(self.data), read_splits(self.layout.splits_file(self.dataset.name))
         costs = rehearse(self.root, self.dataset.name, PLAN, STAGE, self.fold, weights)
         (self.root / "rehearsal.json").write_text(json.dumps(asdict(costs)))
@@ -161,6 +159,10 @@ class Bench:
         words += ["--epochs", 1, "--iterations", figures["iterations"]]
         weights = self.row.weights(self.data)
         words += ["--sam2", weights] if weights else []
+        if (step0 := self.row.step0_of) is not None:
+            trained = replace(self, row=ROWS[step0])
+            trained.run()
+            words += ["--unet", trained.layout.model_folder(self.dataset.name, PLAN, STAGE)]
         if "unet_iterations" in figures and self.row.crossfit:
             words += ["--set", f"{STAGE}.model.crossfit.iterations={figures['unet_iterations']}"]
         return words
@@ -175,7 +177,7 @@ class Bench:
         """A folder with links to the images or labels of the validation cases."""
         folder = self.root / "validation" / part
         folder.mkdir(parents=True, exist_ok=True)
-        names = json.loads(self.layout.splits_file(self.dataset.name).read_text())[self.fold]["val"]
+        names = json.loads(self.layout.splits_file(self.dataset.name).read_text())[self.fold]["val"][: self.cases]
         cases = [case for case in open_dataset(self.dataset).training if case.id in names]
         for path in [file for case in cases for file in (case.images if part == "imagesTr" else (case.label,))]:
             if not (folder / path.name).exists():

@@ -8,10 +8,13 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from _harness.evidence_rows import PARTS, UNET_SHARE
 from _harness.training_steps import labels_as_step0, processor_seconds
-from rfmedsam2.engine.runtime import Runtime, start_runtime
+from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.inference.sliding_window import predict_logits
 from rfmedsam2.pipeline.datasets.splits import read_splits
 from rfmedsam2.pipeline.training.crossfit import unet_plan
@@ -36,7 +39,7 @@ class Rehearsal:
     """Processor seconds.
 
     Attributes:
-        unet_step: of a training step of a U-Net, alone or in cross-fitting.
+        unet_step: of a training step of a U-Net, alone or in cross-fitting; 0 where it is trained elsewhere or jointly.
         step: of a training step of Steps 1 and 2, on fixed logits and cached views where the plan has these; of a U-Net
             alone: as `unet_step`.
         logits: of predicting a case by a U-Net of the cross-fitting.
@@ -90,6 +93,7 @@ def _rehearsed(root: Path, dataset: str, plan_name: str, stage: str, fold: int, 
     plan = read_record(layout.plan_file(dataset, plan_name), Plan).with_overrides(f"{stage}.train.workers=0")
     model = plan.stages[stage].model
     refined = isinstance(model, RFMedSam2Config)
+    crossfit = refined and model.step0 == "crossfit"
     if refined and model.cached_views:
         plan = plan.with_overrides(f"{stage}.model.cached_views=1")
     config = plan.stages[stage]
@@ -98,40 +102,45 @@ def _rehearsed(root: Path, dataset: str, plan_name: str, stage: str, fold: int, 
     split = Split(train=split.train[:1], val=split.train[:1])
     with start_runtime("cpu", precision=config.train.precision) as runtime:
         given = {"store": store, "split": split, "runtime": runtime}
-        unet = UNetTask(unet_plan(plan, stage) if refined else plan, stage, **given)
-        unet_step = _mean(processor_seconds(unet, runtime, WARM_UP + UNET_STEPS))
-        found = {"unet_step": unet_step, "step": unet_step, "logits": 0.0, "view": 0.0}
+        found = {"unet_step": 0.0, "logits": 0.0, "view": 0.0}
+        if crossfit or not refined:
+            unet = UNetTask(unet_plan(plan, stage) if refined else plan, stage, **given)
+            found["unet_step"] = found["step"] = _mean(processor_seconds(unet, runtime, WARM_UP + UNET_STEPS))
+            if crossfit:
+                found["logits"] = _prediction(unet, store.open(split.train[0]).image())
         if refined:
-            found |= _of_refinement(unet, RFMedSam2Task(plan, stage, **given), store, split, runtime, sam)
+            found |= _of_refinement(RFMedSam2Task(plan, stage, **given), given, sam)
     return Rehearsal(**found, all=time.process_time() - began)
 
 
-def _of_refinement(
-    unet: UNetTask, task: RFMedSam2Task, store: CaseStore, split: Split, runtime: Runtime, sam: Path | None
-) -> dict[str, float]:
-    """What Steps 1 and 2 cost, and what is made before their training."""
-    model, stage, began = task.model, task.stage, time.process_time()
+def _prediction(unet: UNetTask, image: np.ndarray) -> float:
+    """Processor seconds of predicting a case."""
+    stage, began = unet.stage, time.process_time()
     unet.model.eval()
     predict_logits(
         [unet.model],
-        store.open(split.train[0]).image(),
+        image,
         patch_size=stage.patch_size,
         inference=stage.inference,
         mirror_axes=stage.augmentation.mirror_axes,
-        device=runtime.device,
-        outputs=model.outputs,
+        device="cpu",
+        outputs=unet.plan.labels.num_outputs,
     )
-    found = {"logits": time.process_time() - began}
+    return time.process_time() - began
+
+
+def _of_refinement(task: RFMedSam2Task, given: dict[str, Any], sam: Path | None) -> dict[str, float]:
+    """What Steps 1 and 2 cost, and the views that are cached before their training."""
+    model, found = task.model, {}
     load_pretrained(model, task.plan, fold="0", sam=sam, unet=None)
     changed = labels_as_step0(model)
     with tempfile.TemporaryDirectory() as folder:
         if model.config.cached_views:
             began = time.process_time()
-            given = {"task": task, "store": store, "split": split, "runtime": runtime, "track": silent}
-            views = ViewCaching(folder=Path(folder), step0=None, **given).run()
+            views = ViewCaching(folder=Path(folder), task=task, step0=None, track=silent, **given).run()
             task.use_views(views)
             found["view"] = (time.process_time() - began) / views.count
-        found["step"] = _mean(processor_seconds(task, runtime, WARM_UP + STEPS, changed=changed))
+        found["step"] = _mean(processor_seconds(task, given["runtime"], WARM_UP + STEPS, changed=changed))
     return found
 
 

@@ -15,8 +15,24 @@ WEIGHTS = {"lite_medsam": "weights-litemedsam/lite_medsam.pth", "mobile_sam": "w
 FEW = {"hippocampus": 10, "oasis": 5}
 LightBackbone = Literal["nano", "lite_medsam", "mobile_sam"]
 MINUTES, MINUTES_OF_FEW = 60.0, 20.0
+COARSE = [2, 2, 2]
+COARSE_PATCH = "patch_size=[32,64,64]"
+"""A multiple of a coarse U-Net's total stride, and what planning chooses for RFMedSAM 2."""
+PATCHES = 2
+"""Patches that are scored at the end of a training: whole cases are predicted afterwards."""
 UNET_SHARE = 0.6
 """Part of a row's processor time that goes into Step 0, cross-fitted or not."""
+REFINEMENT_SHARE = 0.6
+"""Part of it that Steps 1 and 2 get where Step 0 is a row of its own, as a coarse one may be: its errors at edges are
+the same on cases that it has learned from."""
+SHORT = (
+    "model.step0=joint",
+    'train.rate_factors={"unet.":0}',
+    "train.schedule.warmup_iterations=5",
+    "model.gate_learning_rate=0.05",
+    "sampling.max_prompted_objects=16",
+)
+"""Steps 1 and 2 on a Step 0 that stays as it is, in so few iterations that a warm-up of 50 would not end."""
 PARTS = 2
 """U-Nets of the cross-fitting, besides the one of all cases."""
 VIEWS = {"hippocampus": 0, "oasis": 1}
@@ -34,6 +50,9 @@ class Row:
         dataset: key of `DATASETS`.
         backbone: of RFMedSAM 2; None: the U-Net alone.
         few: whether it is trained on `FEW` cases alone.
+        coarse: whether Step 0, or the U-Net alone, works on means of blocks of `COARSE` voxels, at twice the spacing.
+        step0_of: row of a U-Net alone that is Step 0 and stays as it is; None: Step 0 is trained in this row.
+        share: part of the processor time of a row that this one takes; the rest is that of `step0_of`.
         changes: fields of the plan's stage that differ from what planning chooses, FIELD=VALUE.
     """
 
@@ -41,24 +60,39 @@ class Row:
     dataset: str
     backbone: LightBackbone | None = None
     few: bool = False
+    coarse: bool = False
+    step0_of: str | None = None
+    share: float = 1.0
     changes: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields of the plan's stage that differ from what planning chooses, FIELD=VALUE."""
+        own = (f"model.crossfit.folds={PARTS}", "model.step0=crossfit") if self.crossfit else ()
+        cached = (f"model.cached_views={self.cached_views}",) if self.cached_views else ()
+        unet = "model" if self.backbone is None else "model.unet"
+        coarse = (f"{unet}.input_stride={COARSE}".replace(" ", ""),) if self.coarse else ()
+        fixed = () if self.step0_of is None else SHORT
+        return (*own, *cached, *coarse, *fixed, f"validation.patches_while_training={PATCHES}", *self.changes)
 
     @property
     def minutes(self) -> float:
         """Processor minutes of training."""
-        return MINUTES_OF_FEW if self.few else MINUTES
+        return self.share * (MINUTES_OF_FEW if self.few else MINUTES)
 
     @property
     def cached_views(self) -> int:
         """Views whose features are computed once."""
         if self.backbone not in WEIGHTS:
             return 0
+        if self.step0_of is not None:
+            return 1
         return VIEWS_OF_FEW if self.few else VIEWS[self.dataset]
 
     @property
     def crossfit(self) -> bool:
         """Whether Steps 1 and 2 learn from out-of-fold logits."""
-        return self.backbone is not None and "model.step0=joint" not in self.changes
+        return self.backbone is not None and self.step0_of is None and "model.step0=joint" not in self.changes
 
     @property
     def baseline(self) -> str:
@@ -91,6 +125,15 @@ def _rows() -> list[Row]:
         "undisturbed": "model.disturbance={}",
     }
     rows += [replace(whole, name=f"{whole.name}_{name}", changes=(change,)) for name, change in ablations.items()]
+    for few in (False, True):
+        prefix = "oasis_few" if few else "oasis"
+        rows.append(
+            coarse := Row(name=f"{prefix}_coarse_unet", dataset="oasis", few=few, coarse=True, changes=(COARSE_PATCH,))
+        )
+        rows.append(start := replace(coarse, name=f"{prefix}_coarse_step0", share=1 - REFINEMENT_SHARE))
+        light = next(row for row in rows if row.name == f"{prefix}_lite_medsam")
+        refined = replace(light, coarse=True, step0_of=start.name, share=REFINEMENT_SHARE)
+        rows.append(replace(refined, name=f"{prefix}_coarse_lite_medsam"))
     return rows
 
 
