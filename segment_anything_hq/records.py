@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from rfmedsam2.records.base import Record, VersionedRecord, renamed
 from rfmedsam2.records.checkpoint import TrainedRecord
+from rfmedsam2.records.model import LARGEST_FRAME, Count
 from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.system.file_names import FileName
 from segment_anything_hq.choices import Backbone, Method, ZeroShot
@@ -18,7 +19,6 @@ from segment_anything_hq.choices import Backbone, Method, ZeroShot
 METHODS: tuple[Method, ...] = get_args(Method)
 ON_SAM2: tuple[Method | ZeroShot, ...] = ("hq_sam2", "sam2_ref", "sam2_refiner", "sam2_decoder", "sam2")
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -84,9 +84,9 @@ class RefinerPlan(VersionedRecord):
     format: Literal[2] = 2
     method: Method
     backbone: Backbone
-    frame_size: Annotated[int, Field(ge=64)] = 1024
+    frame_size: Annotated[int, Field(ge=64, le=LARGEST_FRAME)] = 1024
     """Side length S of the encoder's input frame, pixels; a multiple of 32."""
-    batch_size: Count = 4
+    batch_size: Annotated[int, Field(ge=1, le=1 << 16)] = 4
     """Objects per batch and rank, each on its own frame."""
     prompting: Annotated[PromptConfig | ClickConfig, Field(discriminator="kind")]
     jitter: JitterConfig | None = JitterConfig()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rfmedsam2.errors import PlanError
 from rfmedsam2.nn.sam2.tiny_vit import TinyVitEncoder, scaled
 from rfmedsam2.nn.segmenter import Embedded, PromptBatch, Segmented, normalized, padded
+from rfmedsam2.records.model import LARGEST_FRAME
 
 SamBackbone = Literal["vit_b", "vit_l", "vit_h", "vit_tiny", "lite_medsam", "vit_nano"]
 Trained = Literal["none", "decoder"]
@@ -91,10 +92,10 @@ class SamSegmenter(nn.Module):
         stride = LITE_STRIDE if backbone == "lite_medsam" else STRIDE
         frame_size = PUBLISHED_SIDE * stride if frame_size is None else frame_size
         least = stride if backbone in VITS else 2 * stride
-        if frame_size < 4 * stride or frame_size % least:
+        if not 4 * stride <= frame_size <= LARGEST_FRAME or frame_size % least:
             raise PlanError(
                 f"Invalid frame size for {backbone}",
-                expected=f"a multiple of {least} from {4 * stride}",
+                expected=f"a multiple of {least} from {4 * stride} to {LARGEST_FRAME}",
                 found=frame_size,
             )
         self.backbone: SamBackbone = backbone

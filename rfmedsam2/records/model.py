@@ -13,8 +13,10 @@ from rfmedsam2.records.base import Record
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Whole = Annotated[int, Field(ge=0)]
+LARGEST_FRAME = 1 << 15
+"""Pixels along a side: above, one frame alone takes more memory than machines have."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Fraction of the old value kept in a running mean."""
 
@@ -149,9 +151,9 @@ class RFMedSam2Config(Record):
     unet: UNetConfig | None
     """Step 0's network; None for generators without one. A 2D network processes single slices."""
     backbone: Backbone = "sam2_large"
-    frame_size: Annotated[int, Field(ge=32)]
+    frame_size: Annotated[int, Field(ge=32, le=LARGEST_FRAME)]
     """Side length in pixels of SAM 2's square input frames, a multiple of 32; slices of another size are resized."""
-    encoder_size: Annotated[int, Field(ge=32)] | None = None
+    encoder_size: Annotated[int, Field(ge=32, le=LARGEST_FRAME)] | None = None
     """Side length in pixels at which frames are shown to a light SAM's image encoder; its features are averaged to the
     grid of `frame_size`. None: MobileSAM's is `frame_size`, LiteMedSAM's the slice's own, up to 256. LiteMedSAM was
     trained on 256 and MobileSAM on 1024 pixels; the time grows with the area."""

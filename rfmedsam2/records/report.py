@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from rfmedsam2.choices import ComparedMetric
 from rfmedsam2.errors import MissingPackageError, shortlist
@@ -14,15 +16,17 @@ from rfmedsam2.system.file_names import Name
 
 TITLES: dict[ComparedMetric, str] = {"dsc": "DSC", "iou": "IoU", "nsd": "NSD", "hd95_mm": "HD95"}
 LOWER_IS_BETTER: tuple[ComparedMetric, ...] = ("hd95_mm",)
+Score = Annotated[float, Field(ge=0, le=1 + 1e-6)]
+"""From 0 to 1, but for the rounding of sums; not NaN."""
 
 
 class ClassMetrics(Record):
     """One class (or region) in one case. None: undefined (both masks empty, or a distance to an empty mask)."""
 
-    dsc: float | None
-    iou: float | None
-    nsd: float | None
-    hd95_mm: float | None
+    dsc: Score | None
+    iou: Score | None
+    nsd: Score | None
+    hd95_mm: Annotated[float, Field(ge=0)] | None
     volume_error_ml: float
     """Predicted minus reference volume."""
     relative_volume_error: float | None

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import GeometryError, ImageError, UsageError
-from rfmedsam2.store.formats.detached import data_files
+from rfmedsam2.store.formats.detached import data_files, spacing_file, write_stack_spacing
 from rfmedsam2.store.formats.dicom import read_dicom, read_dicom_header
 from rfmedsam2.store.formats.dicom_files import dicom_files, is_dicom_file, is_dicom_folder
 from rfmedsam2.store.formats.image_header import (
@@ -33,9 +33,7 @@ from rfmedsam2.store.formats.raster import (
     is_for_pillow,
     read_pillow,
     read_pillow_header,
-    spacing_file,
     stored_indices,
-    write_stack_spacing,
 )
 from rfmedsam2.system.atomic import atomic, writing_to
 from rfmedsam2.system.ordinary_files import add_file

@@ -107,6 +107,11 @@ class EvaluatedData:
     samples: Annotated[int | None, arg(metavar="N", help="Evaluate only the first N samples of each set.")] = None
     mask_rule: MaskRule = None
 
+    def chosen(self) -> list[str]:
+        """Flags that choose among the data."""
+        given = {"--held-out": self.held_out, "--samples": self.samples, "--mask-rule": self.mask_rule}
+        return [flag for flag, value in given.items() if value is not None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Protocols:

@@ -89,6 +89,10 @@ def evaluate(
     named = network.resolved()
     rules = parse_protocols(protocols.protocol, clicks=protocols.clicks)
     needs_data = any(rule is not None for rule in rules.values())
+    if not images.data and not needs_data and (unused := images.chosen()):
+        raise UsageError(
+            "There are no images to choose from", found=", ".join(unused), remedy="Add --data, or leave it out"
+        )
     sets = _open_sets(images) if images.data or needs_data else ()
     require_no_evaluation(output, tuple(rules), overwrite=overwrite)
     seen = trained_on(sets, named.training_images, model=named.checkpoint, held_out=images.held_out)

@@ -92,7 +92,9 @@ def test_a_summary_counts_parts_beside_the_papers_figure():
 
 def test_a_summary_of_what_cannot_be_is_a_sentence():
     assert "hq_sam is not built on hiera_t" in run_error("summary", "hq_sam", "-b", "hiera_t")
-    assert "Invalid frame size" in run_error("summary", "hq_sam", "-b", "vit_b", "--frame-size", 100)
+    for backbone, size in (("vit_b", 100), ("vit_b", 10**12), ("vit_tiny", 2**40), ("hiera_t", 10**19 * 32)):
+        method = "sam2" if backbone == "hiera_t" else "sam"
+        assert "Invalid frame size" in run_error("summary", method, "-b", backbone, "--frame-size", size)
 
 
 # samhq_predict
@@ -254,6 +256,9 @@ def test_latency_needs_no_data(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert record["latency"]["points"] == 4
     assert record["protocols"] == {}
+    for words in (("--held-out", 2), ("--samples", 3), ("--mask-rule", "any")):
+        told = run_error("evaluate", "sam", *NANO, "--protocol", "sat", "-o", tmp_path / "none", *words)
+        assert f"There are no images to choose from. Found {words[0]}. Add --data" in told
 
 
 def test_only_the_first_or_held_out_samples(data, tmp_path):

@@ -21,6 +21,7 @@ from rfmedsam2.errors import PlanError
 from rfmedsam2.nn.sam2.positions import SinePositions
 from rfmedsam2.nn.sam2.sizes import HieraSizes, Sizes, sizes_of
 from rfmedsam2.nn.sam2.tiny_vit import build_tiny_vit_encoder
+from rfmedsam2.records.model import LARGEST_FRAME
 
 STRIDE = 16
 """Stride of the image embedding in pixels."""
@@ -70,8 +71,9 @@ def build_base(
     Raises:
         PlanError: the frame size is not a multiple of 32, or too small for the backbone.
     """
-    if frame_size < 32 or frame_size % 32:
-        raise PlanError("Invalid frame size for SAM 2", expected="a multiple of 32 pixels", found=frame_size)
+    if not 32 <= frame_size <= LARGEST_FRAME or frame_size % 32:
+        expected = f"a multiple of 32 pixels, at most {LARGEST_FRAME}"
+        raise PlanError("Invalid frame size for SAM 2", expected=expected, found=frame_size)
     sizes = sizes_of(backbone, fitted_windows=fitted_windows, memory_layers=memory_layers, memory_width=memory_width)
     with _TablesOnCpu():
         base = Base(

@@ -18,6 +18,7 @@ from rfmedsam2.records.dataset import REGION_REMEDY, DatasetJson
 from rfmedsam2.records.plan import Split
 from rfmedsam2.records.verify import Fault, FaultKind, VerifyReport
 from rfmedsam2.store.case_files import Case
+from rfmedsam2.store.formats.detached import spacing_file
 from rfmedsam2.store.formats.image_header import (
     ChangedWhileReadingError,
     ImageHeader,
@@ -26,7 +27,6 @@ from rfmedsam2.store.formats.image_header import (
     assumptions,
     grids_differ,
 )
-from rfmedsam2.store.formats.raster import spacing_file
 from rfmedsam2.store.images import read_image, read_label, with_channel
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import map_cases

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from rfmedsam2.arguments import option
+from rfmedsam2.arguments import option, whole_number
 from rfmedsam2.errors import GeometryError, RfMedSamError, UsageError, shortlist
 from rfmedsam2.pipeline.evaluation.label_tables import agreed_labels, numbered
 from rfmedsam2.pipeline.evaluation.planes import (
@@ -74,8 +74,9 @@ def cases_of_folder(labels: Path, images: Path | None, channel: int = 0) -> list
     """The label maps of a folder with images of the same ids in another (CASE_0000.nii.gz or CASE.nii.gz).
 
     Raises:
-        UsageError: a folder does not exist, holds no label maps, or no image of any.
+        UsageError: a folder does not exist, holds no label maps, or no image of any; a negative channel.
     """
+    channel = whole_number(channel, "channel", least=0)
     for folder in (labels, images):
         if folder is not None and not folder.is_dir():
             raise UsageError("The folder does not exist", where=folder)

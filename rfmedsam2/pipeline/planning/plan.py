@@ -172,11 +172,16 @@ def dataset_stats(
         # a given spacing is coarsened only where cases would be too large for the preset
         limits = sizing if spacing_zyx_mm is None else sizing.hard
         target = coarsened_by(limits, target, fingerprint, json.label_set.values)
+    shape = median_shape(fingerprint, target)
+    if not np.all(shape >= 1):
+        raise PlanError(
+            "A target spacing is wider than the images", expected="one voxel or more of a case", found=target.tolist()
+        )
     order = list(forward)
     return DatasetStats(
         transpose_forward=forward,
         spacing_mm=target[order],
-        median_shape=median_shape(fingerprint, target)[order],
+        median_shape=shape[order],
         median_slices=float(np.median([case.shape_after_crop_zyx[forward[0]] for case in fingerprint.cases])),
         median_slice_distance_mm=float(np.median([case.spacing_zyx_mm[forward[0]] for case in fingerprint.cases])),
         cases=len(fingerprint.cases),

@@ -14,7 +14,7 @@ from rfmedsam2.arguments import Part, option
 from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, shortlist
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case, file_stem
-from rfmedsam2.store.formats.raster import spacing_file
+from rfmedsam2.store.formats.detached import spacing_file
 from rfmedsam2.store.images import digest_of, image_ending, image_files, label_files, read_image
 from rfmedsam2.store.lock import exclusive_lock, shared_lock
 from rfmedsam2.system.atomic import is_taken, read_record, require_possible_folder, write_record

@@ -77,15 +77,34 @@ def fill(chunks: Iterator[bytes], first: bytes, size: int) -> tuple[np.ndarray, 
     """Copy `first` and then the chunks into a new uint8 array of `size`; all chunks are consumed.
 
     Returns:
-        The array, and the number of its bytes that were filled (less than `size`: the file is too short).
+        The array, and the number of bytes that there are (less than `size`: the file is too short).
     """
     target, done = np.empty(size, dtype=np.uint8), 0
     view = target.data
     for piece in chain((first,), chunks):
-        room = min(len(piece), size - done)
+        room = max(min(len(piece), size - done), 0)
         view[done : done + room] = piece[:room]
-        done += room
+        done += len(piece)
     return target, done
+
+
+def require_size(path: Path, found: int, size: int) -> None:
+    """Check the bytes of an image's voxels. A few more do no harm; twice as many are other voxels than the header says.
+
+    Raises:
+        TruncatedImageError: some are missing.
+        ImageError: the header says another type or shape, so that readers give half of the values, or of the planes.
+    """
+    if found < size:
+        raise damaged(path, f"{found} of {size} bytes of voxels")
+    if found >= 2 * size > 0:
+        raise ImageError(
+            "The file holds at least twice the voxels that its header describes",
+            where=path,
+            expected=f"{size} bytes",
+            found=f"{found} bytes",
+            remedy="Correct type and shape in the header, or convert the image again",
+        )
 
 
 def damaged(path: Path, found: str) -> TruncatedImageError:

@@ -1,4 +1,4 @@
-"""Data files of detached headers: MHD and NHDR name the files that hold their voxels."""
+"""Files beside an image that belong to it: data files of MHD and NHDR, the JSON with the spacing of a TIFF stack."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from rfmedsam2.errors import ImageError
-from rfmedsam2.store.formats.image_header import require_ordinary_file
+from pydantic import ConfigDict
 
+from rfmedsam2.errors import GeometryError, ImageError, RecordError, UsageError
+from rfmedsam2.geometry import Triple
+from rfmedsam2.records.base import Record
+from rfmedsam2.store.formats.image_header import checked_spacing, require_ordinary_file
+from rfmedsam2.system.atomic import read_record, write_record
+
+STACK_ENDINGS = (".tif", ".tiff")
 _METAIMAGE = (".mhd", ".mha")
 _NRRD = (".nhdr", ".nrrd")
 _MOST_FILES = 100_000  # a pattern with a damaged range shall not fill the memory
@@ -87,3 +93,70 @@ def _names(value: str, *, following: Iterator[str], local: str) -> Iterator[str]
                 return  # ITK says what is wrong with the pattern
     else:
         yield value
+
+
+class StackSpacing(Record):
+    """The JSON beside a TIFF stack, as nnU-Net v2's Tiff3DIO reads and writes it; other fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    spacing: tuple[float, float, float]
+    """Distance of voxel centers along z, y, x, mm."""
+
+
+def spacing_file(path: Path) -> Path | None:
+    """The JSON with the spacing of a TIFF: CASE.json, for images (CASE_0000.tif) as for label maps, as in nnU-Net.
+
+    None if the file is not a TIFF. The JSON need not exist.
+    """
+    if path.suffix.lower() not in STACK_ENDINGS:
+        return None
+    own, of_case = path.with_suffix(".json"), _spacing_file_of_case(path)
+    return own if own.is_file() else of_case
+
+
+def _spacing_file_of_case(path: Path) -> Path:
+    """CASE.json, the only one that nnU-Net reads for CASE_0000.tif."""
+    return path.with_name(re.sub(r"_\d{4}$", "", path.stem) + ".json")
+
+
+def stack_spacing(path: Path) -> Triple | None:
+    """Spacing z, y, x of a TIFF stack, mm, from its JSON; None without one.
+
+    Raises:
+        RecordError: the JSON has no three numbers as "spacing".
+        GeometryError: one of them is not positive, or CASE_0000.json and CASE.json disagree.
+    """
+    file = spacing_file(path)
+    if file is None or not file.exists():
+        return None
+    found = checked_spacing(read_record(file, StackSpacing).spacing, where=file)
+    of_case = _spacing_file_of_case(path)
+    if of_case != file and of_case.is_file() and (other := read_record(of_case, StackSpacing).spacing) != found:
+        raise GeometryError(
+            "Two files give the stack different spacings",
+            where=path,
+            expected=f"one, or the same in both; nnU-Net reads {of_case.name}",
+            found=f"{other} in {of_case.name}, {found} in {file.name}",
+            remedy="Remove the one that is wrong",
+        )
+    return found
+
+
+def write_stack_spacing(path: Path, spacing_zyx_mm: Triple) -> None:
+    """Write the JSON with the spacing of the stack `path`, atomically.
+
+    Raises:
+        UsageError: a JSON file of this name holds something else.
+    """
+    beside = path.with_suffix(".json")
+    if beside.exists():
+        try:
+            read_record(beside, StackSpacing)
+        except RecordError as error:
+            raise UsageError(
+                "The spacing of a stack belongs into a file that holds something else",
+                where=beside,
+                remedy="Move that file, or choose another folder",
+            ) from error
+    write_record(beside, StackSpacing(spacing=spacing_zyx_mm))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import filecmp
 import logging
 from collections.abc import Sequence
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2.errors import GeometryError, ImageError
+from rfmedsam2.errors import GeometryError, ImageError, shortlist
 from rfmedsam2.geometry import Grid
 from rfmedsam2.store.formats.dicom_files import dicom_files, is_dicom_file, text
 from rfmedsam2.store.formats.dicom_pixels import stored_values
@@ -62,6 +62,7 @@ def read_dicom(path: Path) -> tuple[np.ndarray, ImageHeader]:
             frames = [slices[z].frame for z in wanted]
             for z, stored in zip(wanted, stored_values(slices[wanted[0]].layout, frames), strict=True):
                 slices[z].rescale.apply(stored, array[:, z])
+    _warn_of_passes(path, slices)
     if any(text(s.file.data, "PhotometricInterpretation") == "MONOCHROME1" for s in slices):
         logger.warning(
             "%s is stored for display with low values white (MONOCHROME1). The values are read as they were measured; "
@@ -232,6 +233,19 @@ def _check_distances(path: Path, slices: Sequence[Slice], along: np.ndarray) -> 
             expected=f"{usual:.4g} mm between all slices",
             found=f"{off.size} other distance(s): {where}",
             remedy="Export the complete series again, or resample it to even distances",
+        )
+
+
+def _warn_of_passes(path: Path, slices: Sequence[Slice]) -> None:
+    """Warn where slices of several acquisitions alternate: two volumes, or one that was taken in two passes."""
+    numbers = [text(s.file.data, "AcquisitionNumber") for s in slices]
+    turns = sum(a != b for a, b in pairwise(numbers))
+    if turns >= len(set(numbers)):  # one comes back after another
+        logger.warning(
+            "Slices of acquisitions %s alternate in %s. They are read as one volume; if they are several volumes, half "
+            "a slice apart, give each its own folder.",
+            shortlist(sorted(set(numbers))),
+            path,
         )
 
 

@@ -40,7 +40,7 @@ _TEXT = {"DS", "IS", "LO", "SH", "CS", "ST", "LT", "UT", "UC"}
 
 _KEYWORDS = (
     "SpecificCharacterSet SOPClassUID SOPInstanceUID Modality SeriesDescription SliceThickness SpacingBetweenSlices "
-    "SeriesInstanceUID ImagePositionPatient ImageOrientationPatient SamplesPerPixel "
+    "SeriesInstanceUID AcquisitionNumber ImagePositionPatient ImageOrientationPatient SamplesPerPixel "
     "PhotometricInterpretation PlanarConfiguration NumberOfFrames FrameIncrementPointer Rows Columns PixelSpacing "
     "BitsAllocated BitsStored HighBit PixelRepresentation RescaleIntercept RescaleSlope ModalityLUTSequence "
     "RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor BluePaletteColorLookupTableDescriptor "

@@ -11,6 +11,7 @@ from rfmedsam2.errors import GeometryError, ImageError, StoreError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.simpleitk import sitk
 from rfmedsam2.store.formats.decompression import damaged
+from rfmedsam2.store.formats.detached import stack_spacing
 from rfmedsam2.store.formats.image_header import (
     FLAT_SPACING_MM,
     ImageHeader,
@@ -26,7 +27,7 @@ from rfmedsam2.store.formats.itk_stored import (
     states_spacing,
     stored_voxels,
 )
-from rfmedsam2.store.formats.raster import ONE_PLANE_ENDINGS, RASTER_ENDINGS, stack_spacing
+from rfmedsam2.store.formats.raster import ONE_PLANE_ENDINGS, RASTER_ENDINGS
 
 
 def read_itk_header(path: Path) -> ImageHeader:

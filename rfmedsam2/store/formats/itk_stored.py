@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import ImageError
-from rfmedsam2.store.formats.decompression import CHUNK, damaged, fill, inflated
+from rfmedsam2.store.formats.decompression import CHUNK, damaged, fill, inflated, require_size
 from rfmedsam2.store.formats.detached import data_files, metaimage_field
 from rfmedsam2.store.formats.image_header import ImageHeader
 
@@ -21,6 +21,7 @@ METAIMAGE_ENDINGS = (".mha", ".mhd")
 _HEADER_LIMIT = 1 << 16
 _NRRD_HEADER_LIMIT = 1 << 20  # 3D Slicer describes every segment in the header
 _NRRD_MAGIC = b"NRRD"
+_LONG = ("MET_LONG", "MET_ULONG")  # of 4 bytes, wherever the file was written
 _MILLIMETERS = ("mm", "millimeter", "millimeters", "millimetre", "none", "?", "???")
 
 
@@ -36,6 +37,7 @@ class _Stored:
         shape: slowest axis first.
         channel_axis: index of the channel axis in `shape`; None if there are z, y, x only.
         text: whether the voxels are numbers in words.
+        alone: whether nothing else lies in the files, such as other images with headers of their own.
     """
 
     files: tuple[Path, ...]
@@ -45,6 +47,7 @@ class _Stored:
     shape: tuple[int, ...]
     channel_axis: int | None
     text: bool = False
+    alone: bool = True
 
 
 def stored_voxels(path: Path, header: ImageHeader, *, components: int) -> np.ndarray | None:
@@ -83,7 +86,9 @@ def _bytes_of(file: Path, stored: _Stored, size: int) -> np.ndarray:
             raw, found = fill(chunks, b"", size)
     except OSError as error:
         raise ImageError(f"The data file cannot be read ({error.strerror})", where=file) from error
-    if found < size:
+    if stored.alone:
+        require_size(file, found, size)
+    elif found < size:
         raise damaged(file, f"{found} of {size} bytes of voxels")
     return raw
 
@@ -164,9 +169,10 @@ def _metaimage(path: Path, header: ImageHeader, components: int) -> _Stored | No
     one = files[0] if files else path
     several = len(files) > 1 or fields.get("ElementDataFile", "").upper().startswith("LIST")
     if not compressed and not several and not text:
-        size = math.prod(shape) * stored.itemsize
-        if one.stat().st_size - offset < size:
-            raise damaged(one, f"{one.stat().st_size - offset} of {size} bytes of voxels")
+        size, found = math.prod(shape) * stored.itemsize, one.stat().st_size - offset
+        # several headers may share a data file; a 64-bit system's MET_LONG with 8 bytes per voxel is none of these
+        alone = not files or (fields.get("ElementType") in _LONG and found == 2 * size)
+        require_size(one, found if alone else min(found, size), size)
         return None
     most = any(_is_true(fields.get(k, "")) for k in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"))
     return _Stored(
@@ -177,12 +183,17 @@ def _metaimage(path: Path, header: ImageHeader, components: int) -> _Stored | No
         shape=shape,
         channel_axis=3 if vector else 0,
         text=text,
+        alone=compressed,
     )
 
 
 def _nrrd(path: Path, header: ImageHeader) -> _Stored | None:
     fields, length = _nrrd_fields(path)
     attached = fields.keys().isdisjoint({"datafile", "lineskip", "byteskip"})
+    if length and attached and fields.get("encoding") == "raw":
+        size = math.prod((header.channels, *header.grid.shape_zyx)) * np.dtype(header.dtype).itemsize
+        found = path.stat().st_size - length
+        require_size(path, max(found, size) if fields.get("type") != "double" else size, size)
     if not length or not attached or fields.get("encoding", "") not in ("gzip", "gz"):
         return None
     sizes = tuple(int(n) for n in fields["sizes"].split())

@@ -18,7 +18,7 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
 from rfmedsam2.errors import ImageError
-from rfmedsam2.store.formats.decompression import chunks_of, damaged, fill, is_gzip
+from rfmedsam2.store.formats.decompression import chunks_of, damaged, fill, is_gzip, require_size
 from rfmedsam2.store.formats.image_header import ImageHeader, NiftiGeometry, repaired, require_memory
 from rfmedsam2.store.formats.nifti_placement import placement
 
@@ -58,8 +58,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, ImageHeader]:
         while len(first) < offset and (more := next(chunks, None)) is not None:
             first += more
         data, found = fill(chunks, first[offset:], size)
-    if found < size:
-        raise damaged(path, f"{found} of {size} bytes of voxels")
+    require_size(path, found, size)
     array = data.view(dtype).reshape(shape)
     if not dtype.isnative:
         array = array.byteswap(inplace=True).view(dtype.newbyteorder("="))

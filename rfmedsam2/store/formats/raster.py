@@ -1,4 +1,4 @@
-"""PNG, BMP and TIFF: what Pillow reads better than ITK, stored label values, the JSON with a TIFF stack's spacing."""
+"""PNG, BMP and TIFF: what Pillow reads better than ITK, and stored label values."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageSequence, TiffImagePlugin, UnidentifiedImageError
-from pydantic import ConfigDict
 
-from rfmedsam2.errors import ImageError, RecordError, UsageError
-from rfmedsam2.geometry import Grid, Triple
-from rfmedsam2.records.base import Record
+from rfmedsam2.errors import ImageError
+from rfmedsam2.geometry import Grid
 from rfmedsam2.store.formats.decompression import damaged
-from rfmedsam2.store.formats.image_header import FLAT_SPACING_MM, ImageHeader, checked_spacing, require_memory
-from rfmedsam2.system.atomic import read_record, write_record
+from rfmedsam2.store.formats.detached import STACK_ENDINGS, stack_spacing
+from rfmedsam2.store.formats.image_header import FLAT_SPACING_MM, ImageHeader, require_memory
 
 ONE_PLANE_ENDINGS = (".png", ".bmp")
-RASTER_ENDINGS = (*ONE_PLANE_ENDINGS, ".tif", ".tiff")
-_STACKS = (".tif", ".tiff")
+RASTER_ENDINGS = (*ONE_PLANE_ENDINGS, *STACK_ENDINGS)
 _FORMATS = ("PNG", "BMP", "TIFF")  # some of Pillow's other decoders start external programs
-_BITS, _MEANING, _TEXT, _TURNED, _SAMPLES, _PLANES = 258, 262, 270, 274, 277, 284  # TIFF tags
+_PAGE, _BITS, _MEANING, _TEXT, _TURNED, _SAMPLES, _PLANES = 254, 258, 262, 270, 274, 277, 284  # TIFF tags
+_NO_PLANE = 1 | 4  # in the tag of a page: a copy with fewer pixels, a mask
 _TILE, _EXTRA, _KIND, _DEPTH = 322, 338, 339, 32997
 _SIGNED, _FLOATING = 2, 3
 _PREMULTIPLIED = 1
@@ -48,59 +46,6 @@ _MODES = {
 """Channels and dtype by Pillow's mode."""
 
 
-class StackSpacing(Record):
-    """The JSON beside a TIFF stack, as nnU-Net v2's Tiff3DIO reads and writes it; other fields are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
-    spacing: tuple[float, float, float]
-    """Distance of voxel centers along z, y, x, mm."""
-
-
-def spacing_file(path: Path) -> Path | None:
-    """The JSON with the spacing of a TIFF: CASE.json, for images (CASE_0000.tif) as for label maps, as in nnU-Net.
-
-    None if the file is not a TIFF. The JSON need not exist.
-    """
-    if path.suffix.lower() not in _STACKS:
-        return None
-    own = path.with_suffix(".json")
-    without_channel = path.with_name(re.sub(r"_\d{4}$", "", path.stem) + ".json")
-    return own if own.is_file() else without_channel
-
-
-def stack_spacing(path: Path) -> Triple | None:
-    """Spacing z, y, x of a TIFF stack, mm, from its JSON; None without one.
-
-    Raises:
-        RecordError: the JSON has no three numbers as "spacing".
-        GeometryError: one of them is not positive.
-    """
-    file = spacing_file(path)
-    if file is None or not file.exists():
-        return None
-    return checked_spacing(read_record(file, StackSpacing).spacing, where=file)
-
-
-def write_stack_spacing(path: Path, spacing_zyx_mm: Triple) -> None:
-    """Write the JSON with the spacing of the stack `path`, atomically.
-
-    Raises:
-        UsageError: a JSON file of this name holds something else.
-    """
-    beside = path.with_suffix(".json")
-    if beside.exists():
-        try:
-            read_record(beside, StackSpacing)
-        except RecordError as error:
-            raise UsageError(
-                "The spacing of a stack belongs into a file that holds something else",
-                where=beside,
-                remedy="Move that file, or choose another folder",
-            ) from error
-    write_record(beside, StackSpacing(spacing=spacing_zyx_mm))
-
-
 def is_for_pillow(path: Path) -> bool:
     """Whether Pillow reads an image: BMP, PNG with notes that ITK applies to values, TIFF whose values Pillow keeps.
 
@@ -115,7 +60,7 @@ def is_for_pillow(path: Path) -> bool:
         return True
     if path.suffix.lower() == ".png":
         return _is_png_for_pillow(path)
-    if path.suffix.lower() not in _STACKS:
+    if path.suffix.lower() not in STACK_ENDINGS:
         return False
     try:
         with Image.open(path, formats=_FORMATS) as image:
@@ -305,10 +250,13 @@ def read_pillow(path: Path) -> tuple[np.ndarray, ImageHeader]:
         header = _header(path, image)
         require_memory(path, header)
         try:
-            planes = [_stored(plane) for plane in ImageSequence.Iterator(image)]
+            planes, kinds = [], []
+            for plane in ImageSequence.Iterator(image):
+                planes.append(_stored(plane))
+                kinds.append(int(getattr(plane, "tag_v2", {}).get(_PAGE, 0)) & _NO_PLANE)
         except _UNREADABLE as error:
             raise damaged(path, str(error)) from error
-    _require_alike(path, planes)
+    _require_alike(path, planes, kinds)
     stack = np.stack(planes).astype(header.dtype, copy=False)
     array = stack[None] if stack.ndim == 3 else np.moveaxis(stack, -1, 0)
     return np.ascontiguousarray(array), header
@@ -320,17 +268,17 @@ def _stored(plane: Image.Image) -> np.ndarray:
     return ~array if _is_inverted_by_pillow(plane) else array
 
 
-def _require_alike(path: Path, planes: Sequence[np.ndarray]) -> None:
+def _require_alike(path: Path, planes: Sequence[np.ndarray], kinds: Sequence[int]) -> None:
     first = planes[0]
-    other = next(
-        (n for n, plane in enumerate(planes) if (plane.shape, plane.dtype) != (first.shape, first.dtype)), None
-    )
+    every = [(plane.shape, plane.dtype, kind) for plane, kind in zip(planes, kinds, strict=True)]
+    other = next((n for n, one in enumerate(every) if one != every[0]), None)
     if other is not None:
+        found = f"page {other + 1} of {len(planes)}, {_in_words(planes[other])}"
         raise ImageError(
             "The pages of the file are not the planes of one volume",
             where=path,
             expected=f"pages like the first, {_in_words(first)}",
-            found=f"page {other + 1} of {len(planes)}, {_in_words(planes[other])}",
+            found=found + (", which says that it is a smaller copy or a mask" if kinds[other] else ""),
             remedy="Save the planes alone, without previews or smaller copies",
         )
 

@@ -133,6 +133,8 @@ def test_the_command_draws_a_dataset_or_predictions(raw_root, tmp_path):
     for words, sentence in (
         (("--cases", "nobody"), "There is no such case"),
         (("--channel", 7), "does not have this channel"),
+        (("-p", raw / "labelsTr", "-i", raw / "imagesTr", "--channel", -1), "channel must be a whole number from 0"),
+        (("--workers", -1), "workers must be a whole number from 0"),
         (("-i", raw / "imagesTr"), "There are images and no label maps"),
     ):
         told = run("overlay", "-o", tmp_path / "none", "--root", raw_root, *words)

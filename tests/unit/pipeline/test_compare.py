@@ -12,7 +12,7 @@ import SimpleITK
 from support.commands import run_error, run_ok
 
 from rfmedsam2 import compare
-from rfmedsam2.errors import UsageError
+from rfmedsam2.errors import RecordError, UsageError
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import Comparison
@@ -152,3 +152,16 @@ def test_the_command_prints_and_writes(folders: tuple[Path, Path, Path], tmp_pat
     (tmp_path / "out" / "comparison.json").write_text("{}")
     assert "did not make" in run_error("compare", *words, "-o", tmp_path / "out")
     assert "rfmed_compare A B" in run_error("compare", a, "-g", references)
+
+
+@pytest.mark.parametrize(("metric", "value"), [("dsc", 7.5), ("nsd", -0.1), ("iou", float("nan")), ("hd95_mm", -1.0)])
+def test_scores_that_cannot_be_are_refused(
+    folders: tuple[Path, Path, Path], tmp_path: Path, metric: str, value: float
+) -> None:
+    a, _, references = folders
+    evaluation = evaluate(a, references, LABELS)
+    data = evaluation.model_dump(mode="json")
+    data["cases"][0]["classes"]["a"][metric] = value
+    (tmp_path / "metrics.json").write_text(json.dumps(data))
+    with pytest.raises(RecordError, match=metric):
+        compare(tmp_path / "metrics.json", tmp_path / "metrics.json")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rfmedsam2.errors import PlanError
 from rfmedsam2.pipeline.planning.plan import plan
 from rfmedsam2.pipeline.planning.presets import CaseSizing
 from rfmedsam2.pipeline.planning.rfmedsam2 import plan_rfmedsam2
@@ -76,6 +77,13 @@ def test_the_ignore_label_is_no_class():
     dataset, fingerprint = described(ORGANS | {9: 0.05}, ignore=9, **ABDOMEN)
     with_ignore = plan(dataset, fingerprint, preset="cpu").stages["3d_fullres"].spacing_mm
     assert with_ignore == plan(*described(ORGANS, **ABDOMEN), preset="cpu").stages["3d_fullres"].spacing_mm
+
+
+@pytest.mark.parametrize("preset", ["cpu", "nnunet"])
+@pytest.mark.parametrize("spacing", [(4.0, 1.8, 900.0), (1e19, 1e19, 1e19)])
+def test_a_spacing_wider_than_the_images_is_a_sentence(preset, spacing):
+    with pytest.raises(PlanError, match="wider than the images"):
+        plan(*described(ORGANS, **ABDOMEN), preset=preset, spacing_zyx_mm=spacing)
 
 
 def test_a_given_spacing_stands():

@@ -119,6 +119,14 @@ def test_slices_that_all_have_one_sop_instance_uid_are_kept(tmp_path: Path) -> N
     np.testing.assert_array_equal(read(save_series(tmp_path, lambda z: ct_slice(z, SOPInstanceUID="1.2.3.4"))), HU)
 
 
+@pytest.mark.parametrize(("numbers", "warned"), [("1212", True), ("1221", True), ("1122", False), ("1234", False)])
+def test_acquisitions_that_alternate_are_a_warning(tmp_path: Path, caplog, numbers: str, warned: bool) -> None:
+    """Two volumes half a slice apart, or one that was taken in two passes: the files do not say which."""
+    folder = save_series(tmp_path, lambda z: ct_slice(z, AcquisitionNumber=int(numbers[z])))
+    np.testing.assert_array_equal(read(folder), HU)
+    assert ("Slices of acquisitions 1, 2 alternate" in caplog.text) is warned
+
+
 def test_a_dcm_file_that_is_not_dicom_is_named(tmp_path: Path) -> None:
     folder = save_series(tmp_path / "s", ct_slice)
     (folder / "96.dcm").write_bytes(b"")  # the last slice: its place would not be missed

@@ -185,6 +185,18 @@ def test_the_spacing_of_a_stack_is_in_nnunets_json(tmp_path: Path) -> None:
     assert read_header(image).grid.spacing_zyx_mm == (3, 1, 1)
 
 
+def test_two_files_with_different_spacings_of_a_stack_are_refused(tmp_path: Path) -> None:
+    """nnU-Net reads CASE.json alone."""
+    image = stack(tmp_path / "c_0000.tif")
+    own, of_case = spacing(tmp_path / "c_0000.json"), spacing(tmp_path / "c.json")
+    assert read_header(image).grid.spacing_zyx_mm == (2.5, 0.8, 0.7)
+    spacing(of_case, (5, 0.8, 0.7))
+    with pytest.raises(GeometryError, match=r"different spacings.*c_0000\.tif.*5.0, 0.8, 0.7\) in c\.json"):
+        read_header(image)
+    own.unlink()
+    assert read_header(image).grid.spacing_zyx_mm == (5, 0.8, 0.7)
+
+
 def test_labels_of_a_stack_are_written_with_their_spacing(tmp_path: Path) -> None:
     spacing(tmp_path / "c_0000.json")
     header = read_header(stack(tmp_path / "c_0000.tif"))

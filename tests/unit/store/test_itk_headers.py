@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 
-from rfmedsam2.errors import GeometryError
+from rfmedsam2.errors import GeometryError, ImageError
 from rfmedsam2.store.formats.image_header import assumptions
 from rfmedsam2.store.images import image_files, read_header, read_image
 
@@ -127,3 +128,53 @@ def test_a_direction_whose_axes_are_not_of_length_1_is_refused(tmp_path: Path) -
     for read in (read_image, read_header):
         with pytest.raises(GeometryError, match=r"not unit vectors.*b\.mha.*Found lengths 2, 2, 2"):
             read(path)
+
+
+@pytest.mark.parametrize("kind", ["MET_LONG", "MET_ULONG"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_long_voxels_of_eight_bytes_are_not_read_as_twice_as_many(
+    tmp_path: Path, kind: str, packed: bool, apart: bool
+) -> None:
+    """ITK's have four bytes everywhere; a program of a 64-bit system wrote what C calls long there."""
+    path = tmp_path / ("a.mhd" if apart else "a.mha")
+    head = _META.replace("MET_SHORT", kind) + ("CompressedData = True\n" if packed else "")
+    for dtype in ("<i4", "<i8"):
+        voxels = (ARRAY + 9).astype(dtype).tobytes()
+        voxels = zlib.compress(voxels) if packed else voxels
+        (tmp_path / "a.raw").write_bytes(voxels)
+        meta(path, voxels=b"" if apart else voxels, head=head, data=" = a.raw" if apart else " = LOCAL")
+        if dtype == "<i4":
+            np.testing.assert_array_equal(read_image(path)[0].array[0], ARRAY + 9)
+        else:
+            with pytest.raises(ImageError, match=r"at least twice the voxels.*240 bytes. Found 480 bytes"):
+                read_image(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_nrrd_of_twice_the_voxels_is_refused(tmp_path: Path, packed: bool) -> None:
+    voxels = np.repeat(ARRAY.ravel(), 2).tobytes()
+    path = nrrd(tmp_path / "a.nrrd", packed=packed)
+    header = path.read_bytes().split(b"\n\n")[0] + b"\n\n"
+    path.write_bytes(header + (gzip.compress(voxels) if packed else voxels))
+    with pytest.raises(ImageError, match="at least twice the voxels"):
+        read_image(path)
+    some = ARRAY.tobytes() + b"\n"  # ends of lines after the voxels do no harm
+    path.write_bytes(header + (gzip.compress(some) if packed else some))
+    assert_read(path)
+
+
+def test_headers_that_share_a_data_file_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_bytes(ARRAY.tobytes() + (ARRAY + 7).tobytes())
+    for n in (0, 1):
+        path = meta(tmp_path / "a.mhd", f"HeaderSize = {n * ARRAY.nbytes}\n", b"", data=" = a.raw")
+        np.testing.assert_array_equal(read_image(path)[0].array[0], ARRAY + 7 * n)
+
+
+@pytest.mark.parametrize("centers", ["cell", "node"])
+def test_the_place_of_an_nrrd_with_axis_mins_is_itks(tmp_path: Path, centers: str) -> None:
+    lines = f"spacings: .5 .75 2\ncenters: {' '.join([centers] * 3)}\naxis mins: 5 6 7\n"
+    path = nrrd(tmp_path / "a.nrrd", lines, head=_NRRD)
+    assert_read(path)
+    expected = (5.25, 6.375, 8) if centers == "cell" else (5, 6, 7)
+    assert read_header(path).grid.origin_xyz_mm == expected == sitk.ReadImage(str(path)).GetOrigin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import struct
 import zlib
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from PIL import Image
-from tifffile import imwrite
+from tifffile import TiffWriter, imwrite
 
 from rfmedsam2.errors import ImageError
 from rfmedsam2.store.formats.image_header import NotLabelsError, TruncatedImageError
@@ -314,3 +315,29 @@ def test_a_folder_of_images_is_not_taken_for_dicom(tmp_path: Path) -> None:
             read_image(tmp_path / folder)
     with pytest.raises(ImageError, match=r"system refuses this path \(File name too long\)"):
         read_image(tmp_path / ("x" * 300 + ".nii.gz"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_nifti_of_twice_the_voxels_is_refused(tmp_path: Path, packed: bool) -> None:
+    path = tmp_path / ("a.nii.gz" if packed else "a.nii")
+    image = nib.Nifti1Image(ARRAY.astype(np.int16), np.eye(4))
+    content = image.to_bytes()
+    for more, read in ((b"\0" * 16, True), (bytes(ARRAY.astype(np.int16).nbytes), False)):
+        path.write_bytes(gzip.compress(content + more) if packed else content + more)
+        if read:
+            assert np.array_equal(read_image(path)[0].array[0].T, ARRAY)
+        else:
+            with pytest.raises(ImageError, match=r"at least twice the voxels.*48 bytes. Found 96 bytes"):
+                read_image(path)
+
+
+def test_a_page_that_is_a_copy_is_not_a_plane(tmp_path: Path) -> None:
+    planes = np.stack([COLORS[..., 0], COLORS[..., 1], COLORS[..., 2]])
+    for last, name in ((0, "a.tif"), (2, "b.tif"), (1, "c.tif")):
+        with TiffWriter(tmp_path / name) as file:
+            for number, plane in enumerate(planes):
+                file.write(plane, subfiletype=last if number == 2 else 0, metadata=None, contiguous=False)
+    for name in ("a.tif", "b.tif"):
+        assert np.array_equal(read_image(tmp_path / name)[0].array[0], planes)
+    with pytest.raises(ImageError, match=r"page 3 of 3, .*says that it is a smaller copy or a mask"):
+        read_image(tmp_path / "c.tif")

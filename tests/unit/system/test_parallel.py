@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rfmedsam2.errors import ImageError, MemoryShortError, WorkerError
+from rfmedsam2.errors import ImageError, MemoryShortError, UsageError, WorkerError
 from rfmedsam2.system.parallel import map_cases
 
 
@@ -18,6 +18,13 @@ def test_results_come_in_order(workers):
         return n * n
 
     assert list(map_cases(slow_first, range(9), workers=workers, name=str)) == [n * n for n in range(9)]
+
+
+def test_numbers_of_workers_beyond_reason():
+    assert list(map_cases(abs, range(4), workers=10**19, name=str)) == [0, 1, 2, 3]
+    assert list(map_cases(abs, (), workers=2, name=str)) == []
+    with pytest.raises(UsageError, match="workers must be a whole number from 0"):
+        list(map_cases(abs, range(4), workers=-1, name=str))
 
 
 def test_an_error_of_ours_keeps_its_kind():
