@@ -13,6 +13,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from rfmedsam2.cli.command import layout_of
+from rfmedsam2.errors import UsageError
 
 ROOT = "Folder of raw/ preprocessed/ results/; else RFMED_ROOT, nnU-Net's three variables, or ./rfmed_data."
 DATASET = "Id (217), name (BTCV) or folder (Dataset217_BTCV); else RFMED_DATASET, or the only dataset."
@@ -53,6 +54,12 @@ class ModelChoice:
     def sources(self) -> tuple[Path, ...]:
         """Folder or archive of the model that is meant, or of several that are averaged."""
         if self.model:
+            named = {"-d": self.dataset, "-p": self.plan, "-c": self.configuration}
+            if others := [flag for flag, value in named.items() if value is not None]:
+                raise UsageError("A model is named twice", found=f"-m and {', '.join(others)}", remedy="Leave one out")
+            if len({path.resolve() for path in self.model}) < len(self.model):
+                found = " ".join(map(str, self.model))
+                raise UsageError("The mean of a model with itself is the model", found=found, remedy="Name each once")
             return self.model
         from rfmedsam2.cli import resolve
 

@@ -106,7 +106,7 @@ class PostprocessingStep(Record):
     action: Literal["keep_largest", "drop_small", "fill_holes"]
     of: str | None = None
     """A class or region; None: the whole foreground, as one mask."""
-    smallest_ml: Annotated[float, Field(gt=0)] | None = None
+    smallest_ml: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Of drop_small: volume in ml."""
     gain: float | None = None
     """Rise of the mean DSC with this step in validation, of `of`, or of all classes; no part of the rule."""

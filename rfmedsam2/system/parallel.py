@@ -9,8 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from rfmedsam2.arguments import whole_number
-from rfmedsam2.errors import MemoryShortError, RfMedSamError, WorkerError
+from rfmedsam2.errors import MemoryShortError, RfMedSamError, UsageError, WorkerError
 from rfmedsam2.system.memory import memory_ran_out, memory_words
 from rfmedsam2.system.progress import Track, silent
 
@@ -48,7 +47,9 @@ def map_cases(
         MemoryShortError: memory ran out, also with half as many workers.
         WorkerError: any other exception, with the name of the case.
     """
-    workers = min(whole_number(workers, "workers", least=0), len(cases))
+    if workers < 0:
+        raise UsageError("workers must be a whole number from 0", found=workers)
+    workers = min(workers, len(cases))
     results = _sequential(function, cases, name) if workers <= 1 else _with_retry(function, cases, workers, name)
     yield from track(results, description, len(cases))
 

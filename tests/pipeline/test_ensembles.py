@@ -192,6 +192,15 @@ def test_what_an_ensemble_cannot_do_is_a_sentence(home) -> None:
     assert "fault(s)" in run_error(*words, folder)
 
 
+def test_a_model_that_is_named_twice_is_a_sentence(home) -> None:
+    a, b = (home / "results" / NAME / f"rfmed__{stage}" for stage in STAGES)
+    words = ("predict", "-i", home / "images", "-o", home / "out", "--root", home, "-m")
+    assert "The mean of a model with itself is the model" in run_error(*words, a, b, a.parent / "." / a.name)
+    for flag, value in (("-c", "2d"), ("-p", "rfmed"), ("-d", NAME)):
+        assert f"A model is named twice. Found -m and {flag}." in run_error(*words, a, flag, value)
+    assert not (home / "out").exists()
+
+
 def test_folds_of_an_ensemble_are_those_of_its_record(home) -> None:
     for fold in ("0", "1"):
         write_model(home / "results" / NAME / "rfmed__2d", make_plan(), fold=fold, stage="2d")

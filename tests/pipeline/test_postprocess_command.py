@@ -98,6 +98,13 @@ def test_rules_and_label_maps_of_another_dataset_are_refused(predictions, tmp_pa
     assert "no label maps" in run_error("postprocess", "-i", empty, "-o", tmp_path / "o", "--rule", few)
 
 
+def test_a_smallest_volume_without_end_is_refused(predictions, tmp_path) -> None:
+    rule = write_rule(tmp_path / "rule.json", steps=[{"action": "drop_small", "smallest_ml": 1e999}])
+    told = run_error("postprocess", "-i", predictions, "-o", tmp_path / "out", "--rule", rule)
+    assert "smallest_ml" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_record_of_predictions_goes_along(tmp_path) -> None:
     folder = tmp_path / NAME / "rfmed__3d_fullres"
     for fold in ("0", "1"):
