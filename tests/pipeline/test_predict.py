@@ -419,7 +419,7 @@ def test_a_coarse_network_predicts_on_the_images_grid(tmp_path) -> None:
     write_model(tmp_path / "coarse", coarse)  # the weights of the same seed
     write_model(tmp_path / "fine", make_plan())
     found, fine = (Predictor.load(tmp_path / name, device="cpu") for name in ("coarse", "fine"))
-    around = replace(fine, networks=(InBlocks(fine.networks[0]),))
+    around = replace(fine, running=replace(fine.running, networks=(InBlocks(fine.networks[0]),)))
     image = nib.load(write_image(tmp_path / "a.nii.gz"))
     given, wanted, by_fine = (p(image, probabilities=True).probabilities for p in (found, around, fine))
     assert given.shape == (3, 14, 25, 22)

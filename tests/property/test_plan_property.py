@@ -51,8 +51,9 @@ def test_every_stage_is_sound(described, preset):
         divisors = [math.prod(axis) for axis in zip(*stage.model.strides, strict=True)]
         for size, median, divisor in zip(stage.patch_size, shape, divisors, strict=True):
             assert size % divisor == 0
-            # padded to the divisor of the network, and no further
-            assert size <= max(12, median + divisor)
+            # padded to the divisor of the network, and no further; as in nnU-Net an axis keeps its length where
+            # shortening another one has cost the network a level, whose divisor was twice as large
+            assert size <= max(12, median + 2 * divisor)
         assert stage.batch_size >= (1 if preset == "cpu" else 2)
         assert len(stage.model.strides) >= 2
         assert all(f <= g for f, g in zip(stage.model.features, stage.model.features[1:], strict=False))
