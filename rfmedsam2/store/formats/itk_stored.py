@@ -190,10 +190,10 @@ def _metaimage(path: Path, header: ImageHeader, components: int) -> _Stored | No
 def _nrrd(path: Path, header: ImageHeader) -> _Stored | None:
     fields, length = _nrrd_fields(path)
     attached = fields.keys().isdisjoint({"datafile", "lineskip", "byteskip"})
+    stored = np.dtype("float64") if fields.get("type") == "double" else np.dtype(header.dtype)
     if length and attached and fields.get("encoding") == "raw":
-        size = math.prod((header.channels, *header.grid.shape_zyx)) * np.dtype(header.dtype).itemsize
-        found = path.stat().st_size - length
-        require_size(path, max(found, size) if fields.get("type") != "double" else size, size)
+        size = math.prod((header.channels, *header.grid.shape_zyx)) * stored.itemsize
+        require_size(path, max(size, path.stat().st_size - length), size)  # ITK finds what is missing
     if not length or not attached or fields.get("encoding", "") not in ("gzip", "gz"):
         return None
     sizes = tuple(int(n) for n in fields["sizes"].split())
@@ -201,7 +201,6 @@ def _nrrd(path: Path, header: ImageHeader) -> _Stored | None:
     channels = [i for i, kind in enumerate(kinds) if kind not in ("domain", "space", "time")]
     if len(channels) > 1 or np.prod(sizes) != header.channels * np.prod(header.grid.shape_zyx):
         return None
-    stored = np.dtype("float64") if fields.get("type") == "double" else np.dtype(header.dtype)
     last = len(sizes) - 1
     return _Stored(
         files=(path,),
