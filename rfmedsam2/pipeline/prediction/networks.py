@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -56,6 +57,12 @@ def running(
     return run_networks(
         sources, wanted=options.backend, precision=options.precision, device=device, cache=options.cache_folder
     )
+
+
+def prepared_alike(one: PredictOptions, other: PredictOptions) -> bool:
+    """Whether `running` prepares networks by both options in the same way."""
+    prepared_by = attrgetter("backend", "precision", "cache_folder")
+    return prepared_by(one) == prepared_by(other)
 
 
 def _loaded(path: Path, device: torch.device) -> tuple[CheckpointRecord, nn.Module]:

@@ -35,7 +35,7 @@ from rfmedsam2.pipeline.prediction.ensembles import ensemble_name, members_of, p
 from rfmedsam2.pipeline.prediction.identity import digest_of_ensemble, digest_of_model, settings_of
 from rfmedsam2.pipeline.prediction.inputs import BoxInput, ImageInput, as_boxes, as_volume, paths_of, straightened
 from rfmedsam2.pipeline.prediction.model_archive import unpacked_model
-from rfmedsam2.pipeline.prediction.networks import networks_of, running
+from rfmedsam2.pipeline.prediction.networks import networks_of, prepared_alike, running
 from rfmedsam2.pipeline.prediction.plausibility import doubts_about
 from rfmedsam2.pipeline.prediction.postprocessing import postprocessed, rule_of_model
 from rfmedsam2.records.checkpoint import CheckpointRecord
@@ -247,8 +247,9 @@ class Predictor:
         require_type(options, PredictOptions, "options", remedy=OPTIONS)
         previous = self.previous.using(options) if isinstance(self.previous, Predictor) else self.previous
         others = tuple(other.using(options) for other in self.others)
-        again = running(self.records, self.networks, options, self.device)
-        return replace(self, running=again, options=options, previous=previous, others=others)
+        alike = prepared_alike(self.options, options)
+        ready = self.running if alike else running(self.records, self.networks, options, self.device)
+        return replace(self, running=ready, options=options, previous=previous, others=others)
 
     def require_possible(self, *, boxes: bool, previous: bool = False) -> None:
         """Check that the model supports the options, and accepts or has the boxes and a first stage's label maps.
