@@ -233,7 +233,7 @@ class _WorkerPool:
                 "SIGKILL": ", probably out of memory",
                 "SIGBUS": f", probably because {SHARED_MEMORY} is full ({_shared_memory_free():.0f} MiB free)",
             }.get(name, "")
-        resident, free = float(self._heartbeat[index, 1]), psutil.virtual_memory().available
+        resident, free = float(self._heartbeat[index, 1]), free_bytes()
         size = f"its memory was {resident / 2**30:.1f} GiB, " if resident >= 0 else ""
         # a worker killed from outside was most likely OOM-killed, but there is no certain sign
         kind = MemoryShortError if code is not None and -code in MEMORY_SIGNALS else WorkerError
@@ -271,7 +271,7 @@ def _unwrap(result: Batch | _Failure, number: int, describe: Callable[[int], str
     if result.error is not None:
         raise type(result.error)(f"While loading {where}: {result.error}")
     if result.memory is not None:
-        free = psutil.virtual_memory().available
+        free = free_bytes()
         raise MemoryShortError(
             "Memory ran out while making a batch",
             where=where,

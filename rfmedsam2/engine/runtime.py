@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from rfmedsam2.errors import PlanError, WorkerError
 from rfmedsam2.system.devices import choose_device
-from rfmedsam2.system.memory import keep_freed_memory
+from rfmedsam2.system.memory import free_bytes, keep_freed_memory
 from rfmedsam2.system.ranks import ranks_of, require_team
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class Runtime:
         """Free device memory in bytes; MPS shares the machine's memory."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
-        return psutil.virtual_memory().available
+        return free_bytes()
 
 
 @contextmanager

@@ -130,10 +130,14 @@ class Compute(Record):
     """Memory limit of the cache of a frozen encoder's features; 0: no cache."""
 
 
+PlannedSpacing = Annotated[float, Field(gt=0, le=1e6)]
+"""Millimeters; nothing larger than a kilometer is a distance between voxels."""
+
+
 class Stage(Record):
     """One configuration of a plan: 2d, 3d_fullres, 3d_lowres ..."""
 
-    spacing_mm: tuple[Positive, Positive, Positive]
+    spacing_mm: tuple[PlannedSpacing, PlannedSpacing, PlannedSpacing]
     median_shape: tuple[int, int, int]
     """Median shape of the training cases at this spacing."""
     patch_size: tuple[Count, ...]

@@ -18,9 +18,12 @@ from rfmedsam2.errors import StoreError
 from rfmedsam2.geometry import Shape
 from rfmedsam2.records.case import StoredFile
 from rfmedsam2.system.atomic import atomic
+from rfmedsam2.system.memory import require_allocatable
 
 BLOCK_BYTES = 128 * 1024
 CHUNK_BYTES = 4 * 1024**2
+PACKING_BYTES = 64 * 1024**2
+"""Upper bound of what blosc2 allocates beside the compressed array: buffers and a thread's heap."""
 
 Ranges = Sequence[tuple[int, int]]
 Look = tuple[int, int]
@@ -34,6 +37,7 @@ def packed(array: np.ndarray, patch: Sequence[int]) -> bytes:
         array: the array, contiguous.
         patch: three entries: how much of it is read at a time.
     """
+    require_allocatable(array.nbytes + PACKING_BYTES)
     blocks, chunks = cut(array.shape[-3:], patch, array.itemsize)
     lead = (1,) * (array.ndim - 3)
     compressed = cast(Any, blosc2).asarray(

@@ -58,6 +58,22 @@ def free_bytes() -> int:
     return max(0, min(psutil.virtual_memory().available, *group_bytes(), *_limit_bytes()))
 
 
+def require_allocatable(size: int) -> None:
+    """Check before a library allocates that ends the process where it gets no memory, as blosc2 4.14 does.
+
+    Only `ulimit -v` makes allocations fail, so it alone is asked, which takes a microsecond.
+
+    Args:
+        size: upper bound of what will be allocated, bytes.
+
+    Raises:
+        MemoryError: the limit leaves less.
+    """
+    left = min(_limit_bytes(), default=size)
+    if size > left:
+        raise MemoryError(f"{size / 2**20:.0f} MiB are needed, and `ulimit -v` leaves {max(0, left) / 2**20:.0f} MiB")
+
+
 def keep_freed_memory(environment: Mapping[str, str]) -> bool:
     """Let the C library keep freed memory for this process's next request, instead of giving it back to the system.
 

@@ -57,6 +57,28 @@ def test_records_are_told_apart_by_kind():
         TrainConfig.parse({"optimizer": {"kind": "lion"}})
 
 
+@pytest.mark.parametrize("features", [(8, 0), (8, 10**9 + 1), (8, 10**30)])
+def test_counts_beyond_reason_are_faults(features):
+    with pytest.raises(RecordError, match=r"features\.1: "):
+        UNetConfig.parse(NETWORK.model_dump() | {"features": features})
+
+
+@pytest.mark.parametrize("spacing", [0.0, -1.0, 1.0000001e6, 1e19, float("inf"), float("nan")])
+def test_a_plan_resamples_to_no_spacing_beyond_reason(spacing):
+    """A spacing of 1e19 mm made one voxel of every case, and the same label everywhere."""
+    stage = {
+        "spacing_mm": (1.0, 999.0, 1e6),
+        "median_shape": (8, 32, 32),
+        "patch_size": (8, 32, 32),
+        "batch_size": 2,
+        "normalization": [{"kind": "ct"}],
+        "model": NETWORK,
+    }
+    assert Stage.parse(stage).spacing_mm == (1.0, 999.0, 1e6)
+    with pytest.raises(RecordError, match=r"spacing_mm\.1: "):
+        Stage.parse(stage | {"spacing_mm": (1.0, spacing, 1.0)})
+
+
 def test_records_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
         TrainConfig().epochs = 3  # type: ignore[misc]

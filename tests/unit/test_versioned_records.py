@@ -103,3 +103,12 @@ def test_a_plan_of_format_1_may_name_one_end_of_the_scales(jitter, scale_range) 
     plain = {"format": 1, "method": "hq_sam", "backbone": "vit_b", "guidance": {"kind": "prompts"}, "train": {}}
     assert RefinerPlan.parse(plain | {"jitter": jitter}).jitter == JitterConfig(scale_range=scale_range)
     assert RefinerPlan.parse(plain | {"jitter": None}).jitter is None
+
+
+@pytest.mark.parametrize("size", [0, (1 << 16) + 1, 10**12])
+def test_a_batch_beyond_reason_is_a_fault(size) -> None:
+    """A batch of 10**12 images was drawn until memory ran out."""
+    plan = {"method": "hq_sam", "backbone": "vit_b", "prompting": {"kind": "prompts"}, "train": {}}
+    assert RefinerPlan.parse(plan | {"batch_size": 1 << 16}).batch_size == 1 << 16
+    with pytest.raises(RecordError, match="batch_size: "):
+        RefinerPlan.parse(plan | {"batch_size": size})

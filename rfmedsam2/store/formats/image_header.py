@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from pydicom.errors import BytesLengthException, InvalidDicomError
@@ -351,7 +350,7 @@ def parsing(path: Path) -> Iterator[None]:
     except RfMedSamError:
         raise
     except MemoryError as error:
-        raise _memory_error(path, found=f"{psutil.virtual_memory().available / 2**30:.1f} GiB free") from error
+        raise _memory_error(path, found=f"{free_bytes() / 2**30:.1f} GiB free") from error
     except InvalidDicomError as error:
         raise ImageError(
             "The file is not a complete DICOM file",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from PIL import Image
-from tifffile import TiffWriter, imwrite
+from tifffile import TiffFile, TiffWriter, imwrite
 
 from rfmedsam2.errors import ImageError
 from rfmedsam2.store.formats.image_header import NotLabelsError, TruncatedImageError
@@ -333,11 +333,14 @@ def test_a_nifti_of_twice_the_voxels_is_refused(tmp_path: Path, packed: bool) ->
 
 def test_a_page_that_is_a_copy_is_not_a_plane(tmp_path: Path) -> None:
     planes = np.stack([COLORS[..., 0], COLORS[..., 1], COLORS[..., 2]])
-    for last, name in ((0, "a.tif"), (2, "b.tif"), (1, "c.tif")):
+    for last, name in ((0, "a.tif"), (2, "b.tif"), (1, "c.tif"), (1, "d.tif")):
         with TiffWriter(tmp_path / name) as file:
             for number, plane in enumerate(planes):
                 file.write(plane, subfiletype=last if number == 2 else 0, metadata=None, contiguous=False)
     for name in ("a.tif", "b.tif"):
         assert np.array_equal(read_image(tmp_path / name)[0].array[0], planes)
-    with pytest.raises(ImageError, match=r"page 3 of 3, .*says that it is a smaller copy or a mask"):
-        read_image(tmp_path / "c.tif")
+    with TiffFile(tmp_path / "d.tif", mode="r+") as file:
+        file.pages[2].tags[254].overwrite(4)  # tifffile writes masks of one bit alone
+    for name in ("c.tif", "d.tif"):
+        with pytest.raises(ImageError, match=r"page 3 of 3, .*says that it is a smaller copy or a mask"):
+            read_image(tmp_path / name)

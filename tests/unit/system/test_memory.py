@@ -38,8 +38,32 @@ def group(folder: Path, version: int, limit: object, used: int, droppable: int) 
     (folder / "memory.stat").write_text(f"anon 5\n{field} {droppable}\nfile 7\n")
 
 
+PACKING = """
+import resource
+import numpy as np
+from rfmedsam2.pipeline.preprocessing.case_reader import _packed as kept
+from rfmedsam2.pipeline.selection.learning import _compressed as compressed
+from rfmedsam2.store.packed_arrays import packed
+array = np.random.default_rng(0).integers(0, 2**62, (64, 256, 256), dtype=np.int64)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (33 << 20),) * 2)
+for pack in (kept, compressed, lambda array: packed(array, (32, 64, 64))):
+    try:
+        pack(array)
+    except MemoryError as error:
+        print(error)
+"""
+
+
 def test_without_limits_it_is_what_the_machine_has_left():
     assert 0 < free_bytes() <= psutil.virtual_memory().total
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="address space is counted in /proc")
+def test_a_limit_within_compression_is_an_error_and_no_crash():
+    """blosc2 ends the process with a segmentation fault where it gets no memory."""
+    done = subprocess.run([sys.executable, "-c", PACKING], capture_output=True, text=True, timeout=60)
+    assert done.stdout.count("96 MiB are needed, and `ulimit -v` leaves") == 3, done
 
 
 def test_every_group_above_the_process_counts(tmp_path):
