@@ -7,6 +7,11 @@ from typing import Any, TypeVar, cast
 
 from numba import njit
 
+from rfmedsam2.system.memory import require_allocatable
+
+COMPILER_BYTES = 64 << 20
+"""Upper bound of what LLVM allocates to compile one of our functions or to load it from the cache."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -22,8 +27,20 @@ def compiled(**options: Any) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         try:
-            return cast(F, njit(nogil=True, cache=True, **options)(function))
+            return cast(F, _within_memory(njit(nogil=True, cache=True, **options)(function)))
         except RuntimeError:
-            return cast(F, njit(nogil=True, **options)(function))
+            return cast(F, _within_memory(njit(nogil=True, **options)(function)))
 
     return decorate
+
+
+def _within_memory(function: Any) -> Any:
+    """The same function, which raises MemoryError where LLVM would end the process because it gets no memory."""
+    compile_for = function.compile
+
+    def checked(signature: object) -> object:
+        require_allocatable(COMPILER_BYTES)
+        return compile_for(signature)
+
+    function.compile = checked
+    return function

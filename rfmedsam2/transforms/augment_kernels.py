@@ -8,8 +8,9 @@ that the same shares tie.
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
+
+from rfmedsam2.system.numba_cache import compiled
 
 _WHOLE, _HALF, _ONE = np.float32(1000.0), np.float32(500.0), np.float32(1.0)
 """Share of a label that covers all eight corners, as batchgeneratorsv2 computes it, and half of it."""
@@ -17,7 +18,7 @@ _LEAST = np.float32(64.0)
 """Smaller than any winning share: among eight corners, at least one label has an eighth of `_WHOLE`."""
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def distinct_labels(labels: np.ndarray) -> tuple[int, int, int]:
     """Count the distinct values of a flat array: 1, 2 or 3 (3 or more), and the first two (equal if there is one)."""
     first = labels[0]
@@ -30,7 +31,7 @@ def distinct_labels(labels: np.ndarray) -> tuple[int, int, int]:
     return (1 if first == second else 2), first, second
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _half_precision(share: np.float32) -> np.float32:
     """Round a share to half precision, ties to even; shares that cannot win stay as they are."""
     if share < _LEAST:
@@ -47,7 +48,7 @@ def _half_precision(share: np.float32) -> np.float32:
     return np.float32(np.float32(share + large) - large)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _share(label, corners, inside, weights, outside_label):
     """Interpolated share of a label; `outside_label` includes corners outside (1 minus the share of the others)."""
     total = np.float32(0.0)
@@ -62,7 +63,7 @@ def _share(label, corners, inside, weights, outside_label):
     return _half_precision(total)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _winner(corners, inside, weights, nearest, outside_label, two):
     """Label of one voxel; with only two labels (see `sample_labels`) the share of the higher one decides."""
     alone, lower, higher = two
@@ -81,7 +82,7 @@ def _winner(corners, inside, weights, nearest, outside_label, two):
     return winner
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def sample_labels(labels, grid, padding, reaches_outside, two, sampled):
     """Fill `sampled` (d, h, w) with `labels` (Z, Y, X) at the positions `grid` (d, h, w, 3).
 

@@ -55,6 +55,21 @@ for pack in (kept, compressed, lambda array: packed(array, (32, 64, 64))):
 """
 
 
+COMPILING = """
+import resource
+import numpy as np
+from rfmedsam2.transforms.augment_kernels import distinct_labels
+print(distinct_labels(np.array([1, 2, 2])))
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (20 << 20),) * 2)
+print(distinct_labels(np.array([1, 3, 3])))
+try:
+    distinct_labels(np.array([1, 2, 2], np.uint16))
+except MemoryError as error:
+    print(error)
+"""
+
+
 def test_without_limits_it_is_what_the_machine_has_left():
     assert 0 < free_bytes() <= psutil.virtual_memory().total
 
@@ -64,6 +79,13 @@ def test_a_limit_within_compression_is_an_error_and_no_crash():
     """blosc2 ends the process with a segmentation fault where it gets no memory."""
     done = subprocess.run([sys.executable, "-c", PACKING], capture_output=True, text=True, timeout=60)
     assert done.stdout.count("96 MiB are needed, and `ulimit -v` leaves") == 3, done
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="address space is counted in /proc")
+def test_a_limit_within_a_compilation_is_an_error_and_no_abort():
+    """LLVM aborts the process where it gets no memory; what is compiled already runs on."""
+    done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("(2, 1, 2)\n(2, 1, 3)\n64 MiB are needed, and `ulimit -v` leaves"), done
 
 
 def test_every_group_above_the_process_counts(tmp_path):
