@@ -27,6 +27,13 @@ logger = logging.getLogger(__name__)
 _EVEN_TOLERANCE = 0.05
 """Tolerance of slice distances, as a fraction of the usual one (positions are stored with few digits)."""
 
+_ROUNDED = 0.1
+"""Distances between slices may differ more where each slice is at its place but for this fraction of the usual one:
+thin slices whose positions were rounded."""
+
+_ASIDE = 0.5
+"""Largest shift of a slice against the others within its plane, in pixels."""
+
 _MOST_LOOKED_AT = 10_000
 """Files and folders that are looked at to find a series below a folder without DICOM files."""
 
@@ -203,6 +210,7 @@ def _grid(path: Path, slices: Sequence[Slice]) -> Grid:
     if len(slices) > 1:
         _check_distances(path, slices, positions @ normal)
         step = (positions[-1] - positions[0]) / (len(slices) - 1)
+        _check_line(path, slices, positions, normal)
         _check_tilt(path, step, normal)
     y, x, _ = checked_spacing((*first.spacing_yx, float(np.linalg.norm(step))), where=path)
     affine = np.eye(4)
@@ -224,7 +232,8 @@ def _check_distances(path: Path, slices: Sequence[Slice], along: np.ndarray) -> 
             remedy="Split the series (time points, echoes, b-values) into one folder each",
         )
     off = np.flatnonzero(np.abs(distances - usual) > _EVEN_TOLERANCE * usual + 1e-2)
-    if off.size:
+    away = np.abs(along - np.linspace(along[0], along[-1], len(along)))
+    if off.size and away.max() > _ROUNDED * usual:
         lost = int(np.rint(distances[off] / usual - 1).clip(min=0).sum())
         where = ", ".join(f"after {slices[i].path.name} ({distances[i]:.3g} mm)" for i in off[:3])
         raise GeometryError(
@@ -246,6 +255,22 @@ def _warn_of_passes(path: Path, slices: Sequence[Slice]) -> None:
             "a slice apart, give each its own folder.",
             shortlist(sorted(set(numbers))),
             path,
+        )
+
+
+def _check_line(path: Path, slices: Sequence[Slice], positions: np.ndarray, normal: np.ndarray) -> None:
+    """Refuse slices that are shifted against each other within their planes: each would be drawn at another place."""
+    aside = positions - np.linspace(positions[0], positions[-1], len(positions))
+    aside -= np.outer(aside @ normal, normal)
+    shifts = np.linalg.norm(aside, axis=1)
+    most = int(np.argmax(shifts))
+    if shifts[most] > _ASIDE * min(slices[0].spacing_yx):
+        raise GeometryError(
+            "The slices of the series are shifted against each other within their planes",
+            where=path,
+            expected="first pixels on a straight line, but for half a pixel",
+            found=f"{slices[most].path.name}, {shifts[most]:.3g} mm beside the line from the first slice to the last",
+            remedy="Give each part of the series its own folder, or resample it to one grid",
         )
 
 

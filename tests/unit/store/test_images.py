@@ -521,6 +521,29 @@ def test_tilted_gantry_is_refused_with_its_angle(tmp_path: Path) -> None:
         read_image(folder)
 
 
+@pytest.mark.parametrize("aside", [(0, 0, 5, 0, 0), (0, 0, 0, 5, 5), (5, 0, 0, 0, 0), (0, 0.6, -0.6, 0.6, 0)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_slices_shifted_within_their_planes_are_refused(tmp_path: Path, aside: tuple[float, ...], axis: int) -> None:
+    """Readers that take the first position for all would put the contents of the others elsewhere."""
+    places = [(2.0 * x, 0, 3.0 * z) if axis == 0 else (0, 2.0 * x, 3.0 * z) for z, x in enumerate(aside)]
+    folder = dicom_series(tmp_path / "s", places)
+    for read in (read_header, read_image):
+        with pytest.raises(GeometryError, match=r"shifted against each other.*_0\d\d, [\d.]+ mm beside the line"):
+            read(folder)
+
+
+def test_positions_rounded_within_half_a_pixel_are_a_straight_line(tmp_path: Path) -> None:
+    folder = dicom_series(tmp_path / "s", [(0.4 * (z % 2), 0.1 * (z % 3), 3.0 * z) for z in range(7)])
+    assert read_image(folder)[0].array[0, :, 0, 0].tolist() == [*range(7)]
+
+
+def test_thin_slices_whose_positions_were_rounded_are_even(tmp_path: Path) -> None:
+    folder = dicom_series(tmp_path / "s", [(0, 0, round(-30 + 0.625 * z, 1)) for z in range(9)])
+    volume, _ = read_image(folder)
+    assert volume.array[0, :, 0, 0].tolist() == [*range(9)]
+    assert volume.grid.spacing_zyx_mm == pytest.approx((0.625, 2, 1))
+
+
 def test_several_image_series_in_one_folder_are_listed(tmp_path: Path) -> None:
     folder = dicom_series(tmp_path / "s", [(0, 0, 0.0), (0, 0, 1.0)], series="1.2.3.1111")
     dicom_series(folder, [(0, 0, 0.0), (0, 0, 1.0), (0, 0, 2.0)], series="1.2.3.2222")
