@@ -85,8 +85,9 @@ def _names(value: str, *, following: Iterator[str], local: str) -> Iterator[str]
     if words[0].upper() == "LIST":
         yield from filter(None, following)
     elif "%" in words[0] and len(words) >= 3 and all(re.fullmatch(r"-?\d+", word) for word in words[1:3]):
-        step = int(words[3]) if len(words) > 3 and re.fullmatch(r"\d+", words[3]) else 1
-        for number in range(int(words[1]), int(words[2]) + 1, max(step, 1)):
+        step = int(words[3]) if len(words) > 3 and re.fullmatch(r"-?\d+", words[3]) else 1
+        step = step or 1
+        for number in range(int(words[1]), int(words[2]) + (1 if step > 0 else -1), step):
             try:
                 yield words[0] % number
             except (TypeError, ValueError):
@@ -120,19 +121,22 @@ def _spacing_file_of_case(path: Path) -> Path:
     return path.with_name(re.sub(r"_\d{4}$", "", path.stem) + ".json")
 
 
-def stack_spacing(path: Path) -> Triple | None:
+def stack_spacing(path: Path, *, planes: int) -> Triple | None:
     """Spacing z, y, x of a TIFF stack, mm, from its JSON; None without one.
+
+    A single plane needs no spacing: beside it a JSON may be something else, such as outlines that were drawn on it.
 
     Raises:
         RecordError: the JSON has no three numbers as "spacing".
         GeometryError: one of them is not positive, or CASE_0000.json and CASE.json disagree.
     """
     file = spacing_file(path)
-    if file is None or not file.exists():
+    found = None if file is None else _spacing_in(file, planes)
+    if file is None or found is None:
         return None
-    found = checked_spacing(read_record(file, StackSpacing).spacing, where=file)
     of_case = _spacing_file_of_case(path)
-    if of_case != file and of_case.is_file() and (other := read_record(of_case, StackSpacing).spacing) != found:
+    other = found if of_case == file else _spacing_in(of_case, planes)
+    if other not in (None, found):
         raise GeometryError(
             "Two files give the stack different spacings",
             where=path,
@@ -141,6 +145,17 @@ def stack_spacing(path: Path) -> Triple | None:
             remedy="Remove the one that is wrong",
         )
     return found
+
+
+def _spacing_in(file: Path, planes: int) -> Triple | None:
+    if not file.exists():
+        return None
+    try:
+        return checked_spacing(read_record(file, StackSpacing).spacing, where=file)
+    except RecordError:
+        if planes > 1:
+            raise
+        return None
 
 
 def write_stack_spacing(path: Path, spacing_zyx_mm: Triple) -> None:

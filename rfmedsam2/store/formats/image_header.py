@@ -122,6 +122,11 @@ class ImageHeader:
     nifti: NiftiGeometry | None = None
 
     @property
+    def says_spacing(self) -> bool:
+        """Whether the file itself gives the spacing: a single plane in PNG, BMP or TIFF has none."""
+        return self.spacing_known and not (self.format == "raster" and self.flat)
+
+    @property
     def nibabel_grid(self) -> Grid:
         """The grid that nibabel reads, which for some NIfTI files is not `grid`."""
         return self.source_grid if self.nifti is None or self.nifti.nibabel is None else self.nifti.nibabel
@@ -227,7 +232,7 @@ def grids_differ(one: ImageHeader, other: ImageHeader) -> tuple[str, bool] | Non
     Either reading will do: labels of an image are written by programs that read it in one way or the other. If a file
     says nothing of its spacing, only the shapes are compared.
     """
-    if not (one.spacing_known and other.spacing_known) and one.grid.shape_zyx == other.grid.shape_zyx:
+    if not (one.says_spacing and other.says_spacing) and one.grid.shape_zyx == other.grid.shape_zyx:
         return None
     readings = [
         (one.grid, other.grid),
@@ -246,7 +251,7 @@ def header_of_lengths(one: ImageHeader, other: ImageHeader) -> ImageHeader:
     """Whose spacing counts of two files on one grid: the first's, unless only the second says it, or its unit."""
     silent = one.nifti is not None and not one.nifti.unit_known
     says = other.nifti is not None and other.nifti.unit_known
-    better = (silent and says) or (other.spacing_known and not one.spacing_known)
+    better = (silent and says) or (other.says_spacing and not one.says_spacing)
     return other if better else one
 
 

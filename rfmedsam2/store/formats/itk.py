@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import GeometryError, ImageError, StoreError
-from rfmedsam2.geometry import Grid
+from rfmedsam2.geometry import Grid, Triple
 from rfmedsam2.simpleitk import sitk
 from rfmedsam2.store.formats.decompression import damaged
 from rfmedsam2.store.formats.detached import stack_spacing
@@ -120,7 +120,8 @@ def _header(path: Path, reader: sitk.ImageFileReader) -> ImageHeader:
             remedy="Split the file into one volume each",
         )
     raster = path.suffix.lower() in RASTER_ENDINGS
-    source = _grid(path, reader, raster=raster)
+    stated = stack_spacing(path, planes=size[2] if axes == 3 else 1) if raster else None
+    source = _grid(path, reader, raster=raster, stated=stated)
     straight, skew = repaired(source, where=path)
     return ImageHeader(
         grid=straight,
@@ -129,20 +130,20 @@ def _header(path: Path, reader: sitk.ImageFileReader) -> ImageHeader:
         dtype=_dtype(path, reader.GetPixelID()).name,
         format="raster" if raster else "itk",
         skew_degrees=skew,
-        flat=axes == 2,
-        spacing_known=(axes == 2 or stack_spacing(path) is not None) if raster else states_spacing(path, min(axes, 3)),
+        flat=axes == 2 and stated is None,
+        spacing_known=(axes == 2 or stated is not None) if raster else states_spacing(path, min(axes, 3)),
         ignored_unit=None if raster else ignored_unit(path),
         ignored_scaling=ignored_scaling(path),
     )
 
 
-def _grid(path: Path, reader: sitk.ImageFileReader, *, raster: bool) -> Grid:
+def _grid(path: Path, reader: sitk.ImageFileReader, *, raster: bool, stated: Triple | None) -> Grid:
     axes = reader.GetDimension()
     space = min(axes, 3)
     spacing, origin, direction = np.ones(3), np.zeros(3), np.eye(3)
     if raster:
         # a stack without a spacing gets 1 mm, as in nnU-Net
-        spacing[:] = (1, 1, FLAT_SPACING_MM) if axes == 2 else (stack_spacing(path) or (1.0, 1.0, 1.0))[::-1]
+        spacing[:] = (stated or ((FLAT_SPACING_MM, 1.0, 1.0) if axes == 2 else (1.0, 1.0, 1.0)))[::-1]
     else:
         spacing[:space] = reader.GetSpacing()[:space]
         if axes == 2:

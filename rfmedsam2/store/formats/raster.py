@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence, TiffImagePlugin, UnidentifiedImageError
 from rfmedsam2.errors import ImageError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.store.formats.decompression import damaged
-from rfmedsam2.store.formats.detached import STACK_ENDINGS, stack_spacing
+from rfmedsam2.store.formats.detached import STACK_ENDINGS, spacing_file, stack_spacing
 from rfmedsam2.store.formats.image_header import FLAT_SPACING_MM, ImageHeader, require_memory
 
 ONE_PLANE_ENDINGS = (".png", ".bmp")
@@ -95,13 +95,20 @@ def _require_planes(path: Path, image: Image.Image) -> None:
             remedy="Save all planes as one TIFF with a page for each; ImageJ above 4 GB writes one",
         )
     long = [name for name, length in axes.items() if length > 1]
+    # tifffile notes the planes of a volume as channels for ImageJ unless it is given their axes
+    if long == ["channels"] and stack_spacing(path, planes=pages) is not None:
+        return
     if len(long) > 1 or "channels" in long:
+        beside = spacing_file(path)
+        remedy = "Save each channel of each moment as a file of its own (CASE_0000.tif, CASE_0001.tif ...)"
+        if len(long) == 1 and beside is not None:
+            remedy += f'; if these are planes, write {{"spacing": [z, y, x]}} in mm to {beside.name}'
         raise ImageError(
             "The pages of the file are not the planes of one volume",
             where=path,
             expected="one channel at one moment",
             found=", ".join(f"{name} {axes[name]}" for name in long),
-            remedy="Save each channel of each moment as a file of its own (CASE_0000.tif, CASE_0001.tif ...)",
+            remedy=remedy,
         )
 
 
@@ -334,7 +341,9 @@ def _header(path: Path, image: Image.Image) -> ImageHeader:
         # Pillow keeps the bits of integers, not always their type
         dtype = f"{'int' if tags.get(_KIND, (1,))[0] == _SIGNED else 'uint'}{max(bits, 8)}"
     planes = getattr(image, "n_frames", 1)
-    known = stack_spacing(path) if planes > 1 else (FLAT_SPACING_MM, 1.0, 1.0)
+    known = stack_spacing(path, planes=planes)
+    flat = planes == 1 and known is None
+    known = (FLAT_SPACING_MM, 1.0, 1.0) if flat else known
     grid = Grid(shape_zyx=(planes, image.height, image.width), spacing_zyx_mm=known or (1.0, 1.0, 1.0))
     return ImageHeader(
         grid=grid,
@@ -342,6 +351,6 @@ def _header(path: Path, image: Image.Image) -> ImageHeader:
         channels=channels,
         dtype=dtype,
         format="raster",
-        flat=planes == 1,
+        flat=flat,
         spacing_known=known is not None,
     )

@@ -18,7 +18,7 @@ from PIL import Image
 from rfmedsam2.errors import GeometryError, ImageError, RecordError, UsageError
 from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.store.case_files import Case, list_images
-from rfmedsam2.store.formats.image_header import TruncatedImageError, grids_differ, require_memory
+from rfmedsam2.store.formats.image_header import TruncatedImageError, grids_differ, header_of_lengths, require_memory
 from rfmedsam2.store.images import digest_of, image_files, read_header, read_image, read_label, write_label
 from rfmedsam2.store.input_discovery import find_cases
 from rfmedsam2.system.atomic import read_record
@@ -38,6 +38,8 @@ def image_of(array: np.ndarray = ARRAY) -> sitk.Image:
 def detached(folder: Path, kind: str) -> list[Path]:
     """An image whose voxels are in other files: header first, then the data files."""
     planes = [folder / f"slice{n:03d}.raw" for n in (1, 2, 3)]
+    if kind == "nhdr pattern down":  # the last plane has the smallest number
+        planes.reverse()
     if kind in ("mhd", "nhdr", "nhdr gzip"):
         path = folder / f"a.{kind.split()[0]}"
         sitk.WriteImage(image_of(), str(path), useCompression="gzip" in kind)
@@ -56,13 +58,14 @@ def detached(folder: Path, kind: str) -> list[Path]:
         "mhd pattern": meta + "ElementDataFile = slice%03d.raw 1 3 1\n",
         "nhdr list": nrrd + f"data file: LIST\n{names}\n",
         "nhdr pattern": nrrd + "data file: slice%03d.raw 1 3 1\n",
+        "nhdr pattern down": nrrd + "data file: slice%03d.raw 3 1 -1\n",
     }[kind]
     path = folder / f"a.{kind.split()[0]}"
     path.write_text(text)
     return [path, *planes]
 
 
-KINDS = ["mhd", "nhdr", "nhdr gzip", "mhd list", "mhd pattern", "nhdr list", "nhdr pattern"]
+KINDS = ["mhd", "nhdr", "nhdr gzip", "mhd list", "mhd pattern", "nhdr list", "nhdr pattern", "nhdr pattern down"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -247,6 +250,34 @@ def test_a_single_plane_needs_no_spacing(tmp_path: Path) -> None:
     assert header.grid.spacing_zyx_mm == (999, 1, 1)
     write_label(tmp_path / "out" / "c.tif", ARRAY[:1] % 3, header)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["c.tif"]
+
+
+@pytest.mark.parametrize("kind", ["gray", "colors of 16 bits"])
+def test_a_single_plane_has_the_spacing_of_its_json(tmp_path: Path, kind: str) -> None:
+    """Colors of 16 bits are read by ITK, others by Pillow."""
+    image, label = tmp_path / "images" / "c_0000.tif", tmp_path / "labels" / "c.tif"
+    image.parent.mkdir()
+    if kind == "gray":
+        Image.fromarray(ARRAY[0]).save(image)
+    else:
+        colors = np.stack([ARRAY[0].astype(np.uint16) * 300] * 3, -1)
+        sitk.WriteImage(sitk.GetImageFromArray(colors, isVector=True), str(image))
+    stack(label, ARRAY[:1] % 3)
+    beside = spacing(tmp_path / "images" / "c.json")
+    header = read_header(image)
+    assert header.grid.spacing_zyx_mm == read_image(image)[0].grid.spacing_zyx_mm == (2.5, 0.8, 0.7)
+    silent = read_header(label)
+    for one, other in ((header, silent), (silent, header)):
+        assert grids_differ(one, other) is None  # the label does not say
+        assert header_of_lengths(one, other) is header
+    spacing(tmp_path / "labels" / "c.json", (2.5, 0.8, 0.9))
+    assert "spacing" in str(grids_differ(header, read_header(label)))
+    write_label(tmp_path / "out" / "c.tif", ARRAY[:1] % 3, header)
+    written, found = read_label(tmp_path / "out" / "c.tif")
+    np.testing.assert_array_equal(written.array[0], ARRAY[:1] % 3)
+    assert found.grid == header.grid
+    beside.write_text('{"version": "5.4", "shapes": [{"label": "a", "points": [[1, 2], [3, 4]]}]}')  # of LabelMe
+    assert read_header(image).grid.spacing_zyx_mm == (999, 1, 1)
 
 
 # --- what cannot be read, before it is read ---------------------------------------------------------------------------

@@ -141,6 +141,18 @@ def test_channels_and_moments_are_no_planes(tmp_path: Path, program: str, axes: 
     assert read_image(save("c.tif", colors, "ZYXS"))[0].array.shape == (3, *volume.shape)
 
 
+def test_planes_that_are_noted_as_channels_are_planes_where_their_spacing_is_given(tmp_path: Path) -> None:
+    """tifffile notes the planes of a volume for ImageJ as channels, unless it is given their axes."""
+    planes = np.arange(6 * 8 * 9, dtype=np.uint16).reshape(6, 8, 9)
+    imwrite(tmp_path / "c_0000.tif", planes, imagej=True)
+    with pytest.raises(ImageError, match=r'Found channels 6.*if these are planes, write {"spacing".*to c\.json'):
+        read_image(tmp_path / "c_0000.tif")
+    (tmp_path / "c.json").write_text('{"spacing": [2.5, 0.8, 0.7]}')
+    volume, _ = read_image(tmp_path / "c_0000.tif")
+    assert np.array_equal(volume.array[0], planes)
+    assert volume.grid.spacing_zyx_mm == (2.5, 0.8, 0.7)
+
+
 _OME = '<OME><Image ID="Image:0"><Pixels SizeX="9" SizeY="8" SizeZ="{}" SizeC="1" SizeT="1"/></Image></OME>'
 
 
