@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from rfmedsam2.errors import DatasetError, sentences
+from rfmedsam2.errors import DatasetError, sentences, shortlist
 from rfmedsam2.records.base import Record
 
 FaultKind = Literal[
@@ -87,6 +87,20 @@ class VerifyReport(Record):
 
 
 REMEDY = "Correct or remove these cases, then run the same command again"
+
+
+def summaries(faults: Sequence[Fault]) -> list[str]:
+    """What warnings say that ask for something, a text for each kind: the first one's message, and all of its cases."""
+    kinds: dict[str, list[Fault]] = {}
+    for fault in faults:
+        if fault.severity == "warning" and not fault.remedy.startswith("No action needed"):
+            kinds.setdefault(fault.kind, []).append(fault)
+    found = []
+    for same in kinds.values():
+        cases = list(dict.fromkeys(fault.case for fault in same if fault.case))
+        of = f"{len(cases)} case(s) ({shortlist(cases)}): " if cases else ""
+        found.append(of + sentences([same[0].message, same[0].remedy]))
+    return found
 
 
 def require_no_errors(faults: Sequence[Fault], *, where: object, remedy: str = REMEDY) -> None:

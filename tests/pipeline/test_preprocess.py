@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import rfmedsam2.pipeline.preprocessing.case_reader as source_module
 from rfmedsam2.errors import DatasetError, PlanError, RfMedSamError, StoreError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
+from rfmedsam2.pipeline.preprocessing.case_source import changes_since
 from rfmedsam2.pipeline.preprocessing.fingerprint import Distribution, fingerprint, mixture_statistics
 from rfmedsam2.pipeline.preprocessing.memory_estimate import case_bytes, memory_need
 from rfmedsam2.pipeline.preprocessing.preprocess import preprocess
@@ -58,7 +60,7 @@ class Toy:
         nib.save(nib.Nifti1Image(image + np.float32(0.25) if floating else image, affine), self.image(case))
         nib.save(nib.Nifti1Image(label, affine), self.label(case))
 
-    def plan(self) -> Plan:
+    def plan(self, channels: tuple[str, ...] = ("CT",), normalization: Literal["ct", "zscore"] = "ct") -> Plan:
         found = fingerprint(self.dataset(), self.layout)
         model = UNetConfig(
             features=(4, 4),
@@ -72,14 +74,14 @@ class Toy:
             median_shape=(12, 16, 14),
             patch_size=(8, 8, 8),
             batch_size=2,
-            normalization=(Normalization(kind="ct"),),
+            normalization=(Normalization(kind=normalization),) * len(channels),
             model=model,
         )
         return Plan(
             name="plan",
             dataset=NAME,
             fingerprint=found.digest,
-            channels=("CT",),
+            channels=channels,
             labels=self.dataset().json.label_set,
             file_ending=".nii.gz",
             intensities=found.intensities,
@@ -171,6 +173,33 @@ def test_other_contents_of_the_same_size_and_an_earlier_time_are_noticed(toy):
     os.utime(path, (9, 9))
     assert counts(preprocess(toy.dataset(), plan, ["3d_fullres"], toy.layout)) == (0, 2, 1)
     assert np.argmax(np.bincount(toy.store().open("toy_2").label().ravel() + 1)[2:]) == 1  # the larger one is 2 now
+
+
+def test_channels_that_are_listed_in_another_order_are_noticed(toy):
+    """With an explicit file list all files stay as they are."""
+    content = json.loads((toy.folder / "dataset.json").read_text())
+    content["channel_names"] = {"0": "T1", "1": "T2"}
+
+    def listed(*names: str) -> RawDataset:
+        files = {case: [f"imagesTr/{case}_{name}.nii.gz" for name in names] for case in CASES}
+        content["dataset"] = {c: {"images": files[c], "label": f"labelsTr/{c}.nii.gz"} for c in CASES}
+        (toy.folder / "dataset.json").write_text(json.dumps(content))
+        return toy.dataset()
+
+    for seed, case in enumerate(CASES, start=5):
+        toy.image(case).rename(toy.image(case).with_name(f"{case}_t1.nii.gz"))
+        toy.write(case, seed=seed)
+        toy.image(case).rename(toy.image(case).with_name(f"{case}_t2.nii.gz"))
+    dataset = listed("t1", "t2")
+    plan = toy.plan(("T1", "T2"), "zscore")
+    preprocess(dataset, plan, ["3d_fullres"], toy.layout)
+    before = toy.store().open("toy_1").image()
+    assert not any(changes_since(toy.store().open(c.id).record, c, plan, "3d_fullres").files for c in dataset.training)
+    turned = listed("t2", "t1")
+    changes = [changes_since(toy.store().open(case.id).record, case, plan, "3d_fullres") for case in turned.training]
+    assert changes[0].files == ("toy_1_t2.nii.gz", "toy_1_t1.nii.gz")
+    assert counts(preprocess(turned, plan, ["3d_fullres"], toy.layout)) == (0, 0, 3)
+    np.testing.assert_array_equal(toy.store().open("toy_1").image(), before[::-1])
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(toy, monkeypatch):
@@ -407,6 +436,28 @@ def test_a_changed_or_broken_fingerprint_is_taken_anew(toy, reads):
     toy.layout.fingerprint_file(NAME).write_text('{"format": 1')
     assert fingerprint(toy.dataset(), toy.layout) == second
     assert len(reads) == 9
+
+
+def test_what_verification_warns_of_is_said_once_for_each_kind(toy, caplog):
+    """Whoever plans at once never sees the table of rfmed_verify."""
+    content = json.loads((toy.folder / "dataset.json").read_text())
+    (toy.folder / "dataset.json").write_text(json.dumps({**content, "numTraining": 9}))
+    for case in CASES[1:]:
+        for path in (toy.image(case), toy.label(case)):
+            image = nib.load(path)
+            moved = image.affine.copy()
+            moved[0, 3] += 40
+            image.set_sform(image.affine, 2)
+            image.set_qform(moved, 1)
+            nib.save(image, path)
+    fingerprint(toy.dataset(), toy.layout)
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "numTraining is 9, but there are 3 training cases" in text
+    assert "2 case(s) (toy_2, toy_3): ITK and nibabel place this image differently, by up to 40 mm" in text
+    assert text.count("nibabel place") == 1
+    caplog.clear()
+    fingerprint(toy.dataset(), toy.layout)  # nothing is read
+    assert [record.getMessage()[:14] for record in caplog.records] == ["numTraining is"]
 
 
 def test_a_dataset_without_any_foreground_is_refused(toy):

@@ -20,7 +20,8 @@ class Changes:
     """How a case differs from what it was preprocessed from.
 
     Attributes:
-        files: names of source files whose contents have changed, or that were added or removed.
+        files: names of source files whose contents or places among the channels have changed, or that were added or
+            removed.
         settings: the plan now asks for another preprocessing.
         unknown: times of files or the plan have changed, and version 0.1, which made the case, kept no contents.
     """
@@ -41,6 +42,8 @@ def changes_since(record: CaseRecord, case: Case, plan: Plan, stage: str) -> Cha
     now = source_files(case, record.sources)
     names = [*now, *(name for name in record.sources if name not in now)]
     differ = tuple(name for name in names if _contents(now.get(name)) != _contents(record.sources.get(name)))
+    if not differ:  # channels that dataset.json lists in another order
+        differ = tuple(name for name, then in zip(now, record.sources, strict=True) if name != then)
     return Changes(files=differ, settings=record.source != case_digest(record.sources, plan, stage))
 
 

@@ -11,6 +11,7 @@ histograms, memory is bounded by `POINTS` values over all cases.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from rfmedsam2.errors import DatasetError, RecordError, UsageError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, FaultyCaseError, files_digest
 from rfmedsam2.records.case import SourceFile
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
-from rfmedsam2.records.verify import REMEDY, Fault, require_no_errors
+from rfmedsam2.records.verify import REMEDY, Fault, require_no_errors, summaries
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import exclusive_lock
@@ -31,6 +32,7 @@ from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.crop import nonzero_box
 
+logger = logging.getLogger(__name__)
 POINTS = 1 << 23
 MIN_POINTS = 1 << 12
 MAX_POINTS = 1 << 16
@@ -50,7 +52,7 @@ def fingerprint(
 ) -> Fingerprint:
     """Compute the fingerprint of a dataset's training cases, or load the one on disk if no file has changed since.
 
-    Every file is read once, and all checks of verification are made.
+    Every file is read once, and all checks of verification are made; what they warn of is logged.
 
     Args:
         dataset: a dataset, or a reader whose cache the next step will use.
@@ -76,6 +78,7 @@ def fingerprint(
             remedy=f"Leave {option('skip_unlabeled')} out",
         )
     left_out = _left_out(source, source.layout_faults(), skip=skip_faulty)
+    _warn_of(raw.faults)
     path = layout.fingerprint_file(raw.name)
     if not clean:
         try:
@@ -86,7 +89,8 @@ def fingerprint(
         if found is not None and same and _is_current(found, source):
             return found
     sizes, intensities, faults = _fingerprint_cases(source, workers, track, skip_unlabeled=skip_unlabeled)
-    left_out |= _left_out(source, faults, skip=skip_faulty)
+    left_out |= _left_out(source, [fault for fault in faults if fault.severity == "error"], skip=skip_faulty)
+    _warn_of(faults)
     raw = source.dataset
     result = Fingerprint(
         dataset=raw.name,
@@ -100,6 +104,11 @@ def fingerprint(
     with exclusive_lock(path.parent, wait_seconds=WRITING_SECONDS):
         write_record(path, result)
     return result
+
+
+def _warn_of(faults: Sequence[Fault]) -> None:
+    for text in summaries(faults):
+        logger.warning("%s", text)
 
 
 def _left_out(source: CaseReader, faults: Sequence[Fault], *, skip: bool) -> dict[str, str]:
@@ -159,28 +168,27 @@ def _digest_by_times(dataset: RawDataset) -> str:
 def _fingerprint_cases(
     source: CaseReader, workers: int, track: Track, *, skip_unlabeled: bool
 ) -> tuple[tuple[CaseFingerprint, ...], tuple[tuple[Distribution | None, ...], ...], list[Fault]]:
-    """Fingerprint and distribution per channel of every training case without errors, and the errors of the others."""
+    """Fingerprint and distribution per channel of every training case without errors; warnings, and other's errors."""
     training = source.dataset.training
     ignore = source.dataset.json.label_set.ignore if skip_unlabeled else None
     points = int(np.clip(POINTS // len(training), MIN_POINTS, MAX_POINTS))
 
-    def examine(case: Case) -> tuple[CaseFingerprint, tuple[Distribution | None, ...]] | tuple[Fault, ...]:
+    def examine(case: Case) -> tuple[CaseFingerprint | None, tuple[Distribution | None, ...], tuple[Fault, ...]]:
         try:
             decoded = source.read(case, last=False)
         except FaultyCaseError as error:
-            return error.faults
+            return None, (), error.faults
         found = case_fingerprint(case.id, decoded).model_copy(update={"files": dict(decoded.files)})
-        return found, foreground_distributions(decoded, points, ignore=ignore)
+        return found, foreground_distributions(decoded, points, ignore=ignore), decoded.warnings
 
     sizes, intensities, faults = [], [], []
-    for found in map_cases(
+    for found, distributions, warned in map_cases(
         examine, training, workers=workers, name=lambda case: case.id, track=track, description="Fingerprint"
     ):
-        if found and isinstance(found[0], CaseFingerprint):
-            sizes.append(found[0])
-            intensities.append(found[1])
-        else:
-            faults += [fault for fault in found if isinstance(fault, Fault)]
+        faults += warned
+        if found is not None:
+            sizes.append(found)
+            intensities.append(distributions)
     return tuple(sizes), tuple(intensities), faults
 
 
