@@ -29,6 +29,8 @@ AIR_HU = -200
 SAMPLED_VOXELS = 200_000
 FEW, MANY = 0.001, 0.05
 """Shares of voxels: fewer inside the training foreground's range, or more of air in an image that has none, are odd."""
+NARROW = 0.05
+"""All values of a CT in a smaller part of the training foreground's range are no HU: 0 to 1, -1 to 1, z-scores."""
 ODD_SIZE = 10
 """Factor between the longest sides of an image and of the training images that another unit of length explains."""
 
@@ -94,6 +96,11 @@ def _doubt_about(channel: np.ndarray, training: IntensityStatistics, kind: str |
         inside = np.mean((voxels >= training.min) & (voxels <= training.max))
         if inside < FEW:
             return f"{inside:.1%} of the voxels lie in its foreground's range, {training.min:g} to {training.max:g}"
+        span, usual = float(voxels.max()) - float(voxels.min()), training.percentile_99_5 - training.percentile_00_5
+        if span < NARROW * usual:
+            return (
+                f"all voxels lie within {span:.3g} HU, and the training foreground within {usual:.4g}: they look scaled"
+            )
         return None
     air = np.mean(voxels < AIR_HU)
     if training.min >= 0 and air > MANY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,19 @@ def test_other_images_are_doubted_with_the_reason():
     assert "channel T1w" in ct
     second = doubts_about(volume_of(MR, CT), plan_of("T1", "T2", low=0, high=900))
     assert ["channel T2" in doubt for doubt in second] == [True]
+
+
+@pytest.mark.parametrize("scaled", [CT / 1000, 2 * (CT - CT.min()) / np.ptp(CT) - 1, (CT - CT.mean()) / CT.std()])
+def test_a_ct_that_was_scaled_is_doubted(scaled):
+    """Its values lie in the foreground's range, all of them in a small part of it."""
+    [doubt] = doubts_about(volume_of(scaled.astype(np.float32)), CT_PLAN)
+    assert re.search(
+        r"channel CT\): all voxels lie within [\d.]+ HU, .* foreground within 550: they look scaled", doubt
+    )
+    assert (
+        doubts_about(volume_of(scaled.astype(np.float32)), plan_of("CT", low=-1, high=1)) == ()
+    )  # so was the training
+    assert doubts_about(volume_of(CT[:, :3, :3] * 0 + RNG.normal(5, 12, (40, 3, 3))), CT_PLAN) == ()  # within an organ
 
 
 def test_the_series_modality_is_compared_with_the_channel(tmp_path):
