@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from rfmedsam2.store.case_files import (
 from rfmedsam2.store.formats.dicom_files import is_dicom_file, is_dicom_folder
 from rfmedsam2.store.formats.image_header import require_ordinary_file
 from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending
-from rfmedsam2.system.csv_text import plain_cell
+from rfmedsam2.system.csv_text import decode_text, read_rows
 from rfmedsam2.system.file_names import require_names
 from rfmedsam2.system.json_text import parse_json
 
@@ -99,7 +98,7 @@ def _in_folder(folder: Path, channels: int, ending: str | None) -> tuple[Case, .
 
 
 def _cases(paths: Sequence[Path], channels: int, ending: str | None, *, where: object) -> tuple[Case, ...]:
-    lost = [str(p) for p in paths if not p.exists()]
+    lost = [str(p) for p in paths if not _exists(p)]
     if lost or not paths:
         raise DatasetError(
             f"{len(lost)} input file(s) do not exist" if lost else "There are 0 cases to predict",
@@ -148,10 +147,10 @@ def _with_siblings(path: Path, channels: int) -> list[Path]:
 
 def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
     """Cases of a list file; paths are relative to the file's folder."""
+    folder = path.parent
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        named, plain = _LIST_READERS[path.suffix.lower()](text)
-    except (UnicodeDecodeError, csv.Error, TypeError, ValueError, AttributeError) as error:
+        named, plain = _LIST_READERS[path.suffix.lower()](decode_text(path.read_bytes()), folder)
+    except (UnicodeDecodeError, csv.Error, ValueError) as error:
         raise DatasetError(
             "The list of inputs cannot be parsed",
             where=path,
@@ -159,11 +158,10 @@ def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
             found=error,
         ) from None
     require_names(named, where=path)
-    folder = path.parent
     cases = list(_cases([folder / p for p in plain], channels, None, where=path)) if plain else []
     for case, images in named.items():
         files = tuple(folder / p for p in images)
-        if lost := [str(p) for p in files if not p.exists()]:
+        if lost := [str(p) for p in files if not _exists(p)]:
             raise DatasetError("Input files do not exist", where=path, found=", ".join(lost), remedy="Correct the list")
         if len(files) not in (1, channels):
             raise DatasetError(
@@ -172,6 +170,8 @@ def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
                 expected=f"{channels} file(s), or one with all channels",
                 found=len(files),
             )
+        if len(set(files)) < len(files):
+            logger.warning("One image is given for several channels of case %s: %s", case, ", ".join(images))
         cases.append(Case(id=case, images=files))
     if not cases:
         raise DatasetError("There are 0 cases to predict", where=path, found="an empty list")
@@ -179,35 +179,65 @@ def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
     return tuple(sorted(cases, key=lambda c: c.id))
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no file of this system has such a name
+        return False
+
+
 _Listed = tuple[dict[str, list[str]], list[str]]
+"""Paths by case id, and paths without one."""
 
 
-def _text_list(text: str) -> _Listed:
-    return {}, [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+def _text_list(text: str, folder: Path) -> _Listed:
+    lines = [line.strip() for line in text.splitlines()]
+    return {}, [line for line in lines if line and not (line.startswith("#") and not _exists(folder / line))]
 
 
-def _json_list(text: str) -> _Listed:
+def _json_list(text: str, _folder: Path) -> _Listed:
     data = parse_json(text)
-    if isinstance(data, list) and all(isinstance(p, str) for p in data):
+    if isinstance(data, list) and all(map(_is_path, data)):
         return {}, data
     if isinstance(data, list):
-        if not all({"id", "images"} <= set(entry) for entry in data):
+        if not all(isinstance(entry, dict) and {"id", "images"} <= set(entry) for entry in data):
             raise ValueError('an entry lacks "id" or "images"')
-        ids = [str(entry["id"]) for entry in data]
+        ids = [_id(entry["id"]) for entry in data]
         if twice := sorted({one for one in ids if ids.count(one) > 1}):
             raise ValueError(f"the id {twice[0]} occurs twice")
-        data = {entry["id"]: entry["images"] for entry in data}
-    named = {str(case): [files] if isinstance(files, str) else list(files) for case, files in data.items()}
-    if not all(isinstance(p, str) for files in named.values() for p in files):
-        raise ValueError("a path is not a string")
+        data = {case: entry["images"] for case, entry in zip(ids, data, strict=True)}
+    if not isinstance(data, dict):
+        raise ValueError("neither a list nor an object of case ids")
+    named = {case: [files] if isinstance(files, str) else files for case, files in data.items()}
+    for case, files in named.items():
+        if not isinstance(files, list) or not all(map(_is_path, files)):
+            raise ValueError(f"the images of {case} are not a path or a list of paths")
     return named, []
 
 
-def _csv_list(text: str) -> _Listed:
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _id(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError("an id is neither text nor a whole number")
+    return str(value)
+
+
+def _csv_list(text: str, folder: Path) -> _Listed:
     """Rows "id, image, image ..." with or without a header row; rows of one column are paths."""
-    rows = [[plain_cell(cell.strip()) for cell in row if cell.strip()] for row in csv.reader(io.StringIO(text))]
-    rows = [row for row in rows if row]
-    if rows and not any(image_ending(Path(cell)) or "/" in cell for cell in rows[0]):
+    lines = text.splitlines()
+    if all(_exists(folder / line) for line in lines):  # names may hold commas and semicolons themselves
+        return {}, [line for line in lines if line]
+    rows = []
+    for line, row in read_rows(text):
+        while not row[-1]:
+            row.pop()
+        if not all(row):
+            raise ValueError(f"an empty cell before others in line {line}")
+        rows.append(row)
+    if rows and not any(image_ending(Path(cell)) or "/" in cell or _exists(folder / cell) for cell in rows[0]):
         rows = rows[1:]
     plain = [row[0] for row in rows if len(row) == 1]
     named: dict[str, list[str]] = {}

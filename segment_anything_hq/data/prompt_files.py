@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from itertools import zip_longest
+from pathlib import Path, PurePath
 from typing import Any
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import ImageError, UsageError, shortlist
-from rfmedsam2.system.csv_text import plain_cell
+from rfmedsam2.system.csv_text import decode_text, read_rows
 from rfmedsam2.system.file_names import is_file_name
 from rfmedsam2.system.json_text import JsonError, parse_json
 from rfmedsam2.system.ordinary_files import require_ordinary
@@ -81,7 +82,7 @@ def images_in(paths: Sequence[Path]) -> tuple[Path, ...]:
     if not found:
         where = ", ".join(map(str, paths)) or None
         raise UsageError("No images found", where=where, expected=f"files that end in {', '.join(ENDINGS)}")
-    return tuple(dict.fromkeys(found))
+    return tuple({(path.parent.resolve(), path.name): path for path in reversed(found)}.values())[::-1]
 
 
 def read_prompts(path: Path, images: Sequence[Path]) -> tuple[PromptedObject, ...]:
@@ -122,7 +123,7 @@ def read_prompts(path: Path, images: Sequence[Path]) -> tuple[PromptedObject, ..
 def _text(path: Path) -> str:
     try:
         require_ordinary(path)
-        return path.read_text(encoding="utf-8-sig")
+        return decode_text(path.read_bytes())
     except FileNotFoundError:
         raise UsageError("Prompt file not found", where=path) from None
     except UnicodeDecodeError as error:
@@ -164,14 +165,15 @@ def _from_json(text: str, path: Path, faults: _Faults) -> list[_Asked]:
 
 def _from_csv(text: str, path: Path, faults: _Faults) -> list[_Asked]:
     try:
-        return _from_rows(csv.DictReader(io.StringIO(text), restkey="", skipinitialspace=True), path, faults)
+        return _from_rows(list(read_rows(text)), path, faults)
     except csv.Error as error:
         raise UsageError("The prompts are not valid CSV", where=path, found=str(error)) from None
 
 
-def _from_rows(rows: csv.DictReader, path: Path, faults: _Faults) -> list[_Asked]:
-    names = [name.strip() for name in rows.fieldnames or ()]
-    rows.fieldnames = names
+def _from_rows(rows: Sequence[tuple[int, list[str]]], path: Path, faults: _Faults) -> list[_Asked]:
+    names = rows[0][1] if rows else []
+    while names and not names[-1]:
+        names.pop()
     unknown = [name or "(no name)" for name in names if name not in COLUMNS]
     if "image" not in names or unknown or len(set(names)) < len(names):
         raise UsageError(
@@ -181,12 +183,12 @@ def _from_rows(rows: csv.DictReader, path: Path, faults: _Faults) -> list[_Asked
             found=", ".join(names) or "an empty file",
         )
     asked: dict[object, _Asked] = {}
-    for row in rows:
-        where = f"line {rows.line_num}"
-        if "" in row:
+    for line, cells in rows[1:]:
+        where = f"line {line}"
+        if any(cells[len(names) :]):
             faults.add(where, "more values than columns")
             continue
-        _read_row({key: plain_cell((value or "").strip()) for key, value in row.items()}, where, asked, faults)
+        _read_row(dict(zip_longest(names, cells[: len(names)], fillvalue="")), where, asked, faults)
     return list(asked.values())
 
 
@@ -223,15 +225,15 @@ def _read_number(text: str) -> float | str:
 
 def _checked(asked: Iterable[_Asked], images: Sequence[Path], faults: _Faults) -> tuple[PromptedObject, ...]:
     """Validate objects against the images and name their masks."""
-    by_name = {path.name: path for path in images}
-    stems = Counter(path.stem for path in images)
-    by_name |= {path.stem: path for path in images if stems[path.stem] == 1 and path.stem not in by_name}
+    named: dict[str, list[Path]] = defaultdict(list)
+    for path in images:
+        for name in dict.fromkeys((path.name, path.stem)):
+            named[name].append(path)
     sizes: dict[Path, tuple[int, int] | None] = {}
     of: dict[Path, list[tuple[_Asked, PromptedObject]]] = defaultdict(list)
     for one in asked:
-        image = by_name.get(one.image)
+        image = _image_of(one, named, faults)
         if image is None:
-            faults.add(one.where, "image not found")
             continue
         if image not in sizes:
             try:
@@ -243,6 +245,21 @@ def _checked(asked: Iterable[_Asked], images: Sequence[Path], faults: _Faults) -
         if size is not None:
             of[image].append((one, _object(one, image, size, faults)))
     return _with_names(of, faults)
+
+
+def _image_of(one: _Asked, named: Mapping[str, Sequence[Path]], faults: _Faults) -> Path | None:
+    """The image that an object names: by file name, with or without ending, and by as many folders as it names."""
+    parts = PurePath(one.image).parts
+    found = [path for path in named.get(parts[-1] if parts else "", ()) if path.parts[-len(parts) : -1] == parts[:-1]]
+    whole = [path for path in found if path.name == parts[-1]]
+    found = whole or found
+    if len(found) == 1:
+        return found[0]
+    if found:
+        faults.add(one.where, f"several images have this name: {shortlist(found)}; name one with its folder")
+    else:
+        faults.add(one.where, f"image not found among those of {option('images')}")
+    return None
 
 
 def _object(one: _Asked, image: Path, size: tuple[int, int], faults: _Faults) -> PromptedObject:

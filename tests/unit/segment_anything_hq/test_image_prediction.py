@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -100,6 +101,37 @@ def test_csv_gives_boxes_a_row_and_points_by_object(tmp_path, images):
     box, clicks = read(tmp_path, images, both, "p.csv")
     assert (box.file, box.prompt) == ("a.png", Prompt(box=(1, 2, 30, 20), clicks=clicks_at((4, 5, 1))))
     assert (clicks.file, clicks.prompt.box, len(clicks.prompt.clicks)) == ("b.png", None, 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image;x0;y0;x1;y1\na.png;1;2;30;20\n",
+        "sep=;\r\nimage;x0;y0;x1;y1\r\na.png;1;2;30;20\r\n",
+        "image\tx0\ty0\tx1\ty1\na.png\t1\t2\t30\t20\n",
+        "image,x0,y0,x1,y1,\n,,,,,\na.png,1,2,30,20,\n,,,,,\n",
+    ],
+)
+def test_csv_of_spreadsheets_is_read(text, tmp_path, images):
+    (tmp_path / "wide.csv").write_bytes(text.encode("utf-16"))
+    for found in (read(tmp_path, images, text, "p.csv"), read_prompts(tmp_path / "wide.csv", images)):
+        assert [(box.file, box.prompt) for box in found] == [("a.png", Prompt(box=(1, 2, 30, 20)))]
+
+
+def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path, images):
+    other = tmp_path / "other" / "a.png"
+    other.parent.mkdir()
+    shutil.copy(images[0], other)
+    both = images_in([images[0].parent, other.parent, tmp_path / "other" / ".." / "other"])
+    assert both == (*images, other)
+    for name in ("a.png", "a"):
+        assert "several images have this name: " in faults(tmp_path, both, [{"image": name, "box": [1, 1, 2, 2]}])
+    for path in (images[0], other):
+        [found] = read(tmp_path, both, [{"image": f"{path.parent.name}/a.png", "box": [1, 1, 2, 2]}])
+        assert found.image == path
+    [found] = read(tmp_path, images, [{"image": f"{images[0].parent.name}/a.png", "box": [1, 1, 2, 2]}])
+    assert found.image == images[0]
+    assert "image not found" in faults(tmp_path, images, [{"image": "elsewhere/a.png", "box": [1, 1, 2, 2]}])
 
 
 BAD = {
