@@ -11,6 +11,7 @@ from rfmedsam2.arguments import path_of, whole_number
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
 from rfmedsam2.nn.sam import SamBackbone, SamSegmenter
 from rfmedsam2.nn.sam_weights import load_sam
+from rfmedsam2.records.model import LARGEST_FRAME
 from rfmedsam2.store.checkpoints import read_weights, weights_sha256
 from rfmedsam2.store.published_weights import read_published
 from rfmedsam2.system.devices import choose_device
@@ -58,8 +59,8 @@ def build(
     if not supports_backbone(method, backbone):
         family = "SAM 2's hiera_*" if method in ON_SAM2 else "SAM's vit_*"
         raise PlanError(f"{method} is not built on {backbone}", expected=family)
-    if frame_size < 2 * STRIDE or frame_size % STRIDE:
-        expected = f"a multiple of {STRIDE}, at least {2 * STRIDE}"
+    if not 2 * STRIDE <= frame_size <= LARGEST_FRAME or frame_size % STRIDE:
+        expected = f"a multiple of {STRIDE}, at least {2 * STRIDE} and at most {LARGEST_FRAME}"
         raise PlanError("Invalid frame size", expected=expected, found=frame_size)
     if method in ("sam_ref", "sam2_ref", "sam2_refiner"):
         base = _base(backbone, frame_size, weights, trained=True)

@@ -14,7 +14,14 @@ from rfmedsam2.records.base import Record
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Whole = Annotated[int, Field(ge=0)]
+Whole = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Rate = Annotated[float, Field(gt=0, le=1e30)]
+Factor = Annotated[float, Field(ge=0, le=1e6)]
+"""Products of a rate and a factor are finite in float32."""
+Width = Annotated[int, Field(ge=1, le=1 << 16)]
+"""Channels of a layer."""
+LARGEST_KERNEL, MOST_BLOCKS = 99, 1000  # building more blocks takes many seconds
+Depth = Annotated[int, Field(ge=1, le=MOST_BLOCKS // 4)]
 LARGEST_FRAME = 1 << 15
 """Pixels along a side: above, one frame alone takes more memory than machines have."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -28,7 +35,7 @@ class UNetConfig(Record):
     block: Literal["plain", "residual"] = "plain"
     norm: Literal["instance", "batch"] = "instance"
     """Normalization after convolutions; batch is nnUNetTrainerBN's."""
-    features: tuple[Count, ...]
+    features: tuple[Width, ...]
     """Channels per resolution stage, highest resolution first."""
     kernel_sizes: tuple[tuple[int, ...], ...]
     strides: tuple[tuple[int, ...], ...]
@@ -57,8 +64,10 @@ class UNetConfig(Record):
         axes = {len(entry) for entry in (*self.kernel_sizes, *self.strides)}
         if stages < 2 or len(axes) != 1 or not axes <= {2, 3}:
             raise ValueError("a network needs at least two stages, and kernels and strides with two or three axes each")
-        if any(n < 1 for entry in (*self.kernel_sizes, *self.strides) for n in entry):
-            raise ValueError("kernel sizes and strides must be 1 or more")
+        if any(not 1 <= n <= LARGEST_KERNEL for entry in (*self.kernel_sizes, *self.strides) for n in entry):
+            raise ValueError(f"kernel sizes and strides must be 1 or more, and at most {LARGEST_KERNEL}")
+        if (blocks := sum(self.encoder_blocks) + sum(self.decoder_blocks)) > MOST_BLOCKS:
+            raise ValueError(f"encoder_blocks and decoder_blocks sum to {blocks}, above {MOST_BLOCKS}")
         if self.input_stride is not None and len(self.input_stride) != self.dimensions:
             raise ValueError(f"input_stride {self.input_stride} does not have one entry for each of {axes.pop()} axes")
         return self
@@ -104,7 +113,7 @@ class AdapterConfig(Record):
     and features cannot be cached. Else it stays the mean of its channels; with one or three little is lost."""
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Bottleneck width as a fraction of the feature width."""
-    channel_hidden: Count = 16
+    channel_hidden: Width = 16
     """Hidden channels of the channel adapter (M -> hidden -> 3)."""
 
 
@@ -115,7 +124,7 @@ class CrossFit(Record):
     """Number of parts, each predicted by a U-Net trained on the others."""
     iterations: Count | None = None
     """Optimizer steps of each U-Net; None: as many as the stage's training."""
-    learning_rate: Positive | None = None
+    learning_rate: Rate | None = None
     """Initial learning rate of the U-Nets; None: the stage's."""
 
 
@@ -124,7 +133,7 @@ class Disturbance(Record):
 
     box_jitter: Whole = 0
     """Every side of a box prompt moves by at most this many pixels of the patch."""
-    logit_noise: Annotated[float, Field(ge=0)] = 0.0
+    logit_noise: Factor = 0.0
     """Standard deviation of smooth noise that is added to fixed logits of Step 0 (`step0` crossfit)."""
     noise_voxels: Count = 8
     """Distance in voxels over which this noise varies."""
@@ -135,10 +144,10 @@ class Disturbance(Record):
 class RefinementLoss(Record):
     """What Steps 1 and 2 learn from besides their class maps."""
 
-    own_masks: Annotated[float, Field(ge=0)] = 0.0
+    own_masks: Factor = 0.0
     """Weight of cross-entropy + Dice of SAM 2's masks by themselves, each object against all else: trains the decoder
     while the gates of `output` gated are still shut, and for boxes from a person, whose masks stand alone."""
-    box_margin: Annotated[float, Field(ge=0)] | None = None
+    box_margin: Factor | None = None
     """Losses of Steps 1 and 2 count voxels in the boxes of the decoded prompts alone, widened by this share of their
     sides; None: whole slices."""
 
@@ -174,12 +183,12 @@ class RFMedSam2Config(Record):
     detail: SAM 2's, plus what the mask prompt holds beyond that resolution. gated: Step 0's logits plus SAM 2's times a
     gate, one per step and class, that is learned and starts at 0; memories are of the masks that result. correct: the
     class map of the step before plus SAM 2's output, and memories of that output alone (older plans)."""
-    memory_layers: Count | None = None
+    memory_layers: Depth | None = None
     """Layers of memory attention, for backbones whose memory has no published weights; None: the backbone's (sam2's 4
     for light SAMs, as in older plans; nano has 2)."""
-    memory_width: Count | None = None
+    memory_width: Width | None = None
     """Hidden width of these layers' MLPs; None: the backbone's (sam2's 2048 for light SAMs, as in older plans)."""
-    gate_learning_rate: Positive = 0.01
+    gate_learning_rate: Rate = 0.01
     """Learning rate of the gates of `output` gated, which follows the schedule of all others."""
     step2_mask_prompt: Literal["class_map", "one_against_rest"] = "class_map"
     """What Step 2's mask prompts are made of: Step 1's log-odds of a class against all others, as in Step 1, or its
@@ -324,9 +333,9 @@ class SegResNetConfig(LibraryConfig):
     """MONAI's SegResNet (Myronenko 2018, without its autoencoder)."""
 
     kind: Literal["segresnet"] = "segresnet"
-    features: Annotated[int, Field(ge=8, multiple_of=8)] = 32
+    features: Annotated[int, Field(ge=8, le=1 << 16, multiple_of=8)] = 32
     """Channels at full resolution, doubled at every stage; group norm has 8 groups."""
-    encoder_blocks: Annotated[tuple[Count, ...], Field(min_length=2, max_length=7)] = (1, 2, 2, 4)
+    encoder_blocks: Annotated[tuple[Depth, ...], Field(min_length=2, max_length=7)] = (1, 2, 2, 4)
     """Residual blocks per stage; the decoder has one at each."""
 
     @property
@@ -344,9 +353,9 @@ class SwinUNETRConfig(LibraryConfig):
     """MONAI's SwinUNETR (Hatamizadeh et al. 2022)."""
 
     kind: Literal["swinunetr"] = "swinunetr"
-    features: Annotated[int, Field(ge=12, multiple_of=12)] = 48
+    features: Annotated[int, Field(ge=12, le=1 << 16, multiple_of=12)] = 48
     """Channels of the first stage, doubled at every stage."""
-    depths: tuple[Count, Count, Count, Count] = (2, 2, 2, 2)
+    depths: tuple[Depth, Depth, Depth, Depth] = (2, 2, 2, 2)
     """Transformer blocks per stage."""
 
     @property

@@ -7,9 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 from pydantic import Discriminator, Field, Tag
 
 from rfmedsam2.records.base import Record
-from rfmedsam2.records.model import Count, Decay, Positive, Probability, Whole
+from rfmedsam2.records.model import Count, Decay, Factor, Positive, Probability, Rate, Whole
 
 Axes = tuple[Annotated[int, Field(ge=0, le=2)], ...]
+Zoom = Annotated[float, Field(ge=0.01, le=100)]
+Sigma = Annotated[float, Field(gt=0, le=100)]
+"""Voxels; a kernel is eight times as long."""
 
 
 class Sgd(Record):
@@ -73,7 +76,7 @@ class WarmupPolySchedule(Record):
 
     kind: Literal["warmup_poly"] = "warmup_poly"
     warmup_iterations: Whole = 1500
-    start_factor: Annotated[float, Field(ge=0)] = 0.01
+    start_factor: Factor = 0.01
     power: Positive = 0.9
 
 
@@ -82,7 +85,7 @@ class StepSchedule(Record):
 
     kind: Literal["step"] = "step"
     milestones: tuple[int, ...] = (10,)
-    gamma: Positive = 0.1
+    gamma: Rate = 0.1
 
 
 class OneCycleSchedule(Record):
@@ -90,8 +93,8 @@ class OneCycleSchedule(Record):
 
     kind: Literal["one_cycle"] = "one_cycle"
     warmup_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    start_factor: Positive = 0.04
-    end_factor: Annotated[float, Field(ge=0)] = 4e-6
+    start_factor: Rate = 0.04
+    end_factor: Factor = 4e-6
 
 
 class CosineSchedule(Record):
@@ -99,7 +102,7 @@ class CosineSchedule(Record):
 
     kind: Literal["cosine"] = "cosine"
     per: Literal["epoch", "iteration"] = "epoch"
-    end_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    end_factor: Factor = 0.0
 
 
 class TrainConfig(Record):
@@ -107,10 +110,10 @@ class TrainConfig(Record):
 
     epochs: Count = 1000
     iterations_per_epoch: Count = 250
-    learning_rate: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3e-5
+    learning_rate: Rate = 1e-3
+    weight_decay: Factor = 3e-5
     optimizer: Annotated[Sgd | Adam | AdamW | Adan, Field(discriminator="kind")] = Sgd()
-    rate_factors: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    rate_factors: dict[str, Factor] = Field(default_factory=dict)
     """Factors of `learning_rate` by the beginning of parameters' names (`encoder.`): the longest counts, 0 freezes."""
     schedule: Annotated[
         PolySchedule | WarmupPolySchedule | StepSchedule | OneCycleSchedule | CosineSchedule,
@@ -123,11 +126,11 @@ class TrainConfig(Record):
     """auto: bf16 if the hardware supports it (GPUs, CPUs with AMX, AVX512-BF16), else fp16 on GPUs, fp32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, if a trial step succeeds."""
-    seed: Whole = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     deterministic: bool = False
     checkpoint_minutes: Positive = 10.0
     validate_every_epochs: Count = 1
-    workers: Whole | None = None
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Data loading processes; None: chosen from cores and memory, 0: load in the main process."""
     worker_timeout_seconds: Positive = 300.0
 
@@ -144,18 +147,18 @@ class Augmentation(Record):
     rotation_degrees: tuple[float, float] | Literal["nnunet"] = "nnunet"
     """Range about each axis; "nnunet": +-30 (3D), +-180 in plane for strongly anisotropic or flat patches."""
     rotation_probability: Probability = 0.2
-    scale: tuple[Positive, Positive] = (0.7, 1.4)
+    scale: tuple[Zoom, Zoom] = (0.7, 1.4)
     scale_probability: Probability = 0.2
     noise_probability: Probability = 0.1
-    noise_variance: tuple[float, float] = (0.0, 0.1)
+    noise_variance: tuple[Factor, Factor] = (0.0, 0.1)
     blur_probability: Probability = 0.2
-    blur_sigma: tuple[Positive, Positive] = (0.5, 1.0)
+    blur_sigma: tuple[Sigma, Sigma] = (0.5, 1.0)
     brightness_probability: Probability = 0.15
     brightness: tuple[Positive, Positive] = (0.75, 1.25)
     contrast_probability: Probability = 0.15
     contrast: tuple[Positive, Positive] = (0.75, 1.25)
     low_resolution_probability: Probability = 0.25
-    low_resolution: tuple[Positive, Positive] = (0.5, 1.0)
+    low_resolution: tuple[Zoom, Zoom] = (0.5, 1.0)
     gamma_inverted_probability: Probability = 0.1
     gamma_probability: Probability = 0.3
     gamma: tuple[Positive, Positive] = (0.7, 1.5)

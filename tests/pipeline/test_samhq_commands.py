@@ -92,8 +92,14 @@ def test_a_summary_counts_parts_beside_the_papers_figure():
 
 def test_a_summary_of_what_cannot_be_is_a_sentence():
     assert "hq_sam is not built on hiera_t" in run_error("summary", "hq_sam", "-b", "hiera_t")
-    for backbone, size in (("vit_b", 100), ("vit_b", 10**12), ("vit_tiny", 2**40), ("hiera_t", 10**19 * 32)):
-        method = "sam2" if backbone == "hiera_t" else "sam"
+    for backbone, size in (
+        ("vit_b", 100),
+        ("vit_b", 10**8),
+        ("vit_b", 10**12),
+        ("vit_tiny", 2**40),
+        ("hiera_t", 10**19 * 32),
+    ):
+        method = "sam2" if backbone == "hiera_t" else "hq_sam"
         assert "Invalid frame size" in run_error("summary", method, "-b", backbone, "--frame-size", size)
 
 

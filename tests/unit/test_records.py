@@ -11,9 +11,9 @@ import pytest
 from rfmedsam2.errors import RecordError
 from rfmedsam2.records.base import dump_json
 from rfmedsam2.records.dataset import DatasetJson, LabelSet
-from rfmedsam2.records.model import RFMedSam2Config, UNetConfig
+from rfmedsam2.records.model import RFMedSam2Config, SegResNetConfig, SwinUNETRConfig, UNetConfig
 from rfmedsam2.records.plan import Normalization, Stage
-from rfmedsam2.records.training import AdamW, Sgd, StepSchedule, TrainConfig, WarmupPolySchedule
+from rfmedsam2.records.training import AdamW, Augmentation, Sgd, StepSchedule, TrainConfig, WarmupPolySchedule
 
 NETWORK = UNetConfig(
     features=(8, 16),
@@ -32,6 +32,44 @@ def test_all_faults_are_listed_with_what_was_found():
     assert "plan.json" in message
     for part in ("epochs: ", "found 0", "learning_rate: ", "'fast'", "epoch: "):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "value"),
+    [
+        (UNetConfig, "features", (10**9, 8)),  # was an overflow of torch's
+        (UNetConfig, "kernel_sizes", ((10**9, 3, 3), (3, 3, 3))),
+        (UNetConfig, "strides", ((1, 1, 1), (1, 2, 100))),
+        (UNetConfig, "encoder_blocks", (2, 10**6)),  # was built for minutes
+        (SegResNetConfig, "features", 8 * 10**9),
+        (SegResNetConfig, "encoder_blocks", (1, 10**6)),
+        (SwinUNETRConfig, "depths", (2, 2, 2, 10**6)),
+        (RFMedSam2Config, "memory_width", 10**9),
+        (RFMedSam2Config, "memory_layers", 10**6),
+        (TrainConfig, "seed", 2**70),
+        (TrainConfig, "workers", 10**9),
+        (TrainConfig, "learning_rate", 1e308),
+        (TrainConfig, "weight_decay", 1e308),
+        (TrainConfig, "rate_factors", {"encoder.": 1e308}),
+        (WarmupPolySchedule, "start_factor", float("inf")),
+        (Augmentation, "blur_sigma", (1e8, 1e9)),  # took all memory
+        (Augmentation, "low_resolution", (1e9, 1e9)),
+        (Augmentation, "low_resolution", (1e-9, 1e-9)),
+        (Augmentation, "noise_variance", (-5, -1)),
+    ],
+)
+def test_numbers_beyond_reason_are_named_before_anything_is_built(record, field, value):
+    whole = NETWORK.model_dump() if record is UNetConfig else {}
+    if record is RFMedSam2Config:
+        whole = {"unet": NETWORK.model_dump(), "frame_size": 64}
+    record.parse(whole)
+    with pytest.raises(RecordError, match=r"(?s)1 fault|2 fault") as caught:
+        record.parse(whole | {field: value})
+    assert field.partition("_")[0] in str(caught.value)
+
+
+def test_a_seed_may_be_any_that_torch_takes():
+    assert TrainConfig.parse({"seed": 2**63 - 1}).seed == 2**63 - 1
 
 
 def test_a_syntax_error_names_its_line():
