@@ -149,12 +149,22 @@ def predictions_of_others(layout: Layout, plan: Plan, stage: str, cases: Sequenc
 
     Raises:
         UsageError: there is none for some cases; names the folds to train.
+        CheckpointError: a fold was trained with other labels than the plan now has.
     """
     model = layout.model_folder(plan.dataset, plan.name, stage)
     found: dict[str, Path] = {}
     for fold in sorted(folds_of(model, (FINAL,)), key=lambda name: (not name.isdigit(), name)):
         folder = model / f"{FOLD}{fold}"
-        known = read_record_of(folder / FINAL).cases
+        trained = read_record_of(folder / FINAL)
+        if trained.plan.labels != plan.labels:
+            raise CheckpointError(
+                f"A fold of {stage} was trained with other labels than the plan has now",
+                where=folder / FINAL,
+                expected=_table(plan.labels),
+                found=_table(trained.plan.labels),
+                remedy=f"Train it again: rfmed_train {plan.dataset} {stage} {fold} -p {plan.name} --restart",
+            )
+        known = trained.cases
         try:
             predicted = read_record(folder / VALIDATED / PREDICTIONS, PredictionsRecord).cases
         except RecordError:
@@ -176,6 +186,10 @@ def predictions_of_others(layout: Layout, plan: Plan, stage: str, cases: Sequenc
         found=f"nothing of {shortlist(missing)}",
         remedy=f"Run rfmed_train {plan.dataset} {stage} {folds[0] if folds else 'FOLD'} -p {plan.name}, so for each",
     )
+
+
+def _table(labels: LabelSet) -> str:
+    return shortlist(f"{name} {value}" for name, value in labels.names.items())
 
 
 def first_stage_labels(layout: Layout, checkpoint: Path, cases: Sequence[str]) -> FirstStageLabels | None:

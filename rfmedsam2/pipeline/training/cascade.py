@@ -11,7 +11,7 @@ import numpy as np
 from rfmedsam2.engine.runtime import Runtime
 from rfmedsam2.errors import ImageError
 from rfmedsam2.inference.box_prompts import planned_label
-from rfmedsam2.pipeline.prediction.cascade import predictions_of_others
+from rfmedsam2.pipeline.prediction.cascade import predictions_of_others, require_label_map
 from rfmedsam2.records.case import CaseRecord
 from rfmedsam2.records.plan import Plan, Split, Stage
 from rfmedsam2.store.images import digest_of, read_label
@@ -105,6 +105,7 @@ class FirstStage:
                 found=shape,
                 remedy=f"Remove {path.parent} and validate the fold again with rfmed_train",
             )
+        require_label_map(volume.array[0], shape, self.plan.labels, where=str(path))
         if (largest := int(volume.array.max(initial=0))) > LARGEST_LABEL:
             raise ImageError("Labels are too large for a cascade", where=path, expected=LARGEST_LABEL, found=largest)
         return planned_label(volume.array[0], restore, self._config.resampling)[None]

@@ -13,8 +13,10 @@ from support.commands import run_ok
 
 from rfmedsam2 import Predictor
 from rfmedsam2.engine.runtime import start_runtime
-from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.errors import CheckpointError, ImageError, UsageError
 from rfmedsam2.inference.volume import preprocess_case
+from rfmedsam2.pipeline.datasets.splits import read_splits
+from rfmedsam2.pipeline.prediction.cascade import predictions_of_others
 from rfmedsam2.pipeline.training.cascade import FirstStage
 from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.plan import Plan, Split
@@ -86,6 +88,16 @@ def test_a_cascade_is_trained_and_predicted(layout, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine, image.header), changed)
     with pytest.raises(CheckpointError, match="labels of the first stage"):
         train(layout, plan, SECOND, options=QUIET)
+
+    # values that mean nothing are not left out in silence, nor are numbers read by another table
+    nib.save(nib.Nifti1Image(np.full(image.shape, 77, np.uint8), image.affine, image.header), changed)
+    with pytest.raises(ImageError, match=r"values that the model does not know.*Found 77"):
+        train(layout, plan, SECOND, options=QUIET)
+    names = plan.labels.names | {"spleen": plan.labels.names["liver"], "liver": plan.labels.names["spleen"]}
+    swapped = plan.model_copy(update={"labels": plan.labels.model_copy(update={"names": names})})
+    folds = [case for split in read_splits(layout.splits_file(PHANTOM)) for case in split.val]
+    with pytest.raises(CheckpointError, match=r"trained with other labels than the plan has now.*--restart"):
+        predictions_of_others(layout, swapped, FIRST, folds)
 
 
 def what_it_is_given(layout: Layout, plan: Plan) -> None:
