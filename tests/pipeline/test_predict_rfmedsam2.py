@@ -341,6 +341,21 @@ def test_boxes_that_do_not_fit_the_cases_are_sentences(model_of, cases, referenc
         run(references)
 
 
+@pytest.mark.parametrize("place", ["labels/dataset.json", "dataset.json"])
+def test_label_maps_of_other_labels_give_no_boxes(place: str, model_of, cases, references, tmp_path) -> None:
+    predictor = Predictor.load(model_of("gt"), device="cpu")
+    own = predictor.plan.labels.names
+    first, second = list(own)[1:3]
+    swapped = own | {first: own[second], second: own[first]}
+    table = {"channel_names": {"0": "CT"}, "numTraining": 2, "file_ending": ".nii.gz"}
+    for boxes in (references, references / "case0.nii.gz"):
+        (tmp_path / place).write_text(json.dumps(table | {"labels": swapped}))
+        with pytest.raises(UsageError, match=rf"other labels than the model.*{first} is 1 in the model and 2 in"):
+            predict_files(predictor, cases[:1], tmp_path / "out", boxes=boxes)
+        (tmp_path / place).write_text(json.dumps(table | {"labels": own}))
+        predict_files(predictor, cases[:1], tmp_path / "out", boxes=boxes)
+
+
 def test_a_box_outside_its_image_is_that_cases_fault(model_of, cases, tmp_path) -> None:
     file = tmp_path / "boxes.json"
     outside = {"label": "liver", "slice": 12, "box": [0, 0, 2, 2]}

@@ -13,8 +13,8 @@ import pytest
 from support.commands import run_error, run_ok, unfinished_files
 from support.tiny_model import NAME, make_plan, write_model
 
+from rfmedsam2.pipeline.datasets.label_agreement import LabelTable
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
-from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.selection import rules
 from rfmedsam2.pipeline.selection import select as verb

@@ -14,8 +14,8 @@ from support.commands import run, run_error, run_ok, unfinished_files
 from support.small_rfmedsam2 import config
 from support.tiny_model import NAME, make_plan, write_image, write_model
 
+from rfmedsam2.pipeline.datasets.label_agreement import LabelTable
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
-from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.prediction.cascade import FirstStageLabels
 from rfmedsam2.pipeline.prediction.checkpoints import checkpoints_of
 from rfmedsam2.pipeline.prediction.predictor import Predictor

@@ -17,9 +17,9 @@ from rfmedsam2.arguments import option
 from rfmedsam2.choices import ComparedMetric
 from rfmedsam2.errors import UsageError, shortlist
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty
+from rfmedsam2.pipeline.datasets.label_agreement import LabelTable
 from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENCE, MINIMUM_CASES, bootstrap
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, ids_of
-from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.evaluation.score_plot import differences_png
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import LOWER_IS_BETTER, TITLES, Comparison, Evaluation, PairedCase, PairedMean

@@ -15,8 +15,9 @@ from typing import get_args
 from rfmedsam2.arguments import choice_of, names_of, number_from_zero, option, path_of, whole_number
 from rfmedsam2.errors import DatasetError, RecordError, RfMedSamError, UsageError, shortlist
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, absent_class, case_metrics, empty_policy
+from rfmedsam2.pipeline.datasets.label_agreement import LabelTable
 from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENCE, MINIMUM_CASES, summarize
-from rfmedsam2.pipeline.evaluation.label_tables import LabelTable, agreed_labels, numbered, with_all_values
+from rfmedsam2.pipeline.evaluation.label_tables import agreed_labels, numbered, with_all_values
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import ImageError, UsageError, shortlist
 from rfmedsam2.inference.box_prompts import BoxPrompts, classes_of
+from rfmedsam2.pipeline.datasets.label_agreement import require_agreement
 from rfmedsam2.records.box_prompts import BoxPrompt, BoxPromptFile
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.case_files import Case, describe_contents, file_stem, list_images
@@ -38,10 +39,13 @@ class BoxSource:
             labels: labels of the model.
 
         Raises:
-            UsageError: the path does not exist, cases have no boxes, or boxes are of other cases or unknown labels.
+            UsageError: the path does not exist or has other labels, cases have no boxes, or boxes are of other cases or
+                unknown labels.
             RecordError: the JSON file has faults; lists all of them.
         """
         ids = [case.id for case in cases]
+        if path.is_dir() or image_ending(path):
+            require_agreement(path if path.is_dir() else path.parent, labels)
         if path.is_dir():
             files = label_maps_by_case(path, ids)
             _require_all(ids, files, where=path, found=describe_contents(path), kind="label map")

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import CheckpointError, ImageError, RecordError, UsageError, shortlist
+from rfmedsam2.pipeline.datasets.label_agreement import require_agreement
 from rfmedsam2.pipeline.datasets.splits import read_splits
 from rfmedsam2.pipeline.prediction.box_prompts import label_map_on, label_maps_by_case
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, VALIDATED, folds_of
@@ -113,10 +114,11 @@ class FirstStageLabels:
             labels: labels of the model.
 
         Raises:
-            UsageError: the folder does not exist, or cases have no label map.
+            UsageError: the folder does not exist or has other labels, or cases have no label map.
         """
         if not folder.is_dir():
             raise UsageError("The folder of the first stage's label maps does not exist", where=folder)
+        require_agreement(folder, labels)
         files = label_maps_by_case(folder, [case.id for case in cases])
         if lacking := [case.id for case in cases if case.id not in files]:
             raise UsageError(

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.inference.volume import PredictOptions
+from rfmedsam2.pipeline.datasets.label_agreement import LabelTable
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
-from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.prediction.cascade import FirstStageLabels, first_stage_labels
 from rfmedsam2.pipeline.prediction.checkpoints import ENSEMBLE_PLAN, FOLD, VALIDATED, TrainedModel, checkpoints_of
 from rfmedsam2.pipeline.prediction.ensembles import BETWEEN, mean_prediction, temporary_maps

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from rfmedsam2.errors import CheckpointError, require_type, shortlist
+from rfmedsam2.pipeline.datasets.label_agreement import LabelTable
 from rfmedsam2.pipeline.datasets.splits import get_split
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
-from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.pipeline.prediction.cascade import first_stage_labels
 from rfmedsam2.pipeline.prediction.checkpoints import VALIDATED
 from rfmedsam2.pipeline.prediction.predict import predict_files

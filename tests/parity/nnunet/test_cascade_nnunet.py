@@ -64,6 +64,11 @@ def test_label_maps_of_the_first_stage_may_be_given(trained: Path, tmp_path: Pat
     maps.mkdir()
     assert "1 of 1 cases have no label map" in run_error(*words, "--previous-stage", maps)
     shutil.copy(trained / FIRST / "blob_0.nii.gz", maps)
+    table = json.loads((home / "dataset.json").read_text())
+    swapped = dict(zip(table["labels"], [0, *list(table["labels"].values())[:0:-1]], strict=True))
+    (maps / "dataset.json").write_text(json.dumps(table | {"labels": swapped}))
+    assert "other labels than the model" in run_error(*words, "--previous-stage", maps)
+    (maps / "dataset.json").write_text(json.dumps(table))
     run_ok(*words, "--previous-stage", maps)
     expected = labels_of(trained / SECOND / "blob_0.nii.gz")
     assert differing(labels_of(tmp_path / "out" / "blob_0.nii.gz"), expected) <= 1e-4

@@ -15,9 +15,9 @@ import pytest
 import SimpleITK
 
 from rfmedsam2.errors import DatasetError, StoreError, UsageError
+from rfmedsam2.pipeline.datasets.label_agreement import LabelTable
 from rfmedsam2.pipeline.evaluation.bootstrap import bootstrap, summarize
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, find_pairs
-from rfmedsam2.pipeline.evaluation.label_tables import LabelTable
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.report import CaseMetrics, ClassMetrics, Evaluation
 from rfmedsam2.system.atomic import read_record

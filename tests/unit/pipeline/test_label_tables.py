@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rfmedsam2.errors import RecordError, UsageError
-from rfmedsam2.pipeline.evaluation.label_tables import LabelTable, agreed_labels, contradictions
+from rfmedsam2.pipeline.datasets.label_agreement import LabelTable, contradictions
+from rfmedsam2.pipeline.evaluation.label_tables import agreed_labels
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PredictionsRecord
 
