@@ -181,6 +181,10 @@ class TrainRun:
     validate: Annotated[
         bool, arg(help="Do not predict and score the validation cases as whole volumes at the end.")
     ] = True
+    probabilities: Annotated[
+        bool,
+        arg(help="Keep the class probabilities of the validation cases, of which rfmed_select makes ensembles."),
+    ] = False
     validate_only: Annotated[
         bool, arg(help="Do not train: predict and score the validation cases with the trained weights.")
     ] = False

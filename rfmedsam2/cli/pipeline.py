@@ -183,6 +183,7 @@ def train(
             device=run.device,
             restart=run.restart,
             validate=run.validate,
+            probabilities=run.probabilities,
             trackers=run.trackers,
             weights=start.weights,
             sam=start.sam2,
@@ -213,7 +214,16 @@ def _validate(layout: Layout, plan: Plan, stage: str, fold: str, run: TrainRun) 
     with bars.working(f"Validating {plan.dataset}, plan {plan.name}, {stage}, fold {fold}"):
         from rfmedsam2.pipeline.training.validation import VALIDATION, validate
 
-    scores = validate(layout, plan, stage, fold=fold, checkpoint=run.checkpoint, device=run.device, progress=bars)
+    scores = validate(
+        layout,
+        plan,
+        stage,
+        fold=fold,
+        checkpoint=run.checkpoint,
+        probabilities=run.probabilities,
+        device=run.device,
+        progress=bars,
+    )
     folder = layout.fold_folder(plan.dataset, plan.name, stage, fold) / VALIDATION[run.checkpoint]
     if scores is None:
         tell(f"Predicted, but not scored: {folder}")

@@ -53,6 +53,12 @@ def require_consistent(run: TrainRun) -> None:
             found=f"--validate-only {' '.join(against)}",
             remedy=f"Leave out {' and '.join(against)}, or --validate-only",
         )
+    if run.probabilities and not run.validate:
+        raise UsageError(
+            "--probabilities keeps what the validation predicts",
+            found="--probabilities --no-validate",
+            remedy="Leave one of them out",
+        )
     if run.checkpoint != "final" and not run.validate_only:
         raise UsageError(
             "--checkpoint chooses the weights that --validate-only scores",

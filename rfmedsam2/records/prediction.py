@@ -45,6 +45,8 @@ class PredictedCase(Record):
     """Whether a case of this id is among those that the model was trained on, as far as its checkpoints say it."""
     sha256: str | None = None
     """Digest of the label map as it was written, which tells a correction by hand; None in older records."""
+    probabilities_sha256: str | None = None
+    """Digest of the file of probabilities; None in older records and without one."""
 
 
 PREDICTIONS = "predictions.json"

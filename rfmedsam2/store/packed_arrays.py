@@ -25,6 +25,10 @@ CHUNK_BYTES = 4 * 1024**2
 PACKING_BYTES = 64 * 1024**2
 """Upper bound of what blosc2 allocates beside the compressed array: buffers and a thread's heap."""
 
+_FRAME = b"\x9e\xa8b2frame\x00"
+_LAYERS, _ARRAY_ALONE = slice(91, 99), b"\xde\x00\x01\xa4b2nd"
+"""Where the header of a blosc2 file counts and names its layers (README_CFRAME_FORMAT of c-blosc2): one, b2nd."""
+
 Ranges = Sequence[tuple[int, int]]
 Look = tuple[int, int]
 """Size and modification time of a file."""
@@ -75,11 +79,30 @@ def read_packed(path: Path, ranges: tuple[slice, ...], *, what: str, remedy: str
         StoreError: the file cannot be read.
     """
     try:
-        # blosc2's own annotations are wrong here (mmap_mode) or incomplete
-        array: Any = cast(Any, blosc2).open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-        return array[ranges]
+        return open_array(path, mmap_mode="r", dparams={"nthreads": 1})[ranges]
     except (OSError, RuntimeError, ValueError) as error:
         raise StoreError(f"{what} cannot be read ({error})", where=path, remedy=remedy) from error
+
+
+def open_array(path: Path, **options: Any) -> Any:
+    """Open a blosc2 file that holds an array and nothing else.
+
+    Others hold expressions, functions and references to other files, which blosc2 before 4.14.1 evaluates.
+
+    Args:
+        path: the file.
+        options: further arguments of `blosc2.open`.
+
+    Raises:
+        ValueError: it is another kind of file.
+        OSError, RuntimeError: it cannot be read.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(_LAYERS.stop)
+    if not head.startswith(_FRAME) or head[_LAYERS] != _ARRAY_ALONE:
+        raise ValueError("it is not a blosc2 file of an array alone")
+    # blosc2's own annotations are wrong here (mmap_mode) or incomplete
+    return cast(Any, blosc2).open(str(path), mode="r", **options)
 
 
 def cut(shape: Sequence[int], patch: Sequence[int], itemsize: int) -> tuple[Shape, Shape]:

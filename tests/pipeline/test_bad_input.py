@@ -231,6 +231,7 @@ def test_a_file_that_changes_while_it_is_used(raw_root, root_of, monkeypatch):
         (("3d_fullres", "fold", 0, "--name", ""), "An argument is empty: after --name"),
         (("3d_fullres", "fold", 0, "--checkpoint", "best"), "Add --validate-only"),
         (("3d_fullres", "fold", 0, "--validate-only"), "Leave out --no-validate, or --validate-only"),
+        (("3d_fullres", "fold", 0, "--probabilities"), "Found --probabilities --no-validate"),
         (("3d_fullres", "fold", 0, "--validate-only", "--restart"), "Leave out --restart and --no-validate"),
         (("3d_fullres", "fold", 0, "--weights", "no_such_model"), "The model does not exist: no_such_model"),
         (("3d_fullres", "fold", 0, "--set", "3d_fullres.train.epoch=1"), "Did you mean 'epochs'?"),

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import blosc2
 import nibabel as nib
 import numpy as np
 import pytest
@@ -167,6 +168,43 @@ def test_an_interrupted_selection_goes_on(root, monkeypatch) -> None:
     predictions.count = 0
     run_ok(*words)
     assert predictions.count == 3 * len(FOLDS["0"])
+
+
+def test_probabilities_that_validations_kept_are_read(root, monkeypatch) -> None:
+    results, images = root / "results" / NAME, root / "raw" / NAME / "imagesTr"
+    for model in PAIR.split("+"):
+        for fold, ids in FOLDS.items():
+            out = results / model / f"fold_{fold}" / "validation"
+            shutil.rmtree(out)
+            cases = [images / f"{id}_0000.nii.gz" for id in ids]
+            run_ok("predict", "-i", *cases, "-o", out, "-m", results / model, "-f", fold, "--device", "cpu",
+                   "--probabilities")  # fmt: skip
+            run_ok("evaluate", "-p", out, "-g", root / "raw" / NAME / "labelsTr", "-o", out, "--cases", *ids)
+    predictions = Predictions(monkeypatch)
+    words = ("select", "-d", "Tiny", "--root", root, "--device", "cpu", "--no-postprocessing")
+    run_ok(*words)
+    assert predictions.count == len(EVERY), "the third model kept none"
+    folder = results / "ensembles" / PAIR
+    found = {path.name: read_label(path)[0].array for path in folder.rglob("*.nii.gz")}
+    assert set(found) == {f"{id}.nii.gz" for id in EVERY}
+
+    kept = results / "rfmed__2d" / "fold_0" / "validation"
+    shutil.copy(kept / "b.probabilities.b2nd", kept / "a.probabilities.b2nd")
+    (kept / "b.probabilities.b2nd").write_bytes((kept / "b.probabilities.b2nd").read_bytes()[:-40])
+    expression = blosc2.open(str(kept / "c.probabilities.b2nd"), mode="r") + 1
+    expression.save(str(kept / "expression.b2nd"))
+    (kept / "expression.b2nd").replace(kept / "c.probabilities.b2nd")
+    other = results / "rfmed__2d" / "fold_1" / "validation"
+    record = json.loads((other / "predictions.json").read_text())
+    record["cases"]["d"]["input_sha256"] = "0" * 64
+    record["cases"]["e"]["made_by"] = "0" * 64
+    (other / "predictions.json").write_text(json.dumps(record))
+    shutil.rmtree(results / "ensembles")
+    predictions.count = 0
+    run_ok(*words)
+    assert predictions.count == len(EVERY) + 5
+    for path in folder.rglob("*.nii.gz"):
+        np.testing.assert_array_equal(read_label(path)[0].array, found[path.name])
 
 
 def by_hand(label_map: Callable[[int], np.ndarray], root: Path) -> Callable[..., object]:

@@ -95,6 +95,7 @@ FREE = {
     "PrecisionRecord.figures": "shown",
     "PrecisionRecord.network": "shown",
     "PredictedCase.input_sha256": "a digest",
+    "PredictedCase.probabilities_sha256": "compared with that of a file",
     "PredictedCase.inputs": "shown",
     "PredictedCase.made_by": "a digest",
     "PredictedCase.seconds": "shown",

@@ -18,6 +18,7 @@ from rfmedsam2.store.formats.detached import spacing_file
 from rfmedsam2.store.images import digest_of, image_ending, image_files, label_files, read_image
 from rfmedsam2.store.lock import exclusive_lock, shared_lock
 from rfmedsam2.system.atomic import is_taken, read_record, require_possible_folder, write_record
+from rfmedsam2.system.ordinary_files import file_sha256
 
 UNWRITABLE = (".dcm", ".nhdr")
 PROBABILITIES = ".probabilities.b2nd"
@@ -210,7 +211,7 @@ class Outputs:
 
     def _is_as_written(self, path: Path, entry: PredictedCase) -> bool:
         if path.name == entry.probabilities:
-            return True
+            return entry.probabilities_sha256 in (None, file_sha256(path))
         if entry.sha256 is None:  # older records have no digest, but were written after their files
             return path.stat().st_mtime_ns <= self._record.stat().st_mtime_ns
         try:

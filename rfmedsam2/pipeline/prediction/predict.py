@@ -28,6 +28,7 @@ from rfmedsam2.store.images import digest_of, read_header, read_label, write_lab
 from rfmedsam2.store.raw import read_case
 from rfmedsam2.system.atomic import is_taken
 from rfmedsam2.system.memory import memory_ran_out, memory_words
+from rfmedsam2.system.ordinary_files import file_sha256
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.version import __version__
 
@@ -236,9 +237,10 @@ class Run:
             return target
         seconds = {"read": item.read_seconds, **prediction.seconds, "write": time.perf_counter() - started}
         z, y, x = prediction.labels.shape
+        extra = self.outputs.probabilities(case) if self.probabilities else None
         entry = PredictedCase(
             file=target.name,
-            probabilities=self.outputs.probabilities(case).name if self.probabilities else None,
+            probabilities=None if extra is None else extra.name,
             inputs=tuple(path.name for path in case.images),
             input_sha256=item.input_sha256,
             made_by=self.made_by,
@@ -247,6 +249,7 @@ class Run:
             warnings=item.doubts,
             id_in_training=bool(self.seen_in_training([case])),
             sha256=digest_of([target]).hex(),
+            probabilities_sha256=None if extra is None else file_sha256(extra),
         )
         self.outputs.add(case, entry, self._record)
         return target

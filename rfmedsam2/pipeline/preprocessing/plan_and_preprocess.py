@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rfmedsam2.arguments import Part, names_of, option, path_of, whole_number
 from rfmedsam2.choices import Backbone, Model, Preset
 from rfmedsam2.errors import ExtensionError, RecordError, UsageError, require_type
 from rfmedsam2.geometry import Triple
+from rfmedsam2.pipeline.datasets.planned_cases import without_left_out
 from rfmedsam2.pipeline.datasets.splits import groups_of, load_or_make_splits, warnings_of
 from rfmedsam2.pipeline.nnunet.plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.label_notes import notes_on_labels
@@ -205,11 +206,8 @@ def preprocess_part(
 
     Cases that planning left out (`skip_faulty`) are left out too.
     """
-    path = layout.fingerprint_file(dataset.name)
-    left_out = read_record(path, Fingerprint).left_out if path.is_file() else {}
-    kept = replace(dataset, training=tuple(case for case in dataset.training if case.id not in left_out))
     wanted = default_stages(plan) if stages is None else stages
-    return preprocess(kept, plan, wanted, layout, part=part, workers=workers, track=track)
+    return preprocess(without_left_out(dataset, layout), plan, wanted, layout, part=part, workers=workers, track=track)
 
 
 def _planned(dataset: RawDataset, found: Fingerprint, options: PlanOptions) -> Plan:

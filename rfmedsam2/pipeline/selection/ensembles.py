@@ -1,7 +1,8 @@
 """Validation of all pairs of models: the mean of both networks of a fold on its validation cases.
 
-Each model predicts a case once, into a temporary file of probabilities; every pair averages two of these block by block
-and writes a label map. So n models cost n predictions of a case, and no probabilities stay on the disk.
+Every pair averages the probabilities of two models block by block and writes a label map. Probabilities that a
+validation kept are read; of others each model predicts a case once, into a temporary file. So n models cost at most n
+predictions of a case.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rfmedsam2.errors import RfMedSamError
+import numpy as np
+
+from rfmedsam2.errors import RecordError, RfMedSamError
 from rfmedsam2.inference.volume import PredictOptions
 from rfmedsam2.pipeline.datasets.label_agreement import LabelTable
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, write_evaluation
@@ -26,15 +29,20 @@ from rfmedsam2.pipeline.prediction.predict import ReadCase, Run
 from rfmedsam2.pipeline.prediction.predictor import Predictor
 from rfmedsam2.pipeline.selection.cross_validation import ValidatedModel
 from rfmedsam2.records.model import RFMedSam2Config
+from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.checkpoint_header import read_record_of
-from rfmedsam2.store.images import digest_of
+from rfmedsam2.store.formats.image_header import ImageHeader
+from rfmedsam2.store.images import digest_of, read_header
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.packed_arrays import open_array
 from rfmedsam2.store.raw import open_dataset, read_case
 from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.file_names import is_file_name
+from rfmedsam2.system.ordinary_files import file_sha256
 from rfmedsam2.system.progress import Track, silent
+from rfmedsam2.volume import Volume
 
 METRICS = "metrics.json"
 ENSEMBLES = "ensembles"
@@ -102,10 +110,19 @@ def _as_model(pair: Pair, layout: Layout, folds: Sequence[str]) -> TrainedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Network:
-    """A model's network of one fold, and the labels of the first stage if it is the second of a cascade."""
+    """A model's network of one fold.
+
+    Attributes:
+        predictor: it.
+        previous: labels of the first stage if it is the second of a cascade.
+        validated: folder of what its validation predicted.
+        record: what is said there of how; None: it cannot be read, or says that another model did.
+    """
 
     predictor: Predictor
     previous: FirstStageLabels | None
+    validated: Path
+    record: PredictionsRecord | None
 
     @classmethod
     def load(cls, layout: Layout, model: ValidatedModel, fold: str, device: str) -> _Network:
@@ -114,7 +131,42 @@ class _Network:
         # as the cross-validation was predicted, and without converting the networks of every fold
         options = PredictOptions(backend="torch")
         predictor = Predictor.load([path], device=device, options=options, previous=previous)
-        return cls(predictor=predictor, previous=previous)
+        validated, record = path.parent / VALIDATED, None
+        with suppress(RecordError):
+            record = read_record(validated / PREDICTIONS, PredictionsRecord)
+        if record is not None and record.models != predictor.models:
+            record = None
+        return cls(predictor=predictor, previous=previous, validated=validated, record=record)
+
+    def kept(self, case: Case, shape: Sequence[int]) -> Path | None:
+        """Probabilities of a case that the validation kept; None: there are none of this image, as they were written.
+
+        Args:
+            case: the case.
+            shape: of its image, z, y, x.
+        """
+        entry = None if self.record is None else self.record.cases.get(case.id)
+        if self.record is None or entry is None or entry.probabilities is None or entry.made_by != self.record.made_by:
+            return None
+        also = b"" if self.previous is None else self.previous.digest(case)
+        path = self.validated / entry.probabilities
+        try:
+            if digest_of(case.images, also=also).hex() != entry.input_sha256:
+                return None
+            if file_sha256(path) != entry.probabilities_sha256:
+                return None
+            found = open_array(path)
+        except (OSError, RuntimeError, ValueError):
+            return None
+        whole = (found.shape, found.dtype) == ((self.predictor.plan.labels.num_outputs, *shape), np.float16)
+        return path if whole else None
+
+    def predict(self, case: Case, image: tuple[Volume, ImageHeader], path: Path, track: Track) -> Mapping[str, float]:
+        """Write the probabilities of a case; returns seconds by phase."""
+        volume, header = image
+        previous = None if self.previous is None else self.previous.of(case, header)
+        prepared = self.predictor.prepare(volume, previous=previous)
+        return self.predictor.predict_prepared(prepared, probabilities=path, track=track).seconds
 
 
 def _validate_fold(
@@ -166,22 +218,24 @@ def _predict(case: Case, networks: Mapping[str, _Network], pairs: Sequence[_Pair
     if not pairs:
         return
     try:
-        channels = len(pairs[0].run.predictor.plan.channels)
-        volume, header = read_case(case, channels=channels)
+        header = read_header(case.images[0])
+        names = dict.fromkeys(name for pair in pairs for name in pair.names)
+        kept = {name: networks[name].kept(case, header.grid.shape_zyx) for name in names}
+        image = None
+        if any(path is None for path in kept.values()):
+            image = (_, header) = read_case(case, channels=len(pairs[0].run.predictor.plan.channels))
         item = ReadCase(header=header, input_sha256=digest, read_seconds=time.perf_counter() - started)
         with temporary_maps() as folder:
             files: dict[str, Path] = {}
             seconds: dict[str, Counter[str]] = {}
-            for name in dict.fromkeys(name for pair in pairs for name in pair.names):
-                network, files[name] = networks[name], folder / f"{len(files)}.b2nd"
-                previous = None if network.previous is None else network.previous.of(case, header)
-                prepared = network.predictor.prepare(volume, previous=previous)
-                found = network.predictor.predict_prepared(prepared, probabilities=files[name], track=track)
-                seconds[name] = Counter(found.seconds)
+            for name, path in kept.items():
+                files[name], seconds[name] = path or folder / f"{len(files)}.b2nd", Counter()
+                if path is None and image is not None:
+                    seconds[name].update(networks[name].predict(case, image, files[name], track))
             for pair in pairs:
                 maps, labels = [files[name] for name in pair.names], pair.run.predictor.plan.labels
                 taken = seconds[pair.names[0]] + seconds[pair.names[1]]
-                mean = mean_prediction(maps, labels, volume.grid, taken)
+                mean = mean_prediction(maps, labels, header.grid, taken)
                 # scores of the label maps before are not those of this one
                 (pair.run.outputs.folder / METRICS).unlink(missing_ok=True)
                 pair.run.write(case, item, mean)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, require_type
+from rfmedsam2.pipeline.datasets.planned_cases import without_left_out
 from rfmedsam2.pipeline.datasets.splits import get_split, groups_of, leaks, read_splits, require_folds_of_user
 from rfmedsam2.pipeline.evaluation.report import write_report
 from rfmedsam2.pipeline.training.cascade import FirstStage, PreviousLabels
@@ -33,7 +33,6 @@ from rfmedsam2.pipeline.training.pretrained import load_pretrained
 from rfmedsam2.pipeline.training.validation import validate_fold
 from rfmedsam2.pipeline.training.view_cache import ViewCaching
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
-from rfmedsam2.records.fingerprint import Fingerprint
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Split, Stage
 from rfmedsam2.records.report import Evaluation
@@ -44,7 +43,6 @@ from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import shared_lock
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import RawDataset, open_dataset
-from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.system.progress_bars import progress_bars
 from rfmedsam2.tasks.rfmedsam2 import RFMedSam2Task
@@ -61,6 +59,7 @@ class TrainOptions:
         device: auto, cpu, cuda, cuda:1, mps.
         restart: start over; existing results are moved aside.
         validate: whether to predict and score the validation cases at the end.
+        probabilities: whether to keep their probabilities, of which `rfmed_select` makes ensembles.
         trackers: tensorboard, wandb, mlflow, which get the metrics too.
         weights: a trained model to fine-tune: a checkpoint, a fold's folder or a model folder, ours or nnU-Net's.
         sam: published weights of the backbone (RFMedSAM 2).
@@ -71,6 +70,7 @@ class TrainOptions:
     device: str = "auto"
     restart: bool = False
     validate: bool = True
+    probabilities: bool = False
     trackers: tuple[TrackerName, ...] = ()
     weights: Path | None = None
     sam: Path | None = None
@@ -366,7 +366,8 @@ def _finish(job: _Job, folder: Path, runtime: Runtime, options: TrainOptions, tr
             # training takes hours, in which somebody may have corrected labels
             scored = {name: store.open(name).record for name in split.val}
             require_current(scored, raw, plan, job.stage, where=store.folder, track=silent)
-        evaluation = validate_fold(layout, plan, folder, split, device=str(runtime.device), track=track)
+        device, keep = str(runtime.device), options.probabilities
+        evaluation = validate_fold(layout, plan, folder, split, probabilities=keep, device=device, track=track)
     images = layout.raw / plan.dataset / "imagesTr"
     write_report(
         folder / "report.html",
@@ -384,14 +385,13 @@ def _raw_dataset(layout: Layout, plan: Plan, *, needed: bool) -> RawDataset | No
     folder = layout.raw / plan.dataset
     if not folder.is_dir():
         return None
-    left_out: Mapping[str, str] = {}
-    with suppress(RecordError):
-        left_out = read_record(layout.fingerprint_file(plan.dataset), Fingerprint).left_out
     try:
         raw = open_dataset(folder)
-        return replace(raw, training=tuple(case for case in raw.training if case.id not in left_out))
     except RfMedSamError as error:
         if needed:
             raise
         logger.warning("%s Whether files have changed since they were preprocessed is not known.", error)
         return None
+    with suppress(RecordError):
+        return without_left_out(raw, layout)
+    return raw

@@ -37,6 +37,7 @@ def validate(
     *,
     fold: str | int = "0",
     checkpoint: Which = "final",
+    probabilities: bool = False,
     device: str = "auto",
     progress: bool | Track = False,
 ) -> Evaluation | None:
@@ -48,6 +49,7 @@ def validate(
         stage: name of its stage.
         fold: a number, "all" or the name of a split.
         checkpoint: final, whose scores are those that the training itself writes, or best, scored apart.
+        probabilities: whether to keep the probabilities of every case, of which `rfmed_select` makes ensembles.
         device: auto, cpu, cuda, cuda:1, mps.
         progress: as in `TrainOptions`.
 
@@ -80,8 +82,16 @@ def validate(
             found=shortlist(learned),
             remedy="Restore splits_final.json as it was",
         )
-    track = progress_bars(progress)
-    return validate_fold(layout, record.plan, folder, split, checkpoint=checkpoint, device=device, track=track)
+    return validate_fold(
+        layout,
+        record.plan,
+        folder,
+        split,
+        checkpoint=checkpoint,
+        probabilities=probabilities,
+        device=device,
+        track=progress_bars(progress),
+    )
 
 
 def validate_fold(
@@ -91,6 +101,7 @@ def validate_fold(
     split: Split,
     *,
     checkpoint: Which = "final",
+    probabilities: bool = False,
     device: str,
     track: Track = silent,
 ) -> Evaluation | None:
@@ -119,7 +130,9 @@ def validate_fold(
             logger.warning("Labels are in several folders: predict with rfmed_predict --boxes")
             return None
         boxes = next(iter(references))
-    predict_files(predictor, inputs, out, boxes=boxes, continue_=True, overwrite=True, track=track)
+    predict_files(
+        predictor, inputs, out, boxes=boxes, continue_=True, overwrite=True, probabilities=probabilities, track=track
+    )
     if len(references) != 1:
         logger.warning("Labels are in several folders: score the predictions in %s with rfmed_evaluate", out)
         return None

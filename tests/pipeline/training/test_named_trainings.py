@@ -105,6 +105,13 @@ def test_weights_are_validated_by_themselves(trained):
     assert str(fold / "validation" / "metrics.csv") in said.out
     assert not (fold / "validation_best").exists()
 
+    assert not [*fold.rglob("*.b2nd")]
+    run_ok(*words, "--probabilities")
+    cases = json.loads((fold / "validation" / "predictions.json").read_text())["cases"]
+    assert {case["probabilities"] for case in cases.values()} == {f"{id}.probabilities.b2nd" for id in cases}
+    assert len([*(fold / "validation").glob("*.b2nd")]) == len(cases)
+    assert json.loads((fold / "validation" / "metrics.json").read_text())["mean"] == again["mean"]
+
     run_ok(*words, "--checkpoint", "best")
     record = json.loads((fold / "validation_best" / "predictions.json").read_text())
     assert BEST in json.dumps(record)

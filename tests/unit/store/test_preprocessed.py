@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 
+import blosc2
 import numpy as np
 import pytest
 
@@ -217,6 +218,24 @@ def test_a_changed_record_is_noticed_and_one_without_checksum_is_read(store):
     record.write_text(json.dumps(fields | {"crc32": None}))
     assert store.looks_complete("case_1")
     assert store.open("case_1").channels == 2
+
+
+def test_a_file_that_is_more_than_an_array_is_not_opened(tmp_path, monkeypatch):
+    """blosc2 before 4.14.1 evaluates the expressions in a file when it opens it."""
+    array = blosc2.asarray(np.arange(24, dtype=np.float16).reshape(2, 3, 4), urlpath=str(tmp_path / "a.b2nd"))
+    (array + 1).save(str(tmp_path / "expression.b2nd"))
+    blosc2.EmbedStore(str(tmp_path / "store.b2e"), mode="w")["/a"] = np.zeros(3)
+    (tmp_path / "text.b2nd").write_bytes(b"no array" * 20)
+    (tmp_path / "empty.b2nd").touch()
+    assert np.array_equal(packed_arrays.open_array(tmp_path / "a.b2nd")[:], array[:])
+    opened = []
+    monkeypatch.setattr(blosc2, "open", lambda *words, **_: opened.append(words))
+    for name in ("expression.b2nd", "store.b2e", "text.b2nd", "empty.b2nd"):
+        with pytest.raises(ValueError, match="an array alone"):
+            packed_arrays.open_array(tmp_path / name)
+        with pytest.raises(StoreError, match="an array alone"):
+            packed_arrays.read_packed(tmp_path / name, (slice(1),), what="The array", remedy="Make it again")
+    assert not opened
 
 
 def test_a_truncated_array_is_named_when_read(store):
