@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Cross-validation of three models over five folds: nnUNetv2_find_best_configuration against rfmed_select.
 
-usage: python scripts/benchmarks/selection.py --raw DATASET_FOLDER [--ensembles] [--cases 260] [--folds 5] [--work DIR]
+usage: python scripts/benchmarks/selection.py --raw DATASET_FOLDER [--ensembles [--kept]] [--cases 260] [--folds 5]
 
 The label maps of the validation are the reference labels with errors: moved surfaces, islands and holes, more of them
 in each model. nnU-Net scores them again and rewrites them for every step of postprocessing that it tries (the largest
@@ -11,7 +11,8 @@ and holes, too. The last line is JSON; ratios are theirs over ours. Needs the ex
 With --ensembles all pairs of models compete as well. nnU-Net averages probabilities that its trainings have saved
 (`--npz`): those of each fold are predicted beforehand by its own program with a small network, whose seconds are given
 for one model and not counted in the ratio, and whose files are counted as disk. Ours predicts every case with the same
-network of each model, which is counted.
+network of each model, which is counted. With --kept, our trainings have saved theirs, too (`--probabilities`): written
+and given to all models in the same way, and counted as disk.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_side_arguments(parser)
     parser.add_argument("--ensembles", action="store_true", help="also all pairs of models")
+    parser.add_argument("--kept", action="store_true", help="with probabilities that our trainings have saved, too")
     parser.add_argument("--cases", type=int, help="use the first of the data set")
     parser.add_argument("--folds", type=int, default=5)
     args = parser.parse_args()
@@ -46,6 +48,7 @@ def main() -> None:
         trainers = write_validations(sides, cases=args.cases, folds=args.folds)
         before = [disk_mib(sides.nnunet_model.parent), disk_mib(sides.root / "results")]
         saving = save_probabilities(sides, trainers, args.cases, args.folds) if args.ensembles else 0.0
+        keeping = keep_probabilities(sides, args.cases, args.folds) if args.kept else 0.0
         words = ("-d", sides.raw.name, "--workers", sides.processes)
         if args.ensembles:
             mine = sides.ours("rfmed_select", *words, "--device", "cpu")
@@ -66,7 +69,8 @@ def main() -> None:
         "name": "selection",
         "cases": found["candidates"][0]["dsc"]["cases"],
         "candidates": len(found["candidates"]),
-        "saving_s_of_one_model": round(saving, 1),
+        "peer_saving_s_of_one_model": round(saving, 1),
+        "ours_saving_s_of_one_model": round(keeping, 1),
         "ours_cpu_s": round(mine.cpu_s, 1),
         "peer_cpu_s": round(peer.cpu_s, 1),
         "ratio_cpu": round(peer.cpu_s / mine.cpu_s, 2),
@@ -100,6 +104,21 @@ def save_probabilities(sides: Sides, trainers: Sequence[str], cases: int | None,
             home = model.with_name(model.name.replace("nnUNetTrainer", trainer)) / f"fold_{fold}" / "validation"
             for path in (*out.glob("*.npz"), *out.glob("*.pkl")):
                 shutil.copy(path, home / path.name)
+    return seconds
+
+
+def keep_probabilities(sides: Sides, cases: int | None, folds: int) -> float:
+    """Probabilities of our validations, predicted for one model and given to all; processor seconds of one."""
+    results, seconds = sides.root / "results" / sides.raw.name, 0.0
+    for fold in range(folds):
+        out = sides.work / f"kept_{fold}"
+        images = [path for case in open_dataset(sides.raw).training[:cases][fold::folds] for path in case.images]
+        model = results / f"model0__{STAGE}"
+        words = ("-i", *images, "-o", out, "-m", model, "-f", fold, "--device", "cpu", "--probabilities")
+        seconds += sides.ours("rfmed_predict", *words).cpu_s
+        for number in range(MODELS):
+            for path in (*out.glob("*.b2nd"), out / "predictions.json"):
+                shutil.copy(path, results / f"model{number}__{STAGE}" / f"fold_{fold}" / "validation" / path.name)
     return seconds
 
 
