@@ -31,8 +31,13 @@ _ROUNDED = 0.1
 """Distances between slices may differ more where each slice is at its place but for this fraction of the usual one:
 thin slices whose positions were rounded."""
 
+_DRIFTED = 0.25
+"""Largest distance of a slice from its place, as a fraction of the usual distance, however little distances differ."""
+
 _ASIDE = 0.5
 """Largest shift of a slice against the others within its plane, in pixels."""
+
+_EVEN_REMEDY = "Export the complete series again, or resample it to even distances"
 
 _MOST_LOOKED_AT = 10_000
 """Files and folders that are looked at to find a series below a folder without DICOM files."""
@@ -70,6 +75,7 @@ def read_dicom(path: Path) -> tuple[np.ndarray, ImageHeader]:
             for z, stored in zip(wanted, stored_values(slices[wanted[0]].layout, frames), strict=True):
                 slices[z].rescale.apply(stored, array[:, z])
     _warn_of_passes(path, slices)
+    _warn_of_plain_slices(path, slices)
     if any(text(s.file.data, "PhotometricInterpretation") == "MONOCHROME1" for s in slices):
         logger.warning(
             "%s is stored for display with low values white (MONOCHROME1). The values are read as they were measured; "
@@ -231,9 +237,11 @@ def _check_distances(path: Path, slices: Sequence[Slice], along: np.ndarray) -> 
             found=f"{twice.path.name} and another slice at {tuple(round(v, 3) for v in twice.position)}",
             remedy="Split the series (time points, echoes, b-values) into one folder each",
         )
-    off = np.flatnonzero(np.abs(distances - usual) > _EVEN_TOLERANCE * usual + 1e-2)
     away = np.abs(along - np.linspace(along[0], along[-1], len(along)))
-    if off.size and away.max() > _ROUNDED * usual:
+    if away.max() <= _ROUNDED * usual:
+        return
+    off = np.flatnonzero(np.abs(distances - usual) > _EVEN_TOLERANCE * usual + 1e-2)
+    if off.size:
         lost = int(np.rint(distances[off] / usual - 1).clip(min=0).sum())
         where = ", ".join(f"after {slices[i].path.name} ({distances[i]:.3g} mm)" for i in off[:3])
         raise GeometryError(
@@ -241,20 +249,45 @@ def _check_distances(path: Path, slices: Sequence[Slice], along: np.ndarray) -> 
             where=path,
             expected=f"{usual:.4g} mm between all slices",
             found=f"{off.size} other distance(s): {where}",
-            remedy="Export the complete series again, or resample it to even distances",
+            remedy=_EVEN_REMEDY,
+        )
+    if away.max() > _DRIFTED * usual:
+        place = slices[int(np.argmax(away))].path.name
+        raise GeometryError(
+            "The slices of the series are unevenly spaced",
+            where=path,
+            expected="one distance between all slices",
+            found=f"{distances.min():.4g} to {distances.max():.4g} mm, so that {place} is {away.max():.3g} mm away "
+            "from where even distances place it",
+            remedy=_EVEN_REMEDY,
         )
 
 
 def _warn_of_passes(path: Path, slices: Sequence[Slice]) -> None:
     """Warn where slices of several acquisitions alternate: two volumes, or one that was taken in two passes."""
-    numbers = [text(s.file.data, "AcquisitionNumber") for s in slices]
+    every = (text(s.file.data, "AcquisitionNumber") for s in slices)
+    numbers = [number for number in every if number]  # slices without one say nothing
     turns = sum(a != b for a, b in pairwise(numbers))
-    if turns >= len(set(numbers)):  # one comes back after another
+    if 0 < len(set(numbers)) <= turns:  # one comes back after another
         logger.warning(
             "Slices of acquisitions %s alternate in %s. They are read as one volume; if they are several volumes, half "
             "a slice apart, give each its own folder.",
             shortlist(sorted(set(numbers))),
             path,
+        )
+
+
+def _warn_of_plain_slices(path: Path, slices: Sequence[Slice]) -> None:
+    """Warn where some slices of a CT are rescaled and some are not: a program may have dropped the elements."""
+    plain = [s.path.name for s in slices if s.rescale.identity]
+    if 0 < len(plain) < len(slices) and text(slices[0].file.data, "Modality") == "CT":
+        logger.warning(
+            "%d of %d slices of %s state no rescaling, or slope 1 and intercept 0, and the others do: %s. Each is read "
+            "as it states.",
+            len(plain),
+            len(slices),
+            path,
+            shortlist(plain),
         )
 
 

@@ -39,15 +39,16 @@ _TEXT = {"DS", "IS", "LO", "SH", "CS", "ST", "LT", "UT", "UC"}
 """VRs of text that may hold numbers."""
 
 _KEYWORDS = (
-    "SpecificCharacterSet SOPClassUID SOPInstanceUID Modality SeriesDescription SliceThickness SpacingBetweenSlices "
-    "SeriesInstanceUID AcquisitionNumber ImagePositionPatient ImageOrientationPatient SamplesPerPixel "
-    "PhotometricInterpretation PlanarConfiguration NumberOfFrames FrameIncrementPointer Rows Columns PixelSpacing "
-    "BitsAllocated BitsStored HighBit PixelRepresentation RescaleIntercept RescaleSlope ModalityLUTSequence "
-    "RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor BluePaletteColorLookupTableDescriptor "
-    "RedPaletteColorLookupTableData GreenPaletteColorLookupTableData BluePaletteColorLookupTableData "
-    "SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData "
-    "SegmentedBluePaletteColorLookupTableData DetectorInformationSequence SliceVector GridFrameOffsetVector "
-    "DoseGridScaling SegmentSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
+    "SpecificCharacterSet SOPClassUID SOPInstanceUID ImageType Modality SeriesDescription SliceThickness "
+    "SpacingBetweenSlices SeriesInstanceUID AcquisitionNumber ImagePositionPatient ImageOrientationPatient "
+    "SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames FrameIncrementPointer Rows "
+    "Columns PixelSpacing BitsAllocated BitsStored HighBit PixelRepresentation RescaleIntercept RescaleSlope "
+    "ModalityLUTSequence RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor "
+    "BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData GreenPaletteColorLookupTableData "
+    "BluePaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData "
+    "SegmentedGreenPaletteColorLookupTableData SegmentedBluePaletteColorLookupTableData DetectorInformationSequence "
+    "SliceVector GridFrameOffsetVector DoseGridScaling SegmentSequence SharedFunctionalGroupsSequence "
+    "PerFrameFunctionalGroupsSequence"
 )
 _TAGS: list[Any] = [Tag(keyword) for keyword in _KEYWORDS.split()]
 

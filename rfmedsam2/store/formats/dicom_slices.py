@@ -106,6 +106,7 @@ def slices_of(path: Path) -> list[Slice]:
         groups = file.data.get("PerFrameFunctionalGroupsSequence")
         if groups:
             return _grouped_frames(layout, groups)
+        _require_no_mosaic(file)
         return _plain_frames(layout)
 
 
@@ -131,6 +132,16 @@ def _require_image(file: DicomFile) -> None:
             where=file.path,
             found=f"{kind.name or 'nothing that says what it is'}{f' ({modality})' if modality else ''}",
             remedy=_REMEDIES.get(kind_name, "Give the series of the image"),
+        )
+
+
+def _require_no_mosaic(file: DicomFile) -> None:
+    if "MOSAIC" in text(file.data, "ImageType").upper():
+        raise ImageError(
+            "The DICOM file is a mosaic: the slices of a volume are tiles of one image (Siemens)",
+            where=file.path,
+            expected="one slice in each file, or frames",
+            remedy="Convert it to NIfTI first (dcm2niix can), and give that file",
         )
 
 

@@ -117,6 +117,17 @@ def merged_layers(array: np.ndarray, path: Path) -> np.ndarray | None:
     return array.max(axis=0, keepdims=True)
 
 
+def segment_values(path: Path) -> dict[str, int]:
+    """Names of the segments of a Slicer segmentation with their values; empty for other files.
+
+    Raises:
+        ValueError: a value is not a number.
+    """
+    if not path.name.lower().endswith(".nrrd"):
+        return {}
+    return {segment.name: segment.value for segment in _segments(path)}
+
+
 def _not_one_map(path: Path, found: str) -> NotLabelsError:
     return NotLabelsError(
         "This segmentation of 3D Slicer is not one label map",

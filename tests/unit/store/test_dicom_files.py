@@ -127,6 +127,35 @@ def test_acquisitions_that_alternate_are_a_warning(tmp_path: Path, caplog, numbe
     assert ("Slices of acquisitions 1, 2 alternate" in caplog.text) is warned
 
 
+@pytest.mark.parametrize("numbers", [["", "1", "", "1"], ["", "", "1", "1"], [""] * 4])
+def test_slices_without_a_number_of_acquisition_are_no_second_one(tmp_path: Path, caplog, numbers: list) -> None:
+    folder = save_series(tmp_path, lambda z: ct_slice(z, AcquisitionNumber=numbers[z]))
+    np.testing.assert_array_equal(read(folder), HU)
+    assert "acquisitions" not in caplog.text
+
+
+@pytest.mark.parametrize("plain", [{}, {2}, {0, 1, 3}, {0, 1, 2, 3}])
+def test_slices_of_a_ct_that_alone_are_not_rescaled_are_a_warning(tmp_path: Path, caplog, plain: set[int]) -> None:
+    """Each slice by its own transform; but a CT of which some slices lack it has lost something."""
+    folder = save_series(tmp_path, lambda z: ct_slice(z, RescaleIntercept="0" if z in plain else "-1024"))
+    heights = np.diff(
+        np.asarray(read(folder), dtype=np.float64).reshape(4, -1).mean(axis=1) - HU.reshape(4, -1).mean(axis=1)
+    )
+    assert [round(float(step)) for step in heights] == [1024 * ((z + 1 in plain) - (z in plain)) for z in range(3)]
+    assert (f"{len(plain)} of 4 slices" in caplog.text) is (0 < len(plain) < 4)
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+def test_a_mosaic_is_named_for_what_it_is(tmp_path: Path, slices: int) -> None:
+    """One image with the slices as its tiles was read as one slice of four times the width."""
+    kind = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
+    folder = save_series(tmp_path / "s", lambda z: ct_slice(z, ImageType=kind, Modality="MR"))
+    for place in sorted(folder.iterdir())[slices:]:
+        place.unlink()
+    with pytest.raises(ImageError, match=r"is a mosaic.*dcm2niix"):
+        read_image(folder)
+
+
 def test_a_dcm_file_that_is_not_dicom_is_named(tmp_path: Path) -> None:
     folder = save_series(tmp_path / "s", ct_slice)
     (folder / "96.dcm").write_bytes(b"")  # the last slice: its place would not be missed

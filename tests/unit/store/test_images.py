@@ -544,6 +544,15 @@ def test_thin_slices_whose_positions_were_rounded_are_even(tmp_path: Path) -> No
     assert volume.grid.spacing_zyx_mm == pytest.approx((0.625, 2, 1))
 
 
+@pytest.mark.parametrize("further", [[3.0] * 20 + [3.12] * 20, [3.0 + 0.006 * z for z in range(40)]])
+def test_distances_that_grow_little_by_little_are_refused(tmp_path: Path, further: list[float]) -> None:
+    """Each is nearly the usual one, but slices would be drawn more than a millimeter from their places."""
+    heights = np.concatenate([[0], np.cumsum(further)]).round(4)
+    folder = dicom_series(tmp_path / "s", [(0, 0, float(z)) for z in heights])
+    with pytest.raises(GeometryError, match=r"unevenly spaced.*Found 3 to 3\.\d+ mm, so that .* is [\d.]+ mm away"):
+        read_image(folder)
+
+
 def test_several_image_series_in_one_folder_are_listed(tmp_path: Path) -> None:
     folder = dicom_series(tmp_path / "s", [(0, 0, 0.0), (0, 0, 1.0)], series="1.2.3.1111")
     dicom_series(folder, [(0, 0, 0.0), (0, 0, 1.0), (0, 0, 2.0)], series="1.2.3.2222")
