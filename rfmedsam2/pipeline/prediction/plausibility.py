@@ -31,6 +31,9 @@ FEW, MANY = 0.001, 0.05
 """Shares of voxels: fewer inside the training foreground's range, or more of air in an image that has none, are odd."""
 NARROW = 0.05
 """All values of a CT in a smaller part of the training foreground's range are no HU: 0 to 1, -1 to 1, z-scores."""
+NARROWEST_HU = 20
+"""The same where the training foreground is one tissue: the noise of a CT alone takes more than this. Not of a training
+on scaled values, a quarter of whose range is less."""
 ODD_SIZE = 10
 """Factor between the longest sides of an image and of the training images that another unit of length explains."""
 
@@ -97,7 +100,7 @@ def _doubt_about(channel: np.ndarray, training: IntensityStatistics, kind: str |
         if inside < FEW:
             return f"{inside:.1%} of the voxels lie in its foreground's range, {training.min:g} to {training.max:g}"
         span, usual = float(voxels.max()) - float(voxels.min()), training.percentile_99_5 - training.percentile_00_5
-        if span < NARROW * usual:
+        if span < max(NARROW * usual, min(NARROWEST_HU, usual / 4)):
             return (
                 f"all voxels lie within {span:.3g} HU, and the training foreground within {usual:.4g}: they look scaled"
             )

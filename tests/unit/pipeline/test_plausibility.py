@@ -110,6 +110,19 @@ def test_a_ct_that_was_scaled_is_doubted(scaled):
     assert doubts_about(volume_of(CT[:, :3, :3] * 0 + RNG.normal(5, 12, (40, 3, 3))), CT_PLAN) == ()  # within an organ
 
 
+@pytest.mark.parametrize("brightest", [None, 3000])
+def test_a_ct_that_was_scaled_is_doubted_by_a_model_of_one_tissue(brightest):
+    """A bleeding takes 70 HU, a small part of which would not be told from z-scores of a skull."""
+    skull = CT.astype(np.float64)
+    skull[:, :2, :2] = brightest or skull[:, :2, :2]
+    scaled = (skull - skull.mean()) / skull.std()
+    bleeding = plan_of("CT", low=0, high=70)
+    [doubt] = doubts_about(volume_of(scaled.astype(np.float32)), bleeding)
+    assert "they look scaled" in doubt
+    assert doubts_about(volume_of(RNG.normal(35, 5, (20, 40, 40)).round()), bleeding) == ()  # within the brain
+    assert doubts_about(volume_of(scaled.astype(np.float32)), plan_of("CT", low=0, high=3)) == ()  # so was the training
+
+
 def test_the_series_modality_is_compared_with_the_channel(tmp_path):
     dicom(tmp_path / "ct" / "1.dcm", "CT")
     dicom(tmp_path / "other" / "1.dcm", "OT")
