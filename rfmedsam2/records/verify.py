@@ -26,6 +26,7 @@ FaultKind = Literal[
     "extra-channel",
     "undeclared-label",
     "not-a-label",
+    "label-names",
     "empty-label",
     "region-order",
     "missing-label",

@@ -27,6 +27,7 @@ from rfmedsam2.store.formats.image_header import (
     assumptions,
     grids_differ,
 )
+from rfmedsam2.store.formats.label_values import segment_values
 from rfmedsam2.store.images import read_image, read_label, with_channel
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import map_cases
@@ -97,7 +98,7 @@ def examine_case(case: Case, json: DatasetJson) -> CaseExamination:
         label, label_header = _examine_label(case, case.label, faults)
         if label is not None:
             counts = label_counts(label)
-            faults += _value_faults(case, case.label, counts, json)
+            faults += _value_faults(case, case.label, counts, json) + _name_faults(case, case.label, counts, json)
         if label is not None and label_header is not None and header is not None:
             faults += _grid_faults(case, case.label, header, label_header, "the image")
             if label.shape != header.grid.shape_zyx:
@@ -221,6 +222,25 @@ def _value_faults(case: Case, path: Path, counts: dict[int, int], json: DatasetJ
     if not any(value in counts for value in labels.values):
         faults.append(_warning(case, path, "empty-label", "No foreground voxel", "Check that this is intended"))
     return faults
+
+
+def _name_faults(case: Case, path: Path, counts: dict[int, int], json: DatasetJson) -> list[Fault]:
+    """Segments of 3D Slicer that have another value than dataset.json gives their name: Slicer counts as it goes."""
+    try:
+        segments = segment_values(path)
+    except ValueError:
+        return []  # values that are no numbers name nothing
+    declared = {name.lower(): values for name, values in json.label_set.foreground.items()}
+    wrong = [
+        f"{name} is {value}, in dataset.json {', '.join(map(str, declared[name.lower()]))}"
+        for name, value in segments.items()
+        if value in counts and value not in declared.get(name.lower(), (value,))
+    ]
+    if not wrong:
+        return []
+    message = f"Segments have other values than dataset.json gives their names: {'; '.join(wrong)}"
+    remedy = "Give the segments the values of dataset.json: in Slicer export them to a labelmap with its color table"
+    return [_fault(case, path, "label-names", message, remedy)]
 
 
 def _header_faults(case: Case, path: Path, header: ImageHeader) -> list[Fault]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 from PIL import Image
 from pydicom.sequence import Sequence as Items
 from support.dicom_series import ct_slice, item, save_series
@@ -136,6 +137,32 @@ def test_messages_name_values_counts_and_files(maker: Maker) -> None:
     assert "7 (2 voxels)" in fault.message
     assert "declared are 0, 1, 2" in fault.message
     assert fault.file == str(maker.label("x"))
+
+
+@pytest.mark.parametrize(
+    ("segments", "wrong"),
+    [
+        ({"liver": 1, "spleen": 2}, None),
+        ({"Liver": 1, "Segment_2": 2}, None),
+        ({"spleen": 1, "liver": 2}, "spleen is 1, in dataset.json 2; liver is 2, in dataset.json 1"),
+        ({"Spleen": 1}, "Spleen is 1, in dataset.json 2"),
+        ({"liver": 1, "spleen": 7}, None),  # which no voxel has
+        ({"liver": "one"}, None),
+    ],
+)
+def test_segments_of_slicer_have_the_values_of_dataset_json(maker: Maker, segments: dict, wrong: str | None) -> None:
+    """Slicer counts segments in the order in which they were made, which differs from case to case."""
+    maker.add("x")
+    label = sitk.ReadImage(str(maker.label("x")))
+    label[0, 0, 0] = 2
+    for number, (name, value) in enumerate(segments.items()):
+        for key, text in (("ID", f"S{number}"), ("Name", name), ("LabelValue", str(value)), ("Layer", "0")):
+            label.SetMetaData(f"Segment{number}_{key}", text)
+    maker.label("x").unlink()
+    sitk.WriteImage(label, str(maker.folder / "labelsTr" / "x.seg.nrrd"))
+    report = maker.report()
+    assert kinds(report) == ([] if wrong is None else [("x", "label-names", "error")])
+    assert wrong is None or wrong in report.faults[0].message
 
 
 def test_ignore_label_and_region_values_are_declared(tmp_path: Path) -> None:
