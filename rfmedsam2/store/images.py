@@ -271,7 +271,8 @@ def _known_ending(path: Path) -> str:
     """The ending that selects the format, in lower case; ".dcm" for all DICOM."""
     try:
         if not path.exists():
-            raise ImageError("The image file does not exist", where=path)
+            link = f"a link to {path.readlink()}" if path.is_symlink() else None
+            raise ImageError("The image file does not exist", where=path, found=link)
     except OSError as error:
         raise ImageError(f"The system refuses this path ({error.strerror})", where=path) from None
     if not path.is_dir():

@@ -18,7 +18,7 @@ import rfmedsam2.pipeline.preprocessing.case_reader as source_module
 from rfmedsam2.errors import DatasetError, PlanError, RfMedSamError, StoreError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
 from rfmedsam2.pipeline.preprocessing.case_source import changes_since
-from rfmedsam2.pipeline.preprocessing.fingerprint import Distribution, fingerprint, mixture_statistics
+from rfmedsam2.pipeline.preprocessing.fingerprint import Distribution, fingerprint, mixture_statistics, same_images
 from rfmedsam2.pipeline.preprocessing.memory_estimate import case_bytes, memory_need
 from rfmedsam2.pipeline.preprocessing.preprocess import preprocess
 from rfmedsam2.records.model import UNetConfig
@@ -264,6 +264,30 @@ def test_a_case_with_an_error_is_refused_by_name_and_left_out_on_request(toy, ha
     toy.image("toy_2").with_name("toy_2_0000.nii").unlink(missing_ok=True)
     toy.write("toy_2", seed=1)
     assert fingerprint(toy.dataset(), toy.layout).left_out == {}
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_links_that_lead_nowhere_are_faults_of_their_cases(toy, found):
+    """The first was named alone, and could not be left out."""
+    if found:
+        fingerprint(toy.dataset(), toy.layout)
+    for path in (toy.image("toy_2"), toy.label("toy_2"), toy.label("toy_3")):
+        path.unlink()
+        path.symlink_to(path if path == toy.label("toy_3") else path.with_name("nowhere.nii.gz"))
+    with pytest.raises(
+        DatasetError, match=r"(?s)3 fault.*toy_2: .*a link to .*nowhere.*toy_3: .*skip_faulty"
+    ):
+        fingerprint(toy.dataset(), toy.layout)
+    whole = fingerprint(toy.dataset(), toy.layout, skip_faulty=True)
+    assert [case.id for case in whole.cases] == ["toy_1"]
+    assert list(whole.left_out) == ["toy_2", "toy_3"]
+
+
+def test_cases_with_the_same_image_are_known_whatever_their_labels(toy):
+    assert same_images(toy.dataset(), fingerprint(toy.dataset(), toy.layout).cases) == []
+    toy.image("toy_3").write_bytes(toy.image("toy_1").read_bytes())
+    toy.label("toy_2").write_bytes(toy.label("toy_1").read_bytes())
+    assert same_images(toy.dataset(), fingerprint(toy.dataset(), toy.layout).cases) == [("toy_1", "toy_3")]
 
 
 def test_no_case_without_errors_is_refused(toy):

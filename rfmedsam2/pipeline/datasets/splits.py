@@ -196,6 +196,29 @@ def warnings_of(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[
     return found
 
 
+def copies_apart(splits: Sequence[Split], copies: Sequence[Sequence[str]]) -> list[str]:
+    """A warning if folds train on one case and validate on another with the same image.
+
+    Args:
+        splits: the numbered folds.
+        copies: ids of cases with the same image, two or more each.
+    """
+    apart: dict[str, list[int]] = {}  # the copies -> folds
+    for fold, split in enumerate(splits):
+        for same in map(set, copies):
+            if same & set(split.train) and same & set(split.val) - set(split.train):
+                apart.setdefault(" = ".join(sorted(same)), []).append(fold)
+    if not apart:
+        return []
+    folds = ", ".join(map(str, sorted({fold for found in apart.values() for fold in found})))
+    note = (
+        f"Cases with the same image are in training and validation of fold(s) {folds}, so their scores come out too "
+        f"good: {shortlist(apart)}. Remove the copies, or give them one group in dataset.json and delete "
+        "splits_final.json; then plan again."
+    )
+    return [note]
+
+
 def load_or_make_splits(
     dataset: SplittableDataset, layout: Layout, *, group_regex: str | None = None, folds: int = FOLDS, seed: int = SEED
 ) -> list[Split]:

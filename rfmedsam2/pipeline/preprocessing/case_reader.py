@@ -149,7 +149,11 @@ class CaseReader:
             DatasetError: the case has no label.
             ImageError: a file has changed meanwhile.
         """
-        digest = files_digest(case)
+        try:
+            digest = files_digest(case)
+        except ImageError:
+            self._decode(case)  # raises with all faults of the case, which may be left out
+            raise
         with self._lock:
             kept = self._kept.pop(case.id, None)
             if kept is not None:

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from rfmedsam2.arguments import option
-from rfmedsam2.errors import DatasetError, RecordError, UsageError
+from rfmedsam2.errors import DatasetError, ImageError, RecordError, UsageError
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader, DecodedCase, FaultyCaseError, files_digest
 from rfmedsam2.records.case import SourceFile
 from rfmedsam2.records.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from rfmedsam2.records.verify import REMEDY, Fault, require_no_errors, summaries
 from rfmedsam2.store.case_files import Case
+from rfmedsam2.store.images import image_files
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import exclusive_lock
 from rfmedsam2.store.raw import RawDataset
@@ -154,7 +155,22 @@ def _is_current(found: Fingerprint, source: CaseReader) -> bool:
     known = {case.id: case.files for case in found.cases if case.files is not None}
     if known.keys() != {case.id for case in raw.training}:
         return found.digest == _digest_by_times(raw)
-    return found.digest == dataset_digest(raw, {case.id: source.files(case, known[case.id]) for case in raw.training})
+    try:
+        files = {case.id: source.files(case, known[case.id]) for case in raw.training}
+    except ImageError:
+        return False  # reading the cases says what they lack
+    return found.digest == dataset_digest(raw, files)
+
+
+def same_images(dataset: RawDataset, cases: Sequence[CaseFingerprint]) -> list[tuple[str, ...]]:
+    """Ids of training cases whose image files have the same contents, two or more each: one scan under two names."""
+    images = {case.id: case.images for case in dataset.training}
+    ids: dict[tuple[str, ...], list[str]] = {}
+    for case in cases:
+        count = sum(not file.is_dir() for path in images[case.id] for file in image_files(path))
+        files = list((case.files or {}).values())[:count]  # the label's follow
+        ids.setdefault(tuple(sorted(file.sha256 for file in files)), []).append(case.id)
+    return [tuple(same) for contents, same in ids.items() if contents and len(same) > 1]
 
 
 def _digest_by_times(dataset: RawDataset) -> str:

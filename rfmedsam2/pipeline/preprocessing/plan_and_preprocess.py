@@ -18,7 +18,7 @@ from rfmedsam2.choices import Backbone, Model, Preset
 from rfmedsam2.errors import ExtensionError, RecordError, UsageError, require_type
 from rfmedsam2.geometry import Triple
 from rfmedsam2.pipeline.datasets.planned_cases import without_left_out
-from rfmedsam2.pipeline.datasets.splits import groups_of, load_or_make_splits, warnings_of
+from rfmedsam2.pipeline.datasets.splits import copies_apart, groups_of, load_or_make_splits, warnings_of
 from rfmedsam2.pipeline.nnunet.plans import import_nnunet_plans
 from rfmedsam2.pipeline.planning.label_notes import notes_on_labels
 from rfmedsam2.pipeline.planning.library_networks import plan_library_network
@@ -27,7 +27,7 @@ from rfmedsam2.pipeline.planning.overrides import adapt_plan_to_dataset
 from rfmedsam2.pipeline.planning.plan import plan as make_plan
 from rfmedsam2.pipeline.planning.rfmedsam2 import plan_rfmedsam2
 from rfmedsam2.pipeline.preprocessing.case_reader import CaseReader
-from rfmedsam2.pipeline.preprocessing.fingerprint import WRITING_SECONDS, fingerprint
+from rfmedsam2.pipeline.preprocessing.fingerprint import WRITING_SECONDS, fingerprint, same_images
 from rfmedsam2.pipeline.preprocessing.memory_estimate import MemoryNeed, memory_need
 from rfmedsam2.pipeline.preprocessing.plan_of_model import plan_of_model
 from rfmedsam2.pipeline.preprocessing.preprocess import (
@@ -167,6 +167,7 @@ def plan_and_preprocess(
         with exclusive_lock(layout.splits_file(dataset.name).parent, wait_seconds=WRITING_SECONDS):
             splits = load_or_make_splits(dataset, layout, group_regex=options.group_regex)
             notes = warnings_of({str(i): s for i, s in enumerate(splits)}, groups_of(dataset, options.group_regex))
+            notes += copies_apart(splits, same_images(dataset, found.cases))
             notes += _write(dataset, layout, plan) + _notes_on(plan)
         notes += [f"Case {name} was left out ({errors})." for name, errors in found.left_out.items()]
         notes += [

@@ -11,6 +11,7 @@ import pytest
 from rfmedsam2.errors import DatasetError, RecordError, UsageError
 from rfmedsam2.pipeline.datasets.published_splits import AMOS_TRAINING, AMOS_VALIDATION, case_number, published_split
 from rfmedsam2.pipeline.datasets.splits import (
+    copies_apart,
     get_split,
     groups_of,
     leaks,
@@ -80,6 +81,19 @@ def test_patients_stay_on_one_side():
     assert len(splits) == 5
     assert leaks({str(k): s for k, s in splits.items()}, groups) == []
     assert all(len(s.val) == 4 and len(s.train) == 16 for s in splits.values())
+
+
+def test_copies_of_an_image_in_training_and_validation_are_a_warning():
+    splits = [
+        Split(train=("a", "b"), val=("c", "d")),
+        Split(train=("c", "d"), val=("a", "b")),
+        Split(train=("a", "c"), val=("b", "d")),
+        Split(train=("a", "b", "c", "d"), val=("a", "b", "c", "d")),  # which has a warning of its own
+    ]
+    assert copies_apart(splits, []) == copies_apart(splits[:2], [("a", "b")]) == []
+    (note,) = copies_apart(splits, [("b", "c"), ("d", "c"), ("x", "y")])
+    assert "fold(s) 0, 1, 2, so their scores come out too good: b = c, c = d." in note
+    assert "fold(s) 2," in copies_apart(splits, [("a", "b")])[0]
 
 
 def test_a_leak_names_the_patient():
