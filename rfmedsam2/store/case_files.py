@@ -221,7 +221,7 @@ def label_files_in(folder: Path, faults: list[str] | None = None) -> dict[str, P
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         ending = image_ending(path)
-        if ending is None or path.name.startswith(".") or not path.is_file():
+        if ending is None or path.name.startswith(".") or path.is_dir():
             continue
         id = path.name.removesuffix(ending)
         if id in files and faults is not None:

@@ -188,24 +188,29 @@ def read_dataset_json(path: Path) -> DatasetJson:
     except RecordError:
         if _is_version_1(path):
             raise DatasetError(
-                "This dataset.json is in the format of nnU-Net v1 and the Decathlon",
+                "The labels of this dataset.json are in the format of nnU-Net v1 and the Decathlon",
                 where=path,
                 expected='"channel_names", "file_ending", and values by name: "labels": {"background": 0, "liver": 1}',
-                found='"modality", and names by value, the other way round: "labels": {"1": "liver"}',
-                remedy="Convert the dataset: rfmed_convert nnunetv1, or rfmed_convert msd for the Decathlon's download",
+                found='names by value, the other way round: "labels": {"1": "liver"}, and maybe "modality"',
+                remedy="Convert the dataset: rfmed_convert nnunetv1, or msd for the Decathlon's download; or "
+                "exchange names and values",
             ) from None
         raise
 
 
 def _is_version_1(path: Path) -> bool:
-    """Whether a dataset.json is nnU-Net v1's: "modality" for the channels, and names by value."""
+    """Whether the labels of a dataset.json are nnU-Net v1's: names by value, whatever the other fields are."""
     try:
         require_ordinary(path)
         content = loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
     labels = content.get("labels") if isinstance(content, dict) else None
-    return isinstance(labels, dict) and "modality" in content and all(str(key).isdigit() for key in labels)
+    return (
+        isinstance(labels, dict)
+        and len(labels) > 0
+        and all(key.isdigit() and isinstance(name, str) and not name.isdigit() for key, name in labels.items())
+    )
 
 
 def _discovered(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault]]:

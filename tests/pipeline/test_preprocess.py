@@ -274,9 +274,7 @@ def test_links_that_lead_nowhere_are_faults_of_their_cases(toy, found):
     for path in (toy.image("toy_2"), toy.label("toy_2"), toy.label("toy_3")):
         path.unlink()
         path.symlink_to(path if path == toy.label("toy_3") else path.with_name("nowhere.nii.gz"))
-    with pytest.raises(
-        DatasetError, match=r"(?s)3 fault.*toy_2: .*a link to .*nowhere.*toy_3: .*skip_faulty"
-    ):
+    with pytest.raises(DatasetError, match=r"(?s)3 fault.*toy_2: .*a link to .*nowhere.*toy_3: .*skip_faulty"):
         fingerprint(toy.dataset(), toy.layout)
     whole = fingerprint(toy.dataset(), toy.layout, skip_faulty=True)
     assert [case.id for case in whole.cases] == ["toy_1"]

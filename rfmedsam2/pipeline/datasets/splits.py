@@ -160,7 +160,7 @@ def named_splits(dataset: SplittableDataset) -> dict[str, Split]:
     require_names(map(str, given), where=f"{where}, splits")
     splits = {name: published_split(name, ids) for name in PUBLISHED}
     found = {name: split for name, split in splits.items() if split is not None}
-    found |= {name: Split.parse(split, where=f"{where}, splits.{name}") for name, split in given.items()}
+    found |= {name: _split_of(split, where=f"{where}, splits.{name}") for name, split in given.items()}
     for name, split in found.items():
         _check({name: split}, ids, where)
     return found
@@ -286,7 +286,7 @@ def read_splits(path: Path, ids: Sequence[str] | None = None) -> list[Split]:
         raise RecordError(
             "A splits file does not hold a list of folds", where=path, expected='[{"train": [...], "val": [...]}]'
         )
-    splits = [Split.parse(entry, where=f"{path}, fold {fold}") for fold, entry in enumerate(data)]
+    splits = [_split_of(entry, where=f"{path}, fold {fold}") for fold, entry in enumerate(data)]
     _check({f"fold {fold}": split for fold, split in enumerate(splits)}, ids, path)
     return splits
 
@@ -297,7 +297,7 @@ def read_named_splits(path: Path, ids: Sequence[str] | None = None) -> dict[str,
     if not isinstance(data, dict):
         raise RecordError("A file of named splits is not a mapping", where=path, remedy="Delete it and plan again")
     require_names(map(str, data), where=path)
-    named = {str(name): Split.parse(split, where=f"{path}, {name}") for name, split in data.items()}
+    named = {str(name): _split_of(split, where=f"{path}, {name}") for name, split in data.items()}
     _check(named, ids, path)
     return named
 
@@ -327,6 +327,13 @@ def get_split(layout: Layout, dataset: str, fold: str, *, ids: Sequence[str] | N
     if fold not in folds:
         raise UsageError("The fold does not exist", where=fold, expected=f"one of {', '.join([*folds, 'all'])}")
     return folds[fold]
+
+
+def _split_of(entry: object, *, where: str) -> Split:
+    """A fold; other parts beside its two, such as "test", are left out, as in nnU-Net."""
+    if isinstance(entry, dict) and {"train", "val"} <= entry.keys():
+        entry = {"train": entry["train"], "val": entry["val"]}
+    return Split.parse(entry, where=where)
 
 
 def _load(path: Path) -> object:

@@ -141,7 +141,7 @@ def postprocess_folder(
 def _cases(folder: Path) -> list[Case]:
     if not folder.is_dir():
         raise UsageError("The folder of label maps does not exist", where=folder, remedy="Check the path")
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in sorted(folder.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
     cases = [Case(id=file_stem(path, ending), images=(path,)) for path in files if (ending := image_ending(path))]
     if not cases:
         raise UsageError("There are no label maps in this folder", where=folder, remedy="Check the path")

@@ -120,6 +120,16 @@ def test_prediction_without_reference_is_a_warning(
     assert "stranger" in caplog.text
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_links_that_lead_nowhere_are_faults(folders: tuple[Path, Path], which: int) -> None:
+    """A reference that is such a link was left out of the means as if the case had none."""
+    lost = folders[which] / "case_1.nii.gz"
+    lost.unlink()
+    lost.symlink_to(lost.with_name("nowhere"))
+    with pytest.raises(DatasetError, match=r"(?s)case_1: .*does not exist.*a link to .*nowhere"):
+        evaluate(*folders, LABELS)
+
+
 def test_named_cases_alone_are_scored(folders: tuple[Path, Path]) -> None:
     (folders[0] / "case_0.nii.gz").unlink()
     evaluation = evaluate(*folders, LABELS, cases=["case_2"])

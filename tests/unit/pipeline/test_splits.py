@@ -210,6 +210,12 @@ def test_bad_splits_are_a_sentence(tmp_path, content, error, message):
         read_splits(path, ["a", "b"])
 
 
+def test_other_parts_of_a_split_are_left_out_as_in_nnunet(tmp_path):
+    path = tmp_path / "splits_final.json"
+    path.write_text('[{"train": ["a"], "val": ["b"], "test": ["c"]}]')
+    assert read_splits(path, ["a", "b"]) == [Split(train=("a",), val=("b",))]
+
+
 def test_missing_splits_say_what_makes_them(tmp_path):
     with pytest.raises(RecordError, match="rfmed_plan_and_preprocess"):
         read_splits(tmp_path / "splits_final.json")

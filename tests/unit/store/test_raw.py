@@ -388,6 +388,11 @@ def test_a_dataset_json_of_nnunet_v1_is_named_with_what_is_swapped(tmp_path: Pat
     (folder / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(DatasetError, match=r"format of nnU-Net v1.*other way round.*rfmed_convert nnunetv1"):
         open_dataset(folder)
-    (folder / "dataset.json").write_text(json.dumps({**content, "labels": {"liver": 1}}))
+    del content["modality"]  # a file whose other fields are already those of version 2
+    half = {**content, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(half))
+    with pytest.raises(DatasetError, match=r"format of nnU-Net v1.*other way round"):
+        open_dataset(folder)
+    (folder / "dataset.json").write_text(json.dumps({**content, "modality": {"0": "CT"}, "labels": {"liver": 1}}))
     with pytest.raises(RecordError, match="channel_names"):
         open_dataset(folder)
