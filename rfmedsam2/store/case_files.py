@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from rfmedsam2.errors import RfMedSamError, shortlist
 from rfmedsam2.records.verify import Fault
 from rfmedsam2.store.formats.dicom_files import is_dicom_folder
 from rfmedsam2.store.images import image_ending, read_header
-from rfmedsam2.system.file_names import require_names
+from rfmedsam2.system.file_names import as_one_file, require_names
 
 _SUFFIXED = re.compile(r"(.+)_(\d{4})")
 MANY_CHANNELS = 16
@@ -197,23 +198,29 @@ def _channel_count_faults(case: str, path: Path, found: int, expected: int) -> l
     ]
 
 
-def case_insensitive_duplicates(ids: Iterable[str]) -> list[Fault]:
-    """Faults for ids that differ only in letter case: they collide on case-insensitive file systems."""
-    by_lower: dict[str, list[str]] = {}
+def ids_of_one_file(ids: Iterable[str]) -> list[Fault]:
+    """Faults for ids whose files would be one on some file system: they differ only in letter case or in encoding."""
+    alike: dict[str, list[str]] = {}
     for case in ids:
-        by_lower.setdefault(case.lower(), []).append(case)
+        alike.setdefault(as_one_file(case), []).append(case)
     return [
         Fault(
             case=same[0],
             file="",
             kind="duplicate-id",
             severity="error",
-            message=f"Case ids that differ only in letter case: {', '.join(same)}",
+            message=f"Case ids that differ only in {_difference(same)}: {', '.join(same)}",
             remedy="Rename all but one",
         )
-        for same in by_lower.values()
+        for same in alike.values()
         if len(same) > 1
     ]
+
+
+def _difference(ids: Sequence[str]) -> str:
+    """How ids of one file differ; letters with accents look alike in both encodings."""
+    folded = {unicodedata.normalize("NFD", case) for case in ids}
+    return "letter case" if len(folded) == len(ids) else "how Unicode encodes accented letters (NFC, NFD)"
 
 
 def label_files_in(folder: Path, faults: list[str] | None = None) -> dict[str, Path]:

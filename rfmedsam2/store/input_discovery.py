@@ -10,11 +10,11 @@ from pathlib import Path
 from rfmedsam2.errors import DatasetError, UsageError, shortlist
 from rfmedsam2.store.case_files import (
     Case,
-    case_insensitive_duplicates,
     case_of,
     describe_contents,
     file_stem,
     grouped,
+    ids_of_one_file,
     list_images,
     numbered_like_channels,
 )
@@ -112,7 +112,7 @@ def _cases(paths: Sequence[Path], channels: int, ending: str | None, *, where: o
         images, found = case_of(case, files, channels=names)
         cases.append(Case(id=case, images=images))
         faults += found
-    _require_usable([*faults, *case_insensitive_duplicates(c.id for c in cases)], where)
+    _require_usable([*faults, *ids_of_one_file(c.id for c in cases)], where)
     for name, ids in numbered_like_channels(case.id for case in cases).items():
         logger.warning(
             "%s are predicted as %d cases, because the model has %d input channel(s). nnU-Net reads such names as "
@@ -175,7 +175,7 @@ def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
         cases.append(Case(id=case, images=files))
     if not cases:
         raise DatasetError("There are 0 cases to predict", where=path, found="an empty list")
-    _require_usable(case_insensitive_duplicates(c.id for c in cases), path)
+    _require_usable(ids_of_one_file(c.id for c in cases), path)
     return tuple(sorted(cases, key=lambda c: c.id))
 
 

@@ -19,12 +19,12 @@ from rfmedsam2.records.dataset import DatasetJson
 from rfmedsam2.records.verify import Fault
 from rfmedsam2.store.case_files import (
     Case,
-    case_insensitive_duplicates,
     case_of,
     closest_name,
     describe_contents,
     file_stem,
     grouped,
+    ids_of_one_file,
     list_images,
 )
 from rfmedsam2.store.formats.image_header import ImageHeader
@@ -111,7 +111,7 @@ def open_dataset(source: str | int | Path, *, root: str | Path = "rfmed_data") -
         training, faults = _discovered(folder, json)
     if not training:
         raise _no_cases(folder, json)
-    faults += case_insensitive_duplicates(case.id for case in training)
+    faults += ids_of_one_file(case.id for case in training)
     if json.numTraining is not None and json.numTraining != len(training):
         faults.append(
             Fault(

@@ -7,6 +7,7 @@ archives that somebody else may have written.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -36,6 +37,14 @@ def is_file_name(name: str, *, longest: int = NAME_BYTES) -> bool:
     if not name or name.startswith(".") or _DRIVE.match(name) or _NOT_IN_NAMES.search(name):
         return False
     return len(name.encode()) <= longest
+
+
+def as_one_file(name: str) -> str:
+    """What is equal for names that some file system takes for one.
+
+    macOS and Windows ignore letter case, and macOS how an accented letter is written: composed, or letter and accent.
+    """
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
 def require_names(names: Iterable[str], *, where: object) -> None:

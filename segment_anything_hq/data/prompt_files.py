@@ -14,7 +14,7 @@ from typing import Any
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import ImageError, UsageError, shortlist
 from rfmedsam2.system.csv_text import decode_text, read_rows
-from rfmedsam2.system.file_names import is_file_name
+from rfmedsam2.system.file_names import as_one_file, is_file_name
 from rfmedsam2.system.json_text import JsonError, parse_json
 from rfmedsam2.system.ordinary_files import require_ordinary
 from segment_anything_hq.data.image_io import ENDINGS, image_size
@@ -310,9 +310,9 @@ def _with_names(of: dict[Path, list[tuple[_Asked, PromptedObject]]], faults: _Fa
             name = one.name or (f"{image.stem}_{one.part or number}" if len(found) > 1 else image.stem)
             if not is_file_name(name):
                 faults.add(one.where, f"{name!r} is not a valid file name")
-            elif name in taken:
-                faults.add(one.where, f"its mask {name}.png has the same name as that of {taken[name]}")
-            taken[name] = one.where
+            elif (key := as_one_file(name)) in taken:
+                faults.add(one.where, f"its mask {name}.png has the same name as that of {taken[key]}")
+            taken[as_one_file(name)] = one.where
             objects.append(replace(prompted, file=f"{name}.png"))
     return tuple(objects)
 

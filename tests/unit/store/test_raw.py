@@ -111,6 +111,8 @@ def test_explicit_file_lists_are_followed(tmp_path: Path) -> None:
         (["a.nii.gz", "a.nii"], ["a.nii.gz"], "duplicate-id", "the same case id"),
         (["a.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz"], ["a.nii.gz"], "duplicate-id", "Several files"),
         (["a.nii.gz", "A.nii.gz"], ["a.nii.gz", "A.nii.gz"], "duplicate-id", "letter case: A, a"),
+        (["stra\u00dfe.nii.gz", "STRASSE.nii.gz"],) * 2 + ("duplicate-id", "letter case: STRASSE, stra\u00dfe"),
+        (["caf\u00e9.nii.gz", "cafe\u0301.nii.gz"],) * 2 + ("duplicate-id", "accented letters (NFC, NFD)"),
         (["a.nii.gz", "b.nrrd"], ["a.nii.gz"], "wrong-suffix", "does not end in .nii.gz"),
     ],
 )
