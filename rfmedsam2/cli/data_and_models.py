@@ -121,7 +121,7 @@ def submit(
     from rfmedsam2.cli.replacing import require_replaceable
     from rfmedsam2.pipeline.datasets.amos22_submission import RefusedSubmissionError, require_submission, submit_amos22
 
-    require_replaceable((output,), require_submission, overwrite=overwrite)
+    require_replaceable((output,), require_submission, overwrite=overwrite, inputs=(predictions, images))
     _ = challenge  # there is only one so far, and argument parsing has checked it
     try:
         result = submit_amos22(predictions, images, output, task=task, track=bars)
@@ -166,8 +166,8 @@ def export_model(
         written = export_nnunet_model(folder, output, folds=folds, overwrite=overwrite, track=bars)
         tell(f"Written: {written}")
         return
-    require_replaceable((output,), read_manifest, overwrite=overwrite)
     sources = model.sources()
+    require_replaceable((output,), read_manifest, overwrite=overwrite, inputs=sources)
     named = " + ".join(map(str, sources))
     with bars.working(f"Packing {named}"):
         manifest = model_archive.export_model(sources, output, folds=folds)

@@ -335,7 +335,8 @@ def evaluate(
     from rfmedsam2.pipeline.evaluation import evaluate as verb
     from rfmedsam2.records.report import Evaluation
 
-    require_replaceable((output / "metrics.json", output / "metrics.csv"), Evaluation.load, overwrite=overwrite)
+    files = (output / "metrics.json", output / "metrics.csv")
+    require_replaceable(files, Evaluation.load, overwrite=overwrite, inputs=(predictions, references))
     names = resolve.labels_for(layout_of(labels.root), os.environ, dataset=labels.dataset, file=labels.labels)
     result = verb.evaluate(
         predictions,
@@ -378,7 +379,7 @@ def report(
     from rfmedsam2.pipeline.evaluation.report import write_report
     from rfmedsam2.reporting.html import require_page
 
-    require_replaceable((output,), require_page, overwrite=overwrite)
+    require_replaceable((output,), require_page, overwrite=overwrite, inputs=(training, evaluation, images))
     if images is not None and not images.is_dir():
         raise UsageError("The folder of images does not exist", where=images, remedy="Check the path given with -i")
     if evaluation is not None and evaluation.is_dir():

@@ -9,27 +9,38 @@ from rfmedsam2.errors import RfMedSamError, UsageError
 from rfmedsam2.system.atomic import is_taken
 
 
-def require_replaceable(files: Sequence[Path], read: Callable[[Path], object], *, overwrite: bool) -> None:
+def require_replaceable(
+    files: Sequence[Path], read: Callable[[Path], object], *, overwrite: bool, inputs: Sequence[Path | None] = ()
+) -> None:
     """Check that files which exist already are an earlier output of the same command.
 
     Args:
         files: what will be written; the first one tells by its content who made it and those beside it.
         read: reads the first file, and raises an error of ours if the command did not make it.
-        overwrite: whether anything may be replaced.
+        overwrite: whether anything may be replaced, except inputs.
+        inputs: files and folders that the command reads.
 
     Raises:
-        UsageError: files of somebody else would be replaced, or a folder; names them.
+        UsageError: files of somebody else or an input would be replaced, or a folder; names them.
         StoreError: no file can have such a name.
     """
     there = [path for path in files if is_taken(path)]
     folder = next((path for path in there if path.is_dir()), None)
     if folder is not None:
         raise UsageError("Expected a file, found a folder of this name", where=folder, remedy="Name a file in it")
-    if overwrite or not there:
+    places = {path.resolve() for path in inputs if path is not None}
+    read_too = [path for path in there if places & {path.resolve(), *path.resolve().parents}]
+    if not there or (overwrite and not read_too):
         return
     try:
         read(files[0])
     except RfMedSamError:
+        if read_too:
+            raise UsageError(
+                "This would overwrite an input",
+                where=", ".join(map(str, read_too)),
+                remedy="Choose another place with -o",
+            ) from None
         raise UsageError(
             "This would replace what the command did not make",
             where=", ".join(map(str, there)),

@@ -92,10 +92,10 @@ def select(
     from rfmedsam2.pipeline.selection import select as verb
     from rfmedsam2.store.archive import read_manifest
 
-    if archive is not None:
-        require_replaceable((archive,), read_manifest, overwrite=overwrite)
     layout = layout_of(root)
     name = resolve.dataset_name(layout, dataset, os.environ, among="raw")
+    if archive is not None:
+        require_replaceable((archive,), read_manifest, overwrite=overwrite, inputs=(layout.results / name,))
     found = verb.select(
         layout,
         name,

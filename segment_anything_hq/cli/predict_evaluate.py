@@ -46,7 +46,7 @@ def predict(
     named = network.resolved()
     image_files = images_in(images)
     objects = read_prompts(prompts, image_files)
-    require_free_outputs(output, objects, overwrite=overwrite)
+    require_free_outputs(output, objects, overwrite=overwrite, inputs=(*image_files, prompts))
     record = predict_files(network.load(named), objects, output, track=bars)
     if as_json:
         tell_json(record.to_json())

@@ -15,7 +15,7 @@ from PIL import Image
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import RfMedSamError, UsageError, shortlist
 from rfmedsam2.nn.segmenter import Embedded
-from rfmedsam2.system.atomic import atomic, require_possible_folder, write_record
+from rfmedsam2.system.atomic import atomic, is_taken, require_possible_folder, write_record
 from rfmedsam2.system.memory import memory_ran_out, memory_words
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.version import __version__
@@ -46,22 +46,30 @@ class ObjectMask:
     score: float
 
 
-def require_free_outputs(out: Path, objects: Sequence[PromptedObject], *, overwrite: bool) -> None:
-    """Check that no file would be overwritten; the images themselves never are, even with `overwrite`.
+def require_free_outputs(
+    out: Path, objects: Sequence[PromptedObject], *, overwrite: bool, inputs: Sequence[Path] = ()
+) -> None:
+    """Check that no file would be overwritten; what was read never is, even with `overwrite`.
+
+    Args:
+        out: output folder.
+        objects: what will be predicted.
+        overwrite: whether existing files may be replaced.
+        inputs: what was read beside the images of `objects`: images without prompts, the file of prompts.
 
     Raises:
-        UsageError: files exist already, or a mask would overwrite an image; the message names them.
+        UsageError: files exist already, or an input would be overwritten; the message names them.
         StoreError: a file is where the folder is to be.
     """
     require_possible_folder(out)
     targets = [out / name for name in (*(prompted.file for prompted in objects), PREDICTIONS)]
-    images = {prompted.image.resolve() for prompted in objects}
-    taken = [path.name for path in targets if path.resolve() in images]
+    read = {path.resolve() for path in (*(prompted.image for prompted in objects), *inputs)}
+    taken = [path.name for path in targets if path.resolve() in read]
     if taken:
         raise UsageError(
-            "Masks would overwrite their images", where=out, found=shortlist(taken), remedy="Choose another folder"
+            "Masks would overwrite images or prompts", where=out, found=shortlist(taken), remedy="Choose another folder"
         )
-    existing = [] if overwrite else [path.name for path in targets if path.exists()]
+    existing = [] if overwrite else [path.name for path in targets if is_taken(path)]
     if existing:
         remedy = f"Choose another folder, or add {option('overwrite', True)}"
         raise UsageError("These files already exist", where=out, found=shortlist(existing), remedy=remedy)

@@ -280,6 +280,45 @@ def test_an_exported_model_replaces_only_models(model, tmp_path) -> None:
     run_ok(*words, "--overwrite")
 
 
+def test_what_a_command_reads_is_never_its_output(raw_root, tmp_path) -> None:
+    checkpoint = write_model(tmp_path / "model", make_plan())
+    before = checkpoint.read_bytes()
+    link = tmp_path / "link"
+    link.symlink_to(checkpoint.parent)
+    for target in (checkpoint, link / checkpoint.name):
+        told = run_error("export_model", "-m", tmp_path / "model", "-o", target, "--overwrite")
+        assert "would overwrite an input" in told
+    assert checkpoint.read_bytes() == before
+    labels, scores = raw_root / "raw" / "Dataset900_PhantomCT" / "labelsTs", tmp_path / "scores" / "metrics.json"
+    run_ok("evaluate", "-p", labels, "-g", labels, "-o", scores.parent)
+    before = scores.read_bytes()
+    for named in (scores, scores.parent):
+        assert "would overwrite an input" in run_error("report", "-e", named, "-o", scores, "--overwrite")
+    assert scores.read_bytes() == before
+    run_ok("report", "-e", scores, "-o", scores.with_name("page.html"))
+    run_ok("report", "-e", scores.parent, "-o", scores.with_name("page.html"))  # its own page beside the scores
+    masks = write_image(tmp_path / "in" / "amos_0001.nii.gz")
+    before = masks.read_bytes()
+    words = ("submit", "amos22", "-i", masks.parent, "--images", masks.parent, "-o", masks, "--overwrite")
+    assert "would overwrite an input" in run_error(*words)
+    assert masks.read_bytes() == before
+
+
+def test_images_without_prompts_and_the_prompts_are_never_replaced_by_masks(tmp_path) -> None:
+    images = samhq_commands.write_images(tmp_path / "data") / "images"
+    inputs = {path: path.read_bytes() for path in images.iterdir()}
+    asked = [{"image": "a.png", "box": [5, 5, 9, 9], "name": "b"}]
+    words = ("predict", "sam", "-b", "vit_nano", "-i", images, "--overwrite")
+    prompts = samhq_commands.written(tmp_path / "prompts.json", asked)
+    told = samhq_commands.run_error(*words, "-p", prompts, "-o", images)
+    assert "would overwrite images or prompts" in told
+    assert "b.png" in told
+    mine = samhq_commands.written(tmp_path / "predictions.json", asked)
+    assert "predictions.json" in samhq_commands.run_error(*words, "-p", mine, "-o", tmp_path)
+    assert {path: path.read_bytes() for path in images.iterdir()} == inputs
+    assert json.loads(mine.read_text()) == asked
+
+
 def test_a_submission_replaces_only_submissions(tmp_path) -> None:
     target = tmp_path / "results.zip"
     with zipfile.ZipFile(target, "w") as archive:

@@ -210,6 +210,18 @@ def test_boxes_are_part_of_the_input(model_of, cases, references, tmp_path) -> N
     assert [path.name for path in again.written] == ["case1.nii.gz"]
 
 
+def test_label_maps_of_prompts_are_not_replaced_by_what_they_prompt(model_of, cases, tmp_path) -> None:
+    predictor = Predictor.load(model_of("unet"), device="cpu")
+    first = predict_files(predictor, cases[:1], tmp_path / "first").written
+    before = [path.read_bytes() for path in first]
+    for boxes in (tmp_path / "first", *first):
+        for asked in ({}, {"overwrite": True}):
+            with pytest.raises(UsageError, match="would overwrite an input"):
+                predict_files(predictor, cases[:1], tmp_path / "first", boxes=boxes, **asked)
+    assert [path.read_bytes() for path in first] == before
+    assert predict_files(predictor, cases[:1], tmp_path / "second", boxes=tmp_path / "first").written
+
+
 def test_boxes_take_the_place_of_a_u_nets_prompts(model_of, cases, references, tmp_path) -> None:
     predictor = Predictor.load(model_of("unet"), device="cpu")
     for name, boxes in (("own", None), ("given", references)):

@@ -140,17 +140,23 @@ class Outputs:
             return False
         return target.name not in self._listed or _is_readable(target)
 
-    def require_free(self, cases: Sequence[Case], *, probabilities: bool) -> None:
+    def require_free(self, cases: Sequence[Case], *, probabilities: bool, inputs: Sequence[Path] = ()) -> None:
         """Check that nothing of somebody else's would be replaced.
+
+        Args:
+            cases: whose label maps will be written.
+            probabilities: whether their probabilities are, too.
+            inputs: what is read beside the images: label maps of prompts or of a first stage.
 
         Raises:
             UsageError: a file cannot be written in this format or holds several cases; an output would overwrite an
                 input, or a file that is not ours; the folder is that of the images; names them.
         """
         self._require_possible(cases)
-        inputs = {file.resolve() for case in cases for path in case.images for file in _files_of(path)}
+        read = [*(path for case in cases for path in case.images), *inputs]
+        all_read = {file.resolve() for path in read for file in _files_of(path)}
         for file in (file for case in cases for file in label_files(self.target(case))):
-            if file.resolve() in inputs:
+            if file.resolve() in all_read:
                 remedy = f"Choose another output folder with {option('out', flag='-o')}"
                 raise UsageError("The prediction would overwrite an input", where=file, remedy=remedy)
         beside = {(path if path.is_dir() else path.parent).resolve() for case in cases for path in case.images}

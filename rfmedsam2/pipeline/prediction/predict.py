@@ -122,13 +122,13 @@ def predict_files(
         run = Run(predictor, outputs, probabilities=probabilities, continue_=continue_, prompted=boxes is not None)
         _check(cases)
         cases = cases if part is None else part.of(sorted(cases, key=lambda case: case.id))
-        outputs.require_free(cases, probabilities=probabilities)
-        _warn_of_training_cases(run, cases)
         if boxes is not None:
             run.boxes = BoxSource.open(boxes, cases, predictor.plan.labels)
         if previous is not None:
             of = FirstStageLabels.open
             run.previous = of(previous, cases, predictor.plan.labels) if isinstance(previous, Path) else previous
+        outputs.require_free(cases, probabilities=probabilities, inputs=run.label_maps_read())
+        _warn_of_training_cases(run, cases)
         written, kept = _predict_all(run, cases, track=track)
     corrected = tuple(outputs.target(case) for case in cases if case.id in run.corrected)
     return PredictionSummary(
@@ -200,6 +200,12 @@ class Run:
         self.previous: FirstStageLabels | None = None
         self.corrected: set[str] = set()
         """Cases whose label map of somebody else is kept."""
+
+    def label_maps_read(self) -> list[Path]:
+        """Label maps that are read beside the images."""
+        prompts = {} if self.boxes is None else self.boxes.labels
+        first_stage = {} if self.previous is None else self.previous.files
+        return [*prompts.values(), *first_stage.values()]
 
     def seen_in_training(self, cases: Sequence[Case]) -> list[str]:
         """Ids of the cases that the models were trained on."""

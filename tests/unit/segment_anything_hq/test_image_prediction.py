@@ -304,13 +304,20 @@ def test_frame_masks_are_restored_to_the_image():
 
 def test_nothing_is_overwritten_unasked_and_images_never(tmp_path, images):
     objects = [PromptedObject(image=images[0], file="a.png", prompt=Prompt(box=(1, 1, 9, 9)))]
-    with pytest.raises(UsageError, match=r"overwrite their images.*Found a\.png"):
+    with pytest.raises(UsageError, match=r"overwrite images or prompts.*Found a\.png"):
         require_free_outputs(images[0].parent, objects, overwrite=True)
     require_free_outputs(tmp_path / "new", objects, overwrite=False)
     predict_files(loaded("sam"), objects, tmp_path / "new")
     with pytest.raises(UsageError, match=r"already exist.*a\.png, predictions\.json.*overwrite=True"):
         require_free_outputs(tmp_path / "new", objects, overwrite=False)
     require_free_outputs(tmp_path / "new", objects, overwrite=True)
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("caf\u00e9", "cafe\u0301"), ("stra\u00dfe", "STRASSE")])
+def test_masks_that_some_systems_keep_in_one_file_are_refused(names, tmp_path, images):
+    content = [{"image": images[0].name, "box": [1, 1, 9, 9], "name": name} for name in names]
+    with pytest.raises(UsageError, match=rf"its mask {names[1]}\.png has the same name as that of prompt 1"):
+        read(tmp_path, images, content)
 
 
 def test_masks_belong_to_their_own_image(images):
