@@ -12,7 +12,7 @@ from rfmedsam2.records.model import Count, Decay, Factor, Positive, Probability,
 Axes = tuple[Annotated[int, Field(ge=0, le=2)], ...]
 Zoom = Annotated[float, Field(ge=0.01, le=100)]
 Sigma = Annotated[float, Field(gt=0, le=100)]
-"""Voxels; a kernel is eight times as long."""
+"""Voxels; a kernel is six times as long."""
 
 
 class Sgd(Record):

@@ -33,6 +33,7 @@ from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, 
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 
+from rfmedsam2.errors import PlanError
 from rfmedsam2.records.plan import Normalization
 from rfmedsam2.records.training import DA5, Augmentation, AugmentationConfig, NoAugmentation
 from rfmedsam2.system.private_apis import private
@@ -104,9 +105,14 @@ def training_transforms(
         previous: for the second stage of a cascade, the foreground labels: `segmentation` (2, ...) has the first
             stage's labels behind the reference's, and they end up one-hot behind the image's channels, changed at
             random.
+
+    Raises:
+        PlanError: the widest blur reaches over the whole patch along an axis.
     """
     if isinstance(config, NoAugmentation):
         return plain_transforms(normalization, previous=previous)
+    if isinstance(config, Augmentation):
+        _require_blur_within(config, patch_size)
     flat = in_plane_only(patch_size)
     in_plane = (0,) if flat else None
     steps: list[BasicTransform] = [Convert3DTo2DTransform()] if flat else []
@@ -124,6 +130,19 @@ def training_transforms(
     steps += [*_closing(normalization), *_one_hot(previous)]
     share = augment_da5.CHANGED_LABELS if isinstance(config, DA5) else 0.5
     return ComposeTransforms([*steps, *_mistakes(len(previous), share)] if previous else steps)
+
+
+def _require_blur_within(config: Augmentation, patch_size: Sequence[int]) -> None:
+    """batchgeneratorsv2 mirrors a patch at its edges by half a kernel, which must be shorter than every axis."""
+    widest = max(config.blur_sigma)
+    reach = round(3 * widest - 0.25)  # its kernel is the odd number nearest to 6 sigma + 0.5
+    if config.blur_probability > 0 and reach >= min(patch_size):
+        raise PlanError(
+            "The blur of the augmentation is wider than the patch",
+            expected=f"augmentation.blur_sigma with a kernel that reaches less than {min(patch_size)} voxels",
+            found=f"sigma up to {widest:g}, which reaches {reach} voxels, in a patch of {tuple(patch_size)}",
+            remedy="Choose a smaller blur_sigma or a larger patch, or set augmentation.blur_probability to 0",
+        )
 
 
 def plain_transforms(normalization: Sequence[Normalization], *, previous: Sequence[int] = ()) -> BasicTransform:
