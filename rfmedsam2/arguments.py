@@ -53,6 +53,8 @@ def path_of(value: object, name: str) -> Path:
         UsageError: something else, such as None, bytes or a list of paths.
     """
     if isinstance(value, str | os.PathLike):
+        if "\0" in str(value):
+            raise UsageError(f"{name} is not a path", expected="text without null characters", found=repr(str(value)))
         return Path(value)
     raise UsageError(f"{name} is not a path", expected="text or a pathlib.Path", found=type_name(value))
 

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import warnings
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
 DEBUG = "With --debug, an error also shows its traceback, and all log lines and warnings are printed."
+WIDTHS = (40, 1000)
+"""Least and most columns of the terminal."""
 PATIENCE_SECONDS = 1.0
 """How long a message of the work waits for whoever reads it."""
 REFUSALS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP}
@@ -56,6 +59,7 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
 
     def run() -> None:
         _understand_every_name()
+        _choose_width()
         with _safe_streams(name), options_as_flags():
             answer()
 
@@ -94,6 +98,13 @@ def command(function: Callable[..., None], *, family: str = "rfmed") -> Callable
             sys.exit(130)
 
     return run
+
+
+def _choose_width() -> None:
+    """Keep the width of help and tables within reason: tyro never ends on a terminal of one column."""
+    columns = shutil.get_terminal_size().columns
+    if not WIDTHS[0] <= columns <= WIDTHS[1]:
+        os.environ["COLUMNS"] = str(min(max(columns, WIDTHS[0]), WIDTHS[1]))
 
 
 def _cause(error: BaseException) -> RfMedSamError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def require_replaceable(
     folder = next((path for path in there if path.is_dir()), None)
     if folder is not None:
         raise UsageError("Expected a file, found a folder of this name", where=folder, remedy="Name a file in it")
-    places = {path.resolve() for path in inputs if path is not None}
-    read_too = [path for path in there if places & {path.resolve(), *path.resolve().parents}]
+    places = {_at_end_of_links(path) for path in inputs if path is not None}
+    read_too = [p for p in there if places & {_at_end_of_links(p), *_at_end_of_links(p).parents}]
     if not there or (overwrite and not read_too):
         return
     try:
@@ -46,3 +47,7 @@ def require_replaceable(
             where=", ".join(map(str, there)),
             remedy="Choose another place with -o, or replace it with --overwrite",
         ) from None
+
+
+def _at_end_of_links(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # resolve() raises on links in a circle

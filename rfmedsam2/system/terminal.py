@@ -56,6 +56,11 @@ class SafeStream:
         """Flush as far as that is possible."""
         self._try("flush")
 
+    @property
+    def encoding(self) -> str:
+        """Of the stream; where there is none, all characters can be dropped alike."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
     def isatty(self) -> bool:
         """Whether a person is looking."""
         return self._try("isatty") or False
@@ -70,5 +75,5 @@ class SafeStream:
             return None
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else (encoding, buffer, fileno) is the stream's own."""
+        """Everything else (buffer, fileno) is the stream's own."""
         return getattr(self._stream, name)

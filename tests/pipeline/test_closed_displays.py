@@ -84,6 +84,14 @@ def test_closed_descriptors_end_nothing(closed: str, tmp_path: Path) -> None:
     assert all(path.stat().st_size for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="descriptors are closed by a POSIX shell")
+def test_help_that_nobody_can_see_ends_well() -> None:
+    program = f"{PHANTOM}\nimport sys\nsys.argv[0] = 'rfmed_make_phantom'\nrun()"
+    words = ["/bin/sh", "-c", 'exec "$0" -c "$1" --help >&-', sys.executable, program]
+    done = subprocess.run(words, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_below_the_answer_is_a_sentence_after_the_work(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:

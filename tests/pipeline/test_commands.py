@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from support.commands import PLANNING, TINY, run, run_error, run_ok, unfinished_files
 
+from rfmedsam2.errors import UsageError
+from rfmedsam2.pipeline.prediction.checkpoints import checkpoint_of
+
 PHANTOM = "Dataset900_PhantomCT"
 COMMANDS = {
     "pipeline": ("verify", "plan_and_preprocess", "train", "predict", "evaluate", "report"),
@@ -215,6 +218,20 @@ def test_a_pipe_is_no_label_map_and_no_label_table(flag, raw_root, tmp_path):
     told = run_error("evaluate", *[word for pair in given.items() for word in pair], "-o", tmp_path / "out")
     assert "it is a pipe, a socket or a device, not an ordinary file" in told
     assert str(pipe) in told
+
+
+def test_a_pipe_is_no_model(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for words in (
+        ("export_model", "-m", pipe, "-o", tmp_path / "a.zip"),
+        ("predict", "-m", pipe, "-i", pipe, "-o", "x"),
+    ):
+        told = run_error(*words)
+        assert "The model cannot be read (it is a pipe, a socket or a device, not an ordinary file)" in told
+        assert str(pipe) in told
+    with pytest.raises(UsageError, match="it is a pipe, a socket or a device"):
+        checkpoint_of(pipe)  # of rfmed_train --weights
 
 
 def test_continue_keeps_and_json_tells(trained_root, tmp_path):

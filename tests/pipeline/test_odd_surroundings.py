@@ -174,6 +174,18 @@ def test_every_valid_number_of_threads_works(threads: str, tmp_path: Path) -> No
     assert "nthreads" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("columns", ["1", "7", "39", "0", "-5", "abc", "9" * 30])
+def test_help_is_shown_at_any_width(columns: str) -> None:
+    program = (
+        "import sys; sys.argv[0] = 'rfmed_report'; from rfmedsam2.cli.pipeline import report_command; report_command()"
+    )
+    words = [sys.executable, "-c", program, "--help"]
+    shown = subprocess.run(words, capture_output=True, text=True, timeout=100, env={**os.environ, "COLUMNS": columns})
+    assert shown.returncode == 0, shown.stderr
+    assert "--evaluation" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 1000
+
+
 def test_help_is_shown_whatever_the_variables_say() -> None:
     assert run("doctor", "--help", environment={"RANK": "abc", "OMP_NUM_THREADS": "abc"}).code == 0
 

@@ -41,7 +41,7 @@ from segment_anything_hq import InteractivePredictor, load_model
 SPACING = (2.0, 0.8, 0.9)
 OURS = Path(__file__).resolve().parents[2]
 OF_COMMANDS = ("cli/", "doctor.py")
-COMMANDS = ("rfmed_", "samhq_", "pip install", "container", "gdcmconv", "dcmconv", "ffmpeg")
+COMMANDS = ("rfmed_", "samhq_", "pip install", "container", "gdcmconv", "dcmconv", "ffmpeg", "ulimit")
 """A text may quote the flag of a command that it names."""
 
 
@@ -84,6 +84,20 @@ def test_what_is_not_a_path_is_named(given, tmp_path: Path, predictor: Predictor
         for call in several:
             with pytest.raises(UsageError, match=f"^{name} is not a path.*{type(given).__name__}"):
                 call()
+
+
+def test_text_that_no_path_can_hold_is_a_sentence(tmp_path: Path, predictor: Predictor) -> None:
+    image = write_image(tmp_path / "a_0000.nii.gz")
+    calls = (
+        lambda: predictor(image).save("a\0.nii.gz"),
+        lambda: predictor.predict_file(image, "a\0.nii.gz"),
+        lambda: make_plan().save("a\0.json"),
+        lambda: Plan.load(Path("a\0.json")),
+        lambda: evaluate("a\0", tmp_path),
+    )
+    for call in calls:
+        with pytest.raises(UsageError, match=r"is not a path\. Expected text without null characters.*a\\x00"):
+            call()
 
 
 def test_folds_and_devices_are_taken_as_programs_have_them(model: Path) -> None:

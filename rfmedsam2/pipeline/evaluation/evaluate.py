@@ -93,7 +93,7 @@ def evaluate(
     ids = None if cases is None else names_of(cases, "cases")
     pairs, faults, warnings = find_pairs(predictions, references, cases=ids)
     agreed = agreed_labels(predictions, references, labels)
-    warnings += _on_training(predictions, pairs)
+    warnings += _on_training(predictions, pairs) + _on_themselves(pairs)
     score = partial(_score, labels=agreed, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
     track = progress_bars(progress)
     results = [*map_cases(score, pairs, workers=at_once, name=lambda p: p.id, track=track, description="Evaluating")]
@@ -179,6 +179,15 @@ def _on_training(predictions: Path, pairs: Sequence[Pair]) -> list[str]:
         "cases, their scores do not tell how well it segments new ones"
     )
     return [sentence] if seen else []
+
+
+def _on_themselves(pairs: Sequence[Pair]) -> list[str]:
+    """A sentence if label maps are their own references, also by links."""
+    same = [pair.id for pair in pairs if pair.prediction.resolve() == pair.reference.resolve()]
+    sentence = (
+        f"{len(same)} of {len(pairs)} label maps are compared with themselves: prediction and reference are one file"
+    )
+    return [f"{sentence} ({shortlist(same)})"] if same else []
 
 
 def ids_of(folder: Path) -> set[str]:

@@ -22,6 +22,7 @@ from rfmedsam2.store.checkpoint_header import (
 )
 from rfmedsam2.store.layout import DATASET_FOLDER
 from rfmedsam2.system.atomic import read_record
+from rfmedsam2.system.ordinary_files import require_ordinary
 
 Which = Literal["final", "best", "latest"]
 FOLD = "fold_"
@@ -152,6 +153,10 @@ def checkpoints_of(
             )
         if not model_folder.exists():
             raise UsageError("The model does not exist", where=model_folder, remedy="Check the path")
+        try:
+            require_ordinary(model_folder)
+        except OSError as error:
+            raise UsageError(f"The model cannot be read ({error.strerror})", where=model_folder) from None
         is_fold = any((model_folder / name).is_file() for name in (*CHECKPOINTS, *NNUNET_CHECKPOINTS))
         raise UsageError(
             "This is the folder of one fold, not of a model" if is_fold else "The folder holds no trained model",

@@ -130,6 +130,19 @@ def test_links_that_lead_nowhere_are_faults(folders: tuple[Path, Path], which: i
         evaluate(*folders, LABELS)
 
 
+def test_label_maps_that_are_their_own_references_are_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(folders[1])
+    for predictions in (folders[1], link):
+        (warning,) = evaluate(predictions, folders[1], LABELS).warnings
+        assert "3 of 3 label maps are compared with themselves" in warning
+        assert "case_0, case_1, case_2" in warning
+    (folders[0] / "case_1.nii.gz").unlink()
+    (folders[0] / "case_1.nii.gz").symlink_to(folders[1] / "case_1.nii.gz")
+    (warning,) = evaluate(*folders, LABELS).warnings
+    assert "1 of 3 label maps are compared with themselves: prediction and reference are one file (case_1)" in warning
+
+
 def test_named_cases_alone_are_scored(folders: tuple[Path, Path]) -> None:
     (folders[0] / "case_0.nii.gz").unlink()
     evaluation = evaluate(*folders, LABELS, cases=["case_2"])

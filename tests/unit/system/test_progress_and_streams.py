@@ -82,6 +82,7 @@ def test_a_stream_that_breaks_is_given_up(error: Exception) -> None:
 
 def test_a_stream_that_is_not_there_takes_all() -> None:
     stream = SafeStream(None)
+    assert stream.encoding == "utf-8"  # tyro asks before it draws --help
     print("nothing", file=stream)
     stream.flush()
     assert not stream.isatty()
