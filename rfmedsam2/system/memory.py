@@ -37,7 +37,9 @@ _WORDS = (
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a CPU or a GPU."""
+    """Whether an error, or one that was being handled when it was raised, says that memory ran out (CPU or GPU)."""
+    if error.__context__ is not None and memory_ran_out(error.__context__):  # numba's library says "not found" then
+        return True
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
         return True
     return isinstance(error, RuntimeError | OSError | ImportError) and any(words in str(error) for words in _WORDS)

@@ -158,6 +158,19 @@ def test_memory_that_ended_is_known_by_their_words(words: str) -> None:
     assert not memory_ran_out(ValueError(words))
 
 
+def test_an_error_of_handling_it_is_one_of_memory() -> None:
+    """llvmlite says that its library could not be found."""
+
+    def load(first: Exception) -> None:
+        try:
+            raise first
+        except OSError:
+            raise OSError("Could not find/load shared object file 'libllvmlite.so'")  # noqa: B904 - as it does
+
+    assert memory_ran_out(raised(lambda: load(OSError("x.so: failed to map segment from shared object"))))
+    assert not memory_ran_out(raised(lambda: load(OSError("x.so: invalid ELF header"))))
+
+
 @pytest.mark.parametrize(
     "make", [lambda: torch.zeros(2) @ torch.zeros(3), Path("/nothing").read_bytes, lambda: np.zeros(2) + np.zeros(3)]
 )
