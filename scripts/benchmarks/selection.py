@@ -90,16 +90,19 @@ def save_probabilities(sides: Sides, trainers: Sequence[str], cases: int | None,
     seconds = 0.0
     for fold in range(folds):
         images, out = sides.work / f"images_{fold}", sides.work / f"probabilities_{fold}"
-        images.mkdir()
+        images.mkdir(exist_ok=True)
         for case in open_dataset(sides.raw).training[:cases][fold::folds]:
             for number, path in enumerate(case.images):
-                (images / f"{case.id}_{number:04d}.nii.gz").symlink_to(path.resolve())
+                link = images / f"{case.id}_{number:04d}.nii.gz"
+                link.unlink(missing_ok=True)
+                link.symlink_to(path.resolve())
         model = sides.nnunet_model
         if not (weights := model / f"fold_{fold}" / "checkpoint_final.pth").exists():
             weights.parent.mkdir(exist_ok=True)
             shutil.copy(model / "fold_0" / "checkpoint_final.pth", weights)
         words = ("-i", images, "-o", out, "-m", model, "-f", fold, "-device", "cpu", "--save_probabilities")
-        seconds += sides.nnunet("nnUNetv2_predict_from_modelfolder", *words, "-npp", 1, "-nps", 1).cpu_s
+        if not (out / "predict_from_raw_data_args.json").exists():  # a kept --work has them from another run
+            seconds += sides.nnunet("nnUNetv2_predict_from_modelfolder", *words, "-npp", 1, "-nps", 1).cpu_s
         for trainer in trainers:
             home = model.with_name(model.name.replace("nnUNetTrainer", trainer)) / f"fold_{fold}" / "validation"
             for path in (*out.glob("*.npz"), *out.glob("*.pkl")):
