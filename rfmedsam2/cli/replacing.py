@@ -9,11 +9,14 @@ from pathlib import Path
 from rfmedsam2.errors import RfMedSamError, UsageError
 from rfmedsam2.system.atomic import is_taken
 
+LATER_SECONDS = 2.0
+"""Files of one run are written within less; what is younger than the first of them was changed since."""
+
 
 def require_replaceable(
     files: Sequence[Path], read: Callable[[Path], object], *, overwrite: bool, inputs: Sequence[Path | None] = ()
 ) -> None:
-    """Check that files which exist already are an earlier output of the same command.
+    """Check that files which exist already are an earlier output of the same command, which nobody has changed since.
 
     Args:
         files: what will be written; the first one tells by its content who made it and those beside it.
@@ -47,6 +50,14 @@ def require_replaceable(
             where=", ".join(map(str, there)),
             remedy="Choose another place with -o, or replace it with --overwrite",
         ) from None
+    written = files[0].stat().st_mtime
+    changed = [path for path in there[1:] if path.stat().st_mtime > written + LATER_SECONDS]
+    if changed:
+        raise UsageError(
+            "This would replace what was changed since the command wrote it",
+            where=", ".join(map(str, changed)),
+            remedy="Choose another place with -o, or replace it with --overwrite",
+        )
 
 
 def _at_end_of_links(path: Path) -> Path:

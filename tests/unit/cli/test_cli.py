@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -68,6 +69,20 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path, overwrite):
     with pytest.raises(UsageError, match=r"Expected a file, found a folder.*Name a file in it") as caught:
         require_replaceable((tmp_path,), read_record, overwrite=overwrite)
     assert "--overwrite" not in str(caught.value)
+
+
+def test_a_table_that_somebody_has_changed_is_not_replaced(tmp_path):
+    record, table, chart = files = [tmp_path / name for name in ("scores.json", "scores.csv", "scores.png")]
+    for path in files:
+        path.write_text("ours")
+    os.utime(record, (1_000_000, 1_000_000))
+    os.utime(chart, (1_000_001.5, 1_000_001.5))
+    os.utime(table, (999_999, 999_999))
+    require_replaceable(files, Path.read_text, overwrite=False)
+    os.utime(table, (1_000_060, 1_000_060))
+    with pytest.raises(UsageError, match=r"changed since the command wrote it: .*scores\.csv\. Choose"):
+        require_replaceable(files, Path.read_text, overwrite=False)
+    require_replaceable(files, Path.read_text, overwrite=True)
 
 
 def test_choices_are_listed_in_their_order():
