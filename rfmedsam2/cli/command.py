@@ -114,6 +114,8 @@ def _cause(error: BaseException) -> RfMedSamError | None:
     if memory_ran_out(error):
         remedy = "Free memory, or use fewer workers, a smaller patch, batch or image"
         return RfMedSamError("Memory ran out", found=memory_words(), remedy=remedy)
+    if isinstance(error.__context__, OSError) and error.__context__.errno == errno.ELOOP:
+        error = error.__context__  # pathlib's resolve() tells of links in a circle by a RuntimeError, until Python 3.13
     if isinstance(error, OSError) and error.errno in REFUSALS and error.filename is not None:
         return UsageError(f"The system refuses this path ({error.strerror})", where=error.filename)
     return None

@@ -133,6 +133,25 @@ def test_paths_that_the_system_refuses_are_sentences(words, monkeypatch, tmp_pat
     assert {p.name for p in tmp_path.iterdir()} - {"rfmed_data"} == {"m", "loop"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_links_in_a_circle_are_sentences(tmp_path) -> None:
+    write_model(tmp_path / "model", make_plan())
+    image = write_image(tmp_path / "in" / "a_0000.nii.gz")
+    circle, labels = tmp_path / "circle", tmp_path / "labels" / "a.nii.gz"
+    labels.parent.mkdir()
+    circle.symlink_to(circle.name)
+    labels.symlink_to(labels.name)
+    for words in (
+        ("predict", "-i", image, "-o", labels.parent, "-m", tmp_path / "model", "--overwrite"),
+        ("predict", "-i", image, "-o", tmp_path / "out", "-m", circle),
+        ("overlay", "-p", image.parent, "-o", circle),
+    ):
+        told = run_error(*words)
+        assert "The system refuses this path (Too many levels of symbolic links)" in told
+        assert str(labels if labels.parent in words else circle) in told
+    assert labels.is_symlink()
+
+
 @pytest.mark.parametrize("name", ["predict", "evaluate", "train"])
 def test_paths_that_the_system_refuses_to_image_commands_are_sentences(name, tmp_path) -> None:
     data = samhq_commands.write_images(tmp_path / "data")
