@@ -52,7 +52,7 @@ def require_replaceable(
         ) from None
     written = files[0].stat().st_mtime
     changed = [path for path in there[1:] if path.stat().st_mtime > written + LATER_SECONDS]
-    if changed:
+    if changed and not overwrite:
         raise UsageError(
             "This would replace what was changed since the command wrote it",
             where=", ".join(map(str, changed)),
