@@ -18,6 +18,14 @@ MINUTES, MINUTES_OF_FEW = 60.0, 20.0
 COARSE = [2, 2, 2]
 COARSE_PATCH = "patch_size=[32,64,64]"
 """A multiple of a coarse U-Net's total stride, and what planning chooses for RFMedSAM 2."""
+COARSE_UNET = (
+    "model.unet.features=[16,32,64,128]",
+    "model.unet.kernel_sizes=[[3,3,3],[3,3,3],[3,3,3],[3,3,3]]",
+    "model.unet.strides=[[1,1,1],[2,2,2],[2,2,2],[2,2,2]]",
+    "model.unet.encoder_blocks=[1,2,2,2]",
+    "model.unet.decoder_blocks=[2,2,1]",
+)
+"""The network that planning chooses for the U-Net alone; for the patches of RFMedSAM 2 it would choose a level more."""
 PATCHES = 2
 """Patches that are scored at the end of a training: whole cases are predicted afterwards."""
 UNET_SHARE = 0.6
@@ -132,8 +140,8 @@ def _rows() -> list[Row]:
         )
         rows.append(start := replace(coarse, name=f"{prefix}_coarse_step0", share=1 - REFINEMENT_SHARE))
         light = next(row for row in rows if row.name == f"{prefix}_lite_medsam")
-        refined = replace(light, coarse=True, step0_of=start.name, share=REFINEMENT_SHARE)
-        rows.append(replace(refined, name=f"{prefix}_coarse_lite_medsam"))
+        refined = replace(light, name=f"{prefix}_coarse_lite_medsam", step0_of=start.name, share=REFINEMENT_SHARE)
+        rows.append(replace(refined, coarse=True, changes=COARSE_UNET))
     return rows
 
 
