@@ -7,6 +7,7 @@ integer types stay as they are, everything else is float32. Spacings and arrays 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -227,6 +228,18 @@ def require_label_ending(path: Path) -> str:
             expected="a file name ending in .nii.gz, .nii, .nrrd, .mha, .mhd or .mgz",
         )
     return ending
+
+
+def require_output(path: Path, images: Sequence[str | Path]) -> None:
+    """Check that a label map can be written to a file, and that it is none of the images that are read.
+
+    Raises:
+        UsageError: it cannot, or is one of them.
+    """
+    require_label_ending(path)
+    places = {os.path.realpath(image) for image in images}
+    if os.path.realpath(path) in places:
+        raise UsageError("The label map would overwrite an image that is read", where=path, remedy="Name another file")
 
 
 def write_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:

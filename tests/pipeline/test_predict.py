@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +86,16 @@ def test_every_way_in_gives_the_same_labels(predictor, cases, tmp_path) -> None:
     np.testing.assert_array_equal(predictor.predict_array(array[None], spacing_zyx_mm=(2.0, 0.8, 0.9)).T, expected)
     np.testing.assert_array_equal(predictor.predict_file(path, tmp_path / "one.nrrd").T, expected)
     assert (tmp_path / "one.nrrd").is_file()
+
+
+def test_a_file_that_is_read_is_not_the_output(predictor, cases, tmp_path) -> None:
+    image = Path(shutil.copy(cases[0].images[0], tmp_path / "a.nii.gz"))
+    (tmp_path / "link.nii.gz").symlink_to(image)
+    before = image.read_bytes()
+    for paths, out in ((image, image), ([str(image)], tmp_path / "link.nii.gz"), (tmp_path / "link.nii.gz", image)):
+        with pytest.raises(UsageError, match="would overwrite an image that is read"):
+            predictor.predict_file(paths, out)
+    assert image.read_bytes() == before
 
 
 def test_a_prediction_knows_its_geometry_volumes_and_probabilities(predictor, cases, tmp_path) -> None:

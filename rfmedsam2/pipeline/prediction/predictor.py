@@ -41,7 +41,7 @@ from rfmedsam2.pipeline.prediction.postprocessing import postprocessed, rule_of_
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.prediction import PostprocessingRule, PredictingModel
-from rfmedsam2.store.images import require_label_ending
+from rfmedsam2.store.images import require_output
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.system.progress_bars import progress_bars
@@ -390,10 +390,10 @@ class Predictor:
         """Labels of one case from its files (one per channel, or a DICOM folder); written to `out` if given.
 
         Raises:
-            UsageError: `out` is not a path, or has no ending of a format of label maps; nothing is predicted.
+            UsageError: `out` is not a path, has no ending of a format of label maps, or is an input; nothing is done.
         """
         if out is not None:
-            require_label_ending(path_of(out, "out"))
+            require_output(path_of(out, "out"), [paths] if isinstance(paths, str | Path) else paths)
         prediction = self(paths, boxes=boxes, progress=progress)
         if out is not None:
             prediction.save(out)
