@@ -209,7 +209,7 @@ def _is_version_1(path: Path) -> bool:
     return (
         isinstance(labels, dict)
         and len(labels) > 0
-        and all(key.isdigit() and isinstance(name, str) and not name.isdigit() for key, name in labels.items())
+        and all(key.isdigit() and isinstance(name, str) for key, name in labels.items())
     )
 
 
@@ -225,7 +225,7 @@ def _discovered(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault
         labels.setdefault(file_stem(path, label_ending), []).append(path)
     images = list_images(folder / "imagesTr", ending)
     groups = grouped(images, channels=len(json.channels), ending=ending, known_ids=labels)
-    cases, faults = [], _wrong_endings(folder, json, {*groups})
+    cases, faults = [], _wrong_endings(folder, json, {*groups}, {*labels})
     for case, files in groups.items():
         paths, found = case_of(case, files, channels=json.channels)
         label = labels.pop(case, None)
@@ -274,27 +274,29 @@ def _label_faults(folder: Path, json: DatasetJson, case: str, label: Sequence[Pa
     ]
 
 
-def _wrong_endings(folder: Path, json: DatasetJson, ids: set[str]) -> list[Fault]:
+def _wrong_endings(folder: Path, json: DatasetJson, ids: set[str], labels: set[str]) -> list[Fault]:
     """Images and labels whose ending is not file_ending: readers of this layout would skip them."""
     faults = []
     for name in ("imagesTr", "labelsTr"):
+        there = {file_stem(path, json.file_ending) for path in list_images(folder / name, json.file_ending)}
         for path in list_images(folder / name, None):
             if path.is_dir() or path.name.endswith(json.file_ending):
                 continue
             if name == "labelsTr" and (json.file_ending == ".dcm" or path.name.lower().endswith(SLICER_ENDING)):
                 continue
             stem = file_stem(path, None)
-            case = next((i for i in (stem, stem[:-5]) if i in ids), None)
+            case = next((i for i in (stem, stem[:-5]) if i in ids | labels), None)
+            twin = (name == "imagesTr" and stem in ids) or not there.isdisjoint((stem, case))
             faults.append(
                 Fault(
                     case=case or stem,
                     file=str(path),
-                    kind="wrong-suffix" if case is None else "duplicate-id",
+                    kind="duplicate-id" if twin else "wrong-suffix",
                     severity="error",
-                    message=f"{path.name} does not end in {json.file_ending}, the file_ending of dataset.json"
-                    if case is None
-                    else f"{name}/{path.name} and the file ending in {json.file_ending} have the same case id",
-                    remedy="Convert the file, or remove it",
+                    message=f"{name}/{path.name} and the file ending in {json.file_ending} have the same case id"
+                    if twin
+                    else f"{path.name} does not end in {json.file_ending}, the file_ending of dataset.json",
+                    remedy="Convert the file, or remove it" if twin or case is None else "Convert it",
                 )
             )
     return faults

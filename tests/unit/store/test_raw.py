@@ -124,6 +124,30 @@ def test_faults_of_single_cases_are_kept_not_raised(
     assert words in " ".join(f.message for f in faults)
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "wrong", "only"),
+    [
+        (["a.nii.gz", "b.nii.gz"], ["a.nii", "b.nii.gz"], "labelsTr/a.nii", True),
+        (["a.nii.gz", "b.nii.gz"], ["a.mha", "b.nii.gz"], "labelsTr/a.mha", True),
+        (["a.mha", "b.nii.gz"], ["a.nii.gz", "b.nii.gz"], "imagesTr/a.mha", True),
+        (["a_0000.nii.gz", "a_0001.mha"], ["a.nii.gz"], "imagesTr/a_0001.mha", True),
+        (["a.nii.gz"], ["a.nii.gz", "a.mha"], "labelsTr/a.mha", False),
+        (["a_0000.nii.gz", "a_0001.nii.gz", "a_0001.mha"], ["a.nii.gz"], "imagesTr/a_0001.mha", False),
+        (["a_0000.nii.gz", "a_0001.nii.gz", "a.mha"], ["a.nii.gz"], "imagesTr/a.mha", False),
+        (["a.nii.gz", "a_0000.mha"], ["a.nii.gz"], "imagesTr/a_0000.mha", False),
+    ],
+)
+def test_only_a_file_that_is_there_twice_may_be_removed(
+    tmp_path: Path, images: list[str], labels: list[str], wrong: str, only: bool
+) -> None:
+    folder = dataset(tmp_path / "d", images, labels, **TWO)
+    (fault,) = [f for f in open_dataset(folder).faults if f.file == str(folder / wrong)]
+    assert fault.remedy == ("Convert it" if only else "Convert the file, or remove it")
+    assert fault.kind == ("wrong-suffix" if only else "duplicate-id")
+    assert fault.case == "a"
+    assert ("the same case id" in fault.message) is not only
+
+
 def test_wrong_number_of_training_cases_is_a_warning(tmp_path: Path) -> None:
     (fault,) = open_dataset(dataset(tmp_path / "d", ["a_0000.nii.gz"], ["a.nii.gz"], numTraining=7)).faults
     assert (fault.kind, fault.severity) == ("case-count", "warning")
@@ -395,6 +419,11 @@ def test_a_dataset_json_of_nnunet_v1_is_named_with_what_is_swapped(tmp_path: Pat
     (folder / "dataset.json").write_text(json.dumps(half))
     with pytest.raises(DatasetError, match=r"format of nnU-Net v1.*other way round"):
         open_dataset(folder)
+    for names in (("background", "1", "2"), ("0", "1", "2"), ("background", "3", "z")):  # names that are numbers
+        swapped = {**content, "modality": {"0": "CT"}, "labels": {str(i): name for i, name in enumerate(names)}}
+        (folder / "dataset.json").write_text(json.dumps(swapped))
+        with pytest.raises(DatasetError, match=r"format of nnU-Net v1.*other way round.*rfmed_convert nnunetv1"):
+            open_dataset(folder)
     (folder / "dataset.json").write_text(json.dumps({**content, "modality": {"0": "CT"}, "labels": {"liver": 1}}))
     with pytest.raises(RecordError, match="channel_names"):
         open_dataset(folder)
