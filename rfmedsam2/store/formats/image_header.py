@@ -63,7 +63,8 @@ class NiftiGeometry:
         block: the 348 (NIfTI-1) or 540 (NIfTI-2) header bytes, little endian.
         sform_code: 0 when the file has no sform.
         qform_code: 0 when the file has no qform.
-        nibabel: the grid that nibabel reads, in the file's unit, if it differs from ITK's, which is ours.
+        nibabel: the grid that nibabel reads, in the file's unit, if it differs from ours.
+        itk: the grid that ITK reads, if it differs from ours: it takes an empty pixdim for 1, we for the sform's.
         unit_mm: the file's unit of length, mm.
         unit_known: False: the header does not say; millimeters are assumed, as in ITK.
         scaling: slope and intercept; None if voxels are not scaled.
@@ -73,6 +74,7 @@ class NiftiGeometry:
     sform_code: int
     qform_code: int
     nibabel: Grid | None = None
+    itk: Grid | None = None
     unit_mm: float = 1.0
     unit_known: bool = True
     scaling: tuple[float, float] | None = None
@@ -80,6 +82,8 @@ class NiftiGeometry:
     @property
     def ambiguity(self) -> str | None:
         """Why ITK and nibabel place the voxels differently; None if they agree."""
+        if self.itk is not None:
+            return "a spacing of the header's pixdim is empty"
         if self.nibabel is None:
             return None
         if self.unit_mm != 1:
@@ -125,6 +129,11 @@ class ImageHeader:
     def says_spacing(self) -> bool:
         """Whether the file itself gives the spacing: a single plane in PNG, BMP or TIFF has none."""
         return self.spacing_known and not (self.format == "raster" and self.flat)
+
+    @property
+    def itk_grid(self) -> Grid:
+        """The grid that ITK reads, which for a NIfTI file without pixdim is not `source_grid`."""
+        return self.source_grid if self.nifti is None or self.nifti.itk is None else self.nifti.itk
 
     @property
     def nibabel_grid(self) -> Grid:
@@ -234,11 +243,8 @@ def grids_differ(one: ImageHeader, other: ImageHeader) -> tuple[str, bool] | Non
     """
     if not (one.says_spacing and other.says_spacing) and one.grid.shape_zyx == other.grid.shape_zyx:
         return None
-    readings = [
-        (one.grid, other.grid),
-        (one.nibabel_grid, other.nibabel_grid),
-        (one.nibabel_grid_mm, other.nibabel_grid_mm),
-    ]
+    kinds = ("grid", "itk_grid", "nibabel_grid", "nibabel_grid_mm")
+    readings: list[tuple[Grid, Grid]] = [(getattr(one, kind), getattr(other, kind)) for kind in kinds]
     if one.flat != other.flat:  # two axes, and three of which one has a single plane
         readings = [(flattened(a), flattened(b)) for a, b in readings]
     found = [disagreement(a, b) for a, b in readings]
@@ -276,12 +282,13 @@ def assumptions(header: ImageHeader) -> dict[FaultKind, str]:
 def readers_differ(header: ImageHeader) -> str | None:
     """A sentence if ITK and nibabel place an image differently by more than a tenth of a voxel, else None."""
     nifti = header.nifti
-    if nifti is None or nifti.nibabel is None:
+    if nifti is None or nifti.ambiguity is None:
         return None
-    away = displacement_mm(header.grid, nifti.nibabel)
+    away = displacement_mm(header.grid if nifti.itk is None else nifti.itk, header.nibabel_grid)
     if away <= 0.1 * min(header.grid.spacing_zyx_mm):
         return None
-    return f"ITK and nibabel place this image differently, by up to {away:.4g} mm: {nifti.ambiguity}; read as by ITK"
+    read = "read as by ITK" if nifti.itk is None else "read with the sform's spacing"
+    return f"ITK and nibabel place this image differently, by up to {away:.4g} mm: {nifti.ambiguity}; {read}"
 
 
 def flattened(grid: Grid) -> Grid:

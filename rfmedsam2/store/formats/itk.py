@@ -58,7 +58,7 @@ def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
     Raises:
         StoreError: ITK could not write (it does not say whether space or permission was missing).
     """
-    grid = header.source_grid
+    grid = header.itk_grid
     flat = header.flat or path.suffix.lower() in ONE_PLANE_ENDINGS
     image = sitk.GetImageFromArray(labels_zyx[0] if flat else labels_zyx)
     if header.format != "raster":

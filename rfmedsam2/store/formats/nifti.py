@@ -146,6 +146,7 @@ def _image_header(path: Path, raw: Nifti1Header) -> ImageHeader:
             sform_code=int(raw["sform_code"]),
             qform_code=int(raw["qform_code"]),
             nibabel=placed.nibabel,
+            itk=placed.itk,
             unit_mm=placed.unit_mm,
             unit_known=int(raw["xyzt_units"]) & 7 != 0,
             scaling=_scaling(raw),
@@ -251,6 +252,6 @@ def _make_qform_valid(raw: Nifti1Header) -> None:
         raw["pixdim"] = pixdim
     bcd = np.array([float(raw[f"quatern_{letter}"]) for letter in "bcd"])
     squared, rounding = float(bcd @ bcd), float(np.finfo(np.float32).eps)
-    if squared > 1 + 3 * rounding:  # nibabel's tolerance
-        for letter, value in zip("bcd", bcd / (np.sqrt(squared) * (1 + rounding)), strict=True):
+    if squared > 1 + 3 * rounding:  # nibabel's tolerance; ITK turns the axes if it is too short by more than 1e-7
+        for letter, value in zip("bcd", bcd / np.sqrt(squared) * (1 + rounding / 2), strict=True):
             raw[f"quatern_{letter}"] = value

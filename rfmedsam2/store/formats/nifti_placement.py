@@ -2,8 +2,9 @@
 
 ITK takes the sform if its axes are perpendicular and it has code 1, equals the qform, or stands alone; else the qform.
 (Straight forms that only mirror each other count as equal.) Without either the axes run to the left, to the back and up
-from the origin. Spacing is pixdim, lengths are converted to mm. nibabel takes the sform whenever there is one, and
-converts no units. (itkNiftiImageIO.cxx of ITK 5.4, checked against SimpleITK 2.5.)
+from the origin. Spacing is pixdim, lengths are converted to mm. Where pixdim is empty ITK takes 1; we take the sform's
+spacing. nibabel takes the sform whenever there is one, and converts no units.
+(itkNiftiImageIO.cxx of ITK 5.4, checked against SimpleITK 2.5.)
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ class Placement:
     """The two readings of a NIfTI header.
 
     Attributes:
-        grid: as ITK reads it, mm; its axes need not be perpendicular if there is no qform.
+        grid: ours, mm; its axes need not be perpendicular if there is no qform.
         nibabel: as nibabel reads it, in the unit of the file; None if that is the same, or no grid at all.
+        itk: as ITK reads it, mm; None if that is the same.
         unit_mm: the file's unit of length, mm.
     """
 
     grid: Grid
     nibabel: Grid | None
+    itk: Grid | None
     unit_mm: float
 
 
@@ -52,15 +55,9 @@ def placement(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int]) ->
     sform = _sform(raw)
     zooms = checked_spacing(_zooms(raw, sform), where=path)
     qform = _qform(raw, zooms) if int(raw["qform_code"]) > 0 else None
-    if sform is not None and (qform is None or _itk_prefers(sform, qform, int(raw["sform_code"]))):
-        affine = sform
-    elif qform is not None:
-        affine = qform
-    elif _has_form(raw):
+    if sform is None and qform is None and _has_form(raw):
         raise _unusable(path, raw)
-    else:
-        affine = np.diag([-zooms[0], -zooms[1], zooms[2], 1.0])
-    found = Grid.from_affine_ras(affine, shape)
+    found = Grid.from_affine_ras(_affine(raw, sform, zooms), shape)
     if qform is None and not _scales_agree(found, zooms, flat=flat):
         _ = repaired(found, where=path)  # skew raises its own error
         raise GeometryError(
@@ -71,12 +68,32 @@ def placement(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int]) ->
             remedy="Correct pixdim or the affine",
         )
     unit = unit_mm(int(raw["xyzt_units"]))
-    grid = scaled(replace(found, spacing_zyx_mm=zooms[::-1]), unit)
-    grid = flattened(grid) if flat else grid
+    grid = _in_mm(found, zooms, unit, flat=flat)
+    pixdim = np.array(raw["pixdim"][1:4], dtype=float)
+    ones = checked_spacing(np.where(_empty(pixdim), 1.0, zooms).tolist(), where=path)  # niftilib's for empty ones
+    itk = _in_mm(Grid.from_affine_ras(_affine(raw, sform, ones), shape), ones, unit, flat=flat)
     other = _as_nibabel(raw, shape, qform)
     other = flattened(other) if flat and other is not None else other
     same = other is not None and grid.mismatch(other) is None
-    return Placement(grid=grid, nibabel=None if same else other, unit_mm=unit)
+    itk = None if grid.mismatch(itk) is None else itk
+    return Placement(grid=grid, nibabel=None if same else other, itk=itk, unit_mm=unit)
+
+
+def _affine(raw: Nifti1Header, sform: np.ndarray | None, zooms: tuple[float, float, float]) -> np.ndarray:
+    """The form that ITK takes for these spacings."""
+    qform = _qform(raw, zooms) if int(raw["qform_code"]) > 0 else None
+    if sform is not None and (qform is None or _itk_prefers(sform, qform, int(raw["sform_code"]))):
+        return sform
+    return np.diag([-zooms[0], -zooms[1], zooms[2], 1.0]) if qform is None else qform
+
+
+def _empty(pixdim: np.ndarray) -> np.ndarray:
+    return ~np.isfinite(pixdim) | (pixdim == 0)
+
+
+def _in_mm(grid: Grid, zooms: tuple[float, float, float], unit: float, *, flat: bool) -> Grid:
+    grid = scaled(replace(grid, spacing_zyx_mm=zooms[::-1]), unit)
+    return flattened(grid) if flat else grid
 
 
 def _has_form(raw: Nifti1Header) -> bool:
@@ -111,8 +128,7 @@ def _zooms(raw: Nifti1Header, sform: np.ndarray | None) -> list[float]:
     """Spacing in pixdim along x, y, z, in the file's unit; where pixdim is empty (0 or NaN), that of the sform."""
     zooms = np.array(raw["pixdim"][1:4], dtype=float)
     if sform is not None:
-        empty = ~np.isfinite(zooms) | (zooms == 0)
-        zooms[empty] = np.linalg.norm(sform[:3, :3], axis=0)[empty]
+        zooms = np.where(_empty(zooms), np.linalg.norm(sform[:3, :3], axis=0), zooms)
     if len(raw.get_data_shape()) == 2 and not zooms[2] > 0:
         zooms[2] = 1.0  # a file with two axes need not say anything about a third
     return zooms.tolist()
