@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rfmedsam2.arguments import option
@@ -14,9 +15,12 @@ from rfmedsam2.pipeline.preprocessing.case_source import Changes, changes_since
 from rfmedsam2.records.case import CaseRecord
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
 from rfmedsam2.records.plan import Plan, Split
+from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.checkpoint_header import FINAL, newest_checkpoint, read_header
+from rfmedsam2.store.images import image_files
 from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import RawDataset
+from rfmedsam2.system.ordinary_files import file_sha256
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track
 
@@ -125,6 +129,42 @@ def require_same_cases(folder: Path, cases: TrainedCases) -> None:
             found=shortlist([*differ, *changed], separator="; "),
             remedy="Restore the splits and the cases as they were, or start over with rfmed_train --restart",
         )
+
+
+def learned_under_other_ids(trained: TrainedCases, cases: Sequence[Case], store: CaseStore) -> list[str]:
+    """Validation cases that the model was trained on under another id: files that were renamed or copied since.
+
+    A copy that was a validation case when the training began is left to planning's note of copies.
+
+    Args:
+        trained: the cases of the training.
+        cases: the validation cases, as their files are now.
+        store: preprocessed cases; of cases that it does not have, nothing is known.
+
+    Returns:
+        A phrase for each.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
+    records: dict[str, CaseRecord] = {}
+    for name in {*trained.train, *(case.id for case in cases)} & set(store.ids()):
+        with suppress(StoreError):
+            records[name] = store.open(name).record
+    sources = {name: {file.sha256 for file in (record.sources or {}).values()} for name, record in records.items()}
+    by_contents = {contents: name for name, contents in trained.train.items()}
+    found = []
+    for case in cases:
+        images = {file_sha256(file) for path in case.images if not path.is_dir() for file in image_files(path)}
+        contents = records[case.id].contents if case.id in records and images <= sources[case.id] else None
+        if contents is not None and contents == trained.val.get(case.id):
+            continue
+        # contents are others after planning again, as statistics of intensities have changed: then files are compared
+        copies = (name for name in trained.train if images and images <= sources.get(name, set()))
+        twin = by_contents.get(contents or "") or next(copies, None)
+        if twin is not None and twin != case.id:
+            found.append(f"{case.id}, which was {twin}")
+    return found
 
 
 def _require_trained_here(folder: Path) -> None:

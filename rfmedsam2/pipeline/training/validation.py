@@ -14,11 +14,13 @@ from rfmedsam2.pipeline.prediction.cascade import first_stage_labels
 from rfmedsam2.pipeline.prediction.checkpoints import VALIDATED
 from rfmedsam2.pipeline.prediction.predict import predict_files
 from rfmedsam2.pipeline.prediction.predictor import Predictor
+from rfmedsam2.pipeline.training.case_checks import learned_under_other_ids
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Split
 from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.checkpoint_header import BEST, FINAL, read_record_of
 from rfmedsam2.store.layout import Layout
+from rfmedsam2.store.preprocessed import CaseStore
 from rfmedsam2.store.raw import open_dataset
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.system.progress_bars import progress_bars
@@ -73,15 +75,23 @@ def validate(
         )
     record = read_record_of(path)
     raw = layout.raw / plan.dataset
-    ids = [case.id for case in open_dataset(raw).training] if raw.is_dir() else []
-    split = get_split(layout, plan.dataset, fold, ids=ids)
-    if record.cases is not None and (learned := sorted(set(split.val) & set(record.cases.train) - set(split.train))):
-        raise CheckpointError(
-            "The checkpoint was trained on cases that are validation cases now",
-            where=path,
-            found=shortlist(learned),
-            remedy="Restore splits_final.json as it was",
-        )
+    cases = open_dataset(raw).training if raw.is_dir() else ()
+    split = get_split(layout, plan.dataset, fold, ids=[case.id for case in cases])
+    if record.cases is not None:
+        learned = sorted(set(split.val) & set(record.cases.train) - set(split.train))
+        if not learned:
+            store = CaseStore(
+                layout.cases_folder(plan.dataset, plan.cases_plan(stage), stage), plan.stage(stage).patch_size
+            )
+            validated = [case for case in cases if case.id in set(split.val) - set(split.train)]
+            learned = learned_under_other_ids(record.cases, validated, store)
+        if learned:
+            raise CheckpointError(
+                "The checkpoint was trained on cases that are validation cases now",
+                where=path,
+                found=shortlist(learned),
+                remedy="Restore splits_final.json and the files of the cases as they were",
+            )
     return validate_fold(
         layout,
         record.plan,

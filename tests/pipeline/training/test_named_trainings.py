@@ -118,6 +118,27 @@ def test_weights_are_validated_by_themselves(trained):
     assert {path.name: path.read_bytes() for path in fold.glob("*.safetensors")} == before
 
 
+@pytest.mark.parametrize("preprocessed", [False, True])
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_a_training_case_under_a_validation_id_is_not_validated(trained, preprocessed, exchanged):
+    """Ids say nothing about files that were renamed or copied."""
+    cases = read_record_of(trained / FOLD / FINAL).cases
+    one, other = min(cases.val), min(cases.train)
+    for folder, end in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+        here, there = (trained / "raw" / "Dataset900_PhantomCT" / folder / f"{id}{end}" for id in (one, other))
+        before = here.read_bytes()
+        here.write_bytes(there.read_bytes())
+        if exchanged:
+            there.write_bytes(before)
+    if preprocessed:
+        run_ok("plan_and_preprocess", *PLANNING, "--root", trained)
+    scores = (trained / FOLD / "validation" / "metrics.json").read_bytes()
+    told = run_error("train", "3d_fullres", 0, "--validate-only", "--device", "cpu", "--root", trained)
+    assert "was trained on cases that are validation cases now" in told
+    assert f"Found {one}, which was {other}." in told
+    assert (trained / FOLD / "validation" / "metrics.json").read_bytes() == scores
+
+
 def test_what_cannot_be_validated(trained):
     words = ("train", "3d_fullres", "--validate-only", "--root", trained)
     told = run_error(*words[:2], 1, *words[2:])
