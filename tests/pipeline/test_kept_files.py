@@ -16,6 +16,7 @@ from support import samhq_commands
 from support.commands import run, run_error, run_ok
 from support.tiny_model import make_plan, write_image, write_model
 
+from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PredictionsRecord
 
 
@@ -44,6 +45,24 @@ def corrected(path: Path) -> bytes:
     voxels[0, 0, 0] = 7
     nib.save(nib.Nifti1Image(voxels, image.affine, image.header), path)
     return path.read_bytes()
+
+
+def test_a_folder_holds_label_maps_of_one_table(model, images, tmp_path) -> None:
+    """predictions.json names one set of labels: of another model's, what it had found before took the new names."""
+    exchanged = LabelSet.model_validate({"names": {"background": 0, "spleen": 1, "liver": 2}})
+    write_model(tmp_path / "other", make_plan(labels=exchanged))
+    out = tmp_path / "out"
+    first, second = images / "case0_0000.nii.gz", images / "case1_0000.nii.gz"
+    run_ok(*predicting(tmp_path / "other", first, out))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for words in ((), ("--overwrite",), ("--continue",)):
+        told = run_error(*predicting(model, second, out, *words))
+        assert "label maps of other cases by a model with other labels" in told
+        assert "Expected background 0, liver 1, spleen 2. Found background 0, spleen 1, liver 2 (case0.nii.gz)" in told
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"} == before
+    run_ok(*predicting(model, first, out))  # all of it is replaced
+    run_ok(*predicting(model, second, out))
+    assert PredictionsRecord.load(out / "predictions.json").labels == {"background": 0, "liver": 1, "spleen": 2}
 
 
 def test_manual_labels_are_not_replaced(model, images, tmp_path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rfmedsam2.arguments import Part, option
 from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, shortlist
+from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PREDICTIONS, PredictedCase, PredictionsRecord
 from rfmedsam2.store.case_files import Case, file_stem
 from rfmedsam2.store.formats.detached import spacing_file
@@ -56,6 +57,7 @@ class Outputs:
         self._part = part
         self._record = self.folder / PREDICTIONS
         self._foreign_record = False
+        self._labels: LabelSet | None = None
         self.known: dict[str, PredictedCase] = {}
         self._listed: dict[str, PredictedCase] = {}
         self._ours: dict[Path, bool] = {}
@@ -101,7 +103,9 @@ class Outputs:
         if not is_taken(self._record):
             return
         try:
-            self.known.update(read_record(self._record, PredictionsRecord).cases)
+            record = read_record(self._record, PredictionsRecord)
+            self.known.update(record.cases)
+            self._labels = record.label_set
         except RecordError:
             self._foreign_record = True
         for entry in self.known.values():
@@ -188,6 +192,24 @@ class Outputs:
                 where=self.file or self.folder,
                 found=shortlist(there),
                 remedy=remedy,
+            )
+
+    def require_same_labels(self, cases: Sequence[Case], labels: LabelSet) -> None:
+        """Check that label maps of other cases in the folder have these labels: predictions.json has one table of them.
+
+        Raises:
+            UsageError: they have others.
+        """
+        ids = {case.id for case in cases}
+        staying = [e.file for id, e in self.known.items() if id not in ids and is_taken(self.folder / e.file)]
+        if staying and self._labels is not None and self._labels != labels:
+            raise UsageError(
+                "The folder holds label maps of other cases by a model with other labels",
+                where=self.folder,
+                expected=", ".join(f"{name} {value}" for name, value in labels.names.items()),
+                found=f"{', '.join(f'{name} {value}' for name, value in self._labels.names.items())} "
+                f"({shortlist(staying)})",
+                remedy=f"Choose another output folder with {option('out', flag='-o')}",
             )
 
     def _require_possible(self, cases: Sequence[Case]) -> None:

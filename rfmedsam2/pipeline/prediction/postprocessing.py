@@ -120,6 +120,7 @@ def postprocess_folder(
         raise UsageError("Label maps of a folder go to a folder", where=out, remedy="Name a folder")
     with outputs.locked():
         outputs.require_free(cases, probabilities=False)
+        outputs.require_same_labels(cases, rule.label_set)
         apply = partial(_apply, rule=rule, outputs=outputs)
         done: list[Postprocessed] = []
         faults: list[str] = []

@@ -128,6 +128,7 @@ def predict_files(
             of = FirstStageLabels.open
             run.previous = of(previous, cases, predictor.plan.labels) if isinstance(previous, Path) else previous
         outputs.require_free(cases, probabilities=probabilities, inputs=run.label_maps_read())
+        outputs.require_same_labels(cases, predictor.plan.labels)
         _warn_of_training_cases(run, cases)
         written, kept = _predict_all(run, cases, track=track)
     corrected = tuple(outputs.target(case) for case in cases if case.id in run.corrected)
