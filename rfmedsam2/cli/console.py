@@ -121,12 +121,9 @@ def show_scores(evaluation: Evaluation) -> None:
         dsc, distance = found["dsc"], found["hd95_mm"]
         span = "-" if dsc.low is None or dsc.high is None else f"{dsc.low:.3f}-{dsc.high:.3f}"
         fewer = distance.cases < dsc.cases or (distance.classes or classes) < (dsc.classes or classes)
-        hd95 = None if distance.mean is None else f"{distance.mean:.1f}" + (f" ({counted(distance)})" if fewer else "")
-        return [name, dsc.mean, span, found["iou"].mean, found["nsd"].mean, hd95, counted(dsc)]
-
-    def counted(mean: Interval) -> str:
-        cases = f"{mean.cases}" if mean.cases == every else f"{mean.cases} of {every}"
-        return cases if mean.classes in (None, classes) else f"{cases}, {mean.classes}/{classes} classes"
+        counted = f" ({_cases(distance, every, classes)})" if fewer else ""
+        hd95 = None if distance.mean is None else f"{distance.mean:.1f}{counted}"
+        return [name, dsc.mean, span, found["iou"].mean, found["nsd"].mean, hd95, _cases(dsc, every, classes)]
 
     rows = [row(name, found) for name, found in evaluation.classes.items()]
     # short enough for BTCV's class names and no broken line in a terminal of 80 columns
@@ -139,20 +136,21 @@ def show_scores(evaluation: Evaluation) -> None:
 
 def show_comparison(comparison: Comparison, metric: ComparedMetric) -> None:
     """Print the paired means of one metric per class, and what they leave out."""
+    every = len(comparison.cases)
 
     def row(name: str, found: PairedMean) -> list[object]:
         gain = found.difference
         span = "-" if gain.low is None or gain.high is None else f"{gain.low:+.4f} to {gain.high:+.4f}"
         change = None if gain.mean is None else f"{gain.mean:+.4f}"
         counts = f"{found.wins}/{found.ties}/{found.losses}"
-        return [name, found.mean_a, found.mean_b, change, span, counts, gain.cases]
+        return [name, found.mean_a, found.mean_b, change, span, counts, _cases(gain, every, len(comparison.classes))]
 
     tell(f"A: {comparison.a}")
     tell(f"B: {comparison.b}")
     means = {**comparison.classes, "mean": comparison.mean}
     columns = ("class", "A", "B", "B - A", f"{comparison.confidence:.0%} CI of B - A", "win/tie/loss", "cases")
     rows = [row(name, found[metric]) for name, found in means.items()]
-    table(f"{metric} of {len(comparison.cases)} case(s) in both; win: B is better", columns, rows)
+    table(f"{metric} of {every} case(s) in both; win: B is better", columns, rows)
     for note in comparison.notes:
         tell(note)
 
@@ -185,6 +183,12 @@ def show_doctor(report: DoctorReport) -> None:
         table("Trained models", ("dataset", "plan", "configuration", "folds", "trained by"), models)
     for advice in report.warnings:
         tell(sentences([f"Warning: {advice.message}", advice.remedy]))
+
+
+def _cases(mean: Interval, every: int, classes: int) -> str:
+    """How many cases a mean counts, and how many classes if some have no defined value."""
+    cases = f"{mean.cases}" if mean.cases == every else f"{mean.cases} of {every}"
+    return cases if mean.classes in (None, classes) else f"{cases}, {mean.classes}/{classes} classes"
 
 
 def _cell(value: object) -> str:

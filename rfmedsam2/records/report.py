@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,7 @@ from pydantic import Field
 from rfmedsam2.choices import ComparedMetric
 from rfmedsam2.errors import MissingPackageError, shortlist
 from rfmedsam2.records.base import Record, VersionedRecord
+from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PostprocessingRule
 from rfmedsam2.system.file_names import Name
 
@@ -79,6 +80,8 @@ class Evaluation(VersionedRecord):
     """Fewest cases of a confidence interval."""
     trained_on: tuple[str, ...] = ()
     """Scored cases that the model was trained on."""
+    labels: LabelSet | None = None
+    """What the values of the label maps mean; None in evaluations of earlier versions."""
 
     def notes(self) -> tuple[str, ...]:
         """Sentences on what the scores do not say: training cases, undefined scores, intervals that are left out."""
@@ -94,18 +97,12 @@ class Evaluation(VersionedRecord):
         )
 
     def _on_undefined(self) -> Iterator[str]:
-        """One sentence for all metrics with the same scores."""
         scores = [(name, found) for case in self.cases for name, found in case.classes.items()]
-        defined: dict[tuple[int, int], list[str]] = {}
-        for metric, title in TITLES.items():
+        defined: dict[ComparedMetric, tuple[int, int]] = {}
+        for metric in TITLES:
             names = [name for name, found in scores if getattr(found, metric) is not None]
-            defined.setdefault((len(names), len(set(names))), []).append(title)
-        for (count, classes), metrics in defined.items():
-            if count < len(scores):
-                yield (
-                    f"Means of {', '.join(metrics)} count {count} of {len(scores)} scores and {classes} of "
-                    f"{len(self.classes)} classes; the others are undefined."
-                )
+            defined[metric] = (len(names), len(set(names)))
+        return on_undefined(defined, len(scores), len(self.classes))
 
     def _on_intervals(self) -> str | None:
         means = [*self.mean.values(), *(mean for found in self.classes.values() for mean in found.values())]
@@ -129,6 +126,34 @@ class Evaluation(VersionedRecord):
             for name, scores in case.classes.items()
         ]
         return pandas.DataFrame(rows, columns=["case", "class", *names]).astype(dict.fromkeys(names, float))
+
+
+def on_undefined(
+    defined: Mapping[ComparedMetric, tuple[int, int]],
+    scores: int,
+    classes: int,
+    *,
+    what: str = "scores",
+    where: str = "",
+) -> Iterator[str]:
+    """Sentences on undefined scores, one for all metrics with the same numbers.
+
+    Args:
+        defined: metric -> numbers of defined scores, and of classes with one in any case.
+        scores: number of all scores.
+        classes: number of all classes.
+        what: what is counted.
+        where: words on where the others are undefined.
+    """
+    alike: dict[tuple[int, int], list[str]] = {}
+    for metric, counts in defined.items():
+        alike.setdefault(counts, []).append(TITLES[metric])
+    for (count, some), titles in alike.items():
+        if count < scores:
+            yield (
+                f"Means of {', '.join(titles)} count {count} of {scores} {what} and {some} of {classes} classes; "
+                f"the others are undefined{where}."
+            )
 
 
 class PairedCase(Record):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +16,24 @@ import numpy as np
 
 from rfmedsam2.arguments import option
 from rfmedsam2.choices import ComparedMetric
-from rfmedsam2.errors import UsageError, shortlist
+from rfmedsam2.errors import DatasetError, RecordError, UsageError, shortlist
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty
-from rfmedsam2.pipeline.datasets.label_agreement import LabelTable
+from rfmedsam2.pipeline.datasets.label_agreement import DATASET, LabelTable, contradictions, read_tables
 from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENCE, MINIMUM_CASES, bootstrap
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate, ids_of
+from rfmedsam2.pipeline.evaluation.label_tables import agreed_labels
 from rfmedsam2.pipeline.evaluation.score_plot import differences_png
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.report import LOWER_IS_BETTER, TITLES, Comparison, Evaluation, PairedCase, PairedMean
+from rfmedsam2.records.prediction import PREDICTIONS
+from rfmedsam2.records.report import (
+    LOWER_IS_BETTER,
+    TITLES,
+    Comparison,
+    Evaluation,
+    PairedCase,
+    PairedMean,
+    on_undefined,
+)
 from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.csv_text import write_rows
 from rfmedsam2.system.progress import Track
@@ -63,8 +74,8 @@ def compare(
         Means, paired differences (B minus A) with confidence intervals, and the number of cases that B wins and loses.
 
     Raises:
-        UsageError: a path does not exist, no case or class is in both, or the two were scored by different rules or
-            against different references.
+        UsageError: a path does not exist, no case or class is in both, or the two were scored by different rules, by
+            label tables that contradict each other, or against different references.
         DatasetError: label maps have faults; lists all of them.
     """
     paths = (Path(first), Path(second))
@@ -90,6 +101,11 @@ def compare(
         )
     scored = partial(evaluate, cases=wanted, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty, workers=workers)
     folder = Path("" if references is None else references)  # where it is None, all that is given are evaluations
+    tables = [
+        entry.labels if isinstance(entry, Evaluation) else agreed_labels(path, folder, labels)
+        for path, entry in zip(paths, given, strict=True)
+    ]
+    _require_same_labels(paths, tables)  # before hours of scoring
     found = [
         entry if isinstance(entry, Evaluation) else scored(path, folder, labels, progress=progress)
         for path, entry in zip(paths, given, strict=True)
@@ -108,7 +124,8 @@ def compare_evaluations(a: Evaluation, b: Evaluation, *, names: tuple[str, str])
         names: what they are called.
 
     Raises:
-        UsageError: no case or class is in both, or they were scored by different rules or against different references.
+        UsageError: no case or class is in both, or they were scored by different rules, by label tables that contradict
+            each other, or against different references.
     """
     known = [{case.id for case in evaluation.cases} for evaluation in (a, b)]
     if not known[0] & known[1]:
@@ -146,6 +163,7 @@ def _compared(
     if not names:
         classes = "; ".join(shortlist(evaluation.classes) for evaluation in found)
         raise UsageError("A and B have no class in common", where=f"{paths[0]}, {paths[1]}", found=classes)
+    _require_same_labels(paths, [evaluation.labels for evaluation in found])
     _require_same_references(found, ids, names)
     scores = np.array(
         [[[[_number(getattr(side[id][name], m)) for side in (a, b)] for m in METRICS] for name in names] for id in ids],
@@ -156,6 +174,13 @@ def _compared(
     overall = np.where(count > 0, np.where(both, scores, 0.0).sum(1) / np.maximum(count, 1), np.nan)
     columns = np.concatenate([scores, overall[:, None]], axis=1)
     means = _means(columns)
+    pairs, counted = both.sum((0, 1))[:, 0].tolist(), both.any(0).sum(0)[:, 0].tolist()
+    mean: dict[ComparedMetric, PairedMean] = {
+        metric: paired.model_copy(update={"difference": paired.difference.model_copy(update={"classes": classes})})
+        for (metric, paired), classes in zip(means[-1].items(), counted, strict=True)
+    }
+    defined = dict(zip(METRICS, zip(pairs, counted, strict=True), strict=True))
+    undefined = on_undefined(defined, len(ids) * len(names), len(names), what="pairs of scores", where=" in A or B")
     cases = [
         PairedCase(
             id=id,
@@ -178,10 +203,10 @@ def _compared(
         minimum_cases=MINIMUM_CASES,
         cases=tuple(cases),
         classes=dict(zip(names, means[:-1], strict=True)),
-        mean=means[-1],
+        mean=mean,
         only_a=tuple(only[0]),
         only_b=tuple(only[1]),
-        notes=tuple(_notes(found, only, names, len(ids))),
+        notes=(*_notes(found, only, names, len(ids)), *undefined),
     )
 
 
@@ -222,6 +247,8 @@ def _notes(
         if evaluation.trained_on:
             trained = shortlist(evaluation.trained_on)
             yield f"{side} was trained on {len(evaluation.trained_on)} of its cases ({trained})."
+        if evaluation.labels is None:
+            yield f"The evaluation of {side} does not record which values its classes have: they are not compared."
     if cases < MINIMUM_CASES:
         yield f"Confidence intervals of fewer than {MINIMUM_CASES} cases are left out."
 
@@ -236,6 +263,22 @@ def _require_same_rules(a: Evaluation, b: Evaluation) -> None:
                 remedy=f"Evaluate both with the same {option('nsd_tolerance_mm', flag='--tolerance')} and "
                 f"{option('both_empty')}, or give label maps and {option('references', flag='-g')}",
             )
+
+
+def _require_same_labels(paths: tuple[Path, Path], tables: Sequence[LabelSet | None]) -> None:
+    """Check that no class has different values in A and B, and no value different classes; None: not known."""
+    known = [
+        LabelTable(labels=labels, source=f"{side} ({path})")
+        for side, path, labels in zip("AB", paths, tables, strict=True)
+        if labels is not None
+    ]
+    if len(known) == 2 and (pairs := contradictions(*known)):
+        raise UsageError(
+            "The label tables of A and B contradict each other",
+            found="; ".join(pairs),
+            remedy="Convert the label maps to one table; where only names differ, write the same into both files. "
+            "Evaluate again what was evaluated with another table",
+        )
 
 
 def _require_same_references(found: tuple[Evaluation, Evaluation], ids: list[str], names: list[str]) -> None:
@@ -266,7 +309,7 @@ def _given(path: Path, references: str | Path | None) -> set[str] | Evaluation:
         return maps & ids_of(Path(references))
     metrics = path / "metrics.json" if path.is_dir() else path
     if metrics.is_file():
-        return Evaluation.load(metrics)
+        return _with_table(Evaluation.load(metrics))
     if maps:
         raise UsageError(
             "Label maps need references to be scored",
@@ -276,6 +319,19 @@ def _given(path: Path, references: str | Path | None) -> set[str] | Evaluation:
     raise UsageError(
         "There is nothing to compare", where=path, expected="label maps, or the metrics.json of rfmed_evaluate"
     )
+
+
+def _with_table(evaluation: Evaluation) -> Evaluation:
+    """An evaluation with its label table: of an earlier version, a table of its classes beside its label maps."""
+    if evaluation.labels is not None or not evaluation.cases:
+        return evaluation
+    case = evaluation.cases[0]
+    folders = [Path(path).parent for path in (case.prediction, case.reference)]
+    tables: list[LabelTable] = []
+    with suppress(DatasetError, RecordError):  # a damaged table says nothing
+        tables = read_tables([folder / name for folder in folders for name in (DATASET, PREDICTIONS)], known=[])
+    fitting = (table.labels for table in tables if set(table.labels.foreground) == set(evaluation.classes))
+    return evaluation.model_copy(update={"labels": next(fitting, None)})
 
 
 def _number(value: float | None) -> float:

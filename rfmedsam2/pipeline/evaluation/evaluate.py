@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+
 from rfmedsam2.arguments import choice_of, names_of, number_from_zero, option, path_of, whole_number
 from rfmedsam2.errors import DatasetError, RecordError, RfMedSamError, UsageError, shortlist
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, absent_class, case_metrics, empty_policy
@@ -97,9 +99,7 @@ def evaluate(
     score = partial(_score, labels=agreed, nsd_tolerance_mm=nsd_tolerance_mm, both_empty=both_empty)
     track = progress_bars(progress)
     results = [*map_cases(score, pairs, workers=at_once, name=lambda p: p.id, track=track, description="Evaluating")]
-    scored, assumed, failed = _sorted_out(results)
-    if failed := faults + failed:
-        raise _all_faults(failed)
+    scored, assumed = _sorted_out(results, faults)
     warnings += assumed
     if agreed is None:
         scored = with_all_values(scored, absent_class(both_empty))
@@ -117,6 +117,7 @@ def evaluate(
         mean=mean,
         warnings=tuple(warnings),
         minimum_cases=MINIMUM_CASES,
+        labels=agreed or numbered(np.array([int(name) for name in classes])),
     )
     if target is not None:
         write_evaluation(target, evaluation)
@@ -259,12 +260,14 @@ def _score(
 
 
 def _sorted_out(
-    results: Sequence[tuple[CaseMetrics, list[str]] | str],
-) -> tuple[list[CaseMetrics], list[str], list[str]]:
-    """The scores, what was assumed in each case, and faults."""
+    results: Sequence[tuple[CaseMetrics, list[str]] | str], faults: Sequence[str]
+) -> tuple[list[CaseMetrics], list[str]]:
+    """The scores, and what was assumed in each case; one error for all faults, those that are known first."""
+    if failed := [*faults, *(result for result in results if isinstance(result, str))]:
+        raise _all_faults(failed)
     done = [result for result in results if not isinstance(result, str)]
     assumed = [f"{case.id}: {text}" for case, texts in done for text in texts]
-    return [case for case, _ in done], assumed, [result for result in results if isinstance(result, str)]
+    return [case for case, _ in done], assumed
 
 
 def _id_of(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from rfmedsam2 import compare
 from rfmedsam2.errors import RecordError, UsageError
 from rfmedsam2.pipeline.evaluation.evaluate import evaluate
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.report import Comparison
+from rfmedsam2.records.prediction import PredictionsRecord
+from rfmedsam2.records.report import Comparison, Evaluation
 
 LABELS = LabelSet(names={"background": 0, "a": 1, "b": 2})
 
@@ -152,6 +154,100 @@ def test_the_command_prints_and_writes(folders: tuple[Path, Path, Path], tmp_pat
     (tmp_path / "out" / "comparison.json").write_text("{}")
     assert "did not make" in run_error("compare", *words, "-o", tmp_path / "out")
     assert "rfmed_compare A B" in run_error("compare", a, "-g", references)
+
+
+SWAPPED = r"tables of A and B contradict.*liver is 1 in A .*and 2 in B .*spleen is 2 in A .*and 1 in B"
+TABLES: dict[str, dict[str, int | tuple[int, ...]]] = {
+    "A": {"background": 0, "liver": 1, "spleen": 2},
+    "B": {"background": 0, "spleen": 1, "liver": 2},
+}
+
+
+@pytest.fixture
+def swapped(tmp_path: Path) -> Path:
+    """A and B predict and name the values 1 and 2 in opposite ways; the references have no table, and equal volumes."""
+    for name in ("A", "B", "references"):
+        write(tmp_path / name / "c0.nii.gz", shift_b=0)
+    for name, labels in TABLES.items():
+        declare(tmp_path / name, labels)
+    return tmp_path
+
+
+def declare(folder: Path, labels: Mapping[str, int | tuple[int, ...]]) -> None:
+    content = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz", "labels": {**labels}}
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def test_tables_beside_label_maps_that_contradict_each_other_are_refused(swapped: Path) -> None:
+    a, b, references = (swapped / name for name in ("A", "B", "references"))
+    with pytest.raises(UsageError, match=SWAPPED):
+        compare(a, b, references)
+    found = run_error("compare", a, b, "-g", references, "--root", swapped, "-o", swapped / "out")
+    assert "liver is 1 in A" in found
+    assert not (swapped / "out").exists()
+    for name, labels in TABLES.items():  # the same in what rfmed_predict writes
+        (swapped / name / "dataset.json").unlink()
+        PredictionsRecord(
+            dataset="d", plan="p", stage="s", labels=labels, models=(), options={}, made_by="", code_version="",
+            cases={},
+        ).save(swapped / name / "predictions.json")  # fmt: skip
+    with pytest.raises(UsageError, match=SWAPPED):
+        compare(a, b, references)
+    (b / "predictions.json").unlink()
+    declare(b, {"background": 0, "kidney": 1, "spleen": 2})
+    with pytest.raises(UsageError, match=r"1 is liver in A .*and kidney in B"):
+        compare(a, b, references)
+    declare(b, {"background": 0, "liver": 1, "spleen": 2})
+    assert compare(a, b, references).mean["dsc"].mean_b == 1.0
+
+
+def test_evaluations_by_tables_that_contradict_each_other_are_refused(swapped: Path) -> None:
+    a, b, references = (swapped / name for name in ("A", "B", "references"))
+    for path in (a, b):
+        evaluate(path, references, out=swapped / f"scores{path.name}")
+    scores = swapped / "scoresA", swapped / "scoresB" / "metrics.json"
+    for first, second in (scores, (scores[0], b), (a, scores[1])):
+        with pytest.raises(UsageError, match=SWAPPED):
+            compare(first, second, references)
+    # an evaluation of an earlier version records no table: that beside its label maps says what was meant
+    stored = Evaluation.load(scores[1])
+    assert stored.labels == LabelSet(names=TABLES["B"])
+    earlier = stored.model_dump(mode="json", exclude={"labels"})
+    scores[1].write_text(json.dumps(earlier))
+    with pytest.raises(UsageError, match=SWAPPED):
+        compare(*scores)
+    (b / "dataset.json").unlink()
+    (note,) = [note for note in compare(*scores).notes if "which values" in note]
+    assert note.startswith("The evaluation of B does not record")
+
+
+def test_an_evaluation_by_numbers_is_not_compared_with_other_numbers(tmp_path: Path) -> None:
+    for name in ("A", "B", "references"):
+        write(tmp_path / name / "c0.nii.gz", shift_b=0)
+    declare(tmp_path / "B", {"background": 0, "1": 2, "2": 1})
+    with pytest.raises(UsageError, match=r"1 is 1 in A .*and 2 in B"):
+        compare(tmp_path / "A", tmp_path / "B", tmp_path / "references")
+
+
+def test_undefined_scores_are_counted(tmp_path: Path) -> None:
+    labels = LabelSet(names={"background": 0, "a": 1, "b": 2, "c": 3})
+    for i in range(5):  # A finds b in c0 alone, B everywhere; c is nowhere
+        write(tmp_path / "references" / f"c{i}.nii.gz", shift_b=0)
+        write(tmp_path / "A" / f"c{i}.nii.gz", shift_b=None if i else 0)
+        write(tmp_path / "B" / f"c{i}.nii.gz", shift_a=1, shift_b=0)
+    sides = tmp_path / "A", tmp_path / "B", tmp_path / "references"
+    found = compare(*sides, labels)
+    assert found.notes == (
+        "Means of DSC, IoU, NSD count 10 of 15 pairs of scores and 2 of 3 classes; the others are undefined in A or B.",
+        "Means of HD95 count 6 of 15 pairs of scores and 2 of 3 classes; the others are undefined in A or B.",
+    )
+    assert (found.mean["hd95_mm"].difference.cases, found.mean["hd95_mm"].difference.classes) == (5, 2)
+    declare(sides[2], {"background": 0, "a": 1, "b": 2, "c": 3})
+    out = run_ok("compare", *sides[:2], "-g", sides[2], "--metric", "hd95_mm", "--root", tmp_path).out
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert rows["b"].rstrip().endswith("1 of 5")
+    assert rows["mean"].rstrip().endswith("5, 2/3 classes")
+    assert "Means of HD95 count 6 of 15 pairs" in out
 
 
 @pytest.mark.parametrize(("metric", "value"), [("dsc", 7.5), ("nsd", -0.1), ("iou", float("nan")), ("hd95_mm", -1.0)])
