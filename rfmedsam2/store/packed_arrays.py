@@ -22,7 +22,7 @@ from rfmedsam2.system.memory import require_allocatable
 
 BLOCK_BYTES = 128 * 1024
 CHUNK_BYTES = 4 * 1024**2
-PACKING_BYTES = 64 * 1024**2
+PACKING_BYTES = 8 * 1024**2
 """Upper bound of what blosc2 allocates beside the compressed array: buffers and a thread's heap."""
 
 _FRAME = b"\x9e\xa8b2frame\x00"

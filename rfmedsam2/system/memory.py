@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 try:
@@ -63,17 +64,17 @@ def free_bytes() -> int:
 def require_allocatable(size: int) -> None:
     """Check before a library allocates that ends the process where it gets no memory, as blosc2 4.14 does.
 
-    Only `ulimit -v` makes allocations fail, so it alone is asked, which takes a microsecond.
+    Only under `ulimit -v` allocations fail: then as much is allocated and given back. What the limit leaves is too
+    low an estimate, as memory that was freed before is used again.
 
     Args:
         size: upper bound of what will be allocated, bytes.
 
     Raises:
-        MemoryError: the limit leaves less.
+        MemoryError: it cannot be allocated.
     """
-    left = min(_limit_bytes(), default=size)
-    if size > left:
-        raise MemoryError(f"{size / 2**20:.0f} MiB are needed, and `ulimit -v` leaves {max(0, left) / 2**20:.0f} MiB")
+    for _ in _limit_bytes():
+        np.empty(size, np.uint8)
 
 
 def keep_freed_memory(environment: Mapping[str, str]) -> bool:

@@ -9,7 +9,7 @@ from numba import njit
 
 from rfmedsam2.system.memory import require_allocatable
 
-COMPILER_BYTES = 64 << 20
+COMPILER_BYTES = 24 << 20
 """Upper bound of what LLVM allocates to compile one of our functions or to load it from the cache."""
 
 F = TypeVar("F", bound=Callable[..., Any])

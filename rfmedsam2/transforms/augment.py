@@ -107,12 +107,12 @@ def training_transforms(
             random.
 
     Raises:
-        PlanError: the widest blur reaches over the whole patch along an axis.
+        PlanError: even the narrowest blur reaches over the whole patch along an axis; wider ones are left out.
     """
     if isinstance(config, NoAugmentation):
         return plain_transforms(normalization, previous=previous)
     if isinstance(config, Augmentation):
-        _require_blur_within(config, patch_size)
+        config = _blurred_within(config, patch_size)
     flat = in_plane_only(patch_size)
     in_plane = (0,) if flat else None
     steps: list[BasicTransform] = [Convert3DTo2DTransform()] if flat else []
@@ -132,17 +132,23 @@ def training_transforms(
     return ComposeTransforms([*steps, *_mistakes(len(previous), share)] if previous else steps)
 
 
-def _require_blur_within(config: Augmentation, patch_size: Sequence[int]) -> None:
-    """batchgeneratorsv2 mirrors a patch at its edges by half a kernel, which must be shorter than every axis."""
-    widest = max(config.blur_sigma)
-    reach = round(3 * widest - 0.25)  # its kernel is the odd number nearest to 6 sigma + 0.5
-    if config.blur_probability > 0 and reach >= min(patch_size):
+def _blurred_within(config: Augmentation, patch_size: Sequence[int]) -> Augmentation:
+    """The same with a blur that is no wider than the patch: batchgeneratorsv2 mirrors patches at their edges for it.
+
+    Its kernel is the odd number nearest to 6 sigma + 0.5, and half of it must be shorter than every axis.
+    """
+    below = (min(patch_size) - 0.25) / 3
+    narrow, wide = sorted(config.blur_sigma)
+    if config.blur_probability == 0 or wide < below:
+        return config
+    if narrow >= below:
         raise PlanError(
             "The blur of the augmentation is wider than the patch",
-            expected=f"augmentation.blur_sigma with a kernel that reaches less than {min(patch_size)} voxels",
-            found=f"sigma up to {widest:g}, which reaches {reach} voxels, in a patch of {tuple(patch_size)}",
+            expected=f"blur_sigma below {below:.3g}, whose kernel reaches less than {min(patch_size)} voxels",
+            found=f"sigma from {narrow:g}, in a patch of {tuple(patch_size)}",
             remedy="Choose a smaller blur_sigma or a larger patch, or set augmentation.blur_probability to 0",
         )
+    return config.model_copy(update={"blur_sigma": (narrow, 0.999 * below)})
 
 
 def plain_transforms(normalization: Sequence[Normalization], *, previous: Sequence[int] = ()) -> BasicTransform:

@@ -141,9 +141,7 @@ def test_masks_are_not_replaced_unasked(data, tmp_path):
     assert "already exist" in run_error("predict", "sam", *NANO, *words)
     assert (tmp_path / "out" / "predictions.json").read_bytes() == before
     run_ok("predict", "sam", *NANO, *words, "--overwrite")
-    assert "overwrite their images" in run_error(
-        "predict", "sam", *NANO, *masks_words(data, data / "images"), "--overwrite"
-    )
+    assert "overwrite images" in run_error("predict", "sam", *NANO, *masks_words(data, data / "images"), "--overwrite")
 
 
 FAULTY = {

@@ -30,9 +30,12 @@ def test_a_blur_wider_than_the_patch_is_refused_and_the_widest_within_is_made(pa
         for _ in range(8)
     ]
     assert min(float(one.std()) for one in blurred) < 0.5 * float(noise.std())  # of one channel every second time
-    with pytest.raises(
-        PlanError, match=rf"wider than the patch.*less than {min(patch)} voxels.*sigma up to {too_wide}"
-    ):
+    with pytest.raises(PlanError, match=rf"wider than the patch.*less than {min(patch)} voxels.*sigma from {too_wide}"):
         training_transforms(always_blurred(too_wide), patch, ZSCORE)
+    either = always_blurred(too_wide).model_copy(update={"blur_sigma": (0.5, too_wide)})
+    for _ in range(20):  # wider ones are left out
+        training_transforms(either, patch, ZSCORE)(
+            image=noise.clone(), segmentation=torch.zeros((1, *patch), dtype=torch.int16)
+        )
     never = always_blurred(too_wide).model_copy(update={"blur_probability": 0.0})
     training_transforms(never, patch, ZSCORE)
