@@ -133,7 +133,7 @@ def training_transforms(
 
 
 def _blurred_within(config: Augmentation, patch_size: Sequence[int]) -> Augmentation:
-    """The same with a blur that is no wider than the patch: batchgeneratorsv2 mirrors patches at their edges for it.
+    """The same with a blur that fits into the patch: batchgeneratorsv2 mirrors patches at their edges for it.
 
     Its kernel is the odd number nearest to 6 sigma + 0.5, and half of it must be shorter than every axis.
     """
