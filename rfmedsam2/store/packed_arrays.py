@@ -41,7 +41,7 @@ def packed(array: np.ndarray, patch: Sequence[int]) -> bytes:
         array: the array, contiguous.
         patch: three entries: how much of it is read at a time.
     """
-    require_allocatable(array.nbytes + PACKING_BYTES)
+    require_packable(array)
     blocks, chunks = cut(array.shape[-3:], patch, array.itemsize)
     lead = (1,) * (array.ndim - 3)
     compressed = cast(Any, blosc2).asarray(
@@ -57,6 +57,15 @@ def packed(array: np.ndarray, patch: Sequence[int]) -> bytes:
         },
     )
     return compressed.to_cframe()
+
+
+def require_packable(array: np.ndarray) -> None:
+    """Check that blosc2 can compress an array in memory: it ends the process where it gets none.
+
+    Raises:
+        MemoryError: it cannot.
+    """
+    require_allocatable(array.nbytes + PACKING_BYTES)
 
 
 def put(path: Path, content: bytes) -> StoredFile:

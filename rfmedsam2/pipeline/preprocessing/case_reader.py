@@ -20,9 +20,8 @@ from rfmedsam2.records.verify import Fault, require_no_errors
 from rfmedsam2.store.case_files import Case
 from rfmedsam2.store.images import image_files, read_header
 from rfmedsam2.store.orientation import reoriented
-from rfmedsam2.store.packed_arrays import PACKING_BYTES
+from rfmedsam2.store.packed_arrays import require_packable
 from rfmedsam2.store.raw import RawDataset
-from rfmedsam2.system.memory import require_allocatable
 from rfmedsam2.system.ordinary_files import file_sha256, require_ordinary
 from rfmedsam2.volume import Volume
 
@@ -94,7 +93,7 @@ class _Kept:
 def _packed(array: np.ndarray) -> Any:
     """Compress an array in memory, in one thread, because cases are read in several."""
     cparams = {"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
-    require_allocatable(array.nbytes + PACKING_BYTES)
+    require_packable(array)
     return cast(Any, blosc2).asarray(np.ascontiguousarray(array), cparams=cparams, dparams={"nthreads": 1})
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -138,12 +139,13 @@ class _Network:
             record = None
         return cls(predictor=predictor, previous=previous, validated=validated, record=record)
 
-    def kept(self, case: Case, shape: Sequence[int]) -> Path | None:
+    def kept(self, case: Case, shape: Sequence[int], digest: Callable[[bytes], str]) -> Path | None:
         """Probabilities of a case that the validation kept; None: there are none of this image, as they were written.
 
         Args:
             case: the case.
             shape: of its image, z, y, x.
+            digest: digest of its image files, behind other bytes.
         """
         entry = None if self.record is None else self.record.cases.get(case.id)
         if self.record is None or entry is None or entry.probabilities is None or entry.made_by != self.record.made_by:
@@ -151,7 +153,7 @@ class _Network:
         also = b"" if self.previous is None else self.previous.digest(case)
         path = self.validated / entry.probabilities
         try:
-            if digest_of(case.images, also=also).hex() != entry.input_sha256:
+            if digest(also) != entry.input_sha256:
                 return None
             if file_sha256(path) != entry.probabilities_sha256:
                 return None
@@ -213,14 +215,15 @@ def _predict(case: Case, networks: Mapping[str, _Network], pairs: Sequence[_Pair
     """Predict a case for all pairs that lack it."""
     started = time.perf_counter()
     also = b"".join(n.previous.digest(case) for n in networks.values() if n.previous is not None)
-    digest = digest_of(case.images, also=also).hex()
+    digest_after = cache(lambda others: digest_of(case.images, also=others).hex())  # images are hashed once
+    digest = digest_after(also)
     pairs = [pair for pair in pairs if not pair.run.is_reusable(case, digest)]
     if not pairs:
         return
     try:
         header = read_header(case.images[0])
         names = dict.fromkeys(name for pair in pairs for name in pair.names)
-        kept = {name: networks[name].kept(case, header.grid.shape_zyx) for name in names}
+        kept = {name: networks[name].kept(case, header.grid.shape_zyx, digest_after) for name in names}
         image = None
         if any(path is None for path in kept.values()):
             image = (_, header) = read_case(case, channels=len(pairs[0].run.predictor.plan.channels))

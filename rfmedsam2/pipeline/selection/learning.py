@@ -22,8 +22,7 @@ from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PostprocessingRule, PostprocessingStep
 from rfmedsam2.store.formats.image_header import grids_differ
 from rfmedsam2.store.images import read_label
-from rfmedsam2.store.packed_arrays import PACKING_BYTES
-from rfmedsam2.system.memory import require_allocatable
+from rfmedsam2.store.packed_arrays import require_packable
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.postprocess import postprocess
@@ -199,7 +198,7 @@ def _change(case: _Packed, *, step: PostprocessingStep, labels: LabelSet) -> Non
 
 
 def _compressed(array: np.ndarray) -> bytes:
-    require_allocatable(array.nbytes + PACKING_BYTES)
+    require_packable(array)
     return bytes(blosc2.pack_array2(np.ascontiguousarray(array)))
 
 

@@ -70,8 +70,10 @@ def placement(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int]) ->
     unit = unit_mm(int(raw["xyzt_units"]))
     grid = _in_mm(found, zooms, unit, flat=flat)
     pixdim = np.array(raw["pixdim"][1:4], dtype=float)
-    ones = checked_spacing(np.where(_empty(pixdim), 1.0, zooms).tolist(), where=path)  # niftilib's for empty ones
-    itk = _in_mm(Grid.from_affine_ras(_affine(raw, sform, ones), shape), ones, unit, flat=flat)
+    itk = grid
+    if _empty(pixdim).any():
+        ones = checked_spacing(np.where(_empty(pixdim), 1.0, zooms).tolist(), where=path)  # niftilib's for empty ones
+        itk = _in_mm(Grid.from_affine_ras(_affine(raw, sform, ones), shape), ones, unit, flat=flat)
     other = _as_nibabel(raw, shape, qform)
     other = flattened(other) if flat and other is not None else other
     same = other is not None and grid.mismatch(other) is None
