@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,9 +15,8 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from rfmedsam2.engine.cpu_bf16 import CpuBf16
 from rfmedsam2.errors import PlanError, WorkerError
 from rfmedsam2.system.devices import choose_device
 from rfmedsam2.system.memory import free_bytes, keep_freed_memory
@@ -52,9 +51,8 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.precision)
 
     def whole_gradients(self) -> AbstractContextManager[Any]:
-        """Context for forward and backward passes in which all gradients are right, see `SmallMapsInFp32`."""
-        small = self.device.type == "cpu" and self.precision == torch.bfloat16
-        return SmallMapsInFp32() if small else nullcontext()
+        """Context for forward and backward passes in which all gradients are right and fast, see `CpuBf16`."""
+        return CpuBf16() if self.device.type == "cpu" and self.precision == torch.bfloat16 else nullcontext()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, on this runtime's device."""
@@ -159,27 +157,6 @@ def _cpu_multiplies_bf16() -> bool:
     """Whether the CPU multiplies bf16: measured, a training step takes 1/3 of fp32's time with AMX, 2/3 with AVX512."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-class SmallMapsInFp32(TorchFunctionMode):
-    """Convolves feature maps that are narrower than the kernel in float32 while a CPU trains in bf16.
-
-    torch 2.14.1 leaves parts of the weights' bf16 gradient uninitialized there: with a kernel of 3 on a depth of 2, a
-    kernel of 7 on a height of 2. Such maps are the deepest and smallest of a network: float32 costs nothing.
-    """
-
-    CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping | None = None
-    ) -> Any:
-        given = dict(kwargs or {})
-        if func in self.CONVOLUTIONS and torch.is_autocast_enabled("cpu"):
-            maps, weight = args[:2]
-            if any(size < kernel for size, kernel in zip(maps.shape[2:], weight.shape[2:], strict=False)):
-                with torch.autocast("cpu", enabled=False):
-                    return func(maps.to(weight.dtype), *args[1:], **given)
-        return func(*args, **given)
 
 
 @contextmanager

@@ -304,7 +304,7 @@ class Refiner:
 def _same_modes() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of a checkpointed function and of its recomputation, in which torch forgets its function modes.
 
-    The engine computes small maps in float32 by such a mode (`engine.runtime.SmallMapsInFp32`).
+    The engine trains in bf16 on a CPU in such a mode (`engine.cpu_bf16.CpuBf16`).
     """
     modes = private(torch.overrides, "_get_current_function_mode_stack", package="torch")()
 

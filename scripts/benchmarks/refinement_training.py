@@ -179,7 +179,8 @@ def prepared(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     plan = plan.with_overrides(*changes)
     stage = plan.stages[STAGE]
     assert stage.patch_size == (SLICES, SIDE, SIDE), stage.patch_size
-    store = CaseStore(layout.cases_folder(DATASET, backbone, STAGE), stage.patch_size)
+    cases = plan.cases_plan(STAGE) if hasattr(plan, "cases_plan") else backbone
+    store = CaseStore(layout.cases_folder(DATASET, cases, STAGE), stage.patch_size)
     ids, device = tuple(store.ids()), torch.device("cpu")
     runtime = Runtime(device=device, precision=choose_precision("auto", device))
     split = Split(train=ids[:4], val=ids[4:])
