@@ -35,7 +35,7 @@ from rfmedsam2.engine.monitoring.time_left import TimeLeft
 from rfmedsam2.engine.monitoring.trackers import Ending
 from rfmedsam2.engine.rng import capture, preserved, restore, seed_all
 from rfmedsam2.engine.runtime import determinism, report_lost_ranks, resident_mb, to_device
-from rfmedsam2.engine.schedule import learning_rate_factor, set_learning_rate
+from rfmedsam2.engine.schedule import endless_warmup, learning_rate_factor, set_learning_rate
 from rfmedsam2.engine.signals import Interrupted, Signals, handle_signals
 from rfmedsam2.engine.task import Progress, Run, Task
 from rfmedsam2.errors import DivergedError, UsageError
@@ -99,6 +99,8 @@ class _Loop(Generic[Batch]):
         self._found = self._position
         self._log: MetricsLog | None = None
         if run.runtime.is_main:
+            if note := endless_warmup(config):
+                logger.warning("%s", note)
             step = self._position.step
             validated = self._position.validated == step
             self._log = MetricsLog(run.folder, keep_step=step, keep_validation=validated, tracking=run.tracking)

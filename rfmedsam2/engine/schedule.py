@@ -46,6 +46,17 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
             assert_never(schedule)
 
 
+def endless_warmup(config: TrainConfig) -> str | None:
+    """Sentence about a warm-up that is as long as the training or longer, None if it ends."""
+    warmup = getattr(config.schedule, "warmup_iterations", 0)
+    if warmup < config.iterations:
+        return None
+    return (
+        f"The learning rate warms up for {warmup} iterations, and the training has {config.iterations}: the full rate "
+        "is never reached. Train for longer, or set train.schedule.warmup_iterations to less."
+    )
+
+
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     """Set every group's rate to its initial rate times `factor`; returns the first group's."""
     for group in optimizer.param_groups:

@@ -18,7 +18,7 @@ from rfmedsam2.engine.fit import fit
 from rfmedsam2.engine.rng import capture
 from rfmedsam2.engine.runtime import Runtime, choose_precision, start_runtime, to_device
 from rfmedsam2.errors import DivergedError, PlanError, UsageError
-from rfmedsam2.records.training import PolySchedule, Sgd
+from rfmedsam2.records.training import PolySchedule, Sgd, WarmupPolySchedule
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.checkpoints import read_all, read_weights
 from rfmedsam2.system.devices import choose_device
@@ -226,6 +226,15 @@ def test_only_maps_narrower_than_the_kernel_are_convolved_in_fp32():
     with runtime.whole_gradients(), runtime.autocast():
         kinds = [F.conv3d(torch.zeros(1, 1, depth, 4, 4), weight, padding=1).dtype for depth in (1, 2, 3, 8)]
     assert kinds == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+@pytest.mark.parametrize(("warmup", "said"), [(9, False), (10, True)])
+def test_a_warmup_that_never_ends_is_said(tmp_path, caplog, warmup, said):
+    config = make_config(epochs=2, schedule=WarmupPolySchedule(warmup_iterations=warmup))
+    with caplog.at_level(logging.WARNING):
+        fit(ToyTask(config), config, make_run(tmp_path))
+    expected = "warms up for 10 iterations, and the training has 10: the full rate is never reached"
+    assert (expected in caplog.text) is said
 
 
 def test_a_failing_compiler_costs_one_warning_line(tmp_path, monkeypatch, caplog):
