@@ -249,3 +249,33 @@ def test_two_predictions_run_at_once(trained_root, launcher: Launcher, tmp_path)
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).glob("*.nii.gz")} for name in ("one", "two"))
     assert len(one) == 2
     assert one == two
+
+
+def test_a_fold_is_not_selected_while_it_is_trained_nor_trained_while_it_is_selected(
+    trained_root, root_of, launcher: Launcher, tmp_path
+):
+    """What is packed and the rule beside it would be of other weights than the scores."""
+    root = root_of(trained_root)
+    selecting = ("select", "--root", root, "-o", tmp_path / "model.zip")
+    longer = ("train", "3d_fullres", 0, "--epochs", 40, "--no-validate", "--root", root)
+    validating = ("train", "3d_fullres", 0, "--validate-only", "--root", root)
+    launcher.finished(*validating, folder=tmp_path)
+    locks = (root / FOLD / ".lock", root / FOLD / "validation" / ".lock")
+    locked = lambda: all(lock.exists() and lock.stat().st_size for lock in locks)  # noqa: E731
+    chosen = launcher.start(*selecting, folder=tmp_path)
+    chosen.until(locked)
+    with stopped(chosen):
+        for words in (longer, (*longer, "--restart"), validating):
+            told = launcher.finished(*words, folder=tmp_path, code=2)
+            assert f"Another run is working in this folder: {root / FOLD}" in told
+            assert f"Found process {chosen.pid} on " in told
+    assert chosen.wait() == 0, chosen.text()
+    assert not any(lock.exists() for lock in locks)
+    (tmp_path / "model.zip").unlink()
+    training = launcher.start(*longer, folder=tmp_path)
+    training.until(lambda: locks[0].exists() and locks[0].stat().st_size)
+    with stopped(training):
+        told = launcher.finished(*selecting, folder=tmp_path, code=2)
+        assert f"Another run is working in this folder: {root / FOLD}" in told
+        assert not (tmp_path / "model.zip").exists()
+    training.kill()

@@ -132,7 +132,7 @@ class Launcher:
 def _serve() -> None:
     """Answer requests until there are no more."""
     sys.path.insert(0, sys.argv[1])
-    for name in ("cli.resolve", "cli.console", "cli.data_and_models", "cli.pipeline"):
+    for name in ("cli.resolve", "cli.console", "cli.data_and_models", "cli.pipeline", "cli.selection"):
         importlib.import_module(f"rfmedsam2.{name}")
     for name in ("preprocessing.plan_and_preprocess", "training.train"):  # and with it, predicting
         importlib.import_module(f"rfmedsam2.pipeline.{name}")
@@ -170,7 +170,7 @@ def _run(request: dict[str, Any]) -> int:
     """Be the command, in the child; gives the exit code."""
     import resource
 
-    from rfmedsam2.cli import data_and_models, pipeline
+    from rfmedsam2.cli import data_and_models, pipeline, selection
 
     os.setsid()
     handle = os.open(request["out"], os.O_WRONLY | os.O_APPEND)
@@ -183,7 +183,8 @@ def _run(request: dict[str, Any]) -> int:
     os.environ.update(request["variables"])
     name, *words = request["start"]
     sys.argv = [f"rfmed_{name}", *words]
-    entry = getattr(pipeline, f"{name}_command", None) or getattr(data_and_models, f"{name}_command")
+    modules = (pipeline, data_and_models, selection)
+    entry = next(found for module in modules if (found := getattr(module, f"{name}_command", None)))
     try:
         entry()
         code = 0

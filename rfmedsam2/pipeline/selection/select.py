@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from rfmedsam2.records.prediction import ENSEMBLE, POSTPROCESSING, EnsembleRecor
 from rfmedsam2.records.report import Candidate, CandidateScore, Evaluation, Interval, Selection
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.layout import Layout
-from rfmedsam2.store.lock import exclusive_lock
+from rfmedsam2.store.lock import exclusive_lock, shared_lock
 from rfmedsam2.system.atomic import atomic, write_record
 from rfmedsam2.system.csv_text import write_rows
 from rfmedsam2.system.progress import Track, silent
@@ -99,7 +100,7 @@ def select(
 
     Raises:
         UsageError: no model was trained, or none was validated on all folds; models have different labels; weights or
-            label maps have changed since; another run is at it.
+            label maps have changed since; another run is at it, or trains one of these folds.
         RfMedSamError: images, label maps of the validation or their references cannot be read.
     """
     options = options or SelectOptions()
@@ -117,7 +118,7 @@ def select(
         )
     labels = _common_labels(complete, names)
     home = layout.results / dataset
-    with exclusive_lock(home / LOCKED):
+    with exclusive_lock(home / LOCKED), _kept(complete, names):
         references = references_of(layout, dataset) or {}
         for model in complete:
             _require_as_validated(model, names, references)
@@ -142,6 +143,20 @@ def select(
             export_model(_folder(home, choice.best), options.archive, folds=names)
         _write(home, selection)
     return selection
+
+
+@contextmanager
+def _kept(models: Sequence[ValidatedModel], folds: Sequence[str]) -> Iterator[None]:
+    """Keep trainings and validations out of these folds inside the `with` block: scores, rules and weights are of one.
+
+    Raises:
+        InUseError: a fold is being trained or validated.
+    """
+    with ExitStack() as held:
+        for validation in (model.validation(fold) for model in models for fold in folds):
+            held.enter_context(shared_lock(validation.parent))
+            held.enter_context(shared_lock(validation))
+        yield
 
 
 def _lacking(model: ValidatedModel, folds: Sequence[str]) -> list[str]:
