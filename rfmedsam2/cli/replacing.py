@@ -10,7 +10,9 @@ from rfmedsam2.errors import RfMedSamError, UsageError
 from rfmedsam2.system.atomic import is_taken
 
 LATER_SECONDS = 2.0
-"""Files of one run are written within less; what is younger than the first of them was changed since."""
+"""Files of one run are written within less after the first of them; what is younger was changed since."""
+EARLIER_SECONDS = 600.0
+"""The others are drawn before the first is written; what is older was changed since the clock was set back."""
 
 
 def require_replaceable(
@@ -51,7 +53,7 @@ def require_replaceable(
             remedy="Choose another place with -o, or replace it with --overwrite",
         ) from None
     written = files[0].stat().st_mtime
-    changed = [path for path in there[1:] if path.stat().st_mtime > written + LATER_SECONDS]
+    changed = [p for p in there[1:] if not -EARLIER_SECONDS <= p.stat().st_mtime - written <= LATER_SECONDS]
     if changed and not overwrite:
         raise UsageError(
             "This would replace what was changed since the command wrote it",

@@ -71,7 +71,10 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path, overwrite):
     assert "--overwrite" not in str(caught.value)
 
 
-def test_a_table_that_somebody_has_changed_is_not_replaced(tmp_path):
+@pytest.mark.parametrize(
+    "moment", [1_000_060, pytest.param(1_000_000 - 11 * 86_400, id="after the clock was set back")]
+)
+def test_a_table_that_somebody_has_changed_is_not_replaced(tmp_path, moment):
     record, table, chart = files = [tmp_path / name for name in ("scores.json", "scores.csv", "scores.png")]
     for path in files:
         path.write_text("ours")
@@ -79,7 +82,7 @@ def test_a_table_that_somebody_has_changed_is_not_replaced(tmp_path):
     os.utime(chart, (1_000_001.5, 1_000_001.5))
     os.utime(table, (999_999, 999_999))
     require_replaceable(files, Path.read_text, overwrite=False)
-    os.utime(table, (1_000_060, 1_000_060))
+    os.utime(table, (moment, moment))
     with pytest.raises(UsageError, match=r"changed since the command wrote it: .*scores\.csv\. Choose"):
         require_replaceable(files, Path.read_text, overwrite=False)
     require_replaceable(files, Path.read_text, overwrite=True)
