@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
@@ -114,6 +114,8 @@ class RefinerPlan(VersionedRecord):
 
 class RefinerRecord(TrainedRecord):
     """Header of a refiner's checkpoint, which holds only the trained weights; the frozen base stays in its own file."""
+
+    trained_by: ClassVar[str] = "samhq_train"
 
     plan: RefinerPlan
     base: str

@@ -378,10 +378,11 @@ def report(
     from rfmedsam2.cli.replacing import require_replaceable
     from rfmedsam2.pipeline.evaluation.report import write_report
     from rfmedsam2.reporting.html import require_page
+    from rfmedsam2.system.ordinary_files import require_folder
 
     require_replaceable((output,), require_page, overwrite=overwrite, inputs=(training, evaluation, images))
-    if images is not None and not images.is_dir():
-        raise UsageError("The folder of images does not exist", where=images, remedy="Check the path given with -i")
+    if images is not None:
+        require_folder(images, "folder of images")
     if evaluation is not None and evaluation.is_dir():
         evaluation /= "metrics.json"
     write_report(output, title=title or output.stem, training=training, evaluation=evaluation, images=images)

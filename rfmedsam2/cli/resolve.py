@@ -14,6 +14,7 @@ from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.json_text import parse_json
+from rfmedsam2.system.ordinary_files import read_whole
 
 if TYPE_CHECKING:
     from rfmedsam2.store.raw import RawDataset
@@ -134,7 +135,7 @@ def planned(
 def _is_plan(path: Path) -> bool:
     """Whether a file is one of our plans, valid or damaged; not one of nnU-Net's files in the same folder."""
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_whole(path))
     except (OSError, ValueError):
         return True
     # a damaged file may lack either

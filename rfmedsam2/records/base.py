@@ -23,6 +23,10 @@ MAX_DEPTH = 100
 OF_A_FILE = "Correct these fields, or create the file again with the command that wrote it"
 
 
+class OtherKindError(RecordError):
+    """The data are a record of another kind."""
+
+
 class _Construction(type(BaseModel)):
     """Calling a record's class raises our error for faulty arguments, as reading one from a file does."""
 
@@ -57,15 +61,7 @@ class Record(_Checked):
             return cls.model_validate(data)
         except ValidationError as error:
             errors = error.errors(include_url=False)
-            if (strange := cls._strange_fields(data, errors)) and isinstance(data, dict):
-                required = [name for name, field in cls.model_fields.items() if field.is_required()]
-                raise RecordError(
-                    f"This is another file than the {title_of(cls)}",
-                    where=where,
-                    expected=f"the fields {shortlist(required)}",
-                    found=f"the fields {shortlist(strange)}",
-                    remedy="Give the file that is meant",
-                ) from None
+            cls._require_own_fields(data, errors, where)
             later = next((e.get("ctx", {}) for e in errors if e["type"] == _LATER_FORMAT), None)
             if later is not None:
                 raise RecordError(
@@ -78,12 +74,42 @@ class Record(_Checked):
             raise RecordError(_faults(cls, error), where=where, remedy=remedy) from None
 
     @classmethod
+    def _require_own_fields(cls, data: object, errors: Sequence[Any], where: object) -> None:
+        """Check that the data, and a record with a format that is a field of them, are of this kind.
+
+        Raises:
+            OtherKindError: most of their fields are none of this kind's.
+        """
+        if strange := cls._strange_fields(data, errors):
+            required = [name for name, field in cls.model_fields.items() if field.is_required()]
+            raise OtherKindError(
+                f"This is another file than the {title_of(cls)}",
+                where=where,
+                expected=f"the fields {shortlist(required)}",
+                found=f"the fields {shortlist(strange)}",
+                remedy="Give the file that is meant",
+            ) from None
+        if not isinstance(data, dict):
+            return
+        for name, field in cls.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, VersionedRecord):
+                inner = [e | {"loc": e["loc"][1:]} for e in errors if e["loc"][:1] == (name,)]
+                kind._require_own_fields(data.get(name), inner, where)
+
+    @classmethod
     def _strange_fields(cls, data: object, errors: Sequence[Any]) -> list[str]:
-        """Fields that this kind does not have, if they are most of all: then the data are of another kind."""
+        """Fields that this kind does not have, if they are most of all: then the data are of another kind.
+
+        Kinds of nnU-Net have fields of which we know nothing: then none that we need may be there, or it is ours.
+        """
         if not isinstance(data, dict):
             return []
         strange = [str(e["loc"][0]) for e in errors if e["type"] == "extra_forbidden" and len(e["loc"]) == 1]
-        if any(e["type"] == _LATER_FORMAT for e in errors):  # nothing else was looked at
+        later = any(e["type"] == _LATER_FORMAT for e in errors)  # nothing else was looked at
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        lacks = isinstance(data.get("format"), int) or required <= {e["loc"][0] for e in errors if e["loc"]}
+        if later or (required and lacks and cls.model_config.get("extra") != "forbid"):
             strange = [str(name) for name in data if name not in {*cls.model_fields, "format"}]
         return strange if 2 * len(strange) > len(data) > 1 else []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -18,6 +18,9 @@ STAGE_CHANGEABLE = {"train", "validation", "inference", "compute", "cases_of"}
 
 class TrainedRecord(VersionedRecord):
     """Fields of every checkpoint; each kind of training adds its own."""
+
+    trained_by: ClassVar[str] = "this task"
+    """What writes such checkpoints."""
 
     format: Literal[1] = 1
     step: int
@@ -57,6 +60,8 @@ class TrainedCases(Record):
 
 class CheckpointRecord(TrainedRecord):
     """Record of a volume model's checkpoint, whose tensors are weights and, to resume, optimizer state."""
+
+    trained_by: ClassVar[str] = "rfmed_train"
 
     plan: Plan
     stage: Name

@@ -247,11 +247,11 @@ def channel_file(folder: Path, id: str, channel: int = 0) -> Path | None:
 def describe_contents(folder: Path) -> str:
     """Phrase for error messages: number of files by ending in a folder, with an example."""
     if not folder.is_dir():
-        return "a folder that does not exist"
+        return "a file" if folder.exists() else "a folder that does not exist"
     entries = [p for p in folder.iterdir() if not p.name.startswith(".")]
     files = [p for p in entries if not p.is_dir()]
     folders = [p for p in entries if p.is_dir()]
-    endings = Counter(image_ending(p) or "".join(p.suffixes[-1:]) or "no ending" for p in files)
+    endings = Counter(image_ending(p) or "".join(p.suffixes[-1:]) or "without an ending" for p in files)
     parts = [f"{n} {ending}" for ending, n in endings.most_common(4)]
     if folders:
         parts.append(f"{len(folders)} folder(s) such as {min(p.name for p in folders)}")

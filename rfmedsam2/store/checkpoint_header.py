@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rfmedsam2.errors import CheckpointError, RecordError
+from rfmedsam2.records.base import OtherKindError
 from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedRecord
 from rfmedsam2.system.json_text import JsonError, parse_json
 from rfmedsam2.system.ordinary_files import require_ordinary
@@ -111,6 +112,14 @@ def parse_header(
     try:
         record = kind.from_json(metadata["record"], where=where)
         state = parse_json(metadata["state"])
+    except OtherKindError as error:
+        raise CheckpointError(
+            f"This is not a checkpoint of {kind.trained_by}",
+            where=where,
+            expected=f"{error.expected} in its plan",
+            found=error.found,
+            remedy=f"Give one that {kind.trained_by} wrote",
+        ) from None
     except RecordError as error:
         raise CheckpointError(f"The checkpoint's record cannot be used ({error})", where=where) from None
     except JsonError as error:

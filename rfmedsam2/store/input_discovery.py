@@ -24,6 +24,7 @@ from rfmedsam2.store.images import IMAGE_ENDINGS, image_ending
 from rfmedsam2.system.csv_text import decode_text, read_rows
 from rfmedsam2.system.file_names import require_names
 from rfmedsam2.system.json_text import parse_json
+from rfmedsam2.system.ordinary_files import read_whole
 
 logger = logging.getLogger(__name__)
 _LISTS = (".csv", ".json", ".txt")
@@ -149,7 +150,9 @@ def _in_list(path: Path, channels: int) -> tuple[Case, ...]:
     """Cases of a list file; paths are relative to the file's folder."""
     folder = path.parent
     try:
-        named, plain = _LIST_READERS[path.suffix.lower()](decode_text(path.read_bytes()), folder)
+        named, plain = _LIST_READERS[path.suffix.lower()](decode_text(read_whole(path)), folder)
+    except OSError as error:
+        raise DatasetError(f"The list of inputs cannot be read ({error.strerror})", where=path) from None
     except (UnicodeDecodeError, csv.Error, ValueError) as error:
         raise DatasetError(
             "The list of inputs cannot be parsed",

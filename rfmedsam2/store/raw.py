@@ -32,7 +32,7 @@ from rfmedsam2.store.formats.label_values import SLICER_ENDING
 from rfmedsam2.store.images import IMAGE_ENDINGS, read_channels, read_label
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import read_record
-from rfmedsam2.system.ordinary_files import require_ordinary
+from rfmedsam2.system.ordinary_files import read_whole
 from rfmedsam2.volume import Volume
 
 
@@ -201,8 +201,7 @@ def read_dataset_json(path: Path) -> DatasetJson:
 def _is_version_1(path: Path) -> bool:
     """Whether the labels of a dataset.json are nnU-Net v1's: names by value, whatever the other fields are."""
     try:
-        require_ordinary(path)
-        content = loads(path.read_bytes())
+        content = loads(read_whole(path))
     except (OSError, ValueError, RecursionError):
         return False
     labels = content.get("labels") if isinstance(content, dict) else None

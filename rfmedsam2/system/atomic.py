@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 from typing_extensions import Self
 
 from rfmedsam2.errors import RecordError, StoreError
-from rfmedsam2.system.ordinary_files import require_ordinary
+from rfmedsam2.system.ordinary_files import read_whole
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R", bound="JsonRecord")
@@ -141,8 +141,7 @@ def read_record(path: Path, kind: type[R]) -> R:
         RecordError: the file is missing, is not JSON, or does not hold a record of this kind.
     """
     try:
-        require_ordinary(path)
-        text = path.read_bytes()
+        text = read_whole(path)
     except FileNotFoundError:
         raise RecordError(f"The {title_of(kind)} file does not exist", where=path) from None
     except OSError as error:

@@ -9,7 +9,11 @@ import stat
 from pathlib import Path
 from typing import Protocol
 
+from rfmedsam2.errors import RfMedSamError, UsageError
+
 _PIECE_BYTES = 1 << 20
+_MOST_BYTES = 2 << 30
+"""Most bytes of a file of text; the annotations of LVIS have a billion."""
 
 
 def require_ordinary(path: Path) -> os.stat_result:
@@ -22,6 +26,38 @@ def require_ordinary(path: Path) -> os.stat_result:
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise OSError(errno.ENOTSUP, "it is a pipe, a socket or a device, not an ordinary file", str(path))
     return status
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a file that is read at once: a record, a list, a table.
+
+    Raises:
+        OSError: it does not exist, cannot be read, is a pipe, a socket or a device, or is larger than any such file.
+    """
+    size = require_ordinary(path).st_size
+    if size > _MOST_BYTES:
+        raise OSError(errno.EFBIG, f"its {size / 2**30:.1f} GiB are more than such a file can have", str(path))
+    return path.read_bytes()
+
+
+def require_folder(
+    folder: Path, what: str, *, expected: str | None = None, error: type[RfMedSamError] = UsageError
+) -> None:
+    """Check that a folder is there, and is one.
+
+    Args:
+        folder: the folder.
+        what: what users call it.
+        expected: what it holds.
+        error: what is raised.
+
+    Raises:
+        RfMedSamError: nothing has this name, or a file has it.
+    """
+    if not folder.is_dir():
+        fault = "is a file, not a folder" if folder.exists() else "does not exist"
+        remedy = "Name a folder" if folder.exists() else "Check the path"
+        raise error(f"The {what} {fault}", where=folder, expected=expected, remedy=remedy)
 
 
 class Digest(Protocol):

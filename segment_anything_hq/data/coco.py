@@ -12,7 +12,7 @@ import numpy as np
 from rfmedsam2.errors import DatasetError
 from rfmedsam2.system.file_names import FILE_NAME_BYTES, is_file_name
 from rfmedsam2.system.json_text import parse_json
-from rfmedsam2.system.ordinary_files import require_ordinary
+from rfmedsam2.system.ordinary_files import read_whole
 from segment_anything_hq.data.coco_masks import counts_mask, polygons_mask
 from segment_anything_hq.data.datasets import Fault, ImageSet, Sample
 
@@ -108,8 +108,7 @@ def coco_lvis(root: Path, split: str = "train", *, min_area: float = 0.0) -> tup
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        require_ordinary(path)
-        content = parse_json(path.read_bytes(), unique=False)
+        content = parse_json(read_whole(path), unique=False)
     except FileNotFoundError:
         raise DatasetError("The annotation file is missing", where=path) from None
     except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rfmedsam2.arguments import option
 from rfmedsam2.errors import DatasetError, UsageError
+from rfmedsam2.system.ordinary_files import require_folder
 from segment_anything_hq.choices import MaskRule
 from segment_anything_hq.data.coco import coco_lvis
 from segment_anything_hq.data.content import digests_of
@@ -16,6 +17,7 @@ from segment_anything_hq.data.datasets import COLLECTIONS, Fault, ImageSet, open
 
 logger = logging.getLogger(__name__)
 COCO_LVIS = {"coco_lvis_train": "train", "coco_lvis_val": "val"}
+WANTED = "a folder with images/ and masks/, or with images and masks side by side"
 NAMES = (*COLLECTIONS, *COCO_LVIS)
 
 
@@ -134,18 +136,12 @@ def _opened(word: str, rule: MaskRule | None) -> tuple[ImageSet, ...]:
         raise UsageError("Unknown collection", where=word, expected=f"one of {', '.join(NAMES)}", found=name)
     if not text:
         raise UsageError("The collection has no folder", where=word, expected=f"{name}=FOLDER")
-    if not root.is_dir():
-        raise DatasetError("The collection's folder is missing", where=root)
+    require_folder(root, "collection's folder", error=DatasetError)
     return coco_lvis(root, COCO_LVIS[name]) if name in COCO_LVIS else COLLECTIONS[name](root)
 
 
 def _open_folder(folder: Path, rule: MaskRule) -> ImageSet:
-    if not folder.is_dir():
-        raise DatasetError(
-            "The data folder does not exist",
-            where=folder,
-            expected="a folder with images/ and masks/, or with images and masks side by side",
-        )
+    require_folder(folder, "data folder", expected=WANTED, error=DatasetError)
     inside = [folder / "images", folder / "masks"]
     images, masks = inside if all(part.is_dir() for part in inside) else (folder, folder)
     return open_folders(images, masks, name=folder.resolve().name, rule=rule)

@@ -16,7 +16,7 @@ from rfmedsam2.errors import ImageError, UsageError, shortlist
 from rfmedsam2.system.csv_text import decode_text, read_rows
 from rfmedsam2.system.file_names import as_one_file, is_file_name
 from rfmedsam2.system.json_text import JsonError, parse_json
-from rfmedsam2.system.ordinary_files import require_ordinary
+from rfmedsam2.system.ordinary_files import read_whole
 from segment_anything_hq.data.image_io import ENDINGS, image_size
 from segment_anything_hq.prompts.prompt import Box, Click, Prompt
 
@@ -122,8 +122,7 @@ def read_prompts(path: Path, images: Sequence[Path]) -> tuple[PromptedObject, ..
 
 def _text(path: Path) -> str:
     try:
-        require_ordinary(path)
-        return decode_text(path.read_bytes())
+        return decode_text(read_whole(path))
     except FileNotFoundError:
         raise UsageError("Prompt file not found", where=path) from None
     except UnicodeDecodeError as error:

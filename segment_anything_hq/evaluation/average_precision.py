@@ -21,7 +21,7 @@ import torch
 from rfmedsam2.errors import DatasetError, UsageError
 from rfmedsam2.nn.segmenter import PromptBatch
 from rfmedsam2.system.json_text import parse_json
-from rfmedsam2.system.ordinary_files import require_ordinary
+from rfmedsam2.system.ordinary_files import read_whole
 from rfmedsam2.system.progress import Track, silent
 from segment_anything_hq.data.coco import image_file
 from segment_anything_hq.data.image_io import read_image
@@ -209,8 +209,7 @@ def _corners(xywh: Sequence[float]) -> tuple[float, float, float, float]:
 
 def _json(path: Path) -> Any:
     try:
-        require_ordinary(path)
-        return parse_json(path.read_bytes(), unique=False)
+        return parse_json(read_whole(path), unique=False)
     except FileNotFoundError:
         raise DatasetError("The file is missing", where=path) from None
     except OSError as error:

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 from support.commands import TINY, run, run_error, run_ok, unfinished_files
 
+from rfmedsam2.errors import CheckpointError
 from rfmedsam2.store import images
-from rfmedsam2.store.checkpoint_header import read_record_of
+from rfmedsam2.store.checkpoint_header import read_header, read_record_of
+from segment_anything_hq.records import RefinerRecord
 
 PHANTOM = "Dataset900_PhantomCT"
 PLANNING = ("--preset", "cpu", "-c", "3d_fullres", "--set", *TINY)
@@ -337,6 +339,18 @@ def test_a_file_of_another_kind_is_named_for_what_it_is(trained_root, tmp_path):
     assert "another file than the plan" in run_error("summary", raw_of(trained_root) / "dataset.json")
     assert "does not exist: no/such.json" in run_error("summary", "no/such.json")
     assert "plan file cannot be read" in run_error("summary", model)
+    labels, dataset = raw_of(trained_root) / "labelsTs", raw_of(trained_root) / "dataset.json"
+    run_ok("evaluate", "-p", labels, "-g", labels, "-o", tmp_path / "scored")
+    for other in (plan, tmp_path / "scored" / "metrics.json"):
+        names = run_error("evaluate", "-p", labels, "-g", labels, "-o", tmp_path / "scores", "--labels", other)
+        assert f"another file than the dataset.json: {other}. Expected the fields channel_names, labels," in names
+    for other in (plan, dataset):
+        sentence = run_error("plan_and_preprocess", "--root", trained_root, "--nnunet-plans", other)
+        assert f"another file than the nnUNetPlans.json: {other}. Expected the fields dataset_name," in sentence
+    with pytest.raises(
+        CheckpointError, match=r"not a checkpoint of samhq_train: .*Expected the fields method, .* plan"
+    ):
+        read_header(model / "checkpoint_final.safetensors", RefinerRecord)
     for source in (model, model.parent):
         sentence = run_error("import_model", source, "--root", tmp_path)
         assert "not a model of nnU-Net, but one of this package" in sentence
@@ -432,6 +446,25 @@ def test_wrong_words_of_scoring_and_reporting(raw_root, tmp_path):
         "report", "-o", page, "-t", tmp_path, "-i", tmp_path / "nowhere"
     )
     assert not page.exists()
+
+
+def test_a_file_where_a_folder_is_named_is_there(raw_root, tmp_path):
+    """It is no folder; it does exist."""
+    labels = raw_of(raw_root) / "labelsTs"
+    file, out = labels / "phantom_006.nii.gz", tmp_path / "out"
+    (tmp_path / "rule.json").write_text('{"dataset": "a", "labels": {"background": 0, "a": 1}, "steps": []}')
+    for words in (
+        ("report", "-t", tmp_path, "-i", file, "-o", tmp_path / "page.html"),
+        ("overlay", "-p", file, "-i", labels, "-o", out),
+        ("overlay", "-p", labels, "-i", file, "-o", out),
+        ("postprocess", "-i", file, "--rule", tmp_path / "rule.json", "-o", out),
+        ("submit", "amos22", "-i", file, "--images", labels, "-o", tmp_path / "a.zip"),
+        ("convert", "btcv", "-i", file, "--root", tmp_path),
+    ):
+        sentence = run_error(*words)
+        assert f" is a file, not a folder: {file}" in sentence, sentence
+        assert "exist" not in sentence
+    assert "is a file" not in run_error("overlay", "-p", tmp_path / "none", "-i", labels, "-o", out)
 
 
 # ---------------------------------------------------------------- disks and folders

@@ -356,6 +356,8 @@ def test_an_evaluation_is_not_replaced_unasked(data, tmp_path):
     [
         (("--protocol", "boxes"), "Unknown protocol"),
         (("--protocol", "box", "--data", "nowhere"), "data folder does not exist"),
+        (("--protocol", "box", "--data", __file__), f"data folder is a file, not a folder: {__file__}"),
+        (("--protocol", "box", "--data", f"davis={__file__}"), f"folder is a file, not a folder: {__file__}"),
         (("--protocol", "clicks", "--clicks", 0), "max_clicks must be"),
         (("--seed", -1), "Invalid seed: --seed. Expected 0 or more. Found -1"),
         (("--samples", 0), "--samples must be at least 1"),

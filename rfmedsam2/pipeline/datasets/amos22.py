@@ -24,6 +24,7 @@ from rfmedsam2.pipeline.datasets.conversion import (
 from rfmedsam2.pipeline.datasets.label_tables import AMOS22_LABELS
 from rfmedsam2.pipeline.datasets.published_splits import AMOS_LAST_CT
 from rfmedsam2.system.json_text import parse_json
+from rfmedsam2.system.ordinary_files import read_whole
 from rfmedsam2.system.progress import Track, silent
 
 Task = Literal[1, 2]
@@ -133,7 +134,7 @@ def _declared(path: Path, found: Download) -> dict[str, list[str]]:
         found.warnings.append("dataset.json does not exist; only the folders were read")
         return {}
     try:
-        content: Any = parse_json(path.read_bytes())
+        content: Any = parse_json(read_whole(path))
         values = sorted(int(value) for value in content.get("labels", {}))
         ids = {part: [_id_of(entry) for entry in content[part]] for part in _PARTS if part in content}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -24,7 +24,7 @@ from rfmedsam2.pipeline.datasets.label_tables import AMOS22_LABELS
 from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import read_header, read_image, write_label
 from rfmedsam2.system.atomic import atomic
-from rfmedsam2.system.ordinary_files import file_sha256
+from rfmedsam2.system.ordinary_files import file_sha256, require_folder
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 
@@ -141,9 +141,8 @@ def check_amos22(
     predictions: Path, images: Path, *, task: Literal[1, 2] | None = None, workers: int = 2, track: Track = silent
 ) -> SubmissionReport:
     """Check predictions against their images without writing; see `submit_amos22` for arguments and errors."""
-    for folder in (predictions, images):
-        if not folder.is_dir():
-            raise UsageError("The folder does not exist", where=folder)
+    require_folder(predictions, "folder of predictions")
+    require_folder(images, "folder of images")
     image_of = _expected(images, task)
     found = listed(predictions)
     both = sorted(set(image_of) & set(found))

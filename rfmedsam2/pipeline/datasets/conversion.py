@@ -23,6 +23,7 @@ from rfmedsam2.pipeline.datasets.builder import new_dataset, write_dataset_json
 from rfmedsam2.store.formats.image_header import grids_differ
 from rfmedsam2.store.images import read_header, read_label
 from rfmedsam2.system.atomic import atomic
+from rfmedsam2.system.ordinary_files import require_folder
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 
@@ -150,9 +151,7 @@ def folder_of(download: Path, candidates: Iterable[str], *, what: str, expected:
     Raises:
         DatasetError: the download does not exist or has none of them.
     """
-    if not download.is_dir():
-        fault = "is not a folder" if download.exists() else "does not exist"
-        raise DatasetError(f"The {what} download {fault}", where=download, expected="its extracted folder")
+    require_folder(download, f"{what} download", expected="its extracted folder", error=DatasetError)
     for candidate in candidates:
         if (download / candidate).is_dir():
             return download / candidate

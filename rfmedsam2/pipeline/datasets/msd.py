@@ -22,6 +22,7 @@ from rfmedsam2.pipeline.datasets.conversion import (
     pair,
 )
 from rfmedsam2.system.json_text import parse_json
+from rfmedsam2.system.ordinary_files import read_whole
 from rfmedsam2.system.progress import Track, silent
 
 _KEPT = ("description", "reference", "license", "release")
@@ -160,7 +161,7 @@ def _content(path: Path, what: str) -> dict[str, Any]:
             f"The {what} download has no dataset.json", where=path.parent, remedy="Extract the archive again"
         )
     try:
-        content: Any = parse_json(path.read_bytes())
+        content: Any = parse_json(read_whole(path))
         channels = sorted(int(number) for number in content["modality"])
         sound = channels == list(range(len(channels))) and _is_sound_table(content["labels"])
         _ = [_id_of(entry) for entry in [*content["training"], *content.get("test", [])]]

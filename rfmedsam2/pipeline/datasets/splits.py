@@ -24,6 +24,7 @@ from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import write_text
 from rfmedsam2.system.file_names import require_names
 from rfmedsam2.system.json_text import JsonError, parse_json
+from rfmedsam2.system.ordinary_files import read_whole
 
 FOLDS = 5
 SEED = 12345
@@ -338,11 +339,13 @@ def _split_of(entry: object, *, where: str) -> Split:
 
 def _load(path: Path) -> object:
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_whole(path))
     except FileNotFoundError:
         raise RecordError(
             "The splits file does not exist", where=path, remedy="Run rfmed_plan_and_preprocess for this dataset"
         ) from None
+    except OSError as error:
+        raise RecordError(f"The splits file cannot be read ({error.strerror})", where=path) from None
     except JsonError as error:
         raise RecordError(f"A splits file is not valid JSON ({error})", where=path) from None
 

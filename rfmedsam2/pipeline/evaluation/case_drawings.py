@@ -33,6 +33,7 @@ from rfmedsam2.store.formats.image_header import grids_differ
 from rfmedsam2.store.images import read_image, read_label
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.atomic import atomic, is_taken
+from rfmedsam2.system.ordinary_files import require_folder
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 
@@ -77,9 +78,9 @@ def cases_of_folder(labels: Path, images: Path | None, channel: int = 0) -> list
         UsageError: a folder does not exist, holds no label maps, or no image of any; a negative channel.
     """
     channel = whole_number(channel, "channel", least=0)
-    for folder in (labels, images):
-        if folder is not None and not folder.is_dir():
-            raise UsageError("The folder does not exist", where=folder)
+    require_folder(labels, "folder of label maps")
+    if images is not None:
+        require_folder(images, "folder of images")
     cases = [
         DrawnCase(
             id=id, label=path, image=None if images is None else channel_file(images, id, channel), channel=channel

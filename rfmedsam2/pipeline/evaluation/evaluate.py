@@ -34,6 +34,7 @@ from rfmedsam2.store.formats.image_header import (
 from rfmedsam2.store.images import IMAGE_ENDINGS, digest_of, image_ending, read_label
 from rfmedsam2.system.atomic import atomic, read_record, write_record
 from rfmedsam2.system.csv_text import write_rows
+from rfmedsam2.system.ordinary_files import require_folder
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track
 from rfmedsam2.system.progress_bars import progress_bars
@@ -197,8 +198,7 @@ def ids_of(folder: Path) -> set[str]:
     Raises:
         UsageError: the folder does not exist.
     """
-    if not folder.is_dir():
-        raise UsageError("The folder of label maps does not exist", where=folder, remedy="Check the path")
+    require_folder(folder, "folder of label maps")
     return set(label_files_in(folder, []))
 
 

@@ -22,6 +22,7 @@ from rfmedsam2.store.case_files import channel_file
 from rfmedsam2.store.checkpoint_header import CHECKPOINTS, read_record_of
 from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.json_text import parse_json
+from rfmedsam2.system.ordinary_files import read_whole
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def _found(name: str, folders: Sequence[Path]) -> str:
 def _fields_of(path: Path) -> dict[str, object]:
     """Top-level fields of a JSON file; none if it is damaged or holds no object."""
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_whole(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

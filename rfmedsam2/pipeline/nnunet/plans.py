@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import Self
@@ -125,6 +125,8 @@ class _Configuration(_Loose):
 
 
 class _NnunetPlans(_Loose):
+    known_as: ClassVar[str] = "nnUNetPlans.json"
+
     dataset_name: str
     plans_name: str
     original_median_spacing_after_transp: tuple[float, float, float]

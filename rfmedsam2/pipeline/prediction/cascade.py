@@ -25,6 +25,7 @@ from rfmedsam2.store.formats.image_header import ImageHeader
 from rfmedsam2.store.images import digest_of
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import read_record
+from rfmedsam2.system.ordinary_files import require_folder
 
 
 def first_stage_folder(checkpoint: Path, stage: str, previous: str) -> Path:
@@ -116,8 +117,7 @@ class FirstStageLabels:
         Raises:
             UsageError: the folder does not exist or has other labels, or cases have no label map.
         """
-        if not folder.is_dir():
-            raise UsageError("The folder of the first stage's label maps does not exist", where=folder)
+        require_folder(folder, "folder of the first stage's label maps")
         require_agreement(folder, labels)
         files = label_maps_by_case(folder, [case.id for case in cases])
         if lacking := [case.id for case in cases if case.id not in files]:

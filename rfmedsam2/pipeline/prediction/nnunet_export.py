@@ -27,6 +27,7 @@ from rfmedsam2.store.lock import move_into_place, placing, workplace
 from rfmedsam2.store.nnunet_checkpoint import NnunetCheckpoint, write_nnunet_checkpoint
 from rfmedsam2.system.atomic import is_taken, write_text
 from rfmedsam2.system.json_text import JsonError, parse_json
+from rfmedsam2.system.ordinary_files import read_whole
 from rfmedsam2.system.progress import Track, silent
 
 LOGGER = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def _require_replaceable(target: Path, *, overwrite: bool) -> None:
     if overwrite or not is_taken(target):
         return
     try:
-        made_by = parse_json((target / PLANS).read_bytes())["experiment_planner_used"]
+        made_by = parse_json(read_whole(target / PLANS))["experiment_planner_used"]
     except (OSError, JsonError, KeyError, TypeError):
         made_by = None
     if made_by != PLANNER:

@@ -21,6 +21,7 @@ from rfmedsam2.store.case_files import Case, file_stem
 from rfmedsam2.store.images import digest_of, image_ending, read_label, write_label
 from rfmedsam2.store.raw import read_dataset_json
 from rfmedsam2.system.atomic import is_taken, read_record, write_record
+from rfmedsam2.system.ordinary_files import require_folder
 from rfmedsam2.system.parallel import map_cases
 from rfmedsam2.system.progress import Track, silent
 from rfmedsam2.transforms.postprocess import postprocess
@@ -140,8 +141,7 @@ def postprocess_folder(
 
 
 def _cases(folder: Path) -> list[Case]:
-    if not folder.is_dir():
-        raise UsageError("The folder of label maps does not exist", where=folder, remedy="Check the path")
+    require_folder(folder, "folder of label maps")
     files = [path for path in sorted(folder.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
     cases = [Case(id=file_stem(path, ending), images=(path,)) for path in files if (ending := image_ending(path))]
     if not cases:

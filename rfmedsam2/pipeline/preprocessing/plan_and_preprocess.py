@@ -47,6 +47,7 @@ from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.atomic import atomic, read_record, write_record
 from rfmedsam2.system.json_text import parse_json
 from rfmedsam2.system.memory import free_bytes
+from rfmedsam2.system.ordinary_files import read_whole
 from rfmedsam2.system.progress import Track, silent
 
 MEMORY_SHARE = 0.25
@@ -359,7 +360,7 @@ def _unused(path: Path) -> Path:
 
 def _is_foreign(path: Path) -> bool:
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_whole(path))
     except (OSError, ValueError):
         return False
     return not isinstance(content, dict) or "stages" not in content

@@ -60,7 +60,7 @@ def as_labels(array: np.ndarray, *, where: object, scaling: tuple[float, float] 
             where=where,
             expected="whole numbers from 0 to 65535",
             found=f"values from {low} to {high}",
-            remedy="Store the label map as unsigned integers",
+            remedy="Give every label a number of that range",
         )
     kind = np.uint8 if high < np.iinfo(np.uint8).max + 0.5 else np.uint16
     if array.dtype.kind in "iu":

@@ -15,8 +15,10 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from PIL import Image
 
-from rfmedsam2.errors import GeometryError, ImageError, RecordError, UsageError
+from rfmedsam2.errors import DatasetError, GeometryError, ImageError, RecordError, UsageError
+from rfmedsam2.pipeline.datasets.splits import read_splits
 from rfmedsam2.records.dataset import DatasetJson
+from rfmedsam2.records.report import Evaluation
 from rfmedsam2.store.case_files import Case, list_images
 from rfmedsam2.store.formats.image_header import TruncatedImageError, grids_differ, header_of_lengths, require_memory
 from rfmedsam2.store.images import digest_of, image_files, read_header, read_image, read_label, write_label
@@ -322,6 +324,9 @@ def test_a_pipe_among_slices_or_beside_a_header_is_not_opened(tmp_path: Path) ->
     special(tmp_path, "pipe", "dataset.json")
     with pytest.raises(RecordError, match="a pipe, a socket or a device"):
         read_record(tmp_path / "dataset.json", DatasetJson)
+    special(tmp_path, "device", "splits_final.json")
+    with pytest.raises(RecordError, match="a pipe, a socket or a device"):
+        read_splits(tmp_path / "splits_final.json")
     special(tmp_path, "pipe", "list.txt")
     with pytest.raises(ImageError, match="pipe"):
         find_cases(tmp_path / "list.txt", channels=1, file_ending=None)
@@ -361,6 +366,19 @@ def sparse(path: Path) -> Path:
     data.touch()
     os.truncate(data, n**3 + (len(head) if data == path else 0))
     return path
+
+
+def test_a_record_or_list_beyond_reason_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    size = r"its 25\.1 GiB are more than such a file can have"
+    for name in ("metrics.json", "splits_final.json", "list.csv"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 27 * 10**9)
+    with pytest.raises(RecordError, match=rf"The evaluation file cannot be read \({size}\): .*metrics\.json"):
+        Evaluation.load(tmp_path / "metrics.json")
+    with pytest.raises(RecordError, match=rf"The splits file cannot be read \({size}\): .*splits_final\.json"):
+        read_splits(tmp_path / "splits_final.json", ["a"])
+    with pytest.raises(DatasetError, match=rf"The list of inputs cannot be read \({size}\): .*list\.csv"):
+        find_cases(tmp_path / "list.csv", channels=1, file_ending=None)
 
 
 @pytest.mark.parametrize("ending", [".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".mgh"])
