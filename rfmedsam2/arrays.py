@@ -57,7 +57,8 @@ def as_array(thing: Any, what: str) -> np.ndarray:
     remedy = None
     try:
         if _is_tensor(thing):
-            remedy = "Give tensor.to_dense().float()"  # NumPy has no bfloat16, no sparse and no quantized arrays
+            # NumPy has no bfloat16, no sparse and no quantized arrays
+            remedy = "Give tensor.to_dense().float(), or .long() where it holds masks or labels"
             return thing.detach().cpu().resolve_conj().resolve_neg().numpy()
         if is_array(thing):
             remedy = "Give lists, or arrays, of equal lengths"

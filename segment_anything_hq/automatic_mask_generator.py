@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from segment_anything import SamAutomaticMaskGenerator as PlainGenerator
 from torch import Tensor
 
+from rfmedsam2.arrays import as_array, is_array
 from rfmedsam2.errors import MissingPackageError, UsageError
 from segment_anything_hq.modeling import MaskDecoderHQ, Sam
 from segment_anything_hq.predictor import SamPredictor, color_image
@@ -76,8 +77,10 @@ _RANGES = {
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 
 
-def _require_grids(points_per_side: int | None, point_grids: Sequence[NDArray] | None, *, layers: int) -> None:
-    """Check that there are points, given in one of two ways.
+def _checked_grids(
+    points_per_side: int | None, point_grids: Sequence[NDArray] | None, *, layers: int
+) -> list[NDArray] | None:
+    """The grids as NumPy arrays; None where they are to be made of `points_per_side`.
 
     Raises:
         UsageError: neither or both are given, or there are no points.
@@ -87,9 +90,9 @@ def _require_grids(points_per_side: int | None, point_grids: Sequence[NDArray] |
     if points_per_side is not None and not _is_number(points_per_side, least=1):
         raise UsageError("There are no points to prompt with", expected="points_per_side from 1", found=points_per_side)
     if point_grids is None:
-        return
-    shapes = [np.shape(grid) for grid in point_grids]
-    grids = [np.array(grid) for grid in point_grids]
+        return None
+    grids = [as_array(grid, "A grid") if is_array(grid) else np.array(grid) for grid in point_grids]
+    shapes = [grid.shape for grid in grids]
     inside = all(grid.dtype.kind in "iuf" and bool(((grid >= 0) & (grid <= 1)).all()) for grid in grids)
     if (
         not inside
@@ -102,6 +105,7 @@ def _require_grids(points_per_side: int | None, point_grids: Sequence[NDArray] |
             expected=f"{layers} array(s) (k, 2), one for each layer of crops, of 0 to 1, with at least one point",
             found=", ".join(map(str, shapes)) or "none",
         )
+    return grids
 
 
 def _is_number(value: object, *, least: float = -math.inf, below: float = math.inf) -> bool:
@@ -187,16 +191,16 @@ class SamAutomaticMaskGenerator(PlainGenerator):
             "min_mask_region_area": min_mask_region_area,
         }
         _require_numbers(**numbers)
-        _require_grids(points_per_side, point_grids, layers=crop_n_layers + 1)
+        grids = _checked_grids(points_per_side, point_grids, layers=crop_n_layers + 1)
         if output_mode not in OUTPUT_MODES:
             raise UsageError("Unknown output_mode", expected=f"one of {', '.join(OUTPUT_MODES)}", found=output_mode)
         _require_package("cv2", "opencv-python-headless", needed=min_mask_region_area > 0)
         _require_package("pycocotools", "pycocotools", needed=output_mode == "coco_rle")
-        if point_grids is None:
+        if grids is None:
             sides = [int(points_per_side / crop_n_points_downscale_factor**i) for i in range(crop_n_layers + 1)]
-            point_grids = [build_point_grid(side) if side else np.zeros((0, 2)) for side in sides]
+            grids = [build_point_grid(side) if side else np.zeros((0, 2)) for side in sides]
         predictor = SamPredictor(model)  # refuses what is not a SAM
-        super().__init__(model, points_per_side=None, point_grids=point_grids, output_mode=output_mode, **numbers)
+        super().__init__(model, points_per_side=None, point_grids=grids, output_mode=output_mode, **numbers)
         self.predictor = predictor
         self._multimask = True
 
@@ -215,9 +219,27 @@ class SamAutomaticMaskGenerator(PlainGenerator):
 
         Raises:
             ImageError: not three channels of 8 bits.
+            UsageError: `crop_n_layers` is too large for this image.
         """
         self._multimask = multimask_output
-        return super().generate(color_image(image))
+        image = color_image(image)
+        self._require_pixels(image.shape[0], image.shape[1])
+        return super().generate(image)
+
+    def _require_pixels(self, height: int, width: int) -> None:
+        """Check that every crop has pixels.
+
+        Raises:
+            UsageError: there are too many layers for the image.
+        """
+        for layers in range(1, self.crop_n_layers + 1):
+            boxes, _ = generate_crop_boxes((height, width), layers, self.crop_overlap_ratio)
+            if any(x0 >= x1 or y0 >= y1 for x0, y0, x1, y1 in boxes):
+                raise UsageError(
+                    "The image is too small for so many layers of crops",
+                    expected=f"crop_n_layers up to {layers - 1}",
+                    found=f"{self.crop_n_layers} for {height} x {width} pixels",
+                )
 
     def _process_crop(
         self, image: NDArray, crop_box: list[int], crop_layer_idx: int, orig_size: tuple[int, ...]

@@ -55,6 +55,21 @@ def test_a_grid_that_becomes_too_coarse_for_crops_leaves_them_out(sam: HqSam) ->
     assert [m["bbox"] for m in coarse] == [m["bbox"] for m in plain]
 
 
+def test_more_layers_than_the_image_has_pixels_for_are_a_sentence(sam: HqSam) -> None:
+    """Some crops of the last layers would lie beyond the image."""
+    with pytest.raises(UsageError, match=r"too small.*Expected crop_n_layers up to \d\. Found 9 for 90 x 120 pixels"):
+        found(sam, crop_n_layers=9)
+
+
+def test_grids_may_be_tensors_and_lists(sam: HqSam) -> None:
+    grid = [[0.25, 0.5], [0.5, 0.5]]
+    boxes = [
+        [mask["bbox"] for mask in found(sam, points_per_side=None, point_grids=[given])]
+        for given in (np.array(grid), torch.tensor(grid, requires_grad=True), grid)
+    ]
+    assert boxes[0] == boxes[1] == boxes[2] != []
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
