@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,8 @@ FOLDS = 5
 SEED = 12345
 """Seed of nnU-Net's folds."""
 NAMED_FILE = "splits_named.json"
+ALL = "all"
+"""The fold that trains and validates on everything."""
 
 
 class SplittableCase(Protocol):
@@ -158,13 +160,28 @@ def named_splits(dataset: SplittableDataset) -> dict[str, Split]:
     where = dataset.folder / "dataset.json"
     if not isinstance(given, dict):
         raise DatasetError('"splits" must map names to {"train": [...], "val": [...]}', where=where)
-    require_names(map(str, given), where=f"{where}, splits")
+    _require_split_names(given, where=f"{where}, splits")
     splits = {name: published_split(name, ids) for name in PUBLISHED}
     found = {name: split for name, split in splits.items() if split is not None}
     found |= {name: _split_of(split, where=f"{where}, splits.{name}") for name, split in given.items()}
     for name, split in found.items():
         _check({name: split}, ids, where)
     return found
+
+
+def _require_split_names(names: Iterable[str], *, where: object) -> None:
+    """Check that each split can be chosen by its name, and that its results have a folder of their own."""
+    names = [*map(str, names)]
+    require_names(names, where=where)
+    taken = [name for name in names if name.isdigit() or name == ALL]
+    if taken:
+        raise DatasetError(
+            "Splits have names that mean other folds",
+            where=where,
+            expected=f'other names than numbers, which choose the folds of splits_final.json, and "{ALL}"',
+            found=shortlist(taken),
+            remedy="Rename these splits",
+        )
 
 
 def leaks(splits: Mapping[str, Split], groups: Mapping[str, str]) -> list[str]:
@@ -297,7 +314,7 @@ def read_named_splits(path: Path, ids: Sequence[str] | None = None) -> dict[str,
     data = _load(path)
     if not isinstance(data, dict):
         raise RecordError("A file of named splits is not a mapping", where=path, remedy="Delete it and plan again")
-    require_names(map(str, data), where=path)
+    _require_split_names(data, where=path)
     named = {str(name): _split_of(split, where=f"{path}, {name}") for name, split in data.items()}
     _check(named, ids, path)
     return named
@@ -319,14 +336,14 @@ def get_split(layout: Layout, dataset: str, fold: str, *, ids: Sequence[str] | N
     """
     path = layout.splits_file(dataset)
     folds = {str(number): split for number, split in enumerate(read_splits(path, ids))}
-    if fold == "all":
+    if fold == ALL:
         everything = sorted(ids if ids is not None else {c for s in folds.values() for c in (*s.train, *s.val)})
         return Split(train=tuple(everything), val=tuple(everything))
     named_path = path.with_name(NAMED_FILE)
     if named_path.is_file():
         folds |= read_named_splits(named_path, ids)
     if fold not in folds:
-        raise UsageError("The fold does not exist", where=fold, expected=f"one of {', '.join([*folds, 'all'])}")
+        raise UsageError("The fold does not exist", where=fold, expected=f"one of {', '.join([*folds, ALL])}")
     return folds[fold]
 
 

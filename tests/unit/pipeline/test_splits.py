@@ -160,6 +160,19 @@ def test_dataset_json_may_name_splits():
         named_splits(dataset(["a", "c"], splits=chosen))
 
 
+@pytest.mark.parametrize("name", ["0", "007", "all"])
+def test_a_split_is_not_called_like_another_fold(name, layout, tmp_path):
+    """Its results would lie in the folder of that fold, which could not be chosen any more, or it could not."""
+    chosen = {name: {"train": ["a"], "val": ["b"]}}
+    with pytest.raises(DatasetError, match=rf"names that mean other folds.*dataset\.json, splits.*Found {name}"):
+        named_splits(dataset(["a", "b"], splits=chosen))
+    load_or_make_splits(dataset(["a", "b"], tmp_path), layout)
+    path = layout.splits_file("Dataset001_A").with_name("splits_named.json")
+    path.write_text(json.dumps(chosen))
+    with pytest.raises(DatasetError, match=rf"names that mean other folds.*splits_named\.json.*Found {name}"):
+        get_split(layout, "Dataset001_A", "1")
+
+
 def test_new_splits_are_written_in_nnunets_format_with_the_named_ones(layout, tmp_path):
     ids = [f"img{n:04d}" for n in BTCV]
     splits = load_or_make_splits(dataset(ids, tmp_path), layout)
