@@ -16,6 +16,8 @@ from support import samhq_commands
 from support.commands import run, run_error, run_ok
 from support.tiny_model import make_plan, write_image, write_model
 
+from rfmedsam2.pipeline.prediction import postprocessing as rule_module
+from rfmedsam2.pipeline.prediction import predictor as predictor_module
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PredictionsRecord
 
@@ -112,6 +114,37 @@ def test_corrected_predictions_are_not_replaced(model, images, tmp_path) -> None
     run_ok(*predicting(model, images, out))  # unchanged predictions of ours are made again, as always
 
 
+@pytest.mark.parametrize("command", ["predict", "postprocess"])
+@pytest.mark.parametrize("words", [(), ("--overwrite",)], ids=str)
+def test_a_label_map_that_is_saved_during_the_run_stays(command, words, model, images, tmp_path, monkeypatch) -> None:
+    """A person goes through the predictions of yesterday while they are made again."""
+    first = tmp_path / "first"
+    run_ok(*predicting(model, images, first))
+    module, name = (predictor_module, "predict_prepared") if command == "predict" else (rule_module, "postprocess")
+    real, out = getattr(module, name), tmp_path / "out"
+    mine = write_image(tmp_path / "mine.nii.gz", 9).read_bytes()
+
+    def meanwhile(*given, **named):
+        (out / "case2.nii.gz").write_bytes(mine)
+        return real(*given, **named)
+
+    asked = predicting(model, images, out, *words)
+    if command == "postprocess":
+        rule = {"format": 1, "dataset": "Dataset900_Tiny", "labels": {"background": 0, "liver": 1, "spleen": 2}}
+        (tmp_path / "rule.json").write_text(json.dumps(rule | {"steps": []}))
+        asked = ("postprocess", "-i", first, "-o", out, "--rule", tmp_path / "rule.json", *words)
+    run_ok(*asked)
+    monkeypatch.setattr(module, name, meanwhile)
+    if "--overwrite" in words:
+        run_ok(*asked)
+        assert (out / "case2.nii.gz").read_bytes() == (first / "case2.nii.gz").read_bytes()
+        return
+    told = run_error(*asked)
+    assert f"case2: Somebody else saved a label map here while this run was under way: {out / 'case2.nii.gz'}" in told
+    assert (out / "case2.nii.gz").read_bytes() == mine
+    assert (out / "case0.nii.gz").is_file()
+
+
 def test_a_touched_prediction_is_no_correction(model, images, tmp_path) -> None:
     out = tmp_path / "out"
     run_ok(*predicting(model, images, out))
@@ -176,8 +209,10 @@ def test_one_image_becomes_one_file(model, images, tmp_path) -> None:
     assert (tmp_path / "labels.probabilities.b2nd").is_file()
     assert "3 cases" in run_error(*predicting(model, images, tmp_path / "all.nii.gz"))
     assert not (tmp_path / "all.nii.gz").exists()
-    for ending in (".dcm", ".nhdr"):
-        assert ending in run_error(*predicting(model, images / "case0_0000.nii.gz", tmp_path / f"x{ending}"))
+    for ending in (".dcm", ".nhdr", ".img", ".HDR", ".nii.bz2", ".json"):
+        told = run_error(*predicting(model, images / "case0_0000.nii.gz", tmp_path / f"x{ending}"))
+        assert f"Label maps cannot be written in this format: {tmp_path / f'x{ending}'}" in told
+        assert not (tmp_path / f"x{ending}").exists()
 
 
 def test_an_image_is_never_its_own_prediction(model, images) -> None:
@@ -370,6 +405,8 @@ def test_the_spacing_of_a_stack_and_the_list_of_predictions_are_two_files(tmp_pa
     assert "would be one file, predictions.json" in told
     assert "Rename the case" in told
     assert not (tmp_path / "out").exists()
-    (tmp_path / "in" / "predictions_0000.nii.gz").rename(tmp_path / "in" / "other_0000.nii.gz")
+    (tmp_path / "in" / "predictions_0000.nii.gz").rename(tmp_path / "in" / "dataset_0000.nii.gz")
+    assert "the names of all labels would be one file, dataset.json" in run_error(*words)
+    (tmp_path / "in" / "dataset_0000.nii.gz").rename(tmp_path / "in" / "other_0000.nii.gz")
     run_ok(*words)
     assert json.loads((tmp_path / "out" / "other.json").read_text())["spacing"] == pytest.approx([2.0, 0.8, 0.9])

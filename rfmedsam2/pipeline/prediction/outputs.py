@@ -22,6 +22,10 @@ from rfmedsam2.system.atomic import is_taken, read_record, require_possible_fold
 from rfmedsam2.system.ordinary_files import file_sha256
 
 UNWRITABLE = (".dcm", ".nhdr")
+OF_FILES = (".img", ".hdr", ".jpg", ".jpeg", ".vtk", ".npy", ".npz", ".gz", ".bz2", ".zst", ".zip", ".json", ".csv")
+"""Endings of what cannot hold a label map; who gives such a name wants a file, not a folder of it."""
+RECORDS = {PREDICTIONS: "the list of all of them", "dataset.json": "the names of all labels"}
+"""What is read in a folder of label maps beside them."""
 PROBABILITIES = ".probabilities.b2nd"
 LISTING = ".listing"
 """Locked by the run of a part while it adds to predictions.json."""
@@ -49,7 +53,8 @@ class Outputs:
     def __init__(
         self, place: Path, *, ending: str, overwrite: bool, continue_: bool | None, part: Part | None = None
     ) -> None:
-        self.file = place if image_ending(place) is not None and not (is_taken(place) and place.is_dir()) else None
+        named_as_file = image_ending(place) is not None or place.suffix.lower() in OF_FILES
+        self.file = place if named_as_file and not (is_taken(place) and place.is_dir()) else None
         self.folder = place if self.file is None else place.parent
         if self.file is not None and part is not None:
             raise UsageError("One file cannot hold the label maps of a part", where=place, expected="a folder")
@@ -140,9 +145,27 @@ class Outputs:
         Of what we made and cannot be read any more, nothing is worth keeping.
         """
         target = self.target(case)
-        if not self._continue or self._overwrite or not is_taken(target) or self.is_ours(target):
+        return bool(self._continue) and not self._overwrite and self._is_worth_keeping(target)
+
+    def _is_worth_keeping(self, labels: Path) -> bool:
+        """Whether a label map is there that is not ours; to go on, one that was ours must still be readable."""
+        if not is_taken(labels) or self.is_ours(labels):
             return False
-        return target.name not in self._listed or _is_readable(target)
+        return not self._continue or labels.name not in self._listed or _is_readable(labels)
+
+    def require_still_free(self, case: Case) -> None:
+        """Check, just before a label map is written, that nobody has saved one in its place since the run began.
+
+        Raises:
+            UsageError: somebody has.
+        """
+        target = self.target(case)
+        self._ours.pop(target, None)
+        if not self._overwrite and self._is_worth_keeping(target):
+            remedy = f"It stays as it is. Replace it with {option('overwrite', True)}"
+            raise UsageError(
+                "Somebody else saved a label map here while this run was under way", where=target, remedy=remedy
+            )
 
     def require_free(self, cases: Sequence[Case], *, probabilities: bool, inputs: Sequence[Path] = ()) -> None:
         """Check that nothing of somebody else's would be replaced.
@@ -215,9 +238,10 @@ class Outputs:
     def _require_possible(self, cases: Sequence[Case]) -> None:
         if self.file is None:
             for target in map(self.target, cases):
-                if spacing_file(target) is not None and target.with_suffix(".json") == self._record:
+                beside = None if spacing_file(target) is None else target.with_suffix(".json").name
+                if beside in RECORDS:
                     raise UsageError(
-                        f"The spacing of a label map and the list of all of them would be one file, {PREDICTIONS}",
+                        f"The spacing of a label map and {RECORDS[beside]} would be one file, {beside}",
                         where=target,
                         remedy="Rename the case",
                     )
@@ -230,11 +254,11 @@ class Outputs:
                 found=f"{len(cases)} cases",
             )
         require_possible_folder(self.folder)
-        if (image_ending(self.file) or "").lower() in UNWRITABLE:
+        if (image_ending(self.file) or UNWRITABLE[0]).lower() in UNWRITABLE:
             raise UsageError(
                 "Label maps cannot be written in this format",
                 where=self.file,
-                expected="a file name ending in .nii.gz, .nii, .nrrd, .mha, .mhd or .mgz",
+                expected="a file name ending in .nii.gz, .nii, .nrrd, .mha, .mhd or .mgz, or a folder",
             )
 
     def _is_as_written(self, path: Path, entry: PredictedCase) -> bool:

@@ -161,6 +161,7 @@ def _apply(case: Case, *, rule: PostprocessingRule, outputs: Outputs) -> Postpro
         if strange:
             return f"{case.id}: it holds values that the rule's labels do not name ({shortlist(strange)})"
         after = postprocess(before, rule.steps, labels, voxel_ml=voxel_ml_of(volume.grid))
+        outputs.require_still_free(case)
         write_label(outputs.target(case), after, header)
     except RfMedSamError as error:
         return f"{case.id}: {str(error).rstrip('.')}"

@@ -239,6 +239,7 @@ class Run:
         """Write the label map, then its entry, so that entries only refer to finished files."""
         started = time.perf_counter()
         target = self.outputs.target(case)
+        self.outputs.require_still_free(case)
         write_label(target, prediction.labels, item.header)
         if self.outputs.file is not None:
             return target
