@@ -20,6 +20,16 @@ Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Half-open index ranges ((z0, z1), (y0, y1), (x0, x1))."""
 
 _UNIT_TOLERANCE = 1e-2  # files hold directions with few digits
+MAX_SKEW_DEGREES = 1.0
+"""Axes further than this from 90 degrees are rejected.
+
+Rounded quaternions and affines with few digits give hundredths of a degree; a tilted gantry gives 5 to 30. At one
+degree treating the axes as perpendicular is wrong by at most 1.8 % of any length, far below what augmentation does to
+training patches. Written labels keep the source's own axes, so that they fit their image to the last digit.
+"""
+FLAT_SPACING_MM = 999.0
+"""Spacing of the missing axis of a 2D image, in multiples of the larger of its two (nnU-Net's convention for 2D)."""
+_UPRIGHT = 1e-3  # length of a unit vector seen along z, below which it says nothing
 IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """Its own inverse: NIfTI's and FreeSurfer's world runs to the right and to the front."""
@@ -157,6 +167,27 @@ def scaled(grid: Grid, unit_mm: float) -> Grid:
         spacing_zyx_mm=_triple(np.multiply(grid.spacing_zyx_mm, unit_mm)),
         origin_xyz_mm=_triple(np.multiply(grid.origin_xyz_mm, unit_mm)),
     )
+
+
+def flattened(grid: Grid) -> Grid:
+    """The grid of a single plane in the plane's own two axes, as ITK reads images with two axes.
+
+    z gets a spacing far above the others, so that it counts as the coarse axis (as in nnU-Net); the plane's position
+    and tilt are dropped. Where its axes, seen along z, are not perpendicular, ITK's direction in two axes is none, and
+    all of the place is dropped. A grid of several planes stays as it is.
+    """
+    if grid.shape_zyx[0] != 1:
+        return grid
+    _, y, x = grid.spacing_zyx_mm
+    coarse = Grid(shape_zyx=grid.shape_zyx, spacing_zyx_mm=(FLAT_SPACING_MM * max(y, x), y, x))
+    axes = np.asarray(grid.direction)[:2, :2]
+    lengths = np.linalg.norm(axes, axis=0)
+    if lengths.min() < _UPRIGHT or abs(np.dot(*(axes / lengths).T)) > np.sin(np.radians(MAX_SKEW_DEGREES)):
+        return coarse
+    u, _, vt = np.linalg.svd(axes / lengths)
+    (a, b), (c, d) = (u @ vt).tolist()
+    left, back, _ = grid.origin_xyz_mm
+    return replace(coarse, origin_xyz_mm=(left, back, 0.0), direction=((a, b, 0.0), (c, d, 0.0), (0.0, 0.0, 1.0)))
 
 
 def triple_of(values: object, name: str) -> Triple:

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import GeometryError, ImageError, shortlist
-from rfmedsam2.geometry import Grid
+from rfmedsam2.geometry import MAX_SKEW_DEGREES, Grid
 from rfmedsam2.store.formats.dicom_files import dicom_files, is_dicom_file, text
 from rfmedsam2.store.formats.dicom_pixels import stored_values
 from rfmedsam2.store.formats.dicom_rescale import result_type
 from rfmedsam2.store.formats.dicom_slices import NoSlicesError, Slice, slices_of
-from rfmedsam2.store.formats.image_header import MAX_SKEW_DEGREES, ImageHeader, checked_spacing, parsing, repaired
+from rfmedsam2.store.formats.image_header import ImageHeader, checked_spacing, parsing, repaired
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,21 +22,10 @@ from nibabel.spatialimages import HeaderDataError
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from rfmedsam2.errors import GeometryError, ImageError, RfMedSamError
-from rfmedsam2.geometry import Grid, scaled
+from rfmedsam2.geometry import MAX_SKEW_DEGREES, Grid, flattened, scaled
 from rfmedsam2.records.verify import FaultKind
 from rfmedsam2.system.memory import free_bytes
 from rfmedsam2.system.ordinary_files import require_ordinary
-
-MAX_SKEW_DEGREES = 1.0
-"""Axes further than this from 90 degrees are rejected.
-
-Rounded quaternions and affines with few digits give hundredths of a degree; a tilted gantry gives 5 to 30. At one
-degree treating the axes as perpendicular is wrong by at most 1.8 % of any length, far below what augmentation does to
-training patches. Written labels keep the source's own axes, so that they fit their image to the last digit.
-"""
-
-FLAT_SPACING_MM = 999.0
-"""Spacing of the missing axis of a 2D image, in multiples of the larger of its two (nnU-Net's convention for 2D)."""
 
 _SURELY_FREE = 256 << 20  # bytes; looking up the free memory would take longer than reading less
 
@@ -65,6 +54,7 @@ class NiftiGeometry:
         qform_code: 0 when the file has no qform.
         nibabel: the grid that nibabel reads, in the file's unit, if it differs from ours.
         itk: the grid that ITK reads, if it differs from ours: it takes an empty pixdim for 1, we for the sform's.
+        mirrored: ITK turns axes around, as their pixdim is negative; nibabel does not.
         unit_mm: the file's unit of length, mm.
         unit_known: False: the header does not say; millimeters are assumed, as in ITK.
         scaling: slope and intercept; None if voxels are not scaled.
@@ -75,6 +65,7 @@ class NiftiGeometry:
     qform_code: int
     nibabel: Grid | None = None
     itk: Grid | None = None
+    mirrored: bool = False
     unit_mm: float = 1.0
     unit_known: bool = True
     scaling: tuple[float, float] | None = None
@@ -83,9 +74,11 @@ class NiftiGeometry:
     def ambiguity(self) -> str | None:
         """Why ITK and nibabel place the voxels differently; None if they agree."""
         if self.itk is not None:
-            return "a spacing of the header's pixdim is empty"
+            return "the header's pixdim does not state every spacing of its sform"
         if self.nibabel is None:
             return None
+        if self.mirrored:
+            return "a spacing of the header's pixdim is negative"
         if self.unit_mm != 1:
             return f"the header's unit of length is the {'meter' if self.unit_mm > 1 else 'micrometer'}, not the mm"
         if self.sform_code <= 0 and self.qform_code <= 0:
@@ -289,25 +282,6 @@ def readers_differ(header: ImageHeader) -> str | None:
         return None
     read = "read as by ITK" if nifti.itk is None else "read with the sform's spacing"
     return f"ITK and nibabel place this image differently, by up to {away:.4g} mm: {nifti.ambiguity}; {read}"
-
-
-def flattened(grid: Grid) -> Grid:
-    """The grid of a single plane in the plane's own two axes, as ITK reads images with two axes.
-
-    z gets a spacing far above the others, so that it counts as the coarse axis (as in nnU-Net); the plane's position
-    and tilt are dropped, unless it does not run along x and y. A grid of several planes stays as it is.
-    """
-    if grid.shape_zyx[0] != 1:
-        return grid
-    _, y, x = grid.spacing_zyx_mm
-    coarse = replace(grid, spacing_zyx_mm=(FLAT_SPACING_MM * max(y, x), y, x))
-    axes = np.asarray(grid.direction)[:2, :2]
-    lengths = np.linalg.norm(axes, axis=0)
-    if not lengths.min() > np.cos(np.radians(MAX_SKEW_DEGREES)):
-        return coarse
-    (a, b), (c, d) = (axes / lengths).tolist()
-    left, back, _ = grid.origin_xyz_mm
-    return replace(coarse, origin_xyz_mm=(left, back, 0.0), direction=((a, b, 0.0), (c, d, 0.0), (0.0, 0.0, 1.0)))
 
 
 @contextmanager

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import GeometryError, ImageError, StoreError
-from rfmedsam2.geometry import Grid, Triple
+from rfmedsam2.geometry import FLAT_SPACING_MM, Grid, Triple, flattened
 from rfmedsam2.simpleitk import sitk
 from rfmedsam2.store.formats.decompression import damaged
 from rfmedsam2.store.formats.detached import stack_spacing
 from rfmedsam2.store.formats.image_header import (
-    FLAT_SPACING_MM,
     ImageHeader,
     checked_spacing,
     repaired,
@@ -67,7 +66,7 @@ def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
         image.SetOrigin(grid.origin_xyz_mm[:axes])
         direction = np.asarray(grid.direction)[:axes, :axes]
         if abs(np.linalg.det(direction)) > 1e-3:  # a plane that stands upright has no direction in two axes
-            image.SetDirection(direction.ravel().tolist())
+            image.SetDirection((direction / np.linalg.norm(direction, axis=0)).ravel().tolist())
     named = path.with_suffix(path.suffix.lower())  # ITK knows some endings in lower case only
     try:
         sitk.WriteImage(image, str(named), useCompression=True)
@@ -122,7 +121,8 @@ def _header(path: Path, reader: sitk.ImageFileReader) -> ImageHeader:
     raster = path.suffix.lower() in RASTER_ENDINGS
     stated = stack_spacing(path, planes=size[2] if axes == 3 else 1) if raster else None
     source = _grid(path, reader, raster=raster, stated=stated)
-    straight, skew = repaired(source, where=path)
+    # two axes of a tilted plane need not be perpendicular as ITK writes them, without what is along z
+    straight, skew = repaired(source, where=path) if axes > 2 or raster else (flattened(source), 0.0)
     return ImageHeader(
         grid=straight,
         source_grid=source,

@@ -15,10 +15,9 @@ from nibabel.freesurfer.mghformat import MGHError, MGHImage
 from nibabel.spatialimages import HeaderDataError
 
 from rfmedsam2.errors import ImageError
-from rfmedsam2.geometry import Grid
+from rfmedsam2.geometry import MAX_SKEW_DEGREES, Grid
 from rfmedsam2.store.formats.decompression import chunks_of, damaged
 from rfmedsam2.store.formats.image_header import (
-    MAX_SKEW_DEGREES,
     ImageHeader,
     checked_spacing,
     repaired,

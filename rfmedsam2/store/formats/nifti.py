@@ -10,6 +10,7 @@ import gzip
 import math
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
 from rfmedsam2.errors import ImageError
+from rfmedsam2.geometry import flattened
 from rfmedsam2.store.formats.decompression import chunks_of, damaged, fill, is_gzip, require_size
 from rfmedsam2.store.formats.image_header import ImageHeader, NiftiGeometry, repaired, require_memory
-from rfmedsam2.store.formats.nifti_placement import placement
+from rfmedsam2.store.formats.nifti_placement import is_flat, placement
 
 _LARGEST_RATIO = 1100  # deflate's largest compression ratio is 1032
 
@@ -132,21 +134,26 @@ def _image_header(path: Path, raw: Nifti1Header) -> ImageHeader:
     shape_xyz, channels = _shape(path, raw)
     placed = placement(path, raw, shape_xyz)
     straight, skew = repaired(placed.grid, where=path)
+    source, flat = placed.grid, is_flat(raw)
+    if flat:
+        straight = flattened(source)
+        source = replace(source, spacing_zyx_mm=straight.spacing_zyx_mm)
     native = raw.as_byteswapped("<")
     return ImageHeader(
         grid=straight,
-        source_grid=placed.grid,
+        source_grid=source,
         channels=channels,
         dtype=_dtype(path, raw),
         format="nifti",
         skew_degrees=skew,
-        flat=len(raw.get_data_shape()) == 2,
+        flat=flat,
         nifti=NiftiGeometry(
             block=native.binaryblock,
             sform_code=int(raw["sform_code"]),
             qform_code=int(raw["qform_code"]),
             nibabel=placed.nibabel,
             itk=placed.itk,
+            mirrored=placed.mirrored,
             unit_mm=placed.unit_mm,
             unit_known=int(raw["xyzt_units"]) & 7 != 0,
             scaling=_scaling(raw),

@@ -2,8 +2,9 @@
 
 ITK takes the sform if its axes are perpendicular and it has code 1, equals the qform, or stands alone; else the qform.
 (Straight forms that only mirror each other count as equal.) Without either the axes run to the left, to the back and up
-from the origin. Spacing is pixdim, lengths are converted to mm. Where pixdim is empty ITK takes 1; we take the sform's
-spacing. nibabel takes the sform whenever there is one, and converts no units.
+from the origin. Spacing is pixdim, and an axis whose pixdim is negative is turned around; lengths are converted
+to mm. Where pixdim is empty ITK takes 1; we take the sform's spacing, also where pixdim is 1 (as nibabel writes empty
+ones) and there is no qform. nibabel takes the sform whenever there is one, and converts no units.
 (itkNiftiImageIO.cxx of ITK 5.4, checked against SimpleITK 2.5.)
 """
 
@@ -17,8 +18,8 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.spatialimages import HeaderDataError
 
 from rfmedsam2.errors import GeometryError
-from rfmedsam2.geometry import Grid, Shape, scaled
-from rfmedsam2.store.formats.image_header import checked_spacing, flattened, repaired
+from rfmedsam2.geometry import Grid, Shape, flattened, scaled
+from rfmedsam2.store.formats.image_header import checked_spacing, repaired
 from rfmedsam2.volume import unit_mm
 
 _LONGEST_QUATERNION = 1.001
@@ -32,15 +33,17 @@ class Placement:
     """The two readings of a NIfTI header.
 
     Attributes:
-        grid: ours, mm; its axes need not be perpendicular if there is no qform.
+        grid: ours, mm, of three axes; they need not be perpendicular if there is no qform.
         nibabel: as nibabel reads it, in the unit of the file; None if that is the same, or no grid at all.
         itk: as ITK reads it, mm; None if that is the same.
+        mirrored: ITK turns axes around.
         unit_mm: the file's unit of length, mm.
     """
 
     grid: Grid
     nibabel: Grid | None
     itk: Grid | None
+    mirrored: bool
     unit_mm: float
 
 
@@ -50,7 +53,7 @@ def placement(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int]) ->
     Raises:
         GeometryError: no usable form, an invalid spacing, or a sform whose scale contradicts pixdim.
     """
-    flat = len(raw.get_data_shape()) == 2
+    flat = is_flat(raw)
     shape = (shape_xyz[2], shape_xyz[1], shape_xyz[0])
     sform = _sform(raw)
     zooms = checked_spacing(_zooms(raw, sform), where=path)
@@ -58,6 +61,10 @@ def placement(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int]) ->
     if sform is None and qform is None and _has_form(raw):
         raise _unusable(path, raw)
     found = Grid.from_affine_ras(_affine(raw, sform, zooms), shape)
+    stated = np.array(raw["pixdim"][1:4], dtype=float)
+    if sform is not None and qform is None and not _scales_agree(found, zooms, flat=flat):
+        stated[np.abs(stated) == 1] = 0  # nibabel's for empty ones
+        zooms = checked_spacing(_filled(stated, sform), where=path)
     if qform is None and not _scales_agree(found, zooms, flat=flat):
         _ = repaired(found, where=path)  # skew raises its own error
         raise GeometryError(
@@ -68,34 +75,48 @@ def placement(path: Path, raw: Nifti1Header, shape_xyz: tuple[int, int, int]) ->
             remedy="Correct pixdim or the affine",
         )
     unit = unit_mm(int(raw["xyzt_units"]))
-    grid = _in_mm(found, zooms, unit, flat=flat)
-    pixdim = np.array(raw["pixdim"][1:4], dtype=float)
-    itk = grid
-    if _empty(pixdim).any():
-        ones = checked_spacing(np.where(_empty(pixdim), 1.0, zooms).tolist(), where=path)  # niftilib's for empty ones
-        itk = _in_mm(Grid.from_affine_ras(_affine(raw, sform, ones), shape), ones, unit, flat=flat)
-    other = _as_nibabel(raw, shape, qform)
-    other = flattened(other) if flat and other is not None else other
+    source = grid = _in_mm(found, zooms, unit)
+    itk, other = grid, _as_nibabel(raw, shape, qform)
+    if _empty(stated).any():
+        ones = checked_spacing(np.where(_empty(stated), 1.0, zooms).tolist(), where=path)  # niftilib's for empty ones
+        itk = _in_mm(Grid.from_affine_ras(_affine(raw, sform, ones), shape), ones, unit)
+    if flat:
+        grid, itk, other = flattened(grid), flattened(itk), other and flattened(other)
     same = other is not None and grid.mismatch(other) is None
-    itk = None if grid.mismatch(itk) is None else itk
-    return Placement(grid=grid, nibabel=None if same else other, itk=itk, unit_mm=unit)
+    return Placement(
+        grid=source,
+        nibabel=None if same else other,
+        itk=None if grid.mismatch(itk) is None else itk,
+        mirrored=bool((_turns(raw) < 0).any()),
+        unit_mm=unit,
+    )
+
+
+def is_flat(raw: Nifti1Header) -> bool:
+    """Whether an image has two axes, as ITK counts them: its channels are the fifth."""
+    shape = raw.get_data_shape()
+    return len(shape) == 2 or (len(shape) == 5 and shape[2:4] == (1, 1))
 
 
 def _affine(raw: Nifti1Header, sform: np.ndarray | None, zooms: tuple[float, float, float]) -> np.ndarray:
     """The form that ITK takes for these spacings."""
-    qform = _qform(raw, zooms) if int(raw["qform_code"]) > 0 else None
-    if sform is not None and (qform is None or _itk_prefers(sform, qform, int(raw["sform_code"]))):
-        return sform
-    return np.diag([-zooms[0], -zooms[1], zooms[2], 1.0]) if qform is None else qform
+    form = _qform(raw, zooms) if int(raw["qform_code"]) > 0 else None
+    if sform is not None and (form is None or _itk_prefers(sform, form, int(raw["sform_code"]))):
+        form = sform
+    return (np.diag([-zooms[0], -zooms[1], zooms[2], 1.0]) if form is None else form) * _turns(raw)
+
+
+def _turns(raw: Nifti1Header) -> np.ndarray:
+    """-1 for axes (x, y, z) that ITK turns around, else 1; and 1 for the origin."""
+    return np.array([-1.0 if mm < 0 else 1.0 for mm in raw["pixdim"][1:4]] + [1.0])
 
 
 def _empty(pixdim: np.ndarray) -> np.ndarray:
     return ~np.isfinite(pixdim) | (pixdim == 0)
 
 
-def _in_mm(grid: Grid, zooms: tuple[float, float, float], unit: float, *, flat: bool) -> Grid:
-    grid = scaled(replace(grid, spacing_zyx_mm=zooms[::-1]), unit)
-    return flattened(grid) if flat else grid
+def _in_mm(grid: Grid, zooms: tuple[float, float, float], unit: float) -> Grid:
+    return scaled(replace(grid, spacing_zyx_mm=zooms[::-1]), unit)
 
 
 def _has_form(raw: Nifti1Header) -> bool:
@@ -128,12 +149,15 @@ def _sform(raw: Nifti1Header) -> np.ndarray | None:
 
 def _zooms(raw: Nifti1Header, sform: np.ndarray | None) -> list[float]:
     """Spacing in pixdim along x, y, z, in the file's unit; where pixdim is empty (0 or NaN), that of the sform."""
-    zooms = np.array(raw["pixdim"][1:4], dtype=float)
-    if sform is not None:
-        zooms = np.where(_empty(zooms), np.linalg.norm(sform[:3, :3], axis=0), zooms)
-    if len(raw.get_data_shape()) == 2 and not zooms[2] > 0:
+    zooms = np.abs(np.array(raw["pixdim"][1:4], dtype=float))
+    zooms = zooms if sform is None else np.array(_filled(zooms, sform))
+    if is_flat(raw) and not zooms[2] > 0:
         zooms[2] = 1.0  # a file with two axes need not say anything about a third
     return zooms.tolist()
+
+
+def _filled(zooms: np.ndarray, sform: np.ndarray) -> list[float]:
+    return np.where(_empty(zooms), np.linalg.norm(sform[:3, :3], axis=0), np.abs(zooms)).tolist()
 
 
 def _qform(raw: Nifti1Header, zooms: tuple[float, float, float]) -> np.ndarray | None:
@@ -189,8 +213,12 @@ def _as_nibabel(raw: Nifti1Header, shape_zyx: Shape, qform: np.ndarray | None) -
     try:
         if int(raw["sform_code"]) > 0:
             affine = _sform(raw)
+        elif int(raw["qform_code"]) > 0:
+            affine = qform
         else:
-            affine = qform if int(raw["qform_code"]) > 0 else np.asarray(raw.get_base_affine(), dtype=float)
+            plain = raw.copy()
+            plain["pixdim"] = np.abs(plain["pixdim"])  # as nibabel does when it opens a file
+            affine = np.asarray(plain.get_base_affine(), dtype=float)
         return None if affine is None else Grid.from_affine_ras(affine, shape_zyx)
     except (HeaderDataError, ValueError):
         return None

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image, ImageSequence, TiffImagePlugin, UnidentifiedImageError
 
 from rfmedsam2.errors import ImageError
-from rfmedsam2.geometry import Grid
+from rfmedsam2.geometry import FLAT_SPACING_MM, Grid
 from rfmedsam2.store.formats.decompression import damaged
 from rfmedsam2.store.formats.detached import STACK_ENDINGS, spacing_file, stack_spacing
-from rfmedsam2.store.formats.image_header import FLAT_SPACING_MM, ImageHeader, require_memory
+from rfmedsam2.store.formats.image_header import ImageHeader, require_memory
 
 ONE_PLANE_ENDINGS = (".png", ".bmp")
 RASTER_ENDINGS = (*ONE_PLANE_ENDINGS, *STACK_ENDINGS)

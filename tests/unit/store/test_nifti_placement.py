@@ -51,9 +51,7 @@ def write(
 
 def by_itk(path: Path) -> Grid:
     """The grid that SimpleITK reads."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
+    reader = sitk.ReadImage(str(path))  # its information alone has negative spacings as they are stored
     x, y, z = reader.GetSize()
     rows = np.reshape(reader.GetDirection(), (3, 3)).tolist()
     return Grid(
@@ -240,11 +238,30 @@ def test_an_empty_pixdim_is_taken_from_the_sform(tmp_path: Path) -> None:
         path = write(tmp_path / "b.nii", sform=2, affine=np.diag([-1, -1, 1.5, 1]), pixdim2=value, pixdim3=value)
         assert read_header(path).grid.spacing_zyx_mm == (1.5, 1.0, 1.0)
         found = str(readers_differ(read_header(path)))  # 7 steps of 1.5 and of 1 mm
-        assert "by up to 3.5 mm: a spacing of the header's pixdim is empty; read with the sform's spacing" in found
+        assert "by up to 3.5 mm: the header's pixdim does not state every spacing of its sform; read with the" in found
+        assert "sform's spacing" in found
     unit = write(tmp_path / "c.nii", affine=np.diag([-1, -1, 1.0, 1]), pixdim3=0.0)  # both programs read 1
     assert readers_differ(read_header(unit)) is None
     with pytest.raises(GeometryError, match="spacing is not positive"):
         read_header(write(tmp_path / "a.nii", sform=0, pixdim3=0.0))
+
+
+def test_a_pixdim_of_1_beside_another_spacing_in_the_sform_is_an_empty_one(tmp_path: Path) -> None:
+    for values in ({"pixdim3": 1.0}, {"pixdim1": 1.0, "pixdim2": 1.0, "pixdim3": 1.0}):
+        header = read_header(write(tmp_path / "a.nii", qform=0, **values))
+        np.testing.assert_allclose(header.grid.spacing_zyx_mm, (2.5, 0.9, 0.8), rtol=1e-6)
+        assert "does not state every spacing" in str(readers_differ(header))
+
+
+@pytest.mark.parametrize("codes", [(1, 0), (0, 1), (1, 1), (2, 1), (0, 0)])
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_an_axis_with_a_negative_pixdim_is_turned_around_as_by_itk(tmp_path: Path, codes, axis: int) -> None:
+    mm = {1: -0.8, 2: -0.9, 3: -2.5}[axis]
+    path = write(tmp_path / "a.nii", sform=codes[0], qform=codes[1], **{f"pixdim{axis}": mm})
+    header = read_header(path)
+    assert_same(header.grid, by_itk(path))
+    assert header.nibabel_grid.mismatch(by_nibabel(path)) is None
+    assert "a spacing of the header's pixdim is negative; read as by ITK" in str(readers_differ(header))
 
 
 def test_a_sform_without_scale_leaves_the_spacing_to_pixdim(tmp_path: Path) -> None:
@@ -286,6 +303,9 @@ KINDS = {
     "pixdim 3 empty, both forms": {"sform": 2, "qform": 1, "pixdim3": 0.0},
     "pixdim empty": {"sform": 4, "qform": 1, "pixdim1": 0.0, "pixdim2": 0.0, "pixdim3": np.nan},
     "micrometers, pixdim 3 empty": {"sform": 1, "qform": 0, "pixdim3": 0.0, "xyzt_units": 3},
+    "pixdim 1 negative": {"sform": 1, "qform": 1, "pixdim1": -0.8},
+    "pixdim 3 negative, no qform": {"sform": 4, "qform": 0, "pixdim3": -2.5},
+    "pixdim 2 negative, no forms": {"sform": 0, "qform": 0, "pixdim2": -0.9},
     "qfac 0": {"sform": 0, "qform": 1, "pixdim0": 0.0},
 }
 
@@ -299,10 +319,7 @@ def test_labels_of_either_program_fit_their_image(tmp_path: Path, kind: str) -> 
     image = nib.load(path)
     nib.save(nib.Nifti1Image((ARRAY > 5).astype(np.uint8), image.affine), tmp_path / "nibabel.nii.gz")
     nib.save(nib.Nifti1Image((ARRAY > 5).astype(np.uint8), image.affine, image.header), tmp_path / "header.nii.gz")
-    names = ["itk.nii.gz", "itk.nrrd", "nibabel.nii.gz", "header.nii.gz"]
-    if "pixdim 3 empty" in kind and KINDS[kind]["qform"] == 0:
-        names.pop()  # nibabel makes an empty pixdim 1 there, which contradicts the sform and is refused
-    for name in names:
+    for name in ("itk.nii.gz", "itk.nrrd", "nibabel.nii.gz", "header.nii.gz"):
         label, found = read_label(tmp_path / name)
         assert grids_differ(header, found) is None, name
         np.testing.assert_array_equal(label.array[0], ARRAY.T > 5)
@@ -414,3 +431,38 @@ def test_an_upright_plane_of_two_axes_is_read_and_its_labels_are_written(tmp_pat
         np.testing.assert_array_equal(label.array[0, 0], FLAT.T > 40)
         if ending == ".nii.gz":
             assert grids_differ(header, found) is None
+
+
+@pytest.mark.parametrize("degrees", [(25, 0), (25, 40), (0.9, 30), (1.1, 30)])
+def test_labels_of_a_tilted_plane_of_two_axes_lie_on_it(tmp_path: Path, degrees: tuple[float, float]) -> None:
+    """A slice of an oblique volume: its axes, seen along z, need not be perpendicular."""
+    affine = np.eye(4)
+    turn = Rotation.from_euler("zxy", [20, degrees[1], degrees[0]], degrees=True).as_matrix()
+    affine[:3] = np.column_stack([turn * [0.5, 0.7, 3], [5, 6, 7]])
+    path = tmp_path / "a.nii.gz"
+    nib.save(nib.Nifti1Image(FLAT, affine), path)
+    header = read_header(path)
+    np.testing.assert_allclose(header.grid.spacing_zyx_mm, (999 * 0.7, 0.7, 0.5), rtol=1e-6)
+    for ending in (".nii.gz", ".nrrd", ".mha"):
+        target = tmp_path / f"b{ending}"
+        write_label(target, (FLAT.T > 40)[None].astype(np.uint8), header)
+        label, found = read_label(target)
+        np.testing.assert_array_equal(label.array[0, 0], FLAT.T > 40)
+        assert grids_differ(header, found) is None
+        one, other = sitk.ReadImage(str(path)), sitk.ReadImage(str(target))
+        for name in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+            np.testing.assert_allclose(getattr(one, name)(), getattr(other, name)(), atol=1e-5)
+    sitk.WriteImage(one > 40, str(tmp_path / "itk.nrrd"))
+    assert grids_differ(header, read_header(tmp_path / "itk.nrrd")) is None
+
+
+def test_channels_of_two_axes_are_one_plane(tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(np.stack([FLAT.T, FLAT.T + 1], axis=-1), isVector=True)
+    image.SetSpacing((0.5, 0.7))
+    sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))
+    volume, header = read_image(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(volume.array[:, 0], [FLAT.T, FLAT.T + 1])
+    np.testing.assert_allclose(header.grid.spacing_zyx_mm, (999 * 0.7, 0.7, 0.5), rtol=1e-6)
+    write_label(tmp_path / "b.nii.gz", np.ones((1, 8, 10), np.uint8), header)
+    assert sitk.ReadImage(str(tmp_path / "b.nii.gz")).GetSize() == (10, 8)
+    assert grids_differ(header, read_header(tmp_path / "b.nii.gz")) is None
