@@ -184,12 +184,13 @@ def import_model(
         force: Replace a model of the same name.
     """
     from rfmedsam2.cli.progress import bars
-    from rfmedsam2.pipeline.prediction import model_archive
     from rfmedsam2.pipeline.prediction.nnunet_import import import_nnunet_models
     from rfmedsam2.store.archive import is_our_archive
 
     results = layout_of(root).results
     if not source.is_dir() and is_our_archive(source):
+        from rfmedsam2.pipeline.prediction import model_archive
+
         with bars.working(f"Unpacking {source}"):
             models = [model_archive.import_model(source, results, force=force)]
     else:

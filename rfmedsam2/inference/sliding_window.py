@@ -2,7 +2,7 @@
 
 Tiles, Gaussian and averaging are nnU-Net's. Sums are kept in a ring buffer of planes as deep as one patch, and planes
 leave it as soon as no later tile overlaps them, so the logits of a whole volume are never stored: memory is
-O(outputs * patch_a * b * c), independent of the length of the scan.
+O(outputs * patch_a * b * c), or that of a U-Net's features if these are fewer, independent of the length of the scan.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rfmedsam2.errors import PlanError, RfMedSamError
-from rfmedsam2.inference.accumulator import SlabAccumulator
+from rfmedsam2.inference.accumulator import SharedHead, SlabAccumulator
 from rfmedsam2.records.plan import Inference
 from rfmedsam2.system.memory import memory_ran_out
 from rfmedsam2.system.progress import Track, silent
@@ -157,10 +157,13 @@ def predict_slabs(
     _check(networks, tensor, patch_size, mirror_axes)
     place = torch.device(device)
     axes = tuple(mirror_axes) if inference.mirror else ()
-    ensemble = _Ensemble(networks, flips=_flips(axes), device=place, precision=execution.precision)
+    head = SharedHead.of(networks, outputs)
+    summed = networks if head is None else [head.features]
+    ensemble = _Ensemble(summed, flips=_flips(axes), device=place, precision=execution.precision)
     padded, lows = _padded(tensor, patch_size)
     rows = _rows(padded, patch_size, inference)
-    ring = SlabAccumulator(outputs, rows[0].depth, (padded.shape[2], padded.shape[3]), place, background=not regions)
+    plane = (padded.shape[2], padded.shape[3])
+    ring = SlabAccumulator(outputs, rows[0].depth, plane, place, background=not regions, head=head)
     weights = gaussian_weights(patch_size).to(place)
     stops = [row.start for row in rows[1:]] + [padded.shape[1]]
     a, b, c = tensor.shape[1:]

@@ -71,13 +71,34 @@ class UNet(nn.Module):
             PlanError: with `config.input_stride`, an axis of the input is not a multiple of a block's.
         """
         size = x.shape[2:]
-        features = self.encoder(self._block_means(x))
-        if self.bottleneck is not None:
-            features[-1] = self.bottleneck(features[-1])
-        logits = self.decoder(features)
-        if isinstance(logits, torch.Tensor):
-            return _enlarged(logits, size)
+        if not self.decoder.deep_supervision:
+            return _enlarged(self.head(self._decoded(x)), size)
+        levels: list[torch.Tensor] = []
+        self._decoded(x, levels)
+        logits = [layer(level) for layer, level in zip(self.decoder.seg_layers, levels, strict=True)][::-1]
         return [_enlarged(logits[0], size), *logits[1:]]
+
+    @property
+    def head(self) -> nn.Module:
+        """The last layer: a linear map of each voxel's features to its logits."""
+        return self.decoder.seg_layers[-1]
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What `head` makes logits of, on the input's grid: (B, features, *patch); errors as in `forward`."""
+        return _enlarged(self._decoded(x), x.shape[2:])
+
+    def _decoded(self, x: torch.Tensor, levels: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Features of the finest level of the decoder; those of all levels are appended to `levels`, coarsest first."""
+        skips = self.encoder(self._block_means(x))
+        x = skips.pop()
+        if self.bottleneck is not None:
+            x = self.bottleneck(x)
+        for enlarge, stage in zip(self.decoder.transpconvs, self.decoder.stages, strict=True):
+            # popped, and without a name for the pair: large patches need their memory for what follows
+            x = stage(torch.cat((enlarge(x), skips.pop()), 1))
+            if levels is not None:
+                levels.append(x)
+        return x
 
     def _block_means(self, x: torch.Tensor) -> torch.Tensor:
         if set(self.blocks) == {1}:
@@ -146,11 +167,11 @@ def _own_name(name: str) -> str:
     return name.replace(".conv.", ".all_modules.0.").replace(".norm.", ".all_modules.1.")
 
 
-def _enlarged(logits: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Logits on the input's grid; block means lie at the centers of their blocks."""
-    if logits.shape[2:] == size:
-        return logits
-    return F.interpolate(logits, size, mode=INTERPOLATIONS[len(size)], align_corners=False)
+def _enlarged(values: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Logits or features on the input's grid; block means lie at the centers of their blocks."""
+    if values.shape[2:] == size:
+        return values
+    return F.interpolate(values, size, mode=INTERPOLATIONS[len(size)], align_corners=False)
 
 
 def _library_network(config: UNetConfig, channels: int, outputs: int) -> PlainConvUNet | ResidualEncoderUNet:

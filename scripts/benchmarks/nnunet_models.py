@@ -2,12 +2,12 @@
 """A model that nnU-Net trained: nnUNetv2_predict against rfmed_predict with the same folder, and its import, one run.
 
 usage: python scripts/benchmarks/nnunet_models.py [--raw DATASET_FOLDER] [--work DIR] [--model NNUNET_MODEL]
-           [--slices 48] [--plane 256] [--precision fp32|bf16] [--backend auto|torch|openvino] [--long 300]
-           [--long-plane 256] [--classes 118]
-           [--limit-mib 16000] [--only network|classes|import] [--quick]
+           [--slices 48] [--plane 256] [--ours fp32:torch bf16:torch fp32:openvino] [--long 300]
+           [--long-plane 256] [--classes 118] [--limit-mib 16000] [--only network|classes|import] [--quick]
 
 Three parts, each without mirroring and with one process of nnU-Net that prepares and one that exports. network: its
-own 3d_fullres network, all of it counted, on a test volume cropped to slices and plane; without --model the weights are
+own 3d_fullres network, all of it counted, on a test volume cropped to slices and plane; ours once for every precision
+and backend of --ours; without --model the weights are
 random, so that labels are near ties (nnU-Net sums up in half precision). classes: a tiny network with 117 classes on
 300 slices of 1.5 mm, its seconds taken off both; nnU-Net is killed beyond the limit of memory. import: five
 folds with their optimizer's state, as trainers write them. The last line is JSON; ratios are theirs over ours.
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from _harness.peers import STAGE, Sides, add_side_arguments, set_up_sides, write_models, write_volume
-from _harness.predictions import NNUNET, OURS, differences, mean_dice, timed_prediction
+from _harness.predictions import NNUNET, OURS, Network, differences, mean_dice, timed_prediction
 from _harness.usage import Usage
 
 FOLDS = 5
@@ -39,8 +39,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a model that nnU-Net trained, for the dataset of --raw")
     parser.add_argument("--slices", type=int, default=48, help="of the volume for nnU-Net's own network")
     parser.add_argument("--plane", type=int, default=256, help="side of its slices")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of our network")
-    parser.add_argument("--backend", choices=("auto", "torch", "openvino"), default="torch", help="of our network")
+    parser.add_argument("--ours", nargs="+", default=["fp32:torch"], help="precision and backend of our network")
     parser.add_argument("--long", type=int, default=300, help="slices of the volume with many classes")
     parser.add_argument("--long-plane", type=int, default=256, help="side of its slices")
     parser.add_argument("--classes", type=int, default=118, help="with background")
@@ -60,19 +59,24 @@ def own_network(sides: Sides, args: argparse.Namespace) -> dict[str, Any]:
     _place_model(sides, args)
     first = min((sides.raw / "imagesTs").glob("*.nii.gz"))
     write_volume(sides.work / "small" / "small_0000.nii.gz", first, args.slices, plane=args.plane)
-    peer, mine = _both(sides, "small", more=("--precision", args.precision, "--backend", args.backend))
-    places = [sides.work / f"small_{side}" for side in ("nnunet", "ours")]
-    (different, voxels), dice = differences(*places), mean_dice(*places)
-    print(f"own network, nnunetv2: {peer[0]}, of it {peer[1]:.1f} s in the network")
-    print(f"own network, ours in {args.precision} by {args.backend}: {mine[0]}, of it {mine[1]:.1f} s in the network")
-    print(f"{different} of {voxels} voxels differ, mean DSC {dice:.4f}")
-    return {
-        "ours_s": round(mine[0].wall_s, 1),
-        "peer_s": round(peer[0].wall_s, 1),
-        "ratio": round(peer[0].wall_s / mine[0].wall_s, 2),
-        "ratio_memory": round(peer[0].peak_mib / mine[0].peak_mib, 2),
-        "dice": round(dice, 4),
-    }
+    peer, network = _theirs(sides, "small")
+    print(f"own network, nnunetv2: {peer}, {_of_it(network)}")
+    figures: dict[str, Any] = {"peer_s": round(peer.wall_s, 1)}
+    for way in args.ours:
+        precision, _, backend = way.partition(":")
+        mine, network = _ours(sides, "small", "--precision", precision, "--backend", backend or "torch")
+        places = [sides.work / f"small_{side}" for side in ("nnunet", "ours")]
+        (different, voxels), dice = differences(*places), mean_dice(*places)
+        print(f"own network, ours, {way}: {mine}, {_of_it(network)}")
+        print(f"{different} of {voxels} voxels differ, mean DSC {dice:.4f}")
+        figures[way] = {
+            "ours_s": round(mine.wall_s, 1),
+            "ratio": round(peer.wall_s / mine.wall_s, 2),
+            "ratio_cpu": round(peer.cpu_s / mine.cpu_s, 2),
+            "ratio_memory": round(peer.peak_mib / mine.peak_mib, 2),
+            "dice": round(dice, 4),
+        }
+    return figures
 
 
 def import_of_folds(sides: Sides, args: argparse.Namespace) -> dict[str, Any]:
@@ -96,17 +100,22 @@ def many_classes(sides: Sides, args: argparse.Namespace) -> dict[str, Any]:
     write_models(sides, classes=args.classes, spacing_mm=MM)
     first = min((sides.raw / "imagesTs").glob("*.nii.gz"))
     write_volume(sides.work / "long" / "long_0000.nii.gz", first, args.long, plane=args.long_plane, spacing_mm=MM)
-    (peer, peer_s), (mine, mine_s) = _both(sides, "long", limit_mib=args.limit_mib)
-    end = f"killed at the limit of {args.limit_mib} MiB" if peer.stopped else f"{peer_s:.1f} s in the network"
+    peer, theirs = _theirs(sides, "long", limit_mib=args.limit_mib)
+    mine, ours = _ours(sides, "long")
+    end = f"killed at the limit of {args.limit_mib} MiB" if peer.stopped else _of_it(theirs)
     print(f"{args.classes - 1} classes, nnunetv2: {peer}; {end}")
-    print(f"{args.classes - 1} classes, ours: {mine}, of it {mine_s:.1f} s in the network")
-    ours, theirs = mine.wall_s - mine_s, peer.wall_s - peer_s
-    return {
-        "classes_ours_s": round(ours, 1),
-        "classes_ratio": None if peer.stopped else round(theirs / ours, 2),
+    print(f"{args.classes - 1} classes, ours: {mine}, {_of_it(ours)}")
+    figures: dict[str, Any] = {
+        "classes_ours_s": round(mine.wall_s - ours.wall_s, 1),
         "classes_ratio_memory": round(peer.peak_mib / mine.peak_mib, 2),
         "classes_peer_finished": not peer.stopped,
     }
+    if not peer.stopped:
+        different, voxels = differences(sides.work / "long_nnunet", sides.work / "long_ours")
+        print(f"{different} of {voxels} voxels differ")
+        figures["classes_ratio"] = round((peer.wall_s - theirs.wall_s) / (mine.wall_s - ours.wall_s), 2)
+        figures["classes_ratio_cpu"] = round((peer.cpu_s - theirs.cpu_s) / (mine.cpu_s - ours.cpu_s), 2)
+    return figures
 
 
 def _place_model(sides: Sides, args: argparse.Namespace) -> None:
@@ -129,16 +138,21 @@ def _five_folds(model: Path) -> float:
     return FOLDS * sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
 
 
-def _both(
-    sides: Sides, name: str, *, more: tuple[object, ...] = (), limit_mib: int | None = None
-) -> tuple[tuple[Usage, float], tuple[Usage, float]]:
-    """Predict work/NAME with both commands; gives what each used, and the seconds of its network."""
-    images = sides.work / name
-    theirs = ["-i", images, "-o", sides.work / f"{name}_nnunet", "-d", sides.number, "-c", STAGE, "-f", 0]
-    theirs += ["-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta", "--disable_progress_bar"]
-    ours = ["-i", images, "-o", sides.work / f"{name}_ours", "-m", sides.nnunet_model, "-f", 0]
-    ours += ["--device", "cpu", "--mirror", "off", *more]
-    return timed_prediction(sides, NNUNET, theirs, limit_mib=limit_mib), timed_prediction(sides, OURS, ours)
+def _theirs(sides: Sides, name: str, *, limit_mib: int | None = None) -> tuple[Usage, Network]:
+    """Predict work/NAME with nnU-Net's command."""
+    words = ["-i", sides.work / name, "-o", sides.work / f"{name}_nnunet", "-d", sides.number, "-c", STAGE, "-f", 0]
+    words += ["-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta", "--disable_progress_bar"]
+    return timed_prediction(sides, NNUNET, words, limit_mib=limit_mib)
+
+
+def _ours(sides: Sides, name: str, *more: object) -> tuple[Usage, Network]:
+    """Predict work/NAME with our command."""
+    words = ["-i", sides.work / name, "-o", sides.work / f"{name}_ours", "-m", sides.nnunet_model, "-f", 0]
+    return timed_prediction(sides, OURS, [*words, "--device", "cpu", "--mirror", "off", *more])
+
+
+def _of_it(network: Network) -> str:
+    return f"of it {network.wall_s:.1f} s ({network.cpu_s:.1f} CPU-s) in the network"
 
 
 if __name__ == "__main__":

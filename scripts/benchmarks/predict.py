@@ -31,9 +31,9 @@ def main() -> None:
         mine, mine_s = timed_prediction(sides, OURS, our_words(sides, mirror=args.mirror))
         different, voxels = differences(sides.work / "preds_nnunet", sides.work / "preds_ours")
     for name, usage, network in (("nnunetv2", peer, peer_s), ("ours", mine, mine_s)):
-        print(f"{name}: {volumes} volumes, {usage}, of it {network:.1f} s in the network")
+        print(f"{name}: {volumes} volumes, {usage}, of it {network.wall_s:.1f} s in the network")
     print(f"{different} of {voxels} voxels differ")
-    ours, theirs = mine.wall_s - mine_s, peer.wall_s - peer_s
+    ours, theirs = mine.wall_s - mine_s.wall_s, peer.wall_s - peer_s.wall_s
     figures = {"name": "predict", "ours": round(ours, 2), "peer": round(theirs, 2), "ratio": round(theirs / ours, 2)}
     figures |= {"ours_mib": mine.peak_mib, "peer_mib": peer.peak_mib}
     print(json.dumps({**figures, "ratio_memory": round(peer.peak_mib / mine.peak_mib, 2)}))

@@ -1,4 +1,4 @@
-"""Finding trained models and their checkpoints below a results folder."""
+"""Finding trained models and their checkpoints below a results folder, and moving checked models into it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import CheckpointError, UsageError
+from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.records.plan import is_plan_name
 from rfmedsam2.records.prediction import ENSEMBLE, EnsembleRecord
 from rfmedsam2.store.checkpoint_header import (
@@ -21,6 +23,7 @@ from rfmedsam2.store.checkpoint_header import (
     NNUNET_LATEST,
 )
 from rfmedsam2.store.layout import DATASET_FOLDER
+from rfmedsam2.store.lock import move_into_place, placing
 from rfmedsam2.system.atomic import read_record
 from rfmedsam2.system.ordinary_files import require_ordinary
 
@@ -28,6 +31,8 @@ Which = Literal["final", "best", "latest"]
 FOLD = "fold_"
 ENSEMBLE_PLAN = "ensemble"
 """What stands for the plan in the name of an ensemble's folder: ensemble__NAME."""
+IMPORTING = ".import-"
+"""How names of folders begin that hold an unfinished import."""
 VALIDATED = "validation"
 """Folder of a fold with label maps and scores of its validation cases."""
 NAMES = {"final": (FINAL, LATEST), "best": (BEST,), "latest": (LATEST,)}
@@ -216,3 +221,50 @@ def _checkpoint(folder: Path, which: Which, names: Mapping[str, Sequence[str]]) 
     there = ", ".join(name for every in names.values() for name in every[:1] if (folder / name).is_file())
     remedy = f"Choose another checkpoint than {which}"
     raise CheckpointError(f"The fold has no {which} checkpoint", where=folder, found=there, remedy=remedy)
+
+
+def place(unpacked: Path, target: Path, *, force: bool) -> None:
+    """Move a checked model folder to its place; a model that it replaces is kept on failure.
+
+    Args:
+        unpacked: folder with the folds, on the same disk.
+        target: results/DATASET/PLAN__STAGE.
+        force: replace an existing model.
+
+    Raises:
+        UsageError: the model already exists.
+        StoreError: the folder cannot be written.
+    """
+    with placing(target):
+        require_place(target, force=force)
+        move_into_place(unpacked, target)
+
+
+def require_place(target: Path, *, force: bool) -> None:
+    """Check that a model is there only if it is to be replaced.
+
+    Raises:
+        UsageError: the model already exists.
+    """
+    if target.exists() and not force:
+        raise UsageError(
+            "The model already exists",
+            where=target,
+            remedy=f"Replace it with {option('force', True)}, or move it away first",
+        )
+
+
+def place_of(record: CheckpointRecord, results: Path) -> Path:
+    """The folder of a model below a results folder."""
+    return results / record.plan.dataset / f"{record.plan.name}__{record.stage}"
+
+
+def require_dataset_name(archive: Path, name: str) -> None:
+    """Check that the model appears where models are looked for; that names are plain is checked by their records."""
+    if DATASET_FOLDER.fullmatch(name) is None:
+        raise CheckpointError(
+            "The model's dataset is not named like a dataset",
+            where=archive,
+            expected="a name like Dataset123_Liver",
+            found=name,
+        )

@@ -7,10 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rfmedsam2.arguments import option
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.pipeline.prediction.cascade import first_stage_beside
-from rfmedsam2.pipeline.prediction.checkpoints import ENSEMBLE_PLAN, FOLD, TrainedModel, Which, checkpoints_of
+from rfmedsam2.pipeline.prediction.checkpoints import (
+    ENSEMBLE_PLAN,
+    FOLD,
+    IMPORTING,
+    TrainedModel,
+    Which,
+    checkpoints_of,
+    place,
+    require_dataset_name,
+)
 from rfmedsam2.pipeline.prediction.ensembles import Members, ensemble_name, members_of, require_averageable
 from rfmedsam2.pipeline.prediction.postprocessing import rule_of_model
 from rfmedsam2.records.archive import ArchivedModel, Manifest
@@ -19,15 +27,14 @@ from rfmedsam2.records.prediction import ENSEMBLE, POSTPROCESSING, EnsembleRecor
 from rfmedsam2.store.archive import describe, is_our_archive, unpack_archive, write_archive
 from rfmedsam2.store.checkpoint_header import FINAL, read_record_of
 from rfmedsam2.store.checkpoints import read_all, read_weights, write_checkpoint
-from rfmedsam2.store.layout import DATASET_FOLDER
-from rfmedsam2.store.lock import move_into_place, placing, workplace
+from rfmedsam2.store.lock import workplace
 from rfmedsam2.system.atomic import write_record
 from rfmedsam2.version import __version__
 
 EXTRAS = ("metrics.json", "summary.json")
 """Files of a fold that are exported with its checkpoint if they exist."""
 ARCHIVE = ".zip"
-IMPORTING, EXPORTING, UNPACKING = ".import-", ".export-", "rfmed_model-"
+EXPORTING, UNPACKING = ".export-", "rfmed_model-"
 """How names of folders begin that hold an unfinished model."""
 
 
@@ -186,42 +193,6 @@ def unpacked_model(source: Path) -> Iterator[Path]:
         yield unpacked
 
 
-def place(unpacked: Path, target: Path, *, force: bool) -> None:
-    """Move a checked model folder to its place; a model that it replaces is kept on failure.
-
-    Args:
-        unpacked: folder with the folds, on the same disk.
-        target: results/DATASET/PLAN__STAGE.
-        force: replace an existing model.
-
-    Raises:
-        UsageError: the model already exists.
-        StoreError: the folder cannot be written.
-    """
-    with placing(target):
-        require_place(target, force=force)
-        move_into_place(unpacked, target)
-
-
-def require_place(target: Path, *, force: bool) -> None:
-    """Check that a model is there only if it is to be replaced.
-
-    Raises:
-        UsageError: the model already exists.
-    """
-    if target.exists() and not force:
-        raise UsageError(
-            "The model already exists",
-            where=target,
-            remedy=f"Replace it with {option('force', True)}, or move it away first",
-        )
-
-
-def place_of(record: CheckpointRecord, results: Path) -> Path:
-    """The folder of a model below a results folder."""
-    return results / record.plan.dataset / f"{record.plan.name}__{record.stage}"
-
-
 def _manifest(
     packed: Mapping[str, Sequence[CheckpointRecord]], files: Mapping[str, Path], members: Sequence[str] | None
 ) -> Manifest:
@@ -288,14 +259,3 @@ def _checked_folds(archive: Path, manifest: Manifest, folder: Path) -> list[Chec
         records.append(record)
     require_dataset_name(archive, manifest.dataset)
     return records
-
-
-def require_dataset_name(archive: Path, name: str) -> None:
-    """Check that the model appears where models are looked for; that names are plain is checked by their records."""
-    if DATASET_FOLDER.fullmatch(name) is None:
-        raise CheckpointError(
-            "The model's dataset is not named like a dataset",
-            where=archive,
-            expected="a name like Dataset123_Liver",
-            found=name,
-        )

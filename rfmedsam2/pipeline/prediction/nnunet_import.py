@@ -8,8 +8,17 @@ from pathlib import Path
 
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
 from rfmedsam2.pipeline.nnunet.models import read_fold, same_model
-from rfmedsam2.pipeline.prediction.checkpoints import FOLD, TrainedModel, folds_of, is_nnunet_model
-from rfmedsam2.pipeline.prediction.model_archive import IMPORTING, place, place_of, require_dataset_name, require_place
+from rfmedsam2.pipeline.prediction.checkpoints import (
+    FOLD,
+    IMPORTING,
+    TrainedModel,
+    folds_of,
+    is_nnunet_model,
+    place,
+    place_of,
+    require_dataset_name,
+    require_place,
+)
 from rfmedsam2.records.checkpoint import CheckpointRecord
 from rfmedsam2.store.archive import unpack_nnunet_archive
 from rfmedsam2.store.checkpoint_header import BEST, FINAL, NNUNET_BEST, NNUNET_FINAL

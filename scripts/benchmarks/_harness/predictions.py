@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,18 +23,25 @@ OURS = ("rfmedsam2.inference.sliding_window:_Ensemble.__call__", "rfmedsam2.cli.
 """The method that runs the network, and the command."""
 
 
+class Network(NamedTuple):
+    """Seconds of a network, and its processor seconds: the fairer ones where others use the same cores."""
+
+    wall_s: float
+    cpu_s: float
+
+
 def timed_prediction(
     sides: Sides, side: tuple[str, str], words: list[object], *, limit_mib: int | None = None
-) -> tuple[Usage, float]:
-    """Resources that a side used, and the seconds of its network, 0 if it was killed at the limit of memory."""
+) -> tuple[Usage, Network]:
+    """Resources that a side used, and those of its network, 0 if it was killed at the limit of memory."""
     shutil.rmtree(str(words[words.index("-o") + 1]), ignore_errors=True)
     command = [sys.executable, Path(stub_network.__file__), *side, *words]
     usage = run_measured(command, env=sides.nnunet_variables, limit_mib=limit_mib)
     if usage.stopped:
-        return usage, 0.0
-    told = re.search(rf"{stub_network.SECONDS_PREFIX} ([\d.]+)", usage.output)
+        return usage, Network(0, 0)
+    told = re.search(rf"{stub_network.SECONDS_PREFIX} ([\d.]+) ([\d.]+)", usage.output)
     assert told is not None, usage.output
-    return usage, float(told[1])
+    return usage, Network(float(told[1]), float(told[2]))
 
 
 def differences(theirs: Path, ours: Path) -> tuple[int, int]:

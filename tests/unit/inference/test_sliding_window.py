@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rfmedsam2.errors import PlanError, RfMedSamError
-from rfmedsam2.inference.accumulator import EMPTY_LOGIT
+from rfmedsam2.inference.accumulator import EMPTY_LOGIT, SharedHead
 from rfmedsam2.inference.sliding_window import (
     Execution,
     _Ensemble,
@@ -20,6 +20,8 @@ from rfmedsam2.inference.sliding_window import (
     predict_slabs,
     tile_starts,
 )
+from rfmedsam2.nn.unet import UNet
+from rfmedsam2.pipeline.planning.topology import FeatureWidths, topology_of
 from rfmedsam2.records.plan import Inference
 
 
@@ -263,3 +265,40 @@ def test_recycled_slabs_say_the_same_one_after_another(patch) -> None:
         start = stop
     assert start == 45
     assert len(places) < 45 // 8
+
+
+def unets(count: int, patch: tuple[int, ...], outputs: int) -> list[UNet]:
+    """U-Nets of four features."""
+    config = FeatureWidths(base=4, maximum=8).network(topology_of((1,) * len(patch), patch))
+    torch.manual_seed(0)
+    return [UNet(config, channels=1, outputs=outputs).eval() for _ in range(count)]
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize(("count", "patch", "mirror"), [(1, (8, 8, 8), True), (2, (8, 8, 8), False), (2, (8, 8), True)])
+def test_sums_of_fewer_features_give_the_logits_of_many_classes(count, patch, mirror, regions) -> None:
+    networks = unets(count, patch, outputs=9)
+    image = noise(1, 21, 12, 9)
+    image[:, 10:] = 0
+    how = settings(
+        patch_size=patch,
+        mirror_axes=tuple(range(len(patch))),
+        inference=Inference(mirror=mirror),
+        outputs=9,
+        regions=regions,
+        execution=Execution(skip_empty=True),
+    )
+    with torch.inference_mode():
+        # functions have no head that could be told from the rest
+        expected = predict_logits([lambda x, network=network: network(x) for network in networks], image, **how)
+        found = predict_logits(networks, image, **how)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (expected[1, 19:] == -EMPTY_LOGIT).all()
+
+
+def test_features_are_summed_where_they_are_fewer_than_the_outputs() -> None:
+    networks = unets(3, (8, 8, 8), outputs=9)
+    heads = [SharedHead.of(networks[:count], 9) for count in (1, 2, 3)]
+    assert [head if head is None else tuple(head.weight.shape) for head in heads] == [(9, 4), (9, 8), None]
+    assert SharedHead.of(unets(1, (8, 8, 8), outputs=4), 4) is None
+    assert SharedHead.of([networks[0], Recorder()], 9) is None

@@ -265,3 +265,13 @@ def test_losses_of_a_coarse_network_are_those_of_labels_at_each_level():
     deep_supervision_losses(levels, target, loss, lowest=True)["sum"].backward()
     assert seen == [((32,) * 3, 0.125), ((8,) * 3, 0.125)]
     assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2)], ids=["voxels", "blocks"])
+def test_the_head_makes_the_logits_of_the_features(stride):
+    config, _ = coarse((32, 32, 32), stride)
+    network = UNet(config, channels=1, outputs=5).eval()
+    x = torch.randn(2, 1, 32, 32, 32)
+    features = network.features(x)
+    assert features.shape == (2, config.features[0], 32, 32, 32)
+    torch.testing.assert_close(network.head(features), network(x), atol=1e-5, rtol=1e-5)
