@@ -170,7 +170,7 @@ def test_an_interrupted_selection_goes_on(root, monkeypatch) -> None:
     assert predictions.count == 3 * len(FOLDS["0"])
 
 
-def test_probabilities_that_validations_kept_are_read(root, monkeypatch) -> None:
+def test_probabilities_that_validations_kept_are_read(root, tmp_path, monkeypatch) -> None:
     results, images = root / "results" / NAME, root / "raw" / NAME / "imagesTr"
     for model in PAIR.split("+"):
         for fold, ids in FOLDS.items():
@@ -187,6 +187,18 @@ def test_probabilities_that_validations_kept_are_read(root, monkeypatch) -> None
     folder = results / "ensembles" / PAIR
     found = {path.name: read_label(path)[0].array for path in folder.rglob("*.nii.gz")}
     assert set(found) == {f"{id}.nii.gz" for id in EVERY}
+
+    # a member that kept none of one fold predicts that fold alone
+    for path in (results / "rfmed__2d" / "fold_1" / "validation").glob("*.b2nd"):
+        path.replace(tmp_path / path.name)
+    shutil.rmtree(results / "ensembles")
+    predictions.count = 0
+    run_ok(*words)
+    assert predictions.count == len(EVERY) + len(FOLDS["1"])
+    for path in folder.rglob("*.nii.gz"):
+        np.testing.assert_array_equal(read_label(path)[0].array, found[path.name])
+    for path in tmp_path.glob("*.b2nd"):
+        path.replace(results / "rfmed__2d" / "fold_1" / "validation" / path.name)
 
     kept = results / "rfmed__2d" / "fold_0" / "validation"
     shutil.copy(kept / "b.probabilities.b2nd", kept / "a.probabilities.b2nd")
@@ -233,7 +245,7 @@ def with_island(seed: int) -> np.ndarray:
     return volume
 
 
-def test_an_ensemble_that_is_clearly_better_wins_with_its_rule(root, tmp_path, monkeypatch) -> None:
+def test_an_ensemble_that_is_clearly_better_wins_with_its_rule(root, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(verb, "validate_pairs", by_hand(with_island, root))
     archive = tmp_path / "best.zip"
     out = run_ok("select", "-d", "Tiny", "--root", root, "--device", "cpu", "-o", archive).out
@@ -253,9 +265,21 @@ def test_an_ensemble_that_is_clearly_better_wins_with_its_rule(root, tmp_path, m
     assert predictor.rule == found.rule
     assert [model.fold for model in predictor.models] == ["0", "1", "0", "1"]
     image = root / "raw" / NAME / "imagesTr" / "a_0000.nii.gz"
+    labels = predictor(image).labels
+
+    # a selection that names it no more takes it away, but not an imported one
+    imported = folder.with_name("ensemble__mine")
+    (imported / "model_0").mkdir(parents=True)
+    shutil.copy(folder / "ensemble.json", imported)
+    run_ok("select", "-d", "Tiny", "--root", root, "--device", "cpu", "--no-ensembles")
+    assert selection_of(root).winner in MODELS
+    assert "removed" in caplog.text
+    assert not folder.exists()
+    assert (imported / "ensemble.json").is_file()
+
     shutil.rmtree(root / "results")
     packed = Predictor.load(archive, device="cpu")
-    np.testing.assert_array_equal(packed(image).labels, predictor(image).labels)
+    np.testing.assert_array_equal(packed(image).labels, labels)
     assert packed.rule == found.rule
 
 

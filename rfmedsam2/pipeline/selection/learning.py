@@ -1,4 +1,4 @@
-"""Learning a postprocessing rule on validation cases: a step is taken only where it raises the mean DSC.
+"""Learning a postprocessing rule on validation cases: a step is taken only where it clearly raises the mean DSC.
 
 As in nnU-Net the whole foreground comes first and then each class, and means leave out cases in which a class is absent
 from both label maps. Besides the largest component, smallest volumes and holes are tried.
@@ -30,6 +30,8 @@ from rfmedsam2.transforms.postprocess import postprocess
 SMALLEST_ML = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Volumes that are tried. Few and round, as the best of many fits the validation cases alone."""
 SAME_SCORE = 1e-9
+LEAST_GAIN = 1e-4
+"""A rise that four decimals show; a smaller one is no reason to change every label map that is still to come."""
 Action = Literal["keep_largest", "drop_small", "fill_holes"]
 ACTIONS: tuple[Action, ...] = ("keep_largest", "drop_small", "fill_holes")
 
@@ -83,7 +85,7 @@ def learn_rule(
 
     Of the foreground and then of every class, the removal (largest component, or a smallest volume) and then the
     filling of holes that raises the mean DSC most is taken: of the class, or the mean over classes for the foreground,
-    and only if the mean of no other class falls.
+    and only if that rises by LEAST_GAIN and the mean of no other class falls.
 
     Args:
         cases: validation cases of all folds, each predicted by a model that was not trained on it.
@@ -113,7 +115,7 @@ def learn_rule(
         column = None if of is None else [*labels.foreground].index(of)
         gains = [_gain(scores, result, column) for result in results]
         best = int(np.argmax(gains))  # the first of equal ones
-        if gains[best] <= SAME_SCORE:
+        if gains[best] < LEAST_GAIN:
             continue
         steps.append(tried[best].model_copy(update={"gain": gains[best]}))
         scores = results[best]

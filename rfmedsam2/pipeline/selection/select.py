@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from rfmedsam2.pipeline.selection.learning import Learned
 from rfmedsam2.pipeline.selection.page import write_page
 from rfmedsam2.pipeline.selection.rules import learn_for, place_rule, references_of
 from rfmedsam2.records.dataset import LabelSet
-from rfmedsam2.records.prediction import ENSEMBLE, POSTPROCESSING, EnsembleRecord
+from rfmedsam2.records.prediction import ENSEMBLE, POSTPROCESSING, EnsembleRecord, PostprocessingRule
 from rfmedsam2.records.report import Candidate, CandidateScore, Evaluation, Interval, Selection
 from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.lock import exclusive_lock, shared_lock
-from rfmedsam2.system.atomic import atomic, write_record
+from rfmedsam2.system.atomic import atomic, is_taken, read_record, write_record
 from rfmedsam2.system.csv_text import write_rows
 from rfmedsam2.system.progress import Track, silent
 
@@ -88,7 +88,8 @@ def select(
     Single models are neither predicted nor scored again. The best ensemble is selected if its mean DSC, with its rule,
     is above that of the best single model, with its own, by a paired difference whose interval lies above 0; else the
     single model is, as the simpler one. Written are selection.json, .csv and .html in the dataset's results,
-    postprocessing.json in the folder of the model that it was learned for, and the folder of a selected ensemble.
+    postprocessing.json in the folder of the model that it was learned for, and the folder of a selected ensemble; that
+    of one that an earlier selection chose is removed.
 
     Args:
         layout: the folder layout.
@@ -244,6 +245,7 @@ def _choose(
 
 def _place(home: Path, choice: _Choice, folds: Sequence[str], *, overwrite: bool) -> Iterator[str]:
     """Write what was learned and, if it was selected, the ensemble; yields what is to be said."""
+    _remove_earlier(home, choice.best)
     if choice.best.members:
         members = tuple(member.name for member in choice.best.members)
         record = EnsembleRecord(dataset=choice.best.model.dataset, members=members, folds=tuple(folds))
@@ -252,6 +254,21 @@ def _place(home: Path, choice: _Choice, folds: Sequence[str], *, overwrite: bool
         if one.name in choice.learned:
             rule = choice.learned[one.name].rule
             yield from place_rule(_folder(home, one) / POSTPROCESSING, rule, overwrite=overwrite)
+
+
+def _remove_earlier(home: Path, best: ValidatedModel) -> None:
+    """Remove ensembles that an earlier selection wrote and this one does not name; of imported ones models are part."""
+    for folder in sorted(home.glob(f"{ensemble_folder(home, '').name}*")):
+        selected = best.members and folder == _folder(home, best)
+        if selected or not (folder / ENSEMBLE).is_file() or any(path.is_dir() for path in folder.iterdir()):
+            continue
+        rule = folder / POSTPROCESSING
+        (folder / ENSEMBLE).unlink()
+        if is_taken(rule) and read_record(rule, PostprocessingRule).cases:
+            rule.unlink()
+        with suppress(OSError):  # what somebody has put there stays
+            folder.rmdir()
+        logger.warning("%s, which an earlier selection wrote, is removed", folder)
 
 
 def _folder(home: Path, model: ValidatedModel) -> Path:

@@ -88,6 +88,19 @@ def test_what_helps_one_case_and_hurts_the_mean_is_left(tmp_path) -> None:
     assert done(learn(cases, actions=["keep_largest"])) == []
 
 
+def test_a_gain_that_no_figure_shows_is_none(tmp_path) -> None:
+    reference = np.zeros((40, 40, 40), np.uint8)
+    reference[2:38, 2:38, 2:30] = 1
+    prediction = reference.copy()
+    prediction[20, 20, 39] = 1  # of 36288 voxels: the DSC rises by 0.00001
+    learned = learn([pair(tmp_path, "a", prediction, reference)])
+    assert learned.before["liver"] < 1
+    assert done(learned) == []
+    prediction[10:30, 20, 39] = 1
+    found = learn([pair(tmp_path, "b", prediction, reference)]).rule.steps
+    assert [f"{step.gain:+.4f}" for step in found] == ["+0.0003"]
+
+
 def test_absent_classes_count_in_no_mean(tmp_path) -> None:
     only_liver = np.where(organs() == 1, organs(), 0).astype(np.uint8)
     prediction = only_liver.copy()
