@@ -1,7 +1,7 @@
 """Fixed logits of Step 0 for preprocessed cases: CASE.b2nd (float16) and CASE.json, which is written last.
 
 A class map has one channel per foreground class, relative to a background of 0 (or one per region), in the voxels of
-the preprocessed case.
+the preprocessed case. A cascade's labels of the first stage are stored in the same way, as one channel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from rfmedsam2.store.packed_arrays import Look, Ranges, looks_unchanged, packed,
 from rfmedsam2.system.atomic import read_record, write_record, writing_to
 
 ARRAY, RECORD = ".b2nd", ".json"
-REMEDY = "Run the same rfmed_train command again: it predicts these logits again"
+REMEDY = "Remove the file if it is there, and run the same rfmed_train command again, which writes it again"
+LOGITS, FIRST_STAGE = "logits of Step 0", "labels of the first stage"
+"""What files may hold, for messages."""
 LOGIT_BYTES = 2
 LARGEST = float(np.finfo(np.float16).max)
 
@@ -32,6 +34,7 @@ class StoredLogits:
 
     folder: Path
     record: Step0Record
+    what: str = LOGITS
 
     @property
     def shape(self) -> Shape:
@@ -46,9 +49,9 @@ class StoredLogits:
         """
         path = self.folder / (self.record.id + ARRAY)
         if not verified(path, self.record.file, self._seen):
-            raise StoreError("Stored logits of Step 0 are damaged or missing", where=path, remedy=REMEDY)
+            raise StoreError(f"Stored {self.what} are damaged or missing", where=path, remedy=REMEDY)
         ranges = (slice(None), *(slice(*limits) for limits in box))
-        return read_packed(path, ranges, what="A file of Step 0's logits", remedy=REMEDY).astype(np.float32)
+        return read_packed(path, ranges, what=f"A file with {self.what}", remedy=REMEDY).astype(np.float32)
 
     @cached_property
     def _seen(self) -> dict[Path, Look]:
@@ -56,7 +59,7 @@ class StoredLogits:
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "record": self.record}
+        return {"folder": self.folder, "record": self.record, "what": self.what}
 
 
 class LogitsStore:
@@ -65,10 +68,11 @@ class LogitsStore:
     Args:
         folder: their folder; created when the first ones are written.
         patch_size: three entries, from which the chunk shape follows. Used for writing only.
+        what: what they are, for messages.
     """
 
-    def __init__(self, folder: Path, patch_size: Sequence[int] = (32, 128, 128)) -> None:
-        self.folder, self._patch = Path(folder), tuple(patch_size)
+    def __init__(self, folder: Path, patch_size: Sequence[int] = (32, 128, 128), *, what: str = LOGITS) -> None:
+        self.folder, self._patch, self._what = Path(folder), tuple(patch_size), what
 
     def is_current(self, name: str, case: CaseRecord, *, weights: str, settings: str) -> bool:
         """Whether the logits of a case exist, look unchanged, and were made from these weights and settings."""
@@ -89,8 +93,8 @@ class LogitsStore:
         try:
             record = read_record(path, Step0Record)
         except RecordError as error:
-            raise StoreError("Stored logits of Step 0 are missing or damaged", where=path, remedy=REMEDY) from error
-        return StoredLogits(folder=self.folder, record=record)
+            raise StoreError(f"Stored {self._what} are missing or damaged", where=path, remedy=REMEDY) from error
+        return StoredLogits(folder=self.folder, record=record, what=self._what)
 
     def write(self, name: str, class_map: np.ndarray, case: CaseRecord, *, weights: str, settings: str) -> None:
         """Write the class map (K, a, b, c) of a case, rounded to float16.

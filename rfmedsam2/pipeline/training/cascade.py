@@ -18,7 +18,7 @@ from rfmedsam2.store.images import digest_of, read_label
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.orientation import reoriented
 from rfmedsam2.store.preprocessed import CaseStore
-from rfmedsam2.store.step0_logits import LogitsStore
+from rfmedsam2.store.step0_logits import FIRST_STAGE, LogitsStore
 from rfmedsam2.system.progress import Track
 from rfmedsam2.transforms.prepare import Restore
 
@@ -75,10 +75,11 @@ class FirstStage:
         assert previous is not None
         files = predictions_of_others(self.layout, self.plan, previous, (*self.split.train, *self.split.val))
         digests = {case: digest_of([path]).hex() for case, path in sorted(files.items())}
-        stored = LogitsStore(self.store.folder / f"previous_stage_fold_{self.fold}", self._config.patch_size)
+        folder = self.store.folder / f"previous_stage_fold_{self.fold}"
+        stored = LogitsStore(folder, self._config.patch_size, what=FIRST_STAGE)
         settings = hashlib.sha256(self._config.resampling.model_dump_json().encode()).hexdigest()[:16]
         if self.runtime.is_main:
-            for case, digest in self.track(digests.items(), "labels of the first stage", len(digests)):
+            for case, digest in self.track(digests.items(), FIRST_STAGE, len(digests)):
                 record = self.store.open(case).record
                 if not stored.is_current(case, record, weights=digest, settings=settings):
                     labels = self._planned(files[case], record)

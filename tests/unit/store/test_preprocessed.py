@@ -18,7 +18,7 @@ from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store import packed_arrays
 from rfmedsam2.store.packed_arrays import cut
 from rfmedsam2.store.preprocessed import CaseStore
-from rfmedsam2.store.step0_logits import LogitsStore
+from rfmedsam2.store.step0_logits import FIRST_STAGE, LOGITS, LogitsStore
 from rfmedsam2.transforms.foreground import sample_foreground
 
 SHAPE = (21, 40, 37)
@@ -342,9 +342,10 @@ def test_regions_and_the_ignore_label_have_their_own_locations():
     assert set(np.unique(label.reshape(-1)[found[-1].index])) == {0, 1, 2}
 
 
-def test_logits_that_cannot_be_read_name_the_command_that_makes_them_again(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", [LOGITS, FIRST_STAGE])
+def test_logits_that_cannot_be_read_name_the_command_that_makes_them_again(store, tmp_path, monkeypatch, what):
     write(store)
-    logits = LogitsStore(tmp_path / "step0", (16, 32, 32))
+    logits = LogitsStore(tmp_path / "step0", (16, 32, 32), what=what)
     whole = [(0, n) for n in SHAPE]
     class_map = np.random.default_rng(1).normal(size=(2, *SHAPE)).astype(np.float32)
     logits.write("case_1", class_map, store.open("case_1").record, weights="w", settings="s")
@@ -352,10 +353,12 @@ def test_logits_that_cannot_be_read_name_the_command_that_makes_them_again(store
     assert np.array_equal(stored.patch(whole), class_map.astype(np.float16))
     file = logits.folder / "case_1.b2nd"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(StoreError, match=r"logits.*damaged.*case_1\.b2nd.*rfmed_train"):
+    with pytest.raises(StoreError, match=rf"Stored {what} are damaged.*case_1\.b2nd.*rfmed_train"):
         stored.patch(whole)
+    with pytest.raises(StoreError, match=rf"Stored {what} are missing.*case_2\.json.*rfmed_train"):
+        logits.open("case_2")
     # as written, but blosc2 does not understand it
     file.write_bytes(b"something else")
     monkeypatch.setattr(packed_arrays, "as_written", lambda *_: True)
-    with pytest.raises(StoreError, match=r"logits cannot be read.*case_1\.b2nd.*rfmed_train"):
+    with pytest.raises(StoreError, match=rf"{what} cannot be read.*case_1\.b2nd.*rfmed_train"):
         stored.patch(whole)
