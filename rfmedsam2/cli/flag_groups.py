@@ -55,7 +55,7 @@ class Tiles:
 
     checkpoint: Annotated[
         Literal["final", "best", "latest"],
-        arg(help="Checkpoint of each fold; the latest if training has not ended."),
+        arg(help="Checkpoint of each fold; the latest if training has not ended, the best if that alone is there."),
     ] = "final"
     step_size: Annotated[
         float | None, arg(metavar="SHARE", help="Distance of tiles as a fraction of the patch, instead of the plan's.")

@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 MEMBER = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9_.-]{0,99}/){0,2}[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.(?:safetensors|json)")
 """Names of members: relative, at most two folders deep, plain characters, .safetensors or .json."""
 NNUNET_MEMBER = re.compile(
-    r"(?:.*/)?(?:plans\.json|dataset\.json|fold_(?:[0-9]{1,4}|all)/checkpoint_(?:final|best)\.pth)"
+    r"(?:.*/)?(?:(?:plans|dataset|dataset_fingerprint)\.json|fold_(?:[0-9]{1,4}|all)/checkpoint_(?:final|best)\.pth)"
 )
 """What is unpacked of an archive of nnU-Net's; its other files are left in it."""
 MAX_MEMBERS = 200

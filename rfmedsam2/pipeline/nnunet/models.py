@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from rfmedsam2.records.model import UNetConfig
 from rfmedsam2.records.plan import Plan
 from rfmedsam2.store.nnunet_checkpoint import NnunetCheckpoint, read_nnunet_checkpoint
 from rfmedsam2.store.raw import read_dataset_json
+from rfmedsam2.system.atomic import writing_to
 from rfmedsam2.version import __version__
 
-PLANS, DATASET = "plans.json", "dataset.json"
+PLANS, DATASET, FINGERPRINT = "plans.json", "dataset.json", "dataset_fingerprint.json"
 DEFAULT_TRAINER = "nnUNetTrainer"
 
 
@@ -61,6 +63,17 @@ def read_fold(checkpoint: Path) -> tuple[CheckpointRecord, dict[str, torch.Tenso
         created=datetime.fromtimestamp(checkpoint.stat().st_mtime, timezone.utc).isoformat(timespec="seconds"),
     )
     return record, weights
+
+
+def copy_fingerprint(model: Path, target: Path) -> None:
+    """Copy the fingerprint of the dataset, if the model has one: nobody needs it for predicting.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    if (model / FINGERPRINT).is_file():
+        with writing_to(target / FINGERPRINT):
+            shutil.copyfile(model / FINGERPRINT, target / FINGERPRINT)
 
 
 def same_model(record: CheckpointRecord, first: CheckpointRecord, *, where: Path) -> CheckpointRecord:

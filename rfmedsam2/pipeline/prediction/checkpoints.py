@@ -35,8 +35,8 @@ IMPORTING = ".import-"
 """How names of folders begin that hold an unfinished import."""
 VALIDATED = "validation"
 """Folder of a fold with label maps and scores of its validation cases."""
-NAMES = {"final": (FINAL, LATEST), "best": (BEST,), "latest": (LATEST,)}
-NNUNET_NAMES = {"final": (NNUNET_FINAL, NNUNET_LATEST), "best": (NNUNET_BEST,), "latest": (NNUNET_LATEST,)}
+NAMES = {"final": (FINAL, LATEST, BEST), "best": (BEST,), "latest": (LATEST,)}
+NNUNET_NAMES = {"final": (NNUNET_FINAL, NNUNET_LATEST, NNUNET_BEST), "best": (NNUNET_BEST,), "latest": (NNUNET_LATEST,)}
 """Files that may be meant by a word, in order of preference; those of nnU-Net in its models."""
 
 
@@ -136,7 +136,7 @@ def checkpoints_of(
     Args:
         model_folder: results/DATASET/PLAN__STAGE, or a model that nnU-Net trained.
         folds: names of folds; None: all found, except "all" (trained on every case) if there are others.
-        checkpoint: final (latest if training has not ended), best, or latest.
+        checkpoint: final (latest if training has not ended, best if that alone was kept), best, or latest.
 
     Raises:
         UsageError: the folder or a fold does not exist; lists the existing ones.

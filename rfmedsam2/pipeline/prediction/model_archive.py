@@ -49,7 +49,7 @@ def export_model(
         source: results/DATASET/PLAN__STAGE, the folder of an ensemble, or several models to average.
         out: the zip file; replaced if it exists. Equal models give equal bytes.
         folds: names of folds; None: all, or those of the ensemble.
-        checkpoint: final (latest if training has not ended), best or latest.
+        checkpoint: final (latest if training has not ended, best if that alone was kept), best or latest.
 
     Raises:
         UsageError: the model or a fold does not exist, or models have different labels or channels.

@@ -14,7 +14,7 @@ from rfmedsam2.arguments import option
 from rfmedsam2.errors import CheckpointError, UsageError
 from rfmedsam2.inference.volume import mirror_axes
 from rfmedsam2.nn.unet import nnunet_weights
-from rfmedsam2.pipeline.nnunet.models import DATASET, DEFAULT_TRAINER, PLANS
+from rfmedsam2.pipeline.nnunet.models import DATASET, DEFAULT_TRAINER, PLANS, copy_fingerprint
 from rfmedsam2.pipeline.nnunet.written_plans import PLANNER, nnunet_dataset, nnunet_plans
 from rfmedsam2.pipeline.prediction.checkpoints import FOLD, NNUNET_NAMES, checkpoints_of, folds_of
 from rfmedsam2.pipeline.prediction.model_archive import EXPORTING
@@ -83,6 +83,7 @@ def export_nnunet_model(
         folder = work / "model"
         write_text(folder / PLANS, json.dumps(plans, indent=4))
         write_text(folder / DATASET, json.dumps(dataset, indent=4))
+        copy_fingerprint(model_folder, folder)
         settings = {"plans": plans, "dataset_json": dataset}
         for path, name in track(checkpoints, "checkpoints exported", len(checkpoints)):
             record, weights = read_weights(path)  # a training may have gone on since the records were compared
@@ -100,16 +101,16 @@ def export_nnunet_model(
 
 
 def _checkpoints(model_folder: Path, folds: Sequence[str] | None) -> list[tuple[Path, str]]:
-    """Checkpoints of the folds, each with its name in nnU-Net: the final one, and the best one where it is kept."""
+    """Checkpoints of the folds, each with its name in nnU-Net: the final and the best one, where they are kept."""
     if folds_of(model_folder, tuple(name for names in NNUNET_NAMES.values() for name in names)):
         raise UsageError(
             "This model is nnU-Net's already", where=model_folder, remedy="Copy its folder into nnUNet_results"
         )
     found: list[tuple[Path, str]] = []
     for path in checkpoints_of(model_folder, folds=folds):
-        found.append((path, NNUNET_FINAL))
-        if (path.parent / BEST).is_file():
-            found.append((path.parent / BEST, NNUNET_BEST))
+        best = path.with_name(BEST)
+        found += [(path, NNUNET_FINAL)] if path != best else []
+        found += [(best, NNUNET_BEST)] if best.is_file() else []
     return found
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
-from rfmedsam2.pipeline.nnunet.models import read_fold, same_model
+from rfmedsam2.pipeline.nnunet.models import copy_fingerprint, read_fold, same_model
 from rfmedsam2.pipeline.prediction.checkpoints import (
     FOLD,
     IMPORTING,
@@ -35,7 +35,7 @@ DEPTHS = ("", "*", "*/*", "*/*/*")
 def import_nnunet_models(
     source: Path, results: Path, *, force: bool = False, track: Track = silent
 ) -> list[TrainedModel]:
-    """Import all models of nnU-Net in a folder or zip file: every fold's final and best weights, and nothing else.
+    """Import all models of nnU-Net in a folder or zip file: every fold's final and best weights, and the fingerprint.
 
     All of them are read and checked before any is moved into place. Beside others, those that cannot be imported by
     their kind (plans with features that this package does not support, trainings that have saved no final or best
@@ -129,5 +129,6 @@ def _converted(model: Path, folder: Path, track: Track) -> list[CheckpointRecord
                 tensors = {f"model/{key}": tensor for key, tensor in weights.items()}
                 write_checkpoint(folder / f"{FOLD}{fold}" / ours, record, tensors, {})
                 records.setdefault(fold, record)
+    copy_fingerprint(model, folder)
     require_dataset_name(model, next(iter(records.values())).plan.dataset)
     return list(records.values())

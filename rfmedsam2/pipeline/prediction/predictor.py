@@ -98,7 +98,7 @@ class Predictor:
             source: a model folder (results/DATASET/PLAN__STAGE, or one that nnU-Net trained), a model archive, a
                 checkpoint file, several files of one model to average, or several models, of which an ensemble is made.
             folds: folds of a model folder; None: all found (see `checkpoints.checkpoints_of`).
-            checkpoint: for a model folder: final (latest if training has not ended), best or latest.
+            checkpoint: for a model folder: final (else latest, else best), best or latest.
             device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.
             options: options of prediction.
             postprocessing: whether to apply the rule of a model folder (postprocessing.json) to its label maps.

@@ -136,6 +136,8 @@ def test_its_own_models_come_back_equal(trained: Path, tmp_path: Path, stage: st
     assert one["median_image_size_in_voxels"] == pytest.approx(two["median_image_size_in_voxels"], abs=0.5)
     data, before = (json.loads((place / "dataset.json").read_text()) for place in (folder, theirs))
     assert {**before, "numTraining": 0} == data
+    fingerprint = "dataset_fingerprint.json"
+    assert (folder / fingerprint).read_bytes() == (theirs / fingerprint).read_bytes()
     for fold in sorted(path.name for path in theirs.glob("fold_*")):
         for name in ("checkpoint_final.pth", "checkpoint_best.pth"):
             new, old = (torch.load(place / fold / name, weights_only=False) for place in (folder, theirs))
@@ -240,6 +242,19 @@ def test_only_earlier_exports_are_replaced(tmp_path: Path) -> None:
     assert nnunets(folder).list_of_parameters
     assert unfinished_files(tmp_path / "out") == []
     assert [path.name for path in (tmp_path / "out" / folder.parent.name).iterdir()] == [folder.name]
+
+
+def test_a_model_of_which_the_best_checkpoint_alone_was_kept_is_exported(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", make_plan(), which="best")
+    folder = exported(tmp_path / "model", tmp_path / "out")
+    assert [path.name for path in (folder / "fold_0").iterdir()] == ["checkpoint_best.pth"]
+    predictor = Predictor.load(tmp_path / "model", device="cpu")
+    assert Predictor.load(folder, device="cpu").made_by() == predictor.made_by()
+    run_ok("export_model", "-m", tmp_path / "model", "-o", tmp_path / "model.zip")
+    run_ok("import_model", tmp_path / "model.zip", "--root", tmp_path)
+    (imported,) = (tmp_path / "results").glob("*/*")
+    again = Predictor.load(imported, device="cpu")
+    assert again.models[0].weights_sha256 == predictor.models[0].weights_sha256
 
 
 def test_other_tiles_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
