@@ -3,7 +3,8 @@
 usage: python ddp_worker.py < REQUESTS
 
 A request is a line of JSON [FOLDER, MODE]; its answer is a line with the exit code. What launcher and ranks say goes to
-FOLDER/MODE.txt. The launcher is the function that torchrun itself calls.
+FOLDER/MODE.txt. The launcher is the function that torchrun itself calls. Most modes train the toy; "train" is
+rfmed_train with the words of FOLDER/words.json.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rfmedsam2.engine.runtime import start_runtime
 from rfmedsam2.errors import RfMedSamError
 from rfmedsam2.records.training import Sgd
 from rfmedsam2.store.checkpoints import weights_sha256
+from support.commands import run_ok
 from support.toy_task import BranchingTask, ToyTask, branching_config, make_config, make_run
 
 BRANCHES: dict[str, list[tuple[int, ...]]] = {
@@ -34,7 +36,10 @@ BRANCHES: dict[str, list[tuple[int, ...]]] = {
 
 
 def rank(folder: Path, mode: str) -> None:
-    """Train the toy as this rank does, and leave the identity of its weights."""
+    """Train as this rank does; the toy leaves the identity of its weights."""
+    if mode == "train":
+        run_ok("train", *json.loads((folder / "words.json").read_text()))
+        return
     config = make_config(accumulation=2, checkpoint_minutes=1e-9, optimizer=Sgd(), learning_rate=0.01)
     with start_runtime("cpu", precision="fp32", timeout_seconds=60.0) as runtime:
         number = runtime.rank
