@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import run_error, run_ok
+from support.tiny_model import make_plan, write_model
 
 from rfmedsam2 import models
+from rfmedsam2.cli.training_flags import with_encoder_rate
 from rfmedsam2.engine.optimizers import freeze, rate_groups
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
 from rfmedsam2.pipeline.training.fine_tuning import start_from
 from rfmedsam2.records.dataset import LabelSet
+from rfmedsam2.records.model import PrimusConfig, SegResNetConfig, SwinUNETRConfig
 from rfmedsam2.records.plan import Plan, Stage
 from rfmedsam2.records.training import TrainConfig
 from rfmedsam2.store.checkpoint_header import FINAL, read_record_of
-from rfmedsam2.store.checkpoints import read_weights
+from rfmedsam2.store.checkpoints import read_weights, write_checkpoint
 
 MODEL = Path("results/Dataset900_PhantomCT/rfmed_cpu__3d_fullres")
 STAGE = "3d_fullres"
@@ -157,6 +160,58 @@ def test_a_models_plan_is_taken_over(trained_root, planned_root, tmp_path, model
     told = run_error("plan_and_preprocess", "--plan-of", model, "--preset", "cpu", "--root", root)
     assert "only one of these" in told
     assert "--plan-of" in told
+
+
+LIBRARY = {
+    "segresnet": (SegResNetConfig(features=8, encoder_blocks=(1, 1)), (16, 16, 16), "conv_final."),
+    "swinunetr": (SwinUNETRConfig(features=12, depths=(1, 1, 1, 1)), (32, 32, 64), "out."),
+    "primus": (PrimusConfig(size="S"), (16, 16, 16), "up_projection."),
+}
+"""Networks of libraries, their patches, and the part whose size depends on the classes."""
+THREE = LabelSet(names={"background": 0, "a": 1, "b": 2, "c": 3})
+
+
+def library_plan(kind: str, **changes: object) -> Plan:
+    network, patch, _ = LIBRARY[kind]
+    stage = make_plan().stages[STAGE].model_copy(update={"model": network, "patch_size": patch})
+    return make_plan(stages={STAGE: stage}, **changes)
+
+
+@pytest.mark.parametrize("kind", LIBRARY)
+def test_networks_of_libraries_start_from_the_same_network_of_other_classes(tmp_path, kind):
+    source = write_model(tmp_path / kind, library_plan(kind))
+    own, notes = started(library_plan(kind, labels=THREE), source)
+    weights = read_weights(source)[1]
+    fresh = {name for name in own if name.startswith(LIBRARY[kind][2])}
+    assert fresh
+    assert same(own, weights) == set(own) - fresh
+    assert f"{len(own) - len(fresh)} of {len(own)} tensors start" in notes[0]
+    assert f"{len(fresh)} tensor(s) start from scratch" in notes[1]
+
+    # a tensor that one side lacks is counted
+    record, _ = read_weights(source)
+    lacking = sorted(set(own) - fresh)[0]
+    tensors = {f"model/{name}": tensor for name, tensor in weights.items() if name != lacking}
+    write_checkpoint(source, record, tensors | {"model/strange": torch.zeros(2)}, {})
+    _, notes = started(library_plan(kind), source)
+    assert f"{len(own) - 1} of {len(own)} tensors start" in notes[0]
+    assert notes[1] == f"The model lacks 1 tensor(s), which start from scratch: {lacking}"
+    assert notes[2] == "The network has no place for 1 tensor(s): strange"
+
+
+def test_another_network_of_a_library_is_refused_and_its_encoder_is_not_known(tmp_path):
+    source = write_model(tmp_path / "model", library_plan("segresnet"))
+    with pytest.raises(CheckpointError, match=r"another network.*a swinunetr of \d+ tensors\. Found a segresnet of 25"):
+        started(library_plan("swinunetr"), source)
+    with pytest.raises(CheckpointError, match=r"another network.*a unet of \d+ tensors\. Found a segresnet of 25"):
+        started(make_plan(), source)
+    with pytest.raises(UsageError, match=r"does not know the encoder.*Found segresnet.*train\.rate_factors"):
+        with_encoder_rate(library_plan("segresnet"), STAGE, 0)
+    plan = library_plan("segresnet")
+    network = models.build_stage(plan, plan.stages[STAGE])
+    freeze(network, {"convInit.": 0, "down_layers.": 0})
+    frozen = {name.partition(".")[0] for name, tensor in network.named_parameters() if not tensor.requires_grad}
+    assert frozen == {"convInit", "down_layers"}
 
 
 class TestRateFactors:
