@@ -171,8 +171,7 @@ def named_splits(dataset: SplittableDataset) -> dict[str, Split]:
 
 def _require_split_names(names: Iterable[str], *, where: object) -> None:
     """Check that each split can be chosen by its name, and that its results have a folder of their own."""
-    names = [*map(str, names)]
-    require_names(names, where=where)
+    require_names(names := [*map(str, names)], where=where)
     if taken := [name for name in names if name.isdigit() or name == ALL]:
         raise DatasetError(
             "Splits have names that mean other folds",
