@@ -121,9 +121,11 @@ def _from_scratch(plan: Plan, stage: Stage, theirs: CheckpointRecord, wanted: Sh
     outputs, channels = plan.labels.num_outputs, plan.inputs_of(stage)
     given, fresh = theirs.plan, set[str]()
     if given.labels.foreground != plan.labels.foreground or given.labels.num_outputs != plan.labels.num_outputs:
-        fresh |= _differing(wanted, models.shapes_of(plan, stage, outputs=outputs + 1))
-    if channels != given.inputs_of(given.stages[theirs.stage]):
-        fresh |= _differing(wanted, models.shapes_of(plan, stage, channels=channels + 1))
+        # widths may be rounded, so that not every step of the number changes them
+        for number in (outputs + 1, given.labels.num_outputs):
+            fresh |= _differing(wanted, models.shapes_of(plan, stage, outputs=number))
+    if channels != (number := given.inputs_of(given.stages[theirs.stage])):
+        fresh |= _differing(wanted, models.shapes_of(plan, stage, channels=number))
     return fresh
 
 

@@ -115,6 +115,7 @@ def trained(launch: Launch, folder: Path, root: Path, *words: object) -> str:
     return done.stderr
 
 
+@pytest.mark.whole
 def test_a_cascade_of_regions_with_an_ignore_label(launch, blobs, tmp_path):
     root = Path(shutil.copytree(blobs, tmp_path / "root"))
     layout = Layout.under(root)
@@ -152,7 +153,7 @@ LIBRARY = {
 
 
 @pytest.mark.parametrize("model", LIBRARY)
-def test_networks_of_libraries_learn_the_same_on_both_ranks(launch, blobs, tmp_path, model):
+def test_networks_of_libraries_are_trained_on_two_ranks(launch, blobs, tmp_path, model):
     root = Path(shutil.copytree(blobs, tmp_path / "root"))
     changes = [f"3d_fullres.{field}" for field in (*LIBRARY[model], *QUICK, "spacing_mm=[2,2,2]")]
     run_ok("plan_and_preprocess", "--model", model, "--preset", "cpu", "-c", "3d_fullres", "--set", *changes,
