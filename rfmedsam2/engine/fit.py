@@ -99,9 +99,9 @@ class _Loop(Generic[Batch]):
         self._found = self._position
         self._log: MetricsLog | None = None
         if run.runtime.is_main:
-            if note := endless_warmup(config):
-                logger.warning("%s", note)
             step = self._position.step
+            if step == 0 and (note := endless_warmup(config)):
+                logger.warning("%s", note)
             validated = self._position.validated == step
             self._log = MetricsLog(run.folder, keep_step=step, keep_validation=validated, tracking=run.tracking)
 

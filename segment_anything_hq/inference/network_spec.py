@@ -194,7 +194,7 @@ def _with_weights(
             remedy="A checkpoint holds the trained weights only, not the frozen base" if record else None,
         )
     records = [] if record is None else [record]
-    if spec.decoder is not None:
+    if spec.decoder is not None and method in REFINERS:
         records.append(read_header(spec.decoder, RefinerRecord).record)
     images, looks = trained_images(records)
     return ResolvedSpec(

@@ -52,7 +52,7 @@ def test_faults_of_all_sets_are_listed_and_end_with_2(data, tmp_path):
         "the image has no mask",
         "HRSOD: 0 samples of 287 that are published",
         "the folder is missing",
-        "The collection's folder is missing",
+        "The collection's folder does not exist",
         "The data folder does not exist",
     ):
         assert sentence in outcome.out, sentence
