@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from segment_anything import SamAutomaticMaskGenerator as PlainGenerator
 from torch import Tensor
 
-from rfmedsam2.arrays import as_array, is_array
 from rfmedsam2.errors import MissingPackageError, UsageError
 from segment_anything_hq.modeling import MaskDecoderHQ, Sam
 from segment_anything_hq.predictor import SamPredictor, color_image
@@ -91,7 +90,7 @@ def _checked_grids(
         raise UsageError("There are no points to prompt with", expected="points_per_side from 1", found=points_per_side)
     if point_grids is None:
         return None
-    grids = [as_array(grid, "A grid") if is_array(grid) else np.array(grid) for grid in point_grids]
+    grids = [grid.numpy(force=True) if isinstance(grid, Tensor) else np.array(grid) for grid in point_grids]
     shapes = [grid.shape for grid in grids]
     inside = all(grid.dtype.kind in "iuf" and bool(((grid >= 0) & (grid <= 1)).all()) for grid in grids)
     if (
@@ -236,7 +235,7 @@ class SamAutomaticMaskGenerator(PlainGenerator):
             boxes, _ = generate_crop_boxes((height, width), layers, self.crop_overlap_ratio)
             if any(x0 >= x1 or y0 >= y1 for x0, y0, x1, y1 in boxes):
                 raise UsageError(
-                    "The image is too small for so many layers of crops",
+                    "The image is too small for this number of crop layers",
                     expected=f"crop_n_layers up to {layers - 1}",
                     found=f"{self.crop_n_layers} for {height} x {width} pixels",
                 )

@@ -31,7 +31,7 @@ SMALLEST_ML = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Volumes that are tried. Few and round, as the best of many fits the validation cases alone."""
 SAME_SCORE = 1e-9
 LEAST_GAIN = 1e-4
-"""A rise that four decimals show; a smaller one is no reason to change every label map that is still to come."""
+"""A rise that four decimals show; a smaller one does not justify changing every label map to come."""
 Action = Literal["keep_largest", "drop_small", "fill_holes"]
 ACTIONS: tuple[Action, ...] = ("keep_largest", "drop_small", "fill_holes")
 

@@ -292,7 +292,7 @@ def test_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypat
 # --- geometry ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spacing", [(-1, 1, 1), (1, 0, 1), (1, 1, float("nan"))])
+@pytest.mark.parametrize("spacing", [(1, 0, 1), (1, 1, float("nan"))])
 def test_impossible_spacing_is_refused(tmp_path: Path, spacing: tuple[float, ...]) -> None:
     path = nifti(tmp_path / "a.nii", affine=np.eye(4))
     patched(path, 80, np.array(spacing, dtype="<f4"))
