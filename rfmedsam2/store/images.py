@@ -25,7 +25,7 @@ from rfmedsam2.store.formats.image_header import (
     unchanged,
 )
 from rfmedsam2.store.formats.itk import mhd_data_file, read_itk, read_itk_header, write_itk_label, write_mhd_label
-from rfmedsam2.store.formats.label_values import SLICER_ENDING, as_labels, merged_layers
+from rfmedsam2.store.formats.label_values import NRRD_ENDINGS, SLICER_ENDINGS, as_labels, merged_layers
 from rfmedsam2.store.formats.mgz import read_mgz, read_mgz_header, write_mgz_label
 from rfmedsam2.store.formats.nifti import read_nifti, read_nifti_header, write_nifti_label
 from rfmedsam2.store.formats.raster import (
@@ -41,11 +41,11 @@ from rfmedsam2.system.ordinary_files import add_file
 from rfmedsam2.volume import Volume
 
 _NIFTI = (".nii.gz", ".nii")
-_ITK = (SLICER_ENDING, ".nrrd", ".nhdr", ".mha", ".mhd")
+_ITK = (*SLICER_ENDINGS, ".nrrd", ".nhdr", ".mha", ".mhd")
 _MGZ = (".mgz", ".mgh")
 _LABEL_WRITERS = {
     **dict.fromkeys(_NIFTI, write_nifti_label),
-    **dict.fromkeys((".nrrd", SLICER_ENDING, ".mha", *RASTER_ENDINGS), write_itk_label),
+    **dict.fromkeys((".nrrd", ".seg.nrrd", ".mha", *RASTER_ENDINGS), write_itk_label),
     **dict.fromkeys(_MGZ, write_mgz_label),
 }
 """By ending; an MHD is two files and has a writer of its own."""
@@ -197,7 +197,7 @@ def read_label(path: Path) -> tuple[Volume, ImageHeader]:
     with parsing(path):
         if header.format == "raster" and (indices := stored_indices(path)) is not None:
             array = indices
-        elif array.shape[0] != 1 and path.name.lower().endswith(".nrrd"):
+        elif array.shape[0] != 1 and path.name.lower().endswith(NRRD_ENDINGS):
             merged = merged_layers(array, path)
             array = array if merged is None else merged
     if array.shape[0] != 1:

@@ -6,6 +6,7 @@ are collected in `RawDataset.faults`, so that verification can report all of the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -28,7 +29,7 @@ from rfmedsam2.store.case_files import (
     list_images,
 )
 from rfmedsam2.store.formats.image_header import ImageHeader
-from rfmedsam2.store.formats.label_values import SLICER_ENDING
+from rfmedsam2.store.formats.label_values import SLICER_ENDINGS
 from rfmedsam2.store.images import IMAGE_ENDINGS, read_channels, read_label
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.system.atomic import read_record
@@ -208,7 +209,7 @@ def _is_version_1(path: Path) -> bool:
     return (
         isinstance(labels, dict)
         and len(labels) > 0
-        and all(key.isdigit() and isinstance(name, str) for key, name in labels.items())
+        and all(re.fullmatch(r"\d+(\.0+)?", key) and isinstance(name, str) for key, name in labels.items())
     )
 
 
@@ -218,7 +219,8 @@ def _discovered(folder: Path, json: DatasetJson) -> tuple[list[Case], list[Fault
     label_ending = None if ending == ".dcm" else ending
     label_files = [p for p in list_images(folder / "labelsTr", label_ending) if not p.is_dir()]
     if label_ending is not None:
-        label_files += [p for p in list_images(folder / "labelsTr", SLICER_ENDING) if p not in label_files]
+        for slicer in SLICER_ENDINGS:
+            label_files += [p for p in list_images(folder / "labelsTr", slicer) if p not in label_files]
     labels: dict[str, list[Path]] = {}
     for path in label_files:
         labels.setdefault(file_stem(path, label_ending), []).append(path)
@@ -281,7 +283,7 @@ def _wrong_endings(folder: Path, json: DatasetJson, ids: set[str], labels: set[s
         for path in list_images(folder / name, None):
             if path.is_dir() or path.name.endswith(json.file_ending):
                 continue
-            if name == "labelsTr" and (json.file_ending == ".dcm" or path.name.lower().endswith(SLICER_ENDING)):
+            if name == "labelsTr" and (json.file_ending == ".dcm" or path.name.lower().endswith(SLICER_ENDINGS)):
                 continue
             stem = file_stem(path, None)
             case = next((i for i in (stem, stem[:-5]) if i in ids | labels), None)

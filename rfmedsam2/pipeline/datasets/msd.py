@@ -80,8 +80,11 @@ def convert_nnunet_v1(
         StoreError: the raw folder cannot be written, or files cannot be linked.
     """
     found, content = _task(download, "nnU-Net v1", dataset_id)
-    ids = {_id_of(entry) for entry in content["training"]}
-    _require_layout(found, others=ids, there=listed(found.folder / "imagesTr"))
+    for part, folder in (("training", "imagesTr"), ("test", "imagesTs")):  # some list the file of the first channel
+        there = listed(found.folder / folder)
+        ids = (_id_of(entry) for entry in content.get(part, []))
+        content[part] = [id.removesuffix("_0000") if id in there else id for id in ids]
+    _require_layout(found, others=set(content["training"]), there=listed(found.folder / "imagesTr"))
     training, tests = (_channel_files(found, part) for part in ("imagesTr", "imagesTs"))
     first = [{case: files[0] for case, files in cases.items()} for cases in (training, tests)]
     _pair_with_declared(found, content, images=first[0], tests=first[1])
@@ -130,7 +133,7 @@ def _task(download: Path, what: str, dataset_id: int | None) -> tuple[Download, 
         folder=home,
         name=_dataset_name(home, content, dataset_id),
         channels=tuple(content["modality"][str(i)] for i in range(len(content["modality"]))),
-        labels={"background" if int(value) == 0 else str(n): int(value) for value, n in content["labels"].items()},
+        labels={"background" if value == 0 else str(name): value for value, name in _by_value(content["labels"])},
         further={key: content[key] for key in _KEPT if key in content},
     )
     return found, content
@@ -185,10 +188,9 @@ def _content(path: Path, what: str) -> dict[str, Any]:
 
 def _is_sound_table(labels: dict[str, Any]) -> bool:
     """Whether names by value say the same the other way round; 0 is the background, whatever it is called."""
-    values = [int(value) for value in labels]
-    names = [
-        "background" if value == 0 else str(name).strip() for value, name in zip(values, labels.values(), strict=True)
-    ]
+    table = _by_value(labels)
+    values = [value for value, _ in table]
+    names = ["background" if value == 0 else str(name).strip() for value, name in table]
     return min(values) >= 0 and all(names) and len(set(values)) == len(set(names)) == len(names)
 
 
@@ -214,6 +216,15 @@ def _compare_with_declared(found: Download, content: dict[str, Any], unnamed: se
     for key, count in (("numTraining", len(found.sources) - tests), ("numTest", tests)):
         if key in content and content[key] != count:
             found.warnings.append(f"{key} is {content[key]} in dataset.json, but {count} were found")
+
+
+def _by_value(labels: dict[str, Any]) -> list[tuple[int, Any]]:
+    """Values, of which pandas writes 1 as 1.0, with their names.
+
+    Raises:
+        ValueError: a key is not a whole number.
+    """
+    return [(int(re.sub(r"\.0+$", "", key)), name) for key, name in labels.items()]
 
 
 def _id_of(entry: Any) -> str:

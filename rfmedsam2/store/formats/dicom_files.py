@@ -47,8 +47,8 @@ _KEYWORDS = (
     "BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData GreenPaletteColorLookupTableData "
     "BluePaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData "
     "SegmentedGreenPaletteColorLookupTableData SegmentedBluePaletteColorLookupTableData DetectorInformationSequence "
-    "SliceVector GridFrameOffsetVector DoseGridScaling SegmentSequence SharedFunctionalGroupsSequence "
-    "PerFrameFunctionalGroupsSequence"
+    "SliceVector SliceLocationVector GridFrameOffsetVector DoseGridScaling SegmentSequence "
+    "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
 )
 _TAGS: list[Any] = [Tag(keyword) for keyword in _KEYWORDS.split()]
 

@@ -21,7 +21,9 @@ from rfmedsam2.store.formats.dicom_pixels import PixelFormat, pixel_format
 from rfmedsam2.store.formats.dicom_rescale import Rescale, rescale_of
 from rfmedsam2.store.formats.image_header import parsing
 
-_SLICE_VECTOR = 0x00540080
+_SLICE_VECTOR, _LOCATIONS = 0x00540080, 0x00182005
+_AT_PLACE = 0.1
+"""Most mm between a slice location and the place along the normal that it states."""
 _IN_TIME = {0x00181063, 0x00181065}
 """Frame Time and Frame Time Vector."""
 
@@ -222,6 +224,11 @@ def _frame_positions(layout: PixelFormat, start: np.ndarray, orientation: Sequen
     running = {int(tag) for tag in (pointer if hasattr(pointer, "__iter__") else [pointer])}
     if running & _IN_TIME:
         raise _placeless(layout.file, f"{layout.frames} frames that follow each other in time (FrameIncrementPointer)")
+    places = numbers(data, "SliceLocationVector", where=path)
+    if _LOCATIONS in running and len(places) == layout.frames:
+        along = float(start @ normal)  # the standard leaves open in which direction locations count
+        direction = -1 if abs(places[0] + along) < _AT_PLACE < abs(places[0] - along) else 1
+        return [start + direction * (place - places[0]) * normal for place in places]
     if running and _SLICE_VECTOR not in running:
         raise _placeless(layout.file, f"{layout.frames} frames that are not slices (FrameIncrementPointer)")
     if not spacing:

@@ -12,8 +12,9 @@ import numpy as np
 from rfmedsam2.simpleitk import sitk
 from rfmedsam2.store.formats.image_header import NotLabelsError
 
-SLICER_ENDING = ".seg.nrrd"
+SLICER_ENDINGS = (".seg.nrrd", ".seg.nhdr")
 """Segmentations of 3D Slicer."""
+NRRD_ENDINGS = (".nrrd", ".nhdr")
 _INTEGER_TOLERANCE = 1e-3  # for labels that were stored as floats
 _STORE_AGAIN = "Save the labels again in an integer type, without scaling: dtype=numpy.uint8, and a new header"
 _LARGEST_SLOPE = 0.96  # above it rounding takes labels half the way to the next; any number would pass as a label
@@ -123,7 +124,7 @@ def segment_values(path: Path) -> dict[str, int]:
     Raises:
         ValueError: a value is not a number.
     """
-    if not path.name.lower().endswith(".nrrd"):
+    if not path.name.lower().endswith(NRRD_ENDINGS):
         return {}
     return {segment.name: segment.value for segment in _segments(path)}
 

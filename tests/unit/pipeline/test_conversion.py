@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -410,3 +411,24 @@ def test_the_other_of_both_layouts_names_its_converter(version_1: Path, tmp_path
         file.rename(file.with_name(file.name.replace("_0000", ""))) if "_0000" in file.name else file.unlink()
     with pytest.raises(UsageError, match=r"as the Decathlon names them.*Found prostate_00.nii.gz.*rfmed_convert msd"):
         convert_nnunet_v1(version_1, tmp_path / "raw")
+
+
+def test_nnunet_v1_with_values_as_decimals_and_lists_of_the_first_channel(version_1: Path, tmp_path: Path) -> None:
+    """As pandas writes whole numbers, and as lists of the files that are there come out."""
+    training = [{"image": f"./imagesTr/prostate_{n}_0000.nii.gz"} for n in ("00", "01")]
+    test = ["./imagesTs/prostate_02_0000.nii.gz"]
+    labels = {"0.0": "background", "1.0": "PZ", "2.0": "TZ"}
+    write_msd_json(version_1, labels=labels, training=training, test=test)
+    result = convert_nnunet_v1(version_1, tmp_path / "raw")
+    assert (result.training, result.test, result.warnings) == (2, 1, ())
+    assert json.loads((result.folder / "dataset.json").read_text())["labels"] == {"background": 0, "PZ": 1, "TZ": 2}
+
+
+def test_an_id_that_ends_like_a_channel_stays(version_1: Path, tmp_path: Path) -> None:
+    for file in sorted(version_1.rglob("*.nii.gz")):
+        file.rename(file.with_name(re.sub(r"(prostate_\d\d)", r"\1_0000", file.name)))
+    training = [{"image": f"./imagesTr/prostate_{n}_0000.nii.gz"} for n in ("00", "01")]
+    write_msd_json(version_1, training=training, test=["./imagesTs/prostate_02_0000.nii.gz"])
+    result = convert_nnunet_v1(version_1, tmp_path / "raw")
+    assert (result.training, result.test, result.warnings) == (2, 1, ())
+    assert (result.folder / "imagesTr/prostate_00_0000_0001.nii.gz").is_file()

@@ -236,6 +236,26 @@ def test_frames_of_nuclear_medicine(tmp_path: Path) -> None:
     assert volume.grid.origin_xyz_mm == (-10, -20, 22.5)
 
 
+@pytest.mark.parametrize("first", [30, 0])
+def test_frames_of_a_secondary_capture(tmp_path: Path, first: float) -> None:
+    """Locations may begin anywhere; 30 is that of the position."""
+    order = [2, 0, 3, 1]
+    locations = [first + 2.5 * n for n in order]
+    changes = {"FrameIncrementPointer": 0x00182005, "SliceLocationVector": locations}
+    capture = frames(**changes, ImagePositionPatient=[-10, -20, 35], stored=STORED[order])
+    np.testing.assert_array_equal(read(save(tmp_path / "a.dcm", capture)), HU)
+    lacking = frames(FrameIncrementPointer=0x00182005, SliceLocationVector=locations[1:])
+    with pytest.raises(ImageError, match="frames that are not slices"):
+        read_image(save(tmp_path / "b.dcm", lacking))
+
+
+def test_slice_locations_that_count_against_the_normal(tmp_path: Path) -> None:
+    """The location of the first frame is minus its place along the normal: scanners count either way."""
+    changes = {"FrameIncrementPointer": 0x00182005, "SliceLocationVector": [-37.5, -35, -32.5, -30]}
+    down = frames(**changes, ImagePositionPatient=[-10, -20, 37.5], stored=STORED[::-1])
+    np.testing.assert_array_equal(read(save(tmp_path / "a.dcm", down)), HU)
+
+
 @pytest.mark.parametrize("offsets", [[0, 2.5, 5, 7.5], [30, 32.5, 35, 37.5]])
 def test_frames_of_a_dose(tmp_path: Path, offsets: list[float]) -> None:
     dose = frames(Modality="RTDOSE", DoseGridScaling=1, GridFrameOffsetVector=offsets)

@@ -17,6 +17,7 @@ from PIL import Image
 from rfmedsam2.errors import ImageError
 from rfmedsam2.store.case_files import file_stem
 from rfmedsam2.store.formats.image_header import NotLabelsError
+from rfmedsam2.store.formats.label_values import segment_values
 from rfmedsam2.store.images import read_image, read_label, write_label
 
 PLANE = np.array([[0, 1, 2], [3, 4, 200]], dtype=np.uint8)
@@ -163,6 +164,13 @@ def test_the_header_that_slicer_itself_writes(tmp_path: Path, encoding: str) -> 
     np.testing.assert_array_equal(label.array[0], LAYERS.max(0))
     assert found.grid.spacing_zyx_mm == (2, 0.75, 0.5)
     assert found.grid.origin_xyz_mm == (1, 2, 3)
+
+
+def test_layers_beside_their_header_are_merged(tmp_path: Path) -> None:
+    path = slicer(tmp_path / "a.seg.nhdr", LAYERS, ("liver", 1, 0), ("spleen", 2, 0), ("lesion", 3, 1))
+    np.testing.assert_array_equal(read_label(path)[0].array[0], LAYERS.max(0))
+    assert segment_values(path) == {"liver": 1, "spleen": 2, "lesion": 3}
+    assert file_stem(path, None) == file_stem(path, ".nhdr") == "a"
 
 
 def test_segments_that_overlap_are_named(tmp_path: Path) -> None:

@@ -393,7 +393,7 @@ def test_a_color_image_with_another_number_of_channels_is_a_fault(
 @pytest.mark.parametrize("ending", [".nrrd", ".nii.gz", ".dcm"])
 def test_labels_may_be_slicers_segmentations(tmp_path: Path, ending: str) -> None:
     images = ["a", "b"] if ending == ".dcm" else [f"a_0000{ending}", f"b_0000{ending}"]
-    folder = dataset(tmp_path / "d", [], ["a.seg.nrrd", "b.seg.nrrd"], file_ending=ending)
+    folder = dataset(tmp_path / "d", [], ["a.seg.nrrd", "b.seg.nhdr"], file_ending=ending)
     for name in images:
         if ending == ".dcm":
             (folder / "imagesTr" / name).mkdir()
@@ -404,7 +404,7 @@ def test_labels_may_be_slicers_segmentations(tmp_path: Path, ending: str) -> Non
     assert found.faults == ()
     assert {case.id: case.label.name for case in found.training if case.label} == {
         "a": "a.seg.nrrd",
-        "b": "b.seg.nrrd",
+        "b": "b.seg.nhdr",
     }
 
 
@@ -417,6 +417,10 @@ def test_a_dataset_json_of_nnunet_v1_is_named_with_what_is_swapped(tmp_path: Pat
     del content["modality"]  # a file whose other fields are already those of version 2
     half = {**content, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(half))
+    with pytest.raises(DatasetError, match=r"format of nnU-Net v1.*other way round"):
+        open_dataset(folder)
+    decimal = {**half, "labels": {"0.0": "background", "1.0": "liver"}}  # as pandas writes whole numbers
+    (folder / "dataset.json").write_text(json.dumps(decimal))
     with pytest.raises(DatasetError, match=r"format of nnU-Net v1.*other way round"):
         open_dataset(folder)
     for names in (("background", "1", "2"), ("0", "1", "2"), ("background", "3", "z")):  # names that are numbers
