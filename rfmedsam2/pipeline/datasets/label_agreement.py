@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rfmedsam2.errors import DatasetError, RecordError, UsageError
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
+from rfmedsam2.store.formats.label_values import segment_values
 from rfmedsam2.store.raw import read_dataset_json
 from rfmedsam2.system.atomic import read_record
 
@@ -86,6 +87,33 @@ def contradictions(one: LabelTable, other: LabelTable) -> list[str]:
         f"{_shown(values)} is {name} in {one.source} and {names[values]} in {other.source}"
         for key, (name, values) in here.items()
         if key not in there and values in names
+    ]
+
+
+def segments_of(path: Path) -> dict[str, int]:
+    """Names of the segments of a file of 3D Slicer with their values; none where these are not numbers."""
+    try:
+        return segment_values(path)
+    except ValueError:
+        return {}
+
+
+def misnamed_segments(path: Path, declared: Mapping[str, Collection[int]], where: str) -> list[tuple[int, str]]:
+    """Segments of 3D Slicer that have other values than their names have elsewhere: Slicer counts as it goes.
+
+    Args:
+        path: a readable label map of any format.
+        declared: name -> its values; other names of segments mean nothing.
+        where: who declares them, for the phrases.
+
+    Returns:
+        The value of each such segment, and a phrase that names both.
+    """
+    known = {_comparable(name): values for name, values in declared.items()}
+    return [
+        (value, f"{name} is {value}, in {where} {', '.join(map(str, known[_comparable(name)]))}")
+        for name, value in segments_of(path).items()
+        if value not in known.get(_comparable(name), (value,))
     ]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from rfmedsam2.arrays import intensity_limit
 from rfmedsam2.errors import GeometryError, RfMedSamError
+from rfmedsam2.pipeline.datasets.label_agreement import misnamed_segments
 from rfmedsam2.records.dataset import REGION_REMEDY, DatasetJson
 from rfmedsam2.records.plan import Split
 from rfmedsam2.records.verify import Fault, FaultKind, VerifyReport
@@ -27,7 +28,6 @@ from rfmedsam2.store.formats.image_header import (
     assumptions,
     grids_differ,
 )
-from rfmedsam2.store.formats.label_values import segment_values
 from rfmedsam2.store.images import read_image, read_label, with_channel
 from rfmedsam2.store.raw import RawDataset
 from rfmedsam2.system.parallel import map_cases
@@ -225,17 +225,8 @@ def _value_faults(case: Case, path: Path, counts: dict[int, int], json: DatasetJ
 
 
 def _name_faults(case: Case, path: Path, counts: dict[int, int], json: DatasetJson) -> list[Fault]:
-    """Segments of 3D Slicer that have another value than dataset.json gives their name: Slicer counts as it goes."""
-    try:
-        segments = segment_values(path)
-    except ValueError:
-        return []  # values that are no numbers name nothing
-    declared = {name.lower(): values for name, values in json.label_set.foreground.items()}
-    wrong = [
-        f"{name} is {value}, in dataset.json {', '.join(map(str, declared[name.lower()]))}"
-        for name, value in segments.items()
-        if value in counts and value not in declared.get(name.lower(), (value,))
-    ]
+    misnamed = misnamed_segments(path, json.label_set.foreground, "dataset.json")
+    wrong = [phrase for value, phrase in misnamed if value in counts]
     if not wrong:
         return []
     message = f"Segments have other values than dataset.json gives their names: {'; '.join(wrong)}"

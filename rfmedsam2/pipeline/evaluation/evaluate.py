@@ -17,7 +17,7 @@ import numpy as np
 from rfmedsam2.arguments import choice_of, names_of, number_from_zero, option, path_of, whole_number
 from rfmedsam2.errors import DatasetError, RecordError, RfMedSamError, UsageError, shortlist
 from rfmedsam2.metrics.volumes import NSD_TOLERANCE_MM, BothEmpty, absent_class, case_metrics, empty_policy
-from rfmedsam2.pipeline.datasets.label_agreement import LabelTable
+from rfmedsam2.pipeline.datasets.label_agreement import LabelTable, misnamed_segments, segments_of
 from rfmedsam2.pipeline.evaluation.bootstrap import BOOTSTRAP_SAMPLES, CONFIDENCE, MINIMUM_CASES, summarize
 from rfmedsam2.pipeline.evaluation.label_tables import agreed_labels, numbered, with_all_values
 from rfmedsam2.records.dataset import LabelSet
@@ -231,6 +231,7 @@ def _score(
             headers.append(header)
         except RfMedSamError as error:
             faults.append(f"{side}: {error}")
+    faults = faults or _misnamed(pair, volumes, labels)
     if faults:
         return f"{pair.id}: " + " ".join(faults)
     reference, prediction = volumes
@@ -257,6 +258,21 @@ def _score(
     digests = {f"{side}_sha256": digest_of([Path(path)]).hex() for side, path in paths.items()}
     assumed = [text for kind, text in assumptions(lengths).items() if kind in ("no-spacing", "unit-ignored")]
     return CaseMetrics(id=pair.id, **paths, **digests, classes=classes), assumed
+
+
+def _misnamed(pair: Pair, volumes: Sequence[Volume], labels: LabelSet | None) -> list[str]:
+    """Sentences about segments whose values are not the table's, or without a table, not those of the reference."""
+    sides = {"reference": pair.reference, "prediction": pair.prediction}
+    if labels is None:
+        named, where = {name: (value,) for name, value in segments_of(pair.reference).items()}, "the reference"
+    else:
+        named, where = labels.foreground, "the label table"
+    faults = []
+    for (side, path), volume in zip(sides.items(), volumes, strict=True):
+        misnamed = misnamed_segments(path, named, where)
+        if wrong := [phrase for value, phrase in misnamed if (volume.array == value).any()]:
+            faults.append(f"{side}: Segments have other values than their names elsewhere: {'; '.join(wrong)} ({path})")
+    return faults
 
 
 def _sorted_out(

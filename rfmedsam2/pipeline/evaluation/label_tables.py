@@ -23,7 +23,8 @@ def agreed_labels(predictions: Path, references: Path, given: LabelSet | LabelTa
     """The label table of an evaluation: the given one, else the one beside the references, else the predictions'.
 
     Searched are dataset.json and predictions.json beside the label maps, and dataset.json one folder up. A table one
-    folder above the predictions is only used where there is no other: it need not be theirs.
+    folder above the predictions is only used where there is no other, as it need not be theirs, unless they are a
+    dataset's labelsTr or labelsTs.
 
     Args:
         predictions: folder of label maps, or one file.
@@ -47,7 +48,8 @@ def agreed_labels(predictions: Path, references: Path, given: LabelSet | LabelTa
     known = [] if given is None else [LabelTable(labels=given, source="the given table")]
     here, there = _folder(references), _folder(predictions)
     beside = [folder / name for folder in (here, there) for name in (DATASET, PREDICTIONS)]
-    tables = read_tables([*beside[:2], here.parent / DATASET, *beside[2:]], known=known)
+    above = [there.resolve().parent / DATASET] if there.resolve().name.startswith("labels") else []
+    tables = read_tables([*beside[:2], here.parent / DATASET, *beside[2:], *above], known=known)
     pairs = [pair for one, other in combinations(tables, 2) for pair in contradictions(one, other)]
     if pairs:
         raise UsageError(

@@ -67,6 +67,39 @@ def test_scores_and_files_of_a_folder(folders: tuple[Path, Path], tmp_path: Path
     assert of_case["case_1", "b", "dsc"] == ""
 
 
+def write_segments(path: Path, array: np.ndarray, **segments: int) -> None:
+    """A segmentation of 3D Slicer, which names its values itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = SimpleITK.GetImageFromArray(array)
+    image.SetSpacing(SPACING[::-1])
+    for number, (name, value) in enumerate(segments.items()):
+        for key, text in (("ID", f"S{number}"), ("Name", name), ("LabelValue", str(value)), ("Layer", "0")):
+            image.SetMetaData(f"Segment{number}_{key}", text)
+    SimpleITK.WriteImage(image, str(path))
+
+
+@pytest.mark.parametrize("side", ["predictions", "references"])
+def test_segments_that_contradict_the_label_table_are_not_scored(folders: tuple[Path, Path], side: str) -> None:
+    folder = folders[0] if side == "predictions" else folders[1]
+    (folder / "case_1.nii.gz").unlink()
+    write_segments(folder / "case_1.seg.nrrd", block(2), A=2, b=1)
+    with pytest.raises(
+        DatasetError, match=rf"(?s)1 fault.*case_1: {side[:-1]}: .*A is 2, in the label table 1 "
+    ) as caught:
+        evaluate(*folders, LABELS)
+    assert "b is 1" not in str(caught.value)  # no voxel has that value
+    write_segments(folder / "case_1.seg.nrrd", block(1), A=1, another=2)
+    assert [case.id for case in evaluate(*folders, LABELS).cases] == ["case_0", "case_1", "case_2"]
+
+
+def test_segments_of_both_sides_are_compared_where_values_are_scored_by_number(folders: tuple[Path, Path]) -> None:
+    for folder, segments in zip(folders, ({"liver": 1, "spleen": 2}, {"Liver": 2, "spleen": 1}), strict=True):
+        (folder / "case_1.nii.gz").unlink()
+        write_segments(folder / "case_1.seg.nrrd", block(1), **segments)
+    with pytest.raises(DatasetError, match=r"case_1: prediction: .*liver is 1, in the reference 2 "):
+        evaluate(*folders)
+
+
 def test_formats_may_differ_between_the_folders(folders: tuple[Path, Path]) -> None:
     predictions, references = folders
     (predictions / "case_0.nii.gz").unlink()

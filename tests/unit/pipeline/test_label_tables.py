@@ -104,6 +104,17 @@ def test_the_given_table_comes_before_the_references_before_the_predictions(tmp_
     assert list(agreed_labels(predictions, references).names) == ["background", "organ"]
 
 
+def test_a_table_above_the_labels_of_a_dataset_is_theirs(tmp_path):
+    predictions = declare(tmp_path / "other", liver=2, spleen=1) / "labelsTr"
+    predictions.mkdir()
+    references = declare(tmp_path / "refs", liver=1, spleen=2)
+    with pytest.raises(UsageError, match=r"liver is 1 in .*refs/dataset\.json and 2 in .*other/dataset\.json"):
+        agreed_labels(predictions, references)
+    elsewhere = tmp_path / "other" / "predictions"
+    elsewhere.mkdir()
+    assert agreed_labels(elsewhere, references) == table(liver=1, spleen=2).labels
+
+
 def test_a_damaged_table_is_an_error_only_where_it_is_needed(tmp_path, caplog):
     predictions, references = tmp_path / "preds", tmp_path / "refs"
     predictions.mkdir()
