@@ -40,6 +40,7 @@ FREE = {
     "CandidateScore.name": "shown",
     "CaseRecord.source": "a digest",
     "CaseRecord.sources": "compared with the names of files that are there",
+    "CheckpointRecord.learned_before": "shown and compared",
     "CheckpointRecord.previous_labels": "a digest",
     "CheckpointRecord.started_from": "a digest",
     "CheckpointRecord.step0": "a digest",

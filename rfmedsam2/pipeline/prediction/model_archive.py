@@ -126,7 +126,7 @@ def _pack(
         files[file] = work / file
         tensors = {f"model/{key}": tensor for key, tensor in weights.items()}
         # ids of cases may tell whose they are
-        write_checkpoint(files[file], record.model_copy(update={"cases": None}), tensors, {})
+        write_checkpoint(files[file], record.model_copy(update={"cases": None, "learned_before": {}}), tensors, {})
         extras = [path.parent / extra for extra in EXTRAS]
         files |= {f"{fold}/{extra.name}": extra for extra in extras if extra.is_file()}
     return stored

@@ -63,7 +63,7 @@ def doubts_about(
 
 def trained_ids(records: Iterable[CheckpointRecord], ids: Iterable[str]) -> list[str]:
     """Ids among some that any of the models was trained on, as far as their checkpoints say it; ascending."""
-    known = {name for record in records if record.cases is not None for name in record.cases.train}
+    known = {name for record in records for cases in record.learned().values() for name in cases}
     return sorted(known.intersection(ids))
 
 

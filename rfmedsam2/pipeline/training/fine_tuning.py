@@ -43,7 +43,9 @@ def read_model(source: Path, *, fold: str) -> tuple[Path, CheckpointRecord, dict
     return path, record.model_copy(update={"weights_sha256": weights_sha256(weights)}), weights
 
 
-def start_from(network: nn.Module, plan: Plan, stage: Stage, source: Path, *, fold: str) -> tuple[str, list[str]]:
+def start_from(
+    network: nn.Module, plan: Plan, stage: Stage, source: Path, *, fold: str
+) -> tuple[CheckpointRecord, list[str]]:
     """Load the weights of a trained model into a network that is to be trained.
 
     Layers whose size depends on the classes start from scratch where the model's classes are others, and so do those
@@ -57,7 +59,7 @@ def start_from(network: nn.Module, plan: Plan, stage: Stage, source: Path, *, fo
         fold: as in `read_model`; of the training.
 
     Returns:
-        Digest of the model's weights, and sentences about what was loaded and what was not.
+        Record of the model, and sentences about what was loaded and what was not.
 
     Raises:
         UsageError: there is no model.
@@ -84,7 +86,7 @@ def start_from(network: nn.Module, plan: Plan, stage: Stage, source: Path, *, fo
         notes.append(f"The model lacks {len(missing)} tensor(s), which start from scratch: {shortlist(missing)}")
     if unexpected:
         notes.append(f"The network has no place for {len(unexpected)} tensor(s): {shortlist(unexpected)}")
-    return record.weights_sha256, notes + _differences(stage, record)
+    return record, notes + _differences(stage, record)
 
 
 def require_same_start(begun_in: Path, begun: str | None, source: Path, *, fold: str) -> None:

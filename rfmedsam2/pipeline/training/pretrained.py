@@ -30,7 +30,7 @@ STEP0 = "unet."
 
 def load_pretrained(
     network: RFMedSam2, plan: Plan, *, fold: str, sam: Path | None, unet: Path | None, known: bool = False
-) -> list[str]:
+) -> tuple[CheckpointRecord | None, list[str]]:
     """Load the initial weights of a training.
 
     Args:
@@ -43,14 +43,15 @@ def load_pretrained(
         known: whether the backbone has weights already.
 
     Returns:
-        Sentences about what was loaded and what is randomly initialized.
+        Record of the model that Step 0 starts from, and sentences about what was loaded and what is randomly
+        initialized.
 
     Raises:
         UsageError: frozen weights were not loaded, or the plan has no U-Net to load into.
         CheckpointError: a file cannot be read, or is of another network.
     """
     backbone = network.config.backbone
-    notes: list[str] = []
+    record, notes = None, list[str]()
     if sam is not None:
         report = network.load_backbone(read_published(sam), where=sam)
         new = f", {len(report.missing)} tensors are randomly initialized" if report.missing else ""
@@ -66,11 +67,12 @@ def load_pretrained(
     elif not known:
         notes.append(f"{backbone} is trained from scratch")
     if unet is not None:
-        notes += _load_unet(network, plan, unet, fold=fold)
-    return notes
+        record, said = _load_unet(network, plan, unet, fold=fold)
+        notes += said
+    return record, notes
 
 
-def _load_unet(network: RFMedSam2, plan: Plan, path: Path, *, fold: str) -> list[str]:
+def _load_unet(network: RFMedSam2, plan: Plan, path: Path, *, fold: str) -> tuple[CheckpointRecord, list[str]]:
     if network.unet is None:
         raise UsageError("The plan has no U-Net to load into", where=path, expected="generator unet")
     single = path.is_file() or path.name.startswith(FOLD)
@@ -85,7 +87,7 @@ def _load_unet(network: RFMedSam2, plan: Plan, path: Path, *, fold: str) -> list
     notes = [f"{path}: Step 0 starts from {whose} (step {record.step})"]
     if record.fold != fold:
         notes.append(f"It was trained on fold {record.fold}, on cases that are in the validation set of fold {fold}")
-    return notes
+    return record, notes
 
 
 def _differing_fields(given: UNetConfig, wanted: UNetConfig) -> tuple[str, str]:

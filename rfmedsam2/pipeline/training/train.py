@@ -20,7 +20,7 @@ from rfmedsam2.engine.monitoring.trackers import Tracking
 from rfmedsam2.engine.run_folder import training_folder
 from rfmedsam2.engine.runtime import Runtime, start_runtime
 from rfmedsam2.engine.task import Progress, Run, Task
-from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, require_type
+from rfmedsam2.errors import RecordError, RfMedSamError, UsageError, require_type, shortlist
 from rfmedsam2.pipeline.datasets.planned_cases import without_left_out
 from rfmedsam2.pipeline.datasets.splits import get_split, groups_of, leaks, read_splits, require_folds_of_user
 from rfmedsam2.pipeline.evaluation.report import write_report
@@ -32,7 +32,7 @@ from rfmedsam2.pipeline.training.memory_check import check_memory
 from rfmedsam2.pipeline.training.pretrained import load_pretrained
 from rfmedsam2.pipeline.training.validation import validate_fold
 from rfmedsam2.pipeline.training.view_cache import ViewCaching
-from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases
+from rfmedsam2.records.checkpoint import CheckpointRecord, TrainedCases, merged_cases
 from rfmedsam2.records.model import RFMedSam2Config
 from rfmedsam2.records.plan import Plan, Split, Stage
 from rfmedsam2.records.report import Evaluation
@@ -148,13 +148,13 @@ def train(
             return TrainResult(folder=folder, progress=step0, evaluation=None, seconds=time.monotonic() - began)
         previous = _previous(job, runtime, track)
         task = _task(job, runtime, options, track, step0, previous)
-        started_from = _start(job, task, runtime, options, step0)
+        start = _start(job, task, runtime, options, step0)
         _use_views(job, task, runtime, track, step0)
         learnt = {"step0": step0 and step0.digest, "previous_labels": previous and previous.digest}
         run = Run(
             folder=folder,
             record=lambda step, scores: describe(
-                plan, stage, fold, step=step, scores=scores, cases=cases, started_from=started_from, **learnt
+                plan, stage, fold, step=step, scores=scores, cases=cases, **start, **learnt
             ),
             runtime=runtime,
             track=track,
@@ -290,27 +290,33 @@ def _task(
     return UNetTask(plan, stage, track=track, previous=None if previous is None else previous.store, **given)
 
 
-def _start(job: _Job, task: Task[Any], runtime: Runtime, options: TrainOptions, step0: Step0 | None) -> str | None:
-    """Load initial weights, unless a checkpoint of this training exists; gives the digest of the fine-tuned model."""
+def _start(job: _Job, task: Task[Any], runtime: Runtime, options: TrainOptions, step0: Step0 | None) -> dict[str, Any]:
+    """Load initial weights, unless a checkpoint of this training exists; gives what its record says about them."""
     plan, config, fold = job.plan, job.config, job.fold
     newest = job.newest
     if runtime.any(newest is not None):
-        begun = None if newest is None else read_record_of(newest).started_from
+        begun = None if newest is None else read_record_of(newest)
+        digest = None if begun is None else begun.started_from
         if options.weights is not None:
-            require_same_start(newest or options.weights, begun, options.weights, fold=fold)
-        return begun
-    digest, notes = None, list[str]()
+            require_same_start(newest or options.weights, digest, options.weights, fold=fold)
+        return {"started_from": digest, "learned_before": {} if begun is None else begun.learned_before}
+    model, unet_model, notes = None, None, list[str]()
     if options.weights is not None:
-        digest, notes = start_from(task.model, plan, config, options.weights, fold=fold)
+        model, notes = start_from(task.model, plan, config, options.weights, fold=fold)
     if isinstance(task, RFMedSam2Task) and isinstance(config.model, RFMedSam2Config):
         unet = options.unet if step0 is None else step0.weights
         if unet is None and options.weights is None and config.starts_from is not None:
             unet = job.layout.fold_folder(plan.dataset, plan.name, config.starts_from, fold) / FINAL
         known = options.weights is not None
-        notes += load_pretrained(task.model, plan, fold=fold, sam=options.sam, unet=unet, known=known)
+        unet_model, said = load_pretrained(task.model, plan, fold=fold, sam=options.sam, unet=unet, known=known)
+        notes += said
+    before = merged_cases(one.learned() for one in (model, unet_model) if one is not None)
+    if seen := sorted(job.cases.learned_in(before, plan.dataset) & (job.cases.val.keys() - job.cases.train.keys())):
+        cases = f"{len(seen)} of the {len(job.cases.val)} validation cases ({shortlist(seen)})"
+        notes.append(f"The initial weights have learned {cases}: their scores do not tell how new ones are segmented")
     for note in notes:
         logger.warning(note) if runtime.is_main else None
-    return digest
+    return {"started_from": None if model is None else model.weights_sha256, "learned_before": before}
 
 
 def _use_views(job: _Job, task: Task[Any], runtime: Runtime, track: Track, step0: Step0 | None) -> None:
@@ -338,24 +344,19 @@ def describe(
     *,
     step: int,
     scores: dict[str, float],
-    cases: TrainedCases | None = None,
-    step0: str | None = None,
-    previous_labels: str | None = None,
-    started_from: str | None = None,
+    **known: Any,
 ) -> CheckpointRecord:
-    """Make the record of a checkpoint; the digest is filled in when it is written."""
-    return CheckpointRecord(
-        plan=plan,
-        stage=stage,
-        fold=fold,
-        cases=cases,
-        step0=step0,
-        previous_labels=previous_labels,
-        started_from=started_from,
-        step=step,
-        scores=scores,
-        **provenance(),
-    )
+    """Make the record of a checkpoint; the digest is filled in when it is written.
+
+    Args:
+        plan: the plan.
+        stage: its stage.
+        fold: the fold.
+        step: completed steps.
+        scores: of the last validation.
+        known: further fields, of what the training learns from and began with.
+    """
+    return CheckpointRecord(plan=plan, stage=stage, fold=fold, step=step, scores=scores, **known, **provenance())
 
 
 def _finish(job: _Job, folder: Path, runtime: Runtime, options: TrainOptions, track: Track) -> Evaluation | None:

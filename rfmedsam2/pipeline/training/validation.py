@@ -149,6 +149,7 @@ def validate_fold(
     # the labels may lie in another dataset's folder, whose dataset.json says nothing about these
     table = LabelTable(labels=plan.labels, source=f"the plan {plan.name}")
     scores = evaluate(out, references.pop(), table, cases=sorted(wanted), progress=track)
-    scores = scores.model_copy(update={"trained_on": tuple(sorted(wanted & set(split.train)))})
+    learned = {*split.train, *read_record_of(path).known_from_before()}
+    scores = scores.model_copy(update={"trained_on": tuple(sorted(wanted & learned))})
     write_evaluation(out, scores)
     return scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from rfmedsam2 import models
 from rfmedsam2.cli.training_flags import with_encoder_rate
 from rfmedsam2.engine.optimizers import freeze, rate_groups
 from rfmedsam2.errors import CheckpointError, PlanError, UsageError
+from rfmedsam2.pipeline.prediction.model_archive import export_model, import_model
+from rfmedsam2.pipeline.prediction.plausibility import trained_ids
 from rfmedsam2.pipeline.training.fine_tuning import start_from
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.model import PrimusConfig, SegResNetConfig, SwinUNETRConfig
@@ -146,6 +149,41 @@ def test_a_frozen_encoder_stays_and_the_rest_learns(planned_root, tmp_path, mode
     told = run_error("train", *words, "--weights", root / MODEL, "--encoder-rate", 0)
     assert "This training was begun from other weights" in told
     assert record.weights_sha256 == read_record_of(final).weights_sha256
+
+
+def test_validation_cases_that_the_starting_weights_had_learned_are_named(trained_root, tmp_path, caplog):
+    root = tmp_path / "root"
+    shutil.copytree(trained_root, root)
+    before = read_record_of(root / MODEL / "fold_0" / FINAL)
+    words = ("--epochs", 1, "--iterations", 2, "--root", root)
+    run_ok("train", STAGE, 1, *words, "--weights", root / MODEL / "fold_0")
+    record = read_record_of(root / MODEL / "fold_1" / FINAL)
+    assert record.learned_before == {"Dataset900_PhantomCT": before.cases.train}
+    learned = sorted(set(record.cases.val) & set(before.cases.train))
+    assert learned
+    assert f"have learned {len(learned)} of the {len(record.cases.val)} validation cases" in caplog.text
+    scores = json.loads((root / MODEL / "fold_1" / "validation" / "metrics.json").read_text())
+    assert scores["trained_on"] == learned
+    assert trained_ids([record], [*before.cases.train, "new"]) == sorted(before.cases.train)
+
+    export_model(root / MODEL, tmp_path / "model.zip")  # which names nobody's cases
+    import_model(tmp_path / "model.zip", tmp_path / "elsewhere")
+    assert [read_record_of(path).learned() for path in (tmp_path / "elsewhere").rglob(FINAL)] == [{}, {}]
+
+    # a resumed training keeps what it knows, and one that starts from it learns of the first model
+    assert "Already trained" in run_ok("train", STAGE, 1, *words).out
+    assert read_record_of(root / MODEL / "fold_1" / FINAL).learned_before == record.learned_before
+    assert set(record.learned()["Dataset900_PhantomCT"]) == {*before.cases.train, *record.cases.train}
+
+
+def test_what_was_learned_before_is_known_by_id_within_a_dataset_and_by_contents(model):
+    record = read_record_of(model / "fold_0" / FINAL)
+    first, second = sorted(record.cases.val | record.cases.train)[:2]
+    contents = record.cases.val | record.cases.train
+    renamed = {"Dataset001_Other": {"x": contents[first], second: "of another image"}}
+    assert record.model_copy(update={"learned_before": renamed}).known_from_before() == {first}
+    again = {record.plan.dataset: {second: "by another plan", "gone": "?"}}
+    assert record.model_copy(update={"learned_before": again}).known_from_before() == {second}
 
 
 def test_a_models_plan_is_taken_over(trained_root, planned_root, tmp_path, model, plan):

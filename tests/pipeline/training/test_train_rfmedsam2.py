@@ -17,6 +17,7 @@ from rfmedsam2.pipeline.training.train import TrainOptions, train
 from rfmedsam2.records.model import AdapterConfig, RFMedSam2Config, UNetConfig
 from rfmedsam2.records.plan import Compute, Plan, Sampling, Split, Stage, Validation
 from rfmedsam2.records.training import TrainConfig
+from rfmedsam2.store.checkpoint_header import read_record_of
 from rfmedsam2.store.checkpoints import read_weights
 from rfmedsam2.store.layout import Layout
 from rfmedsam2.store.preprocessed import CaseStore
@@ -161,15 +162,18 @@ def test_step_0_starts_from_a_trained_unet_of_the_same_plan(layout, tmp_path):
     first = train(layout, plan.model_copy(update={"stages": {"3d_fullres": alone}}), "3d_fullres", options=QUIET)
     checkpoint = first.folder / "checkpoint_final.safetensors"
     network = build_stage(plan, plan.stages["3d_fullres"])
-    notes = load_pretrained(network, plan, fold="0", sam=None, unet=checkpoint)
+    record, notes = load_pretrained(network, plan, fold="0", sam=None, unet=checkpoint)
+    assert record == read_record_of(checkpoint)
     assert "scratch" in notes[0]
     assert "Step 0 starts from this U-Net" in notes[1]
     assert len(notes) == 2
     for folder in (first.folder, first.folder.parent):
-        assert load_pretrained(network, plan, fold="0", sam=None, unet=folder) == notes
+        assert load_pretrained(network, plan, fold="0", sam=None, unet=folder)[1] == notes
     with pytest.raises(UsageError, match=r"fold has not been trained.*one or several of 0. Found 1"):
         load_pretrained(network, plan, fold="1", sam=None, unet=first.folder.parent)
-    assert "in the validation set of fold 1" in load_pretrained(network, plan, fold="1", sam=None, unet=first.folder)[2]
+    assert (
+        "in the validation set of fold 1" in load_pretrained(network, plan, fold="1", sam=None, unet=first.folder)[1][2]
+    )
     own = network.unet.state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in read_weights(checkpoint)[1].items())
     wider = planned(layout, unet=UNetConfig(**(unet().model_dump() | {"features": (8, 8)})))
@@ -186,7 +190,7 @@ def test_step_0_starts_from_another_rfmedsam2(layout):
     first = train(layout, planned(layout), "3d_fullres", options=QUIET)
     gated = planned(layout, **VARIANTS["gated"])
     network = build_stage(gated, gated.stages["3d_fullres"])
-    notes = load_pretrained(network, gated, fold="0", sam=None, unet=first.folder)
+    _, notes = load_pretrained(network, gated, fold="0", sam=None, unet=first.folder)
     assert "starts from the U-Net in this RFMedSAM 2 (step 2)" in notes[1]
     trained = read_weights(first.folder / "checkpoint_final.safetensors")[1]
     own = network.unet.state_dict()
