@@ -292,8 +292,8 @@ def _known_ending(path: Path) -> str:
         require_ordinary_file(path)
     ending = image_ending(path) if path.is_file() else None
     if path.is_dir() and not is_dicom_folder(path):
-        files = sorted(file.name for file in path.iterdir() if image_ending(file))
-        if files:  # else the reader of DICOM looks into deeper folders
+        files = sorted(file.name for file in path.iterdir() if (image_ending(file) or ".dcm").lower() != ".dcm")
+        if files:  # else the reader of DICOM says what its files are, or looks into deeper folders
             raise ImageError(
                 "The folder holds no DICOM series",
                 where=path,

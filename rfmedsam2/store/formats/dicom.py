@@ -31,6 +31,10 @@ _ROUNDED = 0.1
 """Distances between slices may differ more where each slice is at its place but for this fraction of the usual one:
 thin slices whose positions were rounded."""
 
+_IN_TENTHS = 0.075
+"""Most mm that a slice is away from even places where positions were rounded to tenths: half of one, and a half of that
+for the line through all, which follows what was rounded."""
+
 _DRIFTED = 0.25
 """Largest distance of a slice from its place, as a fraction of the usual distance, however little distances differ."""
 
@@ -238,7 +242,7 @@ def _check_distances(path: Path, slices: Sequence[Slice], along: np.ndarray) -> 
             remedy="Split the series (time points, echoes, b-values) into one folder each",
         )
     away = np.abs(along - np.linspace(along[0], along[-1], len(along)))
-    if away.max() <= _ROUNDED * usual:
+    if away.max() <= _ROUNDED * usual or _are_even_tenths(slices, along):
         return
     off = np.flatnonzero(np.abs(distances - usual) > _EVEN_TOLERANCE * usual + 1e-2)
     if off.size:
@@ -261,6 +265,14 @@ def _check_distances(path: Path, slices: Sequence[Slice], along: np.ndarray) -> 
             "from where even distances place it",
             remedy=_EVEN_REMEDY,
         )
+
+
+def _are_even_tenths(slices: Sequence[Slice], along: np.ndarray) -> bool:
+    """Whether all positions are whole tenths of a mm, and those of even distances that were rounded."""
+    tenths = 10 * np.array([s.position for s in slices])
+    numbers = np.arange(len(along))
+    away = np.abs(along - np.polyval(np.polyfit(numbers, along, 1), numbers))
+    return bool(np.abs(tenths - np.rint(tenths)).max() < 1e-4 and away.max() <= _IN_TENTHS)
 
 
 def _warn_of_passes(path: Path, slices: Sequence[Slice]) -> None:

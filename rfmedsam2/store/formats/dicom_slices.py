@@ -27,6 +27,9 @@ _AT_PLACE = 0.1
 _IN_TIME = {0x00181063, 0x00181065}
 """Frame Time and Frame Time Vector."""
 
+_SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+"""SOP classes of masks of segments, and of label maps."""
+
 _CONVERT = "Convert it to NIfTI or NRRD first (3D Slicer and dcmqi can), and give that file"
 _REMEDIES = {
     "RTSTRUCT": _CONVERT,
@@ -115,14 +118,14 @@ def slices_of(path: Path) -> list[Slice]:
 def _require_image(file: DicomFile) -> None:
     data = file.data
     modality, series = text(data, "Modality"), text(data, "SeriesInstanceUID")
-    if modality == "SEG":
+    if modality == "SEG" or text(data, "SOPClassUID") in _SEGMENTATIONS:
         segments = data.get("SegmentSequence") or []
         names = shortlist(text(segment, "SegmentLabel") or "without name" for segment in segments)
         raise NoSlicesError(
             "The DICOM file is a segmentation (DICOM-SEG), which is not read",
             series=series,
             where=file.path,
-            found=f"{len(segments)} segment(s): {names}",
+            found=f"{len(segments)} segment(s): {names}" if segments else "no segment",
             remedy=_CONVERT,
         )
     if "Rows" not in data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,34 @@ def test_a_dcm_file_that_is_not_dicom_is_named(tmp_path: Path) -> None:
         read_header(folder / "96.dcm")
 
 
+def test_a_folder_of_dcm_files_that_are_not_dicom_names_them(tmp_path: Path) -> None:
+    for name in ("a.dcm", "b.DCM"):
+        (tmp_path / name).write_text("hello")
+    with pytest.raises(ImageError, match=r"not a DICOM file.*a\.dcm.*Found 5 bytes of something else"):
+        read_image(tmp_path)
+
+
+def thin_slices(folder: Path, places: Sequence[float]) -> Path:
+    for z, place in enumerate(places):
+        save(folder / f"{z:02}.dcm", ct_slice(z, stored=STORED[0], ImagePositionPatient=[-10, -20, place]))
+    return folder
+
+
+@pytest.mark.parametrize("apart", [0.25, 0.33, 0.35, 0.625])
+def test_thin_slices_whose_positions_were_rounded_to_tenths(tmp_path: Path, apart: float) -> None:
+    places = [round(30 + apart * z, 1) for z in range(12)]
+    volume, _ = read_image(thin_slices(tmp_path / "s", places))
+    assert volume.grid.spacing_zyx_mm[0] == pytest.approx((places[-1] - places[0]) / 11)
+    for number in (1, 5, 10):  # a missing slice stays one
+        rest = [round(30 + apart * z, 1) for z in range(13) if z != number]
+        with pytest.raises(GeometryError, match=r"lacks \d slice|unevenly spaced"):
+            read_image(thin_slices(tmp_path / f"{number}", rest))
+    hundredths = [place + 0.03 for place in places]
+    hundredths[5] += 0.2 * apart + 0.0013
+    with pytest.raises(GeometryError, match="unevenly spaced"):
+        read_image(thin_slices(tmp_path / "uneven", hundredths))
+
+
 def test_a_series_in_a_deeper_folder_is_named(tmp_path: Path) -> None:
     save_series(tmp_path / "patient" / "study" / "series", ct_slice)
     with pytest.raises(ImageError, match=r"no DICOM file\. Give the folder of the series: .*patient/study/series\."):
@@ -185,6 +214,14 @@ def test_dicom_segmentation_is_named_for_what_it_is(tmp_path: Path) -> None:
         ImageError, match=r"segmentation \(DICOM-SEG\).*2 segment\(s\): liver, left kidney\. Convert it"
     ):
         read_label(path)
+
+
+@pytest.mark.parametrize("kind", ["4", "7"])
+def test_segmentations_of_another_modality_are_known_by_their_class(tmp_path: Path, kind: str) -> None:
+    """Masks of segments, and label maps."""
+    changes = {"SOPClassUID": f"1.2.840.10008.5.1.4.1.1.66.{kind}", "Modality": "OT"}
+    with pytest.raises(ImageError, match=r"segmentation \(DICOM-SEG\).*Found no segment\. Convert it"):
+        read_label(save(tmp_path / "case.dcm", ct_slice(**changes)))
 
 
 NOT_IMAGES: dict[str, tuple[dict[str, Any], str]] = {
