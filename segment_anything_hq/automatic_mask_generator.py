@@ -90,7 +90,7 @@ def _checked_grids(
         raise UsageError("There are no points to prompt with", expected="points_per_side from 1", found=points_per_side)
     if point_grids is None:
         return None
-    grids = [grid.numpy(force=True) if isinstance(grid, Tensor) else np.array(grid) for grid in point_grids]
+    grids = [grid.double().numpy(force=True) if isinstance(grid, Tensor) else np.array(grid) for grid in point_grids]
     shapes = [grid.shape for grid in grids]
     inside = all(grid.dtype.kind in "iuf" and bool(((grid >= 0) & (grid <= 1)).all()) for grid in grids)
     if (
