@@ -20,3 +20,5 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 """Experiment trackers, each an extra of this name."""
 ComparedMetric = Literal["dsc", "iou", "nsd", "hd95_mm"]
 """Metrics by which two sets of predictions are compared; titles are in records/report.py."""
+LabelFormat = Literal["nifti", "nrrd", "seg.nrrd", "mha", "dicom-seg", "dicom-seg-labelmap"]
+"""Formats in which label maps are given to other programs."""

@@ -17,6 +17,7 @@ PACKAGES = ("rfmedsam2", "segment_anything_hq")
 IMPORTED_AS = {
     "mlflow-skinny": "mlflow",
     "pillow": "PIL",
+    "pynrrd": "nrrd",
     "simpleitk": "SimpleITK",
     "connected-components-3d": "cc3d",
     "pytest-timeout": "pytest_timeout",

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from rfmedsam2.choices import LabelFormat
 from rfmedsam2.cli.command import command, layout_of, tell, tell_json
-from rfmedsam2.cli.flags import AsJson, ModelChoice, Root
+from rfmedsam2.cli.flags import FORMAT, AsJson, ModelChoice, Root
 from rfmedsam2.errors import UsageError
 
 
@@ -137,6 +138,40 @@ def submit(
         tell(f"Written: {output} ({len(result.expected)} cases)")
 
 
+def convert_labels(
+    *,
+    maps: Annotated[Path, arg(name="input", aliases=("-i",), metavar="MAPS")],
+    output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")],
+    format: Annotated[tuple[LabelFormat, ...], arg(help=FORMAT)],
+    series: Annotated[Path | None, arg(metavar="DIR")] = None,
+    labels: Annotated[Path | None, arg(metavar="FILE")] = None,
+    codes: Annotated[Path | None, arg(metavar="CSV")] = None,
+    keep_empty_frames: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write label maps in the formats of other programs, with names, colors and SNOMED-CT codes of the labels.
+
+    Args:
+        maps: Folder of label maps, or one file.
+        output: Output folder; each format gets a folder in it.
+        series: For DICOM: the series of the map, or a folder that holds one for each, in a folder named after the map.
+        labels: A dataset.json with the labels; default: the one beside the maps, or predictions.json.
+        codes: Codes of your own structures: columns name, code, meaning, and others.
+        keep_empty_frames: Keep frames without labels in DICOM segmentations.
+        overwrite: Replace files that are there.
+    """
+    from rfmedsam2.cli.progress import bars
+    from rfmedsam2.pipeline.datasets import label_formats as verb
+    from rfmedsam2.store.raw import read_dataset_json
+
+    options = verb.FormatOptions(
+        formats=format, series=series, codes=codes, keep_empty=keep_empty_frames, overwrite=overwrite
+    )
+    names = None if labels is None else read_dataset_json(labels).label_set
+    written = verb.convert_labels(maps, output, options, labels=names, track=bars)
+    tell(f"Written: {len(written)} file(s) in {output}")
+
+
 def export_model(
     *,
     output: Annotated[Path, arg(aliases=("-o",), metavar="ZIP|DIR")],
@@ -216,6 +251,7 @@ def doctor(*, root: Root = None, as_json: AsJson = False) -> None:
 make_phantom_command = command(make_phantom)
 convert_command = command(convert)
 submit_command = command(submit)
+convert_labels_command = command(convert_labels)
 export_model_command = command(export_model)
 import_model_command = command(import_model)
 doctor_command = command(doctor)

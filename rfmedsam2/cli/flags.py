@@ -17,6 +17,7 @@ from rfmedsam2.errors import UsageError
 
 ROOT = "Folder of raw/ preprocessed/ results/; else RFMED_ROOT, nnU-Net's three variables, or ./rfmed_data."
 DATASET = "Id (217), name (BTCV) or folder (Dataset217_BTCV); else RFMED_DATASET, or the only dataset."
+FORMAT = "Formats, each in a folder of its name; DICOM takes the extra `dicom`."
 Root = Annotated[Path | None, arg(metavar="DIR", help=ROOT)]
 AsJson = Annotated[bool, arg(name="json", help="Print the result as JSON.")]
 DatasetName = Annotated[str | None, arg(aliases=("-d",), metavar="NAME", help=DATASET)]

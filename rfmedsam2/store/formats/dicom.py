@@ -54,7 +54,7 @@ def read_dicom_header(path: Path) -> ImageHeader:
         ImageError: no image series, several series, several volumes in one series, or slices that do not match.
         GeometryError: missing slices, uneven slice distances, a tilted gantry, or an invalid spacing.
     """
-    return _header(path, _sorted_slices(path))
+    return _header(path, sorted_slices(path))
 
 
 def read_dicom(path: Path) -> tuple[np.ndarray, ImageHeader]:
@@ -68,7 +68,7 @@ def read_dicom(path: Path) -> tuple[np.ndarray, ImageHeader]:
         ImageError: no image series, several series, several volumes in one series, or slices that do not match.
         GeometryError: missing slices, uneven slice distances, a tilted gantry, or an invalid spacing.
     """
-    slices = _sorted_slices(path)
+    slices = sorted_slices(path)
     header = _header(path, slices)
     array = np.empty((header.channels, *header.grid.shape_zyx), dtype=header.dtype)
     places = sorted(range(len(slices)), key=lambda z: (slices[z].path, slices[z].frame))
@@ -102,7 +102,12 @@ def _header(path: Path, slices: Sequence[Slice]) -> ImageHeader:
     )
 
 
-def _sorted_slices(path: Path) -> list[Slice]:
+def sorted_slices(path: Path) -> list[Slice]:
+    """The slices of a series folder or file, sorted along their normal.
+
+    Raises:
+        ImageError: no image series, several series, or slices that do not match.
+    """
     slices = _image_slices(path)
     series = sorted({s.series for s in slices})
     if len(series) > 1:

@@ -122,11 +122,11 @@ def _require_image(file: DicomFile) -> None:
         segments = data.get("SegmentSequence") or []
         names = shortlist(text(segment, "SegmentLabel") or "without name" for segment in segments)
         raise NoSlicesError(
-            "The DICOM file is a segmentation (DICOM-SEG), which is not read",
+            "The DICOM file is a segmentation (DICOM-SEG), which is read as a label map, not as an image",
             series=series,
             where=file.path,
             found=f"{len(segments)} segment(s): {names}" if segments else "no segment",
-            remedy=_CONVERT,
+            remedy="Give the series of the image",
         )
     if "Rows" not in data:
         kind = UID(text(data, "SOPClassUID") or str(data.file_meta.get("MediaStorageSOPClassUID") or ""))

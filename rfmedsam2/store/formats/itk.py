@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,16 @@ def read_itk(path: Path) -> tuple[np.ndarray, ImageHeader]:
     return array, header
 
 
-def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
+def write_itk_label(
+    path: Path, labels_zyx: np.ndarray, header: ImageHeader, fields: Mapping[str, str] | None = None
+) -> None:
     """Write labels (Z,Y,X), uint8 or uint16, in the format given by the ending of `path` (not atomic).
+
+    Args:
+        path: the file.
+        labels_zyx: the labels.
+        header: of the image whose geometry they get.
+        fields: text for the header of an NRRD, MHA or MHD file, by key.
 
     Raises:
         StoreError: ITK could not write (it does not say whether space or permission was missing).
@@ -67,6 +76,8 @@ def write_itk_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> 
         direction = np.asarray(grid.direction)[:axes, :axes]
         if abs(np.linalg.det(direction)) > 1e-3:  # a plane that stands upright has no direction in two axes
             image.SetDirection((direction / np.linalg.norm(direction, axis=0)).ravel().tolist())
+    for key, value in (fields or {}).items():
+        image.SetMetaData(key, value)
     named = path.with_suffix(path.suffix.lower())  # ITK knows some endings in lower case only
     try:
         sitk.WriteImage(image, str(named), useCompression=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -67,13 +68,17 @@ def read_nifti(path: Path) -> tuple[np.ndarray, ImageHeader]:
     return _scaled(array, raw, header.dtype), header
 
 
-def write_nifti_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -> None:
+def write_nifti_label(
+    path: Path, labels_zyx: np.ndarray, header: ImageHeader, extension: tuple[int, bytes] | None = None
+) -> None:
     """Write labels (Z,Y,X), uint8 or uint16, as NIfTI at `path` (not atomic). A NIfTI source's header is kept.
 
-    The bytes depend on the labels and the header only (no time stamp).
+    The bytes depend on the arguments only (no time stamp). A header extension is a code of the standard and a content.
     """
     raw = label_header(header, labels_zyx)
-    block = raw.binaryblock + b"\0\0\0\0"  # no extensions
+    extra = b"" if extension is None else _extension(*extension)
+    raw["vox_offset"] += len(extra)
+    block = raw.binaryblock + (b"\1\0\0\0" if extra else b"\0\0\0\0") + extra
     voxels = np.ascontiguousarray(labels_zyx, dtype=raw.get_data_dtype()).data.cast("B")
     with path.open("wb") as stream:
         if path.name.lower().endswith(".gz"):
@@ -83,6 +88,11 @@ def write_nifti_label(path: Path, labels_zyx: np.ndarray, header: ImageHeader) -
         else:
             stream.write(block)
             stream.write(voxels)
+
+
+def _extension(code: int, content: bytes) -> bytes:
+    size = -(-(8 + len(content)) // 16) * 16
+    return struct.pack("<ii", size, code) + content.ljust(size - 8, b"\0")
 
 
 def _raw_header(path: Path, chunks: Iterator[bytes]) -> tuple[Nifti1Header, bytes]:

@@ -15,15 +15,16 @@ from rfmedsam2.store.exchange import codes
 from rfmedsam2.store.exchange.codes import LATERALITY, STRUCTURE, code_table, coding_of, segments_of
 
 ROWS = [*csv.DictReader((Path(codes.__file__).parent / "codes.csv").read_text(encoding="utf-8").splitlines())]
-TOTALSEGMENTATOR = (
-    "spleen kidney_right kidney_left gallbladder liver stomach pancreas adrenal_gland_right adrenal_gland_left "
-    "lung_upper_lobe_left lung_lower_lobe_left lung_upper_lobe_right lung_middle_lobe_right lung_lower_lobe_right "
-    "esophagus trachea thyroid_gland small_bowel duodenum colon urinary_bladder prostate sacrum vertebrae_L5 "
-    "vertebrae_T12 vertebrae_T1 vertebrae_C7 vertebrae_C1 heart aorta pulmonary_vein brachiocephalic_trunk "
-    "subclavian_artery_right common_carotid_artery_left brachiocephalic_vein_left atrial_appendage_left "
-    "superior_vena_cava inferior_vena_cava iliac_artery_left iliac_vena_right humerus_left scapula_right "
-    "clavicula_left femur_right spinal_cord brain skull rib_left_1 rib_right_12 sternum costal_cartilages"
-).split()
+TOTALSEGMENTATOR = """
+spleen kidney_right kidney_left gallbladder liver stomach pancreas adrenal_gland_right adrenal_gland_left
+lung_upper_lobe_left lung_lower_lobe_left lung_upper_lobe_right lung_middle_lobe_right
+lung_lower_lobe_right esophagus trachea thyroid_gland small_bowel duodenum colon urinary_bladder prostate
+sacrum vertebrae_L5 vertebrae_T12 vertebrae_T1 vertebrae_C7 vertebrae_C1 heart aorta pulmonary_vein
+brachiocephalic_trunk subclavian_artery_right common_carotid_artery_left brachiocephalic_vein_left
+atrial_appendage_left superior_vena_cava inferior_vena_cava iliac_artery_left iliac_vena_right
+humerus_left scapula_right clavicula_left femur_right spinal_cord brain skull rib_left_1 rib_right_12
+sternum costal_cartilages
+""".split()  # noqa: SIM905 - a list of one name per line would be a page
 WITHOUT_EXACT_CODE = {"portal_vein_and_splenic_vein", "prostate_uterus"}
 
 
