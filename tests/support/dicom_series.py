@@ -99,3 +99,36 @@ def save_series(folder: Path, make: Callable[[int], Dataset], count: int = len(S
     for z in range(count):
         save(folder / f"{99 - z}.dcm", make(z))
     return folder
+
+
+def whole_series(folder: Path, *, row: Sequence[float] = (0.6, 0.8, 0.0), column: Sequence[float] = (0, 0, -1)) -> Path:
+    """A folder with the four slices and all elements of a CT, oblique, names in another order than places."""
+    folder.mkdir(parents=True)
+    normal = np.cross(row, column)
+    study, series, place = generate_uid(), generate_uid(), generate_uid()
+    for z in range(len(STORED)):
+        position = np.array([-10.0, -20.0, 30.0]) + 2.5 * z * normal
+        data = ct_slice(
+            z,
+            SeriesInstanceUID=series,
+            StudyInstanceUID=study,
+            FrameOfReferenceUID=place,
+            PatientID="p1",
+            PatientName="A^B",
+            PatientBirthDate="",
+            PatientSex="",
+            StudyDate="20260101",
+            StudyTime="120000",
+            AccessionNumber="",
+            StudyID="1",
+            ReferringPhysicianName="",
+            SeriesNumber=1,
+            Manufacturer="m",
+            PositionReferenceIndicator="",
+            ImageOrientationPatient=[*row, *column],
+            ImagePositionPatient=[round(float(v), 4) for v in position],
+        )
+        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
+        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
+        data.save_as(folder / f"{9 - z}.dcm", enforce_file_format=True)
+    return folder

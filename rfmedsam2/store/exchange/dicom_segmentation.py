@@ -38,7 +38,8 @@ _GRID = (0x0071, "RFMEDSAM2 GRID")
 _VALUE = re.compile(r"Label value (\d+)")
 _OFF_PLANE = 0.1
 """Largest distance of a frame from its plane of the grid, in planes."""
-_MAY_BE_EMPTY = [
+_REFERRED_TO = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
+_MAY_BE_EMPTY = (
     "PatientID",
     "PatientName",
     "PatientBirthDate",
@@ -49,7 +50,8 @@ _MAY_BE_EMPTY = [
     "AccessionNumber",
     "ReferringPhysicianName",
     "PositionReferenceIndicator",
-]
+)
+"""Elements that the standard wants, with or without a value."""
 _SINGLE_SLICES = {"CT": CTImageStorage, "MR": MRImageStorage, "PT": PositronEmissionTomographyImageStorage}
 _WRITER_ERRORS = (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError)
 """What highdicom and pydicom raise of series that lack what the standard asks for."""
@@ -101,8 +103,8 @@ def write_segmentation(
     slices = sorted_slices(series)
     grid = read_dicom_header(series).source_grid
     z, y, x = (round(s, 9) for s in grid.spacing_zyx_mm)  # of 16 characters at most
-    files = list(dict.fromkeys(s.path for s in slices))
-    if len(files) == 1 and len(slices) > 1:  # frames in the order of the file
+    sources = source_files(series)
+    if len(sources) == 1 and len(slices) > 1:  # frames in the order of the file
         ordered = np.empty_like(labels_zyx)
         ordered[[s.frame for s in slices]] = labels_zyx
         labels_zyx = ordered
@@ -111,9 +113,8 @@ def write_segmentation(
     lookup[list(numbered)] = list(numbered.values())
     hd: Any = importlib.import_module("highdicom")
     try:
-        with warnings.catch_warnings(), parsing(series):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of names of one word, as anonymized patients have
-            sources = [_completed(pydicom.dcmread(file, stop_before_pixels=True)) for file in files]
             found = hd.seg.Segmentation(
                 source_images=sources,
                 pixel_array=lookup[labels_zyx],
@@ -147,6 +148,16 @@ def write_segmentation(
             found=f"{type(error).__name__}: {str(error)[:200]}",
             remedy="Export the series again with all of its elements, or choose another format",
         ) from error
+
+
+def source_files(series: Path) -> list[pydicom.Dataset]:
+    """The files of a series without pixels, in the order of their slices.
+
+    Raises:
+        ImageError: the series cannot be read, or lacks what a DICOM-SEG refers to.
+    """
+    with parsing(series):
+        return [_completed(file) for file in dict.fromkeys(s.path for s in sorted_slices(series))]
 
 
 def read_segmentation(path: Path) -> tuple[np.ndarray, ImageHeader]:
@@ -194,16 +205,35 @@ def read_segmentation_header(path: Path) -> ImageHeader:
         return _placed(path, pydicom.dcmread(path, stop_before_pixels=True))[0]
 
 
-def _completed(source: pydicom.Dataset) -> pydicom.Dataset:
-    """A source in memory with empty elements where the standard allows them and anonymization removed them."""
+def _completed(file: Path) -> pydicom.Dataset:
+    """A source in memory, with what anonymization removed and with shared groups where highdicom expects them.
+
+    Raises:
+        ImageError: without what the segmentation refers to.
+    """
+    source = pydicom.dcmread(file, stop_before_pixels=True)
     for keyword in _MAY_BE_EMPTY:
         if keyword not in source:
             setattr(source, keyword, "")
-    if not source.get("SOPClassUID"):
-        stated = source.file_meta.get("MediaStorageSOPClassUID")
-        source.SOPClassUID = stated or _SINGLE_SLICES.get(source.get("Modality", ""), "")
     if "SpecificCharacterSet" in source and not source.SpecificCharacterSet:
         del source.SpecificCharacterSet
+    for name in ("Class", "Instance"):
+        if not source.get(f"SOP{name}UID"):
+            setattr(source, f"SOP{name}UID", source.file_meta.get(f"MediaStorageSOP{name}UID", ""))
+    source.SOPClassUID = source.SOPClassUID or _SINGLE_SLICES.get(source.get("Modality", ""), "")
+    lacking = [name for name in _REFERRED_TO if not source.get(name)]
+    if lacking:
+        raise ImageError(
+            "A DICOM segmentation cannot refer to this file",
+            where=file,
+            expected=", ".join(_REFERRED_TO),
+            found=f"no {' and no '.join(lacking)}",
+            remedy="Export the series again with its identifiers, or choose another format",
+        )
+    if shared := source.get("SharedFunctionalGroupsSequence"):
+        for name in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
+            if name not in shared[0] and name in (first := source.PerFrameFunctionalGroupsSequence[0]):
+                shared[0][name] = first[name]  # those of all frames are alike, else the series is not read
     return source
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from rfmedsam2.errors import GeometryError, UsageError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.store.exchange.codes import Segment
-from rfmedsam2.store.exchange.dicom_segmentation import require_highdicom, write_segmentation
+from rfmedsam2.store.exchange.dicom_segmentation import require_highdicom, source_files, write_segmentation
 from rfmedsam2.store.exchange.headers import caret_extension, json_field, slicer_fields
 from rfmedsam2.store.formats.dicom import read_dicom_header
 from rfmedsam2.store.formats.image_header import ImageHeader
@@ -32,6 +32,7 @@ ENDINGS = {
     "dicom-seg-labelmap": ".dcm",
 }
 """File ending of each format."""
+_NO_SERIES = "A DICOM segmentation needs the DICOM series of its image"
 _DICOM = {"dicom-seg": "BINARY", "dicom-seg-labelmap": "LABELMAP"}
 
 
@@ -77,10 +78,11 @@ def require_exchangeable(source: LabelSource, formats: Sequence[str]) -> None:
         return
     require_highdicom()
     if source.series is None:
-        raise UsageError("A DICOM segmentation needs the DICOM series of its image")
+        raise UsageError(_NO_SERIES)
     if not source.segments:
         raise UsageError("A DICOM segmentation needs at least one label", found="only background, and no label table")
     _on_series(source.labels_zyx, source.header, source.series)
+    source_files(source.series)
 
 
 def write_exchange(path: Path, source: LabelSource, *, format: str, keep_empty: bool = False) -> None:
@@ -96,14 +98,15 @@ def write_exchange(path: Path, source: LabelSource, *, format: str, keep_empty: 
         StoreError: the folder cannot be written, or the series lacks what a DICOM-SEG takes over from it.
         RfMedSamError: see `require_exchangeable`.
     """
-    require_exchangeable(source, [format])
     labels, segments, header = as_labels(source.labels_zyx, where=path), source.segments, source.header
     with atomic(path) as temporary:
         if format == "nifti":
             write_nifti_label(temporary, labels, header, caret_extension(segments))
         elif format == "seg.nrrd":
             write_itk_label(temporary, labels, header, slicer_fields(segments, labels))
-        elif format in _DICOM and source.series is not None:
+        elif format in _DICOM:
+            if source.series is None:
+                raise UsageError(_NO_SERIES)
             placed = _on_series(labels, header, source.series)
             kind = _DICOM[format]
             write_segmentation(

@@ -77,7 +77,7 @@ def write_nifti_label(
     """
     raw = label_header(header, labels_zyx)
     extra = b"" if extension is None else _extension(*extension)
-    raw["vox_offset"] += len(extra)
+    raw["vox_offset"] = len(raw.binaryblock) + 4 + len(extra)
     block = raw.binaryblock + (b"\1\0\0\0" if extra else b"\0\0\0\0") + extra
     voxels = np.ascontiguousarray(labels_zyx, dtype=raw.get_data_dtype()).data.cast("B")
     with path.open("wb") as stream:

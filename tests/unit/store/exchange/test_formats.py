@@ -14,56 +14,31 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from pydicom.uid import generate_uid
-from support.dicom_series import ct_slice
+from support.dicom_series import whole_series
 
 from rfmedsam2.choices import LabelFormat
-from rfmedsam2.errors import GeometryError, MissingPackageError, StoreError, UsageError
+from rfmedsam2.errors import GeometryError, ImageError, MissingPackageError, UsageError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.exchange import dicom_segmentation
 from rfmedsam2.store.exchange.codes import segments_of
-from rfmedsam2.store.exchange.formats import ENDINGS, LabelSource, exchange_path, turned_to, write_exchange
+from rfmedsam2.store.exchange.formats import (
+    ENDINGS,
+    LabelSource,
+    exchange_path,
+    require_exchangeable,
+    turned_to,
+    write_exchange,
+)
 from rfmedsam2.store.formats.image_header import NotLabelsError
 from rfmedsam2.store.images import read_header, read_image, read_label
 
 LABELS = LabelSet(names={"background": 0, "liver": 6, "left_kidney": 3, "a & b <c>": 300})
-ROW, COLUMN = (0.6, 0.8, 0.0), (0.0, 0.0, -1.0)
-"""An oblique series, upright planes."""
 
 
 @pytest.fixture
 def series(tmp_path: Path) -> Path:
-    """Slices of 9 x 7 pixels of 0.8 x 0.7 mm, 2.5 mm apart, oblique, in an order of names unlike that of places."""
-    folder = tmp_path / "series"
-    folder.mkdir()
-    normal = np.cross(ROW, COLUMN)
-    study, frame = generate_uid(), generate_uid()
-    for z in range(4):
-        position = np.array([-10.0, -20.0, 30.0]) + 2.5 * z * normal
-        data = ct_slice(
-            z,
-            StudyInstanceUID=study,
-            FrameOfReferenceUID=frame,
-            PatientID="p1",
-            PatientName="A^B",
-            PatientBirthDate="",
-            PatientSex="",
-            StudyDate="20260101",
-            StudyTime="120000",
-            AccessionNumber="",
-            StudyID="1",
-            ReferringPhysicianName="",
-            SeriesNumber=1,
-            Manufacturer="m",
-            PositionReferenceIndicator="",
-            ImageOrientationPatient=[*ROW, *COLUMN],
-            ImagePositionPatient=[round(float(v), 4) for v in position],
-        )
-        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
-        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
-        data.save_as(folder / f"{9 - z}.dcm", enforce_file_format=True)
-    return folder
+    return whole_series(tmp_path / "series")
 
 
 @pytest.fixture
@@ -217,7 +192,7 @@ def test_overlapping_segments_are_refused(source, tmp_path) -> None:
 
 
 def test_a_segmentation_is_not_an_image(dicom) -> None:
-    with pytest.raises(Exception, match="read as a label map, not as an image"):
+    with pytest.raises(ImageError, match="read as a label map, not as an image"):
         read_image(dicom[0])
 
 
@@ -240,7 +215,7 @@ def test_maps_with_other_axes_are_turned_to_the_series() -> None:
 def test_what_cannot_be_written_is_refused_in_sentences(source, series, tmp_path, monkeypatch) -> None:
     alone = LabelSource(labels_zyx=source.labels_zyx, header=source.header, segments=source.segments)
     with pytest.raises(UsageError, match="needs the DICOM series"):
-        write_exchange(tmp_path / "a.dcm", alone, format="dicom-seg")
+        require_exchangeable(alone, ["nifti", "dicom-seg"])
     small = LabelSource(labels_zyx=source.labels_zyx[:2], header=source.header, segments=source.segments, series=series)
     with pytest.raises(GeometryError, match="not on the grid of its DICOM series"):
         write_exchange(tmp_path / "a.dcm", small, format="dicom-seg")
@@ -248,7 +223,7 @@ def test_what_cannot_be_written_is_refused_in_sentences(source, series, tmp_path
         data = pydicom.dcmread(path)
         del data.FrameOfReferenceUID
         data.save_as(path)
-    with pytest.raises(StoreError, match="no Frame Of Reference UID"):
+    with pytest.raises(ImageError, match="Found no FrameOfReferenceUID"):
         write_exchange(tmp_path / "a.dcm", source, format="dicom-seg")
     monkeypatch.setattr(dicom_segmentation.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"rfmedsam2\[dicom\]"):
