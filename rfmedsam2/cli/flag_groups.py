@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from rfmedsam2.choices import Backbone, Backend, Model, Preset, Step0Training, TrackerName
-from rfmedsam2.cli.flags import AsJson, DatasetName, Device, PlanName, Root, Set, Workers
+from rfmedsam2.choices import Backbone, Backend, LabelFormat, Model, Preset, Step0Training, TrackerName
+from rfmedsam2.cli.flags import FORMAT, AsJson, DatasetName, Device, PlanName, Root, Set, Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class PredictOutput:
     probabilities: Annotated[
         bool, arg(help="Also write each case's class probabilities to a chunked file (blosc2).")
     ] = False
+    formats: Annotated[tuple[LabelFormat, ...], arg(name="format", help=f"Also: {FORMAT}")] = ()
     continue_: Annotated[
         bool,
         arg(

@@ -254,6 +254,7 @@ def predict(
     with bars.working(f"Loading {named}"):
         from rfmedsam2.cli.resolve import cache_folder
         from rfmedsam2.inference.volume import PredictOptions
+        from rfmedsam2.pipeline.datasets.label_formats import PredictedFormats
         from rfmedsam2.pipeline.prediction.predict import predict_files
         from rfmedsam2.pipeline.prediction.predictor import Predictor
         from rfmedsam2.store.input_discovery import find_cases
@@ -278,19 +279,24 @@ def predict(
             previous=cascade.previous_stage,
         )
     _say_model(named, predictor)
-    source = input_[0] if len(input_) == 1 else list(input_)
-    cases = find_cases(source, channels=len(predictor.plan.channels), file_ending=predictor.plan.file_ending)
+    cases = find_cases(
+        input_[0] if len(input_) == 1 else input_,
+        channels=len(predictor.plan.channels),
+        file_ending=predictor.plan.file_ending,
+    )
+    kept_or_new = {"continue_": output.continue_, "overwrite": output.overwrite}
+    formats = PredictedFormats(cases, output.output, output.formats, part=part, **kept_or_new)
     done = predict_files(
         predictor,
         cases,
         output.output,
         boxes=refinement.boxes,
-        continue_=output.continue_,
-        overwrite=output.overwrite,
         probabilities=output.probabilities,
         part=part,
         track=bars,
+        **kept_or_new,
     )
+    formats.write(done.written, (*done.kept, *done.corrected), predictor.plan.labels)
     if done.corrected:
         names = shortlist(path.name for path in done.corrected)
         say(f"Kept {len(done.corrected)} label map(s) that this model did not make or that were changed since: {names}")
@@ -298,8 +304,8 @@ def predict(
         lists = {name: [str(p) for p in getattr(done, name)] for name in ("written", "kept", "corrected")}
         tell_json(json.dumps({"output": str(output.output), "seconds": round(done.seconds, 3), **lists}, indent=2))
     else:
-        kept = len(done.kept) + len(done.corrected)
-        tell(f"Predicted {len(done.written)} case(s) in {done.seconds:.1f} s, kept {kept}: {output.output}")
+        kept = f"kept {len(done.kept) + len(done.corrected)}"
+        tell(f"Predicted {len(done.written)} case(s) in {done.seconds:.1f} s, {kept}: {output.output}")
 
 
 def _say_model(named: str, predictor: Predictor) -> None:

@@ -14,7 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2.errors import GeometryError, ImageError, UsageError
-from rfmedsam2.store.exchange.dicom_segmentation import is_segmentation, read_segmentation, read_segmentation_header
+from rfmedsam2.store.exchange.dicom_segmentation import (
+    is_dicom_segmentation,
+    read_segmentation,
+    read_segmentation_header,
+)
 from rfmedsam2.store.formats.detached import data_files, spacing_file, write_stack_spacing
 from rfmedsam2.store.formats.dicom import read_dicom, read_dicom_header
 from rfmedsam2.store.formats.dicom_files import dicom_files, is_dicom_file, is_dicom_folder
@@ -70,7 +74,7 @@ def read_header(path: Path) -> ImageHeader:
     ending = _known_ending(path)
     with parsing(path):
         if ending == ".dcm":
-            return read_segmentation_header(path) if is_segmentation(path) else read_dicom_header(path)
+            return read_segmentation_header(path) if is_dicom_segmentation(path) else read_dicom_header(path)
         if ending in _NIFTI:
             return read_nifti_header(path)
         if ending in RASTER_ENDINGS and is_for_pillow(path):
@@ -193,7 +197,7 @@ def read_label(path: Path) -> tuple[Volume, ImageHeader]:
     Raises:
         ImageError: several channels, or values that are fractional, negative or above 65535.
     """
-    if _known_ending(path) == ".dcm" and is_segmentation(path):
+    if _known_ending(path) == ".dcm" and is_dicom_segmentation(path):
         with unchanged([path]):
             array, header = read_segmentation(path)
         return Volume(array=as_labels(array, where=path), grid=header.grid), header

@@ -12,7 +12,9 @@ import pydicom
 import pytest
 from support.commands import run_error, run_ok
 from support.dicom_series import whole_series
+from support.tiny_model import make_plan, write_image, write_model
 
+from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.store.exchange.formats import ENDINGS
 from rfmedsam2.store.images import read_header, read_label, write_label
 
@@ -130,3 +132,44 @@ def test_an_input_is_never_overwritten(maps: Path, tmp_path: Path) -> None:
 def test_what_is_lacking_is_said(maps: Path, tmp_path: Path, words: tuple[str, ...], part: str) -> None:
     assert part in " ".join(run_error("convert_labels", "-i", maps, "-o", tmp_path / "out", *words).split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    names = {"background": 0, "liver": 1, "left_kidney": 2}
+    return write_model(tmp_path / "model", make_plan(labels=LabelSet(names=names)), fold="4")
+
+
+def test_predictions_in_other_formats(model: Path, tmp_path: Path) -> None:
+    series, out = whole_series(tmp_path / "images" / "a"), tmp_path / "out"
+    words = ("predict", "-i", series, "-o", out, "-m", model, "--device", "cpu", "--format", "seg.nrrd", "dicom-seg")
+    run_ok(*words)
+    labels, header = read_label(out / "a.nii.gz")
+    assert np.unique(labels.array).size > 1
+    for path in (out / "seg.nrrd" / "a.seg.nrrd", out / "dicom-seg" / "a.dcm"):
+        again, other = read_label(path)
+        np.testing.assert_array_equal(again.array, labels.array)
+        assert header.grid.mismatch(other.grid) is None
+    segments = pydicom.dcmread(out / "dicom-seg" / "a.dcm").SegmentSequence
+    assert [(s.SegmentLabel, s.SegmentAlgorithmType) for s in segments] == [
+        ("liver", "AUTOMATIC"),
+        ("left_kidney", "AUTOMATIC"),
+    ]
+    before = files(out)
+    assert "2 file(s) would be replaced" in run_error(*words)
+    assert files(out) == before
+    (out / "dicom-seg" / "a.dcm").unlink()
+    run_ok(*words, "--continue")
+    assert sorted(files(out)) == sorted(before)
+    assert files(out)["seg.nrrd/a.seg.nrrd"] == before["seg.nrrd/a.seg.nrrd"]
+    run_ok(*words, "--overwrite")
+
+
+def test_predictions_without_series_are_refused_before_anything_is_predicted(model: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "images" / "b_0000.nii.gz")
+    words = ("-i", tmp_path / "images", "-o", tmp_path / "out", "-m", model, "--device", "cpu")
+    assert "1 case(s) in other formats: b" in run_error("predict", *words, "--format", "nifti", "dicom-seg")
+    words = ("-i", tmp_path / "images", "-o", tmp_path / "out.nii.gz", "-m", model, "--device", "cpu")
+    assert "Expected an output folder" in run_error("predict", *words, "--format", "mha")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.nii.gz").exists()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2.arguments import option
+from rfmedsam2.arguments import Part, option
 from rfmedsam2.errors import DatasetError, RecordError, RfMedSamError, UsageError, shortlist
 from rfmedsam2.pipeline.datasets.label_agreement import DATASET, read_tables
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.records.prediction import PREDICTIONS, PredictionsRecord
-from rfmedsam2.store.case_files import label_files_in
+from rfmedsam2.store.case_files import Case, label_files_in
 from rfmedsam2.store.exchange.codes import code_table, segments_of
+from rfmedsam2.store.exchange.dicom_segmentation import require_highdicom
 from rfmedsam2.store.exchange.formats import (
     ENDINGS,
     LabelSource,
@@ -23,7 +24,7 @@ from rfmedsam2.store.exchange.formats import (
     require_exchangeable,
     write_exchange,
 )
-from rfmedsam2.store.formats.dicom_files import is_dicom_folder
+from rfmedsam2.store.formats.dicom_files import is_dicom_file, is_dicom_folder
 from rfmedsam2.store.images import image_ending, read_label
 from rfmedsam2.system.atomic import is_taken, read_record
 from rfmedsam2.system.progress import Track, silent
@@ -35,26 +36,32 @@ class FormatOptions:
 
     Attributes:
         formats: names of formats (`store.exchange.formats.ENDINGS`).
-        series: DICOM series of the only map, or a folder that holds a series for each, in a folder of its name.
+        series: DICOM series of the only map, or a folder that holds a series for each, in a folder of its name; or the
+            series by the ids of the maps.
         codes: a user's table of codes.
         keep_empty: write frames without labels of a DICOM-SEG, too.
         overwrite: replace files that are there.
     """
 
     formats: tuple[str, ...]
-    series: Path | None = None
+    series: Path | Mapping[str, Path] | None = None
     codes: Path | None = None
     keep_empty: bool = False
     overwrite: bool = False
 
 
 def convert_labels(
-    maps: Path, out: Path, options: FormatOptions, *, labels: LabelSet | None = None, track: Track = silent
+    maps: Path | Mapping[str, Path],
+    out: Path,
+    options: FormatOptions,
+    *,
+    labels: LabelSet | None = None,
+    track: Track = silent,
 ) -> tuple[Path, ...]:
     """Write label maps in other formats: OUT/FORMAT/CASE + ending; returns the files.
 
     Args:
-        maps: folder of label maps, or one file.
+        maps: folder of label maps, or one file; or files of one folder by their ids.
         out: output folder.
         options: what is written.
         labels: names of the values; None: those of dataset.json or predictions.json beside the maps, or one folder up.
@@ -66,12 +73,12 @@ def convert_labels(
         RecordError: a damaged table of labels or codes.
     """
     require_formats(options.formats)
-    found, faults = _found(maps)
+    found, faults = _found(maps) if isinstance(maps, Path) else (dict(maps), [])
     targets = {id: [exchange_path(out, id, format) for format in options.formats] for id in found}
     require_new(
         [path for paths in targets.values() for path in paths], inputs=[*found.values()], overwrite=options.overwrite
     )
-    folder = maps if maps.is_dir() else maps.parent
+    folder = next(iter(found.values())).parent
     source_of = _Sources(folder, options, labels, single=len(found) == 1)
     for id, path in track(found.items(), "check", len(found)):
         try:
@@ -92,6 +99,81 @@ def convert_labels(
     if faults:
         raise _all(faults, f"{len(written)} file(s) were written")
     return tuple(written)
+
+
+class PredictedFormats:
+    """Formats of label maps that are about to be predicted, checked beforehand.
+
+    Args:
+        cases: the cases to predict.
+        out: folder of the label maps.
+        formats: names of formats; none: nothing is checked and written.
+        continue_: keep files of label maps that are kept.
+        overwrite: replace files that are there.
+        part: only this part of the cases is predicted.
+
+    Raises:
+        UsageError: no folder, or unknown formats; cases without a DICOM series for a DICOM-SEG; files would be
+            replaced.
+        MissingPackageError: highdicom is needed, and not installed.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        out: Path,
+        formats: tuple[str, ...],
+        *,
+        continue_: bool,
+        overwrite: bool,
+        part: Part | None = None,
+    ) -> None:
+        cases = cases if part is None else part.of(sorted(cases, key=lambda case: case.id))
+        series = {case.id: case.images[0] for case in cases if _is_dicom(case.images[0])} if formats else {}
+        self._out, self._overwrite = out, overwrite
+        self._options = FormatOptions(formats=formats, series=series, overwrite=overwrite)
+        if not formats:
+            return
+        require_formats(formats)
+        if image_ending(out) is not None and not out.is_dir():
+            raise UsageError("Other formats are written beside the label maps", where=out, expected="an output folder")
+        if needs_series(formats):
+            require_highdicom()
+            if without := [case.id for case in cases if case.id not in series]:
+                raise UsageError(
+                    "A DICOM segmentation needs the DICOM series of its image",
+                    found=f"{len(without)} case(s) in other formats: {shortlist(without)}",
+                    remedy="Predict these apart, or choose other formats",
+                )
+        if not continue_:
+            require_new([p for case in cases for p in self._files(case.id)], inputs=(), overwrite=overwrite)
+
+    def write(self, written: Sequence[Path], kept: Sequence[Path], labels: LabelSet) -> None:
+        """Write the formats of label maps, but those that kept ones have already.
+
+        Raises:
+            UsageError: files of newly predicted label maps would be replaced.
+            DatasetError: files that were not written; names each and the reason.
+        """
+        if not self._options.formats:
+            return
+        maps = {path.name.removesuffix(image_ending(path) or ""): path for path in (*written, *kept)}
+        new = {path.name for path in written}
+        for format in self._options.formats:
+            wanted = {
+                id: path
+                for id, path in maps.items()
+                if path.name in new or not is_taken(exchange_path(self._out, id, format))
+            }
+            if wanted:
+                convert_labels(wanted, self._out, replace(self._options, formats=(format,)), labels=labels)
+
+    def _files(self, id: str) -> list[Path]:
+        return [exchange_path(self._out, id, format) for format in self._options.formats]
+
+
+def _is_dicom(image: Path) -> bool:
+    return image.is_dir() or is_dicom_file(image)
 
 
 def require_formats(formats: Sequence[str]) -> None:
@@ -140,7 +222,7 @@ class _Sources:
         self._codes = code_table(options.codes)
         self._series, self._single, self._needs = options.series, single, needs_series(options.formats)
         self._predicted = _predicted(folder / PREDICTIONS)
-        if self._series is not None and not self._series.is_dir():
+        if isinstance(self._series, Path) and not self._series.is_dir():
             raise UsageError("The folder of the DICOM series does not exist", where=self._series)
 
     def __call__(self, id: str, path: Path) -> LabelSource:
@@ -155,7 +237,9 @@ class _Sources:
         )
 
     def _series_of(self, id: str) -> Path:
-        if self._series is None:
+        if isinstance(self._series, Mapping) and id in self._series:
+            return self._series[id]
+        if not isinstance(self._series, Path):
             raise UsageError(
                 "A DICOM segmentation needs the DICOM series of its image",
                 remedy=f"Name its folder, or the folder of all series, with {option('series')}",

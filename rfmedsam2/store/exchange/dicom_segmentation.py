@@ -30,12 +30,22 @@ from rfmedsam2.geometry import Grid
 from rfmedsam2.store.exchange.codes import Code, Segment
 from rfmedsam2.store.formats.dicom import read_dicom_header, sorted_slices
 from rfmedsam2.store.formats.dicom_files import is_dicom_file, numbers, read_dicom_file, text
+from rfmedsam2.store.formats.dicom_slices import is_segmentation
 from rfmedsam2.store.formats.image_header import ImageHeader, NotLabelsError, checked_spacing, parsing
 from rfmedsam2.version import __version__
 
 _GRID = (0x0071, "RFMEDSAM2 GRID")
 """Private block: 1 the affine from index (x, y, z) to LPS mm, 2 the shape (z, y, x)."""
 _VALUE = re.compile(r"Label value (\d+)")
+_MADE_BY = {
+    "series_number": 300,
+    "instance_number": 1,
+    "manufacturer": "rfmedsam2",
+    "manufacturer_model_name": "rfmedsam2",
+    "software_versions": __version__,
+    "device_serial_number": "0",
+    "content_label": "SEGMENTATION",
+}
 _OFF_PLANE = 0.1
 """Largest distance of a frame from its plane of the grid, in planes."""
 _REFERRED_TO = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
@@ -69,9 +79,9 @@ def require_highdicom() -> None:
         )
 
 
-def is_segmentation(path: Path) -> bool:
-    """Whether a file is a DICOM-SEG."""
-    return is_dicom_file(path) and text(read_dicom_file(path).data, "Modality") == "SEG"
+def is_dicom_segmentation(path: Path) -> bool:
+    """Whether a path is a DICOM-SEG file."""
+    return is_dicom_file(path) and is_segmentation(read_dicom_file(path))
 
 
 def write_segmentation(
@@ -121,15 +131,9 @@ def write_segmentation(
                 segmentation_type=kind,
                 segment_descriptions=[_description(hd, s, numbered[s.value], automatic=automatic) for s in segments],
                 series_instance_uid=generate_uid(),
-                series_number=300,
                 sop_instance_uid=generate_uid(),
-                instance_number=1,
-                manufacturer="rfmedsam2",
-                manufacturer_model_name="rfmedsam2",
-                software_versions=__version__,
-                device_serial_number="0",
-                content_label="SEGMENTATION",
-                omit_empty_frames=not keep_empty,
+                **_MADE_BY,
+                omit_empty_frames=not keep_empty and bool(labels_zyx.any()),
                 pixel_measures=hd.PixelMeasuresSequence(
                     pixel_spacing=(y, x), slice_thickness=z, spacing_between_slices=z if len(labels_zyx) > 1 else None
                 ),

@@ -115,10 +115,15 @@ def slices_of(path: Path) -> list[Slice]:
         return _plain_frames(layout)
 
 
+def is_segmentation(file: DicomFile) -> bool:
+    """Whether a file is a DICOM-SEG."""
+    return text(file.data, "Modality") == "SEG" or text(file.data, "SOPClassUID") in _SEGMENTATIONS
+
+
 def _require_image(file: DicomFile) -> None:
     data = file.data
     modality, series = text(data, "Modality"), text(data, "SeriesInstanceUID")
-    if modality == "SEG" or text(data, "SOPClassUID") in _SEGMENTATIONS:
+    if is_segmentation(file):
         segments = data.get("SegmentSequence") or []
         names = shortlist(text(segment, "SegmentLabel") or "without name" for segment in segments)
         raise NoSlicesError(

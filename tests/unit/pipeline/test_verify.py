@@ -316,7 +316,7 @@ def test_dicom_segmentation_as_a_label_is_named_for_what_it_is(tmp_path: Path) -
     (folder / "dataset.json").write_text(json.dumps(content))
     (fault,) = verify(open_dataset(folder)).errors
     assert fault.kind == "unreadable"
-    assert "segmentation (DICOM-SEG)" in fault.message
+    assert "DICOM segmentation does not say where its frames lie" in fault.message
     assert "1 segment(s): liver" in fault.message
 
 
