@@ -49,6 +49,11 @@ class PredictOutput:
     postprocessing: Annotated[bool, arg(help="Do not apply the model's postprocessing rule.")] = True
     as_json: AsJson = False
 
+    @property
+    def replacing(self) -> dict[str, bool]:
+        """How files that are there are treated."""
+        return {"continue_": self.continue_, "overwrite": self.overwrite}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:

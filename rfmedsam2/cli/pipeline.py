@@ -279,13 +279,9 @@ def predict(
             previous=cascade.previous_stage,
         )
     _say_model(named, predictor)
-    cases = find_cases(
-        input_[0] if len(input_) == 1 else input_,
-        channels=len(predictor.plan.channels),
-        file_ending=predictor.plan.file_ending,
-    )
-    kept_or_new = {"continue_": output.continue_, "overwrite": output.overwrite}
-    formats = PredictedFormats(cases, output.output, output.formats, part=part, **kept_or_new)
+    source = input_[0] if len(input_) == 1 else list(input_)
+    cases = find_cases(source, channels=len(predictor.plan.channels), file_ending=predictor.plan.file_ending)
+    formats = PredictedFormats(cases, output.output, output.formats, part=part, **output.replacing)
     done = predict_files(
         predictor,
         cases,
@@ -294,7 +290,7 @@ def predict(
         probabilities=output.probabilities,
         part=part,
         track=bars,
-        **kept_or_new,
+        **output.replacing,
     )
     formats.write(done.written, (*done.kept, *done.corrected), predictor.plan.labels)
     if done.corrected:

@@ -317,7 +317,6 @@ def test_dicom_segmentation_as_a_label_is_named_for_what_it_is(tmp_path: Path) -
     (fault,) = verify(open_dataset(folder)).errors
     assert fault.kind == "unreadable"
     assert "DICOM segmentation does not say where its frames lie" in fault.message
-    assert "1 segment(s): liver" in fault.message
 
 
 def test_raw_dicom_folders_are_verified_against_their_labels(data_root: Path, tmp_path: Path) -> None:
