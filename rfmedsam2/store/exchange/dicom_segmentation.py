@@ -139,6 +139,7 @@ def write_segmentation(
                 ),
                 series_description="Segmentation" if automatic else "Label map",
             )
+        found.ContentCreatorName = ""  # the standard wants the element
         block = found.private_block(*_GRID, create=True)
         block.add_new(1, "FD", grid.affine_lps.ravel().tolist())
         block.add_new(2, "US", list(grid.shape_zyx))

@@ -211,8 +211,10 @@ def test_dicom_segmentation_is_named_for_what_it_is(tmp_path: Path) -> None:
     segments = Items([item(SegmentLabel="liver"), item(SegmentLabel="left kidney ")])
     path = save(tmp_path / "case.dcm", ct_slice(Modality="SEG", SegmentSequence=segments))
     with pytest.raises(
-        ImageError, match=r"segmentation \(DICOM-SEG\).*2 segment\(s\): liver, left kidney\. Convert it"
+        ImageError, match=r"segmentation \(DICOM-SEG\).*2 segment\(s\): liver, left kidney\. Give the series"
     ):
+        read_image(path)
+    with pytest.raises(ImageError, match=r"does not say where its frames lie.*Found 0 frame"):
         read_label(path)
 
 
@@ -220,8 +222,8 @@ def test_dicom_segmentation_is_named_for_what_it_is(tmp_path: Path) -> None:
 def test_segmentations_of_another_modality_are_known_by_their_class(tmp_path: Path, kind: str) -> None:
     """Masks of segments, and label maps."""
     changes = {"SOPClassUID": f"1.2.840.10008.5.1.4.1.1.66.{kind}", "Modality": "OT"}
-    with pytest.raises(ImageError, match=r"segmentation \(DICOM-SEG\).*Found no segment\. Convert it"):
-        read_label(save(tmp_path / "case.dcm", ct_slice(**changes)))
+    with pytest.raises(ImageError, match=r"segmentation \(DICOM-SEG\).*Found no segment\. Give the series"):
+        read_image(save(tmp_path / "case.dcm", ct_slice(**changes)))
 
 
 NOT_IMAGES: dict[str, tuple[dict[str, Any], str]] = {
