@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.sr.coding import Code as DicomCode
 from pydicom.uid import (
     CTImageStorage,
     MRImageStorage,
@@ -244,27 +243,27 @@ def _completed(file: Path) -> pydicom.Dataset:
 
 def _description(hd: Any, segment: Segment, number: int, *, automatic: bool) -> Any:
     made_by = hd.AlgorithmIdentificationSequence(
-        name="rfmedsam2", family=DicomCode("123110", "DCM", "Artificial Intelligence"), version=__version__
+        name="rfmedsam2", family=hd.sr.CodedConcept("123110", "DCM", "Artificial Intelligence"), version=__version__
     )
     coding = segment.coding
     found = hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=segment.name[:64],
-        segmented_property_category=_dicom(coding.category),
-        segmented_property_type=_dicom(coding.kind),
+        segmented_property_category=_concept(hd, coding.category),
+        segmented_property_type=_concept(hd, coding.kind),
         algorithm_type="AUTOMATIC" if automatic else "MANUAL",
         algorithm_identification=made_by if automatic else None,
         display_color=hd.color.CIELabColor.from_rgb(*segment.color),
     )
     found.SegmentDescription = f"Label value {segment.value}"
     if coding.side is not None:
-        modifier = hd.sr.CodedConcept(coding.side.value, coding.side.scheme, coding.side.meaning)
-        found.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [modifier]
+        modifiers = [_concept(hd, coding.side)]
+        found.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = modifiers
     return found
 
 
-def _dicom(code: Code) -> DicomCode:
-    return DicomCode(code.value, code.scheme, code.meaning)
+def _concept(hd: Any, code: Code) -> Any:
+    return hd.sr.CodedConcept(code.value, code.scheme, code.meaning)
 
 
 def _placed(path: Path, data: Any) -> tuple[ImageHeader, list[int]]:
