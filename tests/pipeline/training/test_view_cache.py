@@ -216,7 +216,7 @@ def test_a_damaged_view_is_named(fault: str, layout: Layout) -> None:
 
 
 def test_a_whole_training_reads_views(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "load_pretrained", lambda *_, **__: [])
+    monkeypatch.setattr(training, "load_pretrained", lambda *_, **__: (None, []))
     options = TrainOptions(device="cpu", validate=False)
     result = train(layout, planned(layout, views=1), STAGE, fold="0", options=options)
     folder = layout.cases_folder(PHANTOM, "rfmed_cpu", STAGE) / "views_fold_0"
