@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rfmedsam2.arguments import option
 from rfmedsam2.errors import GeometryError, UsageError
 from rfmedsam2.geometry import Grid
 from rfmedsam2.store.exchange.codes import Segment
@@ -132,7 +133,7 @@ def _on_series(labels_zyx: np.ndarray, header: ImageHeader, series: Path) -> np.
             where=series,
             expected=f"{target.shape_zyx} (z, y, x) of {_rounded(target)} mm",
             found=f"{header.grid.shape_zyx} of {_rounded(header.grid)} mm",
-            remedy="Resample the label map to the series, or name the series of its image with --series",
+            remedy=f"Resample the label map to the series, or name the series of its image ({option('series')})",
         )
     return turned
 
