@@ -18,6 +18,7 @@ from rfmedsam2.store.exchange.codes import code_table, segments_of
 from rfmedsam2.store.exchange.dicom_segmentation import require_highdicom
 from rfmedsam2.store.exchange.formats import (
     ENDINGS,
+    NO_SERIES,
     LabelSource,
     exchange_path,
     needs_series,
@@ -27,6 +28,7 @@ from rfmedsam2.store.exchange.formats import (
 from rfmedsam2.store.formats.dicom_files import is_dicom_file, is_dicom_folder
 from rfmedsam2.store.images import image_ending, read_label
 from rfmedsam2.system.atomic import is_taken, read_record
+from rfmedsam2.system.ordinary_files import require_folder
 from rfmedsam2.system.progress import Track, silent
 
 
@@ -141,7 +143,7 @@ class PredictedFormats:
             require_highdicom()
             if without := [case.id for case in cases if case.id not in series]:
                 raise UsageError(
-                    "A DICOM segmentation needs the DICOM series of its image",
+                    NO_SERIES,
                     found=f"{len(without)} case(s) in other formats: {shortlist(without)}",
                     remedy="Predict these apart, or choose other formats",
                 )
@@ -222,8 +224,8 @@ class _Sources:
         self._codes = code_table(options.codes)
         self._series, self._single, self._needs = options.series, single, needs_series(options.formats)
         self._predicted = _predicted(folder / PREDICTIONS)
-        if isinstance(self._series, Path) and not self._series.is_dir():
-            raise UsageError("The folder of the DICOM series does not exist", where=self._series)
+        if isinstance(self._series, Path):
+            require_folder(self._series, "folder of the DICOM series")
 
     def __call__(self, id: str, path: Path) -> LabelSource:
         volume, header = read_label(path)
@@ -241,7 +243,7 @@ class _Sources:
             return self._series[id]
         if not isinstance(self._series, Path):
             raise UsageError(
-                "A DICOM segmentation needs the DICOM series of its image",
+                NO_SERIES,
                 remedy=f"Name its folder, or the folder of all series, with {option('series')}",
             )
         below = next((p for name in (id, f"{id}_0000") if is_dicom_folder(p := self._series / name)), None)

@@ -10,13 +10,14 @@ import colorsys
 import csv
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from rfmedsam2.errors import RecordError
 from rfmedsam2.records.dataset import LabelSet
 from rfmedsam2.system.csv_text import decode_text, read_rows
+from rfmedsam2.system.ordinary_files import read_whole
 
 Color = tuple[int, int, int]
 _TABLE = Path(__file__).with_name("codes.csv")
@@ -89,8 +90,7 @@ def coding_of(name: str, table: Table | None = None) -> Coding:
         row = table.get(_key([word for word in candidate if word not in _SIDES]))
         if row is not None and row.paired and len(sides) <= 1:
             side = LATERALITY[sides[0]] if sides else None
-            coding = row.coding
-            return Coding(category=coding.category, kind=coding.kind, side=side, color=coding.color)
+            return replace(row.coding, side=side)
     return Coding()
 
 
@@ -156,7 +156,7 @@ def _own_table() -> Table:
 
 def _read(path: Path) -> dict[tuple[str, ...], _Row]:
     try:
-        rows = [*read_rows(decode_text(path.read_bytes()))]
+        rows = [*read_rows(decode_text(read_whole(path)))]
     except FileNotFoundError:
         raise RecordError("The table of codes does not exist", where=path, remedy="Check the path") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:

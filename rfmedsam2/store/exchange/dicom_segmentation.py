@@ -316,7 +316,7 @@ def _group(frame: Any, shared: Any, name: str) -> Any:
 def _grid(path: Path, data: Any, turn: np.ndarray, points: np.ndarray, *, measures: Any) -> Grid:
     try:
         block = data.private_block(*_GRID)
-        affine = np.array(numbers_of(block[1].value)).reshape(4, 4)
+        affine = np.array(block[1].value, dtype=float).reshape(4, 4)
         depth, height, width = (int(n) for n in block[2].value)
         return Grid.from_affine_lps(affine, (depth, height, width))
     except (KeyError, ValueError):
@@ -341,11 +341,6 @@ def _grid(path: Path, data: Any, turn: np.ndarray, points: np.ndarray, *, measur
     affine[:3, 3] = points[int(np.argmin(points @ normal))]
     depth = round(float(along[-1] - along[0]) / z) + 1
     return Grid.from_affine_lps(affine, (depth, int(data.Rows), int(data.Columns)))
-
-
-def numbers_of(value: Any) -> list[float]:
-    """The numbers of an element with one or several values."""
-    return [float(v) for v in value]
 
 
 def _label_values(data: Any) -> dict[int, int] | None:

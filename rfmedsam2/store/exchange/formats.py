@@ -33,7 +33,7 @@ ENDINGS = {
     "dicom-seg-labelmap": ".dcm",
 }
 """File ending of each format."""
-_NO_SERIES = "A DICOM segmentation needs the DICOM series of its image"
+NO_SERIES = "A DICOM segmentation needs the DICOM series of its image"
 _DICOM = {"dicom-seg": "BINARY", "dicom-seg-labelmap": "LABELMAP"}
 
 
@@ -79,7 +79,7 @@ def require_exchangeable(source: LabelSource, formats: Sequence[str]) -> None:
         return
     require_highdicom()
     if source.series is None:
-        raise UsageError(_NO_SERIES)
+        raise UsageError(NO_SERIES)
     if not source.segments:
         raise UsageError("A DICOM segmentation needs at least one label", found="only background, and no label table")
     _on_series(source.labels_zyx, source.header, source.series)
@@ -107,7 +107,7 @@ def write_exchange(path: Path, source: LabelSource, *, format: str, keep_empty: 
             write_itk_label(temporary, labels, header, slicer_fields(segments, labels))
         elif format in _DICOM:
             if source.series is None:
-                raise UsageError(_NO_SERIES)
+                raise UsageError(NO_SERIES)
             placed = _on_series(labels, header, source.series)
             kind = _DICOM[format]
             write_segmentation(
